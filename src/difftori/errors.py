@@ -1,0 +1,45 @@
+"""Typed errors. Each message names the value at fault, where it was met, and the mend."""
+
+
+class DifftoriError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ShapeError(DifftoriError, ValueError):
+    """A tensor has another shape than the one documented."""
+
+
+class BoxError(DifftoriError, ValueError):
+    """A box is empty, inverted or not finite where it must be, or a point lies outside it."""
+
+
+class ObjectiveError(DifftoriError, ValueError):
+    """An objective does not return one cost per row, or does not depend on what is optimised."""
+
+
+class SolverError(DifftoriError, ValueError):
+    """A solver or adjoint was given a setting, or an objective, that it cannot work with."""
+
+
+class NonFiniteError(DifftoriError, ArithmeticError):
+    """NaN or Inf was met where it would otherwise spread silently."""
+
+
+class ConfigError(DifftoriError, ValueError):
+    """A configuration has faults; `faults` lists every one of them."""
+
+    def __init__(self, faults: list[str]):
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class CheckpointError(DifftoriError, RuntimeError):
+    """No valid checkpoint could be read or written; the message names the files and what is wrong with them."""
+
+
+class DataError(DifftoriError, ValueError):
+    """A data set is missing, truncated, wrong-shaped, or holds NaN or Inf."""
+
+
+class MissingExtraError(DifftoriError, ImportError):
+    """An optional dependency is absent; the message names the extra that installs it."""

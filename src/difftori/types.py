@@ -1,0 +1,63 @@
+"""The shape letters of the whole library, and the few records that travel between its storeys.
+
+    B  rows: independent problems, never interacting      n  variables of one problem, n = H·A
+    H  horizon (steps of one plan)                        A  action dimension
+    S  state or observation dimension                     Z  latent dimension
+    r  residuals of one problem                           T  length of a recorded segment
+    K  members of an ensemble, samples or candidates      k  steps kept, for histories
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+Scalar: TypeAlias = Float[Tensor, ""]
+Rows: TypeAlias = Float[Tensor, "B"]
+RowFlags: TypeAlias = Bool[Tensor, "B"]
+RowCounts: TypeAlias = Int[Tensor, "B"]
+Points: TypeAlias = Float[Tensor, "B n"]
+PointFlags: TypeAlias = Bool[Tensor, "B n"]
+Residuals: TypeAlias = Float[Tensor, "B r"]
+Hessians: TypeAlias = Float[Tensor, "B n n"]
+States: TypeAlias = Float[Tensor, "B S"]
+Latents: TypeAlias = Float[Tensor, "B Z"]
+Actions: TypeAlias = Float[Tensor, "B A"]
+Plans: TypeAlias = Float[Tensor, "B H A"]
+Observations: TypeAlias = Shaped[Tensor, "B *S"]
+QValues: TypeAlias = Float[Tensor, "K B"]
+
+Metrics: TypeAlias = dict[str, float]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a policy must know of a task: sizes and the action box, in the task's own units.
+
+    `obs_dim` S, `action_dim` A, `horizon` H (actions that a policy returns at once), `low` and `high` per action
+    dimension, A numbers each.
+    """
+
+    obs_dim: int
+    action_dim: int
+    horizon: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A batch of demonstrations: what was seen, and the H actions that the expert then took.
+
+    `obs` (B S) or (B …), `actions` (B H A), both in the task's own units; `index` (B) says which example of the data
+    set each row is, for policies that keep something per example (warm starts).
+    """
+
+    obs: Observations
+    actions: Plans
+    index: RowCounts
+
+    def to(self, device) -> "Chunk":
+        """The same batch on another device."""
+        return Chunk(self.obs.to(device), self.actions.to(device), self.index.to(device))
