@@ -1,0 +1,251 @@
+"""Planning: the return of Eq. 4 and the energy of Eq. 7 as objectives, and the planner that solves them.
+
+    RL (Eq. 4):  a(θ) = argmax Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H),   z_{t+1} = d(z_t, a_t)
+    IL (Eq. 7):  a(θ) = argmax Σ_{t<H} γ^t f(z_t, a_t),                z_{t+1} = d(z_t, a_t)
+
+(Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective: it is no constraint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from difftori.errors import NonFiniteError, ShapeError
+from difftori.solver import Adjoint, Box, Implicit, ProjectedGradient, Solution, Solver, Status, TrajectoryObjective, solve
+from difftori.solver.box import Bound
+from difftori.types import Actions, Plans, Points, Rows, States
+
+Dynamics = Callable[[Tensor, Tensor], Tensor]
+"""(state (B S), action (B A)) → next state (B S)."""
+Reward = Callable[[Tensor, Tensor], Tensor]
+"""(state (B S), action (B A)) → (B)."""
+Value = Callable[[Tensor], Tensor]
+"""state (B S) → (B)."""
+
+
+class ReturnObjective(TrajectoryObjective):
+    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
+
+    `state` z_0 (B Z), encoded once, before the solve.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        reward: Reward,
+        terminal_value: Value | None,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+    ):
+        self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
+        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+
+    def next(self, state: States, action: Actions) -> States:
+        """d(z, a)."""
+        return self.dynamics(state, action)
+
+    def stage_cost(self, state: States, action: Actions) -> Rows:
+        """−R(z, a)."""
+        return -self.reward(state, action)
+
+    def terminal_cost(self, state: States) -> Rows:
+        """−V(z), or zero without a terminal value."""
+        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.terminal_value(state)
+
+    def select(self, rows: Tensor) -> "ReturnObjective":
+        """The same plan from some of the states."""
+        return ReturnObjective(
+            self.dynamics,
+            self.reward,
+            self.terminal_value,
+            self.state[rows],
+            self.horizon,
+            self.action_dim,
+            self.discount,
+        )
+
+
+class EnergyObjective(TrajectoryObjective):
+    """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, with no meaning outside the plan.
+
+    `dynamics` may be None for H = 1, where f scores one action or one whole chunk of actions.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics | None,
+        energy: Reward,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+    ):
+        if dynamics is None and horizon != 1:
+            raise ShapeError(f"EnergyObjective: horizon {horizon} needs dynamics; without them the horizon must be 1.")
+        self.dynamics, self.energy = dynamics, energy
+        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+
+    def next(self, state: States, action: Actions) -> States:
+        """d(z, a); for H = 1 there is no next state to need."""
+        return state if self.dynamics is None else self.dynamics(state, action)
+
+    def stage_cost(self, state: States, action: Actions) -> Rows:
+        """−f(z, a)."""
+        return -self.energy(state, action)
+
+    def terminal_cost(self, state: States) -> Rows:
+        """Zero."""
+        return torch.zeros_like(state[..., 0])
+
+    def select(self, rows: Tensor) -> "EnergyObjective":
+        """The same plan from some of the states."""
+        return EnergyObjective(
+            self.dynamics, self.energy, self.state[rows], self.horizon, self.action_dim, self.discount
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`actions` (B H A), differentiable as the planner's adjoint says and inside the box; `solution`, the solve itself."""
+
+    actions: Plans
+    solution: Solution
+
+    @property
+    def value(self) -> Rows:
+        """The return of the plan, (B)."""
+        return -self.solution.cost
+
+    def shifted(self) -> Plans:
+        """The plan one step later, last action repeated: where the next solve of a receding horizon starts, (B H A)."""
+        actions = self.actions.detach()
+        return torch.cat([actions[:, 1:], actions[:, -1:]], 1)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A solver, an adjoint, a box and a budget: everything about planning except what is planned.
+
+    TD-MPC is `Planner(MPPI(), Detached())`; DiffTORI is a gradient solver with `Unrolled()` or `Implicit()`.
+    """
+
+    solver: Solver = field(default_factory=ProjectedGradient)
+    adjoint: Adjoint = field(default_factory=Implicit)
+    box: Box = field(default_factory=Box)
+    max_steps: int = 20
+    tolerance: float | None = None
+    compile: bool = False
+
+    def plan(
+        self,
+        objective: TrajectoryObjective,
+        init_actions: Plans,
+        *,
+        generator: torch.Generator | None = None,
+        candidates: Tensor | None = None,
+        history: bool = False,
+        throw: bool = False,
+    ) -> Plan:
+        """Solve from init_actions (B H A), projected onto the box first. `candidates` (K B H A) as for `solve`.
+
+        Raises:
+            ShapeError: the actions do not fit the objective's rows, horizon and action dimension.
+            NonFiniteError: with `throw`, a row's cost or gradient is NaN or Inf.
+        """
+        expected = (objective.state.shape[0], objective.horizon, objective.action_dim)
+        if tuple(init_actions.shape) != expected:
+            raise ShapeError(
+                f"Planner.plan: init_actions have shape {tuple(init_actions.shape)}, the objective wants (B H A) = {expected}."
+            )
+        box = self._flat_box(init_actions)
+        solution = solve(
+            objective,
+            box.project(init_actions.flatten(1)),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            box=box,
+            max_steps=self.max_steps,
+            tolerance=self.tolerance,
+            candidates=None if candidates is None else candidates.flatten(2),
+            generator=generator,
+            history=history,
+            compile=self.compile,
+        )
+        if throw:
+            _raise_if_unsound(solution)
+        return Plan(objective.plan(solution.x), solution)
+
+    def _flat_box(self, actions: Plans) -> Box:
+        """Bounds given as numbers, per action (A), or per step (H A), for the flat variables (H·A)."""
+
+        def flat(bound: Bound) -> Bound:
+            tensor = torch.as_tensor(bound, dtype=actions.dtype, device=actions.device)
+            return tensor if tensor.dim() == 0 else tensor.expand(actions.shape[1:]).reshape(-1)
+
+        return Box(flat(self.box.low), flat(self.box.high))
+
+
+def _raise_if_unsound(solution: Solution) -> None:
+    rows = (solution.status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
+    if rows:
+        raise NonFiniteError(
+            f"Planner.plan: the objective or its gradient is NaN or Inf in rows {rows[:8]} (of {len(solution.status)}); "
+            "look for the network, or the state, that brings it in."
+        )
+
+
+def plan(
+    dynamics: Dynamics,
+    reward: Reward,
+    terminal_value: Value | None,
+    state: States,
+    init_actions: Plans,
+    low: Bound = -1.0,
+    high: Bound = 1.0,
+    *,
+    discount: float = 1.0,
+    solver: Solver | None = None,
+    adjoint: Adjoint | None = None,
+    max_steps: int = 50,
+    tolerance: float | None = None,
+    compile: bool = False,
+) -> Plan:
+    """Trajectory optimisation with known or learned dynamics, differentiable in everything that the callables use.
+
+        max_{a_0 … a_{H−1}}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),   s_{t+1} = dynamics(s_t, a_t)
+
+    Args:
+        dynamics: (state (B S), action (B A)) → (B S).
+        reward: (state (B S), action (B A)) → (B), maximised.
+        terminal_value: state (B S) → (B), or None.
+        state: where each of the B plans starts, (B S).
+        init_actions: the first guess, (B H A); its shape sets the horizon.
+        low, high: action bounds: numbers, (A) or (H A).
+        discount: γ.
+        solver: `ProjectedGradient(window=5, polish=1)` unless given; `ILQR()` suits smooth known dynamics and long horizons.
+        adjoint: how the plan is differentiated; `Implicit()` unless given.
+        max_steps, tolerance, compile: as for `difftori.solver.solve`.
+
+    Returns:
+        Plan: `actions` (B H A) inside the bounds, `value` (B), `solution`.
+
+    Raises:
+        ShapeError, BoxError, ObjectiveError: wrong input.
+    """
+    if init_actions.dim() != 3:
+        raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}; give (B H A).")
+    _, horizon, action_dim = init_actions.shape
+    objective = ReturnObjective(dynamics, reward, terminal_value, state, horizon, action_dim, discount)
+    planner = Planner(
+        ProjectedGradient(window=5, polish=1) if solver is None else solver,
+        Implicit() if adjoint is None else adjoint,
+        Box(low, high),
+        max_steps,
+        tolerance,
+        compile,
+    )
+    return planner.plan(objective, init_actions)

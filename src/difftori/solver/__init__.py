@@ -1,0 +1,51 @@
+"""Differentiable optimisation of batches of independent problems. Usable alone: it knows nothing of learning or robots.
+
+    sol = solve(objective, x0, solver=ProjectedGradient(), adjoint=Implicit(), box=Box(-1.0, 1.0), max_steps=20)
+    loss(sol.x).backward()
+"""
+
+from difftori.solver import presets
+from difftori.solver.adam import Adam
+from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
+from difftori.solver.box import Box
+from difftori.solver.check import GradientCheck, check_gradients
+from difftori.solver.ilqr import ILQR
+from difftori.solver.levenberg_marquardt import GaussNewton, LevenbergMarquardt
+from difftori.solver.method import Problem, Solver, State
+from difftori.solver.newton import Newton
+from difftori.solver.objective import FunctionObjective, LeastSquaresObjective, Objective, TrajectoryObjective
+from difftori.solver.projected_gradient import ProjectedGradient
+from difftori.solver.sampling import CEM, MPPI
+from difftori.solver.solution import History, Solution, Status
+from difftori.solver.solve import solve
+
+__all__ = [
+    "CEM",
+    "ILQR",
+    "MPPI",
+    "Adam",
+    "Adjoint",
+    "Box",
+    "Detached",
+    "FunctionObjective",
+    "GaussNewton",
+    "GradientCheck",
+    "History",
+    "Implicit",
+    "LeastSquaresObjective",
+    "LevenbergMarquardt",
+    "Newton",
+    "Objective",
+    "Problem",
+    "ProjectedGradient",
+    "Solution",
+    "Solver",
+    "State",
+    "Status",
+    "TrajectoryObjective",
+    "Truncated",
+    "Unrolled",
+    "check_gradients",
+    "presets",
+    "solve",
+]

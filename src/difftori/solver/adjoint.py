@@ -1,0 +1,177 @@
+"""How a solution is differentiated. An adjoint never sees a step rule; a solver never sees an adjoint."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.errors import SolverError
+from difftori.solver.method import Problem, choose
+from difftori.solver.newton import Factor, check_linear, conjugate_gradient, factorise
+from difftori.types import Points, RowFlags, Rows
+
+
+class Iterates(NamedTuple):
+    """Where an iteration has come to: `x` to be returned (B n), `usable` (B): finite, and what `solve` keeps besides."""
+
+    x: Points
+    usable: RowFlags
+    progress: Any
+
+
+Iterate = Callable[[int, bool, Any], Iterates]
+"""`iterate(steps, differentiable, progress)`: go on from `progress` (None: from x0) for so many steps."""
+
+
+class Differentiated(NamedTuple):
+    """A differentiable solution. `convex` (B): the Hessian was positive definite on the free set, where that was looked
+    at; `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of the distance to the optimum.
+    """
+
+    x: Points
+    iterates: Iterates
+    convex: RowFlags | None = None
+    newton_step: Rows | None = None
+
+
+class Adjoint(ABC):
+    """A way to differentiate the solution of a problem with respect to all that its objective uses."""
+
+    @abstractmethod
+    def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
+        """Run the iteration and return its result with this adjoint's derivative attached."""
+
+
+@dataclass(frozen=True)
+class Detached(Adjoint):
+    """No derivative: the solution is a constant. For acting, and for planners that are not trained through (TD-MPC)."""
+
+    def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
+        """Run without a graph."""
+        result = iterate(max_steps, False, None)
+        return Differentiated(result.x.detach(), result)
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """The exact derivative of what was computed, by backpropagation through every step. Memory grows with the steps."""
+
+    def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
+        """Run with a graph."""
+        result = iterate(max_steps, True, None)
+        return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
+
+
+@dataclass(frozen=True)
+class Truncated(Adjoint):
+    """Backpropagation through the last `k` steps only, as the release does with k = 5 (Shaban et al., 2019).
+
+    Biased, even at the optimum, unless k steps contract nearly all the way.
+    """
+
+    k: int = 5
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise SolverError(f"Truncated: k={self.k} differentiates no step; use k ≥ 1, or Detached().")
+
+    def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
+        """Run all but k steps without a graph, then k with one."""
+        tail = min(self.k, max_steps)
+        before = iterate(max_steps - tail, False, None)
+        result = iterate(tail, True, before.progress)
+        return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """The derivative of the optimum itself, by the implicit function theorem on the free set.
+
+    With F the coordinates that the box does not hold, dx_F/dθ = −H_FF⁻¹ ∂∇_F J/∂θ, and dx/dθ = 0 for the held ones. Exact
+    at a strict local optimum, whichever solver found it; independent of x0; constant memory. Far from an optimum it
+    means little: `Solution.gradient_valid` says which rows to trust.
+
+    `linear`: "dense" factorises the Hessian (n batched Hessian-vector products), "cg" spends at most `products`
+    products in the backward pass. `eigenvalue_floor`: curvatures below this share of the largest one are raised to it
+    (negative ones mirrored, so that a saddle's gradient stays bounded); such rows are flagged `NOT_A_MINIMUM`.
+    """
+
+    linear: Literal["dense", "cg"] = "dense"
+    products: int = 12
+    eigenvalue_floor: float = 1e-4
+
+    def __post_init__(self):
+        check_linear("Implicit", self.linear, self.products, self.eigenvalue_floor)
+
+    def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
+        """Run without a graph, then attach x = x* − H⁻¹(∇J(x*, θ) − stop(∇J)), whose value is x*."""
+        result = iterate(max_steps, False, None)
+        solution = result.x.detach()
+        with torch.enable_grad():
+            if not problem.objective.cost(solution).requires_grad:
+                return Differentiated(solution, result)
+            return self._attach(problem, solution, result)
+
+    def _attach(self, problem: Problem, solution: Points, result: Iterates) -> Differentiated:
+        usable = result.usable
+        rows = usable.nonzero().squeeze(-1)
+        part = None if bool(usable.all()) else problem.objective.select(rows)
+        if part is not None:
+            # Rows without a finite solution stay out of the graph: 0 × NaN would reach the shared parameters.
+            box = problem.box.to(solution)
+            low, high = (torch.as_tensor(bound).to(solution).expand_as(solution)[rows] for bound in (box.low, box.high))
+            good = self._derivative(replace(problem, objective=part, box=type(box)(low, high)), solution[rows])
+            x = solution.index_copy(0, rows, good.x)
+            convex, step = torch.zeros_like(usable), torch.full_like(solution[:, 0], float("inf"))
+            if good.convex is None or good.newton_step is None:
+                return Differentiated(x, result)
+            return Differentiated(x, result, convex.index_copy(0, rows, good.convex), step.index_copy(0, rows, good.newton_step))
+        good = self._derivative(problem, solution)
+        return Differentiated(choose(usable, good.x, solution), result, good.convex, good.newton_step)
+
+    def _derivative(self, problem: Problem, solution: Points) -> "_Derivative":
+        if self.linear == "cg":
+            point = solution.clone().requires_grad_()
+            _, grad = problem.with_graph().evaluate(point)
+            free = ~problem.box.held(solution, grad.detach())
+            return _Derivative(solution + _ImplicitCG.apply(grad, point, free, self.products), None, None)
+        factor, grad = self.factor(problem, solution)
+        _, differentiable = problem.with_graph().evaluate(solution)
+        x = solution - factor.solve(differentiable - differentiable.detach())
+        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1))
+
+    def factor(self, problem: Problem, x: Points) -> tuple[Factor, Points]:
+        """The factorised free-set Hessian and the gradient at x; says which rows are strict minima."""
+        _, grad, hessian = problem.curvature(x)
+        return factorise(hessian, ~problem.box.held(x, grad), self.eigenvalue_floor), grad
+
+
+class _Derivative(NamedTuple):
+    x: Points
+    convex: RowFlags | None
+    newton_step: Rows | None
+
+
+class _ImplicitCG(torch.autograd.Function):
+    """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, point: Tensor, free: Tensor, products: int) -> Tensor:
+        ctx.save_for_backward(grad, point, free)
+        ctx.products = products
+        return torch.zeros_like(grad)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad, point, free = ctx.saved_tensors
+
+        def product(v: Tensor) -> Tensor:
+            (image,) = torch.autograd.grad(grad, point, v, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(v) if image is None else image
+
+        solved = conjugate_gradient(product, -outputs[0] * free, free, ctx.products)
+        return solved.solution, None, None, None

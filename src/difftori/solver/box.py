@@ -1,0 +1,99 @@
+"""Bounds on the variables, one pair for each coordinate."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from difftori.errors import BoxError
+from difftori.types import PointFlags, Points, Rows
+
+Bound = float | Tensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """The set low ≤ x ≤ high.
+
+    `low` and `high` are numbers, or tensors that broadcast against (B n): (n), (1 n) or (B n). Either may be infinite.
+
+    Raises:
+        BoxError: where low ≥ high or a bound is NaN, naming the coordinate.
+    """
+
+    low: Bound = field(default=-1.0)
+    high: Bound = field(default=1.0)
+
+    def __post_init__(self):
+        low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
+        try:
+            empty = ~(low < high)  # also catches NaN
+        except RuntimeError as error:
+            raise BoxError(
+                f"Box: low has shape {tuple(low.shape)} and high {tuple(high.shape)}, which do not broadcast; "
+                "give both one shape, such as (n)."
+            ) from error
+        if bool(empty.any()):
+            where = tuple(empty.nonzero()[0].tolist())
+            low, high = torch.broadcast_tensors(low, high)
+            raise BoxError(
+                f"Box: low {low[where].item():g} is not below high {high[where].item():g}"
+                + (f" at coordinate {where}" if where else "")
+                + "; give low < high everywhere (a variable with no room is not a variable: leave it out)."
+            )
+
+    def to(self, x: Tensor) -> "Box":
+        """The same box with tensor bounds of x's dtype and device, shaped to broadcast against x (B n)."""
+        low = torch.as_tensor(self.low, dtype=x.dtype, device=x.device).detach()
+        high = torch.as_tensor(self.high, dtype=x.dtype, device=x.device).detach()
+        for name, bound in (("low", low), ("high", high)):
+            try:
+                fits = torch.broadcast_shapes(bound.shape, x.shape) == x.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise BoxError(
+                    f"Box: {name} has shape {tuple(bound.shape)}, which does not broadcast to x (B n) = {tuple(x.shape)}; "
+                    "give a number or a tensor (n) or (B n)."
+                )
+        return _Bounds(low, high)
+
+    def project(self, x: Points) -> Points:
+        """The nearest point of the box, coordinate by coordinate. NaN stays NaN."""
+        return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
+
+    def contains(self, x: Points, slack: float = 0.0) -> PointFlags:
+        """Which coordinates lie inside, up to `slack`."""
+        return (x >= torch.as_tensor(self.low).to(x) - slack) & (x <= torch.as_tensor(self.high).to(x) + slack)
+
+    def held(self, x: Points, grad: Points) -> PointFlags:
+        """Which coordinates the box holds: on a bound, with the descent direction −grad pointing outwards.
+
+        The other coordinates are the free set, on which a solution is an ordinary stationary point.
+        """
+        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
+        return ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0))
+
+    def projected_gradient(self, x: Points, grad: Points) -> Points:
+        """x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
+        return x - self.project(x - grad)
+
+    def stationarity(self, x: Points, grad: Points) -> Rows:
+        """Largest coordinate of the projected gradient, per row."""
+        return self.projected_gradient(x, grad).abs().amax(-1)
+
+    def width(self, x: Points) -> Points:
+        """high − low, broadcast to x; infinite where a side is open."""
+        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
+        return (high - low).expand_as(x)
+
+
+@dataclass(frozen=True)
+class _Bounds(Box):
+    """A box that has been checked already: tensor bounds, nothing to check again (and nothing to wait for on a GPU)."""
+
+    def __post_init__(self):
+        pass
+
+
+UNBOUNDED = Box(-float("inf"), float("inf"))

@@ -1,0 +1,58 @@
+"""torch.compile for solves of fixed shape: opt-in, and equal to the eager result up to rounding.
+
+Three pieces are compiled: a chunk of solver steps, the gradient at the solution with its graph, and the dense Hessian.
+What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from difftori.solver.derivatives import value_and_grad, value_grad_hessian
+from difftori.solver.objective import Objective
+from difftori.types import Hessians, Points, Rows
+
+if TYPE_CHECKING:
+    from difftori.solver.method import Problem, Solver, State
+
+# Every new shape, solver and kind of objective is one compilation of the same code; torch's default allows 8.
+_COMPILATIONS = 256
+
+
+def compiled_steps(
+    solver: "Solver", problem: "Problem", x: Points, state: "State", count: int
+) -> "tuple[Points, State]":
+    """`count` steps of a solver as one compiled function."""
+    return _call(_steps, solver, problem, x, state, count)
+
+
+def compiled_value_and_grad(objective: Objective, x: Points, create_graph: bool) -> tuple[Rows, Points]:
+    """`value_and_grad`, compiled."""
+    return _call(value_and_grad, objective, x, create_graph)
+
+
+def compiled_value_grad_hessian(objective: Objective, x: Points) -> tuple[Rows, Points, Hessians]:
+    """`value_grad_hessian`, compiled."""
+    return _call(value_grad_hessian, objective, x)
+
+
+def _steps(solver: "Solver", problem: "Problem", x: Tensor, state: "State", count: int):
+    for _ in range(count):
+        x, state = solver.step(problem, x, state)
+    return x, state
+
+
+@cache
+def _compile(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _call(function: Callable, *arguments):
+    limits = torch._dynamo.config.patch(  # noqa: SLF001 (the only way to raise the limit for one call)
+        recompile_limit=_COMPILATIONS, accumulated_recompile_limit=4 * _COMPILATIONS
+    )
+    with limits:
+        return _compile(function)(*arguments)

@@ -1,0 +1,123 @@
+"""First and second derivatives of an objective, row by row.
+
+Everything is reverse mode over reverse mode: forward-over-reverse is silently wrong through torch's `layer_norm`.
+Under `torch.compile` the same quantities come from `torch.func`, which the compiler can trace.
+"""
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ObjectiveError
+from difftori.solver.objective import Objective
+from difftori.types import Hessians, Points, Rows
+
+
+def value_and_grad(objective: Objective, x: Points, create_graph: bool = False) -> tuple[Rows, Points]:
+    """Cost and its gradient, in one forward and one backward pass.
+
+    With `create_graph` both are differentiable in x and in all that the objective closes over; without it neither is.
+    """
+    if torch.compiler.is_compiling():
+        cost, grad = _functional_value_and_grad(objective, x)
+        return (cost, grad) if create_graph else (cost.detach(), grad.detach())
+    with torch.enable_grad():
+        point = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+        cost = checked_cost(objective, point)
+        grad = _gradient(cost, point, create_graph)
+    return (cost, grad) if create_graph else (cost.detach(), grad)
+
+
+def checked_cost(objective: Objective, x: Points) -> Rows:
+    """The cost, after a check that it is one number per row.
+
+    Raises:
+        ObjectiveError: the cost has another shape than (B).
+    """
+    cost = objective.cost(x)
+    if not isinstance(cost, Tensor) or cost.shape != x.shape[:1]:
+        shape = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
+        raise ObjectiveError(
+            f"the objective returned {shape} for x {tuple(x.shape)}; it must return one cost per row, shape ({x.shape[0]},). "
+            "Sum over the variables, not over the rows: for example `.sum(-1)`."
+        )
+    return cost
+
+
+def _gradient(cost: Rows, x: Points, create_graph: bool) -> Points:
+    message = (
+        "the cost does not depend on x: nothing to optimise. Compute it from the tensor that the objective is given, "
+        "without .detach(), .item(), .numpy(), torch.no_grad() or rounding in between."
+    )
+    if not cost.requires_grad:
+        raise ObjectiveError(message)
+    (grad,) = torch.autograd.grad(cost.sum(), x, create_graph=create_graph, allow_unused=True)
+    if grad is None:
+        raise ObjectiveError(message)
+    return grad
+
+
+def _functional_value_and_grad(objective: Objective, x: Points) -> tuple[Rows, Points]:
+    def total(point):
+        cost = objective.cost(point)
+        return cost.sum(), cost
+
+    grad, cost = torch.func.grad(total, has_aux=True)(x)
+    return cost, grad
+
+
+def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
+    """d y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
+    p = y.shape[-1]
+    basis = torch.eye(p, dtype=y.dtype, device=y.device).view(p, *(1,) * (y.dim() - 1), p).expand(p, *y.shape)
+    if not y.requires_grad:
+        return y.new_zeros(*y.shape, x.shape[-1])
+    (rows,) = torch.autograd.grad(
+        y, x, basis, is_grads_batched=True, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    return y.new_zeros(*y.shape, x.shape[-1]) if rows is None else rows.movedim(0, -2)
+
+
+def value_grad_hessian(objective: Objective, x: Points, create_graph: bool = False) -> tuple[Rows, Points, Hessians]:
+    """Cost, gradient and dense Hessian per row; the Hessian costs n Hessian-vector products, batched into one."""
+    if torch.compiler.is_compiling():
+        return _functional_value_grad_hessian(objective, x)
+    with torch.enable_grad():
+        point = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+        cost, grad = value_and_grad(objective, point, create_graph=True)
+        hessian = row_jacobian(grad, point, create_graph)
+    if create_graph:
+        return cost, grad, hessian
+    return cost.detach(), grad.detach(), hessian.detach()
+
+
+def _functional_value_grad_hessian(objective: Objective, x: Points) -> tuple[Rows, Points, Hessians]:
+    def gradient(point):
+        cost, grad = _functional_value_and_grad(objective, point)
+        return grad, cost
+
+    grad, pullback, cost = torch.func.vjp(gradient, x, has_aux=True)
+    basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[:, None].expand(-1, *x.shape)
+    hessian = torch.func.vmap(pullback)(basis.contiguous())[0].movedim(0, -2)
+    return cost.detach(), grad.detach(), hessian.detach()
+
+
+class HessianProducts:
+    """v ↦ H v at one point, reusing one graph: a product costs about one evaluation of cost and gradient."""
+
+    def __init__(self, objective: Objective, x: Points):
+        with torch.enable_grad():
+            self._point = x.detach().requires_grad_()
+            self._cost, self._grad = value_and_grad(objective, self._point, create_graph=True)
+        self.cost, self.grad = self._cost.detach(), self._grad.detach()
+
+    def __call__(self, v: Points) -> Points:
+        """One product per row, (B n)."""
+        if not self._grad.requires_grad:
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(self._grad, self._point, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if product is None else product
+
+
+def costs_of_candidates(objective: Objective, candidates: Tensor) -> Tensor:
+    """Costs (K B) of K candidates for every row, (K B n), in one batched evaluation."""
+    return torch.func.vmap(objective.cost, randomness="same")(candidates)

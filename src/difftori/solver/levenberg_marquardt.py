@@ -1,0 +1,132 @@
+"""Levenberg–Marquardt and Gauss–Newton, for stacked residuals; and the release's form of it, for a plain cost."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difftori.errors import SolverError
+from difftori.solver.derivatives import row_jacobian
+from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.solver.objective import LeastSquaresObjective
+from difftori.types import Points, Residuals, Rows
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Solver):
+    """Δ = −α(JᵀJ + λI)⁻¹Jᵀr, projected.
+
+    On a `LeastSquaresObjective` r and J are its residuals (the smaller of the n×n and r×r systems is factorised). On any
+    other cost the residual is the single number r = offset + cost = offset − G, whose JᵀJ has rank one, so that the
+    step has the closed form Δ = −α r ∇J/(‖∇J‖² + λ). That is what the authors' release computes with a Cholesky
+    factorisation of n×n (offset 1000, fixed damping, steps never refused).
+
+    `adaptive`: a step that does not lower the cost is refused and λ grows by `grow`; otherwise λ shrinks by `shrink`.
+    """
+
+    damping: float = 1e-3
+    step_size: float = 1.0
+    offset: float = 0.0
+    adaptive: bool = False
+    grow: float = 4.0
+    shrink: float = 1 / 3
+
+    def __post_init__(self):
+        if self.damping < 0 or self.step_size <= 0:
+            raise SolverError(
+                f"LevenbergMarquardt: damping={self.damping} must be ≥ 0 and step_size={self.step_size} > 0."
+            )
+
+    def init(self, problem: Problem, x: Points) -> State:
+        """Evaluate; every row starts with the same damping."""
+        cost, grad = problem.evaluate(x)
+        return State(cost, grad, (torch.full_like(cost.detach(), self.damping),))
+
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """One step; with fixed damping it is always taken."""
+        (damping,) = state.memory
+        trial = problem.project(x + self.step_size * self._direction(problem, x, state, damping))
+        cost, grad = problem.evaluate(trial)
+        if not self.adaptive:
+            return trial, State(cost, grad, (damping,))
+        taken = (cost < state.cost) & all_finite(cost, grad)
+        damping = torch.where(taken, damping * self.shrink, damping * self.grow).clamp(1e-12, 1e12)
+        assert state.grad is not None
+        now = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad), (damping,))
+        return choose(taken, trial, x), now
+
+    def _direction(self, problem: Problem, x: Points, state: State, damping: Rows) -> Points:
+        assert state.grad is not None
+        if isinstance(problem.objective, LeastSquaresObjective):
+            residual, jacobian = _linearise(problem, x, state.grad)
+            return damped_step(residual, jacobian, damping)
+        residual = self.offset + state.cost
+        squared = state.grad.square().sum(-1) + damping
+        return -(residual / squared.clamp_min(torch.finfo(x.dtype).tiny))[:, None] * state.grad
+
+
+@dataclass(frozen=True)
+class GaussNewton(Solver):
+    """Δ = −(JᵀJ)⁻¹Jᵀr on a `LeastSquaresObjective`, with the longest of `lengths` that lowers the cost, projected.
+
+    `ridge` × mean(diag JᵀJ) is added to the diagonal, so that a rank-deficient J is no failure.
+    """
+
+    lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0625)
+    ridge: float = 1e-10
+
+    def init(self, problem: Problem, x: Points) -> State:
+        """Evaluate."""
+        if not isinstance(problem.objective, LeastSquaresObjective):
+            raise SolverError(
+                f"GaussNewton needs residuals, but the objective is a {type(problem.objective).__name__}; "
+                "give a LeastSquaresObjective, or use ProjectedGradient or LevenbergMarquardt(offset=…)."
+            )
+        cost, grad = problem.evaluate(x)
+        return State(cost, grad)
+
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """One step, as long as the cost allows."""
+        assert state.grad is not None
+        residual, jacobian = _linearise(problem, x, state.grad)
+        ridge = self.ridge * jacobian.detach().square().sum((-1, -2)) / x.shape[-1]
+        direction = damped_step(residual, jacobian, ridge)
+        for length in self.lengths:
+            trial = problem.project(x + length * direction)
+            cost, grad = problem.evaluate(trial)
+            taken = (cost < state.cost) & all_finite(cost, grad)
+            x = choose(taken, trial, x)
+            assert state.grad is not None
+            state = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
+            direction = direction * ~taken[:, None]
+        return x, state
+
+
+def _linearise(problem: Problem, x: Points, grad: Points) -> tuple[Residuals, Tensor]:
+    """Residuals (B r) and their Jacobian (B r n), with the columns of held coordinates set to zero."""
+    assert isinstance(problem.objective, LeastSquaresObjective)
+    with torch.enable_grad():
+        point = x if problem.create_graph and x.requires_grad else x.detach().requires_grad_()
+        residual = problem.objective.residual(point)
+        jacobian = row_jacobian(residual, point, problem.create_graph)
+    if not problem.create_graph:
+        residual, jacobian = residual.detach(), jacobian.detach()
+    free = ~problem.box.held(x, grad.detach())
+    return residual, jacobian * free.unsqueeze(-2)
+
+
+def damped_step(residual: Residuals, jacobian: Tensor, damping: Rows) -> Points:
+    """−(JᵀJ + λI)⁻¹Jᵀr, by whichever of the n×n and the r×r system is the smaller."""
+    r, n = jacobian.shape[-2:]
+    transposed = jacobian.transpose(-1, -2)
+    wide = r < n
+    gram = jacobian @ transposed if wide else transposed @ jacobian
+    size = min(r, n)
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    floor = torch.finfo(gram.dtype).eps * gram.detach().diagonal(dim1=-1, dim2=-2).sum(-1)
+    tiny = torch.finfo(gram.dtype).tiny
+    cholesky, failed = torch.linalg.cholesky_ex(gram + (damping + floor + tiny)[:, None, None] * identity)
+    cholesky = torch.where((failed == 0)[:, None, None], cholesky, identity)
+    rhs = residual.unsqueeze(-1) if wide else transposed @ residual.unsqueeze(-1)
+    solved = torch.cholesky_solve(rhs, cholesky)
+    return -((transposed @ solved) if wide else solved).squeeze(-1)

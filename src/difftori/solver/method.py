@@ -1,0 +1,106 @@
+"""What a solver is: a first state and a step. Everything that solvers share is done for them in `solve`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.solver.box import Box
+from difftori.solver.compiled import compiled_value_and_grad, compiled_value_grad_hessian
+from difftori.solver.derivatives import costs_of_candidates, value_and_grad, value_grad_hessian
+from difftori.solver.objective import Objective
+from difftori.types import Hessians, Points, Rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call's objective and box, and how it is to be evaluated.
+
+    `create_graph`: steps must stay differentiable (unrolling). `generator`: randomness of sampling solvers.
+    `candidates` (K B n): points that sampling solvers score beside their own samples (TD-MPC's policy trajectories). `compile`: evaluations go through `torch.compile`.
+    """
+
+    objective: Objective
+    box: Box
+    create_graph: bool = False
+    generator: torch.Generator | None = None
+    candidates: Tensor | None = None
+    compile: bool = False
+
+    def evaluate(self, x: Points) -> tuple[Rows, Points]:
+        """Cost and gradient at x."""
+        if self.compile and not torch.compiler.is_compiling():
+            return compiled_value_and_grad(self.objective, x, self.create_graph)
+        return value_and_grad(self.objective, x, self.create_graph)
+
+    def curvature(self, x: Points) -> tuple[Rows, Points, Hessians]:
+        """Cost, gradient and dense Hessian at x."""
+        if self.compile and not self.create_graph:
+            return compiled_value_grad_hessian(self.objective, x)
+        return value_grad_hessian(self.objective, x, self.create_graph)
+
+    def score(self, candidates: Tensor) -> Tensor:
+        """Costs (K B) of candidates (K B n), without a gradient unless steps must be differentiable."""
+        with torch.set_grad_enabled(self.create_graph):
+            return costs_of_candidates(self.objective, candidates)
+
+    def project(self, x: Points) -> Points:
+        """The nearest point of the box."""
+        return self.box.project(x)
+
+    def with_graph(self) -> "Problem":
+        """The same problem with differentiable steps."""
+        return replace(self, create_graph=True)
+
+
+class State(NamedTuple):
+    """Where a solver stands at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first."""
+
+    cost: Rows
+    grad: Points | None
+    memory: tuple[Tensor, ...] = ()
+
+
+class Solver(ABC):
+    """An iteration on B independent problems. A concrete solver is a frozen dataclass: its fields are its configuration.
+
+    Steps never mix rows, never leave the box and never wait for the device. A solver knows nothing of how its solution
+    is differentiated: if `problem.create_graph` is set, `step` must simply be made of differentiable operations.
+    """
+
+    @abstractmethod
+    def init(self, problem: Problem, x: Points) -> State:
+        """The state at a first point inside the box."""
+
+    @abstractmethod
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """One iteration."""
+
+    def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """A last refinement after the iterations, outside the budget of steps; nothing by default."""
+        return x, state
+
+
+def rowwise(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (B) shaped to broadcast against a tensor that has rows first."""
+    return mask.view(-1, *(1,) * (like.dim() - 1))
+
+
+def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Row by row: `yes` where the mask (B) holds, else `no`."""
+    return torch.where(rowwise(mask, yes), yes, no)
+
+
+def choose_state(mask: Tensor, yes: State, no: State) -> State:
+    """The same for whole solver states."""
+    grad = None if yes.grad is None or no.grad is None else choose(mask, yes.grad, no.grad)
+    memory = tuple(choose(mask, a, b) for a, b in zip(yes.memory, no.memory, strict=True))
+    return State(torch.where(mask, yes.cost, no.cost), grad, memory)
+
+
+def all_finite(cost: Rows, grad: Points | None) -> Tensor:
+    """Which rows have a finite cost and gradient, (B)."""
+    finite = torch.isfinite(cost)
+    return finite if grad is None else finite & torch.isfinite(grad).all(-1)

@@ -1,0 +1,163 @@
+"""Newton's method on the free set, and the linear algebra that the implicit gradient shares with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.errors import SolverError
+from difftori.solver.derivatives import HessianProducts
+from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.types import Hessians, PointFlags, Points, RowFlags
+
+
+@dataclass(frozen=True)
+class Newton(Solver):
+    """x ← P(x − H⁻¹∇J) on the free set: the coordinates that the box does not hold (Bertsekas, 1982).
+
+    Each row takes the longest of `len(lengths)` step lengths that lowers its cost, or where rounding hides the
+    decrease, the one that lowers its projected gradient; otherwise it stays. `linear`: "dense" factorises the n×n
+    Hessian (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them.
+    `eigenvalue_floor`: curvatures below this share of the largest one are raised to it (and negative ones mirrored),
+    so that the step descends where the cost is not convex.
+    """
+
+    linear: Literal["dense", "cg"] = "dense"
+    products: int = 12
+    eigenvalue_floor: float = 1e-4
+    lengths: tuple[float, ...] = (1.0, 0.25)
+
+    def __post_init__(self):
+        check_linear("Newton", self.linear, self.products, self.eigenvalue_floor)
+
+    def init(self, problem: Problem, x: Points) -> State:
+        """Evaluate."""
+        cost, grad = problem.evaluate(x)
+        return State(cost, grad)
+
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """One safeguarded Newton step."""
+        direction = self._direction(problem, x)
+        for length in self.lengths:
+            trial = problem.project(x + length * direction)
+            cost, grad = problem.evaluate(trial)
+            taken = self._better(problem, x, state, trial, cost, grad)
+            now = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
+            x, state = choose(taken, trial, x), now
+            # A row that has moved, or cannot, keeps still for the shorter lengths.
+            direction = direction * ~taken[:, None]
+        return x, state
+
+    def _direction(self, problem: Problem, x: Points) -> Points:
+        if self.linear == "cg" and not problem.create_graph:
+            products = HessianProducts(problem.objective, x)
+            free = ~problem.box.held(x, products.grad)
+            return conjugate_gradient(products, -products.grad * free, free, self.products).solution
+        _, grad, hessian = problem.curvature(x)
+        free = ~problem.box.held(x, grad.detach())
+        factor = factorise(hessian, free, self.eigenvalue_floor)
+        return factor.solve(-grad * free)
+
+    @staticmethod
+    def _better(problem: Problem, x: Points, state: State, trial: Points, cost: Tensor, grad: Points) -> RowFlags:
+        assert state.grad is not None
+        noise = 8 * torch.finfo(x.dtype).eps * state.cost.abs()
+        calmer = problem.box.stationarity(trial, grad) < problem.box.stationarity(x, state.grad)
+        lower = cost < state.cost - noise
+        return (lower | ((cost <= state.cost + noise) & calmer)) & all_finite(cost, grad)
+
+
+class Factor(NamedTuple):
+    """A factorised free-set Hessian. `convex` (B): it was positive definite as it stood, without raising anything."""
+
+    cholesky: Hessians
+    free: PointFlags
+    convex: RowFlags
+
+    def solve(self, v: Points) -> Points:
+        """H⁻¹ v on the free set, zero on the held coordinates."""
+        v = v * self.free
+        return torch.cholesky_solve(v.unsqueeze(-1), self.cholesky).squeeze(-1) * self.free
+
+
+def factorise(hessian: Hessians, free: PointFlags, floor: float) -> Factor:
+    """Cholesky of the Hessian on the free set, after raising curvatures below `floor` × the largest one to it.
+
+    Held coordinates get a row and column of the identity. Only rows that need it pay for an eigendecomposition.
+    """
+    both = free.unsqueeze(-1) & free.unsqueeze(-2)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    matrix = torch.where(both, 0.5 * (hessian + hessian.transpose(-1, -2)), identity)
+    finite = torch.isfinite(matrix).flatten(1).all(-1)
+    matrix = torch.where(finite[:, None, None], matrix, identity)
+    free_part = torch.where(both, matrix, 0.0).detach()
+    # The largest eigenvalue lies between a symmetric matrix's largest entry and its largest row sum.
+    scale = free_part.abs().sum(-1).amax(-1)
+    _, failed = torch.linalg.cholesky_ex(matrix.detach() - (floor * scale)[:, None, None] * torch.where(both, identity, 0.0))
+    convex = (failed == 0) & finite
+    if not bool(convex.all()):
+        rows = (~convex & finite).nonzero().squeeze(-1)
+        matrix = matrix.index_add(0, rows, _raise_curvature(matrix.detach()[rows], both[rows], floor * scale[rows]))
+    cholesky, failed = torch.linalg.cholesky_ex(matrix)
+    # Rounding can still defeat a raised row (floor 0, float32): it takes a scaled gradient step and is flagged.
+    fallback = identity * scale.clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()[:, None, None]
+    cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback)
+    return Factor(cholesky, free, convex & (failed == 0))
+
+
+def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> Hessians:
+    """What to add so that every curvature λ of the free set becomes max(|λ|, floor)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = floor.clamp_min(torch.finfo(matrix.dtype).eps)
+    correction = torch.maximum(values.abs(), floor[:, None]) - values
+    return (vectors * correction.unsqueeze(-2)) @ vectors.transpose(-1, -2) * both
+
+
+class ConjugateGradientResult(NamedTuple):
+    """`solution` (B n); `residual` (B), relative to the right-hand side; `convex` (B): no negative curvature was met."""
+
+    solution: Points
+    residual: Tensor
+    convex: RowFlags
+
+
+def conjugate_gradient(
+    products: Callable[[Points], Points], rhs: Points, free: PointFlags, max_products: int
+) -> ConjugateGradientResult:
+    """Solve H w = rhs on the free set, all rows at once; a row stops at negative curvature with what it has by then.
+
+    Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the safeguard
+    for rows that are no strict minimum (Steihaug, 1983).
+    """
+    w, residual = torch.zeros_like(rhs), rhs * free
+    direction, size = residual, residual.square().sum(-1)
+    goal = (10 * torch.finfo(rhs.dtype).eps) ** 2 * size
+    active, convex = size > 0, torch.ones_like(size, dtype=torch.bool)
+    for _ in range(max_products):
+        if not bool(active.any()):
+            break
+        image = products(direction) * free
+        curvature = (direction * image).sum(-1)
+        positive = curvature > 0
+        convex = convex & (positive | ~active)
+        active = active & positive
+        length = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)[:, None]
+        w, residual = w + length * direction, residual - length * image
+        new_size = residual.square().sum(-1)
+        ratio = torch.where(active, new_size / torch.where(size > 0, size, 1.0), 0.0)
+        direction, size = residual + ratio[:, None] * direction, new_size
+        active = active & (size > goal)
+    start = rhs.square().sum(-1)
+    return ConjugateGradientResult(w, (size / torch.where(start > 0, start, 1.0)).sqrt(), convex)
+
+
+def check_linear(owner: str, linear: str, products: int, eigenvalue_floor: float) -> None:
+    """Refuse settings that no linear solve understands."""
+    if linear not in ("dense", "cg"):
+        raise SolverError(f'{owner}: linear={linear!r} is unknown; use "dense" or "cg".')
+    if products < 1:
+        raise SolverError(f"{owner}: products={products} leaves no Hessian-vector product; use at least 1.")
+    if not 0 <= eigenvalue_floor < 1:
+        raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} must lie in [0, 1).")

@@ -1,0 +1,103 @@
+"""What is minimised: B independent problems over x (B n), one cost per row."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ShapeError
+from difftori.types import Actions, Plans, Points, Residuals, Rows, States
+
+RowSelection = Tensor
+
+
+class Objective(ABC):
+    """B independent minimisation problems. Cost is minimised, so a return G enters as cost = −G.
+
+    Gradients of a solution flow into every tensor that `cost` uses: parameters, an encoded state, anything.
+    """
+
+    @abstractmethod
+    def cost(self, x: Points) -> Rows:
+        """One cost per row, (B n) → (B). Row i may depend on row i of x only."""
+
+    def select(self, rows: RowSelection) -> "Objective | None":
+        """The same objective on some rows (indices), or None where the objective cannot be split.
+
+        An objective that can keeps a row of NaN from touching the others' parameter gradients, and lets a solver stop
+        working on rows that have converged.
+        """
+        return None
+
+
+class FunctionObjective(Objective):
+    """A plain callable (B n) → (B) as an objective."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+
+    def cost(self, x: Points) -> Rows:
+        """The callable's value."""
+        return self.function(x)
+
+
+class LeastSquaresObjective(Objective):
+    """cost = ½‖residual(x)‖², for Gauss–Newton and Levenberg–Marquardt."""
+
+    @abstractmethod
+    def residual(self, x: Points) -> Residuals:
+        """r residuals per row, (B n) → (B r)."""
+
+    def cost(self, x: Points) -> Rows:
+        """Half the sum of squared residuals."""
+        return 0.5 * self.residual(x).square().sum(-1)
+
+
+class TrajectoryObjective(Objective):
+    """Single shooting: Σ_{t<H} γ^t c(s_t, a_t) + γ^H c_H(s_H) with s_{t+1} = next(s_t, a_t), over x = (a_0 … a_{H−1}).
+
+    `state` (B S) is the start, `horizon` H, `action_dim` A, so n = H·A. The model is unrolled inside the cost, so it is
+    no constraint, and any solver applies; `ILQR` also uses the structure.
+    """
+
+    state: Tensor
+    horizon: int
+    action_dim: int
+    discount: float
+
+    @abstractmethod
+    def next(self, state: States, action: Actions) -> States:
+        """The state one step later."""
+
+    @abstractmethod
+    def stage_cost(self, state: States, action: Actions) -> Rows:
+        """Cost of one step, undiscounted."""
+
+    @abstractmethod
+    def terminal_cost(self, state: States) -> Rows:
+        """Cost of the last state, undiscounted."""
+
+    def plan(self, x: Points) -> Plans:
+        """x (B n) as actions (B H A)."""
+        return x.unflatten(-1, (self.horizon, self.action_dim))
+
+    def cost(self, x: Points) -> Rows:
+        """The discounted sum over the rollout."""
+        state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
+        for action in self.plan(x).unbind(-2):
+            total = total + weight * self.stage_cost(state, action)
+            state = self.next(state, action)
+            weight = weight * self.discount
+        return total + weight * self.terminal_cost(state)
+
+
+def as_objective(objective: "Objective | Callable[[Tensor], Tensor]") -> Objective:
+    """An `Objective` as it is; any other callable wrapped."""
+    if isinstance(objective, Objective):
+        return objective
+    if callable(objective):
+        return FunctionObjective(objective)
+    raise ShapeError(
+        f"solve: the objective is a {type(objective).__name__}; give an Objective or a callable from x (B n) to cost (B)."
+    )

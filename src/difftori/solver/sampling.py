@@ -1,0 +1,99 @@
+"""Solvers that only evaluate the cost: the cross-entropy method and TD-MPC's MPPI.
+
+All rows share one set of random numbers, so that a row's solution does not depend on which other rows are solved with it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difftori.errors import SolverError
+from difftori.solver.method import Problem, Solver, State
+from difftori.types import Points
+
+
+@dataclass(frozen=True)
+class CEM(Solver):
+    """The cross-entropy method: sample around the mean, refit mean and spread to the best (Rubinstein, 1999).
+
+    `samples` K points a step, of which `elites` are kept; `std` is the first spread, in units of x, and `min_std` its floor.
+    """
+
+    samples: int = 512
+    elites: int = 64
+    std: float = 0.5
+    min_std: float = 0.01
+
+    def __post_init__(self):
+        _check_counts("CEM", self.samples, self.elites)
+
+    def init(self, problem: Problem, x: Points) -> State:
+        """Score the first mean."""
+        return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std),))
+
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """Sample, keep the elites, refit."""
+        (std,) = state.memory
+        elites, _ = _elites(problem, x, std, self.samples, self.elites)
+        mean = elites.mean(1)
+        std = (elites - mean.unsqueeze(1)).square().mean(1).sqrt().clamp_min(self.min_std)
+        return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std,))
+
+
+@dataclass(frozen=True)
+class MPPI(Solver):
+    """Model predictive path integral control as TD-MPC runs it (Hansen et al., 2022): refit to elites weighted by return.
+
+    Per step `samples` points, plus `solve(..., candidates=)` (TD-MPC's 25 policy trajectories); the `elites` best are
+    weighted by exp(`temperature` × (return − best return)); the mean moves by 1 − `momentum` towards their weighted mean;
+    their weighted spread, between `min_std` and `std`, is the next one's. After solving, `solution.state.memory` holds
+    (std (B n), elites (B E n), weights (B E)), from which TD-MPC samples the plan that it executes.
+    """
+
+    samples: int = 512
+    elites: int = 64
+    temperature: float = 0.5
+    momentum: float = 0.1
+    std: float = 2.0
+    min_std: float = 0.05
+
+    def __post_init__(self):
+        _check_counts("MPPI", self.samples, self.elites)
+
+    def init(self, problem: Problem, x: Points) -> State:
+        """Score the first mean."""
+        elites = x.detach().unsqueeze(1).repeat(1, self.elites, 1)
+        weights = x.new_full((x.shape[0], self.elites), 1.0 / self.elites)
+        return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std), elites, weights))
+
+    def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
+        """Sample, weight the elites, refit."""
+        elites, costs = _elites(problem, x, state.memory[0], self.samples, self.elites)
+        weights = torch.softmax(-self.temperature * costs, dim=1)
+        mean = (weights.unsqueeze(-1) * elites).sum(1)
+        variance = (weights.unsqueeze(-1) * (elites - mean.unsqueeze(1)).square()).sum(1)
+        std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp(self.min_std, self.std)
+        mean = self.momentum * x + (1 - self.momentum) * mean
+        return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std, elites, weights))
+
+
+def _elites(problem: Problem, mean: Points, std: Points, samples: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of the samples and the given candidates: points (B E n) and their costs (B E)."""
+    noise = torch.randn(
+        samples, 1, mean.shape[-1], generator=problem.generator, dtype=mean.dtype, device=mean.device
+    )
+    points = problem.project(mean + std * noise)
+    if problem.candidates is not None:
+        points = torch.cat([points, problem.project(problem.candidates)])
+    costs = problem.score(points)
+    # A sample of infinite or undefined cost is no candidate.
+    costs = torch.where(torch.isfinite(costs), costs, torch.finfo(costs.dtype).max)
+    best_costs, index = costs.topk(count, dim=0, largest=False)
+    best = points.gather(0, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    return best.movedim(0, 1), best_costs.movedim(0, 1)
+
+
+def _check_counts(owner: str, samples: int, elites: int) -> None:
+    if not 1 <= elites <= samples:
+        raise SolverError(f"{owner}: elites={elites} must lie between 1 and samples={samples}.")

@@ -1,0 +1,85 @@
+"""What `solve` returns."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+from difftori.solver.adjoint import Differentiated, Implicit
+from difftori.solver.method import Problem, State
+from difftori.types import Points, RowCounts, RowFlags, Rows
+
+
+class Status(IntEnum):
+    """How a row ended."""
+
+    CONVERGED = 0
+    """The projected gradient is within the tolerance."""
+    MAX_STEPS = 1
+    """The budget ended first. Usual, and harmless, for short solves."""
+    NON_FINITE = 2
+    """NaN or Inf in the cost or its gradient: x is the last good iterate (or the start), not a solution."""
+    NOT_A_MINIMUM = 3
+    """The Hessian on the free set, where an adjoint or solver looked at it, is not positive definite."""
+
+
+class History(NamedTuple):
+    """Every iterate (k B n) and its cost (k B), the start first."""
+
+    x: Tensor
+    cost: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a solve, row by row.
+
+    `x` (B n) is differentiable as its adjoint says; everything else is detached. `cost` (B) at x; `steps` (B) until the
+    row converged or the budget ended; `status` (B), values of `Status`. `state` is the solver's own, for those who know it.
+    """
+
+    x: Points
+    cost: Rows
+    steps: RowCounts
+    status: RowCounts
+    history: History | None
+    state: State
+    problem: Problem
+    differentiated: Differentiated
+    stationarity: Rows | None
+
+    @cached_property
+    def grad_norm(self) -> Rows:
+        """Largest coordinate of the projected gradient x − P(x − ∇J), (B): zero at a first-order point.
+
+        Computed at the first look where the solver (CEM, MPPI) uses no gradients.
+        """
+        if self.stationarity is not None:
+            return self.stationarity
+        _, grad = self.problem.evaluate(self.x.detach())
+        return self.problem.box.stationarity(self.x.detach(), grad)
+
+    @cached_property
+    def gradient_valid(self) -> RowFlags:
+        """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
+
+        The row is finite, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
+        than 1e-2 of its range (of 1 where the box is open). The Hessian is at hand after `Implicit("dense")`; otherwise
+        the first look at this property computes it, at the price of n batched Hessian-vector products.
+        """
+        convex, step = self.differentiated.convex, self.differentiated.newton_step
+        x = self.x.detach()
+        if convex is None or step is None:
+            factor, grad = Implicit().factor(self.problem, x)
+            convex, step = factor.convex, factor.solve(grad).abs().amax(-1)
+        width = self.problem.box.width(x)
+        room = width.clamp_max(2.0).amin(-1) / 2.0
+        return convex & (step <= 2e-2 * room) & (self.status != Status.NON_FINITE)
+
+    @property
+    def converged(self) -> RowFlags:
+        """Which rows reached the tolerance, (B)."""
+        return self.status == Status.CONVERGED
+

@@ -1,0 +1,269 @@
+"""`solve`: run a solver on a batch of independent problems and differentiate the result as an adjoint says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
+from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
+from difftori.solver.box import UNBOUNDED, Box
+from difftori.solver.compiled import compiled_steps
+from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
+from difftori.solver.objective import Objective, as_objective
+from difftori.solver.projected_gradient import ProjectedGradient
+from difftori.solver.solution import History, Solution, Status
+from difftori.types import Points, RowCounts, RowFlags, Rows
+
+
+def solve(
+    objective: Objective | Callable[[Tensor], Tensor],
+    x0: Points,
+    *,
+    solver: Solver | None = None,
+    adjoint: Adjoint | None = None,
+    box: Box | None = None,
+    max_steps: int = 100,
+    tolerance: float | None = None,
+    keep: Literal["best", "last"] = "best",
+    candidates: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    history: bool = False,
+    throw: bool = False,
+    compile: bool = False,
+) -> Solution:
+    """Minimise B independent problems from x0 (B n) inside a box.
+
+        x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high
+
+    Rows never interact, NaN or Inf in one leaves the others as they are, and how each ended is in `Solution.status`.
+    Under `torch.no_grad()`, or where nothing that the objective uses requires a gradient, no graph is built.
+
+    Args:
+        objective: an `Objective`, or a callable from x (B n) to the cost (B). Gradients of the solution flow into every
+            tensor it uses.
+        x0: the start, (B n), floating point, inside the box.
+        solver: `ProjectedGradient()` unless given.
+        adjoint: how x is differentiated; `Implicit()` unless given.
+        box: bounds; none unless given.
+        max_steps: steps per row at most. One step is one evaluation of cost and gradient for the first-order solvers.
+        tolerance: a row has converged when no coordinate of its projected gradient is larger; 1e-5 in float32 and 1e-9
+            in float64, relative to 1 + the largest coordinate of the first gradient, unless given.
+        keep: return each row's iterate of lowest cost, or its last.
+        candidates: (K B n), points that CEM and MPPI score beside their own samples.
+        generator: randomness of CEM and MPPI.
+        history: record every iterate in `Solution.history`.
+        throw: raise instead of reporting when a row is not finite.
+        compile: run the steps through `torch.compile` (the first call of each shape takes up to a minute).
+
+    Raises:
+        ShapeError, BoxError, ObjectiveError, SolverError: wrong input, before anything is computed with it.
+        NonFiniteError: only with `throw`.
+    """
+    objective, box = as_objective(objective), _checked_input(x0, box, max_steps, keep, candidates)
+    solver = ProjectedGradient() if solver is None else solver
+    adjoint = Implicit() if adjoint is None else adjoint
+    if not torch.is_grad_enabled():
+        adjoint = Detached()
+    start = box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
+    problem = Problem(objective, box, False, generator, candidates, compile)
+    run = _Run(problem, solver, start, tolerance, keep, history)
+    differentiated = adjoint.apply(run.iterate, problem, max_steps)
+    progress: _Progress = differentiated.iterates.progress
+    status = progress.status(torch.isnan(x0).any(-1), differentiated.convex)
+    if throw and bool((status == Status.NON_FINITE).any()):
+        rows = (status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
+        raise NonFiniteError(
+            f"solve: NaN or Inf in the cost or gradient of rows {rows[:8]} (of {len(status)}); "
+            "look at what the objective closes over there, or solve with throw=False and read Solution.status."
+        )
+    return Solution(
+        x=differentiated.x,
+        cost=progress.best_cost.detach(),
+        steps=progress.steps,
+        status=status,
+        history=run.recorded(),
+        state=progress.state,
+        problem=problem,
+        differentiated=differentiated,
+        stationarity=None if progress.state.grad is None else progress.best_norm.detach(),
+    )
+
+
+@dataclass
+class _Progress:
+    """Everything an iteration carries from step to step, per row."""
+
+    x: Points
+    state: State
+    best_x: Points
+    best_cost: Rows
+    best_norm: Rows
+    done: RowFlags
+    failed: RowFlags
+    steps: RowCounts
+    goal: Rows
+
+    def status(self, bad_start: RowFlags, convex: RowFlags | None) -> RowCounts:
+        status = torch.where(self.best_norm <= self.goal, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        if convex is not None:
+            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
+        unsound = self.failed | bad_start | ~torch.isfinite(self.best_cost)
+        return torch.where(unsound, int(Status.NON_FINITE), status)
+
+
+def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
+    """A lower cost; or, where rounding hides the difference, a smaller projected gradient."""
+    best = progress.best_cost.detach()
+    noise = 8 * torch.finfo(cost.dtype).eps * best.abs()
+    return (cost < best - noise) | ((cost <= best + noise) & (norm <= progress.best_norm))
+
+
+class _Run:
+    """One call's iteration, offered to the adjoint as `iterate`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        x0: Points,
+        tolerance: float | None,
+        keep: str,
+        history: bool,
+    ):
+        self.problem, self.solver, self.x0 = problem, solver, x0
+        self.tolerance, self.keep = tolerance, keep
+        self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
+
+    def iterate(self, steps: int, differentiable: bool, progress: _Progress | None) -> Iterates:
+        """Go on for `steps` steps, with or without a graph."""
+        with torch.set_grad_enabled(differentiable):
+            problem = self.problem.with_graph() if differentiable else self.problem
+            if progress is None:
+                progress = self._begin(problem)
+            elif differentiable:
+                progress = self._resume(problem, progress)
+            if problem.compile and self.history is None:
+                self._compiled(problem, progress, steps)
+            else:
+                for _ in range(steps):
+                    if bool((progress.done | progress.failed).all()):
+                        break
+                    self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
+            x, state = self.solver.finish(problem, progress.x, progress.state)
+            if state is not progress.state:
+                self._advance(progress, x, state, counts=False, past_done=True)
+        x = progress.best_x if self.keep == "best" else progress.x
+        if self.keep == "last":
+            progress.best_cost, progress.best_norm = progress.state.cost, self._norm(progress.x, progress.state)
+        usable = torch.isfinite(progress.best_cost.detach()) & torch.isfinite(x.detach()).all(-1)
+        return Iterates(x, usable, progress)
+
+    def recorded(self) -> History | None:
+        """The iterates so far, if they were asked for."""
+        if self.history is None:
+            return None
+        return History(torch.stack([x for x, _ in self.history]), torch.stack([cost for _, cost in self.history]))
+
+    def _begin(self, problem: Problem) -> _Progress:
+        x = self.x0 if problem.create_graph else self.x0.detach()
+        state = self.solver.init(problem, x)
+        norm = self._norm(x, state)
+        failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
+        tolerance = (1e-9 if x.dtype == torch.float64 else 1e-5) if self.tolerance is None else self.tolerance
+        scale = torch.zeros_like(norm) if state.grad is None else state.grad.detach().abs().amax(-1)
+        goal = tolerance * (1 + scale if self.tolerance is None else torch.ones_like(scale))
+        self._record(x, state.cost)
+        steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        return _Progress(x, state, x, state.cost, norm, norm <= goal, failed, steps, goal)
+
+    def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
+        """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
+        for a row that stood still would have no derivative.
+        """
+        x = progress.x.detach()
+        cost, grad = progress.state.cost, progress.state.grad
+        if grad is not None:
+            cost, grad = problem.evaluate(x)
+        state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
+        done = torch.zeros_like(progress.done)
+        # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
+        return _Progress(
+            x, state, x, cost, self._norm(x, state), done, progress.failed, progress.steps, progress.goal
+        )
+
+    def _advance(
+        self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
+    ) -> None:
+        """Take a step's result for the rows still at work, and keep the best."""
+        finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
+        working = ~progress.failed if past_done else ~(progress.done | progress.failed)
+        moved = working & finite
+        progress.failed = progress.failed | (working & ~finite)
+        progress.x = choose(moved, x, progress.x)
+        progress.state = choose_state(moved, state, progress.state)
+        norm = self._norm(progress.x, progress.state)
+        better = moved & _improves(progress.state.cost.detach(), norm, progress)
+        progress.best_x = choose(better, progress.x, progress.best_x)
+        progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
+        progress.best_norm = torch.where(better, norm, progress.best_norm)
+        progress.done = progress.done | (norm <= progress.goal)
+        if counts:
+            progress.steps = progress.steps + working
+        self._record(progress.x, progress.state.cost)
+
+    def _compiled(self, problem: Problem, progress: _Progress, steps: int) -> None:
+        """All the steps in compiled chunks of a fixed length; only chunk ends are looked at."""
+        taken = 0
+        while taken < steps and not bool((progress.done | progress.failed).all()):
+            chunk = min(_CHUNK, steps - taken)
+            x, state = compiled_steps(self.solver, problem, progress.x, progress.state, chunk)
+            working = ~(progress.done | progress.failed)
+            self._advance(progress, x, state, counts=False)
+            progress.steps = progress.steps + chunk * working
+            taken += chunk
+
+    def _norm(self, x: Points, state: State) -> Rows:
+        if state.grad is None:
+            return torch.full_like(state.cost.detach(), float("inf"))
+        return self.problem.box.stationarity(x.detach(), state.grad.detach())
+
+    def _record(self, x: Points, cost: Rows) -> None:
+        if self.history is not None:
+            self.history.append((x.detach(), cost.detach()))
+
+
+_CHUNK = 5
+
+
+def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candidates: Tensor | None) -> Box:
+    """The box with bounds shaped for x0, after every check that needs no evaluation."""
+    if x0.dim() != 2 or x0.shape[1] == 0:
+        raise ShapeError(
+            f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
+            "(one problem: x0[None])."
+        )
+    if not x0.is_floating_point():
+        raise ShapeError(f"solve: x0 has dtype {x0.dtype}; give a floating-point start, such as x0.float().")
+    if max_steps < 0:
+        raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
+    if keep not in ("best", "last"):
+        raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
+    if candidates is not None and candidates.shape[1:] != x0.shape:
+        raise ShapeError(
+            f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
+        )
+    bounds = (UNBOUNDED if box is None else box).to(x0)
+    slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
+    outside = ~(bounds.contains(x0.detach(), slack) | torch.isnan(x0.detach()))
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise BoxError(
+            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box; "
+            "start inside it, for example from box.project(x0)."
+        )
+    return bounds
+
+
