@@ -1,11 +1,22 @@
 """difftori: policies that are optimisers. Differentiable trajectory optimisation for PyTorch.
 
-`difftori.solver` differentiates through the optimum of any batch of cost functions; `plan` is its door for control;
-`difftori.policies` and the command line put it to work in imitation learning.
+`difftori.solver` differentiates through the optimum of any batch of cost functions; `difftori.plan` is its door for
+control; `difftori.policies` and the command line put it to work in imitation learning.
 """
 
-from difftori.planning import EnergyObjective, Plan, Planner, ReturnObjective, plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from difftori.planning import EnergyObjective, Plan, Planner, ReturnObjective, plan
 
 __version__ = "0.1.0"
 
 __all__ = ["EnergyObjective", "Plan", "Planner", "ReturnObjective", "__version__", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of `difftori.planning`, loaded at their first use: `difftori --help` need not wait for torch."""
+    if name in __all__:
+        return getattr(import_module("difftori.planning"), name)
+    raise AttributeError(f"module 'difftori' has no attribute {name!r}")

@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
@@ -17,19 +17,23 @@ class PolicyConfig(BaseModel):
     The learning settings that trainers read stand here, so that each policy can carry its source's defaults.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    optimizer: str = "adam"
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
     """`adam`, `adamw` or `rmsprop`."""
-    lr: float = 1e-3
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Learning rate."""
-    weight_decay: float = 0.0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls to zero over the epochs."""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled for adamw."""
-    epochs: int = 250
+    rmsprop_alpha: float = Field(0.99, ge=0, lt=1)
+    """Memory of rmsprop's squared gradients."""
+    epochs: int = Field(250, ge=1)
     """Passes over the training set."""
-    batch_size: int = 32
+    batch_size: int = Field(32, ge=1)
     """Demonstrations per update."""
-    clip_norm: float = 10.0
+    clip_norm: float = Field(10.0, ge=0, allow_inf_nan=False)
     """Gradients longer than this are shortened to it; 0 switches clipping off."""
 
 

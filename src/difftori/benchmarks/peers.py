@@ -1,0 +1,196 @@
+"""Adapters to the peers, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
+
+Nothing here is imported by the library proper, and the peers are imported inside functions only: `make peers` installs
+them. Each adapter gives the peer its own recommended settings; what differs from them is said where it differs.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from difftori.benchmarks.pendulum import TIME_STEP, TORQUE, pendulum_next
+from difftori.errors import MissingExtraError
+from difftori.types import Actions, Points, Rows, States
+
+ContextCost = Callable[[Tensor, Tensor], Tensor]
+"""(x: (B n), context: (B Z)) -> cost (B). The context is passed, not captured: Theseus maps over rows one by one."""
+
+_NEVER = -1.0
+
+
+def _theseus() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import theseus
+    except ImportError as missing:
+        raise MissingExtraError(f"Theseus is not installed ({missing}): run `make peers`.") from missing
+    return theseus
+
+
+def theseus_lm(
+    cost: ContextCost,
+    x0: Points,
+    context: Float[Tensor, "B Z"],
+    *,
+    iterations: int = 100,
+    step_size: float = 1e-4,
+    damping: float = 1e-3,
+    offset: float = 1000.0,
+    truncated_steps: int | None = 5,
+    autograd_mode: str | None = None,
+) -> Points:
+    """Theseus' LevenbergMarquardt with CholeskyDenseSolver on one scalar residual per row, as the release uses it.
+
+    Minimises ½ r², r = offset + cost = offset − G, with damping λI that is never adapted, from x0. The last
+    `truncated_steps` iterations are differentiated by unrolling, with respect to `context` and to whatever `cost`
+    captures; None solves without any graph. The tolerances are set so that it never stops early. `autograd_mode` is
+    Theseus' own: its default "vmap", except for a single row, where "dense" is the faster.
+    """
+    autograd_mode = autograd_mode or ("dense" if x0.shape[0] == 1 else "vmap")
+    th = _theseus()
+    variable = th.Vector(tensor=x0.detach().clone(), name="x")
+    auxiliary = th.Variable(context, name="context")
+
+    def residual(optim_vars, aux_vars) -> Tensor:
+        return (offset + cost(optim_vars[0].tensor, aux_vars[0].tensor)).unsqueeze(-1)
+
+    objective = th.Objective(dtype=x0.dtype)
+    weight = th.ScaleCostWeight(x0.new_ones(1, 1))
+    objective.add(
+        th.AutoDiffCostFunction([variable], residual, 1, weight, [auxiliary], autograd_mode=autograd_mode)
+    )
+    optimizer = th.LevenbergMarquardt(
+        objective,
+        linear_solver_cls=th.CholeskyDenseSolver,
+        max_iterations=iterations,
+        step_size=step_size,
+        abs_err_tolerance=_NEVER,
+        rel_err_tolerance=_NEVER,
+    )
+    layer = th.TheseusLayer(optimizer)
+    inputs = {"x": x0.detach().clone(), "context": context}
+    if truncated_steps is None:
+        with torch.no_grad():
+            values, _ = layer.forward(inputs, optimizer_kwargs={"damping": damping})
+    else:
+        options = {"damping": damping, "backward_mode": "truncated", "backward_num_iterations": truncated_steps}
+        values, _ = layer.forward(inputs, optimizer_kwargs=options)
+    return values["x"]
+
+
+def theseus_lm_flattened(
+    cost: ContextCost,
+    x0: Points,
+    context: Float[Tensor, "B Z"],
+    *,
+    iterations: int = 100,
+    step_size: float = 3e-5,
+    damping: float = 0.01,
+    offset: float = 1000.0,
+    truncated_steps: int | None = 5,
+) -> Points:
+    """The imitation release's way: the whole batch as ONE problem of B·n variables with residual mean(offset − f).
+
+    So each iteration factorises a (B·n)×(B·n) matrix, and rows are coupled through ‖g‖².
+    """
+    rows, n = x0.shape
+
+    def mean_cost(x: Tensor, flat_context: Tensor) -> Rows:
+        return cost(x.reshape(rows, n), flat_context.reshape(rows, -1)).mean().reshape(1)
+
+    solution = theseus_lm(
+        mean_cost,
+        x0.reshape(1, rows * n),
+        context.reshape(1, -1),
+        iterations=iterations,
+        step_size=step_size,
+        damping=damping,
+        offset=offset,
+        truncated_steps=truncated_steps,
+    )
+    return solution.reshape(rows, n)
+
+
+def _mpc() -> ModuleType:
+    """mpc.pytorch's module, with the one function mended that today's torch refuses (a mask of bytes)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mpc import mpc, util
+    except ImportError as missing:
+        raise MissingExtraError(f"mpc.pytorch is not installed ({missing}): run `make peers`.") from missing
+    util.bdiag = torch.diag_embed
+    return mpc
+
+
+class _PendulumDynamics(nn.Module):
+    """The pendulum as mpc.pytorch wants dynamics: a module, with its Jacobian for GradMethods.ANALYTIC."""
+
+    def __init__(self, parameters: Tensor):
+        super().__init__()
+        self.per_row = parameters
+
+    def _rows(self, state: Tensor) -> Tensor:
+        return self.per_row.repeat(state.shape[0] // self.per_row.shape[0], 1)
+
+    def forward(self, state: States, action: Actions) -> States:
+        return pendulum_next(state, action, self._rows(state))
+
+    def grad_input(self, state: States, action: Actions) -> tuple[Tensor, Tensor]:
+        """∂next/∂state (B 3 3) and ∂next/∂action (B 3 1)."""
+        gravity, mass, length = self._rows(state).unbind(-1)
+        cos, sin, _ = state.unbind(-1)
+        following = self.forward(state, action)
+        square = cos.square() + sin.square()
+        zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+        speed = torch.stack([zero, TIME_STEP * 1.5 * gravity / length, one, TIME_STEP * 3.0 / (mass * length**2)], -1)
+        angle = torch.stack([-sin / square, cos / square, zero, zero], -1) + TIME_STEP * speed
+        jacobian = torch.stack([-following[:, 1:2] * angle, following[:, :1] * angle, speed], 1)
+        return jacobian[:, :, :3], jacobian[:, :, 3:]
+
+
+def mpc_pendulum(
+    start: States,
+    parameters: Float[Tensor, "B 3"],
+    quadratic: Float[Tensor, "4 4"],
+    linear: Float[Tensor, "4"],
+    *,
+    horizon: int = 20,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    analytic: bool = False,
+) -> Points:
+    """mpc.pytorch's box-constrained iLQR on the pendulum, |u| ≤ 2: torques (B H), differentiable in all arguments.
+
+    Settings as in its own pendulum example (50 iterations, decay .2, at most 5 line-search steps, tolerance 1e-3 of
+    PendulumDx), Jacobians by autograd as there or, with `analytic`, given. Rows are differentiated converged or not.
+    """
+    mpc = _mpc()
+    rows = start.shape[0]
+    controller = mpc.MPC(
+        3,
+        1,
+        horizon,
+        u_lower=-TORQUE,
+        u_upper=TORQUE,
+        lqr_iter=iterations,
+        grad_method=mpc.GradMethods.ANALYTIC if analytic else mpc.GradMethods.AUTO_DIFF,
+        verbose=-1,
+        eps=tolerance,
+        n_batch=rows,
+        linesearch_decay=0.2,
+        max_linesearch_iter=5,
+        exit_unconverged=False,
+        detach_unconverged=False,
+    )
+    cost = mpc.QuadCost(quadratic.expand(horizon, rows, 4, 4), linear.expand(horizon, rows, 4))
+    with contextlib.redirect_stdout(io.StringIO()):  # its warnings are prints
+        _, torques, _ = controller(start, cost, _PendulumDynamics(parameters))
+    return torques.squeeze(-1).transpose(0, 1)

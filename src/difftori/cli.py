@@ -1,0 +1,264 @@
+"""The command line: `difftori train`, `eval`, `study`, `bench`.
+
+Nothing heavy is imported before a command is known to need it, so that `--help` and `--version` answer at once.
+Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130 and 143 after SIGINT and SIGTERM.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from difftori import __version__
+from difftori.components import find_module, module_names, suggest
+from difftori.errors import ConfigError, DifftoriError
+
+_USAGE = """usage: difftori COMMAND …
+
+  train POLICY [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation
+  train --resume RUN            go on with a run that was interrupted
+  eval RUN [--episodes N]       execute a trained policy and measure it
+  study NAME …                  make a table or figure of the paper anew
+  bench NAME …                  measure speed and precision
+  --version, --help
+
+`difftori COMMAND --help` tells more. DIFFTORI_DEBUG=1 shows where an error came from.
+"""
+_TRAIN_OPTIONS = {"out", "config", "resume", "quiet", "help"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. Errors raised on purpose become a message, not a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # out-of-tree components lie where the user works
+    logging.basicConfig(format="difftori: %(message)s", level=logging.WARNING)
+    try:
+        return _dispatch(words)
+    except ConfigError as error:
+        _complain(error.faults)
+        return _status(error, 2)
+    except DifftoriError as error:
+        _complain([str(error)])
+        return _status(error, 1)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        _complain(["interrupted"])
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h"):
+        print(_USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"difftori {__version__}")
+        return 0
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "eval": _eval,
+        "study": lambda rest: _module_command("study", "difftori.studies", rest),
+        "bench": lambda rest: _module_command("bench", "difftori.benchmarks", rest),
+    }
+    if words[0] not in commands:
+        raise ConfigError([f"{words[0]!r} is not a command{suggest(words[0], commands)}; see difftori --help"])
+    commands[words[0]](words[1:])
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    from difftori.training.config import TrainConfig
+    from difftori.training.options import read_tokens
+
+    named = bool(words) and not words[0].startswith("-")
+    policy = words[0] if named else None
+    options = read_tokens(["--help" if word == "-h" else word for word in words[named:]])
+    own = {name: options.pop(name) for name in _TRAIN_OPTIONS & options.keys()}
+    if "help" in own:
+        _train_help(policy)
+        return
+    faults = [f"--{name}: needs one value" for name, given in own.items() if name != "quiet" and len(given) != 1]
+    if own.get("quiet"):
+        faults.append(f"--quiet: takes no value, not {' '.join(own['quiet'])}")
+    if "resume" in own and (policy or options or own.keys() - {"resume", "quiet"}):
+        faults.append("--resume: takes the whole configuration from the run; give nothing else beside it")
+    if faults:
+        raise ConfigError(faults)
+    config: TrainConfig
+    if "resume" in own:
+        out = Path(own["resume"][0])
+        config = _resumed(out)
+    else:
+        config = _configured(policy, own.get("config"), options)
+        name = f"{config.policy}-{config.env}-{config.seed}".replace(":", ".")
+        out = Path(own["out"][0]) if "out" in own else Path("runs") / name
+    _run_training(config, out, progress="quiet" not in own)
+
+
+def _run_training(config: Any, out: Path, *, progress: bool) -> None:
+    from difftori.training.il import train
+
+    summary = train(config, out, progress=progress)
+    _print_table(f"{config.policy} on {config.env}: {out}", _side_by_side(summary))
+
+
+def _resumed(run_dir: Path) -> Any:
+    from difftori.training.config import parse_config
+    from difftori.training.records import read_config
+
+    return parse_config(read_config(run_dir))
+
+
+def _configured(policy: str | None, file: list[str] | None, options: Mapping[str, list[str]]) -> Any:
+    """The file's values with the command line's laid over them."""
+    from difftori.components import find_policy
+    from difftori.interfaces import PolicyConfig
+    from difftori.training.config import TrainConfig, parse_config, read_yaml
+    from difftori.training.options import overlay
+
+    values = read_yaml(Path(file[0])) if file else {}
+    if policy is not None:
+        values["policy"] = policy
+    if "policy" not in values:
+        raise ConfigError([f"policy: none given; write difftori train POLICY{_known_policies()}"])
+    settings_type = PolicyConfig
+    if isinstance(values["policy"], str):
+        try:
+            settings_type = find_policy(values["policy"]).Config
+        except ConfigError:
+            pass  # `parse_config` reports it, together with the other faults
+    return parse_config(overlay(values, options, TrainConfig[settings_type]), also=_TRAIN_OPTIONS)
+
+
+def _known_policies() -> str:
+    from difftori.policies import find_policies
+
+    return suggest("", find_policies())
+
+
+def _train_help(policy: str | None) -> None:
+    import tyro
+
+    from difftori.training.config import parse_config
+
+    if policy is None:
+        print(f"{_USAGE}\npolicies{_known_policies()}\n\n`difftori train POLICY --help` lists its options.")
+        return
+    print("--out DIR     where the run goes; the same command again resumes it there (default: runs/POLICY-ENV-SEED)")
+    print("--config FILE options from YAML; those on the command line win")
+    print("--quiet       no progress bar")
+    default = parse_config({"policy": policy})
+    prog = f"difftori train {policy}"
+    tyro.cli(type(default), prog=prog, default=default, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+
+
+def _eval(words: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Execute a trained policy from common starts and measure it."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """Directory of a run."""
+        episodes: int | None = None
+        """Starts; as many as the run's own evaluation took if not given."""
+        which: Literal["best", "last"] = "best"
+        """The weights with the least validation error, or the last."""
+        device: str = "cpu"
+        """Where the policy computes."""
+
+    options = tyro.cli(Options, prog="difftori eval", args=words)
+    if options.episodes is not None and options.episodes < 1:
+        raise ConfigError([f"episodes: {options.episodes}: must be at least 1"])
+    from rich.console import Console
+
+    from difftori.training.il import evaluate_run
+
+    with Console(stderr=True).status(f"evaluating {options.run}"):
+        results = evaluate_run(options.run, which=options.which, episodes=options.episodes, device=options.device)
+    _print_table(f"{options.run} ({options.which})", [{"": name, "value": value} for name, value in results.items()])
+
+
+def _module_command(kind: str, package: str, words: list[str]) -> None:
+    """Run a module of `package` that has a `Config` and a `run(config)`; the options are the fields of `Config`."""
+    import tyro
+
+    if not words or words[0] in ("--help", "-h"):
+        names = [name for name in module_names(package) if _is_runnable(find_module(name, package, kind))]
+        print(f"usage: difftori {kind} NAME [options]\n\nnames: {', '.join(sorted(names)) or 'none yet'}")
+        if not words:
+            raise ConfigError([f"{kind}: a name is missing"])
+        return
+    known = module_names(package)
+    if "." not in words[0] and words[0].replace("_", "-") not in known:
+        known = {name: full for name, full in known.items() if _is_runnable(find_module(name, package, kind))}
+        raise ConfigError([f"{words[0]!r} is not a {kind}{suggest(words[0], known)}"])
+    module = find_module(words[0], package, kind)
+    if not _is_runnable(module):
+        raise ConfigError([f"{words[0]!r} is not a {kind}: {module.__name__} has no Config and run(config)"])
+    prog = f"difftori {kind} {words[0]}"
+    config = tyro.cli(vars(module)["Config"], prog=prog, description=module.__doc__, args=words[1:])
+    rows = vars(module)["run"](config)
+    if isinstance(rows, Mapping):
+        rows = [{"": name, "value": value} for name, value in rows.items()]
+    if rows:
+        _print_table(f"{kind} {words[0]}", rows)
+
+
+def _is_runnable(module: ModuleType) -> bool:
+    return "Config" in vars(module) and callable(vars(module).get("run"))
+
+
+def _side_by_side(summary: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A run's summary with the results of the best and the last weights in two columns."""
+    plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
+    names = [name.removeprefix("best/") for name in summary if name.startswith("best/")]
+    return plain + [{"": n, "best": summary[f"best/{n}"], "last": summary.get(f"last/{n}")} for n in names]
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(), Table()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for index, name in enumerate(names):
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_shown(row.get(name))) for name in names))
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def _complain(faults: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True)
+    for fault in faults:
+        console.print(Text("error: ", style="bold red") + Text(fault))
+
+
+def _status(error: DifftoriError, status: int) -> int:
+    """The exit status, unless the whole traceback is wished for."""
+    if os.environ.get("DIFFTORI_DEBUG") == "1":
+        raise error
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

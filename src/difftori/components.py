@@ -1,0 +1,98 @@
+"""Finds what a name means: policies, studies and benches of this package, or `my_pkg.my_module:Name` of a user's own.
+
+Nothing is registered. A component is found because its file lies in the package that is walked.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from difftori.errors import ConfigError
+
+if TYPE_CHECKING:
+    from difftori.interfaces import Policy
+
+
+def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
+    """The end of an error message: the nearest known name, or all of them when none is near.
+
+    `written` says how to write some of the names, where that is not the name itself.
+    """
+    names = sorted(known)
+    shown = {name: name for name in names} | dict(written or {})
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if near:
+        return f"; perhaps you meant {shown[near[0]]!r}"
+    return f"; known: {', '.join(shown[name] for name in names)}" if names else "; none is known"
+
+
+def module_names(package: str) -> dict[str, str]:
+    """Short name to full name of every module of a package, without importing them; empty if there is no package.
+
+    Names that begin with an underscore are private helpers and are left out. An underscore inside a name is written
+    as a hyphen: `solver_speed.py` is `solver-speed`.
+    """
+    if importlib.util.find_spec(package) is None:
+        return {}
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return {m.name.replace("_", "-"): f"{package}.{m.name}" for m in found if not m.name.startswith("_")}
+
+
+def find_module(name: str, package: str, kind: str) -> ModuleType:
+    """The module that `name` means: one of `package`, or, with a dot in the name, a user's own.
+
+    Raises ConfigError with a suggestion if there is none.
+    """
+    if "." in name:
+        return _import(name)
+    known = module_names(package)
+    full = known.get(name.replace("_", "-"))
+    if full is None:
+        raise ConfigError([f"{name!r} is not a {kind}{suggest(name, known)}"])
+    return importlib.import_module(full)
+
+
+def load(reference: str) -> object:
+    """What `my_pkg.my_module:Name` refers to. Raises ConfigError if the module or the name in it does not exist."""
+    module_name, _, attribute = reference.partition(":")
+    names = vars(_import(module_name))
+    if attribute not in names:
+        public = [n for n in names if not n.startswith("_")]
+        raise ConfigError([f"{reference!r}: {module_name} has no {attribute!r}{suggest(attribute, public)}"])
+    return names[attribute]
+
+
+def find_policy(name: str) -> type["Policy"]:
+    """The policy of that name, or the one that `my_pkg.my_policy:MyPolicy` refers to; ConfigError if there is none."""
+    from difftori.interfaces import Policy
+    from difftori.policies import find_policies
+
+    if ":" in name:
+        member = load(name)
+        if not inspect.isclass(member) or not issubclass(member, Policy) or inspect.isabstract(member):
+            raise ConfigError([f"policy: {name!r} is not a concrete difftori.interfaces.Policy"])
+        return member
+    known = find_policies()
+    if name not in known:
+        raise ConfigError([f"policy: {name!r} is unknown{suggest(name, known)} (or give my_pkg.my_policy:MyPolicy)"])
+    return known[name]
+
+
+def _import(name: str) -> ModuleType:
+    """A module by its full name; an absent one is a ConfigError, a fault inside it stays what it is."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError([f"{name!r} is not the name of a module"])
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name != missing and not name.startswith(missing + "."):
+            raise
+        raise ConfigError(
+            [f"there is no module {missing!r} to import {name!r} from; is its folder on sys.path?"]
+        ) from error

@@ -1,0 +1,1 @@
+"""Demonstrations and, later, replay: storage and sampling, ignorant of policies and planning."""

@@ -1,0 +1,235 @@
+"""The pendulum of Amos et al. (2018), Differentiable MPC, arXiv 1810.13400: dynamics, cost, starts, environment.
+
+State (cos θ, sin θ, θ̇) with θ = 0 upright, in radians and radians per second; one torque u, |u| ≤ 2; dt = 0.05 s.
+
+    θ̇⁺ = θ̇ + dt·( 3g/(2l)·sin(θ + b) + 3u/(m l²) − d·θ )          θ⁺ = θ + dt·θ̇⁺
+
+Their `damping` d multiplies the angle, not the angular velocity: it is a spring towards upright. We keep that for
+comparability. θ is read from the state by atan2, so it lies in (−π, π]: the spring's torque jumps where the pendulum
+hangs straight down. The numbers equal `mpc.env_dx.pendulum` of mpc==0.0.6 (a test compares them).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Float
+from torch import Tensor
+
+from difftori.envs.base import chosen_task, clip_actions
+from difftori.errors import ConfigError, ShapeError
+from difftori.types import Plans, Rows, Scalar, TaskSpec
+
+TASKS = ("undamped", "damped")
+"""`undamped` is the realisable setting of Table 8 (`no-damping`), `damped` the other one (`damping`)."""
+
+DT = 0.05
+TORQUE_LIMIT = 2.0
+QUADRATIC = (1.0, 1.0, 0.1, 0.001)
+"""Diagonal of the true cost's quadratic term over τ = (cos θ, sin θ, θ̇, u)."""
+LINEAR = (-1.0, 0.0, 0.0, 0.0)
+"""The true cost's linear term: −√q·goal with the goal upright and at rest."""
+
+PendulumStates: TypeAlias = Float[Tensor, "B 3"]
+PendulumTrajectories: TypeAlias = Float[Tensor, "B H 3"]
+Torques: TypeAlias = Float[Tensor, "B 1"]
+Parameter: TypeAlias = float | Scalar | Rows
+Weights: TypeAlias = tuple[float, float, float, float] | Float[Tensor, "4"]
+
+
+@dataclass(frozen=True)
+class PendulumParameters:
+    """Gravity `g` (m/s²), mass `m` (kg), length `l` (m), `damping` (1/s²), `offset` (rad).
+
+    Each is a number, a tensor of one element, or one value per row (B), so that gradients reach whatever is learnt.
+    """
+
+    g: Parameter = 10.0
+    m: Parameter = 1.0
+    l: Parameter = 1.0
+    damping: Parameter = 0.0
+    offset: Parameter = 0.0
+
+
+def pendulum_step(
+    state: PendulumStates,
+    action: Torques,
+    parameters: PendulumParameters,
+    *,
+    dt: float = DT,
+    torque_limit: float = TORQUE_LIMIT,
+) -> PendulumStates:
+    """One step of semi-implicit Euler, the equation at the head of this file; differentiable in all its inputs.
+
+    Shapes: `state` (B 3), `action` (B 1), result (B 3). The torque is clamped to ±`torque_limit` first, as the
+    original does, so that its gradient is zero outside. The result lies on the unit circle even if `state` does not.
+    """
+    p = parameters
+    torque = action[:, 0].clamp(-torque_limit, torque_limit)
+    cos, sin, velocity = state.unbind(dim=1)
+    angle = torch.atan2(sin, cos)
+    acceleration = (
+        3.0 * p.g / (2.0 * p.l) * torch.sin(angle + p.offset) + 3.0 * torque / (p.m * p.l**2) - p.damping * angle
+    )
+    velocity = velocity + dt * acceleration
+    angle = angle + dt * velocity
+    return torch.stack((angle.cos(), angle.sin(), velocity), dim=1)
+
+
+def pendulum_cost(
+    states: PendulumTrajectories, actions: Plans, *, quadratic: Weights = QUADRATIC, linear: Weights = LINEAR
+) -> Rows:
+    """Σ_t ½ τ_tᵀ diag(q) τ_t + pᵀτ_t with τ_t = (states_t, actions_t), summed over the H steps: (B).
+
+    `states` (B H 3) are those in which the `actions` (B H 1) are taken, the start first: `Pendulum.rollout` gives
+    them. The defaults are the true cost; a learner passes tensors of 4 entries. No units: the terms are mixed.
+    """
+    if actions.shape[2] != 1:
+        raise ShapeError(f"actions have {actions.shape[2]} dimensions; the pendulum takes one torque, (B H 1)")
+    pairs = torch.cat((states, actions), dim=2)
+    q = torch.as_tensor(quadratic, dtype=pairs.dtype, device=pairs.device)
+    p = torch.as_tensor(linear, dtype=pairs.dtype, device=pairs.device)
+    return (0.5 * q * pairs.square() + p * pairs).sum(dim=(1, 2))
+
+
+def sample_starts(count: int, generator: np.random.Generator, *, dtype: torch.dtype = torch.float32) -> PendulumStates:
+    """Starts (count 3): θ uniform in ±π/2 rad, θ̇ uniform in ±1 rad/s, as Amos et al. draw them."""
+    angle = torch.as_tensor(generator.uniform(-np.pi / 2, np.pi / 2, count), dtype=dtype)
+    velocity = torch.as_tensor(generator.uniform(-1.0, 1.0, count), dtype=dtype)
+    return torch.stack((angle.cos(), angle.sin(), velocity), dim=1)
+
+
+@dataclass(frozen=True)
+class Pendulum:
+    """The true problem of one setting: what a plan costs when the environment itself executes it.
+
+    `horizon` H is the number of open-loop controls, 20 in the paper: one second.
+    """
+
+    parameters: PendulumParameters = field(default_factory=PendulumParameters)
+    horizon: int = 20
+    dt: float = DT
+    torque_limit: float = TORQUE_LIMIT
+
+    @property
+    def spec(self) -> TaskSpec:
+        """Sizes and box as policies ask for them."""
+        return TaskSpec(
+            obs_dim=3, action_dim=1, horizon=self.horizon, low=(-self.torque_limit,), high=(self.torque_limit,)
+        )
+
+    def step(self, state: PendulumStates, action: Torques) -> PendulumStates:
+        """`pendulum_step` under the true parameters."""
+        return pendulum_step(state, action, self.parameters, dt=self.dt, torque_limit=self.torque_limit)
+
+    def rollout(self, start: PendulumStates, actions: Plans) -> PendulumTrajectories:
+        """The states (B H 3) in which the actions (B H 1) are taken: `start` first, the state after the last one absent.
+
+        This pairs states and controls as Amos et al. do. The last control therefore moves no state that counts.
+        """
+        states = [start]
+        for t in range(actions.shape[1] - 1):
+            states.append(self.step(states[-1], actions[:, t]))
+        return torch.stack(states, dim=1)
+
+    def cost(self, start: PendulumStates, actions: Plans) -> Rows:
+        """The summed true cost (B) of executing `actions` (B H 1) open loop; controls count as clamped to the box."""
+        executed = actions.clamp(-self.torque_limit, self.torque_limit)
+        return pendulum_cost(self.rollout(start, executed), executed)
+
+
+def pendulum(task: str) -> Pendulum:
+    """The setting of that name, one of `TASKS`; "" is the undamped one. `ConfigError` for another name."""
+    if chosen_task(task, TASKS, env="pendulum") == "damped":
+        return Pendulum(PendulumParameters(damping=1.0, offset=0.1))
+    return Pendulum()
+
+
+class PendulumVectorEnv(VectorEnv):
+    """Many pendulums at once, stepped as one batch; reward is minus the true cost of the state left and the torque.
+
+    Observations (num_envs 3) float32, actions (num_envs 1). Nothing terminates; an episode is truncated after
+    `max_steps`, and the next `step` ignores that row's action and returns its new start with reward 0 (next-step
+    autoreset). `info["clipped"]` (num_envs) counts the actions of the running episode that were cut to the box.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, problem: Pendulum, *, name: str, num_envs: int, seed: int, max_steps: int):
+        self.problem = problem
+        self.name = name
+        self.num_envs = num_envs
+        self.max_steps = max_steps
+        reach = np.array([1.0, 1.0, np.inf], dtype=np.float32)
+        limit = problem.torque_limit
+        self.single_observation_space = Box(-reach, reach, dtype=np.float32)
+        self.single_action_space = Box(-limit, limit, shape=(1,), dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._first_seed = seed
+        self._state = torch.zeros(num_envs, 3, dtype=torch.float64)
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._clipped = np.zeros(num_envs, dtype=np.int64)
+        self._ended = np.zeros(num_envs, dtype=bool)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """New starts for all rows. Without a seed the first reset uses `make`'s and later ones continue its stream."""
+        if options:
+            raise ConfigError(
+                [f"{self.name}: reset options {sorted(options)} are unknown; this environment takes none"]
+            )
+        if seed is None and self._np_random is None:
+            seed = self._first_seed
+        super().reset(seed=seed)
+        self._restart(np.ones(self.num_envs, dtype=bool))
+        self._steps = 0
+        return self._observations(), {"clipped": self._clipped.copy()}
+
+    def step(self, actions: np.ndarray):
+        """One step of every row; see the class. `NonFiniteError` or `ShapeError` leave the environment unchanged."""
+        executed, cut = clip_actions(actions, self._box(), env=self.name, step=self._steps)
+        self._steps += 1
+        torque = torch.as_tensor(executed)
+        rewards = -pendulum_cost(self._state[:, None], torque[:, None]).numpy()
+        self._state = self.problem.step(self._state, torque)
+        self._elapsed += 1
+        self._clipped += cut[:, 0]
+        fresh = self._ended
+        rewards[fresh] = 0.0
+        self._restart(fresh)
+        truncated = self._elapsed >= self.max_steps
+        self._ended = truncated
+        terminated = np.zeros(self.num_envs, dtype=bool)
+        return self._observations(), rewards, terminated, truncated.copy(), {"clipped": self._clipped.copy()}
+
+    def _box(self) -> Box:
+        assert isinstance(self.action_space, Box)
+        return self.action_space
+
+    def _restart(self, rows: np.ndarray) -> None:
+        """Give the flagged rows new starts and forget their episodes."""
+        self._state[torch.as_tensor(rows)] = sample_starts(int(rows.sum()), self.np_random, dtype=torch.float64)
+        self._elapsed[rows] = 0
+        self._clipped[rows] = 0
+        self._ended = np.zeros(self.num_envs, dtype=bool)
+
+    def _observations(self) -> np.ndarray:
+        return self._state.numpy().astype(np.float32)
+
+
+def make(task: str, *, num_envs: int, seed: int, max_steps: int = 200) -> PendulumVectorEnv:
+    """`num_envs` pendulums of one of `TASKS`, truncated after `max_steps` (10 s by default)."""
+    faults = [
+        f"{name} is {value}; give at least 1"
+        for name, value in (("num_envs", num_envs), ("max_steps", max_steps))
+        if value < 1
+    ]
+    if faults:
+        raise ConfigError(faults)
+    name = f"pendulum:{chosen_task(task, TASKS, env='pendulum')}"
+    return PendulumVectorEnv(pendulum(task), name=name, num_envs=num_envs, seed=seed, max_steps=max_steps)

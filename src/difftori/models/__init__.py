@@ -1,0 +1,1 @@
+"""Neural networks: plain layers, encoders and world models."""

@@ -1,0 +1,61 @@
+"""Behaviour cloning by a plain multilayer perceptron."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.errors import BoxError
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.nets import mlp
+from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
+
+
+class BCConfig(PolicyConfig):
+    """Settings of `BC`. The sizes are ours: no source prescribes them for Table 8."""
+
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers."""
+    layer_norm: bool = False
+    """Normalise each hidden layer before its activation."""
+
+
+@final
+class BC(Policy):
+    """State → all H controls at once: â = centre + half-width·tanh(MLP(s)), trained on mean (â − a*)².
+
+    Observations (B S), actions (B H A) in the task's units, inside the box, which must be finite (`BoxError`).
+    The mean runs over rows, steps and action dimensions.
+    """
+
+    name = "bc"
+    Config = BCConfig
+
+    def __init__(self, config: BCConfig, spec: TaskSpec):
+        super().__init__(config, spec)
+        self.low: Tensor
+        self.high: Tensor
+        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
+        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
+        if not (self.low.isfinite().all() and self.high.isfinite().all()):
+            raise BoxError(
+                f"bc squashes into the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
+            )
+        outputs = spec.horizon * spec.action_dim
+        self.net = mlp((spec.obs_dim, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
+
+    def predict(self, obs: Observations) -> Plans:
+        """The controls (B H A) of observations (B S), with their graph."""
+        raw = self.net(obs).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
+
+    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """Mean squared control error; draws nothing from `generator`."""
+        loss = F.mse_loss(self.predict(batch.obs), batch.actions)
+        return loss, {"control_mse": loss.item()}
+
+    @torch.no_grad()
+    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
+        """The controls (B H A); deterministic, draws nothing from `generator`."""
+        return self.predict(obs).clamp(self.low, self.high)  # a rounding error may lead out

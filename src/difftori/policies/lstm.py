@@ -1,0 +1,75 @@
+"""The recurrent baseline of Amos et al. (2018), Differentiable MPC, arXiv 1810.13400, which Table 8 compares with."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.nets import mlp
+from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
+
+
+class LSTMConfig(PolicyConfig):
+    """Settings of `LSTMPolicy`.
+
+    Known from Amos et al.: 256 units everywhere, three-layer embeddings, Adam at 1e-4, batches of 32, no clipping.
+    Ours: `epochs`. Their script allows 10,000 for the undamped pendulum and keeps the best validation error.
+    """
+
+    hidden: int = 256
+    """Units of the cell and of every layer of the embeddings."""
+    lr: float = 1e-4
+    epochs: int = 2000
+    clip_norm: float = 0.0
+
+
+@final
+class LSTMPolicy(Policy):
+    """Emits the H controls one after another, each computed from the one before.
+
+        y_0 = E_s(s);   (h_t, c_t) = LSTMCell(y_t, (h_{t−1}, c_{t−1}));   u_t = D(c_t);   y_{t+1} = E_u(u_t)
+
+    E_s, E_u and D have three linear layers with ReLU between them, the cell starts from zeros, and the loss is the
+    mean of (u_t − u*_t)² with the policy's own controls fed back (no teacher forcing). The controls are read from the
+    cell state c_t rather than from h_t: the authors' released code does so, their paper does not say.
+    `act` clamps to the box, which the loss does not: theirs leaves that to the environment.
+    Observations (B S), actions (B H A) in the task's units.
+    """
+
+    name = "lstm"
+    Config = LSTMConfig
+
+    def __init__(self, config: LSTMConfig, spec: TaskSpec):
+        super().__init__(config, spec)
+        width = config.hidden
+        self.low: Tensor
+        self.high: Tensor
+        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
+        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
+        self.embed_state = mlp((spec.obs_dim, width, width, width), nn.ReLU)
+        self.embed_control = mlp((spec.action_dim, width, width, width), nn.ReLU)
+        self.decode = mlp((width, width, width, spec.action_dim), nn.ReLU)
+        self.cell = nn.LSTMCell(width, width)
+
+    def predict(self, obs: Observations) -> Plans:
+        """The unclamped controls (B H A) of observations (B S), with their graph."""
+        entry = self.embed_state(obs)
+        memory = None
+        controls = []
+        for _ in range(self.spec.horizon):
+            memory = self.cell(entry, memory)
+            controls.append(self.decode(memory[1]))
+            entry = self.embed_control(controls[-1])
+        return torch.stack(controls, dim=1)
+
+    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """Mean squared control error; draws nothing from `generator`."""
+        loss = F.mse_loss(self.predict(batch.obs), batch.actions)
+        return loss, {"control_mse": loss.item()}
+
+    @torch.no_grad()
+    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
+        """The controls (B H A) clamped to the box; deterministic, draws nothing from `generator`."""
+        return self.predict(obs).clamp(self.low, self.high)

@@ -1,0 +1,1 @@
+"""Training: the loops, and the run machinery (directory, log, checkpoints, report) that they share."""

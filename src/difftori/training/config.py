@@ -1,0 +1,190 @@
+"""The configuration of an imitation run: from YAML and the command line, with every fault listed at once."""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+import torch
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from difftori.components import find_policy, suggest
+from difftori.errors import ConfigError
+from difftori.interfaces import PolicyConfig
+from difftori.training.tasks import find_task
+
+SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
+
+
+class TrainConfig(BaseModel, Generic[SettingsT]):
+    """All that decides how an imitation run comes out. `settings` are the policy's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    policy: Annotated[str, tyro.conf.Suppress]
+    """A policy's name, or `my_pkg.my_policy:MyPolicy`."""
+    env: str = "pendulum"
+    """A task's name, or `my_pkg.my_task:make`."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Decides the demonstrations, the initial weights and every draw."""
+    num_train: int = Field(100, ge=1)
+    """Demonstrations to learn from."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between validations."""
+    save_every: int = Field(10, ge=1)
+    """Epochs between checkpoints."""
+    eval_episodes: int = Field(100, ge=1)
+    """Starts of the evaluation at the end."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1`, …"""
+    threads: int = Field(1, ge=1, le=1024)
+    """Threads of torch on the CPU; results differ between thread counts."""
+    settings: Annotated[SettingsT, tyro.conf.arg(name="")]
+    """The policy's own settings and how it learns."""
+
+
+def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> TrainConfig:
+    """A configuration from plain values, as YAML gives them.
+
+    `also` names further options to suggest for a misspelt one. Raises ConfigError with every fault there is.
+    """
+    faults: list[str] = []
+    given = dict(values)
+    config_type: type[TrainConfig] | None = None
+    if isinstance(given.get("policy"), str):
+        try:
+            config_type = TrainConfig[find_policy(given["policy"]).Config]
+        except ConfigError as error:
+            faults += error.faults
+    given.setdefault("settings", {})
+    if config_type is None:
+        # Without the policy its settings cannot be judged; the rest can.
+        config, found = _validate(TrainConfig[PolicyConfig], {**given, "settings": {}}, also)
+        faults += found
+    else:
+        config, found = _validate(config_type, given, also)
+        faults += found + _range_faults(given["settings"], found)
+    faults += _environment_faults(given)
+    if faults or config is None:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a configuration file. Raises ConfigError if it cannot be read or is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
+    return values
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that `parse_config(read_yaml(…))` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def normalised(config: TrainConfig) -> TrainConfig:
+    """The same configuration, checked as one from a file is, and sure to survive being written and read again."""
+    again = parse_config(yaml.safe_load(to_yaml(config)))
+    if again.settings != config.settings:
+        raise ConfigError([f"settings: {config.settings!r} reads back from YAML as {again.settings!r}; mend its types"])
+    return again
+
+
+def fields_of(model: Any) -> dict[str, Any]:
+    """Names and types of the fields of a pydantic model or a dataclass; empty for anything else."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    if isinstance(model, type) and dataclasses.is_dataclass(model):
+        return {field.name: field.type for field in dataclasses.fields(model)}
+    return {}
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _validate(
+    config_type: type[TrainConfig], given: dict[str, Any], also: Iterable[str]
+) -> tuple[TrainConfig | None, list[str]]:
+    try:
+        return config_type.model_validate(given), []
+    except ValidationError as error:
+        return None, [_describe(e, config_type, also) for e in error.errors()]
+
+
+def _describe(error: ErrorDetails, config_type: type[TrainConfig], also: Iterable[str]) -> str:
+    """One fault: the place, the value, and the mend."""
+    place = [str(part) for part in error["loc"]]
+    shown = ".".join(place)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known(config_type, place[:-1])
+        if len(place) > 1:
+            return f"{shown}: unknown{suggest(place[-1], known)}"
+        inner = _known(config_type, ["settings"]) - known
+        return f"{shown}: unknown{suggest(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
+    if error["type"] == "missing":
+        return f"{shown}: missing; give it a value"
+    value = repr(error["input"])
+    return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}"
+
+
+def _known(model: Any, place: list[str]) -> set[str]:
+    """The names that stand at a place. A part of the place that is no field tells which member of a union was tried."""
+    for part in place:
+        model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
+    return {name for member in alternatives(model) for name in fields_of(member)}
+
+
+def _range_faults(settings: Any, found: list[str]) -> list[str]:
+    """Faults of the learning settings that their types alone allow, unless the type was wrong already."""
+    if not isinstance(settings, Mapping):
+        return []
+    try:
+        # A policy that gives a field another default may have dropped its range: the base class still knows it.
+        PolicyConfig.model_validate({n: v for n, v in settings.items() if n in PolicyConfig.model_fields})
+    except ValidationError as error:
+        faults = [
+            (str(e["loc"][0]), _describe({**e, "loc": ("settings", *e["loc"])}, TrainConfig, ()))
+            for e in error.errors()
+        ]
+        return [fault for name, fault in faults if not any(f.startswith(f"settings.{name}:") for f in found)]
+    return []
+
+
+def _environment_faults(given: Mapping[str, Any]) -> list[str]:
+    """Faults of names that mean something outside the configuration: the task and the device."""
+    faults = []
+    if isinstance(given.get("env"), str):
+        try:
+            find_task(given["env"])
+        except ConfigError as error:
+            faults += error.faults
+    if isinstance(given.get("device"), str):
+        faults += _device_faults(given["device"])
+    return faults
+
+
+def _device_faults(name: str) -> list[str]:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"device: {name!r} is no device; give cpu, cuda or cuda:N"]
+    if device.type == "cpu":
+        return []
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        return (
+            [] if (device.index or 0) < count else [f"device: {name!r} is not here, {count} CUDA devices are; give cpu"]
+        )
+    return [f"device: {name!r} is not supported; give cpu, cuda or cuda:N"]

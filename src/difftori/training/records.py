@@ -1,0 +1,52 @@
+"""Reading what a run directory holds: rows, summary, configuration, each fault a typed error."""
+
+import json
+import math
+from pathlib import Path
+
+import yaml
+
+from difftori.errors import ConfigError, DataError
+from difftori.types import Metrics
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`. A last line that a kill cut short is left out; DataError for any other fault."""
+    source = path / "metrics.jsonl"
+    lines = source.read_text().splitlines() if source.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise TypeError("step is not an integer")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{source}, line {number}: not a row of metrics ({error}); remove that line") from error
+        rows.append(row)
+    return rows
+
+
+def read_summary(path: Path) -> Metrics:
+    """A finished run's summary, null read as NaN. Raises DataError if there is none or it is damaged."""
+    source = path / "summary.json"
+    try:
+        plain = json.loads(source.read_bytes())
+        return {name: math.nan if value is None else float(value) for name, value in plain.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{source}: no readable summary ({error}); is the run finished?") from error
+
+
+def read_config(path: Path) -> dict:
+    """A run's configuration as plain values. Raises ConfigError if there is none or it is no YAML."""
+    source = path / "config.yaml"
+    try:
+        values = yaml.safe_load(source.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            [f"{source}: no readable configuration ({error}); is {path} the directory of a run?"]
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"{source}: holds no mapping of names to values; restore it, or use another directory"])
+    return values

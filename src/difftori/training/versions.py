@@ -1,0 +1,58 @@
+"""What a run was made with: enough to explain a difference between two runs, or to make one again."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import difftori
+
+
+def versions(device: str) -> dict[str, str | int | None]:
+    """Versions, machine and source of this process, for `versions.json`."""
+    return {
+        "difftori": difftori.__version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
+        "executable": sys.executable,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package is imported from, with `-dirty` if files differ; None if installed."""
+    folder = Path(difftori.__file__).parent
+    git = shutil.which("git")
+    if git is None or folder.parent.name in ("site-packages", "dist-packages"):
+        return None
+    try:
+        answer = subprocess.run(
+            [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

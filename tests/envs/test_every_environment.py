@@ -1,0 +1,149 @@
+"""What every environment must do. The package is walked: a new file is tested without being named here."""
+
+import importlib
+
+import numpy as np
+import pytest
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from difftori.components import module_names
+from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+
+MODULES = {name: importlib.import_module(full) for name, full in module_names("difftori.envs").items()}
+CASES = [(name, task) for name, module in MODULES.items() if "make" in vars(module) for task in module.TASKS[:2]]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: ":".join(case))
+def build(request):
+    """Makes the environment under test: build(num_envs, seed)."""
+    name, task = request.param
+    opened = []
+
+    def make(num_envs: int = 2, seed: int = 0) -> VectorEnv:
+        try:
+            opened.append(MODULES[name].make(task, num_envs=num_envs, seed=seed))
+        except MissingExtraError as error:
+            pytest.skip(str(error))
+        return opened[-1]
+
+    yield make
+    for env in opened:
+        env.close()
+
+
+def play(env: VectorEnv, steps: int, *, seed: int | None = None) -> list[np.ndarray]:
+    """Observations, rewards and flags of a seeded random walk."""
+    env.action_space.seed(5)
+    seen = [env.reset(seed=seed)[0]]
+    for _ in range(steps):
+        observations, rewards, terminated, truncated, _ = env.step(env.action_space.sample())
+        seen += [observations, rewards, terminated, truncated]
+    return seen
+
+
+def test_walking_finds_the_pendulum():
+    assert ("pendulum", "damped") in CASES
+
+
+def test_spaces_hold_what_is_returned(build):
+    env = build(3)
+    observations, info = env.reset()
+    assert isinstance(env.single_action_space, Box)
+    assert env.single_action_space.is_bounded()
+    assert isinstance(info, dict)
+    for _ in range(5):
+        assert observations in env.observation_space
+        assert observations.shape == (3, *env.single_observation_space.shape)
+        observations, rewards, terminated, truncated, info = env.step(env.action_space.sample())
+        assert rewards.shape == (3,)
+        assert np.isfinite(rewards).all()
+        assert terminated.dtype == truncated.dtype == bool
+        assert terminated.shape == truncated.shape == (3,)
+        assert isinstance(info, dict)
+
+
+def test_the_autoreset_mode_is_stated(build):
+    assert isinstance(build().metadata["autoreset_mode"], AutoresetMode)
+
+
+def test_equal_seeds_give_equal_episodes_and_others_differ(build):
+    first, second, other = (play(build(seed=seed), 12) for seed in (7, 7, 8))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_reset_with_a_seed_overrides_the_one_of_make(build):
+    first, second = play(build(seed=1), 3, seed=9), play(build(seed=2), 3, seed=9)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_reset_continues_the_stream(build):
+    env = build()
+    assert not np.array_equal(env.reset()[0], env.reset()[0])
+
+
+def test_rows_start_differently(build):
+    observations = build(2).reset()[0]
+    assert not np.array_equal(observations[0], observations[1])
+
+
+def test_returned_arrays_are_not_overwritten_by_later_steps(build):
+    env = build()
+    env.reset()
+    kept = env.step(env.action_space.sample())
+    copies = [np.array(array) for array in kept[:4]]
+    env.step(env.action_space.sample())
+    assert all(np.array_equal(array, copy) for array, copy in zip(kept, copies, strict=False))
+
+
+def test_episodes_end_and_the_next_step_begins_anew(build):
+    env = build(2)
+    if env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP:
+        pytest.skip("another autoreset mode")
+    env.reset()
+    for _ in range(1100):
+        last, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if (terminated | truncated).any():
+            break
+    ended = terminated | truncated
+    assert ended.any(), "no episode ended within 1100 steps"
+    observations, rewards, terminated, truncated, _ = env.step(env.action_space.sample())
+    assert (rewards[ended] == 0).all()
+    assert not (terminated | truncated)[ended].any()
+    assert not np.array_equal(observations[ended], last[ended])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_actions_are_refused_by_row_and_step_and_change_nothing(build, value):
+    env, twin = build(2), build(2)
+    broken = np.zeros(env.action_space.shape)
+    broken[1] = value
+    env.reset()
+    twin.reset()
+    for step in range(2):
+        with pytest.raises(NonFiniteError, match=rf"step {step}.*\[1\]"):
+            env.step(broken)
+        action = twin.action_space.sample()
+        assert np.array_equal(env.step(action)[0], twin.step(action)[0])
+
+
+def test_wrongly_shaped_actions_are_refused(build):
+    env = build(2)
+    env.reset()
+    with pytest.raises(ShapeError, match="one row per copy"):
+        env.step(env.single_action_space.sample())
+
+
+def test_actions_outside_the_box_act_as_clipped(build):
+    env, twin = build(2), build(2)
+    env.reset()
+    twin.reset()
+    wild = env.action_space.high + 3.0
+    assert np.array_equal(env.step(wild)[0], twin.step(twin.action_space.high)[0])
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_unknown_tasks_are_refused_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match=MODULES[name].TASKS[0]):
+        MODULES[name].make("no-such-task", num_envs=1, seed=0)

@@ -1,0 +1,257 @@
+"""The command line as a user meets it: exit statuses, messages, tables. Training itself is tested in tests/training."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from difftori import cli, components
+from difftori.errors import NonFiniteError
+
+TINY = [
+    "tiny_imitation:Tiny",
+    "--env",
+    "tiny_imitation:make",
+    "--num-train",
+    "6",
+    "--eval-episodes",
+    "3",
+    "--epochs",
+    "1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "training"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("DIFFTORI_DEBUG", raising=False)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command; (exit status, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(words)
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_light_commands_import_nothing_heavy():
+    """In a process of its own. What `import difftori` itself brings along is not the command line's doing."""
+    program = (
+        "import sys, difftori\nbefore = set(sys.modules)\nfrom difftori.cli import main\n"
+        "main(['--version']); main(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'pydantic', 'tyro', 'yaml', 'rich', 'difftori.training'}\n"
+        "print('brings', sorted(heavy & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("brings []\n")
+
+
+def test_version_and_help(command):
+    assert command("--version") == (0, "difftori 0.1.0\n", "")
+    status, out, _ = command("--help")
+    assert status == 0
+    assert "train POLICY" in out
+    assert command()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (["trian"], "perhaps you meant 'train'"),
+        (["train", "tiny_imitation:Tinny"], "perhaps you meant 'Tiny'"),
+        (["train", "bcc"], "perhaps you meant 'bc'"),
+        (["train", *TINY, "--sede", "3"], "perhaps you meant 'seed'"),
+        (["train", *TINY, "--hiddn", "3"], "perhaps you meant 'settings.hidden'"),
+        (["train", *TINY, "--otu", "x"], "perhaps you meant 'out'"),
+        (["eval", "x", "--episods", "3"], "--episodes"),
+        (["study", "own_stud"], "not a study"),
+        (["study", "own.study"], "no module 'own'"),
+        (["bench", "solvr"], "not a bench"),
+        (["train"], "none given"),
+        (["study"], "a name is missing"),
+    ],
+)
+def test_a_slip_ends_with_status_2_and_a_suggestion(command, words, suggestion):
+    status, _, err = command(*words)
+    assert status == 2
+    assert suggestion in err
+    assert "Traceback" not in err
+
+
+def test_every_fault_of_file_and_command_line_is_listed(command, tmp_path):
+    Path("c.yaml").write_text("polic: bc\nsettings: {epochs: many}\n")
+    status, _, err = command("train", "bc", "--config", "c.yaml", "--seed", "-3", "--lrr", "4", "--env", "pendulun")
+    assert status == 2
+    places = {line.removeprefix("error: ").partition(":")[0] for line in err.splitlines()}
+    assert places == {"polic", "settings.epochs", "seed", "lrr", "env"}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--resume", "run", "--seed", "1"], "nothing else"),
+        (["bc", "--resume", "run"], "nothing else"),
+        (["--resume"], "needs one value"),
+        (["bc", "--out"], "needs one value"),
+        (["bc", "--quiet", "yes"], "takes no value"),
+        (["--resume", "absent"], "directory of a run"),
+        (["--config", "absent.yaml"], "cannot be read"),
+        (["bc", "stray"], "belongs to no option"),
+        (["bc", "--seed"], "needs a value"),
+    ],
+)
+def test_misused_options_of_train(command, words, fault):
+    status, _, err = command("train", *words)
+    assert status == 2
+    assert fault in err
+
+
+def test_train_then_eval_then_resume(command):
+    status, out, err = command("train", *TINY, "--hidden", "4", "4", "--no-flag")
+    assert status == 0, err
+    assert "best" in out
+    assert "validation_error" in out
+    run = Path("runs/tiny_imitation.Tiny-tiny_imitation.make-0")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["settings"]["hidden"] == [4, 4]
+    status, out, err = command("eval", str(run), "--episodes", "5", "--which", "last")
+    assert status == 0, err
+    assert "error" in out
+    for words in (["train", "--resume", str(run)], ["train", *TINY, "--hidden", "4", "4"]):
+        assert command(*words)[0] == 0
+    status, _, err = command("train", *TINY, "--hidden", "5")
+    assert status == 2
+    assert "settings.hidden" in err
+
+
+def test_the_command_line_wins_over_the_file(command):
+    Path("c.yaml").write_text("env: tiny_imitation:make\nnum_train: 6\nseed: 4\nsettings: {epochs: 1, lr: 1e-3}\n")
+    status, _, err = command("train", TINY[0], "--config", "c.yaml", "--seed", "5", "--out", "run", "--quiet")
+    assert status == 0, err
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["seed"], config["num_train"], config["settings"]["lr"]) == (5, 6, 0.001)
+
+
+def test_eval_of_nothing(command):
+    assert command("eval", "absent")[0] == 2
+    assert command("eval", "absent", "--episodes", "0")[0] == 2
+    assert command("eval", "absent", "--which", "worst")[0] == 2
+    assert command("eval")[0] == 2
+
+
+def test_help_of_a_policy_tells_its_own_options(command):
+    status, out, _ = command("train", TINY[0], "--help")
+    assert status == 0
+    for words in ("--hidden", "Widths of the hidden layers", "--seed", "--lr", "--out", "--config"):
+        assert words in out
+    status, out, _ = command("train", "--help")
+    assert status == 0
+    assert "bc" in out
+
+
+class Config(BaseModel):
+    """Settings of a study made for the tests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    seeds: int = Field(3, ge=1)
+    """How many seeds."""
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """Settings of a bench made for the tests."""
+
+    repeats: int = 2
+    """How often."""
+
+
+def module(name: str, monkeypatch, **members) -> None:
+    made = ModuleType(name, "What it is for.")
+    vars(made).update(members)
+    monkeypatch.setitem(sys.modules, name, made)
+
+
+def test_studies_and_benches_are_found_and_run(command, monkeypatch):
+    monkeypatch.setattr(
+        cli, "module_names", lambda package: {"own-study": f"{package}.own_study", "helper": f"{package}.helper"}
+    )
+    monkeypatch.setattr(components, "module_names", cli.module_names)
+    rows = [{"method": "a", "cost": 1.5}, {"method": "b", "cost": None}]
+    module("difftori.studies.own_study", monkeypatch, Config=Config, run=lambda config: rows * config.seeds)
+    module("difftori.studies.helper", monkeypatch, run=len)
+    module("difftori.benchmarks.own_study", monkeypatch, Config=PlainConfig, run=lambda config: {"ms": config.repeats})
+    status, out, err = command("study", "own_study", "--seeds", "2")
+    assert status == 0, err
+    assert out.count("1.5") == 2
+    status, out, _ = command("bench", "own-study")
+    assert status == 0
+    assert "ms" in out
+    status, out, _ = command("study", "own-study", "--help")
+    assert status == 0
+    assert "How many seeds" in out
+    assert "What it is for" in out
+    assert "own-study" in command("study", "--help")[1]
+    assert "helper" not in command("study", "--help")[1]
+    for words, suggestion in (
+        (["study", "own-studdy"], "perhaps you meant 'own-study'"),
+        (["study", "helper"], "no Config"),
+        (["study", "own-study", "--sees", "2"], "--seeds"),
+        (["study", "own-study", "--seeds", "0"], "greater than or equal to 1"),
+    ):
+        status, _, err = command(*words)
+        assert status == 2
+        assert suggestion in err
+
+
+def test_a_study_of_ones_own_and_its_failures(command, monkeypatch):
+    def run(config):
+        raise NonFiniteError("NaN in [bold]the[/bold] encoder")
+
+    module("own.study", monkeypatch, Config=Config, run=run)
+    module("own", monkeypatch)
+    status, _, err = command("study", "own.study")
+    assert status == 1
+    assert err == "error: NaN in [bold]the[/bold] encoder\n"
+    monkeypatch.setenv("DIFFTORI_DEBUG", "1")
+    with pytest.raises(NonFiniteError):
+        cli.main(["study", "own.study"])
+
+
+def test_an_interrupt_ends_with_130(command, monkeypatch):
+    def run(config):
+        raise KeyboardInterrupt
+
+    module("own.study", monkeypatch, Config=Config, run=run)
+    module("own", monkeypatch)
+    assert command("study", "own.study")[0] == 130
+
+
+def test_every_module_of_the_packages_can_be_listed(command):
+    for kind in ("study", "bench"):
+        status, out, err = command(kind, "--help")
+        assert status == 0, err
+        assert "names: " in out
+
+
+def test_the_working_directory_is_searched_last(command):
+    Path("own_task.py").write_text("raise RuntimeError('found')")
+    with pytest.raises(RuntimeError, match="found"):
+        cli.main(["train", "own_task:Policy"])
+    assert sys.path[-1] == os.getcwd()
+    sys.path.remove(os.getcwd())
