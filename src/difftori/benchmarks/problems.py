@@ -155,8 +155,9 @@ class _Teacher:
         self.features = normal(self.FEATURES, LATENT) * 0.9 / math.sqrt(LATENT)
         self.drift = normal(LATENT, self.FEATURES) / math.sqrt(self.FEATURES)
         self.push = normal(LATENT, ACTIONS) / math.sqrt(ACTIONS)
-        self.felt = normal(self.FEATURES, ACTIONS) * 1.6 / math.sqrt(ACTIONS)
-        self.habit = -torch.linalg.pinv(self.felt, rtol=0.2) @ self.features
+        # Orthogonal, so that all actions matter alike and the Hessians of the fitted objective are moderately conditioned.
+        self.felt = 1.6 * torch.linalg.qr(normal(self.FEATURES, ACTIONS)).Q
+        self.habit = -torch.linalg.pinv(self.felt) @ self.features
 
     def next(self, z: Latents, a: Actions) -> Latents:
         return 0.7 * z + 0.6 * torch.tanh(z @ self.features.T @ self.drift.T + a @ self.push.T)

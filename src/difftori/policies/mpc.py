@@ -14,7 +14,7 @@ from difftori.envs.pendulum import DT, LINEAR, QUADRATIC, Pendulum, PendulumPara
 from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.planning import Planner
-from difftori.solver import ILQR, Adjoint, Box, Detached, Implicit, Solver, TrajectoryObjective
+from difftori.solver import ILQR, Adjoint, Box, Detached, Implicit, TrajectoryObjective
 from difftori.types import Actions, Chunk, Metrics, Observations, Plans, Rows, Scalar, States, TaskSpec
 
 
@@ -66,7 +66,7 @@ def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
         problem.torque_limit,
     )
     box = Box(-problem.torque_limit, problem.torque_limit)
-    planner = Planner(ILQR(), Detached(), box, max_steps, tolerance=1e-6)
+    planner = Planner(ILQR(second_order=True), Detached(), box, max_steps, tolerance=1e-6)
     with torch.no_grad():
         plan = planner.plan(objective, state.new_zeros(len(state), problem.horizon, 1), throw=True)
     return plan.actions.to(starts.dtype)
@@ -89,7 +89,7 @@ class MPCConfig(PolicyConfig):
     alternate_every: int = Field(10, ge=0)
     """Epochs of dynamics, then as many of cost, and so on; 0 trains both at once."""
     max_steps: int = Field(60, ge=1)
-    """iLQR steps at most."""
+    """DDP steps at most."""
 
 
 @final
@@ -97,10 +97,11 @@ class PendulumMPC(Policy):
     """û(s; θ) = argmin_u Σ_t ½ τᵀdiag(q)τ + pᵀτ under the pendulum with (g, m, l), trained on mean (û − u*)².
 
     Ten unknowns: g, m, l; q = sigmoid(q̂), 4; p = √q·p̂ on the three state entries (the control's is zero, as in the true
-    cost). Solved by box-constrained iLQR from zero torque; differentiated by the implicit function theorem on the free
+    cost). Solved by box-constrained DDP; differentiated by the implicit function theorem on the free
     set, second-order terms of the dynamics included (theirs drops them, which biases the gradient).
 
-    Differs from paper: no warm starts, because iLQR here solves the whole batch at once in few steps.
+    A training solve starts from the same example's last solution (theirs forgets it every 50 epochs, ours never: the
+    solve runs to convergence either way); a solve at test time starts from zero torque.
     """
 
     name = "mpc"
@@ -119,6 +120,15 @@ class PendulumMPC(Policy):
         self.physics = nn.Parameter(first + spread * (2 * torch.rand(3) - 1))
         self.cost_logits = nn.Parameter(torch.zeros(4), requires_grad=config.learn_cost)
         self.cost_linear = nn.Parameter(torch.zeros(3), requires_grad=config.learn_cost)
+        self._last = torch.empty(0, spec.horizon, 1)
+
+    def get_extra_state(self) -> Tensor:
+        """The last solution of each training example (N H 1), NaN where there is none: the next solve's start."""
+        return self._last
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put them back, for an exact resume."""
+        self._last = state
 
     def trainable(self, epoch: int) -> list[Tensor]:
         """Dynamics and cost in turns, or both at once."""
@@ -132,29 +142,37 @@ class PendulumMPC(Policy):
     def objective(self, obs: States) -> PendulumObjective:
         """The learned problem from the given states (B 3)."""
         # A step of the optimiser must not carry a mass or a length through zero, where the model ends.
-        g, m, l = self.physics[0], self.physics[1].clamp_min(0.05), self.physics[2].clamp_min(0.05)
+        g, (m, l) = self.physics[0].to(obs), self.physics[1:].to(obs).clamp_min(0.05)
         quadratic, linear = obs.new_tensor(QUADRATIC), obs.new_tensor(LINEAR)
         if self.settings.learn_cost:
-            quadratic = torch.sigmoid(self.cost_logits)
-            linear = torch.cat((quadratic[:3].sqrt() * self.cost_linear, quadratic.new_zeros(1)))
+            quadratic = torch.sigmoid(self.cost_logits.to(obs))
+            linear = torch.cat((quadratic[:3].sqrt() * self.cost_linear.to(obs), quadratic.new_zeros(1)))
         limit = self.spec.high[0]
         return PendulumObjective(PendulumParameters(g, m, l), quadratic, linear, obs, self.spec.horizon, limit)
 
-    def predict(self, obs: States, adjoint: Adjoint) -> Plans:
-        """The controls (B H 1), differentiable as the adjoint says."""
+    def predict(self, obs: States, start: Plans, adjoint: Adjoint) -> Plans:
+        """The controls (B H 1) from a first guess, differentiable as the adjoint says. Solved in float64."""
         box = Box(self.spec.low[0], self.spec.high[0])
-        solver: Solver = ILQR()
-        planner = Planner(solver, adjoint, box, self.settings.max_steps, tolerance=1e-4)
-        start = obs.new_zeros(len(obs), self.spec.horizon, 1)
-        return planner.plan(self.objective(obs), start).actions
+        planner = Planner(ILQR(second_order=True), adjoint, box, self.settings.max_steps, tolerance=1e-4)
+        return planner.plan(self.objective(obs.double()), start.double()).actions.to(obs.dtype)
 
     def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error, differentiated through the controller."""
-        loss = F.mse_loss(self.predict(batch.obs, Implicit()), batch.actions)
+        controls = self.predict(batch.obs, self._warm_start(batch), Implicit())
+        self._last[batch.index.cpu()] = controls.detach().cpu()
+        loss = F.mse_loss(controls, batch.actions)
         g, m, l = self.physics.tolist()
         return loss, {"control_mse": loss.item(), "g": g, "m": m, "l": l}
+
+    def _warm_start(self, batch: Chunk) -> Plans:
+        """The last solution for each example; the demonstrated controls where there is none yet."""
+        missing = int(batch.index.max()) + 1 - len(self._last)
+        if missing > 0:
+            self._last = torch.cat((self._last, torch.full((missing, *self._last.shape[1:]), torch.nan)))
+        last = self._last[batch.index.cpu()].to(batch.actions)
+        return torch.where(torch.isnan(last), batch.actions, last)
 
     @torch.no_grad()
     def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
         """The controls (B H 1); deterministic."""
-        return self.predict(obs, Detached())
+        return self.predict(obs, obs.new_zeros(len(obs), self.spec.horizon, 1), Detached())

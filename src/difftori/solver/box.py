@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from difftori.errors import BoxError
-from difftori.types import PointFlags, Points, Rows
+from difftori.types import PointFlags, Points, PointSetFlags, PointSets, Rows
 
 Bound = float | Tensor
 
@@ -58,11 +58,11 @@ class Box:
                 )
         return _Bounds(low, high)
 
-    def project(self, x: Points) -> Points:
+    def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box, coordinate by coordinate. NaN stays NaN."""
         return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
 
-    def contains(self, x: Points, slack: float = 0.0) -> PointFlags:
+    def contains(self, x: PointSets, slack: float = 0.0) -> PointSetFlags:
         """Which coordinates lie inside, up to `slack`."""
         return (x >= torch.as_tensor(self.low).to(x) - slack) & (x <= torch.as_tensor(self.high).to(x) + slack)
 

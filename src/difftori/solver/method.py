@@ -11,7 +11,7 @@ from difftori.solver.box import Box
 from difftori.solver.compiled import compiled_value_and_grad, compiled_value_grad_hessian
 from difftori.solver.derivatives import costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
-from difftori.types import Hessians, Points, Rows
+from difftori.types import Hessians, Points, PointSets, Rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Problem:
         with torch.set_grad_enabled(self.create_graph):
             return costs_of_candidates(self.objective, candidates)
 
-    def project(self, x: Points) -> Points:
+    def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box."""
         return self.box.project(x)
 

@@ -17,11 +17,12 @@ from difftori.types import Hessians, PointFlags, Points, RowFlags
 class Newton(Solver):
     """x ← P(x − H⁻¹∇J) on the free set: the coordinates that the box does not hold (Bertsekas, 1982).
 
-    Each row takes the longest of `len(lengths)` step lengths that lowers its cost, or where rounding hides the
-    decrease, the one that lowers its projected gradient; otherwise it stays. `linear`: "dense" factorises the n×n
-    Hessian (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them.
-    `eigenvalue_floor`: curvatures below this share of the largest one are raised to it (and negative ones mirrored),
-    so that the step descends where the cost is not convex.
+    Each row takes the longest of `lengths` that lowers its cost, or where rounding hides the decrease, the one that
+    lowers its projected gradient. Where none does, because the projection has bent the step, it takes a projected
+    gradient step of length 1/‖H‖, and stays if that does not help either. `linear`: "dense" factorises the n×n Hessian
+    (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them. `eigenvalue_floor`:
+    curvatures below this share of the largest one are raised to it (and negative ones mirrored), so that the step
+    descends where the cost is not convex.
     """
 
     linear: Literal["dense", "cg"] = "dense"
@@ -39,26 +40,34 @@ class Newton(Solver):
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One safeguarded Newton step."""
-        direction = self._direction(problem, x)
-        for length in self.lengths:
-            trial = problem.project(x + length * direction)
+        moves = self._moves(problem, x)
+        waiting = torch.ones_like(state.cost, dtype=torch.bool)
+        origin = x
+        for move in moves:
+            trial = problem.project(origin + move)
             cost, grad = problem.evaluate(trial)
-            taken = self._better(problem, x, state, trial, cost, grad)
-            now = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
-            x, state = choose(taken, trial, x), now
-            # A row that has moved, or cannot, keeps still for the shorter lengths.
-            direction = direction * ~taken[:, None]
+            taken = waiting & self._better(problem, x, state, trial, cost, grad)
+            state = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
+            x, waiting = choose(taken, trial, x), waiting & ~taken
+            if not bool(waiting.any()):
+                break
         return x, state
 
-    def _direction(self, problem: Problem, x: Points) -> Points:
+    def _moves(self, problem: Problem, x: Points) -> list[Points]:
+        """The moves to try, in this order."""
         if self.linear == "cg" and not problem.create_graph:
             products = HessianProducts(problem.objective, x)
-            free = ~problem.box.held(x, products.grad)
-            return conjugate_gradient(products, -products.grad * free, free, self.products).solution
-        _, grad, hessian = problem.curvature(x)
-        free = ~problem.box.held(x, grad.detach())
-        factor = factorise(hessian, free, self.eigenvalue_floor)
-        return factor.solve(-grad * free)
+            grad, free = products.grad, ~problem.box.held(x, products.grad)
+            direction = conjugate_gradient(products, -grad * free, free, self.products).solution
+            along = (grad * free * products(grad * free)).sum(-1).abs()
+            curvature = along / (grad * free).square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+        else:
+            _, grad, hessian = problem.curvature(x)
+            free = ~problem.box.held(x, grad.detach())
+            direction = factorise(hessian, free, self.eigenvalue_floor).solve(-grad * free)
+            curvature = hessian.detach().abs().sum(-1).amax(-1)
+        safe = -grad / curvature.clamp_min(torch.finfo(x.dtype).eps)[:, None]
+        return [*(length * direction for length in self.lengths), torch.nan_to_num(safe)]
 
     @staticmethod
     def _better(problem: Problem, x: Points, state: State, trial: Points, cost: Tensor, grad: Points) -> RowFlags:

@@ -20,13 +20,14 @@ class ProjectedGradient(Solver):
     "Nonmonotone spectral projected gradient methods on convex sets".
 
     `first_move`: the first step moves the steepest coordinate by this share of its range (or by this much where the box
-    is open). `window`: a trial is compared with the highest of the last so many costs; 1 is monotone, the cost of a row
+    is open), unless `first_step` gives α itself, as suits a cost whose curvature is known. `window`: a trial is compared with the highest of the last so many costs; 1 is monotone, the cost of a row
     never rises; 5 needs fewer steps on ill-conditioned problems. `armijo`: the share of the predicted decrease that a
     trial must reach. `polish`: Newton steps on the free set after the iterations, outside their budget, which turn a good
     solution into an exact one; `polish_with` is their method.
     """
 
     first_move: float = 0.25
+    first_step: float | None = None
     window: int = 1
     armijo: float = 1e-4
     polish: int = 0
@@ -42,13 +43,18 @@ class ProjectedGradient(Solver):
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate, and choose the first step length."""
         cost, grad = problem.evaluate(x)
+        alpha = self._first_step(problem, x, grad)
+        recent = cost.detach().unsqueeze(-1).repeat(1, self.window)
+        return State(cost, grad, (alpha.clamp(_SHORTEST, _LONGEST), torch.ones_like(cost.detach()), recent))
+
+    def _first_step(self, problem: Problem, x: Points, grad: Points) -> Rows:
+        if self.first_step is not None:
+            return torch.full_like(grad[:, 0], self.first_step)
         room = problem.box.width(x)
         reach = torch.where(torch.isfinite(room), room, torch.ones_like(room)).amin(-1) * self.first_move
         steepest = grad.abs().amax(-1)
         # A row that starts where the gradient vanishes needs no first step; 1 is as good as any.
-        alpha = torch.where(steepest > 0, reach / steepest.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
-        recent = cost.detach().unsqueeze(-1).repeat(1, self.window)
-        return State(cost, grad, (alpha.clamp(_SHORTEST, _LONGEST), torch.ones_like(cost.detach()), recent))
+        return torch.where(steepest > 0, reach / steepest.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One trial per row: taken if it lowers the cost enough, else shortened for the next time."""

@@ -1,0 +1,237 @@
+"""What is compared: cells (a problem at a size) and entries (a way to solve it). A new entry is one line of a table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from difftori.benchmarks.peers import mpc_pendulum, theseus_lm, theseus_lm_flattened
+from difftori.benchmarks.pendulum import PendulumProblem, pendulum_problem, quadratic_cost
+from difftori.benchmarks.problems import ImitationProblem, LatentProblem, Start, imitation_problem, latent_problem
+from difftori.errors import ConfigError
+from difftori.solver import (
+    ILQR,
+    MPPI,
+    Adjoint,
+    Box,
+    Detached,
+    Implicit,
+    LevenbergMarquardt,
+    ProjectedGradient,
+    Solver,
+    Truncated,
+    presets,
+    solve,
+)
+from difftori.solver.presets import Preset
+from difftori.types import Points, Rows
+
+
+class Problem(Protocol):
+    """B problems that a benchmark can pose anew at other contexts: what `problems` and `pendulum` offer."""
+
+    x0: Points
+
+    @property
+    def context(self) -> Float[Tensor, "B C"]:
+        """What solutions are differentiated with respect to, row by row."""
+        ...
+
+    @property
+    def box(self) -> Box:
+        """Bounds of the variables."""
+        ...
+
+    def at(self, context: Float[Tensor, "B C"]) -> "Problem":
+        """The same problems at another context."""
+        ...
+
+    def cost(self, x: Points) -> Rows:
+        """The cost of each row."""
+        ...
+
+    def select(self, rows: Tensor) -> "Problem":
+        """Some of the rows."""
+        ...
+
+    def weights(self) -> list[nn.Parameter]:
+        """Parameters that training would update besides."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem at one size."""
+
+    problem: str
+    horizon: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.problem} H={self.horizon} B={self.batch}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every cell is built with: the folder of fitted networks, where solves start, and how long to fit."""
+
+    cache: Path
+    start: Start = "cold"
+    fit_steps: int = 500
+    seed: int = 0
+
+
+def build(cell: Cell, dtype: torch.dtype, setup: Setup) -> Problem:
+    """The problems of a cell."""
+    if cell.problem == "latent":
+        return latent_problem(
+            cell.horizon,
+            cell.batch,
+            dtype,
+            setup.seed,
+            cache=setup.cache,
+            start=setup.start,
+            fit_steps=setup.fit_steps,
+        )
+    if cell.problem == "imitation":
+        return imitation_problem(cell.batch, dtype, setup.seed, cache=setup.cache, fit_steps=setup.fit_steps)
+    if cell.problem == "pendulum":
+        return pendulum_problem(cell.batch, dtype, setup.seed, horizon=cell.horizon)
+    raise ConfigError([f"problem: {cell.problem!r} is none of latent, imitation, pendulum"])
+
+
+Solve = Callable[[Problem, torch.Generator], Points]
+"""(problem, generator) -> solution (B n), differentiable in problem.context and problem.weights() unless it says not."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to solve a problem. `peer`: someone else's; `compiled`: through torch.compile; `gradient`: it has one.
+
+    `largest`: batches beyond it are left out, where a run would take minutes and grow in proportion anyway.
+    """
+
+    name: str
+    solve: Solve
+    peer: bool = False
+    compiled: bool = False
+    gradient: bool = True
+    largest: int = 1_000_000
+
+
+def _preset(preset: Preset, problem: Problem, generator: torch.Generator, *, compile: bool = False) -> Points:
+    return preset.solve(problem, problem.x0, box=problem.box, generator=generator, compile=compile).x
+
+
+def _ours(
+    solver: Solver, adjoint: Adjoint, steps: int, problem: Problem, generator: torch.Generator, *, compile: bool = False
+) -> Points:
+    return solve(
+        problem,
+        problem.x0,
+        solver=solver,
+        adjoint=adjoint,
+        box=problem.box,
+        max_steps=steps,
+        generator=generator,
+        compile=compile,
+    ).x
+
+
+def _tdmpc(problem: Problem, generator: torch.Generator) -> Points:
+    """MPPI as TD-MPC runs it: 512 samples and 25 noisy rollouts of the prior, 6 iterations."""
+    assert isinstance(problem, LatentProblem)
+    with torch.no_grad():
+        repeated = problem.z0.repeat(25, 1)
+        rollouts = problem.networks.rollout(repeated, problem.horizon, noise=0.05, generator=generator)
+        candidates = rollouts.reshape(25, *problem.x0.shape)
+    return solve(
+        problem,
+        problem.x0,
+        solver=MPPI(samples=512),
+        adjoint=Detached(),
+        box=problem.box,
+        max_steps=6,
+        candidates=candidates,
+        generator=generator,
+    ).x
+
+
+def _theseus(problem: Problem, generator: torch.Generator) -> Points:
+    """The release's reinforcement learning solve (100 iterations, step 1e-4, damping 1e-3), its clamp in the cost."""
+    assert isinstance(problem, LatentProblem)
+    low, high = float(problem.box.low), float(problem.box.high)
+    return theseus_lm(lambda x, z: problem.cost_from(x.clamp(low, high), z), problem.x0, problem.context)
+
+
+def _theseus_imitation(iterations: int, problem: Problem, generator: torch.Generator) -> Points:
+    assert isinstance(problem, ImitationProblem)
+    return theseus_lm_flattened(problem.cost_from, problem.x0, problem.context, iterations=iterations)
+
+
+def _mpc(analytic: bool, problem: Problem, generator: torch.Generator) -> Points:
+    assert isinstance(problem, PendulumProblem)
+    cost = quadratic_cost(problem.state)
+    return mpc_pendulum(problem.state, problem.context, *cost, horizon=problem.horizon, analytic=analytic)
+
+
+def _reference_il(problem: Problem, generator: torch.Generator, *, compile: bool = False) -> Points:
+    return _preset(presets.reference_il(problem.x0.shape[0]), problem, generator, compile=compile)
+
+
+def _both(name: str, run: Callable[..., Points]) -> tuple[Entry, Entry]:
+    return Entry(name, run), Entry(f"{name}, compiled", partial(run, compile=True), compiled=True)
+
+
+_RELEASE = presets.reference_rl("cheetah-run")
+_FAST, _ACCURATE = partial(_preset, presets.fast()), partial(_preset, presets.accurate())
+_SHORT = Preset(LevenbergMarquardt(offset=1000.0, step_size=3e-5, damping=0.01 * 128), Truncated(5), 10, "last", 0.0)
+
+ENTRIES: dict[str, tuple[Entry, ...]] = {
+    # The first of each is what the ratios are taken against.
+    "latent": (
+        Entry("Theseus LM 100", _theseus, peer=True),
+        *_both("closed-form LM 100", partial(_preset, _RELEASE)),
+        *_both("fast", _FAST),
+        *_both("accurate", _ACCURATE),
+        Entry("MPPI 525x6", _tdmpc, gradient=False, largest=32),
+    ),
+    "imitation": (
+        Entry("Theseus LM 100, one problem", partial(_theseus_imitation, 100), peer=True),
+        Entry("Theseus LM 10, one problem", partial(_theseus_imitation, 10), peer=True),
+        *_both("closed-form LM 100", _reference_il),
+        Entry("closed-form LM 10", partial(_preset, _SHORT)),
+        *_both("fast", _FAST),
+        *_both("accurate", _ACCURATE),
+    ),
+    "pendulum": (
+        Entry("mpc.pytorch", partial(_mpc, False), peer=True),
+        Entry("mpc.pytorch, Jacobian given", partial(_mpc, True), peer=True),
+        Entry("ILQR", partial(_ours, ILQR(), Implicit(), 50)),
+        Entry("ILQR, second order", partial(_ours, ILQR(second_order=True), Implicit(), 50)),
+        *_both("spectral 60", partial(_ours, ProjectedGradient(), Implicit(), 60)),
+        *_both("accurate", _ACCURATE),
+    ),
+}
+
+
+def entries(cell: Cell, *, peers: bool, compile: bool) -> list[Entry]:
+    """The entries of a cell, without the peers or the compiled ones where these are not wanted."""
+    return [
+        entry
+        for entry in ENTRIES[cell.problem]
+        if (peers or not entry.peer) and (compile or not entry.compiled) and cell.batch <= entry.largest
+    ]
+
+
+def entry(problem: str, name: str) -> Entry:
+    """One entry by its name."""
+    found = [candidate for candidate in ENTRIES[problem] if candidate.name == name]
+    if not found:
+        raise ConfigError([f"entry: {name!r} is none of {', '.join(e.name for e in ENTRIES[problem])}"])
+    return found[0]

@@ -1,0 +1,117 @@
+"""How right a solution and its gradient are, row by row, against a truth that finite differences confirm."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from difftori.benchmarks.entries import Cell, Entry, Problem, Setup, build
+from difftori.benchmarks.timing import functional
+from difftori.solver import Implicit, Newton, ProjectedGradient, solve
+from difftori.types import RowFlags, Rows
+
+_CONVERGED_STEPS = 300
+_DIFFERENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one entry on one problem, over `rows` rows, solved in float64.
+
+    `start` and `reached`: mean of −cost at x0 and at the answer, projected into the box; `optimum`: where a converged
+    solve begun at that answer ends. `inside`: share of the answer's coordinates inside the box. `compared`: share of the
+    rows whose true gradient is known; over these the median `cosine` between the entry's gradient and the true one, the
+    share `aligned` with a cosine above .95, and the median of ‖error‖/‖truth‖. A gradient that is zero or not finite
+    counts as cosine 0; its error is 1 or infinite.
+    """
+
+    cell: Cell
+    entry: str
+    rows: int
+    start: float
+    reached: float
+    optimum: float
+    inside: float
+    compared: float = math.nan
+    cosine: float = math.nan
+    aligned: float = math.nan
+    relative_error: float = math.nan
+
+
+def measure_quality(cell: Cell, contestant: Entry, setup: Setup) -> Quality:
+    """Solve the cell's problems with one entry and compare.
+
+    What is differentiated is wᵀx(c), x the solution as returned, c the row's context (z0, or the pendulum's g, m, l) and
+    w fixed random weights. The true gradient is that of the optimum x*(c) to which a converged solve begun at the
+    entry's own answer leads: so an entry is not blamed for the local optimum that it chose, only for its derivative.
+    """
+    problem = build(cell, torch.float64, setup)
+    weights = functional(problem, seed=1)
+    context = problem.context.detach().clone().requires_grad_()
+    x = contestant.solve(problem.at(context), torch.Generator().manual_seed(0))
+    answer = problem.box.project(x.detach())
+    reference = _converged(problem, problem.context, answer)
+    with torch.no_grad():
+        start, reached = -problem.cost(problem.x0).mean(), -problem.cost(answer).mean()
+        optimum = -problem.cost(reference.detach()).mean()
+    quality = Quality(
+        cell=cell,
+        entry=contestant.name,
+        rows=len(answer),
+        start=start.item(),
+        reached=reached.item(),
+        optimum=optimum.item(),
+        inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
+    )
+    if not contestant.gradient:
+        return quality
+    (found,) = torch.autograd.grad((x * weights).sum(), context)
+    truth, known = _true_gradient(problem, answer, weights)
+    return _compare(quality, found, truth, known)
+
+
+def _converged(problem: Problem, context: Tensor, start: Tensor) -> Tensor:
+    solver = ProjectedGradient(polish=4, polish_with=Newton())
+    adjoint, steps = Implicit(), _CONVERGED_STEPS
+    return solve(problem.at(context), start, solver=solver, adjoint=adjoint, box=problem.box, max_steps=steps).x
+
+
+def _true_gradient(problem: Problem, start: Tensor, weights: Tensor, seed: int = 2) -> tuple[Tensor, RowFlags]:
+    """∂wᵀx*/∂c (B C), and for which rows it is known.
+
+    By the implicit function theorem on the free set, in float64. It counts as known where central differences of the
+    whole converged solve, along a random direction of each row's context, say the same to 1e-3 of its norm (times the
+    direction's share), and where it is not zero (every coordinate held by the box). Left out are thus the rows that did
+    not converge, saddles, and optima on a ridge where the twin critics are equal.
+    """
+    context = problem.context.detach().clone().requires_grad_()
+    x = _converged(problem, context, start)
+    (truth,) = torch.autograd.grad((x * weights).sum(), context)
+    direction = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed), dtype=truth.dtype)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    with torch.no_grad():
+        ends = [
+            (_converged(problem, problem.context + sign * _DIFFERENCE * direction, x.detach()) * weights).sum(-1)
+            for sign in (1.0, -1.0)
+        ]
+    differences = (ends[0] - ends[1]) / (2 * _DIFFERENCE)
+    norm = truth.norm(dim=-1)
+    slack = 1e-3 * norm / math.sqrt(truth.shape[-1])
+    known = ((truth * direction).sum(-1) - differences).abs() <= slack
+    return truth, known & torch.isfinite(norm) & (norm > 1e-9)
+
+
+def _compare(quality: Quality, found: Tensor, truth: Tensor, known: RowFlags) -> Quality:
+    if not bool(known.any()):
+        return replace(quality, compared=0.0)
+    found, truth = found[known], truth[known]
+    cosine: Rows = torch.nan_to_num(torch.cosine_similarity(found, truth, dim=-1), nan=0.0)
+    error = (found - truth).norm(dim=-1) / truth.norm(dim=-1)
+    return replace(
+        quality,
+        compared=known.double().mean().item(),
+        cosine=cosine.median().item(),
+        aligned=(cosine > 0.95).double().mean().item(),
+        relative_error=torch.nan_to_num(error, nan=math.inf).median().item(),
+    )

@@ -1,0 +1,263 @@
+"""Every solver on every problem it applies to: it descends, stays in the box, and treats rows alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from difftori.solver import (
+    CEM,
+    ILQR,
+    MPPI,
+    Adam,
+    Box,
+    Detached,
+    GaussNewton,
+    LeastSquaresObjective,
+    LevenbergMarquardt,
+    Newton,
+    ProjectedGradient,
+    Status,
+    TrajectoryObjective,
+    solve,
+)
+from tests.solver.problems import CASES, F64, fit, network, quadratic, swing
+
+SOLVERS = {
+    "projected-gradient": ProjectedGradient(),
+    "projected-gradient-window": ProjectedGradient(window=5),
+    "projected-gradient-polished": ProjectedGradient(polish=2),
+    "newton": Newton(),
+    "newton-cg": Newton(linear="cg"),
+    "adam": Adam(lr=0.05),
+    "lm-adaptive": LevenbergMarquardt(offset=10.0, damping=0.1, step_size=0.5, adaptive=True),
+    "lm-fixed": LevenbergMarquardt(offset=30.0, damping=5.0, step_size=0.02),
+    "lm-stacked": LevenbergMarquardt(damping=0.01),
+    "gauss-newton": GaussNewton(),
+    "ilqr": ILQR(),
+    "ddp": ILQR(second_order=True),
+    "cem": CEM(samples=128, elites=16),
+    "mppi": MPPI(samples=128, elites=16, std=0.5, temperature=5.0, min_std=0.02),
+}
+STACKED = {"gauss-newton", "lm-stacked"}
+SECOND_ORDER = {"projected-gradient-polished", "newton", "newton-cg", "ddp"}
+
+
+def applies(name: str, objective) -> bool:
+    solver = SOLVERS[name]
+    if name == "lm-fixed":
+        return not isinstance(objective, LeastSquaresObjective)
+    if name in STACKED:
+        return isinstance(objective, LeastSquaresObjective)
+    if isinstance(solver, ILQR):
+        return isinstance(objective, TrajectoryObjective)
+    return True
+
+
+def best_known(case) -> torch.Tensor:
+    """The cost of a long solve polished by Newton's method."""
+    return solve(
+        case.objective,
+        case.x0,
+        solver=ProjectedGradient(polish=5, window=5),
+        adjoint=Detached(),
+        box=case.box,
+        max_steps=500,
+    ).cost
+
+
+def run(name, case, steps=150, **options):
+    generator = torch.Generator().manual_seed(0)
+    return solve(
+        case.objective,
+        case.x0,
+        solver=SOLVERS[name],
+        adjoint=Detached(),
+        box=case.box,
+        max_steps=steps,
+        generator=generator,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("problem", CASES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_reaches_the_optimum(name, problem):
+    case = CASES[problem]()
+    if not applies(name, case.objective):
+        pytest.skip(f"{name} needs another structure")
+    solution = run(name, case)
+    gap = solution.cost - best_known(case)
+    first = solve(case.objective, case.x0, adjoint=Detached(), box=case.box, max_steps=0).cost
+    scale = first - best_known(case)
+    assert bool((gap <= 2e-2 * scale + 1e-9).all()), (gap / scale).tolist()
+    if name in SECOND_ORDER:
+        assert float(solution.grad_norm.max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_iterate_is_inside_the_box(name):
+    case = fit() if name in STACKED else swing()
+    box = Box(-0.3, torch.linspace(0.1, 0.6, case.x0.shape[1], dtype=F64))
+    case.box = box
+    solution = run(name, case, steps=15, history=True)
+    assert solution.history is not None
+    assert bool(box.contains(solution.history.x.flatten(0, 1)).all())
+    assert bool(box.contains(solution.x).all())
+
+
+@pytest.mark.parametrize("name", ["projected-gradient", "newton", "lm-adaptive", "ilqr", "ddp"])
+def test_costs_never_rise(name):
+    solution = run(name, swing(), steps=30, history=True)
+    assert solution.history is not None
+    assert float(solution.history.cost.diff(dim=0).max()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_best_iterate_is_kept(name):
+    case = fit() if name in STACKED else swing()
+    solution = run(name, case, steps=20, history=True)
+    assert solution.history is not None
+    torch.testing.assert_close(solution.cost, solution.history.cost.amin(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(solution.cost, case.objective.cost(solution.x).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@given(order=st.permutations(range(4)), alone=st.integers(0, 3))
+def test_rows_do_not_interact(name, order, alone):
+    case = fit() if name in STACKED else swing()
+    steps = 5
+    whole = run(name, case, steps)
+    index = torch.tensor(order)
+    shuffled = solve(
+        case.objective.select(index),
+        case.x0[index],
+        solver=SOLVERS[name],
+        adjoint=Detached(),
+        box=case.box,
+        max_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(shuffled.x, whole.x[index], rtol=0, atol=1e-9)
+    one = torch.tensor([alone])
+    single = solve(
+        case.objective.select(one),
+        case.x0[one],
+        solver=SOLVERS[name],
+        adjoint=Detached(),
+        box=case.box,
+        max_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(single.x[0], whole.x[alone], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_bad_row_leaves_the_others_exact(name, poison):
+    case = fit() if name in STACKED else (swing() if name in ("ilqr", "ddp") else quadratic())
+    clean = run(name, case, steps=20)
+    # A leaf with one entry per row is spoilt in row 1.
+    leaf = case.leaves[1]
+    with torch.no_grad():
+        leaf[1] = poison
+    spoilt = run(name, case, steps=20)
+    assert spoilt.status[1] == Status.NON_FINITE
+    good = torch.tensor([0, 2, 3])
+    assert torch.equal(spoilt.x[good], clean.x[good])
+    assert torch.equal(spoilt.status[good], clean.status[good])
+    assert bool(torch.isfinite(spoilt.x).all())
+    assert bool(case.box.contains(spoilt.x).all())
+
+
+def test_a_nan_start_is_reported():
+    case = quadratic()
+    case.x0[2, 1] = float("nan")
+    solution = run("projected-gradient", case)
+    assert solution.status.tolist()[2] == Status.NON_FINITE
+    assert bool(torch.isfinite(solution.x).all())
+
+
+@given(seed=st.integers(0, 10_000))
+def test_converged_means_stationary(seed):
+    case = quadratic(seed=seed)
+    solution = solve(case.objective, case.x0, box=case.box, adjoint=Detached(), max_steps=300, tolerance=1e-7)
+    _, grad = value(case, solution.x)
+    residual = case.box.stationarity(solution.x, grad)
+    assert bool((residual[solution.converged] <= 1e-7).all())
+    torch.testing.assert_close(residual, solution.grad_norm)
+    assert float(solution.converged.double().mean()) == 1.0
+
+
+def value(case, x):
+    x = x.detach().requires_grad_()
+    cost = case.objective.cost(x)
+    return cost, torch.autograd.grad(cost.sum(), x)[0]
+
+
+def test_float32_and_float64_agree():
+    low, high = network(dtype=torch.float32), network(dtype=F64)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for a, b in zip(low.leaves, high.leaves, strict=True):
+            a.copy_(b)
+    x32 = run("projected-gradient-polished", low).x
+    assert x32.dtype == torch.float32
+    torch.testing.assert_close(x32.double(), run("projected-gradient-polished", high).x, rtol=0, atol=1e-4)
+
+
+def test_a_warm_start_needs_fewer_steps():
+    case = quadratic()
+    cold = run("projected-gradient", case, steps=300)
+    warm = solve(case.objective, cold.x, box=case.box, adjoint=Detached(), max_steps=300)
+    assert int(warm.steps.max()) < int(cold.steps.min())
+
+
+def test_stacked_residuals_by_either_system_agree():
+    from difftori.solver.levenberg_marquardt import damped_step
+
+    torch.manual_seed(0)
+    residual, jacobian, damping = torch.randn(3, 4, dtype=F64), torch.randn(3, 4, 9, dtype=F64), torch.ones(3, dtype=F64)
+    wide = damped_step(residual, jacobian, damping)
+    eye = torch.eye(9, dtype=F64)
+    direct = -torch.linalg.solve(
+        jacobian.mT @ jacobian + damping[:, None, None] * eye, (jacobian.mT @ residual.unsqueeze(-1)).squeeze(-1)
+    )
+    torch.testing.assert_close(wide, direct)
+
+
+def test_the_closed_form_is_levenberg_marquardt_on_one_residual():
+    case = network()
+    offset, alpha, damping = 100.0, 1e-3, 0.1
+    solution = solve(
+        case.objective,
+        case.x0,
+        solver=LevenbergMarquardt(offset=offset, step_size=alpha, damping=damping),
+        adjoint=Detached(),
+        max_steps=3,
+        keep="last",
+    )
+    x = case.x0
+    for _ in range(3):
+        cost, grad = value(case, x)
+        residual, jacobian = (offset + cost).unsqueeze(-1), grad.unsqueeze(-2)
+        matrix = jacobian.mT @ jacobian + damping * torch.eye(x.shape[1], dtype=F64)
+        x = x - alpha * torch.linalg.solve(matrix, (jacobian.mT @ residual.unsqueeze(-1)).squeeze(-1)).detach()
+    torch.testing.assert_close(solution.x, x)
+
+
+def test_candidates_are_scored_beside_the_samples():
+    case = quadratic()
+    best = run("newton", case).x
+    solver = CEM(samples=8, elites=1, std=0.01)
+    solution = solve(
+        case.objective,
+        case.x0,
+        solver=solver,
+        adjoint=Detached(),
+        box=case.box,
+        max_steps=1,
+        candidates=best.unsqueeze(0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(solution.x, best)
