@@ -106,9 +106,10 @@ class LQR(TrajectoryObjective):
     def riccati(self) -> Tensor:
         """The optimal controls (B H·A), by the Riccati recursion, differentiable in everything."""
         identity = torch.eye(self.A.shape[0], dtype=self.A.dtype)
+        R = 0.5 * (self.R + self.R.T)  # the cost sees no more of R than this
         value, gains = identity, []
         for _ in range(self.horizon):
-            gain = -torch.linalg.solve(self.R + self.B.T @ value @ self.B, self.B.T @ value @ self.A)
+            gain = -torch.linalg.solve(R + self.B.T @ value @ self.B, self.B.T @ value @ self.A)
             value = identity + self.A.T @ value @ (self.A + self.B @ gain)
             gains.insert(0, gain)
         state, controls = self.state, []

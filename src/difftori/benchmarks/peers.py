@@ -8,6 +8,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
@@ -32,6 +33,13 @@ def _theseus() -> ModuleType:
     except ImportError as missing:
         raise MissingExtraError(f"Theseus is not installed ({missing}): run `make peers`.") from missing
     return theseus
+
+
+def require_peers() -> dict[str, str]:
+    """The versions of both peers, or a `MissingExtraError` that says how to install what is missing."""
+    _theseus()
+    _mpc()
+    return {name: version(name) for name in ("theseus-ai", "mpc")}
 
 
 def theseus_lm(

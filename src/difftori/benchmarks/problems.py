@@ -164,7 +164,7 @@ class _Teacher:
 
     def reward(self, z: Latents, a: Actions) -> Rows:
         miss = (z @ self.features.T + a @ self.felt.T).square().mean(-1)
-        return torch.exp(-0.5 * miss) - 0.02 * a.square().mean(-1)
+        return 2.0 * torch.exp(-0.5 * miss) - 0.04 * a.square().mean(-1)
 
     def value(self, z: Latents, a: Actions) -> Rows:
         """The discounted return of STEPS steps that begin with a and go on with a simple linear habit."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from difftori.benchmarks.entries import Cell, Entry, Problem, Setup, build
 from difftori.benchmarks.timing import functional
 from difftori.solver import Implicit, Newton, ProjectedGradient, solve
-from difftori.types import RowFlags, Rows
+from difftori.types import Points, RowFlags, Rows
 
-_CONVERGED_STEPS = 300
+_STEPS = 200
+_STEPS_OF_DIFFERENCES = 40
 _DIFFERENCE = 1e-5
 
 
@@ -51,55 +52,55 @@ def measure_quality(cell: Cell, contestant: Entry, setup: Setup) -> Quality:
     context = problem.context.detach().clone().requires_grad_()
     x = contestant.solve(problem.at(context), torch.Generator().manual_seed(0))
     answer = problem.box.project(x.detach())
-    reference = _converged(problem, problem.context, answer)
+    truth, known, optimum = _truth(problem, answer, weights)
     with torch.no_grad():
-        start, reached = -problem.cost(problem.x0).mean(), -problem.cost(answer).mean()
-        optimum = -problem.cost(reference.detach()).mean()
-    quality = Quality(
-        cell=cell,
-        entry=contestant.name,
-        rows=len(answer),
-        start=start.item(),
-        reached=reached.item(),
-        optimum=optimum.item(),
-        inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
-    )
+        quality = Quality(
+            cell=cell,
+            entry=contestant.name,
+            rows=len(answer),
+            start=-problem.cost(problem.x0).mean().item(),
+            reached=-problem.cost(answer).mean().item(),
+            optimum=-problem.cost(optimum).mean().item(),
+            inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
+        )
     if not contestant.gradient:
         return quality
     (found,) = torch.autograd.grad((x * weights).sum(), context)
-    truth, known = _true_gradient(problem, answer, weights)
     return _compare(quality, found, truth, known)
 
 
-def _converged(problem: Problem, context: Tensor, start: Tensor) -> Tensor:
+def _converged(problem: Problem, context: Tensor, start: Tensor, steps: int) -> Tensor:
+    """An optimum near `start`, to rounding where the objective is smooth there, with its implicit gradient."""
     solver = ProjectedGradient(polish=4, polish_with=Newton())
-    adjoint, steps = Implicit(), _CONVERGED_STEPS
-    return solve(problem.at(context), start, solver=solver, adjoint=adjoint, box=problem.box, max_steps=steps).x
+    return solve(
+        problem.at(context), start, solver=solver, adjoint=Implicit(), box=problem.box, max_steps=steps, tolerance=1e-12
+    ).x
 
 
-def _true_gradient(problem: Problem, start: Tensor, weights: Tensor, seed: int = 2) -> tuple[Tensor, RowFlags]:
-    """∂wᵀx*/∂c (B C), and for which rows it is known.
+def _truth(problem: Problem, start: Tensor, weights: Tensor, seed: int = 2) -> tuple[Tensor, RowFlags, Points]:
+    """∂wᵀx*/∂c (B C), for which rows it is known, and x* itself.
 
     By the implicit function theorem on the free set, in float64. It counts as known where central differences of the
-    whole converged solve, along a random direction of each row's context, say the same to 1e-3 of its norm (times the
-    direction's share), and where it is not zero (every coordinate held by the box). Left out are thus the rows that did
-    not converge, saddles, and optima on a ridge where the twin critics are equal.
+    converged solve, along a random unit direction of each row's context, say the same to 1e-3 of what such a direction
+    sees of it on average, and where it is not zero (every coordinate held by the box). Left out are thus the rows that
+    did not converge, saddles, and optima on the ridge where the twin critics are equal, of which there are many.
     """
     context = problem.context.detach().clone().requires_grad_()
-    x = _converged(problem, context, start)
+    x = _converged(problem, context, start, _STEPS)
     (truth,) = torch.autograd.grad((x * weights).sum(), context)
+    x = x.detach()
     direction = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed), dtype=truth.dtype)
     direction = direction / direction.norm(dim=-1, keepdim=True)
     with torch.no_grad():
         ends = [
-            (_converged(problem, problem.context + sign * _DIFFERENCE * direction, x.detach()) * weights).sum(-1)
+            (_converged(problem, problem.context + sign * _DIFFERENCE * direction, x, _STEPS_OF_DIFFERENCES) * weights)
             for sign in (1.0, -1.0)
         ]
-    differences = (ends[0] - ends[1]) / (2 * _DIFFERENCE)
+    differences = (ends[0] - ends[1]).sum(-1) / (2 * _DIFFERENCE)
     norm = truth.norm(dim=-1)
     slack = 1e-3 * norm / math.sqrt(truth.shape[-1])
     known = ((truth * direction).sum(-1) - differences).abs() <= slack
-    return truth, known & torch.isfinite(norm) & (norm > 1e-9)
+    return truth, known & torch.isfinite(norm) & (norm > 1e-9), x
 
 
 def _compare(quality: Quality, found: Tensor, truth: Tensor, known: RowFlags) -> Quality:

@@ -15,6 +15,8 @@ from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
 class BCConfig(PolicyConfig):
     """Settings of `BC`. The sizes are ours: no source prescribes them for Table 8."""
 
+    epochs: int = 500
+
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     layer_norm: bool = False

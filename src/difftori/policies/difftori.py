@@ -21,9 +21,9 @@ class DiffTORIConfig(PolicyConfig):
     epochs: int = 300
     latent_dim: int = Field(50, ge=1)
     """Z."""
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: tuple[int, ...] = (256, 256)
     """Widths of every network's hidden layers."""
-    decision: Literal["step", "chunk"] = "step"
+    decision: Literal["step", "chunk"] = "chunk"
     """`step`: one action a step, with latent dynamics between, horizon H. `chunk`: all H actions are one decision, scored
     at once, and the planning horizon is 1, as in the MetaWorld release."""
     init: Literal["prior", "zero", "random"] = "prior"
@@ -32,7 +32,7 @@ class DiffTORIConfig(PolicyConfig):
     """Gaussian noise on the start in training, in half-widths of the box."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
     """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
-    max_steps: int = Field(8, ge=1)
+    max_steps: int = Field(10, ge=1)
     """Steps of the solve."""
     curvature: float = Field(1.0, gt=0)
     """First value of the learned k in f(z, a) − ½k‖a‖² (a in units of the box). Without it f is maximised at corners of

@@ -21,7 +21,7 @@ class LSTMConfig(PolicyConfig):
     hidden: int = 256
     """Units of the cell and of every layer of the embeddings."""
     lr: float = 1e-4
-    epochs: int = 2000
+    epochs: int = 500
     clip_norm: float = 0.0
 
 

@@ -78,7 +78,7 @@ class MPCConfig(PolicyConfig):
     optimizer: str = "rmsprop"
     lr: float = 1e-2
     rmsprop_alpha: float = 0.5
-    epochs: int = 250
+    epochs: int = 300
     clip_norm: float = 0.0
     learn_cost: bool = True
     """Learn q and p beside g, m and l; otherwise the true cost is given."""

@@ -81,6 +81,8 @@ class Truncated(Adjoint):
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run all but k steps without a graph, then k with one."""
         tail = min(self.k, max_steps)
+        if tail == max_steps:
+            return Unrolled().apply(iterate, problem, max_steps)
         before = iterate(max_steps - tail, False, None)
         result = iterate(tail, True, before.progress)
         return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
@@ -111,8 +113,6 @@ class Implicit(Adjoint):
         result = iterate(max_steps, False, None)
         solution = result.x.detach()
         with torch.enable_grad():
-            if not problem.objective.cost(solution).requires_grad:
-                return Differentiated(solution, result)
             return self._attach(problem, solution, result)
 
     def _attach(self, problem: Problem, solution: Points, result: Iterates) -> Differentiated:

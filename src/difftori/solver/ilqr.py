@@ -47,7 +47,7 @@ class ILQR(Solver):
         assert isinstance(objective, TrajectoryObjective)
         (mu,) = state.memory
         with torch.enable_grad():
-            model = _quadratic_model(objective, x, problem.create_graph)
+            model = _quadratic_model(objective, x, self.second_order, problem.create_graph)
         feedforward, feedback = self._backward(problem, objective, x, model, mu)
         trials = self._rollouts(problem, objective, x, model.states, feedforward, feedback)
         costs = problem.score(trials)
@@ -76,7 +76,7 @@ class ILQR(Solver):
             q = model.gradient[t] + (transposed @ value.unsqueeze(-1)).squeeze(-1)
             hessian = model.hessian[t] + transposed @ curvature @ jacobian
             if self.second_order:
-                hessian = hessian + _dynamics_curvature(objective, model.states[t], plan[:, t], value, problem.create_graph)
+                hessian = hessian + torch.einsum("bi,bijk->bjk", value, model.bends[t])
             q_s, q_u = q[:, :size], q[:, size:]
             h_ss, h_us, h_uu = hessian[:, :size, :size], hessian[:, size:, :size], hessian[:, size:, size:]
             k, gain = self._control(h_uu, h_us, q_u, low[:, t] - plan[:, t], high[:, t] - plan[:, t], mu)
@@ -94,6 +94,8 @@ class ILQR(Solver):
         """min ½kᵀH_uu k + q_uᵀk over low ≤ k ≤ high by projected Newton, and the feedback on its free set."""
         identity = torch.eye(h_uu.shape[-1], dtype=h_uu.dtype, device=h_uu.device)
         h_uu = h_uu + mu[:, None, None] * identity
+        if h_uu.shape[-1] == 1:
+            return _single_control(h_uu[:, 0], h_us, q_u, low, high)
         k = torch.zeros_like(q_u)
         factor = factorise(h_uu, torch.ones_like(q_u, dtype=torch.bool), _FLOOR)
         # Where H_uu is not convex, the programme is solved for its convex stand-in.
@@ -140,8 +142,17 @@ class ILQR(Solver):
 _FLOOR = 1e-9
 
 
+def _single_control(h_uu: Tensor, h_us: Tensor, q_u: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The same programme for A = 1, where it is a clamp. Negative curvature is mirrored."""
+    curvature = h_uu.abs().clamp_min(torch.finfo(h_uu.dtype).eps)
+    wish = -q_u / curvature
+    k = torch.minimum(torch.maximum(wish, low), high)
+    free = (wish > low) & (wish < high)
+    return k, -h_us / curvature.unsqueeze(-1) * free.unsqueeze(-1)
+
+
 class _Model(NamedTuple):
-    """The quadratic model along a rollout, discounts included; time first."""
+    """The quadratic model along a rollout, discounts included; time first. `bends`: ∂²next/∂(s,u)², if asked for."""
 
     states: Tensor
     jacobian: Tensor
@@ -149,9 +160,10 @@ class _Model(NamedTuple):
     hessian: Tensor
     terminal_gradient: Tensor
     terminal_hessian: Tensor
+    bends: Tensor
 
 
-def _quadratic_model(objective: TrajectoryObjective, x: Points, create_graph: bool) -> _Model:
+def _quadratic_model(objective: TrajectoryObjective, x: Points, second_order: bool, create_graph: bool) -> _Model:
     size, horizon = objective.state.shape[-1], objective.horizon
     plan, state, states = objective.plan(x), objective.state, []
     for t in range(horizon):
@@ -162,7 +174,10 @@ def _quadratic_model(objective: TrajectoryObjective, x: Points, create_graph: bo
         pairs, state = pairs.detach().requires_grad_(), state.detach().requires_grad_()
     weights = objective.discount ** torch.arange(horizon + 1, dtype=x.dtype, device=x.device)
     following = torch.func.vmap(lambda pair: objective.next(pair[..., :size], pair[..., size:]))(pairs)
-    jacobian = row_jacobian(following, pairs, create_graph)
+    jacobian = row_jacobian(following, pairs, create_graph or second_order)
+    bends = jacobian.new_zeros(0)
+    if second_order:
+        bends = row_jacobian(jacobian.flatten(-2), pairs, create_graph).unflatten(-2, jacobian.shape[-2:])
     stage = torch.func.vmap(lambda pair: objective.stage_cost(pair[..., :size], pair[..., size:]))(pairs)
     gradient = _gradient(weights[:-1, None] * stage, pairs)
     last = _gradient(weights[-1] * objective.terminal_cost(state), state)
@@ -173,6 +188,7 @@ def _quadratic_model(objective: TrajectoryObjective, x: Points, create_graph: bo
         row_jacobian(gradient, pairs, create_graph),
         last,
         row_jacobian(last, state, create_graph),
+        bends,
     )
     return model if create_graph else _Model(*(part.detach() for part in model))
 
@@ -182,20 +198,6 @@ def _gradient(cost: Tensor, at: Tensor) -> Tensor:
         return torch.zeros_like(at)
     (grad,) = torch.autograd.grad(cost.sum(), at, create_graph=True, allow_unused=True)
     return torch.zeros_like(at) if grad is None else grad
-
-
-def _dynamics_curvature(
-    objective: TrajectoryObjective, state: Tensor, action: Tensor, value: Tensor, create_graph: bool
-) -> Tensor:
-    """Σ_i V_s,i ∂²next_i/∂(s,u)², (B S+A S+A)."""
-    size = state.shape[-1]
-    with torch.enable_grad():
-        pair = torch.cat([state, action], -1)
-        if not (create_graph and pair.requires_grad):
-            pair = pair.detach().requires_grad_()
-        weighted = (objective.next(pair[:, :size], pair[:, size:]) * value.detach()).sum(-1)
-        hessian = row_jacobian(_gradient(weighted, pair), pair, create_graph)
-    return hessian if create_graph else hessian.detach()
 
 
 def _bounds(problem: Problem, objective: TrajectoryObjective, x: Points) -> tuple[Tensor, Tensor]:

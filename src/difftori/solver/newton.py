@@ -22,7 +22,7 @@ class Newton(Solver):
     gradient step of length 1/‖H‖, and stays if that does not help either. `linear`: "dense" factorises the n×n Hessian
     (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them. `eigenvalue_floor`:
     curvatures below this share of the largest one are raised to it (and negative ones mirrored), so that the step
-    descends where the cost is not convex.
+    descends where the cost is not convex. Under unrolling, what is added to raise a curvature counts as a constant.
     """
 
     linear: Literal["dense", "cg"] = "dense"

@@ -37,8 +37,8 @@ class FunctionObjective(Objective):
     def __init__(self, function: Callable[[Tensor], Tensor]):
         self.function = function
 
-    def cost(self, x: Points) -> Rows:
-        """The callable's value."""
+    def cost(self, x: Points) -> Tensor:
+        """The callable's value, whatever its shape: `solve` checks it and says what is wrong."""
         return self.function(x)
 
 

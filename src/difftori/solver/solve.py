@@ -11,6 +11,7 @@ from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.compiled import compiled_steps
+from difftori.solver.derivatives import checked_cost
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
 from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
@@ -65,9 +66,9 @@ def solve(
     objective, box = as_objective(objective), _checked_input(x0, box, max_steps, keep, candidates)
     solver = ProjectedGradient() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
-    if not torch.is_grad_enabled():
-        adjoint = Detached()
     start = box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
+    if not _wants_gradient(objective, start):
+        adjoint = Detached()
     problem = Problem(objective, box, False, generator, candidates, compile)
     run = _Run(problem, solver, start, tolerance, keep, history)
     differentiated = adjoint.apply(run.iterate, problem, max_steps)
@@ -236,6 +237,13 @@ class _Run:
 
 
 _CHUNK = 5
+
+
+def _wants_gradient(objective: Objective, start: Points) -> bool:
+    """Whether anything that the solution can depend on requires a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return start.requires_grad or checked_cost(objective, start).requires_grad
 
 
 def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candidates: Tensor | None) -> Box:

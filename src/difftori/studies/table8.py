@@ -41,7 +41,14 @@ METHODS: tuple[Method, ...] = get_args(Method)
 ENVS = {"no-damping": "pendulum", "damping": "pendulum:damped"}
 TASKS = {"no-damping": "undamped", "damping": "damped"}
 POLICIES = {"amos": "mpc", "lstm": "lstm", "bc": "bc", "difftori": "difftori"}
-OVERRIDES: dict[tuple[str, str], dict[str, object]] = {}
+OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
+    ("damping", "amos"): {
+        "learn_cost": False,
+        "init_parameters": [5.0, 1.0, 1.0],
+        "init_spread": [1.5, 0.5, 0.5],
+        "epochs": 250,
+    },
+}
 """(setting, method) → policy settings that differ from the policy's defaults: a policy is not told its setting."""
 
 COMMON_STREAM, TEST_STREAM, SHOWN_STREAM = (8, 0), (8, 1), (8, 2)
@@ -49,6 +56,7 @@ COMMON_STREAM, TEST_STREAM, SHOWN_STREAM = (8, 0), (8, 1), (8, 2)
 FULL_SEEDS, FULL_STARTS, FULL_TRAIN = 3, 1000, 100
 QUICK_EPOCHS = 20
 TEST_STARTS = 10
+VALIDATE_EVERY = 5
 SHOWN_STARTS = 8
 ROWS_AT_ONCE = 250
 VALIDATION = "validation/error"
@@ -172,6 +180,7 @@ def _train_config(config: Config, setting: Setting, method: Method, seed: int) -
             "env": ENVS[setting],
             "seed": seed,
             "num_train": config.num_train,
+            "eval_every": VALIDATE_EVERY,
             "settings": {**OVERRIDES.get((setting, method), {}), **length},
         }
     )

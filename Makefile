@@ -1,0 +1,48 @@
+# Every target sets up what it needs. `make demo` and `make test` work on a fresh machine with Python 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint docs peers bench clean
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.core  ## learn to swing up a pendulum from an expert, by differentiating through the planner
+	$(BIN)/difftori train difftori --env pendulum --seed 0 --epochs 120 --eval_every 5 --eval_episodes 500 --out runs/demo
+	$(BIN)/difftori eval runs/demo --episodes 1000
+
+test: $(VENV)/.dev  ## the default suite: CPU only, well under six minutes on two cores
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+# Theseus asks for pins that no longer resolve and for build tools at run time: hence no dependencies and no isolation.
+peers: $(VENV)/.dev  ## Theseus 0.2.3 and mpc.pytorch 0.0.6, to compare with
+	$(PIP) 'setuptools<81' wheel
+	$(PIP) -r constraints-peers.txt --no-build-isolation --no-deps
+	$(BIN)/python -m pytest -m peers
+
+bench: peers
+	$(BIN)/difftori bench solver
+
+clean:
+	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis

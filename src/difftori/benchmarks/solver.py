@@ -1,0 +1,146 @@
+"""Our planners beside Theseus and mpc.pytorch: time, memory, objective reached, and how right the gradient is.
+
+Entries of a cell run interleaved, each repeat all of them once in rotating order; medians and quartiles are reported, and
+ratios against the first entry: Theseus at the release's setting, or mpc.pytorch. Times are in float32, on `threads`
+threads, and the backward pass goes to the encoded states AND to every parameter of the networks. Quality is measured
+once for each entry, in float64 (see `quality`): the objective that it reached beside where a converged solve from there
+ends, and the cosine and relative error of its gradient against one that finite differences confirm.
+"""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from difftori.benchmarks import report
+from difftori.benchmarks.entries import Cell, Entry, Setup, entries
+from difftori.benchmarks.peers import require_peers
+from difftori.benchmarks.problems import Start
+from difftori.benchmarks.quality import Quality, measure_quality
+from difftori.benchmarks.timing import Sample, peak_megabytes, time_cell
+
+
+class Config(BaseModel):
+    """What is compared, how often and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    problems: tuple[Literal["latent", "imitation", "pendulum"], ...] = ("latent", "imitation", "pendulum")
+    """Planning in a fitted latent model, refining action chunks, swinging up a pendulum."""
+    horizons: tuple[PositiveInt, ...] = (1, 5)
+    """Of the latent problem. The chunk has one of 16 variables, the pendulum 20 steps."""
+    batches: tuple[PositiveInt, ...] = (1, 32, 256)
+    """Rows of the latent problem."""
+    repeats: PositiveInt = 7
+    """Interleaved repeats of each cell."""
+    seconds: float = 120.0
+    """No further repeat of a cell begins after so long, once there are three."""
+    rows: PositiveInt = 32
+    """Rows over which quality is measured."""
+    start: Start = "cold"
+    """Where latent solves begin: at zero, or at the policy prior's rollout."""
+    compile: bool = True
+    """Measure the torch.compile'd entries too; each takes a minute or more to compile, for each size."""
+    peers: bool = True
+    """Measure Theseus and mpc.pytorch too (`make peers` installs them)."""
+    memory: bool = True
+    """Measure peak memory too, at each problem's largest batch, in a process of its own for each entry."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    seed: int = 0
+    """Of the networks and the states."""
+    out: Path = Path("benchmarks/results")
+    """Where the tables, the picture and the record of hardware and versions go."""
+    cache: Path = Path("runs/benchmark-cache")
+    """Where the fitted networks are kept between runs."""
+    quick: bool = False
+    """Tiny sizes and hardly fitted networks, to see that everything runs. The numbers mean nothing."""
+
+
+def run(config: Config) -> list[dict[str, str]]:
+    """Measure, write `solver-raw.csv`, `solver-summary.csv`, `solver.svg` and `solver.json` to `out`, and return the table.
+
+    The files are written anew after each cell, so that an interrupted run leaves what it has measured.
+    """
+    peers = require_peers() if config.peers else {}
+    began = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _Run(config, peers, began).measure()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cells(config: Config) -> list[Cell]:
+    sizes = {
+        "latent": [(h, b) for h in config.horizons for b in config.batches],
+        "imitation": [(1, 128)],
+        "pendulum": [(20, 1), (20, 32)],
+    }
+    if config.quick:
+        sizes = {"latent": [(1, 1), (1, 2)], "imitation": [(1, 2)], "pendulum": [(3, 2)]}
+    return [Cell(problem, *size) for problem in config.problems for size in sizes[problem]]
+
+
+class _Run:
+    """One run's measurements as they come in."""
+
+    def __init__(self, config: Config, peers: dict[str, str], began: float):
+        self.config, self.peers, self.began = config, peers, began
+        self.setup = Setup(config.cache, config.start, 20 if config.quick else 500, config.seed)
+        self.repeats = min(config.repeats, 2) if config.quick else config.repeats
+        self.rows = min(config.rows, 2) if config.quick else config.rows
+        self.samples: list[Sample] = []
+        self.quality: list[Quality] = []
+        self.memory: dict[tuple[Cell, str], float] = {}
+
+    def measure(self) -> list[dict[str, str]]:
+        """Every cell: quality first where the problem is new, then time, then memory at its largest batch."""
+        cells = _cells(self.config)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=len(cells))
+
+            def say(text: str) -> None:
+                progress.update(task, description=text)
+
+            for index, cell in enumerate(cells):
+                contestants = entries(cell, peers=self.config.peers, compile=self.config.compile)
+                same = [c for c in cells if (c.problem, c.horizon) == (cell.problem, cell.horizon)]
+                if cell == same[0]:
+                    self._measure_quality(cell, contestants, say)
+                self.samples += time_cell(
+                    cell, contestants, self.setup, repeats=self.repeats, seconds=self.config.seconds, advance=say
+                )
+                if self.config.memory and cell == max(same, key=lambda c: c.batch):
+                    for contestant in contestants:
+                        say(f"{cell}: {contestant.name}, memory")
+                        self.memory[cell, contestant.name] = peak_megabytes(cell, contestant, self.setup)
+                lines = self._write(last=index == len(cells) - 1)
+                progress.advance(task)
+        return report.table(lines)
+
+    def _measure_quality(self, cell: Cell, contestants: list[Entry], say) -> None:
+        """Of the eager entries; a compiled entry computes the same as its eager twin, up to rounding."""
+        sized = Cell(cell.problem, cell.horizon, self.rows)
+        for contestant in contestants:
+            if not contestant.compiled:
+                say(f"{sized}: {contestant.name}, quality")
+                self.quality.append(measure_quality(sized, contestant, self.setup))
+
+    def _write(self, last: bool) -> list[report.Line]:
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        lines = report.summarise(self.samples, self.memory, self.quality)
+        report.write_raw(out / "solver-raw.csv", self.samples)
+        report.write_summary(out / "solver-summary.csv", lines)
+        report.write_picture(out / "solver.svg", lines)
+        settings = self.config.model_dump(mode="json") | {"finished": last}
+        seconds = time.perf_counter() - self.began
+        report.write_provenance(out / "solver.json", config=settings, peers=self.peers, seconds=seconds)
+        return lines

@@ -1,0 +1,254 @@
+"""Every adjoint with every solver, against finite differences, closed forms, and one another."""
+
+import pytest
+import torch
+
+from difftori.solver import (
+    CEM,
+    ILQR,
+    MPPI,
+    Adam,
+    Box,
+    Detached,
+    Implicit,
+    LevenbergMarquardt,
+    Newton,
+    ProjectedGradient,
+    Status,
+    Truncated,
+    Unrolled,
+    check_gradients,
+    solve,
+)
+from tests.solver.problems import CASES, F64, Network, lqr, network, quadratic, swing
+from tests.solver.test_solvers import SECOND_ORDER, SOLVERS, applies
+
+# Solvers that come to an optimum slowly: tried on one problem, with a loose tolerance.
+SLOW = {"adam", "lm-adaptive", "lm-fixed"}
+SAMPLING = {"cem", "mppi"}
+IMPLICIT = {"dense": Implicit(), "cg": Implicit(linear="cg", products=40)}
+
+
+def gradients(case, solution):
+    weights = torch.linspace(-1, 1, solution.x.numel(), dtype=F64).reshape(solution.x.shape)
+    return torch.autograd.grad((solution.x * weights).sum(), case.leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("problem", CASES)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in SAMPLING])
+@pytest.mark.parametrize("linear", IMPLICIT)
+def test_implicit_gradient_against_finite_differences(linear, name, problem):
+    case = CASES[problem]()
+    if not applies(name, case.objective) or (name in SLOW and problem != "quadratic"):
+        pytest.skip(f"{name} needs another structure, or is too slow here")
+    check = check_gradients(
+        case.objective,
+        case.x0,
+        solver=SOLVERS[name],
+        adjoint=IMPLICIT[linear],
+        box=case.box,
+        max_steps=200,
+        directions=2,
+        epsilon=1e-4,
+    )
+    assert check.relative_error < (5e-2 if name in SLOW else 1e-3), check
+
+
+@pytest.mark.parametrize("solver", [CEM(samples=256, elites=16, min_std=1e-4), MPPI(samples=256, elites=16, std=0.3, min_std=1e-4, temperature=50.0)])
+@pytest.mark.parametrize("linear", IMPLICIT)
+def test_implicit_gradient_after_sampling(linear, solver):
+    """Samplers end near the optimum, not at it; the implicit gradient there is near the true one."""
+    case = quadratic(scale=0.2)  # an optimum inside: a mean of samples never lies on a bound
+    exact = gradients(case, solve(case.objective, case.x0, solver=Newton(), box=case.box))
+    generator = torch.Generator().manual_seed(0)
+    solution = solve(
+        case.objective, case.x0, solver=solver, adjoint=IMPLICIT[linear], box=case.box, max_steps=40, generator=generator
+    )
+    sampled = gradients(case, solution)
+    for a, b in zip(sampled, exact, strict=True):
+        assert float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.95
+
+
+@pytest.mark.parametrize("problem", CASES)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in SAMPLING])
+def test_unrolled_gradient_is_that_of_what_was_computed(name, problem):
+    case = CASES[problem]()
+    if not applies(name, case.objective):
+        pytest.skip(f"{name} needs another structure")
+    if problem == "network" and name in SECOND_ORDER:
+        pytest.skip("where the cost is not convex, Newton's added curvature counts as a constant")
+    check = check_gradients(
+        case.objective,
+        case.x0,
+        solver=SOLVERS[name],
+        adjoint=Unrolled(),
+        box=case.box,
+        max_steps=3,
+        directions=3,
+        epsilon=1e-6,
+    )
+    assert check.relative_error < 1e-5, check
+
+
+def test_unrolled_mppi_follows_its_weights():
+    case = quadratic()
+    options = dict(box=case.box, max_steps=2, solver=MPPI(samples=64, elites=64, std=0.5), adjoint=Unrolled())
+
+    def value():
+        return solve(case.objective, case.x0, generator=torch.Generator().manual_seed(0), **options).x.sum()
+
+    (grad,) = torch.autograd.grad(value(), case.leaves[1])
+    direction = torch.ones_like(grad)
+    with torch.no_grad():
+        q = case.leaves[1]
+        q += 1e-6 * direction
+        above = value()
+        q -= 2e-6 * direction
+        below = value()
+    torch.testing.assert_close((grad * direction).sum(), (above - below) / 2e-6, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["projected-gradient", "lm-fixed", "adam", "newton", "ilqr"])
+def test_truncated_at_full_length_is_unrolled(name):
+    case = swing()
+    options = dict(solver=SOLVERS[name], box=case.box, max_steps=4, tolerance=0.0)
+    full = gradients(case, solve(case.objective, case.x0, adjoint=Unrolled(), **options))
+    cut = gradients(case, solve(case.objective, case.x0, adjoint=Truncated(4), **options))
+    for a, b in zip(full, cut, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_truncated_is_the_unrolled_gradient_of_its_tail():
+    case = network()
+    solver = LevenbergMarquardt(offset=30.0, damping=5.0, step_size=0.02)
+    options = dict(solver=solver, tolerance=0.0, keep="last")
+    whole = solve(case.objective, case.x0, adjoint=Truncated(3), max_steps=10, **options)
+    middle = solve(case.objective, case.x0, adjoint=Detached(), max_steps=7, **options)
+    tail = solve(case.objective, middle.x, adjoint=Unrolled(), max_steps=3, **options)
+    torch.testing.assert_close(whole.x, tail.x)
+    for a, b in zip(gradients(case, whole), gradients(case, tail), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("solver", [ILQR(), ILQR(second_order=True), Newton(), ProjectedGradient(polish=1)])
+@pytest.mark.parametrize("adjoint", [Implicit(), Implicit(linear="cg", products=80), Unrolled()])
+def test_lqr_against_riccati(solver, adjoint):
+    objective, leaves = lqr()
+    exact = objective.riccati()
+    solution = solve(
+        objective, torch.zeros_like(exact), solver=solver, adjoint=adjoint, max_steps=30, tolerance=1e-12
+    )
+    torch.testing.assert_close(solution.x, exact, rtol=0, atol=1e-8)
+    weights = torch.linspace(-1, 1, exact.numel(), dtype=F64).reshape(exact.shape)
+    expected = torch.autograd.grad((exact * weights).sum(), leaves)
+    found = torch.autograd.grad((solution.x * weights).sum(), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8 * max(1.0, float(b.abs().max())))
+
+
+def test_held_coordinates_have_no_derivative():
+    case = quadratic(scale=8.0)
+    solution = solve(case.objective, case.x0, box=case.box, solver=Newton())
+    held = solution.x.abs() == 1
+    assert bool(held.any())
+    assert not bool(held.all())
+    (grad,) = torch.autograd.grad(solution.x[held].sum(), case.leaves[1])
+    assert float(grad.abs().max()) == 0
+
+
+def test_hessian_products_through_layer_norm():
+    """Forward-over-reverse through torch's layer_norm is silently wrong; ours must match finite differences of g."""
+    from difftori.solver.derivatives import HessianProducts, value_and_grad, value_grad_hessian
+
+    case = network()
+    x = 0.3 * torch.randn(case.x0.shape, dtype=F64)
+    v = torch.randn_like(x)
+    step = 1e-6
+    _, above = value_and_grad(case.objective, x + step * v)
+    _, below = value_and_grad(case.objective, x - step * v)
+    numeric = (above - below) / (2 * step)
+    torch.testing.assert_close(HessianProducts(case.objective, x)(v), numeric, rtol=1e-6, atol=1e-8)
+    _, _, hessian = value_grad_hessian(case.objective, x)
+    torch.testing.assert_close((hessian @ v.unsqueeze(-1)).squeeze(-1), numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", [Detached(), Unrolled(), Truncated(5), Implicit(), Implicit(linear="cg")])
+def test_no_graph_under_no_grad(adjoint):
+    case = network()
+    with torch.no_grad():
+        solution = solve(case.objective, case.x0, adjoint=adjoint, box=case.box)
+    assert not solution.x.requires_grad
+    assert not any(t.requires_grad for t in (solution.cost, solution.grad_norm, solution.state.cost))
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Implicit(linear="cg"), Unrolled(), Truncated(2)])
+def test_no_graph_where_nothing_wants_a_gradient(adjoint):
+    case = network()
+    for leaf in case.leaves:
+        leaf.requires_grad_(False)
+    assert not solve(case.objective, case.x0, adjoint=adjoint, box=case.box, max_steps=5).x.requires_grad
+
+
+def saddle():
+    """Row 0 has its optimum inside; row 1 a saddle at its start, where the gradient vanishes."""
+    sign = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=F64)
+    shift = torch.zeros(2, 2, dtype=F64, requires_grad=True)
+    return (lambda x: 0.5 * (sign * (x - shift).square()).sum(-1)), shift
+
+
+@pytest.mark.parametrize("linear", ["dense", "cg"])
+def test_a_saddle_is_flagged_and_its_gradient_bounded(linear):
+    cost, shift = saddle()
+    solution = solve(cost, torch.zeros(2, 2, dtype=F64), adjoint=Implicit(linear=linear))
+    assert solution.gradient_valid.tolist() == [True, False]
+    if linear == "dense":
+        assert solution.status.tolist() == [Status.CONVERGED, Status.NOT_A_MINIMUM]
+    (grad,) = torch.autograd.grad(solution.x.sum(), shift)
+    torch.testing.assert_close(grad[0], torch.ones(2, dtype=F64))
+    assert bool(torch.isfinite(grad).all())
+    assert float(grad.abs().max()) <= 1.0 + 1e-9
+
+
+def test_gradient_valid_knows_a_short_solve():
+    case = quadratic()
+    short = solve(case.objective, case.x0, box=case.box, max_steps=1)
+    long = solve(case.objective, case.x0, box=case.box, max_steps=300)
+    assert not bool(short.gradient_valid.any())
+    assert bool(long.gradient_valid.all())
+
+
+@pytest.mark.parametrize("linear", ["dense", "cg"])
+def test_a_nan_row_does_not_reach_shared_parameters(linear):
+    case = network()
+    net, context = case.objective.net, case.objective.context
+    good = torch.tensor([0, 2, 3])
+    part = Network(net, context[good])
+    expected = torch.autograd.grad(
+        solve(part, case.x0[good], box=case.box, adjoint=Implicit(linear=linear)).x.sum(), list(net.parameters())[:-1]
+    )
+    with torch.no_grad():
+        context[1] = float("nan")
+    solution = solve(case.objective, case.x0, box=case.box, adjoint=Implicit(linear=linear))
+    assert solution.status[1] == Status.NON_FINITE
+    found = torch.autograd.grad(solution.x.sum(), list(net.parameters())[:-1])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_unrolled_rows_that_stand_still_have_finite_gradients():
+    """Starting at the optimum: no move, so the spectral step divides nothing by nothing."""
+    case = quadratic()
+    at_optimum = solve(case.objective, case.x0, box=case.box, solver=Newton()).x.detach()
+    for solver in (ProjectedGradient(), Adam(), LevenbergMarquardt(offset=1.0, adaptive=True)):
+        solution = solve(
+            case.objective, at_optimum, box=case.box, solver=solver, adjoint=Truncated(3), max_steps=5, tolerance=0.0
+        )
+        assert all(bool(torch.isfinite(g).all()) for g in gradients(case, solution) if g is not None)
+
+
+def test_gradients_reach_the_start_through_unrolling():
+    case = quadratic()
+    x0 = case.x0.clone().requires_grad_()
+    solution = solve(case.objective, x0, box=Box(-10.0, 10.0), adjoint=Unrolled(), max_steps=2)
+    (grad,) = torch.autograd.grad(solution.x.sum(), x0)
+    assert float(grad.abs().min()) > 0

@@ -1,0 +1,50 @@
+"""Compiled solves equal eager ones. Traced by torch.compile but not lowered in the default suite; `-m slow` lowers too."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: the shape checks that are on under pytest are no part of what is compiled.
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from difftori.planning import ReturnObjective
+from difftori.solver import Box, Detached, Implicit, ProjectedGradient, Unrolled, LevenbergMarquardt, MPPI, compiled, solve
+backend = sys.argv[1]
+compiled._compile = __import__("functools").cache(
+    lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
+torch.manual_seed(0)
+net = lambda i, o: torch.nn.Sequential(torch.nn.Linear(i, 16), torch.nn.LayerNorm(16), torch.nn.Tanh(), torch.nn.Linear(16, o)).double()
+dynamics, reward, value = net(7, 5), net(7, 1), net(5, 1)
+parameters = [*dynamics.parameters(), *reward.parameters(), *value.parameters()]
+def objective(z):
+    return ReturnObjective(lambda s, a: dynamics(torch.cat([s, a], -1)),
+        lambda s, a: reward(torch.cat([s, a], -1)).squeeze(-1) - 0.2 * a.square().sum(-1),
+        lambda s: value(s).squeeze(-1), z, 3, 2, 0.99)
+lm = LevenbergMarquardt(offset=10.0, step_size=0.05, damping=1.0)
+pairs = [(ProjectedGradient(polish=1), Implicit()), (ProjectedGradient(), Implicit(linear="cg")), (lm, Unrolled())]
+if backend != "eager":
+    pairs += [(ProjectedGradient(), Detached()), (ProjectedGradient(), Unrolled()), (lm, Implicit())]
+for solver, adjoint in pairs:
+    for seed in (1, 2):  # the second state meets the compiled code again
+        z = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for flag in (False, True):
+            solution = solve(objective(z), torch.zeros(4, 6, dtype=torch.float64), solver=solver, adjoint=adjoint,
+                box=Box(-1.0, 1.0), max_steps=5, tolerance=0.0, compile=flag)
+            grads = torch.autograd.grad(solution.x.square().sum(), parameters, allow_unused=True) if solution.x.requires_grad else []
+            found.append((solution.x.detach(), [g for g in grads if g is not None]))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-9)
+        assert len(found[0][1]) == len(found[1][1])
+        for a, b in zip(*(g for _, g in found), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_compiled_equals_eager(backend):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"

@@ -1,0 +1,140 @@
+"""Bad input: a typed error that names the value and the mend."""
+
+import pytest
+import torch
+
+from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
+from difftori.solver import (
+    CEM,
+    ILQR,
+    MPPI,
+    Box,
+    Detached,
+    GaussNewton,
+    Implicit,
+    LevenbergMarquardt,
+    Newton,
+    ProjectedGradient,
+    Truncated,
+    Unrolled,
+    check_gradients,
+    presets,
+    solve,
+)
+
+X0 = torch.zeros(3, 2)
+
+
+def bowl(x):
+    return x.square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (1.0, -1.0, "low 1 is not below high -1"),
+        (0.5, 0.5, "not below"),
+        (float("nan"), 1.0, "not below"),
+        (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]), r"coordinate \(1,\)"),
+        (torch.zeros(2), torch.ones(3), "do not broadcast"),
+    ],
+)
+def test_empty_boxes(low, high, words):
+    with pytest.raises(BoxError, match=words):
+        Box(low, high)
+
+
+def test_a_box_of_another_size():
+    with pytest.raises(BoxError, match=r"low has shape \(3,\).*\(3, 2\)"):
+        solve(bowl, X0, box=Box(-torch.ones(3), torch.ones(3)))
+
+
+def test_a_start_outside_the_box():
+    x0 = X0.clone()
+    x0[2, 1] = 1.5
+    with pytest.raises(BoxError, match=r"x0\[2, 1\] = 1.5 .*box.project"):
+        solve(bowl, x0, box=Box(-1.0, 1.0))
+
+
+@pytest.mark.parametrize("x0", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(3, 0)])
+def test_starts_of_another_shape(x0):
+    with pytest.raises((ShapeError, TypeError), match="(x0 has shape)|(x0)"):
+        solve(bowl, x0)
+
+
+def test_integer_starts():
+    with pytest.raises((ShapeError, TypeError), match="(floating)|(x0)"):
+        solve(bowl, torch.zeros(3, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("cost", [lambda x: x.sum(), lambda x: x.square(), lambda x: x.square().sum(-1, keepdim=True)])
+def test_costs_that_are_not_one_per_row(cost):
+    with pytest.raises(ObjectiveError, match=r"one cost per row, shape \(3,\)"):
+        solve(cost, X0)
+
+
+@pytest.mark.parametrize("cost", [lambda x: torch.ones(3), lambda x: x.detach().sum(-1), lambda x: torch.ones(3, requires_grad=True)])
+def test_costs_that_do_not_depend_on_x(cost):
+    with pytest.raises(ObjectiveError, match="does not depend on x"):
+        solve(cost, X0)
+
+
+def test_an_objective_that_is_none():
+    with pytest.raises((ShapeError, TypeError)):
+        solve(3, X0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Truncated(0),
+        lambda: Implicit(linear="cg", products=0),
+        lambda: Implicit(eigenvalue_floor=-1.0),
+        lambda: Newton(eigenvalue_floor=2.0),
+        lambda: LevenbergMarquardt(damping=-1.0),
+        lambda: LevenbergMarquardt(step_size=0.0),
+        lambda: CEM(samples=3, elites=4),
+        lambda: MPPI(elites=0),
+        lambda: ProjectedGradient(window=0),
+        lambda: presets.reference_rl("cheetah-fly"),
+    ],
+)
+def test_settings_out_of_range(make):
+    with pytest.raises(SolverError):
+        make()
+
+
+@pytest.mark.parametrize("solver", [GaussNewton(), ILQR()])
+def test_solvers_that_need_a_structure(solver):
+    with pytest.raises(SolverError, match="needs"):
+        solve(bowl, X0, solver=solver)
+
+
+def test_negative_budget():
+    with pytest.raises(SolverError, match="max_steps=-1"):
+        solve(bowl, X0, max_steps=-1)
+
+
+def test_candidates_of_another_shape():
+    with pytest.raises(ShapeError, match="candidates"):
+        solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 2, 2))
+
+
+def test_throw_names_the_rows():
+    weights = torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(NonFiniteError, match=r"rows \[1\] \(of 3\)"):
+        solve(lambda x: weights * bowl(x), X0, throw=True)
+
+
+def test_check_gradients_finds_leaves_and_faults():
+    target = torch.full((3, 2), 0.3, dtype=torch.float64, requires_grad=True)
+    x0 = torch.zeros(3, 2, dtype=torch.float64)
+
+    def cost(x):
+        return (x - target).square().sum(-1)
+
+    assert check_gradients(cost, x0).ok
+    assert check_gradients(cost, x0, adjoint=Unrolled(), max_steps=2).ok
+    assert not check_gradients(cost, x0, adjoint=Detached()).ok
+    with pytest.raises(ObjectiveError, match="no leaf tensor"):
+        check_gradients(bowl, x0)
