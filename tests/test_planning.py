@@ -72,12 +72,14 @@ def test_a_gain_is_learned_through_the_plan():
     """The gradient is of use: actions planned with the true gain teach a planner with a wrong one."""
     state = torch.randn(8, 2, dtype=F64)
     zeros = torch.zeros(8, 3, 1, dtype=F64)
-    truth = plan(*double_integrator(2.0), None, state, zeros).actions.detach()
+    truth = plan(*double_integrator(2.0), None, state, zeros, -20.0, 20.0).actions.detach()
     gain = torch.tensor(0.7, dtype=F64, requires_grad=True)
     adam = torch.optim.Adam([gain], lr=0.3)
     for _ in range(25):
         adam.zero_grad()
-        (plan(*double_integrator(gain), None, state, zeros, max_steps=8).actions - truth).square().mean().backward()
+        (
+            plan(*double_integrator(gain), None, state, zeros, -20.0, 20.0, max_steps=8).actions - truth
+        ).square().mean().backward()
         adam.step()
     assert abs(float(gain.detach()) - 2.0) < 0.2
 

@@ -16,13 +16,13 @@ def reward(s, u):  # upright and at rest, with little torque
     return s[..., 0] - 0.05 * s[..., 2].square() - 0.0005 * u[..., 0].square()
 
 
-def controller(parameters, init):
+def controller(parameters, init, tolerance=1e-6):
     def dynamics(s, u):
         return pendulum_step(s, u, parameters, torque_limit=float("inf"))
 
     solver = ILQR(second_order=True)
     return difftori.plan(
-        dynamics, reward, None, starts, init, low=-2.0, high=2.0, solver=solver, max_steps=50, tolerance=1e-6
+        dynamics, reward, None, starts, init, low=-2.0, high=2.0, solver=solver, max_steps=50, tolerance=tolerance
     )
 
 
@@ -33,12 +33,12 @@ with torch.no_grad():
 physics = torch.tensor([13.0, 1.5], dtype=torch.float64, requires_grad=True)
 
 # The gradient through the controller, against central differences of the controller itself.
-loss = (controller(PendulumParameters(*physics), guess).actions - expert).square().mean()
+loss = (controller(PendulumParameters(*physics), guess, 1e-9).actions - expert).square().mean()
 (gradient,) = torch.autograd.grad(loss, physics)
 numeric = []
 with torch.no_grad():
     for step in torch.eye(2, dtype=torch.float64) * 1e-3:
-        ends = [controller(PendulumParameters(*(physics + sign * step)), guess).actions for sign in (1.0, -1.0)]
+        ends = [controller(PendulumParameters(*(physics + sign * step)), guess, 1e-9).actions for sign in (1.0, -1.0)]
         above, below = ((actions - expert).square().mean() for actions in ends)
         numeric.append(((above - below) / 2e-3).item())
 print("d(loss)/d(g, m)", [round(v, 5) for v in gradient.tolist()], "differences", [round(v, 5) for v in numeric])

@@ -1,6 +1,6 @@
 import torch
 
-from difftori.solver import Box, Newton, ProjectedGradient, Status, solve
+from difftori.solver import Box, ProjectedGradient, Status, solve
 
 # Row 0 is a bowl, row 1 the same with NaN in its data, row 2 a saddle: it starts where the gradient is zero.
 sign = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, -1.0]])

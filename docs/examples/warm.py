@@ -19,4 +19,6 @@ warm = solve(problem(moved), cold.x.detach(), box=box, max_steps=200)
 
 print("steps, cold start:", again.steps.float().mean().item())
 print("steps, warm start:", warm.steps.float().mean().item())
-print("history:", tuple(cold.history.x.shape), "costs of row 0:", [round(c, 3) for c in cold.history.cost[:5, 0].tolist()])
+print(
+    "history:", tuple(cold.history.x.shape), "costs of row 0:", [round(c, 3) for c in cold.history.cost[:5, 0].tolist()]
+)

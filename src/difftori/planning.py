@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from difftori.errors import NonFiniteError, ShapeError
-from difftori.solver import Adjoint, Box, Implicit, ProjectedGradient, Solution, Solver, Status, TrajectoryObjective, solve
+from difftori.solver import (
+    Adjoint,
+    Box,
+    Implicit,
+    ProjectedGradient,
+    Solution,
+    Solver,
+    Status,
+    TrajectoryObjective,
+    solve,
+)
 from difftori.solver.box import Bound
-from difftori.types import Actions, Plans, Points, Rows, States
+from difftori.types import Actions, Plans, Rows, States
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
 """(state (B S), action (B A)) → next state (B S)."""

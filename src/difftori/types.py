@@ -1,10 +1,10 @@
 """The shape letters of the whole library, and the few records that travel between its storeys.
 
-    B  rows: independent problems, never interacting      n  variables of one problem, n = H·A
-    H  horizon (steps of one plan)                        A  action dimension
-    S  state or observation dimension                     Z  latent dimension
-    r  residuals of one problem                           T  length of a recorded segment
-    K  members of an ensemble, samples or candidates      k  steps kept, for histories
+B  rows: independent problems, never interacting      n  variables of one problem, n = H·A
+H  horizon (steps of one plan)                        A  action dimension
+S  state or observation dimension                     Z  latent dimension
+r  residuals of one problem                           T  length of a recorded segment
+K  members of an ensemble, samples or candidates      k  steps kept, for histories
 """
 
 from dataclasses import dataclass

@@ -62,9 +62,7 @@ def network(rows: int = B, n: int = N, seed: int = 0, dtype=F64) -> Case:
         nn.Linear(3 + n, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 16), nn.ELU(), nn.Linear(16, 1)
     ).to(dtype)
     context = torch.randn(rows, 3, dtype=dtype, requires_grad=True)
-    return Case(
-        Network(net, context), [context, *net.parameters()], torch.zeros(rows, n, dtype=dtype), Box(-1.0, 1.0)
-    )
+    return Case(Network(net, context), [context, *net.parameters()], torch.zeros(rows, n, dtype=dtype), Box(-1.0, 1.0))
 
 
 class Fit(LeastSquaresObjective):

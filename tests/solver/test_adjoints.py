@@ -54,7 +54,10 @@ def test_implicit_gradient_against_finite_differences(linear, name, problem):
     assert check.relative_error < (5e-2 if name in SLOW else 1e-3), check
 
 
-@pytest.mark.parametrize("solver", [CEM(samples=256, elites=16, min_std=1e-4), MPPI(samples=256, elites=16, std=0.3, min_std=1e-4, temperature=50.0)])
+@pytest.mark.parametrize(
+    "solver",
+    [CEM(samples=256, elites=16, min_std=1e-4), MPPI(samples=256, elites=16, std=0.3, min_std=1e-4, temperature=50.0)],
+)
 @pytest.mark.parametrize("linear", IMPLICIT)
 def test_implicit_gradient_after_sampling(linear, solver):
     """Samplers end near the optimum, not at it; the implicit gradient there is near the true one."""
@@ -62,7 +65,13 @@ def test_implicit_gradient_after_sampling(linear, solver):
     exact = gradients(case, solve(case.objective, case.x0, solver=Newton(), box=case.box))
     generator = torch.Generator().manual_seed(0)
     solution = solve(
-        case.objective, case.x0, solver=solver, adjoint=IMPLICIT[linear], box=case.box, max_steps=40, generator=generator
+        case.objective,
+        case.x0,
+        solver=solver,
+        adjoint=IMPLICIT[linear],
+        box=case.box,
+        max_steps=40,
+        generator=generator,
     )
     sampled = gradients(case, solution)
     for a, b in zip(sampled, exact, strict=True):
@@ -135,9 +144,7 @@ def test_truncated_is_the_unrolled_gradient_of_its_tail():
 def test_lqr_against_riccati(solver, adjoint):
     objective, leaves = lqr()
     exact = objective.riccati()
-    solution = solve(
-        objective, torch.zeros_like(exact), solver=solver, adjoint=adjoint, max_steps=30, tolerance=1e-12
-    )
+    solution = solve(objective, torch.zeros_like(exact), solver=solver, adjoint=adjoint, max_steps=30, tolerance=1e-12)
     torch.testing.assert_close(solution.x, exact, rtol=0, atol=1e-8)
     weights = torch.linspace(-1, 1, exact.numel(), dtype=F64).reshape(exact.shape)
     expected = torch.autograd.grad((exact * weights).sum(), leaves)

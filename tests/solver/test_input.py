@@ -73,7 +73,9 @@ def test_costs_that_are_not_one_per_row(cost):
         solve(cost, X0)
 
 
-@pytest.mark.parametrize("cost", [lambda x: torch.ones(3), lambda x: x.detach().sum(-1), lambda x: torch.ones(3, requires_grad=True)])
+@pytest.mark.parametrize(
+    "cost", [lambda x: torch.ones(3), lambda x: x.detach().sum(-1), lambda x: torch.ones(3, requires_grad=True)]
+)
 def test_costs_that_do_not_depend_on_x(cost):
     with pytest.raises(ObjectiveError, match="does not depend on x"):
         solve(cost, X0)

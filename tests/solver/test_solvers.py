@@ -217,7 +217,11 @@ def test_stacked_residuals_by_either_system_agree():
     from difftori.solver.levenberg_marquardt import damped_step
 
     torch.manual_seed(0)
-    residual, jacobian, damping = torch.randn(3, 4, dtype=F64), torch.randn(3, 4, 9, dtype=F64), torch.ones(3, dtype=F64)
+    residual, jacobian, damping = (
+        torch.randn(3, 4, dtype=F64),
+        torch.randn(3, 4, 9, dtype=F64),
+        torch.ones(3, dtype=F64),
+    )
     wide = damped_step(residual, jacobian, damping)
     eye = torch.eye(9, dtype=F64)
     direct = -torch.linalg.solve(

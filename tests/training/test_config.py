@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from tiny_imitation import POLICY, TASK, Outer, Tiny, TinyConfig, tiny_config
 
 from difftori.errors import ConfigError
-from difftori.interfaces import PolicyConfig
 from difftori.training.config import TrainConfig, normalised, parse_config, read_yaml, to_yaml
 from difftori.training.options import overlay, read_tokens
 

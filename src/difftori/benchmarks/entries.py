@@ -4,21 +4,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from difftori.benchmarks.peers import mpc_pendulum, theseus_lm, theseus_lm_flattened
 from difftori.benchmarks.pendulum import PendulumProblem, pendulum_problem, quadratic_cost
-from difftori.benchmarks.problems import ImitationProblem, LatentProblem, Start, imitation_problem, latent_problem
+from difftori.benchmarks.problems import (
+    ImitationProblem,
+    LatentProblem,
+    Problem,
+    Start,
+    imitation_problem,
+    latent_problem,
+)
 from difftori.errors import ConfigError
 from difftori.solver import (
     ILQR,
     MPPI,
     Adjoint,
-    Box,
     Detached,
     Implicit,
     LevenbergMarquardt,
@@ -29,39 +32,7 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.presets import Preset
-from difftori.types import Points, Rows
-
-
-class Problem(Protocol):
-    """B problems that a benchmark can pose anew at other contexts: what `problems` and `pendulum` offer."""
-
-    x0: Points
-
-    @property
-    def context(self) -> Float[Tensor, "B C"]:
-        """What solutions are differentiated with respect to, row by row."""
-        ...
-
-    @property
-    def box(self) -> Box:
-        """Bounds of the variables."""
-        ...
-
-    def at(self, context: Float[Tensor, "B C"]) -> "Problem":
-        """The same problems at another context."""
-        ...
-
-    def cost(self, x: Points) -> Rows:
-        """The cost of each row."""
-        ...
-
-    def select(self, rows: Tensor) -> "Problem":
-        """Some of the rows."""
-        ...
-
-    def weights(self) -> list[nn.Parameter]:
-        """Parameters that training would update besides."""
-        ...
+from difftori.types import Points
 
 
 @dataclass(frozen=True)

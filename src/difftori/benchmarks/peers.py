@@ -71,9 +71,7 @@ def theseus_lm(
 
     objective = th.Objective(dtype=x0.dtype)
     weight = th.ScaleCostWeight(x0.new_ones(1, 1))
-    objective.add(
-        th.AutoDiffCostFunction([variable], residual, 1, weight, [auxiliary], autograd_mode=autograd_mode)
-    )
+    objective.add(th.AutoDiffCostFunction([variable], residual, 1, weight, [auxiliary], autograd_mode=autograd_mode))
     optimizer = th.LevenbergMarquardt(
         objective,
         linear_solver_cls=th.CholeskyDenseSolver,

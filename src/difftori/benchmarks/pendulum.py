@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from difftori.benchmarks.problems import Problem
 from difftori.solver import Box, TrajectoryObjective
 from difftori.types import Actions, Points, Rows, States
 
@@ -31,7 +32,7 @@ def pendulum_next(state: States, action: Actions, parameters: Float[Tensor, "B 3
 
 
 @dataclass(frozen=True)
-class PendulumProblem(TrajectoryObjective):
+class PendulumProblem(TrajectoryObjective, Problem):
     """B swing-ups of H steps over torques in [−2, 2]: Σ_t ½ Σ_i w_i s_i² − Σ_i √w_i goal_i s_i + ½·0.001 u².
 
     `state` (B 3) starts, `parameters` (B 3) gravity, mass and length of each row, `x0` (B H) torques to begin with.

@@ -1,13 +1,10 @@
 """The problems on which planners are compared: planning in a fitted latent model, and the imitation release's chunk score.
 
 The sizes are the paper's: latent 50, reward and dynamics MLPs 512-512 with ELU, twin critics Linear-LayerNorm-Tanh-
-Linear-ELU-Linear of width 512, a policy prior, γ = .99. The networks are not random: they are fitted to a small random
-teacher, because the landscape of an untrained network has no structure that a planner could find.
+Linear-ELU-Linear of width 512, a policy prior, γ = .99.
 """
 
-import math
-import os
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,84 +13,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from difftori.benchmarks.fitting import (
+    ACTIONS,
+    CHUNK,
+    CHUNK_CONTEXT,
+    ChunkScore,
+    LatentNetworks,
+    Teacher,
+    cached,
+    fit_chunk_score,
+    fit_networks,
+)
 from difftori.solver import Box, Objective
-from difftori.types import Actions, Latents, Points, Rows
-
-LATENT = 50
-ACTIONS = 6
-WIDTH = 512
-DISCOUNT = 0.99
-CHUNK = 16
-CHUNK_CONTEXT = 256 + 64
+from difftori.types import Latents, Points, Rows
 
 Start = Literal["cold", "prior"]
 
-_VERSION = 1  # of the recipe: a change of the teacher or of the fit makes old caches unreadable
 
+class Problem(Objective):
+    """B problems that a benchmark can pose anew at other contexts; `x0` (B n) is where solves begin."""
 
-def _mlp(inputs: int, outputs: int, width: int = WIDTH) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ELU(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, outputs)
-    )
+    x0: Points
 
+    @property
+    @abstractmethod
+    def context(self) -> Float[Tensor, "B C"]:
+        """What solutions are differentiated with respect to, row by row."""
 
-def _critic() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(LATENT + ACTIONS, WIDTH),
-        nn.LayerNorm(WIDTH),
-        nn.Tanh(),
-        nn.Linear(WIDTH, WIDTH),
-        nn.ELU(),
-        nn.Linear(WIDTH, 1),
-    )
+    @property
+    @abstractmethod
+    def box(self) -> Box:
+        """Bounds of the variables."""
 
+    @abstractmethod
+    def at(self, context: Float[Tensor, "B C"]) -> "Problem":
+        """The same problems at another context."""
 
-class LatentNetworks(nn.Module):
-    """Dynamics d(z,a), reward R(z,a), twin critics Q(z,a) and the prior π(z), at the paper's sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.dynamics = _mlp(LATENT + ACTIONS, LATENT)
-        self.reward = _mlp(LATENT + ACTIONS, 1)
-        self.critics = nn.ModuleList([_critic(), _critic()])
-        self.prior = _mlp(LATENT, ACTIONS)
-
-    def act(self, z: Latents) -> Actions:
-        """π(z) without noise, in [−1, 1]."""
-        return torch.tanh(self.prior(z))
-
-    def value(self, z: Latents, a: Actions) -> Rows:
-        """min(Q1, Q2)(z, a)."""
-        za = torch.cat([z, a], -1)
-        return torch.minimum(self.critics[0](za), self.critics[1](za)).squeeze(-1)
-
-    def returns(self, x: Points, z0: Latents, *, horizon: int, clamp: bool) -> Rows:
-        """Σ_{t<H} γ^t R(z_t, a_t) + γ^H min(Q1,Q2)(z_H, π(z_H)): Eq. 4 with the release's terminal value."""
-        actions = x.reshape(x.shape[0], horizon, ACTIONS)
-        actions = actions.clamp(-1.0, 1.0) if clamp else actions
-        z = z0
-        total = x.new_zeros(x.shape[0])
-        for t in range(horizon):
-            za = torch.cat([z, actions[:, t]], -1)
-            total = total + DISCOUNT**t * self.reward(za).squeeze(-1)
-            z = self.dynamics(za)
-        return total + DISCOUNT**horizon * self.value(z, self.act(z))
-
-    def rollout(self, z0: Latents, horizon: int, noise: float = 0.0, generator: torch.Generator | None = None) -> Points:
-        """The prior's own actions over the horizon, (B H·A): the usual start of a solve. `noise`: its spread."""
-        z, actions = z0, []
-        for _ in range(horizon):
-            action = self.act(z)
-            if noise > 0:
-                shift = noise * torch.randn(action.shape, generator=generator, dtype=z.dtype)
-                action = (action + shift).clamp(-1.0, 1.0)
-            actions.append(action)
-            z = self.dynamics(torch.cat([z, actions[-1]], -1))
-        return torch.cat(actions, -1)
+    @abstractmethod
+    def weights(self) -> list[nn.Parameter]:
+        """Parameters that training would update besides."""
 
 
 @dataclass(frozen=True)
-class LatentProblem(Objective):
+class LatentProblem(Problem):
     """B planning problems over x = (a_0, …, a_{H−1}) in [−1, 1]^{H·A}, one per row; cost is minus the predicted return.
 
     `z0` (B Z) encoded states, `x0` (B H·A) the actions to start from. `clamp` puts the release's clamp of the actions
@@ -137,104 +99,8 @@ class LatentProblem(Objective):
         return list(self.networks.parameters())
 
 
-class _Teacher:
-    """A small smooth system with a reward that some action earns: contraction towards a tanh network, Gaussian reward.
-
-    All that matters happens in 8 features of z, so that networks of the paper's size can learn it from a few samples
-    and the twin critics agree about slopes; critics that do not put every optimum on the ridge where they are equal.
-    """
-
-    FEATURES = 8
-    STEPS = 30
-
-    def __init__(self, generator: torch.Generator):
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        self.generator = generator
-        self.features = normal(self.FEATURES, LATENT) * 0.9 / math.sqrt(LATENT)
-        self.drift = normal(LATENT, self.FEATURES) / math.sqrt(self.FEATURES)
-        self.push = normal(LATENT, ACTIONS) / math.sqrt(ACTIONS)
-        # Orthogonal, so that all actions matter alike and the Hessians of the fitted objective are moderately conditioned.
-        self.felt = 1.6 * torch.linalg.qr(normal(self.FEATURES, ACTIONS)).Q
-        self.habit = -torch.linalg.pinv(self.felt) @ self.features
-
-    def next(self, z: Latents, a: Actions) -> Latents:
-        return 0.7 * z + 0.6 * torch.tanh(z @ self.features.T @ self.drift.T + a @ self.push.T)
-
-    def reward(self, z: Latents, a: Actions) -> Rows:
-        miss = (z @ self.features.T + a @ self.felt.T).square().mean(-1)
-        return 2.0 * torch.exp(-0.5 * miss) - 0.04 * a.square().mean(-1)
-
-    def value(self, z: Latents, a: Actions) -> Rows:
-        """The discounted return of STEPS steps that begin with a and go on with a simple linear habit."""
-        total = torch.zeros(z.shape[0])
-        for t in range(self.STEPS):
-            total = total + DISCOUNT**t * self.reward(z, a)
-            z = self.next(z, a)
-            a = torch.tanh(z @ self.habit.T)
-        return total
-
-    def states(self, count: int) -> Latents:
-        """States that the system visits under random actions."""
-        z = torch.randn(count, LATENT, generator=self.generator)
-        for _ in range(6):
-            z = self.next(z, 2 * torch.rand(count, ACTIONS, generator=self.generator) - 1)
-        return z
-
-def fit_networks(seed: int, *, steps: int = 500, batch: int = 256) -> LatentNetworks:
-    """Networks fitted to a random teacher: dynamics, reward and critics by regression, then the prior by ascent on Q.
-
-    About 40 s on one thread with the defaults. Same seed, same machine, same networks.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    teacher = _Teacher(generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        networks = LatentNetworks()
-    z_all = teacher.states(64 * batch)
-    a_all = 1.2 * (2 * torch.rand(64 * batch, ACTIONS, generator=generator) - 1)
-    next_all, reward_all, value_all = teacher.next(z_all, a_all), teacher.reward(z_all, a_all), teacher.value(z_all, a_all)
-    for critic in networks.critics:
-        critic[-1].bias.data.fill_(float(value_all.mean()))
-    fitted = [*networks.dynamics.parameters(), *networks.reward.parameters(), *networks.critics.parameters()]
-    adam = torch.optim.Adam(fitted, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(z_all), (batch,), generator=generator)
-        za = torch.cat([z_all[rows], a_all[rows]], -1)
-        loss = (networks.dynamics(za) - next_all[rows]).square().mean()
-        loss = loss + 10 * (networks.reward(za).squeeze(-1) - reward_all[rows]).square().mean()
-        for critic in networks.critics:
-            loss = loss + (critic(za).squeeze(-1) - value_all[rows]).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        schedule.step()
-    adam = torch.optim.Adam(networks.prior.parameters(), lr=1e-3)
-    for _ in range(steps // 5):
-        z = z_all[torch.randint(len(z_all), (batch,), generator=generator)]
-        loss = -networks.value(z, networks.act(z)).mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return networks.eval().requires_grad_(False)
-
-
-class ChunkScore(nn.Module):
-    """f(z, a) of the imitation release: 256 state + 64 posterior + 16 chunk → 256 → 256 → 1, ELU; higher is better."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = _mlp(CHUNK_CONTEXT + CHUNK, 1, width=256)
-
-    def forward(self, x: Float[Tensor, "B n"], z: Float[Tensor, "B Z"]) -> Rows:
-        """The score of each row's chunk."""
-        return self.net(torch.cat([z, x], -1)).squeeze(-1)
-
-
 @dataclass(frozen=True)
-class ImitationProblem(Objective):
+class ImitationProblem(Problem):
     """B chunks of 4 steps × 4 dimensions to refine, (B 16), each scored by f; `x0` is what a base policy proposed."""
 
     score: ChunkScore
@@ -272,42 +138,6 @@ class ImitationProblem(Objective):
         return list(self.score.parameters())
 
 
-def fit_chunk_score(seed: int, *, steps: int = 400, batch: int = 256) -> tuple[ChunkScore, Tensor]:
-    """f fitted to minus the squared distance from a random expert's chunk, and that expert's matrix (16, 320).
-
-    The expert looks at 6 directions of the context only, so that there is something to learn from few samples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    seen = torch.randn(6, CHUNK_CONTEXT, generator=generator) / math.sqrt(CHUNK_CONTEXT)
-    expert = torch.randn(CHUNK, 6, generator=generator) @ seen / math.sqrt(6)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        score = ChunkScore()
-    adam = torch.optim.Adam(score.parameters(), lr=1e-3)
-    for _ in range(steps):
-        z = torch.randn(batch, CHUNK_CONTEXT, generator=generator)
-        chunk = torch.tanh(z @ expert.T)
-        x = chunk + 0.5 * torch.randn(batch, CHUNK, generator=generator)
-        loss = (score(x, z) + (x - chunk).square().sum(-1)).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return score.eval().requires_grad_(False), expert
-
-
-def _cached(folder: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, read from `folder` when the same recipe wrote them there before."""
-    path = folder / f"{name}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    tensors = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(tensors, partial)
-    partial.replace(path)
-    return tensors
-
-
 def latent_problem(
     horizon: int,
     batch: int,
@@ -329,10 +159,10 @@ def latent_problem(
         return fit_networks(seed, steps=fit_steps).state_dict()
 
     networks = LatentNetworks()
-    networks.load_state_dict(_cached(cache, f"latent-{_VERSION}-seed{seed}-steps{fit_steps}", fit))
+    networks.load_state_dict(cached(cache, f"latent-seed{seed}-steps{fit_steps}", fit))
     networks = networks.to(dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    teacher = _Teacher(generator)
+    teacher = Teacher(generator)
     generator.manual_seed(seed + 1_000_003)
     z0 = teacher.states(batch).to(dtype)
     with torch.no_grad():
@@ -349,7 +179,7 @@ def imitation_problem(
         score, expert = fit_chunk_score(seed, steps=fit_steps)
         return {"expert": expert, **score.state_dict()}
 
-    tensors = dict(_cached(cache, f"chunk-{_VERSION}-seed{seed}-steps{fit_steps}", fit))
+    tensors = dict(cached(cache, f"chunk-seed{seed}-steps{fit_steps}", fit))
     expert = tensors.pop("expert")
     score = ChunkScore()
     score.load_state_dict(tensors)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Problem, Setup, build
+from difftori.benchmarks.entries import Cell, Entry, Setup, build
+from difftori.benchmarks.problems import Problem
 from difftori.benchmarks.timing import functional
 from difftori.solver import Implicit, Newton, ProjectedGradient, solve
 from difftori.types import Points, RowFlags, Rows

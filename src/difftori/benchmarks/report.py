@@ -194,7 +194,9 @@ def _draw(row: Any, title: str, lines: list[Line]) -> None:
     row[0].set(xscale="log", yscale="log", title=title, xlabel="rows", ylabel="forward + backward, ms")
     row[0].legend(fontsize=6)
     row[1].set(xscale="log", xlabel=f"ms at {largest} rows, or the most measured", ylabel="mean return reached")
-    row[2].set(xscale="log", xlabel=f"ms at {largest} rows, or the most measured", ylabel="cosine with the true gradient")
+    row[2].set(
+        xscale="log", xlabel=f"ms at {largest} rows, or the most measured", ylabel="cosine with the true gradient"
+    )
 
 
 def write_provenance(path: Path, *, config: dict[str, Any], peers: dict[str, str], seconds: float) -> None:
@@ -223,7 +225,9 @@ def write_provenance(path: Path, *, config: dict[str, Any], peers: dict[str, str
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor() or platform.machine()

@@ -8,6 +8,7 @@ ends, and the cosine and relative error of its gradient against one that finite 
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -125,7 +126,7 @@ class _Run:
                 progress.advance(task)
         return report.table(lines)
 
-    def _measure_quality(self, cell: Cell, contestants: list[Entry], say) -> None:
+    def _measure_quality(self, cell: Cell, contestants: list[Entry], say: Callable[[str], None]) -> None:
         """Of the eager entries; a compiled entry computes the same as its eager twin, up to rounding."""
         sized = Cell(cell.problem, cell.horizon, self.rows)
         for contestant in contestants:

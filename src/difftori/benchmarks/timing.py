@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Problem, Setup, build, entry
+from difftori.benchmarks.entries import Cell, Entry, Setup, build, entry
+from difftori.benchmarks.problems import Problem
 from difftori.errors import DifftoriError
 
 

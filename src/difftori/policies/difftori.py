@@ -66,8 +66,9 @@ class DiffTORI(Policy):
         self.encoder = mlp((spec.obs_dim, *hidden, z), nn.ELU)
         self.dynamics = None if chunk else mlp((z + self.size, *hidden, z), nn.ELU)
         self.score = mlp((z + self.size, *hidden, 1), nn.ELU)
-        with torch.no_grad():
-            self.score[-1].weight.mul_(0.1)
+        last = self.score[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(last.weight, std=0.1 / hidden[-1] ** 0.5)  # the solve begins as a pull to the middle
         # softplus(raw) = curvature
         self.raw_curvature = nn.Parameter(torch.tensor(config.curvature).expm1().log())
         self.prior = mlp((spec.obs_dim, *hidden, spec.horizon * spec.action_dim), nn.ELU)

@@ -3,6 +3,7 @@
 Amos et al. (2018), "Differentiable MPC for End-to-end Planning and Control", arXiv 1810.13400.
 """
 
+from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -26,7 +27,13 @@ class PendulumObjective(TrajectoryObjective):
     """
 
     def __init__(
-        self, parameters: PendulumParameters, quadratic: Tensor, linear: Tensor, state: States, horizon: int, limit: float
+        self,
+        parameters: PendulumParameters,
+        quadratic: Tensor,
+        linear: Tensor,
+        state: States,
+        horizon: int,
+        limit: float,
     ):
         self.parameters, self.quadratic, self.linear, self.limit = parameters, quadratic, linear, limit
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, 1, 1.0
@@ -130,7 +137,7 @@ class PendulumMPC(Policy):
         """Put them back, for an exact resume."""
         self._last = state
 
-    def trainable(self, epoch: int) -> list[Tensor]:
+    def trainable(self, epoch: int) -> Iterable[Tensor]:
         """Dynamics and cost in turns, or both at once."""
         dynamics, cost = [self.physics], [self.cost_logits, self.cost_linear]
         if not self.settings.learn_cost:

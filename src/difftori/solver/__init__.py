@@ -1,7 +1,7 @@
 """Differentiable optimisation of batches of independent problems. Usable alone: it knows nothing of learning or robots.
 
-    sol = solve(objective, x0, solver=ProjectedGradient(), adjoint=Implicit(), box=Box(-1.0, 1.0), max_steps=20)
-    loss(sol.x).backward()
+sol = solve(objective, x0, solver=ProjectedGradient(), adjoint=Implicit(), box=Box(-1.0, 1.0), max_steps=20)
+loss(sol.x).backward()
 """
 
 from difftori.solver import presets

@@ -128,7 +128,9 @@ class Implicit(Adjoint):
             convex, step = torch.zeros_like(usable), torch.full_like(solution[:, 0], float("inf"))
             if good.convex is None or good.newton_step is None:
                 return Differentiated(x, result)
-            return Differentiated(x, result, convex.index_copy(0, rows, good.convex), step.index_copy(0, rows, good.newton_step))
+            return Differentiated(
+                x, result, convex.index_copy(0, rows, good.convex), step.index_copy(0, rows, good.newton_step)
+            )
         good = self._derivative(problem, solution)
         return Differentiated(choose(usable, good.x, solution), result, good.convex, good.newton_step)
 

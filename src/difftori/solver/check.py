@@ -81,7 +81,9 @@ def check_gradients(
         moves = [_noise(leaf, generator) * step * _scale(leaf) for leaf in leaves]
         analytic.append(sum(float((g * m).sum()) for g, m in zip(grads, moves, strict=True)) / step)
         with torch.no_grad():
-            numeric.append((_shifted(functional, leaves, moves, 1.0) - _shifted(functional, leaves, moves, -1.0)) / (2 * step))
+            numeric.append(
+                (_shifted(functional, leaves, moves, 1.0) - _shifted(functional, leaves, moves, -1.0)) / (2 * step)
+            )
     return _compare(analytic, numeric, tolerance)
 
 

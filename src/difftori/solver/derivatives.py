@@ -4,6 +4,8 @@ Everything is reverse mode over reverse mode: forward-over-reverse is silently w
 Under `torch.compile` the same quantities come from `torch.func`, which the compiler can trace.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def _functional_value_and_grad(objective: Objective, x: Points) -> tuple[Rows, P
 
 
 def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
-    """d y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
+    """D y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
     p = y.shape[-1]
     basis = torch.eye(p, dtype=y.dtype, device=y.device).view(p, *(1,) * (y.dim() - 1), p).expand(p, *y.shape)
     if not y.requires_grad:
@@ -95,7 +97,7 @@ def _functional_value_grad_hessian(objective: Objective, x: Points) -> tuple[Row
         cost, grad = _functional_value_and_grad(objective, point)
         return grad, cost
 
-    grad, pullback, cost = torch.func.vjp(gradient, x, has_aux=True)
+    grad, pullback, cost = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
     basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[:, None].expand(-1, *x.shape)
     hessian = torch.func.vmap(pullback)(basis.contiguous())[0].movedim(0, -2)
     return cost.detach(), grad.detach(), hessian.detach()

@@ -91,7 +91,7 @@ class ILQR(Solver):
     def _control(
         self, h_uu: Tensor, h_us: Tensor, q_u: Tensor, low: Tensor, high: Tensor, mu: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """min ½kᵀH_uu k + q_uᵀk over low ≤ k ≤ high by projected Newton, and the feedback on its free set."""
+        """Min ½kᵀH_uu k + q_uᵀk over low ≤ k ≤ high by projected Newton, and the feedback on its free set."""
         identity = torch.eye(h_uu.shape[-1], dtype=h_uu.dtype, device=h_uu.device)
         h_uu = h_uu + mu[:, None, None] * identity
         if h_uu.shape[-1] == 1:

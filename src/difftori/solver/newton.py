@@ -47,6 +47,7 @@ class Newton(Solver):
             trial = problem.project(origin + move)
             cost, grad = problem.evaluate(trial)
             taken = waiting & self._better(problem, x, state, trial, cost, grad)
+            assert state.grad is not None
             state = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
             x, waiting = choose(taken, trial, x), waiting & ~taken
             if not bool(waiting.any()):
@@ -104,7 +105,9 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float) -> Factor:
     free_part = torch.where(both, matrix, 0.0).detach()
     # The largest eigenvalue lies between a symmetric matrix's largest entry and its largest row sum.
     scale = free_part.abs().sum(-1).amax(-1)
-    _, failed = torch.linalg.cholesky_ex(matrix.detach() - (floor * scale)[:, None, None] * torch.where(both, identity, 0.0))
+    _, failed = torch.linalg.cholesky_ex(
+        matrix.detach() - (floor * scale)[:, None, None] * torch.where(both, identity, 0.0)
+    )
     convex = (failed == 0) & finite
     if not bool(convex.all()):
         rows = (~convex & finite).nonzero().squeeze(-1)

@@ -12,9 +12,9 @@ from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated
 from difftori.solver.box import Box
 from difftori.solver.levenberg_marquardt import LevenbergMarquardt
 from difftori.solver.method import Solver
+from difftori.solver.newton import Newton
 from difftori.solver.objective import Objective, RowSelection, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
-from difftori.solver.newton import Newton
 from difftori.solver.solution import Solution
 from difftori.solver.solve import solve
 from difftori.types import Points, Rows
@@ -73,7 +73,9 @@ class ClampedObjective(Objective):
 
     def cost(self, x: Points) -> Rows:
         """The inner cost at clamp(x)."""
-        return self.inner.cost(torch.clamp(x, torch.as_tensor(self.box.low).to(x), torch.as_tensor(self.box.high).to(x)))
+        return self.inner.cost(
+            torch.clamp(x, torch.as_tensor(self.box.low).to(x), torch.as_tensor(self.box.high).to(x))
+        )
 
     def select(self, rows: RowSelection) -> "Objective | None":
         """Some rows, where the inner objective can be split and the bounds are the same for all of them."""

@@ -80,9 +80,7 @@ class MPPI(Solver):
 
 def _elites(problem: Problem, mean: Points, std: Points, samples: int, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best of the samples and the given candidates: points (B E n) and their costs (B E)."""
-    noise = torch.randn(
-        samples, 1, mean.shape[-1], generator=problem.generator, dtype=mean.dtype, device=mean.device
-    )
+    noise = torch.randn(samples, 1, mean.shape[-1], generator=problem.generator, dtype=mean.dtype, device=mean.device)
     points = problem.project(mean + std * noise)
     if problem.candidates is not None:
         points = torch.cat([points, problem.project(problem.candidates)])

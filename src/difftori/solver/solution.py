@@ -82,4 +82,3 @@ class Solution:
     def converged(self) -> RowFlags:
         """Which rows reached the tolerance, (B)."""
         return self.status == Status.CONVERGED
-

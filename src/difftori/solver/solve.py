@@ -191,9 +191,7 @@ class _Run:
         state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
-        return _Progress(
-            x, state, x, cost, self._norm(x, state), done, progress.failed, progress.steps, progress.goal
-        )
+        return _Progress(x, state, x, cost, self._norm(x, state), done, progress.failed, progress.steps, progress.goal)
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -273,5 +271,3 @@ def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candi
             "start inside it, for example from box.project(x0)."
         )
     return bounds
-
-
