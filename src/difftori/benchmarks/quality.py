@@ -12,8 +12,6 @@ from difftori.benchmarks.timing import functional
 from difftori.solver import Implicit, Newton, ProjectedGradient, solve
 from difftori.types import Points, RowFlags, Rows
 
-_STEPS = 200
-_STEPS_OF_DIFFERENCES = 40
 _DIFFERENCE = 1e-5
 
 
@@ -41,19 +39,20 @@ class Quality:
     relative_error: float = math.nan
 
 
-def measure_quality(cell: Cell, contestant: Entry, setup: Setup) -> Quality:
+def measure_quality(cell: Cell, contestant: Entry, setup: Setup, *, steps: int = 200) -> Quality:
     """Solve the cell's problems with one entry and compare.
 
     What is differentiated is wᵀx(c), x the solution as returned, c the row's context (z0, or the pendulum's g, m, l) and
     w fixed random weights. The true gradient is that of the optimum x*(c) to which a converged solve begun at the
-    entry's own answer leads: so an entry is not blamed for the local optimum that it chose, only for its derivative.
+    entry's own answer leads, in at most `steps` steps: so an entry is not blamed for the local optimum that it chose,
+    only for its derivative.
     """
     problem = build(cell, torch.float64, setup)
     weights = functional(problem, seed=1)
     context = problem.context.detach().clone().requires_grad_()
     x = contestant.solve(problem.at(context), torch.Generator().manual_seed(0))
     answer = problem.box.project(x.detach())
-    truth, known, optimum = _truth(problem, answer, weights)
+    truth, known, optimum = _truth(problem, answer, weights, steps)
     with torch.no_grad():
         quality = Quality(
             cell=cell,
@@ -78,7 +77,9 @@ def _converged(problem: Problem, context: Tensor, start: Tensor, steps: int) -> 
     ).x
 
 
-def _truth(problem: Problem, start: Tensor, weights: Tensor, seed: int = 2) -> tuple[Tensor, RowFlags, Points]:
+def _truth(
+    problem: Problem, start: Tensor, weights: Tensor, steps: int, seed: int = 2
+) -> tuple[Tensor, RowFlags, Points]:
     """∂wᵀx*/∂c (B C), for which rows it is known, and x* itself.
 
     By the implicit function theorem on the free set, in float64. It counts as known where central differences of the
@@ -87,14 +88,14 @@ def _truth(problem: Problem, start: Tensor, weights: Tensor, seed: int = 2) -> t
     did not converge, saddles, and optima on the ridge where the twin critics are equal, of which there are many.
     """
     context = problem.context.detach().clone().requires_grad_()
-    x = _converged(problem, context, start, _STEPS)
+    x = _converged(problem, context, start, steps)
     (truth,) = torch.autograd.grad((x * weights).sum(), context)
     x = x.detach()
     direction = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed), dtype=truth.dtype)
     direction = direction / direction.norm(dim=-1, keepdim=True)
     with torch.no_grad():
         ends = [
-            (_converged(problem, problem.context + sign * _DIFFERENCE * direction, x, _STEPS_OF_DIFFERENCES) * weights)
+            (_converged(problem, problem.context + sign * _DIFFERENCE * direction, x, steps // 5) * weights)
             for sign in (1.0, -1.0)
         ]
     differences = (ends[0] - ends[1]).sum(-1) / (2 * _DIFFERENCE)

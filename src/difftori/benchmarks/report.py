@@ -116,7 +116,7 @@ def _cell(cell: Cell) -> list[Any]:
     return [cell.problem, cell.horizon, cell.batch]
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{value:.6g}"
 
 

@@ -85,16 +85,16 @@ class ClampedObjective(Objective):
 
 
 def fast() -> Preset:
-    """Acting, and training through short solves: 10 spectral steps, implicit gradient by 8 Hessian products."""
-    return Preset(ProjectedGradient(), Implicit(linear="cg", products=8), max_steps=10, tolerance=0.0)
+    """Acting, and training where speed counts: 10 spectral steps, implicit gradient by 8 Hessian products."""
+    return Preset(ProjectedGradient(window=5), Implicit(linear="cg", products=8), max_steps=10, tolerance=0.0)
 
 
 def accurate() -> Preset:
-    """Training, the default: 20 spectral steps, two Newton steps on the free set, dense implicit gradient.
+    """Training, the default: 30 spectral steps, four Newton steps on the free set, dense implicit gradient.
 
-    The gradient is the derivative of the optimum to four digits on nearly all rows of the paper's problem sizes.
+    On the paper's problem sizes its gradient is that of the optimum on practically all rows (docs/benchmarks.md).
     """
-    return Preset(ProjectedGradient(polish=2, polish_with=Newton()), Implicit(), max_steps=20)
+    return Preset(ProjectedGradient(window=5, polish=4, polish_with=Newton()), Implicit(), max_steps=30)
 
 
 _RELEASE_RL: dict[str, tuple[int, float, float]] = {
