@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("default", deadline=None, max_examples=10)
 settings.load_profile("default")
 
 

@@ -1,8 +1,7 @@
 """Puts committed results into the pages, or says that there are none: pages never hold copies of numbers.
 
-    <!-- results: results/table8/summary.md -->       the file without its title
-    <!-- results: results/table8 -->                  every .svg of the folder
-    <!-- results: a.csv | name, other name=label -->  these columns of a table, with another heading where one is given
+A mark `<!-- results: PATH -->` in a page becomes: for a Markdown file, the file without its title; for a folder, every
+.svg in it; for `PATH.csv | name, other=label`, these columns of the table, with another heading where one is given.
 """
 
 import csv

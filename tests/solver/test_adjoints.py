@@ -164,7 +164,7 @@ def test_held_coordinates_have_no_derivative():
 
 
 def test_hessian_products_through_layer_norm():
-    """Forward-over-reverse through torch's layer_norm is silently wrong; ours must match finite differences of g."""
+    """Reverse-over-forward through torch's layer_norm is silently wrong; ours must match finite differences of g."""
     from difftori.solver.derivatives import HessianProducts, value_and_grad, value_grad_hessian
 
     case = network()

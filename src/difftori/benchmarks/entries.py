@@ -156,7 +156,7 @@ def _reference_il(problem: Problem, generator: torch.Generator, *, compile: bool
 
 
 def _both(name: str, run: Callable[..., Points]) -> tuple[Entry, Entry]:
-    return Entry(name, run), Entry(f"{name}, compiled", partial(run, compile=True), compiled=True)
+    return Entry(name, run), Entry(f"{name} compiled", partial(run, compile=True), compiled=True)
 
 
 _RELEASE = presets.reference_rl("cheetah-run")
@@ -173,8 +173,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry("MPPI 525x6", _tdmpc, gradient=False, largest=32),
     ),
     "imitation": (
-        Entry("Theseus LM 100, one problem", partial(_theseus_imitation, 100), peer=True),
-        Entry("Theseus LM 10, one problem", partial(_theseus_imitation, 10), peer=True),
+        Entry("Theseus LM 100 (one problem)", partial(_theseus_imitation, 100), peer=True),
+        Entry("Theseus LM 10 (one problem)", partial(_theseus_imitation, 10), peer=True),
         *_both("closed-form LM 100", _reference_il),
         Entry("closed-form LM 10", partial(_preset, _SHORT)),
         *_both("fast", _FAST),
@@ -182,9 +182,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
     ),
     "pendulum": (
         Entry("mpc.pytorch", partial(_mpc, False), peer=True),
-        Entry("mpc.pytorch, Jacobian given", partial(_mpc, True), peer=True),
+        Entry("mpc.pytorch + Jacobian", partial(_mpc, True), peer=True),
         Entry("ILQR", partial(_ours, ILQR(), Implicit(), 50)),
-        Entry("ILQR, second order", partial(_ours, ILQR(second_order=True), Implicit(), 50)),
+        Entry("ILQR second order", partial(_ours, ILQR(second_order=True), Implicit(), 50)),
         *_both("spectral 60", partial(_ours, ProjectedGradient(), Implicit(), 60)),
         *_both("accurate", _ACCURATE),
     ),

@@ -193,7 +193,7 @@ class ChunkScore(nn.Module):
 
 
 def fit_chunk_score(seed: int, *, steps: int = 400, batch: int = 256) -> tuple[ChunkScore, Tensor]:
-    """F fitted to minus the squared distance from a random expert's chunk, and that expert's matrix (16, 320).
+    """The score f fitted to minus the squared distance from a random expert's chunk, and that expert's matrix (16, 320).
 
     The expert looks at 6 directions of the context only, so that there is something to learn from few samples.
     """

@@ -92,15 +92,16 @@ def quadratic_cost(like: Tensor) -> tuple[Float[Tensor, "4 4"], Float[Tensor, "4
 
 
 def pendulum_problem(
-    batch: int, dtype: torch.dtype = torch.float32, seed: int = 0, *, horizon: int = 20
+    batch: int, dtype: torch.dtype = torch.float32, seed: int = 0, *, horizon: int = 20, spread: float = math.pi
 ) -> PendulumProblem:
-    """B starts within ±.4 rad of upright, speeds within ±1 rad/s, of a pendulum with g, m, l = 10, 1, 1.
+    """B starts with angles within ±`spread` rad of upright and speeds within ±1 rad/s; g, m, l = 10, 1, 1 in each row.
 
-    Beyond that every torque is at its limit, and a solution on the box has no derivative to compare.
+    Over the whole circle the dynamics' second derivatives matter, and on many rows every torque ends at its limit, where
+    a solution has no derivative to compare; near upright (±.4) the problem is nearly linear.
     """
     generator = torch.Generator().manual_seed(seed)
-    spread = 2 * torch.rand(batch, 2, generator=generator, dtype=torch.float64) - 1
-    angle, speed = 0.4 * spread[:, 0], spread[:, 1]
+    uniform = 2 * torch.rand(batch, 2, generator=generator, dtype=torch.float64) - 1
+    angle, speed = spread * uniform[:, 0], uniform[:, 1]
     state = torch.stack([angle.cos(), angle.sin(), speed], -1).to(dtype)
     parameters = torch.tensor([10.0, 1.0, 1.0], dtype=dtype).repeat(batch, 1)
     return PendulumProblem(state=state, parameters=parameters, x0=state.new_zeros(batch, horizon), horizon=horizon)

@@ -13,6 +13,7 @@ from difftori.solver import Implicit, Newton, ProjectedGradient, solve
 from difftori.types import Points, RowFlags, Rows
 
 _DIFFERENCE = 1e-5
+_FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,18 @@ def measure_quality(cell: Cell, contestant: Entry, setup: Setup, *, steps: int =
 
 
 def _converged(problem: Problem, context: Tensor, start: Tensor, steps: int) -> Tensor:
-    """An optimum near `start`, to rounding where the objective is smooth there, with its implicit gradient."""
-    solver = ProjectedGradient(polish=4, polish_with=Newton())
+    """An optimum near `start`, to rounding where the objective is smooth there, with its implicit gradient.
+
+    The floors lie far below the solver's own: a torque's curvature is a hundred-thousandth of a state's.
+    """
     return solve(
-        problem.at(context), start, solver=solver, adjoint=Implicit(), box=problem.box, max_steps=steps, tolerance=1e-12
+        problem.at(context),
+        start,
+        solver=ProjectedGradient(polish=4, polish_with=Newton(eigenvalue_floor=_FLOOR)),
+        adjoint=Implicit(eigenvalue_floor=_FLOOR),
+        box=problem.box,
+        max_steps=steps,
+        tolerance=1e-12,
     ).x
 
 

@@ -16,6 +16,7 @@ class BCConfig(PolicyConfig):
     """Settings of `BC`. The sizes are ours: no source prescribes them for Table 8."""
 
     epochs: int = 500
+    """Passes over the training set."""
 
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""

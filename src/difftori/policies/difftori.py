@@ -15,7 +15,7 @@ from difftori.types import Actions, Chunk, Latents, Metrics, Observations, Plans
 
 
 class DiffTORIConfig(PolicyConfig):
-    """Settings of `DiffTORI`. Which were tried and what they gave stands in docs/table8.md."""
+    """Settings of `DiffTORI`. What was tried on the pendulum stands in docs/table8.md."""
 
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     epochs: int = 300

@@ -75,7 +75,7 @@ class Box:
         return ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0))
 
     def projected_gradient(self, x: Points, grad: Points) -> Points:
-        """X − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
+        """The move x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
         return x - self.project(x - grad)
 
     def stationarity(self, x: Points, grad: Points) -> Rows:
@@ -83,7 +83,7 @@ class Box:
         return self.projected_gradient(x, grad).abs().amax(-1)
 
     def width(self, x: Points) -> Points:
-        """High − low, broadcast to x; infinite where a side is open."""
+        """The range high − low, broadcast to x; infinite where a side is open."""
         low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
         return (high - low).expand_as(x)
 

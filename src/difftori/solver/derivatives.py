@@ -1,6 +1,7 @@
 """First and second derivatives of an objective, row by row.
 
-Everything is reverse mode over reverse mode: forward-over-reverse is silently wrong through torch's `layer_norm`.
+Everything is reverse mode over reverse mode: reverse-over-forward (a gradient of a jvp) is silently wrong through
+torch's `layer_norm`.
 Under `torch.compile` the same quantities come from `torch.func`, which the compiler can trace.
 """
 
@@ -68,7 +69,7 @@ def _functional_value_and_grad(objective: Objective, x: Points) -> tuple[Rows, P
 
 
 def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
-    """D y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
+    """The derivative d y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
     p = y.shape[-1]
     basis = torch.eye(p, dtype=y.dtype, device=y.device).view(p, *(1,) * (y.dim() - 1), p).expand(p, *y.shape)
     if not y.requires_grad:

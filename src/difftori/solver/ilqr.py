@@ -9,7 +9,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.derivatives import row_jacobian
 from difftori.solver.method import Problem, Solver, State, choose
-from difftori.solver.newton import factorise
+from difftori.solver.newton import factorise, improves
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import Points
 
@@ -55,9 +55,11 @@ class ILQR(Solver):
         best = costs.detach().argmin(0)
         rows = torch.arange(x.shape[0], device=x.device)
         trial = trials[best, rows]
-        taken = costs[best, rows].detach() < state.cost.detach()
+        cost, grad = problem.evaluate(trial)
+        taken = improves(problem, x, state, trial, cost, grad)
+        assert state.grad is not None
         x = choose(taken, trial, x)
-        cost, grad = problem.evaluate(x)
+        cost, grad = torch.where(taken, cost, state.cost), choose(taken, grad, state.grad)
         eased = torch.where(mu > self.regularisation, mu / 10, 0.0)
         mu = torch.where(taken, eased, (mu * 10).clamp(self.regularisation, 1e8))
         return x, State(cost, grad, (mu,))
@@ -91,7 +93,7 @@ class ILQR(Solver):
     def _control(
         self, h_uu: Tensor, h_us: Tensor, q_u: Tensor, low: Tensor, high: Tensor, mu: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Min ½kᵀH_uu k + q_uᵀk over low ≤ k ≤ high by projected Newton, and the feedback on its free set."""
+        """Solve min ½kᵀH_uu k + q_uᵀk over low ≤ k ≤ high by projected Newton, and the feedback on its free set."""
         identity = torch.eye(h_uu.shape[-1], dtype=h_uu.dtype, device=h_uu.device)
         h_uu = h_uu + mu[:, None, None] * identity
         if h_uu.shape[-1] == 1:

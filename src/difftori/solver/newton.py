@@ -10,7 +10,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.derivatives import HessianProducts
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
-from difftori.types import Hessians, PointFlags, Points, RowFlags
+from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Newton(Solver):
         for move in moves:
             trial = problem.project(origin + move)
             cost, grad = problem.evaluate(trial)
-            taken = waiting & self._better(problem, x, state, trial, cost, grad)
+            taken = waiting & improves(problem, x, state, trial, cost, grad)
             assert state.grad is not None
             state = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))
             x, waiting = choose(taken, trial, x), waiting & ~taken
@@ -70,13 +70,14 @@ class Newton(Solver):
         safe = -grad / curvature.clamp_min(torch.finfo(x.dtype).eps)[:, None]
         return [*(length * direction for length in self.lengths), torch.nan_to_num(safe)]
 
-    @staticmethod
-    def _better(problem: Problem, x: Points, state: State, trial: Points, cost: Tensor, grad: Points) -> RowFlags:
-        assert state.grad is not None
-        noise = 8 * torch.finfo(x.dtype).eps * state.cost.abs()
-        calmer = problem.box.stationarity(trial, grad) < problem.box.stationarity(x, state.grad)
-        lower = cost < state.cost - noise
-        return (lower | ((cost <= state.cost + noise) & calmer)) & all_finite(cost, grad)
+
+def improves(problem: Problem, x: Points, state: State, trial: Points, cost: Rows, grad: Points) -> RowFlags:
+    """Which trials lower their row's cost; or, where rounding hides the difference, its projected gradient, (B)."""
+    assert state.grad is not None
+    noise = 8 * torch.finfo(x.dtype).eps * state.cost.abs()
+    calmer = problem.box.stationarity(trial, grad) < problem.box.stationarity(x, state.grad)
+    lower = cost < state.cost - noise
+    return (lower | ((cost <= state.cost + noise) & calmer)) & all_finite(cost, grad)
 
 
 class Factor(NamedTuple):

@@ -47,7 +47,7 @@ class LeastSquaresObjective(Objective):
 
     @abstractmethod
     def residual(self, x: Points) -> Residuals:
-        """R residuals per row, (B n) → (B r)."""
+        """The r residuals per row, (B n) → (B r)."""
 
     def cost(self, x: Points) -> Rows:
         """Half the sum of squared residuals."""
@@ -79,7 +79,7 @@ class TrajectoryObjective(Objective):
         """Cost of the last state, undiscounted."""
 
     def plan(self, x: Points) -> Plans:
-        """X (B n) as actions (B H A)."""
+        """The variables x (B n) as actions (B H A)."""
         return x.unflatten(-1, (self.horizon, self.action_dim))
 
     def cost(self, x: Points) -> Rows:

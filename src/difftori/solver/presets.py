@@ -1,4 +1,4 @@
-"""Named settings: the authors' release, number by number, and what measured best here (docs/solver.md)."""
+"""Named settings: the authors' release, number by number, and what measured well here (docs/benchmarks.md)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -57,7 +57,7 @@ def solve(
         generator: randomness of CEM and MPPI.
         history: record every iterate in `Solution.history`.
         throw: raise instead of reporting when a row is not finite.
-        compile: run the steps through `torch.compile` (the first call of each shape takes up to a minute).
+        compile: run the steps through `torch.compile` (the first call of each shape takes a minute or more).
 
     Raises:
         ShapeError, BoxError, ObjectiveError, SolverError: wrong input, before anything is computed with it.
