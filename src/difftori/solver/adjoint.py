@@ -1,9 +1,8 @@
 """How a solution is differentiated. An adjoint never sees a step rule; a solver never sees an adjoint."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +21,12 @@ class Iterates(NamedTuple):
     progress: Any
 
 
-Iterate = Callable[[int, bool, Any], Iterates]
-"""`iterate(steps, differentiable, progress)`: go on from `progress` (None: from x0) for so many steps."""
+class Iterate(Protocol):
+    """A solver's iteration as adjoints see it."""
+
+    def __call__(self, steps: int, differentiable: bool, progress: Any = None, *, finish: bool = True) -> Iterates:
+        """Go on from `progress` (None: from x0) for so many steps; `finish`: with the solver's last refinement."""
+        ...
 
 
 class Differentiated(NamedTuple):
@@ -51,7 +54,7 @@ class Detached(Adjoint):
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run without a graph."""
-        result = iterate(max_steps, False, None)
+        result = iterate(max_steps, False)
         return Differentiated(result.x.detach(), result)
 
 
@@ -61,7 +64,7 @@ class Unrolled(Adjoint):
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run with a graph."""
-        result = iterate(max_steps, True, None)
+        result = iterate(max_steps, True)
         return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
 
 
@@ -83,7 +86,7 @@ class Truncated(Adjoint):
         tail = min(self.k, max_steps)
         if tail == max_steps:
             return Unrolled().apply(iterate, problem, max_steps)
-        before = iterate(max_steps - tail, False, None)
+        before = iterate(max_steps - tail, False, finish=False)
         result = iterate(tail, True, before.progress)
         return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
 
@@ -110,7 +113,7 @@ class Implicit(Adjoint):
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run without a graph, then attach x = x* − H⁻¹(∇J(x*, θ) − stop(∇J)), whose value is x*."""
-        result = iterate(max_steps, False, None)
+        result = iterate(max_steps, False)
         solution = result.x.detach()
         with torch.enable_grad():
             return self._attach(problem, solution, result)

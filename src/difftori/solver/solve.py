@@ -67,7 +67,7 @@ def solve(
     solver = ProjectedGradient() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     start = box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
-    if not _wants_gradient(objective, start):
+    if not _wants_gradient(objective, start, compile):
         adjoint = Detached()
     problem = Problem(objective, box, False, generator, candidates, compile)
     run = _Run(problem, solver, start, tolerance, keep, history)
@@ -138,8 +138,10 @@ class _Run:
         self.tolerance, self.keep = tolerance, keep
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
-    def iterate(self, steps: int, differentiable: bool, progress: _Progress | None) -> Iterates:
-        """Go on for `steps` steps, with or without a graph."""
+    def iterate(
+        self, steps: int, differentiable: bool, progress: _Progress | None = None, *, finish: bool = True
+    ) -> Iterates:
+        """Go on for `steps` steps, with or without a graph, and finish as the solver does."""
         with torch.set_grad_enabled(differentiable):
             problem = self.problem.with_graph() if differentiable else self.problem
             if progress is None:
@@ -153,9 +155,10 @@ class _Run:
                     if bool((progress.done | progress.failed).all()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
-            x, state = self.solver.finish(problem, progress.x, progress.state)
-            if state is not progress.state:
-                self._advance(progress, x, state, counts=False, past_done=True)
+            if finish:
+                x, state = self.solver.finish(problem, progress.x, progress.state)
+                if state is not progress.state:
+                    self._advance(progress, x, state, counts=False, past_done=True)
         x = progress.best_x if self.keep == "best" else progress.x
         if self.keep == "last":
             progress.best_cost, progress.best_norm = progress.state.cost, self._norm(progress.x, progress.state)
@@ -237,11 +240,14 @@ class _Run:
 _CHUNK = 5
 
 
-def _wants_gradient(objective: Objective, start: Points) -> bool:
-    """Whether anything that the solution can depend on requires a gradient."""
+def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
+    """Whether anything that the solution can depend on requires a gradient.
+
+    One eager evaluation of the cost tells; a compiled solve would feel it, and leaves no graph of its own accord.
+    """
     if not torch.is_grad_enabled():
         return False
-    return start.requires_grad or checked_cost(objective, start).requires_grad
+    return compile or start.requires_grad or checked_cost(objective, start).requires_grad
 
 
 def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candidates: Tensor | None) -> Box:
