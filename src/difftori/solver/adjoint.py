@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Iterates(NamedTuple):
     progress: Any
 
 
+@runtime_checkable
 class Iterate(Protocol):
     """A solver's iteration as adjoints see it."""
 
