@@ -199,9 +199,9 @@ def test_evaluated_starts_are_apart_from_training_starts():
 
 
 def test_the_real_trainer_leaves_what_the_study_reads(cheap_expert, small):
-    config = small(methods=("bc",), settings=("no-damping",), seeds=1, epochs=2, num_train=8)
+    config = small(methods=("bc",), settings=("no-damping",), seeds=1, epochs=10, num_train=8)
     trained = table8._trained(config, "no-damping", "bc", 0, Console(quiet=True))
-    assert (trained.epochs, trained.updates, trained.threads) == (2, 2, 1)
-    assert trained.curve.epochs.tolist() == [1, 2]
+    assert (trained.epochs, trained.updates, trained.threads) == (10, 10, 1)
+    assert trained.curve.epochs.tolist() == [5, 10]
     assert np.isfinite(trained.curve.values).all()
     assert trained.seconds > 0

@@ -1,6 +1,9 @@
 import base64
+import html
 import json
 import re
+import shlex
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -47,7 +50,7 @@ def test_the_page_of_a_run_holds_everything_and_fetches_nothing(tmp_path):
         "validation/error",
         "tiny_imitation:Tiny",
         "torch",
-        "pytest",
+        html.escape(shlex.join(sys.argv)),
         "swing",
         "dot",
     ):

@@ -1,7 +1,9 @@
 import json
 import os
 import resource
+import shlex
 import signal
+import sys
 import threading
 
 import pytest
@@ -47,7 +49,7 @@ def test_a_directory_explains_itself(tmp_path):
     versions = json.loads((run.path / "versions.json").read_text())
     assert versions["torch"] == torch.__version__
     assert {"python", "numpy", "difftori", "git_commit", "threads", "cpu", "device"} <= versions.keys()
-    assert "pytest" in (run.path / "command.txt").read_text()
+    assert (run.path / "command.txt").read_text().rstrip().endswith(shlex.join(sys.argv))
     assert [r["loss"] for r in read_metrics(run.path)] == [2.0, 1.0]
     summary = read_summary(run.path)
     assert summary["cost"] == 1.5
