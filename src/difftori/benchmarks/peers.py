@@ -29,7 +29,7 @@ def _theseus() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import theseus
+            import theseus  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
         raise MissingExtraError(f"Theseus is not installed ({missing}): run `make peers`.") from missing
     return theseus
@@ -129,7 +129,7 @@ def _mpc() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from mpc import mpc, util
+            from mpc import mpc, util  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
         raise MissingExtraError(f"mpc.pytorch is not installed ({missing}): run `make peers`.") from missing
     util.bdiag = torch.diag_embed
