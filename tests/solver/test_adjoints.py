@@ -165,7 +165,9 @@ def test_held_coordinates_have_no_derivative():
 
 def test_hessian_products_through_layer_norm():
     """Reverse-over-forward through torch's layer_norm is silently wrong; ours must match finite differences of g."""
-    from difftori.solver.derivatives import HessianProducts, value_and_grad, value_grad_hessian
+    from difftori.solver.derivatives import value_and_grad, value_grad_hessian
+    from difftori.solver.method import Problem
+    from difftori.solver.newton import HessianProducts
 
     case = network()
     x = 0.3 * torch.randn(case.x0.shape, dtype=F64)
@@ -174,7 +176,7 @@ def test_hessian_products_through_layer_norm():
     _, above = value_and_grad(case.objective, x + step * v)
     _, below = value_and_grad(case.objective, x - step * v)
     numeric = (above - below) / (2 * step)
-    torch.testing.assert_close(HessianProducts(case.objective, x)(v), numeric, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(HessianProducts(Problem(case.objective, Box()), x)(v), numeric, rtol=1e-6, atol=1e-8)
     _, _, hessian = value_grad_hessian(case.objective, x)
     torch.testing.assert_close((hessian @ v.unsqueeze(-1)).squeeze(-1), numeric, rtol=1e-6, atol=1e-8)
 

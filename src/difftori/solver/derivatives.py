@@ -104,23 +104,6 @@ def _functional_value_grad_hessian(objective: Objective, x: Points) -> tuple[Row
     return cost.detach(), grad.detach(), hessian.detach()
 
 
-class HessianProducts:
-    """v ↦ H v at one point, reusing one graph: a product costs about one evaluation of cost and gradient."""
-
-    def __init__(self, objective: Objective, x: Points):
-        with torch.enable_grad():
-            self._point = x.detach().requires_grad_()
-            self._cost, self._grad = value_and_grad(objective, self._point, create_graph=True)
-        self.cost, self.grad = self._cost.detach(), self._grad.detach()
-
-    def __call__(self, v: Points) -> Points:
-        """One product per row, (B n)."""
-        if not self._grad.requires_grad:
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(self._grad, self._point, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if product is None else product
-
-
 def costs_of_candidates(objective: Objective, candidates: Tensor) -> Tensor:
     """Costs (K B) of K candidates for every row, (K B n), in one batched evaluation."""
     return torch.func.vmap(objective.cost, randomness="same")(candidates)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from difftori.errors import SolverError
-from difftori.solver.derivatives import HessianProducts
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
 from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows
 
@@ -57,7 +56,7 @@ class Newton(Solver):
     def _moves(self, problem: Problem, x: Points) -> list[Points]:
         """The moves to try, in this order."""
         if self.linear == "cg" and not problem.create_graph:
-            products = HessianProducts(problem.objective, x)
+            products = HessianProducts(problem, x)
             grad, free = products.grad, ~problem.box.held(x, products.grad)
             direction = conjugate_gradient(products, -grad * free, free, self.products).solution
             along = (grad * free * products(grad * free)).sum(-1).abs()
@@ -78,6 +77,23 @@ def improves(problem: Problem, x: Points, state: State, trial: Points, cost: Row
     calmer = problem.box.stationarity(trial, grad) < problem.box.stationarity(x, state.grad)
     lower = cost < state.cost - noise
     return (lower | ((cost <= state.cost + noise) & calmer)) & all_finite(cost, grad)
+
+
+class HessianProducts:
+    """v ↦ H v at one point, reusing one graph: a product costs about one evaluation of cost and gradient."""
+
+    def __init__(self, problem: Problem, x: Points):
+        with torch.enable_grad():
+            self._point = x.detach().requires_grad_()
+            _, self._grad = problem.with_graph().evaluate(self._point)
+        self.grad = self._grad.detach()
+
+    def __call__(self, v: Points) -> Points:
+        """One product per row, (B n)."""
+        if not self._grad.requires_grad:
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(self._grad, self._point, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if product is None else product
 
 
 class Factor(NamedTuple):

@@ -85,16 +85,19 @@ class ClampedObjective(Objective):
 
 
 def fast() -> Preset:
-    """Acting, and training where speed counts: 10 spectral steps, implicit gradient by 8 Hessian products."""
-    return Preset(ProjectedGradient(window=5), Implicit(linear="cg", products=8), max_steps=10, tolerance=0.0)
+    """Acting, and training where speed counts: 10 spectral steps, implicit gradient by 4 Hessian products."""
+    return Preset(ProjectedGradient(window=5), Implicit(linear="cg", products=4), max_steps=10, tolerance=0.0)
 
 
 def accurate() -> Preset:
-    """Training, the default: 30 spectral steps, four Newton steps on the free set, dense implicit gradient.
+    """Training, the default: 30 spectral steps, two Newton steps on the free set, implicit gradient by 16 products.
 
     On the paper's problem sizes its gradient is that of the optimum on practically all rows (docs/benchmarks.md).
+    Where n is small or curvatures lie many orders apart, `Newton()` and `Implicit()`, dense, are the surer choice.
     """
-    return Preset(ProjectedGradient(window=5, polish=4, polish_with=Newton()), Implicit(), max_steps=30)
+    polish = Newton(linear="cg", products=12)
+    solver = ProjectedGradient(window=5, polish=2, polish_with=polish)
+    return Preset(solver, Implicit(linear="cg", products=16), max_steps=30)
 
 
 _RELEASE_RL: dict[str, tuple[int, float, float]] = {
