@@ -44,19 +44,20 @@ def test_a_quick_run_writes_its_files(tmp_path: Path, cache: Path) -> None:
     threads = torch.get_num_threads()
     rows = run(config)
     assert torch.get_num_threads() == threads
-    with (tmp_path / "solver-raw.csv").open() as file:
+    out = tmp_path / "quick"
+    with (out / "solver-raw.csv").open() as file:
         raw = list(csv.DictReader(file))
-    with (tmp_path / "solver-summary.csv").open() as file:
+    with (out / "solver-summary.csv").open() as file:
         summary = list(csv.DictReader(file))
     assert len(summary) == len(rows) == 8
     assert {row["repeat"] for row in raw} == {"-1", "0"}
     assert all(float(row["forward_ms"]) > 0 for row in raw)
-    assert "<svg" in (tmp_path / "solver.svg").read_text()
-    record = json.loads((tmp_path / "solver.json").read_text())
+    assert "<svg" in (out / "solver.svg").read_text()
+    record = json.loads((out / "solver.json").read_text())
     assert record["threads"] == 1
     assert record["config"]["finished"]
     assert record["versions"]["torch"] == torch.__version__
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(out.glob("*.tmp"))
 
 
 def test_entries_take_turns_at_being_first(setup: Setup) -> None:

@@ -130,15 +130,13 @@ def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def table(lines: list[Line]) -> list[dict[str, str]]:
-    """The summary as text for the screen."""
+    """The summary as text for a screen of 80 columns; memory and errors are in the CSV."""
     return [
         {
             "problem": str(line.cell),
             "entry": line.entry,
-            "forward ms": _short(line.forward_ms),
-            "backward ms": _short(line.backward_ms),
+            "ms": " + ".join(filter(None, (_short(line.forward_ms), _short(line.backward_ms)))),
             "ratio": f"{line.speedup:.1f}x",
-            "peak MB": _short(line.peak_mb),
             **_marks(line.quality),
         }
         for line in lines
@@ -147,12 +145,11 @@ def table(lines: list[Line]) -> list[dict[str, str]]:
 
 def _marks(quality: Quality | None) -> dict[str, str]:
     if quality is None:
-        return dict.fromkeys(("return", "gradient cosine", "> .95", "error"), "")
+        return dict.fromkeys(("return", "cosine", "> .95"), "")
     return {
-        "return": f"{quality.reached:.3f} / {quality.optimum:.3f}",
-        "gradient cosine": _short(quality.cosine, 3),
-        "> .95": "" if math.isnan(quality.aligned) else f"{quality.aligned:.0%} of {quality.compared:.0%}",
-        "error": _short(quality.relative_error, 3),
+        "return": f"{quality.reached:.2f}",
+        "cosine": _short(quality.cosine, 3),
+        "> .95": "" if math.isnan(quality.aligned) else f"{quality.aligned:.0%}",
     }
 
 

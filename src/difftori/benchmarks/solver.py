@@ -55,7 +55,7 @@ class Config(BaseModel):
     seed: int = 0
     """Of the networks and the states."""
     out: Path = Path("benchmarks/results")
-    """Where the tables, the picture and the record of hardware and versions go."""
+    """Where the tables, the picture and the record of hardware and versions go; those of `--quick` into its `quick`."""
     cache: Path = Path("runs/benchmark-cache")
     """Where the fitted networks are kept between runs."""
     quick: bool = False
@@ -136,7 +136,7 @@ class _Run:
                 self.quality.append(measure_quality(sized, contestant, self.setup, steps=steps))
 
     def _write(self, last: bool) -> list[report.Line]:
-        out = self.config.out
+        out = self.config.out / "quick" if self.config.quick else self.config.out
         out.mkdir(parents=True, exist_ok=True)
         lines = report.summarise(self.samples, self.memory, self.quality)
         report.write_raw(out / "solver-raw.csv", self.samples)
