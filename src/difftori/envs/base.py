@@ -8,12 +8,108 @@ A module of this package is an environment when it has
 It may offer more, for instance a pure dynamics function. Heavy packages are imported inside `make`, which raises
 `MissingExtraError` with the extra's name when they are absent. Conformance tests walk the package, so a new file is
 tested without being asked.
+
+An environment to learn from by reinforcement states `AutoresetMode.DISABLED`, bounds its actions by ±1, and is returned
+by `difftori.envs.workers.launch`, which brings the checks of `difftori.envs.checked`.
 """
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
 
-from difftori.errors import ConfigError, NonFiniteError, ShapeError
+from difftori.errors import ConfigError, DifftoriError, NonFiniteError, ShapeError
+
+OBSERVE = ("state", "pixels")
+"""`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
+RENDER = ("default", "fast", "warp")
+"""`default`: the simulator's own quality; `fast`: cheaper shadows and no antialiasing; `warp`: on the GPU."""
+WORKERS = ("sync", "async")
+"""`sync`: all copies in this process, one after another; `async`: one process each."""
+
+
+class RenderingError(DifftoriError, RuntimeError):
+    """No picture can be drawn: the OpenGL libraries or the device are missing. The message names the packages."""
+
+
+class WorkerError(DifftoriError, RuntimeError):
+    """One copy of an environment raised, died or did not answer in time; `row` says which."""
+
+    def __init__(self, message: str, *, row: int | None):
+        self.row = row
+        super().__init__(message)
+
+
+class EnvironmentRestarted(DifftoriError, RuntimeError):
+    """All copies were made anew because one failed: every partial episode is lost; reset all rows and go on.
+
+    `restarts` counts them so far; `__cause__` is what failed.
+    """
+
+    def __init__(self, message: str, *, restarts: int):
+        self.restarts = restarts
+        super().__init__(message)
+
+
+class EnvironmentFailed(DifftoriError, RuntimeError):
+    """An environment failed more often than its budget of restarts allows; `__cause__` is the last failure."""
+
+
+class ResetNeededError(DifftoriError, RuntimeError):
+    """A step was asked of rows whose episode has ended or never begun."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an agent must know of an environment to be built.
+
+    `obs_shape` and `obs_dtype` of one row; `action_dim` A, each in [−1, 1]; `max_episode_steps` counts steps of the
+    underlying environment, of which one decision takes `action_repeat`, and is None where nothing is promised.
+    """
+
+    name: str
+    obs_shape: tuple[int, ...]
+    obs_dtype: np.dtype
+    action_dim: int
+    max_episode_steps: int | None
+    action_repeat: int
+
+    @property
+    def max_decisions(self) -> int | None:
+        """Calls of `step` in the longest episode, ⌈max_episode_steps / action_repeat⌉."""
+        return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
+
+
+def env_spec(env: VectorEnv) -> EnvSpec:
+    """Read from the spaces, and from `metadata` as `episode_metadata` writes it. `ConfigError` for other spaces."""
+    observations, actions = env.single_observation_space, env.single_action_space
+    if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
+        raise ConfigError([f"spaces {observations} and {actions}: give Box observations and flat Box actions"])
+    return EnvSpec(
+        name=str(env.metadata.get("name", type(env).__name__)),
+        obs_shape=observations.shape,
+        obs_dtype=np.dtype(observations.dtype),
+        action_dim=actions.shape[0],
+        max_episode_steps=env.metadata.get("max_episode_steps"),
+        action_repeat=env.metadata.get("action_repeat", 1),
+    )
+
+
+def episode_metadata(
+    name: str, *, max_episode_steps: int | None, action_repeat: int, fps: float = 30.0
+) -> dict[str, Any]:
+    """The `metadata` of a single environment from which `env_spec` reads; `fps` counts decisions per second."""
+    return {
+        "render_modes": ["rgb_array"],
+        "render_fps": fps,
+        "name": name,
+        "max_episode_steps": max_episode_steps,
+        "action_repeat": action_repeat,
+    }
 
 
 def chosen_task(task: str, tasks: tuple[str, ...], *, env: str) -> str:
@@ -21,8 +117,20 @@ def chosen_task(task: str, tasks: tuple[str, ...], *, env: str) -> str:
     if not task:
         return tasks[0]
     if task not in tasks:
-        raise ConfigError([f"task {task!r} is unknown to environment {env!r}: choose one of {', '.join(tasks)}"])
+        near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.5)
+        meant = f"perhaps you meant {near[0]!r}; " if near else ""
+        raise ConfigError([f"task {task!r} is unknown to environment {env!r}: {meant}choose one of {', '.join(tasks)}"])
     return task
+
+
+def numeric_faults(**values: int | None) -> list[str]:
+    """A fault for each value below 1; None passes."""
+    return [f"{name} is {value}; give at least 1" for name, value in values.items() if value is not None and value < 1]
+
+
+def choice_fault(name: str, value: str, known: Sequence[str]) -> list[str]:
+    """A fault if `value` is not among the known ones."""
+    return [] if value in known else [f"{name} is {value!r}; choose one of {', '.join(known)}"]
 
 
 def clip_actions(actions: np.ndarray, box: Box, *, env: str, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,3 +150,26 @@ def clip_actions(actions: np.ndarray, box: Box, *, env: str, step: int) -> tuple
         )
     executed = np.clip(actions, box.low, box.high)
     return executed, executed != actions
+
+
+def rescaled(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """`action` (A) from [−1, 1] to the task's own bounds, clipped to them against rounding."""
+    return np.clip(low + (np.asarray(action, dtype=np.float64) + 1.0) * 0.5 * (high - low), low, high)
+
+
+class FrameStack:
+    """The last `count` frames as one picture (count·C, height, width), the newest at the end."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._frames: list[np.ndarray] = []
+
+    def restart(self, frame: np.ndarray) -> np.ndarray:
+        """An episode's first frame (height, width, C), which stands for those before it."""
+        self._frames = [frame.transpose(2, 0, 1)] * self.count
+        return np.concatenate(self._frames)
+
+    def push(self, frame: np.ndarray) -> np.ndarray:
+        """The next frame (height, width, C)."""
+        self._frames = [*self._frames[1:], frame.transpose(2, 0, 1)]
+        return np.concatenate(self._frames)

@@ -1,0 +1,207 @@
+"""The wrapper around every environment that is learnt from: checks, episode seeds, and restarts within a budget."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from difftori.envs.base import (
+    EnvironmentFailed,
+    EnvironmentRestarted,
+    RenderingError,
+    ResetNeededError,
+    WorkerError,
+    clip_actions,
+)
+from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+
+SEEDS = 2**31
+"""Seeds that are drawn lie below it."""
+
+
+class CheckedVectorEnv(VectorEnv):
+    """A vector environment whose inputs and outputs are finite, whose episodes have seeds, and that survives failures.
+
+    Rows are reset by the caller (`AutoresetMode.DISABLED`): after an end, `reset(options={"reset_mask": rows})`. Each
+    episode has a seed of its own and is replayed exactly by that seed and its actions. `build` makes `env` anew after a
+    failure, `restarts` times at most. Not to be shared between threads.
+
+    Raised by `reset` and `step`: `EnvironmentRestarted` (all episodes are lost; reset every row), `EnvironmentFailed`
+    (the budget is spent), `NonFiniteError` (NaN or Inf in observations, rewards or actions; names rows and step),
+    `ShapeError`, `ResetNeededError`.
+    """
+
+    def __init__(self, env: VectorEnv, build: Callable[[], VectorEnv], *, name: str, seed: int, restarts: int = 3):
+        self.name = name
+        self.restarts = 0
+        self.budget = restarts
+        self._build = build
+        self._env = env
+        mode = self._env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.DISABLED or not isinstance(self._env.action_space, Box):
+            self._env.close()
+            raise ConfigError(
+                [
+                    f"{name}: autoreset mode {mode}, actions {self._env.action_space}; to learn from it, make it with "
+                    "AutoresetMode.DISABLED and Box actions (difftori.envs.workers.launch does)"
+                ]
+            )
+        self.num_envs = self._env.num_envs
+        self.single_observation_space = self._env.single_observation_space
+        self.single_action_space = self._env.single_action_space
+        self.observation_space = self._env.observation_space
+        self.action_space: Box = self._env.action_space
+        self.metadata = {**self._env.metadata, "name": name}
+        self.render_mode = self._env.render_mode
+        self._seeds = np.random.default_rng(seed)
+        self._episode_seeds = np.zeros(self.num_envs, dtype=np.int64)
+        self._begun = np.zeros(self.num_envs, dtype=bool)
+        self._running = np.zeros(self.num_envs, dtype=bool)
+        self._clipped = np.zeros(self.num_envs, dtype=np.int64)
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin new episodes, in all rows or where `options["reset_mask"]` (num_envs, bool) says so.
+
+        `seed`: one per row, each the seed of that row's episode (None: drawn; rows outside the mask ignore theirs);
+        or one number from which this and all later seeds are drawn; or nothing: drawn from the seed of `make`.
+        `info["episode_seed"]` (num_envs) tells which were used. Observations of the other rows are their last ones.
+        """
+        rest = dict(options or {})
+        mask = self._mask(rest.pop("reset_mask", None))
+        if not (self._begun | mask).all():
+            raise ResetNeededError(f"{self.name}: the first reset, and the one after a restart, must be of all rows")
+        seeds = self._chosen_seeds(seed, mask)
+        forwarded = rest if mask.all() else {**rest, "reset_mask": mask}
+        # The base class knows one seed only; vector environments that reset by mask take a list.
+        observations, info = self._survive(
+            lambda: self._env.reset(seed=seeds, options=forwarded or None)  # pyright: ignore[reportArgumentType]
+        )
+        observations = self._finite("observations", observations)
+        if mask.all():
+            self._steps = 0
+        self._begun[:] = True
+        self._running[mask] = True
+        self._clipped[mask] = 0
+        self._episode_seeds[mask] = np.asarray(seeds)[mask]
+        return observations, self._info(info)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One decision per row: actions (num_envs, A) are clipped to the box, and `info["clipped"]` (num_envs) counts
+        those of the running episodes that had to be. Everything returned belongs to the caller.
+        """
+        executed, cut = clip_actions(actions, self.action_space, env=self.name, step=self._steps)
+        if not self._running.all():
+            rows = np.flatnonzero(~self._running).tolist()
+            raise ResetNeededError(
+                f"{self.name}, step {self._steps}: rows {rows[:8]} have no running episode; reset them first, by "
+                'reset(options={"reset_mask": rows})'
+            )
+        executed = executed.astype(self.action_space.dtype)
+        observations, rewards, terminated, truncated, info = self._survive(lambda: self._env.step(executed))
+        observations = self._finite("observations", observations)
+        rewards = self._finite("rewards", rewards).astype(np.float64)
+        self._steps += 1
+        self._clipped += cut.any(axis=1)
+        terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
+        self._running = ~(terminated | truncated)
+        return observations, rewards, terminated, truncated, self._info(info)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One RGB frame (height, width, 3) uint8 per row, where the environment draws."""
+        return self._survive(self._env.render)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environment inside."""
+        self._env.close()
+
+    def _info(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {**info, "clipped": self._clipped.copy(), "episode_seed": self._episode_seeds.copy()}
+
+    def _mask(self, given: object) -> np.ndarray:
+        if given is None:
+            return np.ones(self.num_envs, dtype=bool)
+        mask = np.array(given)
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+            raise ShapeError(
+                f"{self.name}: reset_mask is {mask.dtype} {mask.shape} with {np.count_nonzero(mask)} rows; give "
+                f"({self.num_envs},) booleans, at least one of them true"
+            )
+        return mask
+
+    def _chosen_seeds(self, seed: int | Sequence[int | None] | None, mask: np.ndarray) -> list[int]:
+        """A seed for each row; only those of the mask are used up from the generator."""
+        if isinstance(seed, (int, np.integer)):
+            self._seeds = np.random.default_rng(_valid_seed(int(seed), self.name))
+            seed = None
+        given = [None] * self.num_envs if seed is None else list(seed)
+        if len(given) != self.num_envs:
+            raise ShapeError(f"{self.name}: {len(given)} seeds for {self.num_envs} rows; give one per row")
+        chosen = []
+        for one, wanted in zip(given, mask, strict=True):
+            drawn = wanted and one is None
+            chosen.append(int(self._seeds.integers(SEEDS)) if drawn else _valid_seed(int(one or 0), self.name))
+        return chosen
+
+    def _finite(self, what: str, values: np.ndarray) -> np.ndarray:
+        """A copy of the values (num_envs, …), none of which is NaN or Inf."""
+        values = np.array(values)
+        if np.issubdtype(values.dtype, np.floating):
+            rows = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(axis=1)).tolist()
+            if rows:
+                raise NonFiniteError(
+                    f"{self.name}, step {self._steps}: NaN or Inf in the {what} of rows {rows[:8]} (episode seeds "
+                    f"{self._episode_seeds[rows[:8]].tolist()}); the simulation diverged there, look at the actions"
+                )
+        return values
+
+    def _survive(self, call: Callable[[], Any]) -> Any:
+        """The result of a call; if it fails, a new environment inside, and `EnvironmentRestarted`."""
+        try:
+            return call()
+        except (ConfigError, MissingExtraError, RenderingError):
+            raise
+        except Exception as error:
+            self._begun[:] = False
+            self._running[:] = False
+            self._restart(error)
+            raise EnvironmentRestarted(
+                f"{self.name}, step {self._steps}: restarted ({self.restarts} of {self.budget}) after {_named(error)}. "
+                "Partial episodes are dropped: reset all rows",
+                restarts=self.restarts,
+            ) from error
+
+    def _restart(self, error: Exception) -> None:
+        """Make the environment inside anew; trying costs from the budget, whether or not it works."""
+        while self.restarts < self.budget:
+            self.restarts += 1
+            # What has failed may well fail to close; its successor matters more.
+            with suppress(Exception):
+                self._env.close()
+            try:
+                self._env = self._build()
+                return
+            except Exception as again:
+                error = again
+        with suppress(Exception):
+            self._env.close()
+        raise EnvironmentFailed(
+            f"{self.name}, step {self._steps}: failed once more after {self.restarts} restarts: {_named(error)}. Mend the "
+            "environment, or raise `restarts`"
+        ) from error
+
+
+def _named(error: Exception) -> str:
+    """The error with its type, unless it already speaks for itself."""
+    return str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+
+
+def _valid_seed(seed: int, name: str) -> int:
+    if not 0 <= seed < 2**63:
+        raise ConfigError([f"{name}: seed is {seed}; give a number from 0 to 2⁶³ − 1"])
+    return seed
