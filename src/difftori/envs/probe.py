@@ -1,0 +1,145 @@
+"""Tiny environments with a known best return of 1, each of which one fault of an agent makes unsolvable.
+
+One action a in [−1, 1]; episodes terminate (never truncate) after a fixed number of steps; the start s is uniform in
+[−1, 1]. Observations are float32.
+
+    one-step        o = (s)                  r = 1 − (a − 0.7·s)²
+                    learns nothing: reward model, policy loss, or the observations' way to them
+    two-step        o₀ = (s, 0)   r₀ = 0     o₁ = (m, 1) with m = a₀ − s/2     r₁ = 1 − m² − (a₁ − m/2 − 0.3)²
+                    first step at random: the value of the next state is not used, or termination not noticed
+    delayed-reward  o_t = (s, p, t/8)        p = mean of the first two actions (0 before)     r₇ = 1 − (p − s/2)²
+                    8 steps, all reward on the last: the value must travel farther than a plan of 5 steps sees
+"""
+
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+from difftori.envs.base import (
+    choice_fault,
+    chosen_task,
+    episode_metadata,
+    numeric_faults,
+)
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.workers import TIMEOUT, launch
+from difftori.errors import ConfigError
+
+STEPS = {"one-step": 1, "two-step": 2, "delayed-reward": 8}
+"""Length of every episode, by task."""
+OPTIMAL_RETURN = {"one-step": 1.0, "two-step": 1.0, "delayed-reward": 1.0}
+"""The undiscounted return of `optimal_action`, from every start."""
+RANDOM_RETURN = {
+    "one-step": 1 - (1 + 0.49) / 3,
+    "two-step": 1 - 5 / 12 - (1 / 3 + 5 / 48 + 0.09),
+    "delayed-reward": 1 - (1 / 6 + 1 / 12),
+}
+"""The mean return of actions uniform in [−1, 1]: .503, .056, .75."""
+TASKS = tuple(STEPS)
+SIZES = {"one-step": 1, "two-step": 2, "delayed-reward": 3}
+"""Observation dimension S, by task."""
+LEADING = 2
+"""The actions that count in `delayed-reward`."""
+
+
+def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
+    """The best actions (B 1) for observations (B S) of a task in `TASKS`."""
+    first = np.asarray(observations, dtype=np.float64)[:, :1]
+    if task == "one-step":
+        return 0.7 * first
+    if task == "two-step":
+        return np.where(np.asarray(observations)[:, 1:] < 0.5, first / 2, np.clip(first / 2 + 0.3, -1.0, 1.0))
+    return first / 2
+
+
+class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One of `TASKS`; the head of this file has the equations."""
+
+    def __init__(self, task: str, *, action_repeat: int):
+        self._task = task
+        self._repeat = action_repeat
+        self.observation_space = Box(-2.0, 2.0, (SIZES[task],), np.float32)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+        self.metadata = {
+            **episode_metadata(f"probe:{task}", max_episode_steps=STEPS[task], action_repeat=action_repeat),
+            "render_modes": [],
+        }
+        self._start = 0.0
+        self._memory = 0.0
+        self._time = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """A new start. There are no options."""
+        super().reset(seed=seed)
+        if options:
+            raise ConfigError([f"probe: reset options {sorted(options)} are unknown; this environment takes none"])
+        self._start = float(self.np_random.uniform(-1.0, 1.0))
+        self._memory = 0.0
+        self._time = 0
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Take the action `action_repeat` times, or until the episode ends."""
+        total, ended = 0.0, False
+        for _ in range(self._repeat):
+            total += self._advance(float(action[0]))
+            self._time += 1
+            ended = self._time == STEPS[self._task]
+            if ended:
+                break
+        return self._observation(), total, ended, False, {}
+
+    def _advance(self, action: float) -> float:
+        """The reward of one step, whose trace is kept in the memory."""
+        if self._task == "one-step":
+            return 1.0 - (action - 0.7 * self._start) ** 2
+        if self._task == "two-step":
+            if self._time == 0:
+                self._memory = action - self._start / 2
+                return 0.0
+            return 1.0 - self._memory**2 - (action - self._memory / 2 - 0.3) ** 2
+        if self._time < LEADING:
+            self._memory += action / LEADING
+        last = self._time == STEPS[self._task] - 1
+        return 1.0 - (self._memory - self._start / 2) ** 2 if last else 0.0
+
+    def _observation(self) -> np.ndarray:
+        if self._task == "one-step":
+            values = [self._start]
+        elif self._task == "two-step":
+            values = [self._start, 0.0] if self._time == 0 else [self._memory, 1.0]
+        else:
+            values = [self._start, self._memory, self._time / STEPS[self._task]]
+        return np.array(values, dtype=np.float32)
+
+
+def make(
+    task: str,
+    *,
+    num_envs: int,
+    seed: int,
+    obs: str = "state",
+    action_repeat: int | None = None,
+    render: str = "default",
+    workers: str = "sync",
+    timeout: float = TIMEOUT,
+    restarts: int = 3,
+) -> CheckedVectorEnv:
+    """`num_envs` copies of one of `TASKS`, "" for `one-step`; from states only, `action_repeat` None is 1.
+
+    The other arguments are `difftori.envs.workers.launch`'s. Raises `ConfigError`.
+    """
+    name = chosen_task(task, TASKS, env="probe")
+    faults = numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, ("state",))
+    faults += choice_fault("render", render, ("default",))
+    if faults:
+        raise ConfigError(faults)
+    build = partial(ProbeEnv, name, action_repeat=action_repeat or 1)
+    return launch(
+        build, name=f"probe:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout, restarts=restarts
+    )
