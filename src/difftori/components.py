@@ -1,4 +1,4 @@
-"""Finds what a name means: policies, studies and benches of this package, or `my_pkg.my_module:Name` of a user's own.
+"""Finds what a name means: policies, environments, studies and benches of this package, or `my_pkg.my_module:Name` of a user's own.
 
 Nothing is registered. A component is found because its file lies in the package that is walked.
 """
@@ -8,13 +8,14 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from difftori.errors import ConfigError
 
 if TYPE_CHECKING:
+    from difftori.envs.checked import CheckedVectorEnv
     from difftori.interfaces import Policy
 
 
@@ -65,6 +66,52 @@ def load(reference: str) -> object:
         public = [n for n in names if not n.startswith("_")]
         raise ConfigError([f"{reference!r}: {module_name} has no {attribute!r}{suggest(attribute, public)}"])
     return names[attribute]
+
+
+def make_env(name: str, *, num_envs: int, seed: int, **options: object) -> "CheckedVectorEnv":
+    """The environment to learn from that `name` means, checked: NaN, out-of-range actions, failures (see the class).
+
+    `dmc:cheetah-run`, `gym:Pendulum-v1`, `probe:two-step`: a module of `difftori.envs` and what its `make` calls a
+    task. `my_pkg.my_env:make`: a function of one's own, `make(task, *, num_envs, seed, ...) -> VectorEnv`, which gets
+    the task "". `options` (obs, action_repeat, render, workers, …) are those that this `make` has. Raises `ConfigError`
+    for an unknown name or option, and what `make` raises.
+    """
+    from gymnasium.vector import VectorEnv
+
+    from difftori.envs.checked import CheckedVectorEnv
+
+    make, task = _env_maker(name)
+    known = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    faults = [
+        f"env: {name!r} takes no option {option!r}{suggest(option, known)}" for option in set(options) - set(known)
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+    def build() -> VectorEnv:
+        env = make(task, num_envs=num_envs, seed=seed, **options)
+        if not isinstance(env, VectorEnv):
+            raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.vector.VectorEnv"])
+        return env
+
+    env = build()
+    return env if isinstance(env, CheckedVectorEnv) else CheckedVectorEnv(env, build, name=name, seed=seed)
+
+
+def _env_maker(name: str) -> tuple[Callable[..., object], str]:
+    """The function that makes an environment of that name, and the task to give it."""
+    prefix, _, task = name.partition(":")
+    if "." in prefix:
+        maker = load(name)
+        if not callable(maker):
+            raise ConfigError([f"env: {name!r} is a {type(maker).__name__}, not a function that makes an environment"])
+        return maker, ""
+    modules = {short: vars(importlib.import_module(full)) for short, full in module_names("difftori.envs").items()}
+    makers = {short: members["make"] for short, members in modules.items() if "make" in members}
+    if prefix not in makers:
+        shown = {short: f"{short}:…" for short in makers}
+        raise ConfigError([f"env: {name!r} is unknown{suggest(prefix, makers, shown)} (or give my_pkg.my_env:make)"])
+    return makers[prefix], task
 
 
 def find_policy(name: str) -> type["Policy"]:
