@@ -8,6 +8,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from difftori.components import module_names
+from difftori.envs.base import ResetNeededError, env_spec
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
 
 MODULES = {name: importlib.import_module(full) for name, full in module_names("difftori.envs").items()}
@@ -32,12 +33,21 @@ def build(request):
         env.close()
 
 
+def advance(env: VectorEnv, actions: np.ndarray) -> tuple:
+    """What `step` returns, except that ended rows are reset where the environment leaves that to its caller."""
+    observations, rewards, terminated, truncated, info = env.step(actions)
+    ended = terminated | truncated
+    if env.metadata["autoreset_mode"] is AutoresetMode.DISABLED and ended.any():
+        observations, _ = env.reset(options={"reset_mask": ended})
+    return observations, rewards, terminated, truncated, info
+
+
 def play(env: VectorEnv, steps: int, *, seed: int | None = None) -> list[np.ndarray]:
     """Observations, rewards and flags of a seeded random walk."""
     env.action_space.seed(5)
     seen = [env.reset(seed=seed)[0]]
     for _ in range(steps):
-        observations, rewards, terminated, truncated, _ = env.step(env.action_space.sample())
+        observations, rewards, terminated, truncated, _ = advance(env, env.action_space.sample())
         seen += [observations, rewards, terminated, truncated]
     return seen
 
@@ -55,7 +65,7 @@ def test_spaces_hold_what_is_returned(build):
     for _ in range(5):
         assert observations in env.observation_space
         assert observations.shape == (3, *env.single_observation_space.shape)
-        observations, rewards, terminated, truncated, info = env.step(env.action_space.sample())
+        observations, rewards, terminated, truncated, info = advance(env, env.action_space.sample())
         assert rewards.shape == (3,)
         assert np.isfinite(rewards).all()
         assert terminated.dtype == truncated.dtype == bool
@@ -91,9 +101,9 @@ def test_rows_start_differently(build):
 def test_returned_arrays_are_not_overwritten_by_later_steps(build):
     env = build()
     env.reset()
-    kept = env.step(env.action_space.sample())
+    kept = advance(env, env.action_space.sample())
     copies = [np.array(array) for array in kept[:4]]
-    env.step(env.action_space.sample())
+    advance(env, env.action_space.sample())
     assert all(np.array_equal(array, copy) for array, copy in zip(kept, copies, strict=False))
 
 
@@ -114,6 +124,55 @@ def test_episodes_end_and_the_next_step_begins_anew(build):
     assert not np.array_equal(observations[ended], last[ended])
 
 
+def test_without_autoreset_ended_rows_wait_for_their_reset_and_the_others_go_on(build):
+    env = build(2)
+    if env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
+        pytest.skip("another autoreset mode")
+    env.reset()
+    for step in range(1100):
+        last, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        ended = terminated | truncated
+        if ended.any():
+            break
+        if step == 0:
+            last, _ = env.reset(options={"reset_mask": np.array([False, True])})
+    assert ended.any(), "no episode ended within 1100 steps"
+    with pytest.raises(ResetNeededError, match="reset_mask"):
+        env.step(env.action_space.sample())
+    observations, _ = env.reset(options={"reset_mask": ended})
+    assert not np.array_equal(observations[ended], last[ended])
+    assert np.array_equal(observations[~ended], last[~ended])
+    env.step(env.action_space.sample())
+
+
+def test_an_episode_is_replayed_from_its_seed_and_its_actions_whatever_came_before(build):
+    env, twin = build(2, seed=1), build(2, seed=2)
+    if env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
+        pytest.skip("another autoreset mode")
+    play(env, 5)
+    rows = np.array([False, True])
+    env.reset(seed=[0, 0])
+    observations, info = env.reset(seed=[None, 77], options={"reset_mask": rows})
+    assert info["episode_seed"][1] == 77
+    first = [observations[1]]
+    again = [twin.reset(seed=[77, 5])[0][0]]
+    for _ in range(15):
+        action = env.single_action_space.sample()
+        ours, theirs = env.step(np.stack([action, action])), twin.step(np.stack([action, action]))
+        first += [ours[0][1], ours[1][1]]
+        again += [theirs[0][0], theirs[1][0]]
+        if (ours[2] | ours[3]).any():
+            break
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_agents_can_read_what_they_need(build):
+    env = build(1)
+    spec = env_spec(env)
+    assert (spec.obs_shape, spec.obs_dtype) == (env.observation_space.shape[1:], env.observation_space.dtype)
+    assert spec.action_dim == env.action_space.shape[1]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_actions_are_refused_by_row_and_step_and_change_nothing(build, value):
     env, twin = build(2), build(2)
@@ -121,7 +180,7 @@ def test_broken_actions_are_refused_by_row_and_step_and_change_nothing(build, va
     broken[1] = value
     env.reset()
     twin.reset()
-    for step in range(2):
+    for step in range(min(2, env.metadata.get("max_episode_steps") or 2)):
         with pytest.raises(NonFiniteError, match=rf"step {step}.*\[1\]"):
             env.step(broken)
         action = twin.action_space.sample()
