@@ -5,6 +5,7 @@ H  horizon (steps of one plan)                        A  action dimension
 S  state or observation dimension                     Z  latent dimension
 r  residuals of one problem                           T  length of a recorded segment
 K  members of an ensemble, samples or candidates      k  steps kept, for histories
+T1 the T + 1 observations around T steps
 """
 
 from dataclasses import dataclass
@@ -63,3 +64,37 @@ class Chunk:
     def to(self, device) -> "Chunk":
         """The same batch on another device."""
         return Chunk(self.obs.to(device), self.actions.to(device), self.index.to(device))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A batch of recorded slices, T steps each, time first: what was seen, done, received, and where episodes ended.
+
+    `obs` (T+1 B *S), uint8 stacked frames or float32 states; `actions` (T B A); `rewards` (T B). `terminated` (T B)
+    is true where the episode ended by termination after that step, so that nothing is to be bootstrapped there; it is
+    false where time ran out. `mask` (T B) is 1 for recorded steps and 0 for padding, which only episodes of fewer than
+    T steps have, after their end: their last frame again, and zeros. `weights` (B) are the importance weights of
+    prioritised sampling, at most 1; `index` (B) says where the slices start, for `Replay.update_priorities`.
+
+    `obs` may be a view in which neighbouring steps share their frames: read it, and do not write into it.
+    """
+
+    obs: Shaped[Tensor, "T1 B *S"]
+    actions: Float[Tensor, "T B A"]
+    rewards: Float[Tensor, "T B"]
+    terminated: Bool[Tensor, "T B"]
+    mask: Float[Tensor, "T B"]
+    weights: Rows
+    index: RowCounts
+
+    def to(self, device) -> "Segment":
+        """The same batch on another device."""
+        return Segment(
+            self.obs.to(device),
+            self.actions.to(device),
+            self.rewards.to(device),
+            self.terminated.to(device),
+            self.mask.to(device),
+            self.weights.to(device),
+            self.index.to(device),
+        )

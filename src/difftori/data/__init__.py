@@ -1,1 +1,1 @@
-"""Demonstrations and, later, replay: storage and sampling, ignorant of policies and planning."""
+"""Demonstrations and replay: storage and sampling, ignorant of policies and planning."""

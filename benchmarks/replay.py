@@ -1,0 +1,203 @@
+"""Time and memory of the replay buffer, beside the plain way of doing the same in numpy, interleaved in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/replay.py                 writes benchmarks/results/replay.json
+
+Pixels: 100,000 steps in episodes of 125, slices of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU. The
+plain way indexes the same frames once per stacked observation, into new memory, and draws by numpy's `choice`; one copy of
+as many bytes, already in order, is the floor. Drawing and updating are also timed alone, over a million priorities, beside one cumulative sum with a binary search.
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from difftori.data._sum_tree import SumTree
+from difftori.data.replay import Replay
+from difftori.training.versions import versions
+
+Work = Callable[[], object]
+FRAME, STACK, T, BATCH, EPISODE = (3, 84, 84), 3, 5, 256, 125
+
+
+def interleaved(works: dict[str, Work], repeats: int) -> dict[str, dict]:
+    """Milliseconds of each work, all of them once per repeat, after three unmeasured ones."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 3):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if repeat >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(milliseconds: list[float]) -> dict:
+    """Median, quartiles and the raw numbers."""
+    low, middle, high = np.quantile(milliseconds, [0.25, 0.5, 0.75]).tolist()
+    return {"median_ms": middle, "quartiles_ms": [low, high], "raw_ms": [round(value, 5) for value in milliseconds]}
+
+
+def rss() -> int:
+    """Bytes of memory that this process holds."""
+    return psutil.Process().memory_info().rss
+
+
+def record(replay: Replay, frames: np.ndarray, length: int) -> None:
+    """One episode from a pool of frames."""
+    stack = [frames[0]] * STACK if frames.dtype == np.uint8 else [frames[0]]
+    replay.begin(0, np.concatenate(stack))
+    action = np.zeros(replay.action_dim)
+    for t in range(length):
+        stack = [*stack[1:], frames[t + 1]]
+        replay.add(0, action, 1.0, np.concatenate(stack), terminated=False, truncated=t + 1 == length)
+
+
+def plain_sample(frames: np.ndarray, chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The plain way: numpy's choice, then (T+1 B k·C H W) by indexing into new memory."""
+    starts = rng.choice(len(chances), BATCH, p=chances)
+    index = starts[None, :, None] + np.arange(T + 1)[:, None, None] + np.arange(STACK)
+    return frames[index].reshape(T + 1, BATCH, STACK * FRAME[0], *FRAME[1:])
+
+
+def pixels(repeats: int, steps: int) -> dict:
+    """Sampling, memory, recording, saving and loading of pixel episodes."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    pool = rng.integers(0, 256, (EPISODE + 1, *FRAME), dtype=np.uint8)
+    shape = (STACK * FRAME[0], *FRAME[1:])
+    options = {"obs_shape": shape, "obs_dtype": np.uint8, "action_dim": 6, "length": T, "stack": STACK}
+    before = rss()
+    replay = Replay(steps, **options)
+    episodes = []
+    for _ in range(steps // EPISODE):
+        start = time.perf_counter()
+        record(replay, pool, EPISODE)
+        episodes.append(1e3 * (time.perf_counter() - start) / EPISODE)
+    held = rss() - before
+    frames = np.tile(pool, (min(steps, 20_000) // EPISODE, 1, 1, 1))  # fewer frames are, if anything, kinder to it
+    chances = np.full(len(frames) - T - STACK, 1.0)
+    chances /= chances.sum()
+
+    def update() -> None:
+        segment = replay.sample(BATCH, generator=generator)
+        replay.update_priorities(segment.index, segment.weights)
+
+    block, target = frames[: BATCH * (T + STACK)], np.empty((BATCH * (T + STACK), *FRAME), np.uint8)
+    times = interleaved(
+        {
+            "sample": lambda: replay.sample(BATCH, generator=generator),
+            "sample and update": update,
+            "plain sample": lambda: plain_sample(frames, chances, rng),
+            "one copy of as many bytes": lambda: np.copyto(target, block),
+        },
+        repeats,
+    )
+    return {
+        "steps": len(replay),
+        "gigabytes": held / 1e9,
+        "gigabytes_per_100k_steps": held / 1e9 / len(replay) * 1e5,
+        "times": times | {"record one step": summary(episodes)} | files(pool, options),
+        "plain_over_ours": times["plain sample"]["median_ms"] / times["sample"]["median_ms"],
+        "ours_over_one_copy": times["sample"]["median_ms"] / times["one copy of as many bytes"]["median_ms"],
+    }
+
+
+def files(pool: np.ndarray, options: dict) -> dict:
+    """Saving and loading, for each episode, the flush to the disk included."""
+    replay = Replay(4000, **options)
+    saves, loads = [], []
+    with tempfile.TemporaryDirectory() as name:
+        for _ in range(30):
+            record(replay, pool, EPISODE)
+            start = time.perf_counter()
+            state = replay.save(Path(name))
+            saves.append(1e3 * (time.perf_counter() - start))
+        for _ in range(5):
+            start = time.perf_counter()
+            replay.load(Path(name), state)
+            loads.append(1e3 * (time.perf_counter() - start) / 30)
+    return {"save one new episode": summary(saves), "load, of each episode": summary(loads)}
+
+
+def states(repeats: int, steps: int) -> dict:
+    """Sampling of states, 24 numbers each, batch 512."""
+    generator = torch.Generator().manual_seed(0)
+    replay = Replay(steps, obs_shape=(24,), obs_dtype=np.float32, action_dim=6, length=T)
+    pool = np.random.default_rng(0).normal(size=(1001, 24)).astype(np.float32)
+    for _ in range(steps // 1000):
+        record(replay, pool, 1000)
+
+    def update() -> None:
+        segment = replay.sample(512, generator=generator)
+        replay.update_priorities(segment.index, segment.weights)
+
+    works: dict[str, Work] = {
+        "sample": lambda: replay.sample(512, generator=generator),
+        "sample and update": update,
+        "record an episode of 1000, overwriting one": lambda: record(replay, pool, 1000),
+    }
+    return {"steps": len(replay), "times": interleaved(works, repeats)}
+
+
+def tree(repeats: int, size: int) -> dict:
+    """Drawing and updating 256 of `size` priorities."""
+    rng = np.random.default_rng(0)
+    leaves = rng.uniform(0.1, 2.0, size)
+    ours, total = SumTree(size), leaves.sum()
+    ours.fill(leaves)
+    index, values = rng.integers(0, size, BATCH), rng.uniform(0.1, 2.0, BATCH)
+
+    def plain() -> np.ndarray:
+        return np.searchsorted(np.cumsum(leaves), rng.random(BATCH) * total)
+
+    works: dict[str, Work] = {
+        "draw": lambda: ours.find(rng.random(BATCH) * ours.total),
+        "update": lambda: ours.set(index, values),
+        "plain draw": plain,
+    }
+    times = interleaved(works, repeats)
+    return {
+        "size": size,
+        "times": times,
+        "plain_over_ours": times["plain draw"]["median_ms"] / times["draw"]["median_ms"],
+    }
+
+
+def main() -> None:
+    """Measure all of it and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100_000, help="pixel steps held; a tenth of the states held")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/replay.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    written = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    load = os.getloadavg()
+    results = {
+        "tree": tree(10 * options.repeats, 10 * options.steps),
+        "states": states(options.repeats, 10 * options.steps),
+        "pixels": pixels(options.repeats, options.steps),
+    }
+    about = {"written": written, "versions": versions("cpu"), "cores": os.cpu_count()}
+    about["load_average_before_and_after"] = [load, os.getloadavg()]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(about | results, indent=1)
+    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
+    options.out.write_text(flat + "\n")
+    for part, result in results.items():
+        for name, times in result["times"].items():
+            print(f"{part:8} {name:45} {times['median_ms']:10.3f} ms")
+    print({part: {k: v for k, v in result.items() if k != "times"} for part, result in results.items()})
+
+
+if __name__ == "__main__":
+    main()

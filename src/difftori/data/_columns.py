@@ -1,0 +1,119 @@
+"""Rows kept by slot number, in memory, in a file or on a device, and gathered by index into batches."""
+
+import os
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Literal, TypeAlias, final
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from difftori.errors import DataError
+
+Storage: TypeAlias = Literal["memory", "device", "mmap"]
+"""In the memory of this process; on the device that batches go to; in a file that is mapped into memory."""
+
+_SPARE = 2
+
+
+@final
+class Column:
+    """`size` rows of `width` numbers; `gather` brings chosen ones to `device`.
+
+    Rows that lie on `device` are gathered there. Others are gathered into a buffer that is used again, because fresh
+    pages cost more than the copy: pinned for CUDA, and on the CPU never one that a living tensor still looks into.
+    """
+
+    def __init__(self, rows: Shaped[Tensor, "size width"], device: torch.device):
+        self._rows = rows
+        self._device = device
+        self._lent: list[tuple[np.ndarray, weakref.ref]] = []
+        self._pinned: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def write(self, start: int, values: Shaped[np.ndarray, "B width"]) -> None:
+        """Put rows at slots start, start + 1, …, going on at 0 after the last; no more than there are slots."""
+        size = len(self._rows)
+        first = min(len(values), size - start)
+        self._rows[start : start + first] = torch.from_numpy(values[:first]).to(self._rows.device)
+        self._rows[: len(values) - first] = torch.from_numpy(values[first:]).to(self._rows.device)
+
+    def read(self, start: int, count: int) -> Shaped[np.ndarray, "count width"]:
+        """A copy of `count` rows from slot `start`, going on at 0 after the last."""
+        slots = (start + torch.arange(count)) % len(self._rows)
+        return self._rows.index_select(0, slots.to(self._rows.device)).cpu().numpy()
+
+    def gather(self, slots: Int[np.ndarray, "B"]) -> Shaped[Tensor, "B width"]:
+        """The rows of these slots, on `device`."""
+        index = torch.from_numpy(slots)
+        if self._rows.device.type != "cpu":
+            return self._rows.index_select(0, index.to(self._device))
+        if self._device.type == "cpu":
+            return self._gather_reused(index)
+        if self._device.type == "cuda":
+            return self._gather_pinned(index)
+        return self._rows.index_select(0, index).to(self._device)
+
+    def _gather_reused(self, index: Tensor) -> Tensor:
+        free = [buffer for buffer, user in self._lent if user() is None and len(buffer) >= len(index)]
+        rows = self._rows.numpy()
+        buffer = free[0] if free else np.empty((len(index), rows.shape[1]), rows.dtype)
+        # Every tensor made from this array, and every view of it, keeps this very array alive: so its end is theirs.
+        view = buffer[: len(index)]
+        out = torch.from_numpy(view)
+        torch.index_select(self._rows, 0, index, out=out)
+        others = [(kept, user) for kept, user in self._lent if kept is not buffer]
+        self._lent = [*others, (buffer, weakref.ref(view))][-_SPARE:]
+        return out
+
+    def _gather_pinned(self, index: Tensor) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._pinned is None or len(self._pinned) < len(index):
+            shape = (len(index), self._rows.shape[1])
+            self._pinned = torch.empty(shape, dtype=self._rows.dtype, pin_memory=True)
+        out = self._pinned[: len(index)]
+        torch.index_select(self._rows, 0, index, out=out)
+        batch = out.to(self._device, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(self._device))
+        return batch
+
+
+def make_rows(
+    size: int, width: int, dtype: torch.dtype, *, storage: Storage, folder: Path | None, device: torch.device
+) -> Shaped[Tensor, "size width"]:
+    """Room for `size` rows. Raises DataError if it cannot be had.
+
+    "memory" takes pages as they are first written; "device" and "mmap" take all of them at once. The mapped file has
+    no name in `folder`, so that nothing is left there after a kill.
+    """
+    count = size * width * dtype.itemsize
+    try:
+        if storage == "device":
+            return torch.empty((size, width), dtype=dtype, device=device)
+        # numpy's memory, unlike torch's, comes in huge pages where the system offers them.
+        content = np.empty(count, np.uint8) if storage == "memory" else _map_file(count, folder)
+        return torch.from_numpy(content).view(dtype).view(size, width)
+    except (OSError, RuntimeError, MemoryError) as error:
+        place = {"memory": "memory", "device": f"memory on {device}", "mmap": f"disk space in {folder}"}[storage]
+        raise DataError(
+            f"replay: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}); "
+            "free some, lower the capacity, or choose another storage"
+        ) from error
+
+
+def _map_file(count: int, folder: Path | None) -> np.ndarray:
+    """`count` bytes of a nameless file. The space is reserved first: a full disk met later kills the process."""
+    if sys.platform != "linux":
+        raise OSError(f"disk space cannot be reserved on {sys.platform}")
+    if folder is None:
+        raise OSError("no folder was given")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, count)
+        return np.memmap(file, dtype=np.uint8, mode="r+", shape=(count,))
