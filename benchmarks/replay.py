@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/replay.py                 writes benchmarks/results/replay.json
 
-Pixels: 100,000 steps in episodes of 125, slices of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU. The
-plain way indexes the same frames once per stacked observation, into new memory, and draws by numpy's `choice`; one copy of
-as many bytes, already in order, is the floor. Drawing and updating are also timed alone, over a million priorities, beside one cumulative sum with a binary search.
+Pixels: 100,000 steps in episodes of 125, slices of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU.
+The plain way indexes the same frames once per stacked observation, into new memory, and draws by numpy's `choice`; one
+copy of as many bytes, already in order, is the floor. Drawing and updating are also timed alone, over a million
+priorities, beside one cumulative sum with a binary search.
 """
 
 import argparse

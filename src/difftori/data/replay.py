@@ -219,8 +219,8 @@ class Replay:
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise NonFiniteError(
-                f"replay: {len(bad)} of {len(values)} priorities are NaN or Inf, first {values[bad[0]]} of row {bad[0]}; "
-                "look at the losses of that row"
+                f"replay: {len(bad)} of {len(values)} priorities are NaN or Inf, first {values[bad[0]]} of row {bad[0]}"
+                "; look at the losses of that row"
             )
         alive = positions >= (self._kept[0].start if self._kept else self._head)
         slots = self._wrapped(positions[alive])
@@ -228,8 +228,8 @@ class Replay:
         if faulty.any():
             first = int(np.flatnonzero(alive)[faulty.argmax()])
             raise DataError(
-                f"replay: row {first} sets the priority of the slice at {positions[first]} to {values[first]}; no slice "
-                "starts there, or it is below 0: give a Segment's index, and priorities from 0"
+                f"replay: row {first} sets the priority of the slice at {positions[first]} to {values[first]}; no "
+                "slice starts there, or it is below 0: give a Segment's index, and priorities from 0"
             )
         self._tree.set(slots, (values[alive] + _EPS) ** self.alpha)
 
