@@ -66,9 +66,10 @@ class DiffTORI(Policy):
         self.encoder = mlp((spec.obs_dim, *hidden, z), nn.ELU)
         self.dynamics = None if chunk else mlp((z + self.size, *hidden, z), nn.ELU)
         self.score = mlp((z + self.size, *hidden, 1), nn.ELU)
-        last = self.score[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=0.1 / hidden[-1] ** 0.5)  # the solve begins as a pull to the middle
+        _quiet(self.score)  # the solve begins as a pull to the middle
+        if self.dynamics is not None:
+            # and H steps of the model nearly stand still: no chaos to differentiate through
+            nn.init.zeros_(_quiet(self.dynamics).bias)
         # softplus(raw) = curvature
         self.raw_curvature = nn.Parameter(torch.tensor(config.curvature).expm1().log())
         self.prior = mlp((spec.obs_dim, *hidden, spec.horizon * spec.action_dim), nn.ELU)
@@ -134,6 +135,14 @@ class DiffTORI(Policy):
 
     def _to_unit(self, actions: Plans) -> Plans:
         return (actions - self._middle()) / self._half()
+
+
+def _quiet(network: nn.Sequential) -> nn.Linear:
+    """Give a network a last layer of small weights; that layer."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
+    return last
 
 
 def _noise_like(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from difftori.studies.statistics import Estimate, paired_difference, ratio_inter
 
 PAPER_TABLE = "table8_pendulum_cost"
 BOOTSTRAP_SEED = 0
+PRINTED_AS = {"difftori-step": "difftori"}
+"""The paper prints one row for DiffTORI, and does not say which of the two it was."""
 LEFT = ("setting", "method", "label")
 
 
@@ -124,7 +126,7 @@ def _summary(
     setting: str, method: str, group: Sequence[Evaluation], printed: dict[tuple[str, str], PaperNumber]
 ) -> Summary:
     results = [evaluation.result for evaluation in group]
-    paper, paper_expert = printed.get((setting, method)), printed[setting, "expert"]
+    paper, paper_expert = printed.get((setting, PRINTED_AS.get(method, method))), printed[setting, "expert"]
     tests = np.array([result.cost_test for result in results])
     commons = np.array([result.cost_common for result in results])
     costs = np.mean([evaluation.costs for evaluation in group], axis=0)

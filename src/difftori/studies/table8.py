@@ -35,12 +35,13 @@ from difftori.training.tasks import expert_plans
 from difftori.types import Plans, States
 
 Setting = Literal["no-damping", "damping"]
-Method = Literal["expert", "amos", "lstm", "bc", "difftori"]
+Method = Literal["expert", "amos", "lstm", "bc", "difftori", "difftori-step"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 METHODS: tuple[Method, ...] = get_args(Method)
 ENVS = {"no-damping": "pendulum", "damping": "pendulum:damped"}
 TASKS = {"no-damping": "undamped", "damping": "damped"}
-POLICIES = {"amos": "mpc", "lstm": "lstm", "bc": "bc", "difftori": "difftori"}
+POLICIES = {"amos": "mpc", "lstm": "lstm", "bc": "bc", "difftori": "difftori", "difftori-step": "difftori"}
+_STEP = {"decision": "step", "init": "zero", "hidden": [64, 64], "clip_norm": 1.0, "epochs": 200}
 OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
     ("damping", "amos"): {
         "learn_cost": False,
@@ -48,6 +49,8 @@ OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
         "init_spread": [1.5, 0.5, 0.5],
         "epochs": 250,
     },
+    ("no-damping", "difftori-step"): _STEP,
+    ("damping", "difftori-step"): _STEP,
 }
 """(setting, method) → policy settings that differ from the policy's defaults: a policy is not told its setting."""
 
@@ -70,7 +73,8 @@ class Config(BaseModel):
     seeds: int = Field(FULL_SEEDS, ge=1)
     """Seeds 0 … seeds−1, each with its own trajectories and its own training."""
     methods: tuple[Method, ...] = METHODS
-    """`amos` is the policy `mpc`. `bc` is our addition: the paper has no such row."""
+    """`amos` is the policy `mpc`; `difftori` scores the chunk of 20 torques at once, `difftori-step` plans 20 steps through
+    learned dynamics. `bc` is our addition: the paper has no such row."""
     settings: tuple[Setting, ...] = SETTINGS
     """`damping` is the one whose true dynamics the learners' model cannot express."""
     out: Path = Path("results/table8")
