@@ -42,6 +42,8 @@ class Troubled(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if options:
+            raise ConfigError(["there are no options"])
         self.time = 0
         return self.np_random.uniform(-1, 1, 1).astype(np.float32), {}
 
@@ -189,6 +191,18 @@ def test_processes_do_what_this_process_does_and_end_with_close():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("workers", ["sync", "async"])
+def test_a_callers_mistake_is_told_and_costs_no_restart(workers):
+    env, twin = troubled(workers=workers), troubled()
+    env.reset(seed=[1, 2])
+    twin.reset(seed=[1, 2])
+    with pytest.raises(ConfigError, match="no options"):
+        env.reset(options={"colour": "red"})
+    assert np.array_equal(env.step(CALM)[0], twin.step(CALM)[0])
+    assert env.restarts == 0
+    env.close()
 
 
 def test_a_film_has_a_frame_more_than_rewards(tmp_path):

@@ -169,7 +169,7 @@ def test_an_episode_is_replayed_from_its_seed_and_its_actions_whatever_came_befo
 def test_agents_can_read_what_they_need(build):
     env = build(1)
     spec = env_spec(env)
-    assert (spec.obs_shape, spec.obs_dtype) == (env.observation_space.shape[1:], env.observation_space.dtype)
+    assert (spec.obs_shape, spec.obs_dtype) == (env.observation_space.shape[1:], str(env.observation_space.dtype))
     assert spec.action_dim == env.action_space.shape[1]
 
 

@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 
 from difftori.envs.base import RenderingError, env_spec
 from difftori.envs.gym import GymEnv, make
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, MissingExtraError
 
 UNIT = Box(-1.0, 1.0, (2,), np.float32)
 
@@ -121,3 +121,10 @@ def test_an_environment_without_pictures_says_so(registered):
     with pytest.raises(RenderingError, match="no render mode"):
         env.render()
     env.step(np.zeros((1, 2)))
+
+
+def test_a_missing_package_is_named(registered):
+    identifier = registered(UNIT, UNIT)
+    gymnasium.registry[identifier].entry_point = "no_such_package.inside:Env"
+    with pytest.raises(MissingExtraError, match="needs the package 'no_such_package'"):
+        make(identifier, num_envs=1, seed=0)

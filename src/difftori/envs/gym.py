@@ -156,7 +156,16 @@ def _registered(identifier: str) -> gymnasium.Env:
         return gymnasium.make(name, disable_env_checker=True)
     except gymnasium.error.DependencyNotInstalled as error:
         raise MissingExtraError(f"gym:{identifier} needs a package of its own: {error}") from error
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        if module and module.startswith(error.name or ""):
+            raise ConfigError(
+                [f"gym:{identifier}: there is no module {error.name!r}; is its folder on sys.path?"]
+            ) from error
+        raise MissingExtraError(
+            f"gym:{identifier} needs the package {error.name!r}; Gymnasium's own extras are gymnasium[mujoco], "
+            "gymnasium[box2d] and gymnasium[classic-control]"
+        ) from error
+    except gymnasium.error.Error as error:
         raise ConfigError([f"gym:{identifier}: {error} Known without further packages: {', '.join(TASKS)}"]) from error
 
 

@@ -268,19 +268,25 @@ class WorkerVectorEnv(VectorEnv):
         _close_all(self._workers)
 
     def _ask(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> list[Any]:
-        """Ask the rows at once and wait for all answers; `WorkerError` for the first that fails."""
+        """Ask the rows at once and wait for all answers; then `WorkerError` for the first row that failed."""
         rows = range(self.num_envs) if rows is None else rows
         deadline = time.monotonic() + self.timeout
-        row = 0
-        answers = []
-        try:
-            for row, value in zip(rows, values, strict=True):
+        answers, failures, asked = [], {}, []
+        for row, value in zip(rows, values, strict=True):
+            try:
                 self._workers[row].send(command, *value)
-            for row in rows:
+                asked.append(row)
+            except Exception as error:
+                failures[row] = error
+        # Every answer is taken, even after a failure: one left in its pipe would be mistaken for the next.
+        for row in asked:
+            try:
                 answers.append(self._workers[row].receive(deadline))
-        except (ConfigError, MissingExtraError, RenderingError):
-            raise
-        except Exception as error:
+            except Exception as error:
+                failures[row] = error
+        for row, error in failures.items():
+            if isinstance(error, (ConfigError, MissingExtraError, RenderingError)):
+                raise error
             what = str(error) if isinstance(error, _Fault) else f"{type(error).__name__}: {error}"
             raise WorkerError(
                 f"{self.name}, row {row}, in {command} (limit {self.timeout:g} s): {what}", row=row
