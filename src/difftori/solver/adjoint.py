@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, choose
-from difftori.solver.newton import Factor, check_linear, conjugate_gradient, factorise
+from difftori.solver.newton import Factor, check_linear, conjugate_gradients, factorise
 from difftori.types import Points, RowFlags, Rows
 
 
@@ -140,10 +140,9 @@ class Implicit(Adjoint):
 
     def _derivative(self, problem: Problem, solution: Points) -> "_Derivative":
         if self.linear == "cg":
-            point = solution.clone().requires_grad_()
-            _, grad = problem.with_graph().evaluate(point)
+            _, grad = problem.with_graph().evaluate(solution)
             free = ~problem.box.held(solution, grad.detach())
-            return _Derivative(solution + _ImplicitCG.apply(grad, point, free, self.products), None, None)
+            return _Derivative(solution + _ImplicitCG.apply(grad, problem, solution, free, self.products), None, None)
         factor, grad = self.factor(problem, solution)
         _, differentiable = problem.with_graph().evaluate(solution)
         x = solution - factor.solve(differentiable - differentiable.detach())
@@ -165,19 +164,14 @@ class _ImplicitCG(torch.autograd.Function):
     """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, point: Tensor, free: Tensor, products: int) -> Tensor:
-        ctx.save_for_backward(grad, point, free)
-        ctx.products = products
+    def forward(ctx: Any, grad: Tensor, problem: Problem, point: Tensor, free: Tensor, products: int) -> Tensor:
+        ctx.save_for_backward(point, free)
+        ctx.problem, ctx.products = problem, products
         return torch.zeros_like(grad)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad, point, free = ctx.saved_tensors
-
-        def product(v: Tensor) -> Tensor:
-            (image,) = torch.autograd.grad(grad, point, v, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(v) if image is None else image
-
-        solved = conjugate_gradient(product, -outputs[0] * free, free, ctx.products)
-        return solved.solution, None, None, None
+        point, free = ctx.saved_tensors
+        solved = conjugate_gradients(ctx.problem, point, -outputs[0], free, ctx.products)
+        return solved.solution, None, None, None, None

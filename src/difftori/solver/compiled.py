@@ -1,6 +1,7 @@
 """torch.compile for solves of fixed shape: opt-in, and equal to the eager result up to rounding.
 
-Three pieces are compiled: a chunk of solver steps, the gradient at the solution with its graph, and the dense Hessian.
+Four pieces are compiled: a chunk of solver steps, the gradient at the solution with its graph, the dense Hessian, and a
+solve by conjugate gradients (newton.py).
 What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers.
 """
 
@@ -26,17 +27,17 @@ def compiled_steps(
     solver: "Solver", problem: "Problem", x: Points, state: "State", count: int
 ) -> "tuple[Points, State]":
     """`count` steps of a solver as one compiled function."""
-    return _call(_steps, solver, problem, x, state, count)
+    return compiled_call(_steps, solver, problem, x, state, count)
 
 
 def compiled_value_and_grad(objective: Objective, x: Points, create_graph: bool) -> tuple[Rows, Points]:
     """`value_and_grad`, compiled."""
-    return _call(value_and_grad, objective, x, create_graph)
+    return compiled_call(value_and_grad, objective, x, create_graph)
 
 
 def compiled_value_grad_hessian(objective: Objective, x: Points) -> tuple[Rows, Points, Hessians]:
     """`value_grad_hessian`, compiled."""
-    return _call(value_grad_hessian, objective, x)
+    return compiled_call(value_grad_hessian, objective, x)
 
 
 def _steps(solver: "Solver", problem: "Problem", x: Tensor, state: "State", count: int):
@@ -50,7 +51,8 @@ def _compile(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _call(function: Callable, *arguments):
+def compiled_call(function: Callable, *arguments):
+    """function(*arguments), compiled for these shapes at the first such call."""
     limits = torch._dynamo.config.patch(  # noqa: SLF001 (the only way to raise the limit for one call)
         recompile_limit=_COMPILATIONS, accumulated_recompile_limit=4 * _COMPILATIONS
     )

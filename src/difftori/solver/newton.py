@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from difftori.errors import SolverError
+from difftori.solver.compiled import compiled_call
+from difftori.solver.derivatives import value_and_grad
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.solver.objective import Objective
 from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows
 
 
@@ -39,7 +42,7 @@ class Newton(Solver):
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One safeguarded Newton step."""
-        moves = self._moves(problem, x)
+        moves = self._moves(problem, x, state)
         waiting = torch.ones_like(state.cost, dtype=torch.bool)
         origin = x
         for move in moves:
@@ -53,14 +56,13 @@ class Newton(Solver):
                 break
         return x, state
 
-    def _moves(self, problem: Problem, x: Points) -> list[Points]:
+    def _moves(self, problem: Problem, x: Points, state: State) -> list[Points]:
         """The moves to try, in this order."""
+        assert state.grad is not None
         if self.linear == "cg" and not problem.create_graph:
-            products = HessianProducts(problem, x)
-            grad, free = products.grad, ~problem.box.held(x, products.grad)
-            direction = conjugate_gradient(products, -grad * free, free, self.products).solution
-            along = (grad * free * products(grad * free)).sum(-1).abs()
-            curvature = along / (grad * free).square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+            free = ~problem.box.held(x, state.grad)
+            grad, solved = state.grad, conjugate_gradients(problem, x, -state.grad, free, self.products)
+            direction, curvature = solved.solution, solved.curvature.abs()
         else:
             _, grad, hessian = problem.curvature(x)
             free = ~problem.box.held(x, grad.detach())
@@ -144,42 +146,79 @@ def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> Hessians:
     return (vectors * correction.unsqueeze(-2)) @ vectors.transpose(-1, -2) * both
 
 
-class ConjugateGradientResult(NamedTuple):
-    """`solution` (B n); `residual` (B), relative to the right-hand side; `convex` (B): no negative curvature was met."""
+class ConjugateGradients(NamedTuple):
+    """Where the iteration H w = rhs stands, row by row.
+
+    `solution` w (B n); `residual` and `direction` (B n); `size` (B), the residual's square, and `goal` (B), where to stop;
+    `active` (B): rows at work; `convex` (B): no negative curvature was met; `curvature` (B): rᵀHr/rᵀr of the first
+    direction r = rhs.
+    """
 
     solution: Points
-    residual: Tensor
+    residual: Points
+    direction: Points
+    size: Rows
+    goal: Rows
+    active: RowFlags
     convex: RowFlags
+    curvature: Rows
+
+    def proceed(self, products: Callable[[Points], Points], free: PointFlags, count: int) -> "ConjugateGradients":
+        """`count` products more; a row stops at negative curvature with what it has by then.
+
+        Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the
+        safeguard for rows that are no strict minimum (Steihaug, 1983).
+        """
+        w, residual, direction, size, goal, active, convex, first = self
+        for _ in range(count):
+            image = products(direction) * free
+            along = (direction * image).sum(-1)
+            first = torch.where(torch.isnan(first), along / size.clamp_min(torch.finfo(size.dtype).tiny), first)
+            positive = along > 0
+            convex = convex & (positive | ~active)
+            active = active & positive
+            length = torch.where(active, size / torch.where(active, along, 1.0), 0.0)[:, None]
+            w, residual = w + length * direction, residual - length * image
+            new_size = residual.square().sum(-1)
+            ratio = torch.where(active, new_size / torch.where(size > 0, size, 1.0), 0.0)
+            direction, size = residual + ratio[:, None] * direction, new_size
+            active = active & (size > goal)
+        return ConjugateGradients(w, residual, direction, size, goal, active, convex, first)
 
 
-def conjugate_gradient(
-    products: Callable[[Points], Points], rhs: Points, free: PointFlags, max_products: int
-) -> ConjugateGradientResult:
-    """Solve H w = rhs on the free set, all rows at once; a row stops at negative curvature with what it has by then.
-
-    Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the safeguard
-    for rows that are no strict minimum (Steihaug, 1983).
-    """
-    w, residual = torch.zeros_like(rhs), rhs * free
-    direction, size = residual, residual.square().sum(-1)
+def conjugate_gradients(
+    problem: Problem, x: Points, rhs: Points, free: PointFlags, max_products: int
+) -> ConjugateGradients:
+    """Solve H w = rhs at x on the free set, without a graph, all rows at once, by at most so many products."""
+    rhs = rhs * free
+    size = rhs.square().sum(-1)
     goal = (10 * torch.finfo(rhs.dtype).eps) ** 2 * size
-    active, convex = size > 0, torch.ones_like(size, dtype=torch.bool)
-    for _ in range(max_products):
-        if not bool(active.any()):
+    nothing = torch.full_like(size, float("nan"))
+    state = ConjugateGradients(
+        torch.zeros_like(rhs), rhs, rhs, size, goal, size > 0, torch.ones_like(size, dtype=torch.bool), nothing
+    )
+    products = None if problem.compile else HessianProducts(problem, x)
+    chunk = _COMPILED_PRODUCTS if products is None else 1
+    for done in range(0, max_products, chunk):
+        if not bool(state.active.any()):
             break
-        image = products(direction) * free
-        curvature = (direction * image).sum(-1)
-        positive = curvature > 0
-        convex = convex & (positive | ~active)
-        active = active & positive
-        length = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)[:, None]
-        w, residual = w + length * direction, residual - length * image
-        new_size = residual.square().sum(-1)
-        ratio = torch.where(active, new_size / torch.where(size > 0, size, 1.0), 0.0)
-        direction, size = residual + ratio[:, None] * direction, new_size
-        active = active & (size > goal)
-    start = rhs.square().sum(-1)
-    return ConjugateGradientResult(w, (size / torch.where(start > 0, start, 1.0)).sqrt(), convex)
+        count = min(chunk, max_products - done)
+        if products is None:
+            state = compiled_call(_compilable, problem.objective, x.detach(), state, free, count)
+        else:
+            state = state.proceed(products, free, count)
+    return state
+
+
+_COMPILED_PRODUCTS = 4
+"""Compiled together: each such chunk linearises anew, and more would take minutes to compile."""
+
+
+def _compilable(
+    objective: Objective, x: Points, state: ConjugateGradients, free: PointFlags, count: int
+) -> ConjugateGradients:
+    _, pullback = torch.func.vjp(lambda point: value_and_grad(objective, point, create_graph=True)[1], x)
+    return state.proceed(lambda v: pullback(v)[0], free, count)
 
 
 def check_linear(owner: str, linear: str, products: int, eigenvalue_floor: float) -> None:
