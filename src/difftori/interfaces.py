@@ -1,14 +1,26 @@
-"""What the storeys above ask of a policy (imitation). Agents (reinforcement learning) join here with their trainer."""
+"""What the storeys above ask of a policy (imitation) and of an agent (reinforcement learning)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
+from difftori.types import (
+    Actions,
+    Chunk,
+    EnvSpec,
+    Metrics,
+    Observations,
+    Plans,
+    RowFlags,
+    Rows,
+    Scalar,
+    Segment,
+    TaskSpec,
+)
 
 
 class PolicyConfig(BaseModel):
@@ -63,3 +75,95 @@ class Policy(nn.Module, ABC):
     def trainable(self, epoch: int) -> Iterable[Tensor]:
         """The parameters that are updated in this epoch: all of them unless a policy alternates."""
         return self.parameters()
+
+
+class AgentConfig(BaseModel):
+    """Base of every agent's settings: immutable, and an unknown name is an error rather than a silent default.
+
+    The settings that the trainer reads stand here. `PRESETS` names sets of other defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+
+    preset: str = "paper"
+    """Which defaults hold for what is not given: `paper`, or another that the agent names."""
+    horizon: int = Field(5, ge=1)
+    """T, steps of a recorded slice, and H of the longest plan."""
+    batch_size: int = Field(512, ge=1)
+    """Slices per update."""
+    seed_steps: int = Field(5000, ge=0)
+    """Random decisions before the first update; then as many updates at once."""
+    updates_per_step: float = Field(1.0, gt=0)
+    """Updates per decision afterwards; they are done at the end of an episode."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", cls.model_fields["preset"].default)
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(cls.PRESETS)}")
+        return {**cls.PRESETS[name], **values}
+
+
+Memory: TypeAlias = dict[str, Tensor]
+"""What an agent keeps from one decision to the next, rows first: the plan that warm-starts the next solve."""
+
+
+class Agent(nn.Module, ABC):
+    """Acts in a vector of environments and learns from recorded slices, with optimisers of its own.
+
+    A concrete agent lives in one file of `difftori.agents`, sets `name` and `Config`, and is built as
+    `SomeAgent(config, spec)`. Whatever it draws comes from the generators that it is given.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[AgentConfig]]
+
+    def __init__(self, config: AgentConfig, spec: EnvSpec):
+        super().__init__()
+        self.config = config
+        self.spec = spec
+
+    @abstractmethod
+    def act(
+        self,
+        obs: Observations,
+        memory: "Memory | None" = None,
+        *,
+        first: RowFlags,
+        step: int,
+        explore: bool,
+        generator: torch.Generator,
+    ) -> tuple[Actions, "Memory"]:
+        """One action per environment, (B A) in [−1, 1], without a graph, and what to hand in with the next observation.
+
+        `first` (B): rows whose episode begins with `obs`, so that `memory` does not hold for them. `step`: the decisions
+        taken so far in training, for schedules. `explore`: with exploration noise.
+        """
+
+    @abstractmethod
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+        """Learn from a batch once: new priorities (B), and named numbers to log."""
+
+    def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
+        """Learn from an episode's observations (L *S) when it has ended; nothing unless an agent does."""
+        return {}
+
+    def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:
+        """Named numbers about what is being learned, at each evaluation; nothing unless an agent has some."""
+        return {}
+
+    def judge(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
+        """Its own estimate of value beside the discounted returns (N) that followed (obs, action) in evaluation."""
+        return {}
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Optimisers, counters and kept plans: with `state_dict()`, all that a resumed run needs."""
+
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Put it back. Raises CheckpointError if it is another agent's."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from difftori.errors import NonFiniteError, ShapeError
+from difftori.errors import NonFiniteError, ShapeError, SolverError
 from difftori.solver import (
     Adjoint,
     Box,
@@ -25,7 +25,7 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.box import Bound
-from difftori.types import Actions, Plans, Rows, States
+from difftori.types import Actions, Plans, Points, Rows, States
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
 """(state (B S), action (B A)) → next state (B S)."""
@@ -72,6 +72,53 @@ class ReturnObjective(TrajectoryObjective):
             self.dynamics,
             self.reward,
             self.terminal_value,
+            self.state[rows],
+            self.horizon,
+            self.action_dim,
+            self.discount,
+        )
+
+
+class ActionReturnObjective(ReturnObjective):
+    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H, a_H)), Eq. 4 as printed: the last action is optimised too.
+
+    `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. Its last step is unlike the
+    others, so ILQR does not apply.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        reward: Reward,
+        action_value: Reward,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+    ):
+        super().__init__(dynamics, reward, None, state, horizon, action_dim, discount)
+        self.action_value = action_value
+
+    def cost(self, x: Points) -> Rows:
+        """Minus the return; the last action meets Q instead of R."""
+        state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
+        *actions, last = self.plan(x).unbind(-2)
+        for action in actions:
+            total = total + weight * self.reward(state, action)
+            state = self.dynamics(state, action)
+            weight = weight * self.discount
+        return -(total + weight * self.action_value(state, last))
+
+    def stage_cost(self, state: States, action: Actions) -> Rows:
+        """Refused: it depends on the step."""
+        raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
+
+    def select(self, rows: Tensor) -> "ActionReturnObjective":
+        """The same plan from some of the states."""
+        return ActionReturnObjective(
+            self.dynamics,
+            self.reward,
+            self.action_value,
             self.state[rows],
             self.horizon,
             self.action_dim,

@@ -50,6 +50,27 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class EnvSpec:
+    """What an agent must know of an environment to be built.
+
+    `obs_shape` (*S) and `obs_dtype` ("uint8", "float32", …) of one row; `action_dim` A, each in [−1, 1]; `max_episode_steps` counts steps of the
+    underlying environment, of which one decision takes `action_repeat`, and is None where nothing is promised.
+    """
+
+    name: str
+    obs_shape: tuple[int, ...]
+    obs_dtype: str
+    action_dim: int
+    max_episode_steps: int | None
+    action_repeat: int
+
+    @property
+    def max_decisions(self) -> int | None:
+        """Calls of `step` in the longest episode, ⌈max_episode_steps / action_repeat⌉."""
+        return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A batch of demonstrations: what was seen, and the H actions that the expert then took.
 

@@ -15,14 +15,16 @@ by `difftori.envs.workers.launch`, which brings the checks of `difftori.envs.che
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
 
 from difftori.errors import ConfigError, DifftoriError, NonFiniteError, ShapeError
+
+if TYPE_CHECKING:
+    from difftori.types import EnvSpec
 
 OBSERVE = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
@@ -63,36 +65,18 @@ class ResetNeededError(DifftoriError, RuntimeError):
     """A step was asked of rows whose episode has ended or never begun."""
 
 
-@dataclass(frozen=True)
-class EnvSpec:
-    """What an agent must know of an environment to be built.
-
-    `obs_shape` and `obs_dtype` of one row; `action_dim` A, each in [−1, 1]; `max_episode_steps` counts steps of the
-    underlying environment, of which one decision takes `action_repeat`, and is None where nothing is promised.
-    """
-
-    name: str
-    obs_shape: tuple[int, ...]
-    obs_dtype: np.dtype
-    action_dim: int
-    max_episode_steps: int | None
-    action_repeat: int
-
-    @property
-    def max_decisions(self) -> int | None:
-        """Calls of `step` in the longest episode, ⌈max_episode_steps / action_repeat⌉."""
-        return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
-
-
-def env_spec(env: VectorEnv) -> EnvSpec:
+def env_spec(env: VectorEnv) -> "EnvSpec":
     """Read from the spaces, and from `metadata` as `episode_metadata` writes it. `ConfigError` for other spaces."""
+    # Imported here because it brings torch, which the workers' processes do without: 0.2 GB and a second or two each.
+    from difftori.types import EnvSpec
+
     observations, actions = env.single_observation_space, env.single_action_space
     if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
         raise ConfigError([f"spaces {observations} and {actions}: give Box observations and flat Box actions"])
     return EnvSpec(
         name=str(env.metadata.get("name", type(env).__name__)),
         obs_shape=observations.shape,
-        obs_dtype=np.dtype(observations.dtype),
+        obs_dtype=str(observations.dtype),
         action_dim=actions.shape[0],
         max_episode_steps=env.metadata.get("max_episode_steps"),
         action_repeat=env.metadata.get("action_repeat", 1),

@@ -1,0 +1,312 @@
+"""TD-MPC: sampling-based planning in a task-oriented latent model (Hansen, Wang and Su, 2022, arXiv 2203.04955)."""
+
+import copy
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from difftori.agents._descent import Descent, follow
+from difftori.errors import CheckpointError
+from difftori.interfaces import Agent, AgentConfig, Memory
+from difftori.models.encoders import random_shift
+from difftori.models.world_model import WorldModel
+from difftori.planning import Planner, ReturnObjective
+from difftori.solver import MPPI, Box, Detached
+from difftori.types import (
+    Actions,
+    EnvSpec,
+    Latents,
+    Metrics,
+    Observations,
+    Plans,
+    RowFlags,
+    Rows,
+    Scalar,
+    Segment,
+)
+
+_PAPER_LR = {True: 3e-4, False: 1e-3}
+_PAPER_BATCH = {True: 256, False: 512}
+_SHIFT = 4
+_CEILING = 1e4
+
+
+class TDMPCConfig(AgentConfig):
+    """Settings of `TDMPC`; the defaults are the paper's (docs/reinforcement.md lists them beside their source)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {},
+        # For two CPU cores: what it costs in return is measured in docs/reinforcement.md.
+        "compact": {
+            "latent_dim": 50,
+            "width": 128,
+            "encoder_width": 128,
+            "batch_size": 128,
+            "samples": 128,
+            "elites": 16,
+            "prior_samples": 8,
+            "horizon": 3,
+            "seed_steps": 1000,
+        },
+    }
+
+    batch_size: int | None = Field(None, ge=1)  # type: ignore[assignment]
+    """Slices per update; 256 from pixels and 512 from states unless given."""
+    latent_dim: int = Field(50, ge=1)
+    """Z."""
+    width: int = Field(512, ge=1)
+    """Of every hidden layer but the encoder's."""
+    encoder_width: int = Field(256, ge=1)
+    """Hidden layer of the state encoder."""
+    channels: int = Field(32, ge=1)
+    """Of the pixel encoder's convolutions."""
+    lr: float | None = Field(None, gt=0)
+    """Learning rate; 3e-4 from pixels and 1e-3 from states unless given."""
+    discount: float = Field(0.99, gt=0, le=1)
+    """γ."""
+    rho: float = Field(0.5, gt=0, le=1)
+    """ρ: the loss t steps into the slice weighs ρ^t."""
+    consistency_coef: float = Field(2.0, ge=0)
+    """c_3, of the latent dynamics."""
+    reward_coef: float = Field(0.5, ge=0)
+    """c_1, of the reward."""
+    value_coef: float = Field(0.1, ge=0)
+    """c_2, of the action values."""
+    clip_norm: float = Field(10.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    ema: float = Field(0.01, gt=0, le=1)
+    """Share of the online weights that the target model takes over,"""
+    ema_every: int = Field(2, ge=1)
+    """every so many updates."""
+    std_start: float = Field(0.5, ge=0)
+    """Exploration and least planning spread at the first decision, falling"""
+    std_end: float = Field(0.05, ge=0)
+    """linearly to this,"""
+    horizon_start: int = Field(1, ge=1)
+    """while the planning horizon grows from this to `horizon`,"""
+    schedule_steps: int = Field(25_000, ge=0)
+    """over so many decisions."""
+    samples: int = Field(512, ge=1)
+    """MPPI's samples an iteration."""
+    prior_samples: int = Field(25, ge=0)
+    """Rollouts of the prior among its candidates."""
+    iterations: int = Field(6, ge=1)
+    """MPPI's iterations."""
+    elites: int = Field(64, ge=1)
+    """Candidates that its next mean is made of."""
+    temperature: float = Field(0.5, gt=0)
+    """Of their weights exp(temperature · return)."""
+    momentum: float = Field(0.1, ge=0, lt=1)
+    """Share of the old mean in the new."""
+
+
+class ModelLoss(NamedTuple):
+    """Eq. 3 over a batch of slices: the scalar, the new priorities (B), the latents (T+1 B Z), and numbers to log."""
+
+    total: Scalar
+    priorities: Rows
+    latents: Tensor
+    metrics: Metrics
+
+
+class TDMPC(Agent):
+    """MPPI over R, d and a terminal Q, all learned together from slices of T steps (Hansen et al., 2022, Algorithms 1–2).
+
+    Differs from paper: the terminal value takes the prior's action without its noise.
+    """
+
+    name = "tdmpc"
+    Config = TDMPCConfig
+
+    def __init__(self, config: TDMPCConfig, spec: EnvSpec):
+        super().__init__(config, spec)
+        self.settings = config
+        self.from_pixels = len(spec.obs_shape) == 3
+        self.model = WorldModel(
+            spec.obs_shape,
+            spec.action_dim,
+            latent_dim=config.latent_dim,
+            width=config.width,
+            encoder_width=config.encoder_width,
+            channels=config.channels,
+        )
+        self.target = copy.deepcopy(self.model).requires_grad_(False)
+        self.lr = config.lr or _PAPER_LR[self.from_pixels]
+        self.batch_size = config.batch_size or _PAPER_BATCH[self.from_pixels]
+        self.updates = 0
+        self.descent = Descent(self._learned(), self.lr, config.clip_norm)
+        self.prior_descent = Descent({"prior": self.model.policy}, self.lr, config.clip_norm)
+
+    def _learned(self) -> dict[str, torch.nn.Module]:
+        """The networks that Eq. 3 trains."""
+        model = self.model
+        return {"encoder": model.encoder, "dynamics": model.dynamics, "reward": model.reward_head, "q": model.critics}
+
+    # Acting
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: Observations,
+        memory: Memory | None = None,
+        *,
+        first: RowFlags,
+        step: int,
+        explore: bool,
+        generator: torch.Generator,
+    ) -> tuple[Actions, Memory]:
+        """The first action of an elite drawn by its weight, with MPPI's own spread as noise when exploring."""
+        latent = self.model.encode(obs)
+        horizon, spread = self.plan_horizon(step), self.exploration(step)
+        mean = self._shifted(memory, first, latent)[:, :horizon]
+        candidates = self._prior_plans(latent, horizon, generator)
+        planner = Planner(self._mppi(spread), Detached(), Box(-1.0, 1.0), self.settings.iterations, tolerance=0.0)
+        plan = planner.plan(self.objective(latent, horizon), mean, candidates=candidates, generator=generator)
+        std, elites, weights = plan.solution.state.memory
+        drawn = torch.multinomial(weights, 1, generator=generator)
+        shape = (len(obs), horizon, self.spec.action_dim)
+        action = elites.gather(1, drawn.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
+        if explore:
+            noise = torch.randn(action.shape, generator=generator, device=action.device)
+            action = action + std.reshape(shape)[:, 0] * noise
+        return action.clamp(-1.0, 1.0), {"plan": self._padded(plan.actions)}
+
+    def objective(self, latent: Latents, horizon: int) -> ReturnObjective:
+        """Σ_{t<H} γ^t R(z_t, a_t) + γ^H min Q(z_H, π(z_H)) from `latent` (B Z)."""
+        model = self.model
+        return ReturnObjective(
+            model.next, model.reward, model.value, latent, horizon, self.spec.action_dim, self.settings.discount
+        )
+
+    def plan_horizon(self, step: int) -> int:
+        """H of a plan made after `step` decisions."""
+        s = self.settings
+        return min(s.horizon, round(self._scheduled(s.horizon_start, s.horizon, step)))
+
+    def exploration(self, step: int) -> float:
+        """Standard deviation of exploration after `step` decisions."""
+        return self._scheduled(self.settings.std_start, self.settings.std_end, step)
+
+    def _scheduled(self, start: float, end: float, step: int) -> float:
+        total = self.settings.schedule_steps
+        share = min(1.0, step / total) if total else 1.0
+        return start + share * (end - start)
+
+    def _mppi(self, min_std: float) -> MPPI:
+        s = self.settings
+        return MPPI(samples=s.samples, elites=s.elites, temperature=s.temperature, momentum=s.momentum, min_std=min_std)
+
+    def _prior_plans(self, latent: Latents, horizon: int, generator: torch.Generator) -> Tensor | None:
+        count = self.settings.prior_samples
+        if not count:
+            return None
+        many = latent.expand(count, *latent.shape)
+        return self.model.rollout(many, horizon, std=self.settings.std_end, generator=generator)
+
+    def _shifted(self, memory: Memory | None, first: RowFlags, latent: Latents) -> Plans:
+        """The last plan one step later, zeros at its end; zeros where there is none, (B T A)."""
+        zeros = latent.new_zeros(len(latent), self.settings.horizon, self.spec.action_dim)
+        if memory is None:
+            return zeros
+        later = torch.cat([memory["plan"][:, 1:], zeros[:, :1]], 1)
+        return torch.where(first[:, None, None], zeros, later)
+
+    def _padded(self, actions: Plans) -> Plans:
+        return F.pad(actions, (0, 0, 0, self.settings.horizon - actions.shape[1]))
+
+    # Learning
+
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+        """One step on Eq. 3, one of the prior, and the target model's share."""
+        obs = self.augmented(segment.obs, generator)
+        loss = self.loss(segment, obs, generator)
+        norm = self.descent.step(self.descent.gradient(loss.total))
+        prior = self._update_prior(loss.latents, generator)
+        self.updates += 1
+        if self.updates % self.settings.ema_every == 0:
+            self._follow()
+        return loss.priorities, {**loss.metrics, **prior, "grad_norm": norm}
+
+    def loss(self, segment: Segment, obs: Tensor, generator: torch.Generator) -> ModelLoss:
+        """Eq. 3: Σ_t ρ^t (c_1‖R − r‖² + c_2‖Q − (r + γ Q⁻(z', π(z')))‖² + c_3‖d(z, a) − h⁻(s')‖²), weighted and averaged.
+
+        `obs` (T+1 B *S) as augmented. The gradient is divided by T, and each row's terms are bounded, as in the release.
+        """
+        s, model = self.settings, self.model
+        goal, value = self._targets(segment, obs[1:], generator)
+        latents = [model.encode(obs[0])]
+        for action in segment.actions:
+            latents.append(model.next(latents[-1], action))
+        path = torch.stack(latents)
+        weight = self.step_weights(segment)
+        q = model.q(path[:-1], segment.actions)
+        consistency = (weight * (path[1:] - goal).square().mean(-1)).sum(0)
+        reward = (weight * (model.reward(path[:-1], segment.actions) - segment.rewards).square()).sum(0)
+        errors = q - value
+        td = (weight * errors.square().sum(0)).sum(0)
+        rows = (
+            s.consistency_coef * consistency.clamp(max=_CEILING)
+            + s.reward_coef * reward.clamp(max=_CEILING)
+            + s.value_coef * td.clamp(max=_CEILING)
+        )
+        total = (rows * segment.weights).mean() / len(segment.actions)
+        priorities = (weight * errors.detach().abs().sum(0)).sum(0).clamp(max=_CEILING)
+        metrics = {
+            "consistency_loss": consistency.mean(),
+            "reward_loss": reward.mean(),
+            "value_loss": td.mean(),
+            "q": q.mean(),
+        }
+        return ModelLoss(total, priorities, path.detach(), {name: m.item() for name, m in metrics.items()})
+
+    @torch.no_grad()
+    def _targets(self, segment: Segment, following: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """h⁻(s') (T B Z) and r + γ min Q⁻(h(s'), π(h(s'))) (T B), which a terminated step does without."""
+        goal, online = self.target.encode(following), self.model.encode(following)
+        action = self.model.prior(online, std=self.settings.std_end, generator=generator)
+        going_on = (~segment.terminated).float()
+        return goal, segment.rewards + self.settings.discount * going_on * self.target.least_q(online, action)
+
+    def step_weights(self, segment: Segment) -> Tensor:
+        """ρ^t, zero for padding, (T B)."""
+        powers = self.settings.rho ** torch.arange(len(segment.actions), device=segment.mask.device)
+        return powers[:, None] * segment.mask
+
+    def augmented(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """Pixels shifted at random, each time step by itself; states as they are. (T+1 B *S)."""
+        if not self.from_pixels:
+            return obs
+        return random_shift(obs.flatten(0, 1), _SHIFT, generator).unflatten(0, obs.shape[:2])
+
+    def _update_prior(self, latents: Tensor, generator: torch.Generator) -> Metrics:
+        """π maximises min Q at the latents of the slice, which learn nothing from it."""
+        action = self.model.prior(latents, std=self.settings.std_end, generator=generator)
+        powers = self.settings.rho ** torch.arange(len(latents), device=latents.device)
+        loss = -(powers * self.model.least_q(latents, action).mean(-1)).sum()
+        norm = self.prior_descent.step(self.prior_descent.gradient(loss))
+        return {"prior_loss": loss.item(), "prior_grad_norm": norm}
+
+    def _follow(self) -> None:
+        follow(self.target.parameters(), self.model.parameters(), self.settings.ema)
+
+    # Resuming
+
+    def training_state(self) -> dict[str, Any]:
+        """Optimisers and counters."""
+        return {
+            "descent": self.descent.state(),
+            "prior_descent": self.prior_descent.state(),
+            "updates": self.updates,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Put it back. Raises CheckpointError if it is another agent's."""
+        try:
+            self.descent.load(state["descent"])
+            self.prior_descent.load(state["prior_descent"])
+            self.updates = int(state["updates"])
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint is not of {self.name!r}: it lacks {error}") from error

@@ -1,0 +1,69 @@
+"""Encoders: observation (B *S) → latent (B Z), for states and for pixels."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.errors import ShapeError
+from difftori.models.nets import mlp
+from difftori.types import Latents, Observations
+
+
+class StateEncoder(nn.Module):
+    """S → `hidden` → Z with ELU, as TD-MPC has it for states (Hansen et al., 2022); leading dimensions are free."""
+
+    def __init__(self, obs_dim: int, hidden: int, latent_dim: int):
+        super().__init__()
+        self.layers = mlp((obs_dim, hidden, latent_dim), nn.ELU)
+
+    def forward(self, obs: Observations) -> Latents:
+        """(… S) → (… Z)."""
+        return self.layers(obs)
+
+
+class PixelEncoder(nn.Module):
+    """uint8 frames (B C h w) → /255 → four convolutions, kernels 7, 5, 3, 3 of stride 2 with ReLU → Z (Hansen et al., 2022)."""
+
+    def __init__(self, obs_shape: tuple[int, int, int], channels: int, latent_dim: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = obs_shape[0]
+        for kernel in (7, 5, 3, 3):
+            layers += [nn.Conv2d(inputs, channels, kernel, stride=2), nn.ReLU()]
+            inputs = channels
+        self.convolutions = nn.Sequential(*layers)
+        with torch.no_grad():
+            size = math.prod(self.convolutions(torch.zeros(1, *obs_shape)).shape)
+        self.last = nn.Linear(size, latent_dim)
+
+    def forward(self, obs: Observations) -> Latents:
+        """(… C h w) → (… Z)."""
+        leading = obs.shape[:-3]
+        images = obs.reshape(-1, *obs.shape[-3:]).to(self.last.weight.dtype) / 255.0
+        return self.last(self.convolutions(images).flatten(1)).reshape(*leading, -1)
+
+
+def make_encoder(obs_shape: tuple[int, ...], *, hidden: int, channels: int, latent_dim: int) -> nn.Module:
+    """The encoder that suits a shape: (S,) states, (C, h, w) pixels. ShapeError for anything else."""
+    if len(obs_shape) == 1:
+        return StateEncoder(obs_shape[0], hidden, latent_dim)
+    if len(obs_shape) == 3:
+        return PixelEncoder((obs_shape[0], obs_shape[1], obs_shape[2]), channels, latent_dim)
+    raise ShapeError(f"observations of shape {obs_shape}: an encoder reads (S,) states or (C, h, w) pixels")
+
+
+def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+    """Shift each of B images (B C h w) by up to `pad` whole pixels, edges repeated: float of the same shape.
+
+    Source: Yarats et al. (2021), "Mastering visual continuous control" (DrQ-v2), which TD-MPC uses too.
+    """
+    rows, _, height, width = images.shape
+    padded = F.pad(images.float(), (pad, pad, pad, pad), mode="replicate")
+    shifts = torch.randint(0, 2 * pad + 1, (2, rows), generator=generator, device=images.device)
+    down = shifts[0, :, None] + torch.arange(height, device=images.device)
+    right = shifts[1, :, None] + torch.arange(width, device=images.device)
+    row = torch.arange(rows, device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    return padded[row, channel, down[:, None, :, None], right[:, None, None, :]]

@@ -1,0 +1,120 @@
+"""The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), which DiffTORI shares."""
+
+import torch
+from torch import Tensor, nn
+
+from difftori.models.encoders import make_encoder
+from difftori.models.nets import mlp
+from difftori.types import Actions, Latents, Observations, QValues, Rows
+
+
+class Critics(nn.Module):
+    """K independent action values of (state, action): Linear–LayerNorm–Tanh–Linear–ELU–Linear each, zero at first."""
+
+    def __init__(self, state_dim: int, action_dim: int, width: int, count: int = 2):
+        super().__init__()
+        self.members = nn.ModuleList(_critic(state_dim + action_dim, width) for _ in range(count))
+
+    def forward(self, state: Latents, action: Actions) -> QValues:
+        """(… Z), (… A) → (K …)."""
+        joint = torch.cat((state, action), -1)
+        return torch.stack([member(joint).squeeze(-1) for member in self.members])
+
+
+def _critic(inputs: int, width: int) -> nn.Sequential:
+    critic = nn.Sequential(
+        nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, 1)
+    )
+    orthogonal(critic)
+    silent(critic)
+    return critic
+
+
+class WorldModel(nn.Module):
+    """Encoder h, latent dynamics d, reward R, twin critics Q, policy prior π, over latents of `latent_dim` Z.
+
+    Every method takes any leading dimensions (…). Weights are orthogonal, those of the last layers of R and Q zero.
+    """
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_dim: int,
+        *,
+        latent_dim: int,
+        width: int,
+        encoder_width: int,
+        channels: int,
+    ):
+        super().__init__()
+        joint = latent_dim + action_dim
+        self.encoder = make_encoder(obs_shape, hidden=encoder_width, channels=channels, latent_dim=latent_dim)
+        self.dynamics = mlp((joint, width, width, latent_dim), nn.ELU)
+        self.reward_head = mlp((joint, width, width, 1), nn.ELU)
+        self.policy = mlp((latent_dim, width, width, action_dim), nn.ELU)
+        for network in (self.encoder, self.dynamics, self.reward_head, self.policy):
+            orthogonal(network)
+        silent(self.reward_head)
+        self.critics = Critics(latent_dim, action_dim, width)
+
+    def encode(self, obs: Observations) -> Latents:
+        """z = h(o): (… *S) → (… Z)."""
+        return self.encoder(obs)
+
+    def next(self, latent: Latents, action: Actions) -> Latents:
+        """d(z, a): (… Z), (… A) → (… Z)."""
+        return self.dynamics(torch.cat((latent, action), -1))
+
+    def reward(self, latent: Latents, action: Actions) -> Rows:
+        """R(z, a): (… Z), (… A) → (…)."""
+        return self.reward_head(torch.cat((latent, action), -1)).squeeze(-1)
+
+    def q(self, latent: Latents, action: Actions) -> QValues:
+        """Q_k(z, a): (… Z), (… A) → (K …)."""
+        return self.critics(latent, action)
+
+    def least_q(self, latent: Latents, action: Actions) -> Rows:
+        """min_k Q_k(z, a): (… Z), (… A) → (…)."""
+        return self.critics(latent, action).amin(0)
+
+    def prior(self, latent: Latents, *, std: float = 0.0, generator: torch.Generator | None = None) -> Actions:
+        """π(z) in [−1, 1], with Gaussian noise of `std` clipped at ±.3: (… Z) → (… A)."""
+        action = torch.tanh(self.policy(latent))
+        return action if std == 0 else noisy(action, std, generator)
+
+    def value(self, latent: Latents) -> Rows:
+        """min_k Q_k(z, π(z)): (… Z) → (…)."""
+        return self.least_q(latent, self.prior(latent))
+
+    def rollout(self, latent: Latents, horizon: int, *, std: float, generator: torch.Generator | None) -> Tensor:
+        """The prior's own actions over `horizon` steps of the model, (… Z) → (… H A)."""
+        actions = []
+        for step in range(horizon):
+            actions.append(self.prior(latent, std=std, generator=generator))
+            if step + 1 < horizon:
+                latent = self.next(latent, actions[-1])
+        return torch.stack(actions, -2)
+
+
+def noisy(action: Actions, std: float, generator: torch.Generator | None, limit: float = 0.3) -> Actions:
+    """action + N(0, std²) clipped at ±limit, kept within [−1, 1]."""
+    noise = torch.randn(action.shape, generator=generator, dtype=action.dtype, device=action.device)
+    return (action + (std * noise).clamp(-limit, limit)).clamp(-1.0, 1.0)
+
+
+def orthogonal(network: nn.Module) -> None:
+    """Orthogonal weights, zero biases; convolutions with the gain of ReLU."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else 1.0
+            nn.init.orthogonal_(module.weight, gain)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def silent(network: nn.Sequential) -> None:
+    """A last layer of zeros: the network says 0 until it has learned something."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
