@@ -66,7 +66,7 @@ def test_version_and_help(command):
     assert command("--version") == (0, "difftori 0.1.0\n", "")
     status, out, _ = command("--help")
     assert status == 0
-    assert "train POLICY" in out
+    assert "train NAME" in out
     assert command()[0] == 2
 
 

@@ -19,9 +19,9 @@ from difftori.errors import ConfigError, DifftoriError
 
 _USAGE = """usage: difftori COMMAND …
 
-  train POLICY [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation
+  train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation, an agent by reward
   train --resume RUN            go on with a run that was interrupted
-  eval RUN [--episodes N]       execute a trained policy and measure it
+  eval RUN [--episodes N] [--video]   execute what was trained and measure it
   study NAME …                  make a table or figure of the paper anew
   bench NAME …                  measure speed and precision
   --version, --help
@@ -73,89 +73,67 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> None:
-    from difftori.training.config import TrainConfig
-    from difftori.training.options import read_tokens
+    from difftori.training.kinds import base_config, kind_of, with_component
+    from difftori.training.options import overlay, read_tokens
 
     named = bool(words) and not words[0].startswith("-")
-    policy = words[0] if named else None
+    name = words[0] if named else None
     options = read_tokens(["--help" if word == "-h" else word for word in words[named:]])
-    own = {name: options.pop(name) for name in _TRAIN_OPTIONS & options.keys()}
+    own = {option: options.pop(option) for option in _TRAIN_OPTIONS & options.keys()}
     if "help" in own:
-        _train_help(policy)
+        _train_help(name, options)
         return
-    faults = [f"--{name}: needs one value" for name, given in own.items() if name != "quiet" and len(given) != 1]
+    faults = [f"--{option}: needs one value" for option, given in own.items() if option != "quiet" and len(given) != 1]
     if own.get("quiet"):
         faults.append(f"--quiet: takes no value, not {' '.join(own['quiet'])}")
-    if "resume" in own and (policy or options or own.keys() - {"resume", "quiet"}):
+    if "resume" in own and (name or options or own.keys() - {"resume", "quiet"}):
         faults.append("--resume: takes the whole configuration from the run; give nothing else beside it")
     if faults:
         raise ConfigError(faults)
-    config: TrainConfig
     if "resume" in own:
+        from difftori.training.records import read_config
+
         out = Path(own["resume"][0])
-        config = _resumed(out)
+        values = read_config(out)
+        kind = kind_of(values)
+        config = kind.parse(values)
     else:
-        config = _configured(policy, own.get("config"), options)
-        name = f"{config.policy}-{config.env}-{config.seed}".replace(":", ".")
-        out = Path(own["out"][0]) if "out" in own else Path("runs") / name
-    _run_training(config, out, progress="quiet" not in own)
+        from difftori.training.config import read_yaml
+
+        values = read_yaml(Path(own["config"][0])) if "config" in own else {}
+        kind = kind_of({**values, **_first("env", options)}, name)
+        values = with_component(kind, name, values)
+        config_type = base_config(kind, values[kind.component])
+        config = kind.parse(overlay(values, options, config_type), also=_TRAIN_OPTIONS)
+        default = f"{getattr(config, kind.component)}-{config.env}-{config.seed}".replace(":", ".")
+        out = Path(own["out"][0]) if "out" in own else Path("runs") / default
+    summary = kind.train(config, out, progress="quiet" not in own)
+    _print_table(f"{getattr(config, kind.component)} on {config.env}: {out}", _side_by_side(summary))
 
 
-def _run_training(config: Any, out: Path, *, progress: bool) -> None:
-    from difftori.training.il import train
-
-    summary = train(config, out, progress=progress)
-    _print_table(f"{config.policy} on {config.env}: {out}", _side_by_side(summary))
-
-
-def _resumed(run_dir: Path) -> Any:
-    from difftori.training.config import parse_config
-    from difftori.training.records import read_config
-
-    return parse_config(read_config(run_dir))
-
-
-def _configured(policy: str | None, file: list[str] | None, options: Mapping[str, list[str]]) -> Any:
-    """The file's values with the command line's laid over them."""
-    from difftori.components import find_policy
-    from difftori.interfaces import PolicyConfig
-    from difftori.training.config import TrainConfig, parse_config, read_yaml
-    from difftori.training.options import overlay
-
-    values = read_yaml(Path(file[0])) if file else {}
-    if policy is not None:
-        values["policy"] = policy
-    if "policy" not in values:
-        raise ConfigError([f"policy: none given; write difftori train POLICY{_known_policies()}"])
-    settings_type = PolicyConfig
-    if isinstance(values["policy"], str):
-        try:
-            settings_type = find_policy(values["policy"]).Config
-        except ConfigError:
-            pass  # `parse_config` reports it, together with the other faults
-    return parse_config(overlay(values, options, TrainConfig[settings_type]), also=_TRAIN_OPTIONS)
-
-
-def _known_policies() -> str:
-    from difftori.policies import find_policies
-
-    return suggest("", find_policies())
-
-
-def _train_help(policy: str | None) -> None:
+def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
     import tyro
 
-    from difftori.training.config import parse_config
+    from difftori.training.kinds import kind_of, known_names
 
-    if policy is None:
-        print(f"{_USAGE}\npolicies{_known_policies()}\n\n`difftori train POLICY --help` lists its options.")
+    if name is None:
+        names = ", ".join(known_names())
+        print(f"{_USAGE}\npolicies and agents: {names}\n\n`difftori train NAME --help` lists its options.")
         return
-    print("--out DIR     where the run goes; the same command again resumes it there (default: runs/POLICY-ENV-SEED)")
+    print("--out DIR     where the run goes; the same command again resumes it there (default: runs/NAME-ENV-SEED)")
     print("--config FILE options from YAML; those on the command line win")
     print("--quiet       no progress bar")
-    default = parse_config({"policy": policy})
-    prog = f"difftori train {policy}"
+    env = _first("env", options)
+    kind = kind_of(env, name)
+    default = kind.parse({kind.component: name, **env})
+    prog = f"difftori train {name}"
     tyro.cli(type(default), prog=prog, default=default, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+
+
+def _first(name: str, options: Mapping[str, list[str]]) -> dict[str, str]:
+    """An option by its name, if it was given a word."""
+    words = options.get(name)
+    return {name: words[0]} if words else {}
 
 
 def _eval(words: list[str]) -> None:
@@ -163,27 +141,41 @@ def _eval(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Execute a trained policy from common starts and measure it."""
+        """Execute a trained policy or agent from common starts and measure it."""
 
         run: Annotated[Path, tyro.conf.Positional]
         """Directory of a run."""
         episodes: int | None = None
         """Starts; as many as the run's own evaluation took if not given."""
-        which: Literal["best", "last"] = "best"
-        """The weights with the least validation error, or the last."""
+        which: Literal["best", "last"] | None = None
+        """Of a policy: the weights with the least validation error (the default), or the last. Agents keep the last."""
         device: str = "cpu"
-        """Where the policy computes."""
+        """Where it computes."""
+        video: bool = False
+        """Of an agent: film one evaluation episode into the run's `pictures/`."""
 
     options = tyro.cli(Options, prog="difftori eval", args=words)
     if options.episodes is not None and options.episodes < 1:
         raise ConfigError([f"episodes: {options.episodes}: must be at least 1"])
     from rich.console import Console
 
-    from difftori.training.il import evaluate_run
+    from difftori.training.kinds import kind_of
+    from difftori.training.records import read_config
 
+    kind = kind_of(read_config(options.run))
+    given: dict[str, Any] = {"episodes": options.episodes, "device": options.device}
+    if kind.component == "policy":
+        if options.video:
+            raise ConfigError(["--video: only environments to learn from draw pictures; this run imitates"])
+        given["which"] = options.which or "best"
+    else:
+        if options.which == "best":
+            raise ConfigError(["--which best: an agent's run keeps its last weights only"])
+        given["video"] = options.video
     with Console(stderr=True).status(f"evaluating {options.run}"):
-        results = evaluate_run(options.run, which=options.which, episodes=options.episodes, device=options.device)
-    _print_table(f"{options.run} ({options.which})", [{"": name, "value": value} for name, value in results.items()])
+        results = kind.evaluate(options.run, **given)
+    title = f"{options.run} ({given.get('which', 'last')})"
+    _print_table(title, [{"": name, "value": value} for name, value in results.items()])
 
 
 def _module_command(kind: str, package: str, words: list[str]) -> None:
@@ -218,6 +210,8 @@ def _is_runnable(module: ModuleType) -> bool:
 
 def _side_by_side(summary: Mapping[str, float]) -> list[dict[str, Any]]:
     """A run's summary with the results of the best and the last weights in two columns."""
+    if not any(name.startswith("best/") for name in summary):
+        return [{"": name, "value": value} for name, value in summary.items()]
     plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
     names = [name.removeprefix("best/") for name in summary if name.startswith("best/")]
     return plain + [{"": n, "best": summary[f"best/{n}"], "last": summary.get(f"last/{n}")} for n in names]

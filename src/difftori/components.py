@@ -16,7 +16,7 @@ from difftori.errors import ConfigError
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
-    from difftori.interfaces import Policy
+    from difftori.interfaces import Agent, Policy
 
 
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
@@ -80,8 +80,8 @@ def make_env(name: str, *, num_envs: int, seed: int, **options: object) -> "Chec
 
     from difftori.envs.checked import CheckedVectorEnv
 
-    make, task = _env_maker(name)
-    known = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    make, task = find_env(name)
+    known = env_options(name)
     faults = [
         f"env: {name!r} takes no option {option!r}{suggest(option, known)}" for option in set(options) - set(known)
     ]
@@ -98,8 +98,14 @@ def make_env(name: str, *, num_envs: int, seed: int, **options: object) -> "Chec
     return env if isinstance(env, CheckedVectorEnv) else CheckedVectorEnv(env, build, name=name, seed=seed)
 
 
-def _env_maker(name: str) -> tuple[Callable[..., object], str]:
-    """The function that makes an environment of that name, and the task to give it."""
+def env_options(name: str) -> list[str]:
+    """The keyword options of an environment's `make`."""
+    make, _ = find_env(name)
+    return [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def find_env(name: str) -> tuple[Callable[..., object], str]:
+    """The function that makes an environment of that name, and the task to give it; ConfigError if there is none."""
     prefix, _, task = name.partition(":")
     if "." in prefix:
         maker = load(name)
@@ -127,6 +133,22 @@ def find_policy(name: str) -> type["Policy"]:
     known = find_policies()
     if name not in known:
         raise ConfigError([f"policy: {name!r} is unknown{suggest(name, known)} (or give my_pkg.my_policy:MyPolicy)"])
+    return known[name]
+
+
+def find_agent(name: str) -> type["Agent"]:
+    """The agent of that name, or the one that `my_pkg.my_agent:MyAgent` refers to; ConfigError if there is none."""
+    from difftori.agents import find_agents
+    from difftori.interfaces import Agent
+
+    if ":" in name:
+        member = load(name)
+        if not inspect.isclass(member) or not issubclass(member, Agent) or inspect.isabstract(member):
+            raise ConfigError([f"agent: {name!r} is not a concrete difftori.interfaces.Agent"])
+        return member
+    known = find_agents()
+    if name not in known:
+        raise ConfigError([f"agent: {name!r} is unknown{suggest(name, known)} (or give my_pkg.my_agent:MyAgent)"])
     return known[name]
 
 

@@ -90,8 +90,8 @@ class AgentConfig(BaseModel):
     """Which defaults hold for what is not given: `paper`, or another that the agent names."""
     horizon: int = Field(5, ge=1)
     """T, steps of a recorded slice, and H of the longest plan."""
-    batch_size: int = Field(512, ge=1)
-    """Slices per update."""
+    batch_size: int | None = Field(None, ge=1)
+    """Slices per update; the agent's own number unless given."""
     seed_steps: int = Field(5000, ge=0)
     """Random decisions before the first update; then as many updates at once."""
     updates_per_step: float = Field(1.0, gt=0)
@@ -121,6 +121,7 @@ class Agent(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
+    batch_size: int
 
     def __init__(self, config: AgentConfig, spec: EnvSpec):
         super().__init__()

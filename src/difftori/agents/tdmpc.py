@@ -53,7 +53,7 @@ class TDMPCConfig(AgentConfig):
         },
     }
 
-    batch_size: int | None = Field(None, ge=1)  # type: ignore[assignment]
+    batch_size: int | None = Field(None, ge=1)
     """Slices per update; 256 from pixels and 512 from states unless given."""
     latent_dim: int = Field(50, ge=1)
     """Z."""

@@ -217,7 +217,7 @@ _COMPILED_PRODUCTS = 4
 def _compilable(
     objective: Objective, x: Points, state: ConjugateGradients, free: PointFlags, count: int
 ) -> ConjugateGradients:
-    _, pullback = torch.func.vjp(lambda point: value_and_grad(objective, point, create_graph=True)[1], x)
+    pullback = torch.func.vjp(lambda point: value_and_grad(objective, point, create_graph=True)[1], x)[1]
     return state.proceed(lambda v: pullback(v)[0], free, count)
 
 

@@ -18,6 +18,7 @@ from difftori.interfaces import PolicyConfig
 from difftori.training.tasks import find_task
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TrainConfig(BaseModel, Generic[SettingsT]):
@@ -63,10 +64,10 @@ def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> Trai
     given.setdefault("settings", {})
     if config_type is None:
         # Without the policy its settings cannot be judged; the rest can.
-        config, found = _validate(TrainConfig[PolicyConfig], {**given, "settings": {}}, also)
+        config, found = validated(TrainConfig[PolicyConfig], {**given, "settings": {}}, also)
         faults += found
     else:
-        config, found = _validate(config_type, given, also)
+        config, found = validated(config_type, given, also)
         faults += found + _range_faults(given["settings"], found)
     faults += _environment_faults(given)
     if faults or config is None:
@@ -87,8 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that `parse_config(read_yaml(…))` reads back."""
+def to_yaml(config: BaseModel) -> str:
+    """A configuration as YAML that its parser reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -114,16 +115,15 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _validate(
-    config_type: type[TrainConfig], given: dict[str, Any], also: Iterable[str]
-) -> tuple[TrainConfig | None, list[str]]:
+def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[str]) -> tuple[ModelT | None, list[str]]:
+    """The configuration, or None with a fault for everything that is wrong with the values."""
     try:
         return config_type.model_validate(given), []
     except ValidationError as error:
         return None, [_describe(e, config_type, also) for e in error.errors()]
 
 
-def _describe(error: ErrorDetails, config_type: type[TrainConfig], also: Iterable[str]) -> str:
+def _describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[str]) -> str:
     """One fault: the place, the value, and the mend."""
     place = [str(part) for part in error["loc"]]
     shown = ".".join(place)
@@ -171,11 +171,12 @@ def _environment_faults(given: Mapping[str, Any]) -> list[str]:
         except ConfigError as error:
             faults += error.faults
     if isinstance(given.get("device"), str):
-        faults += _device_faults(given["device"])
+        faults += device_faults(given["device"])
     return faults
 
 
-def _device_faults(name: str) -> list[str]:
+def device_faults(name: str) -> list[str]:
+    """What is wrong with the name of a device, if anything."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -7,8 +7,10 @@ then lists every fault of file and command line at once.
 from collections.abc import Mapping, Sequence
 from typing import Any, get_origin
 
+from pydantic import BaseModel
+
 from difftori.errors import ConfigError
-from difftori.training.config import TrainConfig, alternatives, fields_of
+from difftori.training.config import alternatives, fields_of
 
 
 def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
@@ -35,10 +37,8 @@ def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
     return options
 
 
-def overlay(
-    base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[TrainConfig]
-) -> dict[str, Any]:
-    """`base` with the options laid over it. A name that only the policy's settings have needs no `settings.`.
+def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[BaseModel]) -> dict[str, Any]:
+    """`base` with the options laid over it. A name that only the settings have needs no `settings.`.
 
     Words stay text, which pydantic converts; a list is made where the setting is one. Raises ConfigError for an option
     without a value.
@@ -62,7 +62,7 @@ def overlay(
     return merged
 
 
-def _resolve(name: str, config_type: type[TrainConfig]) -> list[str]:
+def _resolve(name: str, config_type: type[BaseModel]) -> list[str]:
     path = name.split(".")
     top = fields_of(config_type)
     if path[0] not in top and path[0].removeprefix("no_") not in top:

@@ -1,0 +1,111 @@
+"""Imitation or reinforcement: what a command means, told from the component's name and the environment's."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from difftori.components import load, suggest
+from difftori.errors import ConfigError
+from difftori.types import Metrics
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train: `component` is the key that names what is trained, "policy" or "agent".
+
+    `config_type` of such a component by name, `parse` as `parse_config`, `train` and `evaluate` a run.
+    """
+
+    component: str
+    config_type: Callable[[str], type[BaseModel]]
+    parse: Callable[..., Any]
+    train: Callable[..., Metrics]
+    evaluate: Callable[..., Metrics]
+
+
+def kind_of(values: Mapping[str, Any], name: str | None = None) -> Kind:
+    """The kind of run that a configuration, or a component's name with an environment, means.
+
+    A name that only one package knows decides; `difftori` is both, and the environment decides then. Raises ConfigError
+    for a name that neither knows.
+    """
+    if "agent" in values:
+        return reinforcement()
+    if "policy" in values:
+        return imitation()
+    if name is None:
+        raise ConfigError([f"policy or agent: none given; write difftori train NAME{suggest('', known_names())}"])
+    from difftori.agents import find_agents
+    from difftori.policies import find_policies
+
+    env = values.get("env")
+    if ":" in name:
+        from difftori.interfaces import Agent
+
+        member = load(name)
+        return reinforcement() if inspect.isclass(member) and issubclass(member, Agent) else imitation()
+    is_policy, is_agent = name in find_policies(), name in find_agents()
+    if not is_policy and not is_agent:
+        raise ConfigError([f"{name!r} is neither a policy nor an agent{suggest(name, known_names())}"])
+    if is_policy and is_agent:
+        return reinforcement() if isinstance(env, str) and _to_learn_from(env) else imitation()
+    return imitation() if is_policy else reinforcement()
+
+
+def known_names() -> list[str]:
+    """Every policy and agent by name."""
+    from difftori.agents import find_agents
+    from difftori.policies import find_policies
+
+    return sorted({*find_policies(), *find_agents()})
+
+
+def imitation() -> Kind:
+    """Policies that learn from demonstrations."""
+    from difftori.components import find_policy
+    from difftori.training import il
+    from difftori.training.config import TrainConfig, parse_config
+
+    return Kind("policy", lambda name: TrainConfig[find_policy(name).Config], parse_config, il.train, il.evaluate_run)
+
+
+def reinforcement() -> Kind:
+    """Agents that learn from rewards."""
+    from difftori.components import find_agent
+    from difftori.training import rl
+    from difftori.training.rl_config import RLConfig, parse_rl_config
+
+    return Kind("agent", lambda name: RLConfig[find_agent(name).Config], parse_rl_config, rl.train, rl.evaluate_run)
+
+
+def with_component(kind: Kind, name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the component's name in its place."""
+    return dict(values) if name is None else {**values, kind.component: name}
+
+
+def base_config(kind: Kind, name: object) -> type[BaseModel]:
+    """The configuration's type; that of an unknown component has only what all of them share."""
+    from difftori.interfaces import AgentConfig, PolicyConfig
+    from difftori.training.config import TrainConfig
+    from difftori.training.rl_config import RLConfig
+
+    try:
+        return kind.config_type(str(name))
+    except ConfigError:  # `parse` reports it, together with the other faults
+        return TrainConfig[PolicyConfig] if kind.component == "policy" else RLConfig[AgentConfig]
+
+
+def _to_learn_from(env: str) -> bool:
+    """Whether an environment's name means one with rewards, rather than a task with demonstrations."""
+    from difftori.training.tasks import TASKS
+
+    family = env.partition(":")[0]
+    if family in {known.partition(":")[0] for known in TASKS}:
+        return False
+    if "." not in family:
+        return True
+    maker = load(env)
+    return callable(maker) and "num_envs" in inspect.signature(maker).parameters

@@ -1,0 +1,437 @@
+"""Reinforcement learning: the loop, and the way from a run directory back to an agent."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from difftori.components import find_agent
+from difftori.data.replay import Replay
+from difftori.envs.base import env_spec
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.video import record, write_gif
+from difftori.errors import CheckpointError
+from difftori.interfaces import Agent, Memory
+from difftori.training.checkpoint import Checkpoints, State, digest, pack, replace_file, unpack
+from difftori.training.experience import ActInRows, Collector, Ended, Trial, episode_seed, evaluate, open_env
+from difftori.training.records import read_config
+from difftori.training.rl_config import RLConfig, normalised, parse_rl_config
+from difftori.training.run import Run, seeded
+from difftori.training.signals import StopSignal
+from difftori.types import Actions, EnvSpec, Metrics, Observations, RowFlags
+
+_STACK = 3
+_EVAL_ROWS = 10
+
+
+def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
+    """Train an agent in the directory `out`, and return the run's summary.
+
+    If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
+    bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
+
+    Raises ConfigError (a faulty configuration, or another one in `out`), CheckpointError, NonFiniteError (NaN from the
+    environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
+    or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
+    """
+    config = normalised(config)
+    with Run(out, config, seed=config.seed, threads=config.threads, device=config.device) as run:
+        if run.finished:
+            return run.summary()
+        session = _Session(config, run)
+        try:
+            with StopSignal() as stop, _bar(config.steps, session.env_steps, progress) as show:
+                session.run_to_end(stop, show)
+            session.export(out)
+            summary = session.summary()
+        finally:
+            session.close()
+        run.finish(summary)
+        return summary
+
+
+class _Session:
+    """Everything that a run has in hand, from the environment to the clock."""
+
+    def __init__(self, config: RLConfig, run: Run):
+        self.config, self.out, self.runs = config, run.path, run
+        env = open_env(config, config.num_envs)
+        self.spec = env_spec(env)
+        self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
+        decisions = -(-config.steps // self.spec.action_repeat)
+        longest = self.spec.max_decisions or decisions
+        pixels = len(self.spec.obs_shape) == 3
+        self.replay = Replay(
+            min(config.capacity, decisions + longest * config.num_envs),
+            obs_shape=self.spec.obs_shape,
+            obs_dtype=self.spec.obs_dtype,
+            action_dim=self.spec.action_dim,
+            length=self.agent.config.horizon,
+            stack=_STACK if pixels else 1,
+            num_rows=config.num_envs,
+            storage=config.storage,
+            folder=run.path if config.storage == "mmap" else None,
+            device=config.device,
+        )
+        self.collector = Collector(env, self.replay, config.seed)
+        self.acting = run.generator("acting", config.device)
+        self.learning = run.generator("learning", config.device)
+        self.sampling = run.generator("sampling")
+        self.updates, self.owed = 0, 0.0
+        self.seconds = {"sampling": 0.0, "update": 0.0, "evaluation": 0.0}
+        self.before = 0.0
+        self.evaluations: list[tuple[int, float]] = []
+        self._eval_env = None
+        self._sums: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        if (checkpoint := run.restore()) is None:
+            self.collector.begin()
+        else:
+            self._load(checkpoint.state)
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps so far."""
+        return self.collector.decisions * self.spec.action_repeat
+
+    def run_to_end(self, stop: StopSignal, show) -> None:
+        """Decide, remember; after each episode learn what is owed, look, save."""
+        while True:
+            self._learn(stop)
+            if stop.requested:
+                self.save()
+                stop.leave()
+            self._look_and_save(show)
+            if self.env_steps >= self.config.steps:
+                return
+            ended: list[Ended] = []
+            while not ended and not stop.requested and self.env_steps < self.config.steps:
+                ended = self.collector.step(self._act)
+            self._account(ended, show)
+
+    def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
+        """Random for the first decisions, the agent's with exploration afterwards."""
+        decisions, device = self.collector.decisions, self.config.device
+        if decisions < self.agent.config.seed_steps:
+            shape = (len(obs), self.spec.action_dim)
+            return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
+        return self.agent.act(
+            obs.to(device),
+            memory or None,
+            first=first.to(device),
+            step=decisions,
+            explore=True,
+            generator=self.acting,
+        )
+
+    def _account(self, ended: list[Ended], show) -> None:
+        """Log the episodes, let the agent learn from them as a whole, and owe the updates of their decisions."""
+        trained = self.updates > 0
+        for episode in ended:
+            row: Metrics = {"train/return": episode.total, "train/length": float(episode.length)}
+            if trained:
+                row |= {
+                    f"train/{name}": value
+                    for name, value in self.agent.end_episode(
+                        torch.from_numpy(episode.obs).to(self.config.device), generator=self.learning
+                    ).items()
+                }
+            self.runs.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
+            show(self.env_steps, row)
+            self.owed += episode.length * self.agent.config.updates_per_step
+
+    def _learn(self, stop: StopSignal) -> None:
+        """The updates that are owed, once the random decisions are over."""
+        if self.collector.decisions < self.agent.config.seed_steps or not len(self.replay):
+            return
+        done = 0
+        while self.owed >= 1 and not stop.requested:
+            began = time.perf_counter()
+            segment = self.replay.sample(self._batch_size(), generator=self.sampling)
+            sampled = time.perf_counter()
+            priorities, metrics = self.agent.update(segment, generator=self.learning)
+            self.replay.update_priorities(segment.index, priorities)
+            self.seconds["sampling"] += sampled - began
+            self.seconds["update"] += time.perf_counter() - sampled
+            self.owed -= 1
+            self.updates += 1
+            done += 1
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+        if done and not stop.requested:
+            count = self._sums.pop("updates")
+            self.runs.log(
+                self.env_steps,
+                {f"update/{name}": total / count for name, total in self._sums.items()} | {"updates": self.updates},
+            )
+            self._sums = {}
+
+    def _look_and_save(self, show) -> None:
+        due = self.env_steps // self.config.eval_every
+        last = self.env_steps >= self.config.steps
+        if (due > (self.evaluations[-1][0] // self.config.eval_every if self.evaluations else -1) or last) and not (
+            self.evaluations and self.evaluations[-1][0] == self.env_steps
+        ):
+            row = self.look()
+            self.runs.log(self.env_steps, row)
+            show(self.env_steps, row)
+        if last or self.env_steps // self.config.save_every > self._saved:
+            self.save()
+
+    def look(self) -> Metrics:
+        """Evaluate, and say what the agent has to say about its learning."""
+        began = time.perf_counter()
+        if self._eval_env is None:
+            self._eval_env = open_env(self.config, min(_EVAL_ROWS, self.config.eval_episodes))
+        trial = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.decisions)
+        self.evaluations.append((self.env_steps, float(trial.returns.mean())))
+        row = trial_metrics(trial) | self._judged(trial)
+        if self.updates:
+            generator = seeded(self.config.seed, f"diagnosis at {self.env_steps}")
+            segment = self.replay.sample(self._batch_size(), generator=generator)
+            noise = seeded(self.config.seed, f"diagnosis at {self.env_steps}", self.config.device)
+            row |= {f"diagnosis/{k}": v for k, v in self.agent.diagnose(segment, generator=noise).items()}
+        self.seconds["evaluation"] += time.perf_counter() - began
+        row |= {f"seconds/{name}": total for name, total in {**self.seconds, **self.collector.seconds}.items()}
+        return row | {"updates": self.updates, "seconds/total": self._elapsed()}
+
+    def _judged(self, trial: Trial) -> Metrics:
+        device = self.config.device
+        parts = (torch.from_numpy(part).to(device) for part in (trial.obs, trial.actions, trial.returns_to_go))
+        return {f"judged/{name}": value for name, value in self.agent.judge(*parts).items()} if self.updates else {}
+
+    def _batch_size(self) -> int:
+        return self.agent.batch_size
+
+    def _elapsed(self) -> float:
+        return self.before + time.perf_counter() - self._clock
+
+    # Saving
+
+    def save(self) -> None:
+        """A checkpoint, with the episodes beside it; those that no kept checkpoint names are removed."""
+        episodes = self.out / "episodes"
+        state = {
+            "agent": self.agent.state_dict(),
+            "training": self.agent.training_state(),
+            "replay": self.replay.save(episodes),
+            "collector": self.collector.state(),
+            "spec": spec_state(self.spec),
+            "updates": self.updates,
+            "owed": self.owed,
+            "sums": dict(self._sums),
+            "evaluations": self.evaluations,
+            "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
+        }
+        self.runs.save(self.env_steps, state)
+        self._saved_at = self.env_steps
+
+    @property
+    def _saved(self) -> int:
+        return getattr(self, "_saved_at", 0) // self.config.save_every
+
+    def _load(self, state: State) -> None:
+        try:
+            self.agent.load_state_dict(state["agent"])
+            self.agent.load_training_state(state["training"])
+            self.replay.load(self.out / "episodes", state["replay"])
+            self.collector.load(state["collector"])
+            self.updates, self.owed = int(state["updates"]), float(state["owed"])
+            self._sums = dict(state["sums"])
+            self.evaluations = [tuple(pair) for pair in state["evaluations"]]
+            seconds = dict(state["seconds"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.out}: the checkpoint does not fit this agent: {error}") from error
+        self.before = seconds.pop("total")
+        for name, value in seconds.items():
+            (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
+        self._saved_at = self.env_steps
+
+    def export(self, out: Path) -> None:
+        """Write `agent.pt`, the last weights with all that is needed to build the agent, and its sha256."""
+        content = pack(
+            {
+                "agent": self.agent.state_dict(),
+                "spec": spec_state(self.spec),
+                "decisions": self.collector.decisions,
+                "config": self.config.model_dump(mode="json"),
+            }
+        )
+        try:
+            replace_file(out / "agent.pt", content)
+            replace_file(out / "agent.pt.sha256", f"{digest(content)}  agent.pt\n".encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{out / 'agent.pt'}: cannot be written ({error}); free space and start again"
+            ) from error
+
+    def summary(self) -> Metrics:
+        """The last evaluation, the mean of all, and what the run took."""
+        returns = [value for _, value in self.evaluations]
+        spent = {**self.seconds, **self.collector.seconds}
+        busy = sum(value for name, value in spent.items() if name != "evaluation")
+        return {
+            "env_steps": float(self.env_steps),
+            "decisions": float(self.collector.decisions),
+            "episodes": float(self.collector.episodes),
+            "updates": float(self.updates),
+            "return": returns[-1],
+            "mean_return": float(np.mean(returns)),
+            "seconds": self._elapsed(),
+            "env_steps_per_second": self.env_steps / max(busy, 1e-9),
+            "updates_per_second": self.updates / max(self.seconds["sampling"] + self.seconds["update"], 1e-9),
+            **{f"seconds/{name}": total for name, total in spent.items()},
+            "parameters": float(sum(p.numel() for p in self.agent.parameters())),
+        }
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.collector.env.close()
+        if self._eval_env is not None:
+            self._eval_env.close()
+
+
+def evaluate_agent(
+    agent: Agent, env: CheckedVectorEnv, config: RLConfig, decisions: int, episodes: int | None = None
+) -> Trial:
+    """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
+    discount = getattr(agent.config, "discount", 0.99)
+    act = _deterministic(agent, config, decisions)
+    return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
+
+
+def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
+    """The agent as evaluation calls it: no exploration, a generator of its own."""
+    generator = seeded(config.seed, "evaluation", config.device)
+
+    def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
+        return agent.act(
+            obs.to(config.device),
+            memory,
+            first=first.to(config.device),
+            step=decisions,
+            explore=False,
+            generator=generator,
+        )
+
+    return act
+
+
+def trial_metrics(trial: Trial) -> Metrics:
+    """Mean and spread of the returns of evaluation episodes."""
+    return {
+        "eval/return": float(trial.returns.mean()),
+        "eval/return_std": float(trial.returns.std()),
+        "eval/length": float(trial.lengths.mean()),
+        "eval/episodes": float(len(trial.returns)),
+    }
+
+
+def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
+    """The agent of a run, ready to act on `device`, its configuration, and how many decisions it had taken.
+
+    An unfinished run gives the weights of its newest valid checkpoint.
+    """
+    config = parse_rl_config({**read_config(run_dir), "device": device})
+    source = run_dir / "agent.pt"
+    if source.exists():
+        content = source.read_bytes()
+        if source.with_name("agent.pt.sha256").read_text().split()[:1] != [digest(content)]:
+            raise CheckpointError(f"{source}: damaged; remove it and its sha256 to use the last checkpoint")
+        state = unpack(content, source)
+        decisions = int(state["decisions"])
+    else:
+        found = Checkpoints(run_dir / "checkpoints").latest(repair=False)
+        if found is None:
+            raise CheckpointError(f"{run_dir}: neither agent.pt nor a checkpoint; train it first")
+        state = found.state["state"]
+        decisions = int(state["collector"]["decisions"])
+    agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
+    return agent.eval(), config, decisions
+
+
+def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
+    """Evaluate a run's agent again, on as many of the evaluation's seeds as wished; None takes the run's own number.
+
+    `video`: film the first of these episodes into the run's `pictures/`.
+    """
+    agent, config, decisions = load_agent(run_dir, device=device)
+    count = episodes or config.eval_episodes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    env = open_env(config, min(_EVAL_ROWS, count))
+    try:
+        if video:
+            film(agent, config, decisions, run_dir / "pictures" / "episode.gif")
+        return trial_metrics(evaluate_agent(agent, env, config, decisions, count))
+    finally:
+        env.close()
+        torch.set_num_threads(threads)
+
+
+def film(agent: Agent, config: RLConfig, decisions: int, path: Path) -> None:
+    """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
+    env = open_env(config, 1)
+    act = _deterministic(agent, config, decisions)
+    memory: Memory | None = None
+
+    def step(obs: np.ndarray) -> np.ndarray:
+        nonlocal memory
+        first = torch.full((len(obs),), memory is None)
+        actions, memory = act(torch.from_numpy(obs), memory, first)
+        return actions.cpu().numpy()
+
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_gif(record(env, step, seed=episode_seed(config.seed, "evaluation", 0)), path)
+    finally:
+        env.close()
+
+
+def spec_state(spec: EnvSpec) -> State:
+    """A specification as plain values."""
+    return {**asdict(spec), "obs_shape": list(spec.obs_shape)}
+
+
+def spec_from(state: State) -> EnvSpec:
+    """What `spec_state` wrote."""
+    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})
+
+
+@contextmanager
+def _bar(total: int, done: int, progress: bool) -> Iterator:
+    """A progress bar over environment steps; yields a function that shows a row."""
+    columns = (
+        TextColumn("environment steps"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    notes: dict[str, str] = {}
+    began = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        line = bar.add_task("train", total=total, completed=done, note="")
+
+        def show(steps: int, row: Metrics) -> None:
+            shown = {"train/return": "train", "eval/return": "eval"}
+            notes.update({label: f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row})
+            rate = (steps - done) / max(time.perf_counter() - began, 1e-9)
+            bar.update(line, completed=min(steps, total), note="  ".join([*notes.values(), f"{rate:.0f} steps/s"]))
+
+        yield show
