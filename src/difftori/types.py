@@ -30,6 +30,13 @@ Actions: TypeAlias = Float[Tensor, "B A"]
 Plans: TypeAlias = Float[Tensor, "B H A"]
 Observations: TypeAlias = Shaped[Tensor, "B *S"]
 QValues: TypeAlias = Float[Tensor, "K B"]
+# The same with any leading dimensions: steps of a slice, candidates of a row.
+AnyObservations: TypeAlias = Shaped[Tensor, "..."]
+AnyLatents: TypeAlias = Float[Tensor, "*B Z"]
+AnyActions: TypeAlias = Float[Tensor, "*B A"]
+AnyPlans: TypeAlias = Float[Tensor, "*B H A"]
+AnyValues: TypeAlias = Float[Tensor, "*B"]
+AnyQValues: TypeAlias = Float[Tensor, "K *B"]
 
 Metrics: TypeAlias = dict[str, float]
 

@@ -28,12 +28,14 @@ from difftori.solver import (
 )
 from difftori.types import (
     Actions,
+    AnyActions,
+    AnyObservations,
+    AnyQValues,
     EnvSpec,
     Latents,
     Metrics,
     Observations,
     Plans,
-    QValues,
     RowFlags,
     Rows,
     Scalar,
@@ -104,7 +106,7 @@ class ObservationCritics(nn.Module):
         )
         self.heads = nn.ModuleList(Critics(config.latent_dim, spec.action_dim, config.width, 1) for _ in range(count))
 
-    def forward(self, obs: Observations, action: Actions) -> QValues:
+    def forward(self, obs: AnyObservations, action: AnyActions) -> AnyQValues:
         """(… *S), (… A) → (K …)."""
         return torch.cat([head(encode(obs), action) for encode, head in zip(self.encoders, self.heads, strict=True)])
 
@@ -190,7 +192,7 @@ class DiffTORI(TDMPC):
             return latent.new_zeros(len(latent), length, self.spec.action_dim)
         return self.model.rollout(latent, length, std=self.options.init_std, generator=generator)
 
-    def _padded(self, actions: Plans) -> Plans:
+    def _padded(self, actions: Plans) -> Tensor:
         return nn.functional.pad(actions, (0, 0, 0, self.settings.horizon + 1 - actions.shape[1]))
 
     # Learning
@@ -275,7 +277,7 @@ class DiffTORI(TDMPC):
         rows = (self.step_weights(segment) * errors).sum(0)
         return self.options.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
 
-    def _next_action(self, latent: Tensor, generator: torch.Generator) -> Actions:
+    def _next_action(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """a' of Q̃'s target: π(h(o')) with noise, or the planner's, (T B Z) → (T B A)."""
         if self.options.q_target == "prior":
             return self.model.prior(latent, std=self.settings.std_end, generator=generator)

@@ -190,7 +190,7 @@ class TDMPC(Agent):
         """Standard deviation of exploration after `step` decisions."""
         return self._scheduled(self.settings.std_start, self.settings.std_end, step)
 
-    def _scheduled(self, start: float, end: float, step: int) -> float:
+    def _scheduled(self, start: float | int, end: float | int, step: int) -> float:
         total = self.settings.schedule_steps
         share = min(1.0, step / total) if total else 1.0
         return start + share * (end - start)
@@ -214,7 +214,7 @@ class TDMPC(Agent):
         later = torch.cat([memory["plan"][:, 1:], zeros[:, :1]], 1)
         return torch.where(first[:, None, None], zeros, later)
 
-    def _padded(self, actions: Plans) -> Plans:
+    def _padded(self, actions: Plans) -> Tensor:
         return F.pad(actions, (0, 0, 0, self.settings.horizon - actions.shape[1]))
 
     # Learning

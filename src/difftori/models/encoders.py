@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from difftori.errors import ShapeError
 from difftori.models.nets import mlp
-from difftori.types import Latents, Observations
+from difftori.types import AnyLatents, AnyObservations
 
 
 class StateEncoder(nn.Module):
@@ -18,7 +18,7 @@ class StateEncoder(nn.Module):
         super().__init__()
         self.layers = mlp((obs_dim, hidden, latent_dim), nn.ELU)
 
-    def forward(self, obs: Observations) -> Latents:
+    def forward(self, obs: AnyObservations) -> AnyLatents:
         """(… S) → (… Z)."""
         return self.layers(obs)
 
@@ -38,7 +38,7 @@ class PixelEncoder(nn.Module):
             size = math.prod(self.convolutions(torch.zeros(1, *obs_shape)).shape)
         self.last = nn.Linear(size, latent_dim)
 
-    def forward(self, obs: Observations) -> Latents:
+    def forward(self, obs: AnyObservations) -> AnyLatents:
         """(… C h w) → (… Z)."""
         leading = obs.shape[:-3]
         images = obs.reshape(-1, *obs.shape[-3:]).to(self.last.weight.dtype) / 255.0

@@ -1,11 +1,11 @@
 """The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), which DiffTORI shares."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from difftori.models.encoders import make_encoder
 from difftori.models.nets import mlp
-from difftori.types import Actions, Latents, Observations, QValues, Rows
+from difftori.types import AnyActions, AnyLatents, AnyObservations, AnyPlans, AnyQValues, AnyValues
 
 
 class Critics(nn.Module):
@@ -15,7 +15,7 @@ class Critics(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(_critic(state_dim + action_dim, width) for _ in range(count))
 
-    def forward(self, state: Latents, action: Actions) -> QValues:
+    def forward(self, state: AnyLatents, action: AnyActions) -> AnyQValues:
         """(… Z), (… A) → (K …)."""
         joint = torch.cat((state, action), -1)
         return torch.stack([member(joint).squeeze(-1) for member in self.members])
@@ -57,36 +57,36 @@ class WorldModel(nn.Module):
         silent(self.reward_head)
         self.critics = Critics(latent_dim, action_dim, width)
 
-    def encode(self, obs: Observations) -> Latents:
+    def encode(self, obs: AnyObservations) -> AnyLatents:
         """z = h(o): (… *S) → (… Z)."""
         return self.encoder(obs)
 
-    def next(self, latent: Latents, action: Actions) -> Latents:
+    def next(self, latent: AnyLatents, action: AnyActions) -> AnyLatents:
         """d(z, a): (… Z), (… A) → (… Z)."""
         return self.dynamics(torch.cat((latent, action), -1))
 
-    def reward(self, latent: Latents, action: Actions) -> Rows:
+    def reward(self, latent: AnyLatents, action: AnyActions) -> AnyValues:
         """R(z, a): (… Z), (… A) → (…)."""
         return self.reward_head(torch.cat((latent, action), -1)).squeeze(-1)
 
-    def q(self, latent: Latents, action: Actions) -> QValues:
+    def q(self, latent: AnyLatents, action: AnyActions) -> AnyQValues:
         """Q_k(z, a): (… Z), (… A) → (K …)."""
         return self.critics(latent, action)
 
-    def least_q(self, latent: Latents, action: Actions) -> Rows:
+    def least_q(self, latent: AnyLatents, action: AnyActions) -> AnyValues:
         """min_k Q_k(z, a): (… Z), (… A) → (…)."""
         return self.critics(latent, action).amin(0)
 
-    def prior(self, latent: Latents, *, std: float = 0.0, generator: torch.Generator | None = None) -> Actions:
+    def prior(self, latent: AnyLatents, *, std: float = 0.0, generator: torch.Generator | None = None) -> AnyActions:
         """π(z) in [−1, 1], with Gaussian noise of `std` clipped at ±.3: (… Z) → (… A)."""
         action = torch.tanh(self.policy(latent))
         return action if std == 0 else noisy(action, std, generator)
 
-    def value(self, latent: Latents) -> Rows:
+    def value(self, latent: AnyLatents) -> AnyValues:
         """min_k Q_k(z, π(z)): (… Z) → (…)."""
         return self.least_q(latent, self.prior(latent))
 
-    def rollout(self, latent: Latents, horizon: int, *, std: float, generator: torch.Generator | None) -> Tensor:
+    def rollout(self, latent: AnyLatents, horizon: int, *, std: float, generator: torch.Generator | None) -> AnyPlans:
         """The prior's own actions over `horizon` steps of the model, (… Z) → (… H A)."""
         actions = []
         for step in range(horizon):
@@ -96,7 +96,7 @@ class WorldModel(nn.Module):
         return torch.stack(actions, -2)
 
 
-def noisy(action: Actions, std: float, generator: torch.Generator | None, limit: float = 0.3) -> Actions:
+def noisy(action: AnyActions, std: float, generator: torch.Generator | None, limit: float = 0.3) -> AnyActions:
     """action + N(0, std²) clipped at ±limit, kept within [−1, 1]."""
     noise = torch.randn(action.shape, generator=generator, dtype=action.dtype, device=action.device)
     return (action + (std * noise).clamp(-limit, limit)).clamp(-1.0, 1.0)

@@ -1,0 +1,133 @@
+"""The term that makes DiffTORI: its gradient, its schedules, its options."""
+
+import pytest
+import torch
+
+from difftori.errors import ConfigError
+from tests.agents.test_every_agent import STATES, TINY, act, build, segment
+
+
+def lively(**settings):
+    agent = build("difftori", **settings)
+    g = torch.Generator().manual_seed(7)
+    for parameter in agent.parameters():
+        parameter.data.normal_(std=0.3, generator=g)
+    return agent
+
+
+@pytest.mark.parametrize(
+    "options", [{"adjoint": "unrolled"}, {"adjoint": "implicit", "pg_steps": 200}, {"terminal": "action"}]
+)
+def test_the_gradient_through_the_solve_is_right(options):
+    # From zero: the start counts as a constant, which differences of a prior's rollout would not know.
+    agent = lively(init="zero", **options).double()
+    agent.model.reward_head[-1].weight.data *= 0.1
+    obs = torch.randn(80, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(0)
+    if options.get("adjoint") == "implicit":  # it promises something at strict optima only
+        obs = obs[agent._differentiable_plan(obs, g)[1].gradient_valid]
+        assert len(obs) >= 3
+    loss = agent.policy_gradient_loss(obs, g)
+    gradient = dict(zip(_names(agent), agent.pg_descent.gradient(loss), strict=True))
+    for name, parameter in agent.model.named_parameters():
+        if name not in ("reward_head.0.weight", "dynamics.4.bias", "encoder.layers.0.bias"):
+            continue
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=g)
+        ends = []
+        for sign in (1, -1):
+            parameter.data.add_(direction, alpha=sign * 1e-6)
+            ends.append(agent.policy_gradient_loss(obs, g).item())
+            parameter.data.sub_(direction, alpha=sign * 1e-6)
+        slope = (ends[0] - ends[1]) / 2e-6
+        found = (gradient[name] * direction).sum().item()
+        assert found == pytest.approx(slope, rel=2e-3, abs=1e-7), name
+
+
+def _names(agent):
+    learned = {"encoder": "encoder", "dynamics": "dynamics", "reward": "reward_head", "q": "critics"}
+    return [f"{learned[n]}.{p}" for n, net in agent.pg_descent.networks.items() for p, _ in net.named_parameters()]
+
+
+def test_an_episode_is_the_sum_of_its_states():
+    episode = torch.randn(9, 5, generator=torch.Generator().manual_seed(2))
+    summed, single = lively(init_std=0.0), lively(init_std=0.0)
+    summed.updates = single.updates = 1
+    parts = [single.pg_descent.gradient(single.policy_gradient_loss(o[None], torch.Generator())) for o in episode]
+    total = [sum(p) for p in zip(*parts, strict=True)]
+    single.pg_descent.step(total)
+    summed.end_episode(episode, generator=torch.Generator())
+    for a, b in zip(summed.model.parameters(), single.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+
+
+def test_the_term_moves_only_what_it_may():
+    agent = lively(pg_networks=("reward",))
+    agent.updates = 1
+    before = {n: p.clone() for n, p in agent.named_parameters()}
+    agent.end_episode(torch.randn(4, 5), generator=torch.Generator().manual_seed(0))
+    moved = {n.split(".")[1] for n, p in agent.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"reward_head"}
+
+
+@pytest.mark.parametrize("pg", ["off", "replay", "per-step", "per-episode"])
+def test_when_the_term_acts(pg):
+    agent = lively(pg=pg)
+    g = torch.Generator().manual_seed(0)
+    _, metrics = agent.update(segment(), generator=g)
+    assert ("pg_loss" in metrics) == (pg == "replay")
+    assert bool(agent.end_episode(segment().obs[:, 0], generator=g)) == pg.startswith("per-")
+
+
+def test_a_shared_optimiser_needs_replay():
+    with pytest.raises(ConfigError, match="shared needs pg: replay"):
+        build("difftori", pg="per-episode", pg_optimizer="shared")
+    agent = build("difftori", pg="replay", pg_optimizer="shared")
+    _, metrics = agent.update(segment(), generator=torch.Generator().manual_seed(0))
+    assert "pg_loss" in metrics
+
+
+@pytest.mark.parametrize(
+    "options", [{"terminal": "action"}, {"init": "zero"}, {"init": "previous"}, {"q_target": "planner"}]
+)
+def test_options_act_and_learn(options):
+    agent = lively(**options)
+    obs = segment().obs[0]
+    _, memory = act(agent, obs)
+    actions, _ = act(agent, obs, memory, first=torch.zeros(8, dtype=torch.bool), explore=True)
+    assert actions.abs().max() <= 1
+    agent.update(segment(), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_reference_planner_is_the_release():
+    spec = type(STATES)("dmc:cheetah-run", (5,), "float32", 2, 1000, 2)
+    from difftori.components import find_agent
+
+    kind = find_agent("difftori")
+    agent = kind(kind.Config(**TINY, planner="reference"), spec)
+    agent.updates = 1
+    actions, _ = act(agent, torch.randn(2, 5))
+    assert actions.abs().max() <= 1
+    assert "pg_loss" in agent.end_episode(torch.randn(3, 5), generator=torch.Generator().manual_seed(0))
+
+
+def test_planning_beats_the_prior_in_the_model():
+    agent = lively()
+    obs = segment().obs[0]
+    latent = agent.model.encode(obs)
+    start = agent.model.rollout(latent, 3, std=0.0, generator=None)
+    from difftori.solver import Detached
+
+    actions, solution = agent.plan(latent, 3, start, Detached(), 20)
+    objective = agent.objective(latent, 3)
+    assert (solution.cost <= objective.cost(start.flatten(1)) + 1e-6).all()
+    assert (solution.cost < objective.cost(start.flatten(1)) - 1e-3).any()
+
+
+def test_diagnoses_and_judgements_are_finite():
+    agent = lively()
+    g = torch.Generator().manual_seed(0)
+    found = agent.diagnose(segment(), generator=g)
+    assert {"ratio/encoder", "cosine/q", "free", "valid", "gain"} <= found.keys()
+    assert all(abs(v) < 1e9 for v in found.values())
+    judged = agent.judge(torch.randn(40, 5), torch.rand(40, 2), torch.rand(40))
+    assert -1 <= judged["obs_q_correlation"] <= 1

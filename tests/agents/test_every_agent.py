@@ -1,0 +1,140 @@
+"""What every agent of the package must do, whoever adds it."""
+
+import pytest
+import torch
+
+from difftori.agents import find_agents
+from difftori.components import find_agent
+from difftori.errors import ConfigError, NonFiniteError
+from difftori.training.checkpoint import pack, weights_digest
+from difftori.types import EnvSpec, Segment
+
+AGENTS = sorted(find_agents())
+STATES = EnvSpec("probe:tiny", (5,), "float32", 2, 100, 1)
+PIXELS = EnvSpec("probe:pictures", (9, 84, 84), "uint8", 2, 100, 1)
+TINY = {"width": 16, "encoder_width": 16, "latent_dim": 8, "batch_size": 8, "horizon": 3, "samples": 16, "elites": 4}
+
+
+def build(name: str, spec: EnvSpec = STATES, **settings):
+    torch.manual_seed(0)
+    kind = find_agent(name)
+    return kind(kind.Config(**{**TINY, "prior_samples": 2, "channels": 4, **settings}), spec)
+
+
+def segment(spec: EnvSpec = STATES, *, steps: int = 3, rows: int = 8, seed: int = 0) -> Segment:
+    g = torch.Generator().manual_seed(seed)
+    shape = (steps + 1, rows, *spec.obs_shape)
+    pixels = spec.obs_dtype == "uint8"
+    obs = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8) if pixels else torch.randn(shape, generator=g)
+    return Segment(
+        obs,
+        2 * torch.rand(steps, rows, spec.action_dim, generator=g) - 1,
+        torch.rand(steps, rows, generator=g),
+        torch.zeros(steps, rows, dtype=torch.bool),
+        torch.ones(steps, rows),
+        torch.ones(rows),
+        torch.arange(rows),
+    )
+
+
+def act(agent, obs, memory=None, *, first=None, step=30_000, explore=False, seed=0):
+    first = torch.ones(len(obs), dtype=torch.bool) if first is None else first
+    generator = torch.Generator().manual_seed(seed)
+    return agent.act(obs, memory, first=first, step=step, explore=explore, generator=generator)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("spec", [STATES, PIXELS], ids=["state", "pixels"])
+def test_acts_in_the_box_and_learns(name, spec):
+    agent = build(name, spec, lr=1e-2)
+    batch = segment(spec)
+    actions, memory = act(agent, batch.obs[0], explore=True)
+    assert actions.shape == (8, 2)
+    assert actions.abs().max() <= 1
+    assert not actions.requires_grad
+    again, _ = act(agent, batch.obs[0], memory, first=torch.zeros(8, dtype=torch.bool))
+    assert again.isfinite().all()
+    g = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(30):
+        priorities, metrics = agent.update(batch, generator=g)
+        losses.append(metrics["reward_loss"])
+    assert priorities.shape == (8,)
+    assert priorities.isfinite().all()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_row_acts_alone_as_in_company(name):
+    agent = build(name)
+    for _ in range(3):
+        agent.update(segment(), generator=torch.Generator().manual_seed(0))
+    obs = segment().obs[0]
+    settings = {} if name == "tdmpc" else {"init_std": 0.0}
+    agent = build(name, **settings, prior_samples=0)
+    together, _ = act(agent, obs)
+    if name == "tdmpc":  # its elites are drawn row by row from one generator: the first row draws first
+        alone = act(agent, obs[:1])[0]
+        torch.testing.assert_close(alone, together[:1], atol=1e-5, rtol=0)
+    else:
+        alone = torch.cat([act(agent, row[None])[0] for row in obs])
+        torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_first_row_forgets_the_last_episode(name):
+    agent = build(name)
+    obs = segment().obs[0][:2]
+    _, memory = act(agent, obs)
+    first = torch.ones(2, dtype=torch.bool)
+    torch.testing.assert_close(act(agent, obs, memory, first=first)[0], act(agent, obs)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_goes_on_exactly_from_its_saved_state(name):
+    def run(agent, count, generator):
+        for index in range(count):
+            agent.update(segment(seed=index), generator=generator)
+            agent.end_episode(segment(seed=index).obs[:, 0], generator=generator)
+
+    whole, part = build(name), build(name)
+    g, h = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    run(whole, 3, g)
+    run(part, 3, h)
+    assert weights_digest(whole) == weights_digest(part)
+    pack({"weights": part.state_dict(), "training": part.training_state()})  # can be written as a checkpoint
+    resumed = build(name)
+    resumed.load_state_dict(part.state_dict())
+    resumed.load_training_state(part.training_state())
+    run(whole, 3, g)
+    run(resumed, 3, h)
+    assert weights_digest(whole) == weights_digest(resumed)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_nan_leaves_the_weights_and_ends_with_a_name(name):
+    agent = build(name)
+    batch = segment()
+    batch.rewards[0, 0] = float("nan")
+    before = [p.clone() for p in agent.descent.parameters]
+    g = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        agent.update(batch, generator=g)
+    assert all(torch.equal(p, old) for p, old in zip(agent.descent.parameters, before, strict=True))
+    with pytest.raises(NonFiniteError, match="reward"):
+        agent.update(batch, generator=g)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_presets_are_defaults(name):
+    config = find_agent(name).Config
+    assert config(preset="compact").width == 128
+    assert config(preset="compact", width=7).width == 7
+    assert config().width == 512
+    with pytest.raises(ValueError, match="preset 'huge' is unknown"):
+        config(preset="huge")
+
+
+def test_an_unknown_agent_is_named():
+    with pytest.raises(ConfigError, match="perhaps you meant 'tdmpc'"):
+        find_agent("tdmpcc")

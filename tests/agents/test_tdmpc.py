@@ -1,0 +1,73 @@
+"""TD-MPC's loss against the sum written out, and its schedules."""
+
+import torch
+
+from tests.agents.test_every_agent import act, build, segment
+
+
+def test_the_loss_is_equation_3_written_out():
+    agent = build("tdmpc")
+    g = torch.Generator().manual_seed(3)
+    for parameter in agent.parameters():
+        parameter.data.normal_(std=0.2, generator=g)
+    batch = segment()
+    batch.terminated[1, 2] = True
+    batch.mask[2, 3] = 0
+    batch.weights[:] = torch.rand(8, generator=g)
+    loss = agent.loss(batch, batch.obs, torch.Generator().manual_seed(5))
+    model, target, s = agent.model, agent.target, agent.settings
+    noise = torch.Generator().manual_seed(5)
+    all_next = model.prior(model.encode(batch.obs[1:]), std=s.std_end, generator=noise)
+    total = 0.0
+    for row in range(8):
+        z = model.encode(batch.obs[0, row])
+        for t in range(3):
+            a = batch.actions[t, row]
+            following = batch.obs[t + 1, row]
+            q_next = target.q(model.encode(following), all_next[t, row]).min()
+            going_on = 0.0 if batch.terminated[t, row] else 1.0
+            goal = batch.rewards[t, row] + s.discount * going_on * q_next
+            term = s.value_coef * ((model.q(z, a) - goal.detach()) ** 2).sum()
+            term = term + s.reward_coef * (model.reward(z, a) - batch.rewards[t, row]) ** 2
+            z = model.next(z, a)
+            term = term + s.consistency_coef * ((z - target.encode(following)) ** 2).mean()
+            total = total + batch.weights[row] * s.rho**t * batch.mask[t, row] * term / (8 * 3)
+    torch.testing.assert_close(loss.total, total)
+
+
+def test_schedules_run_from_start_to_end():
+    agent = build("tdmpc", horizon=5)
+    assert [agent.plan_horizon(step) for step in (0, 12_500, 25_000, 99_999)] == [1, 3, 5, 5]
+    assert agent.exploration(0) == 0.5
+    assert abs(agent.exploration(25_000) - 0.05) < 1e-12
+
+
+def test_the_target_follows_slowly():
+    agent = build("tdmpc", ema=0.5, ema_every=2)
+    before = agent.target.encoder.layers[0].weight.clone()
+    agent.update(segment(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(agent.target.encoder.layers[0].weight, before)
+    agent.update(segment(), generator=torch.Generator().manual_seed(0))
+    expected = 0.5 * before + 0.5 * agent.model.encoder.layers[0].weight
+    torch.testing.assert_close(agent.target.encoder.layers[0].weight, expected)
+
+
+def test_the_prior_learns_without_moving_the_model():
+    agent = build("tdmpc")
+    agent.model.critics.members[0][-1].weight.data.normal_()
+    critics = [p.clone() for p in agent.model.critics.parameters()]
+    policy = [p.clone() for p in agent.model.policy.parameters()]
+    agent._update_prior(torch.randn(4, 8, 8), torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(critics, agent.model.critics.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(policy, agent.model.policy.parameters(), strict=True))
+
+
+def test_planning_finds_what_the_model_promises():
+    agent = build("tdmpc", horizon=1, samples=256, elites=16)
+    agent.model.reward_head[-1].weight.data.normal_()
+    obs = segment().obs[0]
+    latent = agent.model.encode(obs)
+    best, _ = act(agent, obs)
+    random = 2 * torch.rand(200, 8, 2) - 1
+    worth = agent.model.reward(latent.expand(200, 8, 8), random)
+    assert (agent.model.reward(latent, best) >= worth.quantile(0.9, dim=0)).all()
