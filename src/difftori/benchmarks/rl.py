@@ -1,0 +1,226 @@
+"""Where the time of reinforcement learning goes: deciding, stepping, sampling and updating, DiffTORI beside TD-MPC.
+
+All parts of all contestants run in turn, in rotating order; medians and quartiles in milliseconds, on `threads` threads.
+Networks are freshly initialised and the replay buffer holds random episodes of the environment, which changes no time: every
+solve takes its full number of steps. The environment's own step is measured once, for it is the same for all.
+"""
+
+import csv
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
+
+from difftori.components import find_agent
+from difftori.data.replay import Replay
+from difftori.envs.base import env_spec
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.interfaces import Agent
+from difftori.training.experience import Collector, open_env
+from difftori.training.rl_config import parse_rl_config
+from difftori.training.run import seeded
+from difftori.training.versions import versions
+from difftori.types import EnvSpec
+
+_TRAINED = 30_000
+"""Decisions after which the schedules have ended: planning horizon at its longest."""
+
+
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    env: str = "dmc:cheetah-run"
+    """As for `difftori train`."""
+    obs: Literal["state", "pixels"] = "state"
+    """What is seen."""
+    preset: str = "paper"
+    """The agents' preset."""
+    num_envs: PositiveInt = 1
+    """Environments that are acted in at once."""
+    repeats: PositiveInt = 15
+    """Interleaved repeats."""
+    episodes: PositiveInt = 2
+    """Random episodes in the replay buffer."""
+    device: str = "cpu"
+    """Where the agents compute."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    seed: int = Field(0, ge=0)
+    """Of the networks and the episodes."""
+    out: Path = Path("benchmarks/results")
+    """Where `rl-OBS-PRESET.csv` and `.json` go."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An agent with some settings, under the name that the table shows."""
+
+    name: str
+    agent: str
+    settings: dict[str, Any]
+
+
+CONTESTANTS = (
+    Contestant("tdmpc", "tdmpc", {}),
+    Contestant("difftori pg=off", "difftori", {"pg": "off"}),
+    Contestant("difftori pg=per-episode", "difftori", {"pg": "per-episode"}),
+    Contestant("difftori pg=replay", "difftori", {"pg": "replay"}),
+)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure, write `rl-OBS-PRESET.csv` and `.json` to `out`, and return the table."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _measure(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(config: Config) -> list[dict[str, Any]]:
+    settings = {"preset": config.preset}
+    base = parse_rl_config(
+        {"agent": "tdmpc", "env": config.env, "obs": config.obs, "seed": config.seed, "settings": settings}
+    )
+    env = open_env(base, config.num_envs)
+    try:
+        spec = env_spec(env)
+        agents = {c.name: _agent(c, spec, config) for c in CONTESTANTS}
+        parts, seconds_of_step = _parts(agents, env, spec, config)
+    finally:
+        env.close()
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in parts}
+    for job in parts.values():
+        job()  # the first call of each is not counted
+    keys = list(parts)
+    with Progress(BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+        for repeat in progress.track(range(config.repeats)):
+            shift = repeat % len(keys)
+            for key in keys[shift:] + keys[:shift]:
+                samples[key].append(_milliseconds(parts[key], config.device))
+    rows = _table(samples, seconds_of_step, agents, config)
+    _write(config, rows, samples)
+    shown = ("contestant", "act_ms", "update_ms", "episode_ms", "decision_ms", "training_ratio")
+    return [{n: row[n] if isinstance(row[n], str) else f"{row[n]:.3g}" for n in shown} for row in rows]
+
+
+def _agent(contestant: Contestant, spec: EnvSpec, config: Config) -> Agent:
+    torch.manual_seed(config.seed)
+    kind = find_agent(contestant.agent)
+    return kind(kind.Config(**{"preset": config.preset, **contestant.settings}), spec).to(config.device)
+
+
+def _parts(
+    agents: dict[str, Agent], env: CheckedVectorEnv, spec: EnvSpec, config: Config
+) -> tuple[dict[tuple[str, str], Callable[[], object]], float]:
+    """What is timed, by contestant and part, and the milliseconds of one environment step by all copies."""
+    first_agent = next(iter(agents.values()))
+    replay = Replay(
+        config.episodes * config.num_envs * (spec.max_decisions or 1000) + 1,
+        obs_shape=spec.obs_shape,
+        obs_dtype=spec.obs_dtype,
+        action_dim=spec.action_dim,
+        length=first_agent.config.horizon,
+        stack=3 if len(spec.obs_shape) == 3 else 1,
+        num_rows=config.num_envs,
+        device=config.device,
+    )
+    collector = Collector(env, replay, config.seed)
+    collector.begin()
+    noise = seeded(config.seed, "random actions")
+    ended = []
+    while len(ended) < config.episodes * config.num_envs:
+        ended += collector.step(lambda obs, *_: (2 * torch.rand(len(obs), spec.action_dim, generator=noise) - 1, {}))
+    episode = torch.from_numpy(ended[0].obs).to(config.device)
+    obs = torch.from_numpy(np.stack([e.obs[0] for e in (ended * config.num_envs)[: config.num_envs]])).to(config.device)
+    first = torch.ones(config.num_envs, dtype=torch.bool, device=config.device)
+    sampling, learning = seeded(0, "sampling"), seeded(0, "learning", config.device)
+    parts: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, agent in agents.items():
+        segment = replay.sample(agent.batch_size, generator=sampling)
+
+        def act(agent: Agent = agent) -> object:
+            return agent.act(obs, None, first=first, step=_TRAINED, explore=True, generator=learning)
+
+        def update(agent: Agent = agent, segment=segment) -> object:
+            return agent.update(segment, generator=learning)
+
+        def sample(agent: Agent = agent) -> object:
+            return replay.sample(agent.batch_size, generator=sampling)
+
+        def end_episode(agent: Agent = agent) -> object:
+            return agent.end_episode(episode, generator=learning)
+
+        parts |= {(name, "act"): act, (name, "update"): update, (name, "sample"): sample}
+        if getattr(agent.config, "pg", "off").startswith("per-"):
+            update()  # before the first update an episode teaches nothing
+            parts[name, "end_episode"] = end_episode
+    step = 1e3 * collector.seconds["environment"] / max(collector.decisions // config.num_envs, 1)
+    return parts, step
+
+
+def _milliseconds(job: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
+    job()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _table(
+    samples: dict[tuple[str, str], list[float]], environment: float, agents: dict[str, Agent], config: Config
+) -> list[dict[str, Any]]:
+    """One row per contestant. `decision ms`: everything that one decision of one environment costs in training."""
+    median = {key: statistics.median(values) for key, values in samples.items()}
+    rows: list[dict[str, Any]] = []
+    for name, agent in agents.items():
+        act, update, sample = (median[name, part] for part in ("act", "update", "sample"))
+        length = 1000 if agent.spec.max_decisions is None else agent.spec.max_decisions
+        episode = median.get((name, "end_episode"), 0.0) / length
+        learning = agent.config.updates_per_step * (sample + update) + episode
+        total = (act + environment) / config.num_envs + learning
+        rows.append(
+            {
+                "contestant": name,
+                "act_ms": act,
+                "environment_ms": environment,
+                "sample_ms": sample,
+                "update_ms": update,
+                "episode_ms": median.get((name, "end_episode"), 0.0),
+                "decision_ms": total,
+                "act_ratio": act / median["tdmpc", "act"],
+                "update_ratio": update / median["tdmpc", "update"],
+            }
+        )
+    for row in rows:
+        row["training_ratio"] = row["decision_ms"] / rows[0]["decision_ms"]
+    return rows
+
+
+def _write(config: Config, rows: list[dict[str, Any]], samples: dict[tuple[str, str], list[float]]) -> None:
+    config.out.mkdir(parents=True, exist_ok=True)
+    stem = config.out / f"rl-{config.obs}-{config.preset}"
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: v if isinstance(v, str) else f"{v:.5g}" for k, v in row.items()} for row in rows)
+    record = {
+        "config": config.model_dump(mode="json"),
+        "versions": versions(config.device),
+        "load_average": os.getloadavg(),
+        "raw_ms": {f"{name}: {part}": [round(v, 4) for v in values] for (name, part), values in samples.items()},
+    }
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
