@@ -69,6 +69,21 @@ def test_the_term_moves_only_what_it_may():
     assert moved == {"reward_head"}
 
 
+def test_a_correction_changes_the_plan_and_nothing_that_eq_3_learns():
+    agent = lively(pg_networks=("correction",), init="zero")
+    agent.updates = 1
+    obs = segment().obs[0]
+    before, model = act(agent, obs)[0], {n: p.clone() for n, p in agent.model.named_parameters()}
+    for _ in range(20):
+        agent.end_episode(obs, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(act(agent, obs)[0], before)
+    assert all(torch.equal(p, model[n]) for n, p in agent.model.named_parameters())
+    loss = agent.loss(segment(), segment().obs, torch.Generator().manual_seed(0)).total
+    assert agent.correction is not None
+    grads = torch.autograd.grad(loss, list(agent.correction.parameters()), allow_unused=True)
+    assert grads == (None,) * 4
+
+
 @pytest.mark.parametrize("pg", ["off", "replay", "per-step", "per-episode"])
 def test_when_the_term_acts(pg):
     agent = lively(pg=pg)

@@ -4,7 +4,7 @@ import copy
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from difftori.agents._descent import Descent, follow
@@ -12,7 +12,8 @@ from difftori.agents.tdmpc import TDMPC, ModelLoss, TDMPCConfig
 from difftori.errors import ConfigError
 from difftori.interfaces import Memory
 from difftori.models.encoders import make_encoder
-from difftori.models.world_model import Critics
+from difftori.models.nets import mlp
+from difftori.models.world_model import Critics, silent
 from difftori.planning import ActionReturnObjective, Planner, ReturnObjective
 from difftori.solver import (
     Adjoint,
@@ -43,6 +44,7 @@ from difftori.types import (
 )
 
 _ROWS_AT_ONCE = 256
+_MODEL = ("encoder", "dynamics", "reward", "q")
 
 
 class DiffTORIConfig(TDMPCConfig):
@@ -69,8 +71,17 @@ class DiffTORIConfig(TDMPCConfig):
     """Updates from one step to the next with `replay`."""
     pg_after: int = Field(0, ge=0)
     """Updates before the first."""
-    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = ("encoder", "dynamics", "reward", "q")
-    """What the term may move."""
+    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q", "correction"], ...] = _MODEL
+    """What the term may move. `correction`: a score of (z, a) of its own, added to R in the planner's objective and nowhere
+    else, so that the term has something to learn that Eq. 3 does not contradict; ours."""
+
+    @field_validator("pg_networks")
+    @classmethod
+    def _something_to_move(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("name at least one network, or set pg: off")
+        return names
+
     planner: Literal["fast", "reference"] = "fast"
     """`fast`: spectral projected gradient in the box. `reference`: the release's Levenberg–Marquardt, truncated after 5."""
     plan_steps: int = Field(6, ge=1)
@@ -128,7 +139,13 @@ class DiffTORI(TDMPC):
         self.settings = config
         if config.pg_optimizer == "shared" and config.pg != "replay":
             raise ConfigError([f"pg_optimizer: shared needs pg: replay, not {config.pg!r}"])
-        networks = {name: network for name, network in super()._learned().items() if name in config.pg_networks}
+        self.correction: nn.Sequential | None = None
+        movable = super()._learned()
+        if "correction" in config.pg_networks:
+            self.correction = mlp((config.latent_dim + spec.action_dim, config.width, 1), nn.ELU)
+            silent(self.correction)
+            movable["correction"] = self.correction
+        networks = {name: network for name, network in movable.items() if name in config.pg_networks}
         self.pg_descent = Descent(networks, config.pg_lr or self.lr, config.pg_clip_norm)
 
     def _learned(self) -> dict[str, nn.Module]:
@@ -177,13 +194,16 @@ class DiffTORI(TDMPC):
         return plan.actions, plan.solution
 
     def objective(self, latent: Latents, horizon: int) -> ReturnObjective:
-        """Eq. 4, with π(z_H) or with a_H."""
+        """Eq. 4, with π(z_H) or with a_H; R with its correction where there is one."""
+        model, size, discount = self.model, self.spec.action_dim, self.settings.discount
+        reward = model.reward if self.correction is None else self._corrected_reward
         if self.options.terminal == "prior":
-            return super().objective(latent, horizon)
-        model, discount = self.model, self.settings.discount
-        return ActionReturnObjective(
-            model.next, model.reward, model.least_q, latent, horizon + 1, self.spec.action_dim, discount
-        )
+            return ReturnObjective(model.next, reward, model.value, latent, horizon, size, discount)
+        return ActionReturnObjective(model.next, reward, model.least_q, latent, horizon + 1, size, discount)
+
+    def _corrected_reward(self, latent: Tensor, action: Tensor) -> Tensor:
+        assert self.correction is not None
+        return self.model.reward(latent, action) + self.correction(torch.cat((latent, action), -1)).squeeze(-1)
 
     @torch.no_grad()
     def _start(self, latent: Latents, horizon: int, generator: torch.Generator) -> Plans:
