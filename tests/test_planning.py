@@ -5,7 +5,7 @@ import torch
 
 import difftori
 from difftori import EnergyObjective, Planner, ReturnObjective, plan
-from difftori.errors import NonFiniteError, ShapeError
+from difftori.errors import BoxError, NonFiniteError, ShapeError
 from difftori.solver import ILQR, MPPI, Box, Detached, ProjectedGradient
 from tests.solver.problems import F64, lqr
 
@@ -92,6 +92,26 @@ def test_bounds_per_action_and_per_step():
     assert bool((actions.abs() <= high).all())
     tight = plan(dynamics, reward, None, state, zeros, low=torch.tensor([-0.05]), high=torch.tensor([0.05])).actions
     assert float(tight.abs().max()) <= 0.05 + 1e-9
+
+
+def test_bounds_per_row():
+    dynamics, reward = double_integrator(1.0)
+    state, zeros = torch.ones(3, 2, dtype=F64), torch.zeros(3, 4, 1, dtype=F64)
+    high = torch.tensor([0.1, 0.2, 0.3], dtype=F64)[:, None, None].expand(3, 4, 1)
+    actions = plan(dynamics, reward, None, state, zeros, low=-high, high=high).actions
+    torch.testing.assert_close(actions.abs().amax((1, 2)), high[:, 0, 0])
+
+
+def test_bounds_and_candidates_of_another_shape():
+    dynamics, reward = double_integrator(1.0)
+    state, zeros = torch.ones(3, 2), torch.zeros(3, 4, 1)
+    for shape in ((5,), (3, 1), (2, 4, 1)):
+        with pytest.raises(BoxError, match=r"low has shape .* \(B H A\) = \(3, 4, 1\)"):
+            plan(dynamics, reward, None, state, zeros, low=-torch.ones(shape), high=torch.ones(shape))
+    objective = ReturnObjective(dynamics, reward, None, state, 4, 1)
+    for shape in ((2, 4), (5, 3, 4), (5, 2, 4, 1)):
+        with pytest.raises(ShapeError, match=r"candidates have shape .*\(3, 4, 1\)"):
+            Planner(MPPI(), Detached()).plan(objective, zeros, candidates=torch.zeros(shape))
 
 
 def test_wrong_shapes_are_named():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from difftori.errors import NonFiniteError, ShapeError, SolverError
+from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
 from difftori.solver import (
     Adjoint,
     Box,
@@ -210,13 +210,19 @@ class Planner:
         """Solve from init_actions (B H A), projected onto the box first. `candidates` (K B H A) as for `solve`.
 
         Raises:
-            ShapeError: the actions do not fit the objective's rows, horizon and action dimension.
+            ShapeError: the actions or candidates do not fit the objective's rows, horizon and action dimension.
+            BoxError: the planner's bounds do not fit the actions.
             NonFiniteError: with `throw`, a row's cost or gradient is NaN or Inf.
         """
         expected = (objective.state.shape[0], objective.horizon, objective.action_dim)
         if tuple(init_actions.shape) != expected:
             raise ShapeError(
                 f"Planner.plan: init_actions have shape {tuple(init_actions.shape)}, the objective wants (B H A) = {expected}."
+            )
+        if candidates is not None and tuple(candidates.shape[1:]) != expected:
+            raise ShapeError(
+                f"Planner.plan: candidates have shape {tuple(candidates.shape)}, the objective wants (K B H A) with "
+                f"(B H A) = {expected}."
             )
         box = self._flat_box(init_actions)
         solution = solve(
@@ -237,13 +243,21 @@ class Planner:
         return Plan(objective.plan(solution.x), solution)
 
     def _flat_box(self, actions: Plans) -> Box:
-        """Bounds given as numbers, per action (A), or per step (H A), for the flat variables (H·A)."""
+        """Bounds given as numbers, per action (A), per step (H A) or per row (B H A), for the flat variables (H·A)."""
 
-        def flat(bound: Bound) -> Bound:
+        def flat(bound: Bound, name: str) -> Bound:
             tensor = torch.as_tensor(bound, dtype=actions.dtype, device=actions.device)
-            return tensor if tensor.dim() == 0 else tensor.expand(actions.shape[1:]).reshape(-1)
+            if tensor.dim() == 0:
+                return tensor
+            try:
+                return tensor.expand(actions.shape if tensor.dim() == 3 else actions.shape[1:]).flatten(-2)
+            except RuntimeError as error:
+                raise BoxError(
+                    f"Planner: {name} has shape {tuple(tensor.shape)}, which does not fit actions (B H A) = "
+                    f"{tuple(actions.shape)}; give a number, (A), (H A) or (B H A)."
+                ) from error
 
-        return Box(flat(self.box.low), flat(self.box.high))
+        return Box(flat(self.box.low, "low"), flat(self.box.high, "high"))
 
 
 def _raise_if_unsound(solution: Solution) -> None:
@@ -281,7 +295,7 @@ def plan(
         terminal_value: state (B S) → (B), or None.
         state: where each of the B plans starts, (B S).
         init_actions: the first guess, (B H A); its shape sets the horizon.
-        low, high: action bounds: numbers, (A) or (H A).
+        low, high: action bounds: numbers, (A), (H A) or (B H A).
         discount: γ.
         solver: `ProjectedGradient(window=5, polish=1)` unless given; `ILQR()` suits smooth known dynamics and long horizons.
         adjoint: how the plan is differentiated; `Implicit()` unless given.

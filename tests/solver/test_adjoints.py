@@ -15,6 +15,7 @@ from difftori.solver import (
     Newton,
     ProjectedGradient,
     Status,
+    TrajectoryObjective,
     Truncated,
     Unrolled,
     check_gradients,
@@ -253,6 +254,54 @@ def test_unrolled_rows_that_stand_still_have_finite_gradients():
             case.objective, at_optimum, box=case.box, solver=solver, adjoint=Truncated(3), max_steps=5, tolerance=0.0
         )
         assert all(bool(torch.isfinite(g).all()) for g in gradients(case, solution) if g is not None)
+
+
+@pytest.mark.parametrize("solver", [ILQR(), ILQR(second_order=True)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_unrolled_ilqr_of_one_time_step(steps, solver):
+    """State and plan are constants here, and yet the last state depends on the dynamics' parameters."""
+
+    class OneStep(TrajectoryObjective):
+        state = torch.tensor([[0.5], [1.0]], dtype=F64)
+        horizon = action_dim = 1
+        discount = 0.9
+        gain = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+        def next(self, state, action):
+            return state + self.gain * torch.sin(action)
+
+        def stage_cost(self, state, action):
+            return 0.3 * action.square().sum(-1)
+
+        def terminal_cost(self, state):
+            return (state.square() + 0.3 * state.pow(4)).sum(-1)
+
+    check = check_gradients(
+        OneStep(), torch.full((2, 1), 0.1, dtype=F64), solver=solver, adjoint=Unrolled(), max_steps=steps
+    )
+    assert check.relative_error < 1e-6, check
+
+
+def test_unrolled_cem_with_one_elite_has_a_finite_gradient():
+    x0 = torch.full((2, 3), 0.1, dtype=F64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    solver = CEM(samples=16, elites=1)
+    solution = solve(
+        lambda x: (x - 0.3).square().sum(-1), x0, solver=solver, adjoint=Unrolled(), max_steps=3, generator=generator
+    )
+    (grad,) = torch.autograd.grad(solution.x.sum(), x0)
+    assert bool(torch.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Truncated(2), Implicit()])
+@pytest.mark.parametrize("solver", [ProjectedGradient(polish=1), Adam(), MPPI(samples=16, elites=4)])
+def test_only_x_carries_a_graph(solver, adjoint):
+    case = quadratic()
+    solution = solve(case.objective, case.x0, solver=solver, adjoint=adjoint, box=case.box, max_steps=4)
+    assert solution.x.requires_grad
+    state = solution.state
+    rest = [solution.cost, solution.grad_norm, state.cost, *state.memory, *([] if state.grad is None else [state.grad])]
+    assert not any(t.requires_grad for t in rest)
 
 
 def test_gradients_reach_the_start_through_unrolling():

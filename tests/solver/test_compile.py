@@ -39,6 +39,20 @@ for solver, adjoint in pairs:
         assert len(found[0][1]) == len(found[1][1])
         for a, b in zip(*(g for _, g in found), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+from difftori.errors import ObjectiveError, SolverError
+from difftori.solver import CEM, ILQR, GaussNewton, Newton
+state, start = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
+for solver, options in ((Newton(), {}), (ILQR(), {}), (CEM(8, 2), dict(generator=torch.Generator()))):
+    try:
+        solve(objective(state), start, solver=solver, max_steps=2, compile=True, **options)
+    except SolverError as error:
+        assert "cannot trace" in str(error)
+    else:
+        raise AssertionError(f"{solver} is compiled: the documentation says that it cannot be")
+try:
+    solve(lambda x: x.square(), start, compile=True)
+except ObjectiveError as error:
+    assert "one cost per row" in str(error)
 print("equal")
 """
 

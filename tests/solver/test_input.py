@@ -117,9 +117,22 @@ def test_negative_budget():
         solve(bowl, X0, max_steps=-1)
 
 
-def test_candidates_of_another_shape():
+def test_candidates_of_another_shape_or_dtype():
     with pytest.raises(ShapeError, match="candidates"):
         solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 2, 2))
+    with pytest.raises(ShapeError, match=r"float64 and x0 is torch.float32.*candidates.to\(x0\)"):
+        solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", [ProjectedGradient(), CEM(), MPPI()])
+@pytest.mark.parametrize("grad", [True, False])
+def test_costs_in_another_precision_or_shape(solver, grad):
+    target = torch.full((2,), 0.5, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ObjectiveError, match=r"torch.float64 for x in torch.float32"):
+            solve(lambda x: (x - target).square().sum(-1), X0, solver=solver)
+        with pytest.raises(ObjectiveError, match=r"one cost per row, shape \(3,\)"):
+            solve(lambda x: x.square(), X0, solver=solver)
 
 
 def test_throw_names_the_rows():

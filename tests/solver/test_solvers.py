@@ -106,6 +106,16 @@ def test_every_iterate_is_inside_the_box(name):
     assert bool(box.contains(solution.x).all())
 
 
+@pytest.mark.parametrize(("solver", "extra"), [(ProjectedGradient(), 0), (ProjectedGradient(polish=2), 1), (Adam(), 0)])
+def test_the_history_is_the_start_and_one_entry_a_step(solver, extra):
+    """And one more for the solver's last refinement, where it has one."""
+    case = swing()
+    solution = solve(case.objective, case.x0, solver=solver, box=case.box, max_steps=4, tolerance=0.0, history=True)
+    assert solution.history is not None
+    assert torch.equal(solution.history.x[0], case.x0)
+    assert len(solution.history.x) == len(solution.history.cost) == 1 + 4 + extra
+
+
 @pytest.mark.parametrize("name", ["projected-gradient", "newton", "lm-adaptive", "ilqr", "ddp"])
 def test_costs_never_rise(name):
     solution = run(name, swing(), steps=30, history=True)

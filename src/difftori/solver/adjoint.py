@@ -73,7 +73,8 @@ class Unrolled(Adjoint):
 class Truncated(Adjoint):
     """Backpropagation through the last `k` steps only, as the release does with k = 5 (Shaban et al., 2019).
 
-    Biased, even at the optimum, unless k steps contract nearly all the way.
+    Biased, even at the optimum, unless k steps contract nearly all the way. With `keep="best"` the best of the last k
+    iterates and the one before them is returned: earlier ones have no derivative, and neither has that one if it is best.
     """
 
     k: int = 5

@@ -1,8 +1,8 @@
-"""torch.compile for solves of fixed shape: opt-in, and equal to the eager result up to rounding.
+"""torch.compile for solves of fixed shape: opt-in. Every iterate equals the eager one up to rounding.
 
 Four pieces are compiled: a chunk of solver steps, the gradient at the solution with its graph, the dense Hessian, and a
 solve by conjugate gradients (newton.py).
-What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers.
+What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers: after each chunk.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from difftori.errors import SolverError
 from difftori.solver.derivatives import value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
 from difftori.types import Hessians, Points, Rows
@@ -52,9 +53,21 @@ def _compile(function: Callable) -> Callable:
 
 
 def compiled_call(function: Callable, *arguments):
-    """function(*arguments), compiled for these shapes at the first such call."""
+    """function(*arguments), compiled for these shapes at the first such call.
+
+    Raises:
+        SolverError: torch.compile cannot trace the solver or the objective.
+    """
     limits = torch._dynamo.config.patch(  # noqa: SLF001 (the only way to raise the limit for one call)
         recompile_limit=_COMPILATIONS, accumulated_recompile_limit=4 * _COMPILATIONS
     )
-    with limits:
-        return _compile(function)(*arguments)
+    try:
+        with limits:
+            return _compile(function)(*arguments)
+    except torch._dynamo.exc.TorchDynamoException as error:  # noqa: SLF001 (they have no public name)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SolverError(
+            f"compile=True: torch.compile cannot trace this solve ({reason}). Solve without it, or take another solver: "
+            "Newton, GaussNewton, ILQR and Levenberg–Marquardt on stacked residuals decide by the numbers within a step, and "
+            "a generator cannot be traced either. If it is none of these, look for .item() or the like in the cost."
+        ) from error

@@ -31,17 +31,26 @@ def value_and_grad(objective: Objective, x: Points, create_graph: bool = False) 
 
 
 def checked_cost(objective: Objective, x: Points) -> Rows:
-    """The cost, after a check that it is one number per row.
+    """The cost, after a check that it is one number per row, in the precision of x.
 
     Raises:
-        ObjectiveError: the cost has another shape than (B).
+        ObjectiveError: the cost has another shape than (B), or another dtype than x.
     """
-    cost = objective.cost(x)
+    return check_cost(objective.cost(x), x)
+
+
+def check_cost(cost: Any, x: Points) -> Rows:
+    """What an objective returned for x, if it is a cost."""
     if not isinstance(cost, Tensor) or cost.shape != x.shape[:1]:
         shape = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
         raise ObjectiveError(
             f"the objective returned {shape} for x {tuple(x.shape)}; it must return one cost per row, shape ({x.shape[0]},). "
             "Sum over the variables, not over the rows: for example `.sum(-1)`."
+        )
+    if cost.dtype != x.dtype:
+        raise ObjectiveError(
+            f"the objective returned {cost.dtype} for x in {x.dtype}: the solve would run in a mixture of both. Bring x0 "
+            f"and all that the objective uses to one of them, for example x0.to({cost.dtype})."
         )
     return cost
 
@@ -106,4 +115,4 @@ def _functional_value_grad_hessian(objective: Objective, x: Points) -> tuple[Row
 
 def costs_of_candidates(objective: Objective, candidates: Tensor) -> Tensor:
     """Costs (K B) of K candidates for every row, (K B n), in one batched evaluation."""
-    return torch.func.vmap(objective.cost, randomness="same")(candidates)
+    return torch.func.vmap(lambda x: checked_cost(objective, x), randomness="same")(candidates)

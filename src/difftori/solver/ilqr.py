@@ -172,8 +172,8 @@ def _quadratic_model(objective: TrajectoryObjective, x: Points, second_order: bo
         states.append(state)
         state = objective.next(state, plan[:, t])
     pairs = torch.stack([torch.cat([s, a], -1) for s, a in zip(states, plan.unbind(1), strict=True)])
-    if not (create_graph and pairs.requires_grad):
-        pairs, state = pairs.detach().requires_grad_(), state.detach().requires_grad_()
+    # Each by itself: with one step the pairs are constants, while the last state depends on the dynamics' parameters.
+    pairs, state = (at if create_graph and at.requires_grad else at.detach().requires_grad_() for at in (pairs, state))
     weights = objective.discount ** torch.arange(horizon + 1, dtype=x.dtype, device=x.device)
     following = torch.func.vmap(lambda pair: objective.next(pair[..., :size], pair[..., size:]))(pairs)
     jacobian = row_jacobian(following, pairs, create_graph or second_order)

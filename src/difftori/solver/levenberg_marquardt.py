@@ -19,7 +19,8 @@ class LevenbergMarquardt(Solver):
     On a `LeastSquaresObjective` r and J are its residuals (the smaller of the n×n and r×r systems is factorised). On any
     other cost the residual is the single number r = offset + cost = offset − G, whose JᵀJ has rank one, so that the
     step has the closed form Δ = −α r ∇J/(‖∇J‖² + λ). That is what the authors' release computes with a Cholesky
-    factorisation of n×n (offset 1000, fixed damping, steps never refused).
+    factorisation of n×n (offset 1000, fixed damping, steps never refused). What falls is r², so choose the offset above the
+    largest return: where offset + cost is negative, the step climbs.
 
     `adaptive`: a step that does not lower the cost is refused and λ grows by `grow`; otherwise λ shrinks by `shrink`.
     """

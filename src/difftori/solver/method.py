@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difftori.solver.box import Box
 from difftori.solver.compiled import compiled_value_and_grad, compiled_value_grad_hessian
-from difftori.solver.derivatives import costs_of_candidates, value_and_grad, value_grad_hessian
+from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
 from difftori.types import Hessians, Points, PointSets, Rows
 
@@ -32,7 +32,8 @@ class Problem:
     def evaluate(self, x: Points) -> tuple[Rows, Points]:
         """Cost and gradient at x."""
         if self.compile and not torch.compiler.is_compiling():
-            return compiled_value_and_grad(self.objective, x, self.create_graph)
+            cost, grad = compiled_value_and_grad(self.objective, x, self.create_graph)
+            return check_cost(cost, x), grad
         return value_and_grad(self.objective, x, self.create_graph)
 
     def curvature(self, x: Points) -> tuple[Rows, Points, Hessians]:
@@ -61,6 +62,11 @@ class State(NamedTuple):
     cost: Rows
     grad: Points | None
     memory: tuple[Tensor, ...] = ()
+
+    def detached(self) -> "State":
+        """The same without a graph."""
+        grad = None if self.grad is None else self.grad.detach()
+        return State(self.cost.detach(), grad, tuple(part.detach() for part in self.memory))
 
 
 class Solver(ABC):

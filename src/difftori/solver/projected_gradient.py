@@ -75,6 +75,8 @@ class ProjectedGradient(Solver):
 
     def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """`polish` Newton steps on the free set."""
+        if self.polish == 0:
+            return x, state
         assert state.grad is not None
         inner = State(state.cost, state.grad)
         for _ in range(self.polish):

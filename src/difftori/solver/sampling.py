@@ -37,7 +37,9 @@ class CEM(Solver):
         (std,) = state.memory
         elites, _ = _elites(problem, x, std, self.samples, self.elites)
         mean = elites.mean(1)
-        std = (elites - mean.unsqueeze(1)).square().mean(1).sqrt().clamp_min(self.min_std)
+        variance = (elites - mean.unsqueeze(1)).square().mean(1)
+        # The tiny number keeps the root's derivative finite where all elites are one point.
+        std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp_min(self.min_std)
         return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std,))
 
 

@@ -66,7 +66,7 @@ class Solution:
         """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
 
         The row is finite, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
-        than 1e-2 of its range (of 1 where the box is open). The Hessian is at hand after `Implicit("dense")`; otherwise
+        than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2). The Hessian is at hand after `Implicit("dense")`; otherwise
         the first look at this property computes it, at the price of n batched Hessian-vector products.
         """
         convex, step = self.differentiated.convex, self.differentiated.newton_step

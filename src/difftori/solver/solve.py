@@ -86,7 +86,7 @@ def solve(
         steps=progress.steps,
         status=status,
         history=run.recorded(),
-        state=progress.state,
+        state=progress.state.detached(),
         problem=problem,
         differentiated=differentiated,
         stationarity=None if progress.state.grad is None else progress.best_norm.detach(),
@@ -266,6 +266,10 @@ def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candi
     if candidates is not None and candidates.shape[1:] != x0.shape:
         raise ShapeError(
             f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
+        )
+    if candidates is not None and candidates.dtype != x0.dtype:
+        raise ShapeError(
+            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}; convert one: candidates.to(x0)."
         )
     bounds = (UNBOUNDED if box is None else box).to(x0)
     slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
