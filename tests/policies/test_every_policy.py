@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.policies import find_policies
@@ -51,6 +52,15 @@ def test_name_and_settings_are_declared(policy):
     assert issubclass(policy.Config, PolicyConfig)
     assert isinstance(policy.config, policy.Config)
     assert policy.Config.model_validate(policy.config.model_dump()) == policy.config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("optimizer", "sgd"), ("lr", -1.0), ("epochs", 0), ("batch_size", 0), ("clip_norm", -1.0), ("rmsprop_alpha", 1.0)],
+)
+def test_a_default_of_its_own_keeps_the_range_of_the_setting(policy, name, value):
+    with pytest.raises(ValidationError, match=name):
+        policy.Config.model_validate({name: value})
 
 
 def test_loss_falls_on_a_tiny_set(policy, batch):

@@ -188,6 +188,23 @@ def test_a_nan_start_is_reported():
     assert bool(torch.isfinite(solution.x).all())
 
 
+def test_far_from_zero_a_small_gradient_is_still_seen():
+    """x − P(x − g) written so would be 0 here: g is less than half the spacing of float32 at 10,000."""
+    x0 = torch.full((1, 1), 1e4 - 0.1)
+    solution = solve(lambda x: 1e-3 * (x - 1e4).square().sum(-1), x0, adjoint=Detached(), max_steps=0)
+    assert solution.status.tolist() == [Status.MAX_STEPS]
+    torch.testing.assert_close(solution.grad_norm, 2e-3 * (1e4 - x0[:, 0]))
+
+
+@given(seed=st.integers(0, 10_000), low=st.sampled_from([-1.0, -float("inf")]))
+def test_the_projected_gradient_is_the_move_of_a_projected_step(seed, low):
+    generator = torch.Generator().manual_seed(seed)
+    box = Box(low, torch.tensor([1.0, 0.5, float("inf")], dtype=F64))
+    x = box.project(2 * torch.randn(4, 3, generator=generator, dtype=F64))
+    grad = torch.randn(4, 3, generator=generator, dtype=F64)
+    torch.testing.assert_close(box.projected_gradient(x, grad), x - box.project(x - grad))
+
+
 @given(seed=st.integers(0, 10_000))
 def test_converged_means_stationary(seed):
     case = quadratic(seed=seed)

@@ -205,3 +205,15 @@ def test_the_real_trainer_leaves_what_the_study_reads(cheap_expert, small):
     assert trained.curve.epochs.tolist() == [5, 10]
     assert np.isfinite(trained.curve.values).all()
     assert trained.seconds > 0
+
+
+def test_no_seed_trains_on_the_starts_that_are_evaluated():
+    common = sample_starts(50, np.random.default_rng(table8.COMMON_STREAM))
+    for seed in range(table8.MOST_SEEDS):
+        test = sample_starts(50, np.random.default_rng((*table8.TEST_STREAM, seed)))
+        for stream in (0, 1):  # as tasks.pendulum_task draws training and validation
+            drawn = sample_starts(50, np.random.default_rng([seed, stream]))
+            assert not bool((drawn[:, None] == torch.cat((common, test))).all(-1).any())
+    assert torch.equal(sample_starts(50, np.random.default_rng([table8.MOST_SEEDS, 0])), common)
+    with pytest.raises(ValidationError, match="seeds"):
+        Config(seeds=table8.MOST_SEEDS + 1)

@@ -3,6 +3,7 @@
 from typing import final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
 class BCConfig(PolicyConfig):
     """Settings of `BC`. The sizes are ours: no source prescribes them for Table 8."""
 
-    epochs: int = 500
+    epochs: int = Field(500, ge=1)
     """Passes over the training set."""
 
     hidden: tuple[int, ...] = (256, 256)

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftori.errors import BoxError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
 from difftori.planning import EnergyObjective, Plan, Planner
@@ -18,7 +19,7 @@ class DiffTORIConfig(PolicyConfig):
     """Settings of `DiffTORI`. What was tried on the pendulum stands in docs/table8.md."""
 
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    epochs: int = 300
+    epochs: int = Field(300, ge=1)
     latent_dim: int = Field(50, ge=1)
     """Z."""
     hidden: tuple[int, ...] = (256, 256)
@@ -34,7 +35,7 @@ class DiffTORIConfig(PolicyConfig):
     """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
     max_steps: int = Field(10, ge=1)
     """Steps of the solve."""
-    curvature: float = Field(1.0, gt=0)
+    curvature: float = Field(1.0, gt=0, le=80)
     """First value of the learned k in f(z, a) − ½k‖a‖² (a in units of the box). Without it f is maximised at corners of
     the box, where nothing can be learned."""
     prior_coef: float = Field(1.0, ge=0)
@@ -60,6 +61,10 @@ class DiffTORI(Policy):
         self.high: Tensor
         self.register_buffer("low", torch.tensor(spec.low), persistent=False)
         self.register_buffer("high", torch.tensor(spec.high), persistent=False)
+        if not (self.low.isfinite().all() and self.high.isfinite().all()):
+            raise BoxError(
+                f"difftori plans in units of the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
+            )
         chunk = config.decision == "chunk"
         self.steps, self.size = (1, spec.horizon * spec.action_dim) if chunk else (spec.horizon, spec.action_dim)
         z, hidden = config.latent_dim, config.hidden

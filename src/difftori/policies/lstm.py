@@ -3,6 +3,7 @@
 from typing import final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,11 +19,11 @@ class LSTMConfig(PolicyConfig):
     Ours: `epochs`. Their script allows 10,000 for the undamped pendulum and keeps the best validation error.
     """
 
-    hidden: int = 256
+    hidden: int = Field(256, ge=1)
     """Units of the cell and of every layer of the embeddings."""
-    lr: float = 1e-4
-    epochs: int = 500
-    clip_norm: float = 0.0
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    epochs: int = Field(500, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 @final

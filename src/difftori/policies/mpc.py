@@ -4,7 +4,7 @@ Amos et al. (2018), "Differentiable MPC for End-to-end Planning and Control", ar
 """
 
 from collections.abc import Iterable
-from typing import final
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -33,9 +33,8 @@ class PendulumObjective(TrajectoryObjective):
         linear: Tensor,
         state: States,
         horizon: int,
-        limit: float,
     ):
-        self.parameters, self.quadratic, self.linear, self.limit = parameters, quadratic, linear, limit
+        self.parameters, self.quadratic, self.linear = parameters, quadratic, linear
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, 1, 1.0
 
     def next(self, state: States, action: Actions) -> States:
@@ -53,9 +52,7 @@ class PendulumObjective(TrajectoryObjective):
 
     def select(self, rows: Tensor) -> "PendulumObjective":
         """The same problem from some of the starts."""
-        return PendulumObjective(
-            self.parameters, self.quadratic, self.linear, self.state[rows], self.horizon, self.limit
-        )
+        return PendulumObjective(self.parameters, self.quadratic, self.linear, self.state[rows], self.horizon)
 
 
 def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
@@ -70,7 +67,6 @@ def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
         torch.tensor(LINEAR, dtype=state.dtype),
         state,
         problem.horizon,
-        problem.torque_limit,
     )
     box = Box(-problem.torque_limit, problem.torque_limit)
     planner = Planner(ILQR(second_order=True), Detached(), box, max_steps, tolerance=1e-6)
@@ -82,11 +78,11 @@ def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
 class MPCConfig(PolicyConfig):
     """Settings of `PendulumMPC`. The defaults are Amos et al.'s where they say: RMSprop, learning rate, alternation."""
 
-    optimizer: str = "rmsprop"
-    lr: float = 1e-2
-    rmsprop_alpha: float = 0.5
-    epochs: int = 300
-    clip_norm: float = 0.0
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "rmsprop"
+    lr: float = Field(1e-2, gt=0, allow_inf_nan=False)
+    rmsprop_alpha: float = Field(0.5, ge=0, lt=1)
+    epochs: int = Field(300, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     learn_cost: bool = True
     """Learn q and p beside g, m and l; otherwise the true cost is given."""
     init_parameters: tuple[float, float, float] = (15.0, 3.0, 0.5)
@@ -154,8 +150,7 @@ class PendulumMPC(Policy):
         if self.settings.learn_cost:
             quadratic = torch.sigmoid(self.cost_logits.to(obs))
             linear = torch.cat((quadratic[:3].sqrt() * self.cost_linear.to(obs), quadratic.new_zeros(1)))
-        limit = self.spec.high[0]
-        return PendulumObjective(PendulumParameters(g, m, l), quadratic, linear, obs, self.spec.horizon, limit)
+        return PendulumObjective(PendulumParameters(g, m, l), quadratic, linear, obs, self.spec.horizon)
 
     def predict(self, obs: States, start: Plans, adjoint: Adjoint) -> Plans:
         """The controls (B H 1) from a first guess, differentiable as the adjoint says. Solved in float64."""

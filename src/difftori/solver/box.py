@@ -76,7 +76,9 @@ class Box:
 
     def projected_gradient(self, x: Points, grad: Points) -> Points:
         """The move x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
-        return x - self.project(x - grad)
+        # Written as a clamp of the gradient: where |x| is large the difference above would round a small one to nothing.
+        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
+        return torch.minimum(torch.maximum(grad, x - high), x - low)
 
     def stationarity(self, x: Points, grad: Points) -> Rows:
         """Largest coordinate of the projected gradient, per row."""
