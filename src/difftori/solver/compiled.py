@@ -58,13 +58,15 @@ def compiled_call(function: Callable, *arguments):
     Raises:
         SolverError: torch.compile cannot trace the solver or the objective.
     """
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to load; not before it is needed
+
     limits = torch._dynamo.config.patch(  # noqa: SLF001 (the only way to raise the limit for one call)
         recompile_limit=_COMPILATIONS, accumulated_recompile_limit=4 * _COMPILATIONS
     )
     try:
         with limits:
             return _compile(function)(*arguments)
-    except torch._dynamo.exc.TorchDynamoException as error:  # noqa: SLF001 (they have no public name)
+    except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SolverError(
             f"compile=True: torch.compile cannot trace this solve ({reason}). Solve without it, or take another solver: "
