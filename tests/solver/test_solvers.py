@@ -188,6 +188,14 @@ def test_a_nan_start_is_reported():
     assert bool(torch.isfinite(solution.x).all())
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e10, 1e20])
+def test_the_unit_of_the_cost_does_not_matter(scale):
+    weights = torch.tensor([1.0, 5.0], dtype=F64)
+    solution = solve(lambda x: scale * (weights * (x - 0.3).square()).sum(-1), torch.zeros(1, 2, dtype=F64))
+    assert bool(solution.converged.all())
+    torch.testing.assert_close(solution.x, torch.full((1, 2), 0.3, dtype=F64), rtol=0, atol=1e-6)
+
+
 def test_far_from_zero_a_small_gradient_is_still_seen():
     """x − P(x − g) written so would be 0 here: g is less than half the spacing of float32 at 10,000."""
     x0 = torch.full((1, 1), 1e4 - 0.1)

@@ -84,7 +84,7 @@ class ProjectedGradient(Solver):
         return x, State(inner.cost, inner.grad, state.memory)
 
 
-_SHORTEST, _LONGEST = 1e-10, 1e10
+_SHORTEST, _LONGEST = 1e-30, 1e10
 
 
 def _spectral(move: Points, bend: Points, alpha: Rows, long: RowFlags) -> Rows:
