@@ -150,8 +150,7 @@ class ConjugateGradients(NamedTuple):
     """Where the iteration H w = rhs stands, row by row.
 
     `solution` w (B n); `residual` and `direction` (B n); `size` (B), the residual's square, and `goal` (B), where to stop;
-    `active` (B): rows at work; `convex` (B): no negative curvature was met; `curvature` (B): rᵀHr/rᵀr of the first
-    direction r = rhs.
+    `active` (B): rows at work; `curvature` (B): rᵀHr/rᵀr of the first direction r = rhs.
     """
 
     solution: Points
@@ -160,7 +159,6 @@ class ConjugateGradients(NamedTuple):
     size: Rows
     goal: Rows
     active: RowFlags
-    convex: RowFlags
     curvature: Rows
 
     def proceed(self, products: Callable[[Points], Points], free: PointFlags, count: int) -> "ConjugateGradients":
@@ -169,21 +167,19 @@ class ConjugateGradients(NamedTuple):
         Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the
         safeguard for rows that are no strict minimum (Steihaug, 1983).
         """
-        w, residual, direction, size, goal, active, convex, first = self
+        w, residual, direction, size, goal, active, first = self
         for _ in range(count):
             image = products(direction) * free
             along = (direction * image).sum(-1)
             first = torch.where(torch.isnan(first), along / size.clamp_min(torch.finfo(size.dtype).tiny), first)
-            positive = along > 0
-            convex = convex & (positive | ~active)
-            active = active & positive
+            active = active & (along > 0)
             length = torch.where(active, size / torch.where(active, along, 1.0), 0.0)[:, None]
             w, residual = w + length * direction, residual - length * image
             new_size = residual.square().sum(-1)
             ratio = torch.where(active, new_size / torch.where(size > 0, size, 1.0), 0.0)
             direction, size = residual + ratio[:, None] * direction, new_size
             active = active & (size > goal)
-        return ConjugateGradients(w, residual, direction, size, goal, active, convex, first)
+        return ConjugateGradients(w, residual, direction, size, goal, active, first)
 
 
 def conjugate_gradients(
@@ -194,9 +190,7 @@ def conjugate_gradients(
     size = rhs.square().sum(-1)
     goal = (10 * torch.finfo(rhs.dtype).eps) ** 2 * size
     nothing = torch.full_like(size, float("nan"))
-    state = ConjugateGradients(
-        torch.zeros_like(rhs), rhs, rhs, size, goal, size > 0, torch.ones_like(size, dtype=torch.bool), nothing
-    )
+    state = ConjugateGradients(torch.zeros_like(rhs), rhs, rhs, size, goal, size > 0, nothing)
     products = None if problem.compile else HessianProducts(problem, x)
     chunk = _COMPILED_PRODUCTS if products is None else 1
     for done in range(0, max_products, chunk):
