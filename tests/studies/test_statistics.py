@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from difftori.errors import NonFiniteError, ShapeError
-from difftori.studies.statistics import mean_interval, paired_difference, ratio_interval, spread
+from difftori.studies.statistics import (
+    interquartile_mean,
+    mean_interval,
+    mean_of_means,
+    paired_difference,
+    ratio_interval,
+    spread,
+    stratified_interval,
+    student_interval,
+    student_quantile,
+)
 
 
 def test_mean_interval_equals_the_textbook_value():
@@ -65,3 +75,57 @@ def test_unequal_pairs_are_refused():
 def test_nan_is_refused_where_it_stands():
     with pytest.raises(NonFiniteError, match="first at 1"):
         spread(np.array([1.0, np.nan, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (30, 2.042272), (200, 1.971896)],
+)
+def test_students_quantiles_are_those_of_the_tables(freedom, quantile):
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-6)
+    assert student_quantile(0.5, freedom) == pytest.approx(0, abs=1e-9)
+
+
+def test_students_interval_by_hand():
+    estimate = student_interval(np.array([1.0, 2.0, 3.0]))  # s = 1, t = 4.302653
+    assert estimate.value == 2
+    assert [estimate.high - 2, 2 - estimate.low] == pytest.approx([4.302653 / 3**0.5] * 2, abs=1e-6)
+    assert student_interval(np.array([1.0])).high == np.inf
+    with pytest.raises(ShapeError, match="degrees"):
+        student_quantile(0.975, 0)
+
+
+def test_interquartile_mean_by_hand():
+    strata = [np.array([0.0, 1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0, 100.0])]
+    assert interquartile_mean(strata) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert interquartile_mean([np.array([9.0, 1.0, 2.0, 3.0, 4.0])]) == pytest.approx(3)  # one of five at each end
+    assert interquartile_mean([np.array([1.0, 8.0, 3.0])]) == pytest.approx(4)  # too few to leave any out
+    assert interquartile_mean([np.arange(8.0).reshape(2, 4)]) == pytest.approx([1.5, 5.5])
+
+
+def test_every_task_counts_the_same():
+    assert mean_of_means([np.array([1.0, 3.0]), np.array([10.0, 10.0, 10.0, 10.0])]) == pytest.approx(6)
+
+
+def test_stratified_interval_by_hand():
+    # A stratum {0, 2} has the resampled means 0, 1, 2 with chances ¼, ½, ¼; {5, 5} always 5.
+    strata = [np.array([0.0, 2.0]), np.array([5.0, 5.0])]
+    estimate = stratified_interval(strata, mean_of_means, np.random.default_rng(0))
+    assert (estimate.value, estimate.low, estimate.high) == (3.0, 2.5, 3.5)
+    narrow = stratified_interval(strata, mean_of_means, np.random.default_rng(0), confidence=0.4)
+    assert (narrow.low, narrow.high) == (3.0, 3.0)
+
+
+def test_strata_are_kept_apart():
+    """Between tasks there is much spread and within them none: the interval must have no width."""
+    strata = [np.full(3, value) for value in (0.0, 500.0, 1000.0)]
+    for statistic in (mean_of_means, interquartile_mean):
+        estimate = stratified_interval(strata, statistic, np.random.default_rng(0))
+        assert estimate.low == estimate.value == estimate.high
+
+
+def test_a_stratum_of_one_makes_the_interval_infinite():
+    estimate = stratified_interval([np.array([1.0]), np.array([2.0, 3.0])], mean_of_means, np.random.default_rng(0))
+    assert (estimate.value, estimate.low, estimate.high) == (1.75, -np.inf, np.inf)
+    with pytest.raises(ShapeError, match="at least one stratum"):
+        stratified_interval([], mean_of_means, np.random.default_rng(0))

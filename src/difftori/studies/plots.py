@@ -46,7 +46,7 @@ def learning_curves(
 
     `panels` maps setting → method → one curve per seed; `methods` fixes colours and the order of the legend.
     """
-    with _look():
+    with style():
         figure = Figure(figsize=(4.4 * len(panels) + 0.6, 3.9), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         plain = FuncFormatter(lambda value, _: f"{value:g}")
@@ -57,8 +57,8 @@ def learning_curves(
             axis.xaxis.set_major_formatter(plain)
             axis.yaxis.set_major_formatter(plain)
         axes[0].set_ylabel(ylabel)
-        _legend(figure, methods)
-        _caption(figure, caption)
+        shared_legend(figure, methods)
+        footnote(figure, caption)
     return figure
 
 
@@ -71,7 +71,7 @@ def phase_plane(
     fixes the colours and the order of the columns; those that no panel holds are left out.
     """
     shown = [method for method in methods if any(method in by_method for by_method in panels.values())]
-    with _look():
+    with style():
         rows, columns = len(panels), len(shown)
         figure = Figure(figsize=(2.5 * columns + 0.6, 2.6 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -81,7 +81,7 @@ def phase_plane(
             row[0].set_ylabel(f"{setting}\nangular velocity (rad/s)")
         for axis in axes[-1]:
             axis.set_xlabel("angle (°), 0 = upright")
-        _caption(figure, caption)
+        footnote(figure, caption)
     return figure
 
 
@@ -92,7 +92,8 @@ def save_svg(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _look() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
+    """The look of all pictures, as a context to draw in."""
     return mpl.rc_context(
         {
             "font.size": 9,
@@ -142,14 +143,18 @@ def _draw_swings(axis: Axes, by_method: Mapping[str, Swing], method: str, refere
     axis.set_title(f"{method}\n{swing.caption}")
 
 
-def _legend(figure: Figure, methods: Sequence[str]) -> None:
+def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -> None:
+    """One legend above all panels, with those of `methods` that are drawn, in their order, so many to a line."""
     handles = {}
     for axis in figure.axes:
         drawn, labels = axis.get_legend_handles_labels()
         handles.update(zip(labels, drawn, strict=True))
     names = [method for method in methods if method in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=max(len(names), 1))
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside upper center", ncols=max(min(len(names), columns), 1)
+    )
 
 
-def _caption(figure: Figure, text: str) -> None:
+def footnote(figure: Figure, text: str) -> None:
+    """What must be known to read the picture, small below it."""
     figure.supxlabel(text, fontsize=7.5, color="#444444")

@@ -1,0 +1,51 @@
+"""A study of arms of one agent: learning curves, and paired differences from one of them."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from difftori.studies._curve_plots import difference_bars, task_panels
+from difftori.studies._curve_report import (
+    OURS_NOTES,
+    difference_table,
+    preface,
+    show,
+    summary_table,
+    write_curves,
+    write_page,
+)
+from difftori.studies._curve_tables import OURS, differences
+from difftori.studies._curves import make_curves, output_folder
+from difftori.studies._pool import report_failures
+from difftori.studies._runs import Arm, StudyConfig
+from difftori.studies.plots import save_svg
+from difftori.studies.reporting import write_csv
+
+_PAIRED = """\
+Differences are paired by task and seed, over runs that have both come to the end: `final` of the last evaluation, `area` of
+the mean of all evaluations. A task's interval is Student's over seeds, that of all tasks a stratified bootstrap of the mean of
+task means. A seed fixes initial weights and the starts of episodes, evaluation's too; what runs do with them drifts apart."""
+
+
+def run_ablation(
+    config: StudyConfig, arms: Sequence[Arm], reference: Arm, *, study: str, title: str, further: Sequence[str]
+) -> None:
+    """Run what is missing, and write `out/<study>`. RunsFailedError, after everything is drawn, if runs failed."""
+    console = Console()
+    curves = make_curves(
+        config, arms, further=further, say=lambda text: console.print(text, highlight=False, soft_wrap=True)
+    )
+    out = output_folder(curves, study)
+    summaries, _ = write_curves(curves, out)
+    save_svg(task_panels(curves, title="evaluation returns", beside=False), out / "tasks.svg")
+    rows = differences(curves, reference)
+    for name in ("differences.csv", "differences.svg"):
+        (out / name).unlink(missing_ok=True)
+    if rows:
+        write_csv(out / "differences.csv", rows)
+        save_svg(difference_bars(curves, rows, reference=reference.label), out / "differences.svg")
+    ours = [row for row in summaries if row.origin == OURS]
+    table = summary_table(ours, methods=[arm.label for arm in arms])
+    write_page(out, title, [preface(curves), difference_table(rows), _PAIRED, table, OURS_NOTES])
+    show(console, curves, summaries, title, out)
+    report_failures(curves.failures)
