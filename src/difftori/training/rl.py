@@ -85,7 +85,7 @@ class _Session:
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
         self.updates, self.owed = 0, 0.0
-        self.seconds = {"sampling": 0.0, "update": 0.0, "evaluation": 0.0}
+        self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
         self._eval_env = None
@@ -137,12 +137,14 @@ class _Session:
         for episode in ended:
             row: Metrics = {"train/return": episode.total, "train/length": float(episode.length)}
             if trained:
+                began = time.perf_counter()
                 row |= {
                     f"train/{name}": value
                     for name, value in self.agent.end_episode(
                         torch.from_numpy(episode.obs).to(self.config.device), generator=self.learning
                     ).items()
                 }
+                self.seconds["end_episode"] += time.perf_counter() - began
             self.runs.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
             show(self.env_steps, row)
             self.owed += episode.length * self.agent.config.updates_per_step
