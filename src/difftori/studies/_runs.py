@@ -45,7 +45,7 @@ _QUICK: dict[str, Any] = {
     "seed_steps": 20,
     "updates_per_step": 0.25,
 }
-_FREE = {"device", "threads", "workers", "storage", "save_every"}
+_FREE = {"device", "threads", "workers", "storage", "save_every", "keep_episodes"}
 """Keys of a run's configuration that do not decide what is compared: where and how it computed."""
 
 

@@ -1,6 +1,7 @@
 """Reinforcement learning: the loop, and the way from a run directory back to an agent."""
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
         finally:
             session.close()
         run.finish(summary)
+        if not config.keep_episodes:
+            shutil.rmtree(out / "episodes", ignore_errors=True)
         return summary
 
 
@@ -88,6 +91,7 @@ class _Session:
         self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
+        self.saved_at = 0
         self._eval_env = None
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
@@ -178,16 +182,17 @@ class _Session:
             self._sums = {}
 
     def _look_and_save(self, show) -> None:
-        due = self.env_steps // self.config.eval_every
-        last = self.env_steps >= self.config.steps
-        if (due > (self.evaluations[-1][0] // self.config.eval_every if self.evaluations else -1) or last) and not (
-            self.evaluations and self.evaluations[-1][0] == self.env_steps
-        ):
+        if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
             row = self.look()
             self.runs.log(self.env_steps, row)
             show(self.env_steps, row)
-        if last or self.env_steps // self.config.save_every > self._saved:
+        if self._due(self.saved_at, self.config.save_every):
             self.save()
+
+    def _due(self, before: int, every: int) -> bool:
+        """Whether a multiple of `every` has been passed since `before`, or the run has come to its end."""
+        now, last = self.env_steps, self.env_steps >= self.config.steps
+        return now > before and (last or now // every > before // every)
 
     def look(self) -> Metrics:
         """Evaluate, and say what the agent has to say about its learning."""
@@ -220,7 +225,7 @@ class _Session:
     # Saving
 
     def save(self) -> None:
-        """A checkpoint, with the episodes beside it; those that no kept checkpoint names are removed."""
+        """A checkpoint, with the episodes beside it, each written once."""
         episodes = self.out / "episodes"
         state = {
             "agent": self.agent.state_dict(),
@@ -235,11 +240,7 @@ class _Session:
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
         }
         self.runs.save(self.env_steps, state)
-        self._saved_at = self.env_steps
-
-    @property
-    def _saved(self) -> int:
-        return getattr(self, "_saved_at", 0) // self.config.save_every
+        self.saved_at = self.env_steps
 
     def _load(self, state: State) -> None:
         try:
@@ -251,14 +252,14 @@ class _Session:
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
+        except CheckpointError:
+            raise
         except (KeyError, RuntimeError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{self.out}: the checkpoint does not fit this agent: {error}") from error
         self.before = seconds.pop("total")
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
-        self._saved_at = self.env_steps
+        self.saved_at = self.env_steps
 
     def export(self, out: Path) -> None:
         """Write `agent.pt`, the last weights with all that is needed to build the agent, and its sha256."""

@@ -48,6 +48,8 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Decisions that the replay buffer holds; no more than the run takes."""
     storage: Literal["memory", "device", "mmap"] = "memory"
     """Where the replay buffer lies: memory, the device, or a file."""
+    keep_episodes: bool = False
+    """Keep the recorded episodes of a finished run, which resuming needs no longer."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
