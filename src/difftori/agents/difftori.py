@@ -133,25 +133,28 @@ class DiffTORI(TDMPC):
     name = "difftori"
     Config = DiffTORIConfig
 
+    settings: DiffTORIConfig
+
     def __init__(self, config: DiffTORIConfig, spec: EnvSpec):
-        self.options = config
         super().__init__(config, spec)
-        self.settings = config
         if config.pg_optimizer == "shared" and config.pg != "replay":
             raise ConfigError([f"pg_optimizer: shared needs pg: replay, not {config.pg!r}"])
-        self.correction: nn.Sequential | None = None
-        movable = super()._learned()
-        if "correction" in config.pg_networks:
-            self.correction = mlp((config.latent_dim + spec.action_dim, config.width, 1), nn.ELU)
-            silent(self.correction)
-            movable["correction"] = self.correction
+        movable = super()._learned() | ({} if self.correction is None else {"correction": self.correction})
         networks = {name: network for name, network in movable.items() if name in config.pg_networks}
         self.pg_descent = Descent(networks, config.pg_lr or self.lr, config.pg_clip_norm)
 
+    def _make_networks(self) -> None:
+        """TD-MPC's, Q̃ and its target, and a correction of R where the term may move one."""
+        super()._make_networks()
+        self.obs_critics = ObservationCritics(self.spec, self.settings)
+        self.obs_target = copy.deepcopy(self.obs_critics).requires_grad_(False)
+        self.correction: nn.Sequential | None = None
+        if "correction" in self.settings.pg_networks:
+            inputs = self.settings.latent_dim + self.spec.action_dim
+            self.correction = mlp((inputs, self.settings.width, 1), nn.ELU)
+            silent(self.correction)
+
     def _learned(self) -> dict[str, nn.Module]:
-        if not hasattr(self, "obs_critics"):
-            self.obs_critics = ObservationCritics(self.spec, self.options)
-            self.obs_target = copy.deepcopy(self.obs_critics).requires_grad_(False)
         return {**super()._learned(), "obs_q": self.obs_critics}
 
     # Acting
@@ -171,12 +174,12 @@ class DiffTORI(TDMPC):
         latent = self.model.encode(obs)
         horizon = self.plan_horizon(step)
         start = self._start(latent, horizon, generator)
-        if self.options.init == "previous" and memory is not None:
+        if self.settings.init == "previous" and memory is not None:
             later = torch.cat([memory["plan"][:, 1:], memory["plan"][:, -1:]], 1)[:, : start.shape[1]]
             start = torch.where(first[:, None, None], start, later)
-        actions, _ = self.plan(latent, horizon, start, Detached(), self.options.plan_steps)
+        actions, _ = self.plan(latent, horizon, start, Detached(), self.settings.plan_steps)
         action = actions[:, 0]
-        if explore and self.options.explore:
+        if explore and self.settings.explore:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
             action = action + self.exploration(step) * noise
         return action.clamp(-1.0, 1.0), {"plan": self._padded(actions)}
@@ -184,7 +187,7 @@ class DiffTORI(TDMPC):
     def plan(self, latent: Latents, horizon: int, start: Plans, adjoint: Adjoint, steps: int) -> tuple[Plans, Solution]:
         """Eq. 4 solved from `start`: actions (B H A), or (B H+1 A) where the last one is optimised too."""
         objective = self.objective(latent, horizon)
-        if self.options.planner == "reference":
+        if self.settings.planner == "reference":
             acting = isinstance(adjoint, Detached)
             preset = presets.reference_rl(self.spec.name.partition(":")[2], keep="best" if acting else "last")
             solution = (preset.acting() if acting else preset).solve(objective, start.flatten(1), box=Box(-1.0, 1.0))
@@ -197,7 +200,7 @@ class DiffTORI(TDMPC):
         """Eq. 4, with π(z_H) or with a_H; R with its correction where there is one."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         reward = model.reward if self.correction is None else self._corrected_reward
-        if self.options.terminal == "prior":
+        if self.settings.terminal == "prior":
             return ReturnObjective(model.next, reward, model.value, latent, horizon, size, discount)
         return ActionReturnObjective(model.next, reward, model.least_q, latent, horizon + 1, size, discount)
 
@@ -207,10 +210,10 @@ class DiffTORI(TDMPC):
 
     @torch.no_grad()
     def _start(self, latent: Latents, horizon: int, generator: torch.Generator) -> Plans:
-        length = horizon + (self.options.terminal == "action")
-        if self.options.init == "zero":
+        length = horizon + (self.settings.terminal == "action")
+        if self.settings.init == "zero":
             return latent.new_zeros(len(latent), length, self.spec.action_dim)
-        return self.model.rollout(latent, length, std=self.options.init_std, generator=generator)
+        return self.model.rollout(latent, length, std=self.settings.init_std, generator=generator)
 
     def _padded(self, actions: Plans) -> Tensor:
         return nn.functional.pad(actions, (0, 0, 0, self.settings.horizon + 1 - actions.shape[1]))
@@ -220,9 +223,9 @@ class DiffTORI(TDMPC):
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
         """TD-MPC's update with Q̃'s error in it, then a step of the policy-gradient term where it is due."""
         priorities, metrics = super().update(segment, generator=generator)
-        if self.options.pg == "replay" and self.options.pg_optimizer == "own" and self._pg_due():
+        if self.settings.pg == "replay" and self.settings.pg_optimizer == "own" and self._pg_due():
             loss = self.policy_gradient_loss(self._pg_states(segment), generator)
-            norm = self.pg_descent.step(self.pg_descent.gradient(self.options.pg_coef * loss))
+            norm = self.pg_descent.step(self.pg_descent.gradient(self.settings.pg_coef * loss))
             metrics |= {"pg_loss": loss.item(), "pg_grad_norm": norm}
         return priorities, metrics
 
@@ -232,9 +235,9 @@ class DiffTORI(TDMPC):
         critic = self._obs_critic_loss(segment, obs, generator)
         total = base.total + critic
         metrics = {**base.metrics, "obs_q_loss": critic.item()}
-        if self.options.pg == "replay" and self.options.pg_optimizer == "shared" and self._pg_due():
+        if self.settings.pg == "replay" and self.settings.pg_optimizer == "shared" and self._pg_due():
             pg = self.policy_gradient_loss(self._pg_states(segment), generator)
-            total = total + self.options.pg_coef * pg
+            total = total + self.settings.pg_coef * pg
             metrics["pg_loss"] = pg.item()
         return ModelLoss(total, base.priorities, base.latents, metrics)
 
@@ -250,16 +253,16 @@ class DiffTORI(TDMPC):
 
         The release solves as it acts; the weights do not change within an episode, so that its sum is the same here.
         """
-        if self.updates == 0 or self.options.pg not in ("per-episode", "per-step"):
+        if self.updates == 0 or self.settings.pg not in ("per-episode", "per-step"):
             return {}
-        if self.updates < self.options.pg_after:
+        if self.updates < self.settings.pg_after:
             return {}
-        rows = 1 if self.options.pg == "per-step" else _ROWS_AT_ONCE
+        rows = 1 if self.settings.pg == "per-step" else _ROWS_AT_ONCE
         total: list[Tensor] = []
         losses, norms = 0.0, []
         for part in obs.split(rows):
             loss = self.policy_gradient_loss(part, generator) * len(part)
-            gradient = self.pg_descent.gradient(self.options.pg_coef * loss)
+            gradient = self.pg_descent.gradient(self.settings.pg_coef * loss)
             losses += loss.item()
             if rows == 1:
                 norms.append(self.pg_descent.step(gradient))
@@ -272,18 +275,18 @@ class DiffTORI(TDMPC):
     def _differentiable_plan(self, obs: Observations, generator: torch.Generator) -> tuple[Plans, Solution]:
         latent = self.model.encode(obs)
         start = self._start(latent, self.settings.horizon, generator)
-        return self.plan(latent, self.settings.horizon, start, self._adjoint(), self.options.pg_steps)
+        return self.plan(latent, self.settings.horizon, start, self._adjoint(), self.settings.pg_steps)
 
     def _adjoint(self) -> Adjoint:
         choices = {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="cg", products=12)}
-        return choices[self.options.adjoint]
+        return choices[self.settings.adjoint]
 
     def _pg_due(self) -> bool:
-        return self.updates >= self.options.pg_after and self.updates % self.options.pg_every == 0
+        return self.updates >= self.settings.pg_after and self.updates % self.settings.pg_every == 0
 
     def _pg_states(self, segment: Segment) -> Observations:
         """Un-augmented states of the slice's first step, as the release has them."""
-        return segment.obs[0, : self.options.pg_batch]
+        return segment.obs[0, : self.settings.pg_batch]
 
     def _obs_critic_loss(self, segment: Segment, obs: Tensor, generator: torch.Generator) -> Scalar:
         """‖Q̃ − (r + γ min Q̃⁻(o', a'))‖², weighted as Eq. 3's terms are."""
@@ -295,16 +298,16 @@ class DiffTORI(TDMPC):
             goal = segment.rewards + self.settings.discount * (~segment.terminated).float() * value
         errors = (self.obs_critics(obs[:-1], segment.actions) - goal).square().sum(0)
         rows = (self.step_weights(segment) * errors).sum(0)
-        return self.options.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
+        return self.settings.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
 
     def _next_action(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """a' of Q̃'s target: π(h(o')) with noise, or the planner's, (T B Z) → (T B A)."""
-        if self.options.q_target == "prior":
+        if self.settings.q_target == "prior":
             return self.model.prior(latent, std=self.settings.std_end, generator=generator)
         flat = latent.flatten(0, 1)
         horizon = self.settings.horizon
         start = self._start(flat, horizon, generator)
-        actions, _ = self.plan(flat, horizon, start, Detached(), self.options.plan_steps)
+        actions, _ = self.plan(flat, horizon, start, Detached(), self.settings.plan_steps)
         return actions[:, 0].unflatten(0, latent.shape[:2])
 
     def _follow(self) -> None:
@@ -322,7 +325,7 @@ class DiffTORI(TDMPC):
         obs = self.augmented(segment.obs, generator)
         td = self.descent.by_network(self.descent.gradient(super().loss(segment, obs, generator).total))
         states = self._pg_states(segment)
-        term = Descent(super()._learned(), self.lr, self.options.pg_clip_norm)
+        term = Descent(super()._learned(), self.lr, self.settings.pg_clip_norm)
         pg = term.by_network(term.gradient(self.policy_gradient_loss(states, generator)))
         metrics: Metrics = {}
         for name, gradient in pg.items():

@@ -125,20 +125,25 @@ class TDMPC(Agent):
         super().__init__(config, spec)
         self.settings = config
         self.from_pixels = len(spec.obs_shape) == 3
+        self._make_networks()
+        self.lr = config.lr or _PAPER_LR[self.from_pixels]
+        self.batch_size = config.batch_size or _PAPER_BATCH[self.from_pixels]
+        self.updates = 0
+        self.descent = Descent(self._learned(), self.lr, config.clip_norm)
+        self.prior_descent = Descent({"prior": self.model.policy}, self.lr, config.clip_norm)
+
+    def _make_networks(self) -> None:
+        """The model and its target."""
+        config = self.settings
         self.model = WorldModel(
-            spec.obs_shape,
-            spec.action_dim,
+            self.spec.obs_shape,
+            self.spec.action_dim,
             latent_dim=config.latent_dim,
             width=config.width,
             encoder_width=config.encoder_width,
             channels=config.channels,
         )
         self.target = copy.deepcopy(self.model).requires_grad_(False)
-        self.lr = config.lr or _PAPER_LR[self.from_pixels]
-        self.batch_size = config.batch_size or _PAPER_BATCH[self.from_pixels]
-        self.updates = 0
-        self.descent = Descent(self._learned(), self.lr, config.clip_norm)
-        self.prior_descent = Descent({"prior": self.model.policy}, self.lr, config.clip_norm)
 
     def _learned(self) -> dict[str, torch.nn.Module]:
         """The networks that Eq. 3 trains."""
