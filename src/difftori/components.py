@@ -10,13 +10,16 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from difftori.errors import ConfigError
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
     from difftori.interfaces import Agent, Policy
+
+
+Component = TypeVar("Component")
 
 
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
@@ -125,15 +128,7 @@ def find_policy(name: str) -> type["Policy"]:
     from difftori.interfaces import Policy
     from difftori.policies import find_policies
 
-    if ":" in name:
-        member = load(name)
-        if not inspect.isclass(member) or not issubclass(member, Policy) or inspect.isabstract(member):
-            raise ConfigError([f"policy: {name!r} is not a concrete difftori.interfaces.Policy"])
-        return member
-    known = find_policies()
-    if name not in known:
-        raise ConfigError([f"policy: {name!r} is unknown{suggest(name, known)} (or give my_pkg.my_policy:MyPolicy)"])
-    return known[name]
+    return _find(name, Policy, find_policies)
 
 
 def find_agent(name: str) -> type["Agent"]:
@@ -141,15 +136,22 @@ def find_agent(name: str) -> type["Agent"]:
     from difftori.agents import find_agents
     from difftori.interfaces import Agent
 
+    return _find(name, Agent, find_agents)
+
+
+def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[Component]]]) -> type[Component]:
+    """A class of this library by its name, or a user's own by reference."""
+    kind = base.__name__.lower()
     if ":" in name:
         member = load(name)
-        if not inspect.isclass(member) or not issubclass(member, Agent) or inspect.isabstract(member):
-            raise ConfigError([f"agent: {name!r} is not a concrete difftori.interfaces.Agent"])
+        if not inspect.isclass(member) or not issubclass(member, base) or inspect.isabstract(member):
+            raise ConfigError([f"{kind}: {name!r} is not a concrete difftori.interfaces.{base.__name__}"])
         return member
-    known = find_agents()
-    if name not in known:
-        raise ConfigError([f"agent: {name!r} is unknown{suggest(name, known)} (or give my_pkg.my_agent:MyAgent)"])
-    return known[name]
+    found = known()
+    if name not in found:
+        own = f"my_pkg.my_{kind}:My{base.__name__}"
+        raise ConfigError([f"{kind}: {name!r} is unknown{suggest(name, found)} (or give {own})"])
+    return found[name]
 
 
 def _import(name: str) -> ModuleType:
