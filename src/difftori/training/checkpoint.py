@@ -200,6 +200,39 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def write_weights(path: Path, state: State) -> None:
+    """Write a finished run's weights, with the sha256 in a file beside them. Raises CheckpointError if it cannot."""
+    content = pack(state)
+    try:
+        replace_file(path, content)
+        replace_file(path.with_name(f"{path.name}.sha256"), f"{digest(content)}  {path.name}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); free space and start again") from error
+
+
+def read_weights(path: Path) -> State:
+    """What `write_weights` wrote, or, if the run of that directory is not finished, the state of its newest checkpoint.
+
+    Raises CheckpointError if neither is there, or the weights are damaged.
+    """
+    if not path.exists():
+        found = Checkpoints(path.parent / "checkpoints").latest(repair=False)
+        if found is None:
+            raise CheckpointError(f"{path.parent}: neither {path.name} nor a checkpoint; train it first")
+        return found.state["state"]
+    record = path.with_name(f"{path.name}.sha256")
+    try:
+        content = path.read_bytes()
+        expected = record.read_text().split()[:1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read with its sha256 ({error})") from error
+    if expected != [digest(content)]:
+        raise CheckpointError(
+            f"{path}: its sha256 is not the one in {record.name}: damaged; remove both to use the last checkpoint"
+        )
+    return unpack(content, path)
+
+
 def weights_digest(module: nn.Module) -> str:
     """The sha256 of a module's parameters and buffers, names included: equal only if every bit is."""
     total = hashlib.sha256()

@@ -52,7 +52,6 @@ class Collector:
         self.env, self.replay, self.seed = env, replay, seed
         self.decisions = 0
         self.episodes = 0
-        self.clipped = 0
         self.memory: Memory | None = None
         self.seconds = {"acting": 0.0, "environment": 0.0}
         self._rows: list[_Row] = []

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from difftori.components import find_policy
 from difftori.errors import CheckpointError
 from difftori.interfaces import Policy
-from difftori.training.checkpoint import Checkpoints, State, digest, pack, replace_file, unpack
+from difftori.training.checkpoint import State, read_weights, write_weights
 from difftori.training.config import TrainConfig, normalised, parse_config
 from difftori.training.learner import Learner
 from difftori.training.records import read_config
@@ -115,14 +115,9 @@ def evaluate_run(run_dir: Path, *, which: Which = "best", episodes: int | None =
 def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
     """Write `policy.pt`, with the best and the last weights and all that is needed to build the policy, and its sha256."""
     weights = {"policy": learner.policy.state_dict(), "best": learner.best}
-    content = pack({"learner": weights, "spec": asdict(spec), "config": config.model_dump(mode="json")})
-    try:
-        replace_file(out / "policy.pt", content)
-        replace_file(out / "policy.pt.sha256", f"{digest(content)}  policy.pt\n".encode())
-    except OSError as error:
-        raise CheckpointError(
-            f"{out / 'policy.pt'}: cannot be written ({error}); free space and start again"
-        ) from error
+    write_weights(
+        out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": config.model_dump(mode="json")}
+    )
 
 
 def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[Policy, TrainConfig]:
@@ -132,33 +127,13 @@ def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") ->
     policy is unknown, CheckpointError if the weights are absent or damaged.
     """
     config = parse_config({**read_config(run_dir), "device": device})
-    state = _exported(run_dir)
+    state = read_weights(run_dir / "policy.pt")
     try:
         policy = find_policy(config.policy)(config.settings, TaskSpec(**state["spec"])).to(device)
         policy.load_state_dict(state["learner"]["best" if which == "best" else "policy"] or state["learner"]["policy"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{run_dir}: its weights do not fit {config.policy!r}: {error}") from error
     return policy.eval(), config
-
-
-def _exported(run_dir: Path) -> State:
-    """The content of `policy.pt`, or of the newest checkpoint if the run is not finished."""
-    source = run_dir / "policy.pt"
-    if not source.exists():
-        found = Checkpoints(run_dir / "checkpoints").latest(repair=False)
-        if found is None:
-            raise CheckpointError(f"{run_dir}: neither policy.pt nor a checkpoint; train it first")
-        return found.state["state"]
-    try:
-        content = source.read_bytes()
-        expected = source.with_name("policy.pt.sha256").read_text().split()[:1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{source}: cannot be read with its sha256 ({error})") from error
-    if expected != [digest(content)]:
-        raise CheckpointError(
-            f"{source}: its sha256 is not the one in policy.pt.sha256: damaged; remove both to use the last checkpoint"
-        )
-    return unpack(content, source)
 
 
 def _state(learner: Learner, spec: TaskSpec) -> State:

@@ -20,7 +20,7 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import record, write_gif
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
-from difftori.training.checkpoint import Checkpoints, State, digest, pack, replace_file, unpack
+from difftori.training.checkpoint import State, read_weights, write_weights
 from difftori.training.experience import ActInRows, Collector, Ended, Trial, episode_seed, evaluate, open_env
 from difftori.training.records import read_config
 from difftori.training.rl_config import RLConfig, normalised, parse_rl_config
@@ -64,7 +64,7 @@ class _Session:
     """Everything that a run has in hand, from the environment to the clock."""
 
     def __init__(self, config: RLConfig, run: Run):
-        self.config, self.out, self.runs = config, run.path, run
+        self.config, self.out, self.run = config, run.path, run
         env = open_env(config, config.num_envs)
         self.spec = env_spec(env)
         self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
@@ -149,7 +149,7 @@ class _Session:
                     ).items()
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
-            self.runs.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
+            self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
             show(self.env_steps, row)
             self.owed += episode.length * self.agent.config.updates_per_step
 
@@ -160,7 +160,7 @@ class _Session:
         done = 0
         while self.owed >= 1 and not stop.requested:
             began = time.perf_counter()
-            segment = self.replay.sample(self._batch_size(), generator=self.sampling)
+            segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
             sampled = time.perf_counter()
             priorities, metrics = self.agent.update(segment, generator=self.learning)
             self.replay.update_priorities(segment.index, priorities)
@@ -175,7 +175,7 @@ class _Session:
             self._sums["updates"] = self._sums.get("updates", 0.0) + 1
         if done and not stop.requested:
             count = self._sums.pop("updates")
-            self.runs.log(
+            self.run.log(
                 self.env_steps,
                 {f"update/{name}": total / count for name, total in self._sums.items()} | {"updates": self.updates},
             )
@@ -184,7 +184,7 @@ class _Session:
     def _look_and_save(self, show) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
             row = self.look()
-            self.runs.log(self.env_steps, row)
+            self.run.log(self.env_steps, row)
             show(self.env_steps, row)
         if self._due(self.saved_at, self.config.save_every):
             self.save()
@@ -204,7 +204,7 @@ class _Session:
         row = trial_metrics(trial) | self._judged(trial)
         if self.updates:
             generator = seeded(self.config.seed, f"diagnosis at {self.env_steps}")
-            segment = self.replay.sample(self._batch_size(), generator=generator)
+            segment = self.replay.sample(self.agent.batch_size, generator=generator)
             noise = seeded(self.config.seed, f"diagnosis at {self.env_steps}", self.config.device)
             row |= {f"diagnosis/{k}": v for k, v in self.agent.diagnose(segment, generator=noise).items()}
         self.seconds["evaluation"] += time.perf_counter() - began
@@ -215,9 +215,6 @@ class _Session:
         device = self.config.device
         parts = (torch.from_numpy(part).to(device) for part in (trial.obs, trial.actions, trial.returns_to_go))
         return {f"judged/{name}": value for name, value in self.agent.judge(*parts).items()} if self.updates else {}
-
-    def _batch_size(self) -> int:
-        return self.agent.batch_size
 
     def _elapsed(self) -> float:
         return self.before + time.perf_counter() - self._clock
@@ -239,7 +236,7 @@ class _Session:
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
         }
-        self.runs.save(self.env_steps, state)
+        self.run.save(self.env_steps, state)
         self.saved_at = self.env_steps
 
     def _load(self, state: State) -> None:
@@ -263,21 +260,15 @@ class _Session:
 
     def export(self, out: Path) -> None:
         """Write `agent.pt`, the last weights with all that is needed to build the agent, and its sha256."""
-        content = pack(
+        write_weights(
+            out / "agent.pt",
             {
                 "agent": self.agent.state_dict(),
                 "spec": spec_state(self.spec),
-                "decisions": self.collector.decisions,
+                "collector": {"decisions": self.collector.decisions},
                 "config": self.config.model_dump(mode="json"),
-            }
+            },
         )
-        try:
-            replace_file(out / "agent.pt", content)
-            replace_file(out / "agent.pt.sha256", f"{digest(content)}  agent.pt\n".encode())
-        except OSError as error:
-            raise CheckpointError(
-                f"{out / 'agent.pt'}: cannot be written ({error}); free space and start again"
-            ) from error
 
     def summary(self) -> Metrics:
         """The last evaluation, the mean of all, and what the run took."""
@@ -347,25 +338,13 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
     An unfinished run gives the weights of its newest valid checkpoint.
     """
     config = parse_rl_config({**read_config(run_dir), "device": device})
-    source = run_dir / "agent.pt"
-    if source.exists():
-        content = source.read_bytes()
-        if source.with_name("agent.pt.sha256").read_text().split()[:1] != [digest(content)]:
-            raise CheckpointError(f"{source}: damaged; remove it and its sha256 to use the last checkpoint")
-        state = unpack(content, source)
-        decisions = int(state["decisions"])
-    else:
-        found = Checkpoints(run_dir / "checkpoints").latest(repair=False)
-        if found is None:
-            raise CheckpointError(f"{run_dir}: neither agent.pt nor a checkpoint; train it first")
-        state = found.state["state"]
-        decisions = int(state["collector"]["decisions"])
+    state = read_weights(run_dir / "agent.pt")
     agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
         raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
-    return agent.eval(), config, decisions
+    return agent.eval(), config, int(state["collector"]["decisions"])
 
 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
