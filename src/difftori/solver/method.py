@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from difftori.solver.box import Box
-from difftori.solver.compiled import compiled_value_and_grad, compiled_value_grad_hessian
+from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
 from difftori.types import Hessians, Points, PointSets, Rows
@@ -32,14 +32,14 @@ class Problem:
     def evaluate(self, x: Points) -> tuple[Rows, Points]:
         """Cost and gradient at x."""
         if self.compile and not torch.compiler.is_compiling():
-            cost, grad = compiled_value_and_grad(self.objective, x, self.create_graph)
+            cost, grad = compiled_call(value_and_grad, self.objective, x, self.create_graph)
             return check_cost(cost, x), grad
         return value_and_grad(self.objective, x, self.create_graph)
 
     def curvature(self, x: Points) -> tuple[Rows, Points, Hessians]:
         """Cost, gradient and dense Hessian at x."""
         if self.compile and not self.create_graph:
-            return compiled_value_grad_hessian(self.objective, x)
+            return compiled_call(value_grad_hessian, self.objective, x)
         return value_grad_hessian(self.objective, x, self.create_graph)
 
     def score(self, candidates: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.box import UNBOUNDED, Box
-from difftori.solver.compiled import compiled_steps
+from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
 from difftori.solver.objective import Objective, as_objective
@@ -221,7 +221,7 @@ class _Run:
         taken = 0
         while taken < steps and not bool((progress.done | progress.failed).all()):
             chunk = min(_CHUNK, steps - taken)
-            x, state = compiled_steps(self.solver, problem, progress.x, progress.state, chunk)
+            x, state = compiled_call(_steps, self.solver, problem, progress.x, progress.state, chunk)
             working = ~(progress.done | progress.failed)
             self._advance(progress, x, state, counts=False)
             progress.steps = progress.steps + chunk * working
@@ -238,6 +238,12 @@ class _Run:
 
 
 _CHUNK = 5
+
+
+def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int):
+    for _ in range(count):
+        x, state = solver.step(problem, x, state)
+    return x, state
 
 
 def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
