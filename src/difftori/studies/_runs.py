@@ -62,6 +62,8 @@ class StudyConfig(BaseModel):
     """Environment steps of every run."""
     obs: Literal["state", "pixels"] = "pixels"
     """What is seen; the paper's are pixels."""
+    action_repeat: int | None = Field(None, ge=1)
+    """Environment steps per decision; the paper's unless given. The published TD-MPC from states has 4 on most tasks."""
     preset: Literal["paper", "compact"] = "paper"
     """Sizes of networks and planner; `compact` is for CPUs, and not comparable with the paper."""
     budget: float | None = Field(None, ge=0)
@@ -142,7 +144,10 @@ def full_return(config: StudyConfig) -> float:
 
 def budget_name(config: StudyConfig) -> str:
     """The folder name of one budget: `state-compact-100000`."""
-    return "quick" if config.quick else f"{config.obs}-{config.preset}-{config.steps}"
+    if config.quick:
+        return "quick"
+    repeat = "" if config.action_repeat is None else f"-repeat{config.action_repeat}"
+    return f"{config.obs}-{config.preset}-{config.steps}{repeat}"
 
 
 def partial_reasons(config: StudyConfig) -> list[str]:
@@ -151,6 +156,7 @@ def partial_reasons(config: StudyConfig) -> list[str]:
         "quick": config.quick,
         "states instead of pixels": config.obs != "pixels",
         f"preset {config.preset}": config.preset != "paper",
+        f"action repeat {config.action_repeat}": config.action_repeat is not None,
         f"{num_steps(config)} of {FULL_STEPS} steps": num_steps(config) < FULL_STEPS,
         f"{num_seeds(config)} of {FULL_SEEDS} seeds": num_seeds(config) < FULL_SEEDS,
         f"{len(set(config.tasks))} of {len(TASKS)} tasks": set(config.tasks) != set(TASKS),
@@ -187,6 +193,8 @@ def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
         "eval_every": QUICK_STEPS // 3 if config.quick else config.eval_every,
         "device": config.device,
     }
+    if config.action_repeat is not None and not config.quick:
+        values["action_repeat"] = config.action_repeat
     parsed = parse_rl_config({"agent": arm.agent, **values, "settings": settings})
     folder = config.runs / budget_name(config) / task.replace(":", ".") / _slug(arm, parsed) / f"seed-{seed}"
     options = [word for name, value in {**values, **settings}.items() for word in _option(name, value)]

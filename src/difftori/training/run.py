@@ -67,6 +67,8 @@ class Run:
         try:
             self._claim()
             torch.set_num_threads(threads)
+            # Numbers below 1e-38 count as 0: the processor takes many times as long for them, and weights near zero meet many.
+            torch.set_flush_denormal(True)
             torch.manual_seed(seed)
             with _writing(path):
                 _prepare(path, config, device)
@@ -87,6 +89,7 @@ class Run:
         state, threads = self._outside
         torch.set_rng_state(state)
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
 
     def generator(self, name: str, device: str = "cpu") -> torch.Generator:
         """The generator of that name: made from the seed once, saved with each checkpoint, restored with it."""
