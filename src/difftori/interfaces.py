@@ -122,6 +122,8 @@ class Agent(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
     batch_size: int
+    compiles = False
+    """Whether its computations of fixed shape are to go through torch.compile; the trainer's `--compile` sets it."""
 
     def __init__(self, config: AgentConfig, spec: EnvSpec):
         super().__init__()

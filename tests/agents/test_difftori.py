@@ -129,7 +129,7 @@ def test_planning_beats_the_prior_in_the_model():
     agent = lively()
     obs = segment().obs[0]
     latent = agent.model.encode(obs)
-    start = agent.model.rollout(latent, 3, std=0.0, generator=None)
+    start = agent.model.rollout(latent, torch.zeros(len(latent), 3, agent.spec.action_dim))
     from difftori.solver import Detached
 
     actions, solution = agent.plan(latent, 3, start, Detached(), 20)

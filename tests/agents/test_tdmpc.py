@@ -17,7 +17,8 @@ def test_the_loss_is_equation_3_written_out():
     loss = agent.loss(batch, batch.obs, torch.Generator().manual_seed(5))
     model, target, s = agent.model, agent.target, agent.settings
     noise = torch.Generator().manual_seed(5)
-    all_next = model.prior(model.encode(batch.obs[1:]), std=s.std_end, generator=noise)
+    drawn = torch.randn(batch.actions.shape, generator=noise)
+    all_next = model.prior(model.encode(batch.obs[1:]), (s.std_end * drawn).clamp(-0.3, 0.3))
     total = 0.0
     for row in range(8):
         z = model.encode(batch.obs[0, row])

@@ -41,9 +41,13 @@ for solver, adjoint in pairs:
 from difftori.errors import ObjectiveError, SolverError
 from difftori.solver import CEM, ILQR, GaussNewton, Newton
 state, start = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
-for solver, options in ((Newton(), {}), (ILQR(), {}), (CEM(8, 2), dict(generator=torch.Generator()))):
+for solver in (MPPI(16, 4), CEM(8, 2)):  # steps that draw from a generator stay eager, scoring is compiled
+    both = [solve(objective(state), start, solver=solver, adjoint=Detached(), max_steps=2, compile=flag,
+        candidates=start[None] + 0.1, generator=torch.Generator().manual_seed(0)).x for flag in (False, True)]
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-9)
+for solver in (Newton(), ILQR()):
     try:
-        solve(objective(state), start, solver=solver, max_steps=2, compile=True, **options)
+        solve(objective(state), start, solver=solver, max_steps=2, compile=True)
     except SolverError as error:
         assert "cannot trace" in str(error)
     else:

@@ -13,7 +13,7 @@ from difftori.errors import ConfigError
 from difftori.interfaces import Memory
 from difftori.models.encoders import make_encoder
 from difftori.models.nets import mlp
-from difftori.models.world_model import Critics, silent
+from difftori.models.world_model import Critics, action_noise, silent
 from difftori.planning import ActionReturnObjective, Planner, ReturnObjective
 from difftori.solver import (
     Adjoint,
@@ -192,7 +192,8 @@ class DiffTORI(TDMPC):
             preset = presets.reference_rl(self.spec.name.partition(":")[2], keep="best" if acting else "last")
             solution = (preset.acting() if acting else preset).solve(objective, start.flatten(1), box=Box(-1.0, 1.0))
             return objective.plan(solution.x), solution
-        planner = Planner(ProjectedGradient(), adjoint, Box(-1.0, 1.0), steps, tolerance=0.0)
+        box = Box(-1.0, 1.0)
+        planner = Planner(ProjectedGradient(), adjoint, box, steps, tolerance=0.0, compile=self.compiles)
         plan = planner.plan(objective, start)
         return plan.actions, plan.solution
 
@@ -213,7 +214,12 @@ class DiffTORI(TDMPC):
         length = horizon + (self.settings.terminal == "action")
         if self.settings.init == "zero":
             return latent.new_zeros(len(latent), length, self.spec.action_dim)
-        return self.model.rollout(latent, length, std=self.settings.init_std, generator=generator)
+        shape = (len(latent), length, self.spec.action_dim)
+        noise = action_noise(shape, self.settings.init_std, like=latent, generator=generator)
+        return self._fast(DiffTORI._rollout, latent, noise)
+
+    def _rollout(self, latent: Latents, noise: Plans) -> Plans:
+        return self.model.rollout(latent, noise)
 
     def _padded(self, actions: Plans) -> Tensor:
         return nn.functional.pad(actions, (0, 0, 0, self.settings.horizon + 1 - actions.shape[1]))
@@ -232,13 +238,13 @@ class DiffTORI(TDMPC):
     def loss(self, segment: Segment, obs: Tensor, generator: torch.Generator) -> ModelLoss:
         """Eq. 6: L_TD-MPC, Q̃'s Bellman error, and with a shared optimiser c_0·(−min Q̃(s, a(θ)))."""
         base = super().loss(segment, obs, generator)
-        critic = self._obs_critic_loss(segment, obs, generator)
+        critic = self._fast(DiffTORI.obs_critic_loss, segment, obs, self._next_action(obs[1:], generator))
         total = base.total + critic
-        metrics = {**base.metrics, "obs_q_loss": critic.item()}
+        metrics = {**base.metrics, "obs_q_loss": critic.detach()}
         if self.settings.pg == "replay" and self.settings.pg_optimizer == "shared" and self._pg_due():
             pg = self.policy_gradient_loss(self._pg_states(segment), generator)
             total = total + self.settings.pg_coef * pg
-            metrics["pg_loss"] = pg.item()
+            metrics["pg_loss"] = pg.detach()
         return ModelLoss(total, base.priorities, base.latents, metrics)
 
     def policy_gradient_loss(self, obs: Observations, generator: torch.Generator) -> Scalar:
@@ -288,27 +294,27 @@ class DiffTORI(TDMPC):
         """Un-augmented states of the slice's first step, as the release has them."""
         return segment.obs[0, : self.settings.pg_batch]
 
-    def _obs_critic_loss(self, segment: Segment, obs: Tensor, generator: torch.Generator) -> Scalar:
-        """‖Q̃ − (r + γ min Q̃⁻(o', a'))‖², weighted as Eq. 3's terms are."""
+    def obs_critic_loss(self, segment: Segment, obs: Tensor, next_action: Tensor) -> Scalar:
+        """‖Q̃(o, a) − (r + γ min Q̃⁻(o', a'))‖², weighted as Eq. 3's terms are; `obs` (T+1 B *S), a' (T B A)."""
         with torch.no_grad():
-            following = obs[1:]
-            latent = self.model.encode(following)
-            action = self._next_action(latent, generator)
-            value = self.obs_target(following, action).amin(0)
+            value = self.obs_target(obs[1:], next_action).amin(0)
             goal = segment.rewards + self.settings.discount * (~segment.terminated).float() * value
         errors = (self.obs_critics(obs[:-1], segment.actions) - goal).square().sum(0)
         rows = (self.step_weights(segment) * errors).sum(0)
         return self.settings.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
 
-    def _next_action(self, latent: Tensor, generator: torch.Generator) -> Tensor:
-        """a' of Q̃'s target: π(h(o')) with noise, or the planner's, (T B Z) → (T B A)."""
+    @torch.no_grad()
+    def _next_action(self, following: Tensor, generator: torch.Generator) -> Tensor:
+        """a' of Q̃'s target: π(h(o')) with noise, or the planner's, (T B *S) → (T B A)."""
+        latent = self.model.encode(following.flatten(0, 1))
         if self.settings.q_target == "prior":
-            return self.model.prior(latent, std=self.settings.std_end, generator=generator)
-        flat = latent.flatten(0, 1)
+            shape = (len(latent), self.spec.action_dim)
+            noise = action_noise(shape, self.settings.std_end, like=latent, generator=generator)
+            return self.model.prior(latent, noise).unflatten(0, following.shape[:2])
         horizon = self.settings.horizon
-        start = self._start(flat, horizon, generator)
-        actions, _ = self.plan(flat, horizon, start, Detached(), self.settings.plan_steps)
-        return actions[:, 0].unflatten(0, latent.shape[:2])
+        start = self._start(latent, horizon, generator)
+        actions, _ = self.plan(latent, horizon, start, Detached(), self.settings.plan_steps)
+        return actions[:, 0].unflatten(0, following.shape[:2])
 
     def _follow(self) -> None:
         super()._follow()

@@ -1,6 +1,7 @@
 """TD-MPC: sampling-based planning in a task-oriented latent model (Hansen, Wang and Su, 2022, arXiv 2203.04955)."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from difftori.agents._descent import Descent, follow
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, AgentConfig, Memory
 from difftori.models.encoders import random_shift
-from difftori.models.world_model import WorldModel
+from difftori.models.world_model import WorldModel, action_noise
 from difftori.planning import Planner, ReturnObjective
 from difftori.solver import MPPI, Box, Detached
+from difftori.solver.compiled import compiled_call
 from difftori.types import (
     Actions,
     EnvSpec,
@@ -32,6 +34,18 @@ _PAPER_LR = {True: 3e-4, False: 1e-3}
 _PAPER_BATCH = {True: 256, False: 512}
 _SHIFT = 4
 _CEILING = 1e4
+# For two CPU cores: what it costs in return is measured in docs/reinforcement.md.
+_COMPACT: dict[str, Any] = {
+    "latent_dim": 50,
+    "width": 128,
+    "encoder_width": 128,
+    "batch_size": 128,
+    "samples": 128,
+    "elites": 16,
+    "prior_samples": 8,
+    "horizon": 3,
+    "seed_steps": 1000,
+}
 
 
 class TDMPCConfig(AgentConfig):
@@ -39,18 +53,9 @@ class TDMPCConfig(AgentConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
-        # For two CPU cores: what it costs in return is measured in docs/reinforcement.md.
-        "compact": {
-            "latent_dim": 50,
-            "width": 128,
-            "encoder_width": 128,
-            "batch_size": 128,
-            "samples": 128,
-            "elites": 16,
-            "prior_samples": 8,
-            "horizon": 3,
-            "seed_steps": 1000,
-        },
+        "compact": _COMPACT,
+        # For many runs on two CPU cores: comparisons of forms of one agent.
+        "small": {**_COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64},
     }
 
     batch_size: int | None = Field(None, ge=1)
@@ -104,12 +109,12 @@ class TDMPCConfig(AgentConfig):
 
 
 class ModelLoss(NamedTuple):
-    """Eq. 3 over a batch of slices: the scalar, the new priorities (B), the latents (T+1 B Z), and numbers to log."""
+    """Eq. 3 over a batch of slices: the scalar, the new priorities (B), the latents (T+1 B Z), and scalars to log."""
 
     total: Scalar
     priorities: Rows
     latents: Tensor
-    metrics: Metrics
+    metrics: dict[str, Scalar]
 
 
 class TDMPC(Agent):
@@ -168,7 +173,8 @@ class TDMPC(Agent):
         horizon, spread = self.plan_horizon(step), self.exploration(step)
         mean = self._shifted(memory, first, latent)[:, :horizon]
         candidates = self._prior_plans(latent, horizon, generator)
-        planner = Planner(self._mppi(spread), Detached(), Box(-1.0, 1.0), self.settings.iterations, tolerance=0.0)
+        steps = self.settings.iterations
+        planner = Planner(self._mppi(spread), Detached(), Box(-1.0, 1.0), steps, tolerance=0.0, compile=self.compiles)
         plan = planner.plan(self.objective(latent, horizon), mean, candidates=candidates, generator=generator)
         std, elites, weights = plan.solution.state.memory
         drawn = torch.multinomial(weights, 1, generator=generator)
@@ -208,8 +214,9 @@ class TDMPC(Agent):
         count = self.settings.prior_samples
         if not count:
             return None
-        many = latent.expand(count, *latent.shape)
-        return self.model.rollout(many, horizon, std=self.settings.std_end, generator=generator)
+        shape = (count, len(latent), horizon, self.spec.action_dim)
+        noise = action_noise(shape, self.settings.std_end, like=latent, generator=generator)
+        return self.model.rollout(latent.expand(count, *latent.shape), noise)
 
     def _shifted(self, memory: Memory | None, first: RowFlags, latent: Latents) -> Plans:
         """The last plan one step later, zeros at its end; zeros where there is none, (B T A)."""
@@ -233,15 +240,25 @@ class TDMPC(Agent):
         self.updates += 1
         if self.updates % self.settings.ema_every == 0:
             self._follow()
-        return loss.priorities, {**loss.metrics, **prior, "grad_norm": norm}
+        metrics = {name: value.item() for name, value in loss.metrics.items()}
+        return loss.priorities, {**metrics, **prior, "grad_norm": norm}
 
     def loss(self, segment: Segment, obs: Tensor, generator: torch.Generator) -> ModelLoss:
+        """Eq. 3 on slices whose `obs` (T+1 B *S) are augmented."""
+        noise = action_noise(segment.actions.shape, self.settings.std_end, like=segment.actions, generator=generator)
+        return self._fast(TDMPC.model_loss, segment, obs, noise)
+
+    def _fast(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A method of this agent called, compiled if the agent is."""
+        return compiled_call(function, self, *arguments) if self.compiles else function(self, *arguments)
+
+    def model_loss(self, segment: Segment, obs: Tensor, noise: Tensor) -> ModelLoss:
         """Eq. 3: Σ_t ρ^t (c_1‖R − r‖² + c_2‖Q − (r + γ Q⁻(z', π(z')))‖² + c_3‖d(z, a) − h⁻(s')‖²), weighted and averaged.
 
-        `obs` (T+1 B *S) as augmented. The gradient is divided by T, and each row's terms are bounded, as in the release.
+        `noise` (T B A) is π's. The gradient is divided by T, and each row's terms are bounded, as in the release.
         """
         s, model = self.settings, self.model
-        goal, value = self._targets(segment, obs[1:], generator)
+        goal, value = self._targets(segment, obs[1:], noise)
         latents = [model.encode(obs[0])]
         for action in segment.actions:
             latents.append(model.next(latents[-1], action))
@@ -265,13 +282,13 @@ class TDMPC(Agent):
             "value_loss": td.mean(),
             "q": q.mean(),
         }
-        return ModelLoss(total, priorities, path.detach(), {name: m.item() for name, m in metrics.items()})
+        return ModelLoss(total, priorities, path.detach(), {name: m.detach() for name, m in metrics.items()})
 
     @torch.no_grad()
-    def _targets(self, segment: Segment, following: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _targets(self, segment: Segment, following: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """h⁻(s') (T B Z) and r + γ min Q⁻(h(s'), π(h(s'))) (T B), which a terminated step does without."""
         goal, online = self.target.encode(following), self.model.encode(following)
-        action = self.model.prior(online, std=self.settings.std_end, generator=generator)
+        action = self.model.prior(online, noise)
         going_on = (~segment.terminated).float()
         return goal, segment.rewards + self.settings.discount * going_on * self.target.least_q(online, action)
 
@@ -288,11 +305,17 @@ class TDMPC(Agent):
 
     def _update_prior(self, latents: Tensor, generator: torch.Generator) -> Metrics:
         """π maximises min Q at the latents of the slice, which learn nothing from it."""
-        action = self.model.prior(latents, std=self.settings.std_end, generator=generator)
-        powers = self.settings.rho ** torch.arange(len(latents), device=latents.device)
-        loss = -(powers * self.model.least_q(latents, action).mean(-1)).sum()
+        shape = (*latents.shape[:-1], self.spec.action_dim)
+        noise = action_noise(shape, self.settings.std_end, like=latents, generator=generator)
+        loss = self._fast(TDMPC.prior_loss, latents, noise)
         norm = self.prior_descent.step(self.prior_descent.gradient(loss))
         return {"prior_loss": loss.item(), "prior_grad_norm": norm}
+
+    def prior_loss(self, latents: Tensor, noise: Tensor) -> Scalar:
+        """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over slices; `latents` (T+1 B Z), `noise` (T+1 B A)."""
+        powers = self.settings.rho ** torch.arange(len(latents), device=latents.device)
+        action = self.model.prior(latents, noise)
+        return -(powers * self.model.least_q(latents, action).mean(-1)).sum()
 
     def _follow(self) -> None:
         follow(self.target.parameters(), self.model.parameters(), self.settings.ema)

@@ -1,7 +1,9 @@
 """The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), which DiffTORI shares."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from difftori.models.encoders import make_encoder
 from difftori.models.nets import mlp
@@ -77,29 +79,31 @@ class WorldModel(nn.Module):
         """min_k Q_k(z, a): (… Z), (… A) → (…)."""
         return self.critics(latent, action).amin(0)
 
-    def prior(self, latent: AnyLatents, *, std: float = 0.0, generator: torch.Generator | None = None) -> AnyActions:
-        """π(z) in [−1, 1], with Gaussian noise of `std` clipped at ±.3: (… Z) → (… A)."""
+    def prior(self, latent: AnyLatents, noise: AnyActions | None = None) -> AnyActions:
+        """π(z), plus `noise` (… A) if there is any, kept in [−1, 1]: (… Z) → (… A)."""
         action = torch.tanh(self.policy(latent))
-        return action if std == 0 else noisy(action, std, generator)
+        return action if noise is None else (action + noise).clamp(-1.0, 1.0)
 
     def value(self, latent: AnyLatents) -> AnyValues:
         """min_k Q_k(z, π(z)): (… Z) → (…)."""
         return self.least_q(latent, self.prior(latent))
 
-    def rollout(self, latent: AnyLatents, horizon: int, *, std: float, generator: torch.Generator | None) -> AnyPlans:
-        """The prior's own actions over `horizon` steps of the model, (… Z) → (… H A)."""
+    def rollout(self, latent: AnyLatents, noise: AnyPlans) -> AnyPlans:
+        """The prior's own actions over H steps of the model, with `noise` (… H A): (… Z) → (… H A)."""
         actions = []
-        for step in range(horizon):
-            actions.append(self.prior(latent, std=std, generator=generator))
-            if step + 1 < horizon:
+        for step, drawn in enumerate(noise.unbind(-2)):
+            if step:
                 latent = self.next(latent, actions[-1])
+            actions.append(self.prior(latent, drawn))
         return torch.stack(actions, -2)
 
 
-def noisy(action: AnyActions, std: float, generator: torch.Generator | None, limit: float = 0.3) -> AnyActions:
-    """action + N(0, std²) clipped at ±limit, kept within [−1, 1]."""
-    noise = torch.randn(action.shape, generator=generator, dtype=action.dtype, device=action.device)
-    return (action + (std * noise).clamp(-limit, limit)).clamp(-1.0, 1.0)
+def action_noise(
+    shape: Sequence[int], std: float, *, like: Tensor, generator: torch.Generator | None, limit: float = 0.3
+) -> Tensor:
+    """N(0, std²) clipped at ±limit, of this shape, on the device and in the precision of `like`."""
+    noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    return (std * noise).clamp(-limit, limit)
 
 
 def orthogonal(network: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""torch.compile for solves of fixed shape: opt-in. Every iterate equals the eager one up to rounding.
+"""torch.compile for solves and updates of fixed shape: opt-in. Every iterate equals the eager one up to rounding.
 
-Four pieces are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the dense
-Hessian (method.py), and a chunk of conjugate gradients (newton.py).
+Of a solve, five pieces are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the
+dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py).
 What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers: after each chunk.
+Of an agent's update, its losses are (agents/tdmpc.py, agents/difftori.py).
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def compiled_call(function: Callable, *arguments):
     except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SolverError(
-            f"compile=True: torch.compile cannot trace this solve ({reason}). Solve without it, or take another solver: "
-            "Newton, GaussNewton, ILQR and Levenberg–Marquardt on stacked residuals decide by the numbers within a step, and "
-            "a generator cannot be traced either. If it is none of these, look for .item() or the like in the cost."
+            f"compile=True: torch.compile cannot trace this ({reason}). Go without it, or take another solver: "
+            "Newton, GaussNewton, ILQR and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
+            "If it is none of these, look for .item() or the like in the cost or loss."
         ) from error

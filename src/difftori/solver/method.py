@@ -45,6 +45,8 @@ class Problem:
     def score(self, candidates: Tensor) -> Tensor:
         """Costs (K B) of candidates (K B n), without a gradient unless steps must be differentiable."""
         with torch.set_grad_enabled(self.create_graph):
+            if self.compile and not torch.compiler.is_compiling():
+                return compiled_call(costs_of_candidates, self.objective, candidates)
             return costs_of_candidates(self.objective, candidates)
 
     def project(self, x: PointSets) -> PointSets:

@@ -148,7 +148,8 @@ class _Run:
                 progress = self._begin(problem)
             elif differentiable:
                 progress = self._resume(problem, progress)
-            if problem.compile and self.history is None:
+            # A generator cannot be traced: steps that draw from one are eager, and their evaluations compiled.
+            if problem.compile and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
                 for _ in range(steps):

@@ -45,7 +45,7 @@ _QUICK: dict[str, Any] = {
     "seed_steps": 20,
     "updates_per_step": 0.25,
 }
-_FREE = {"device", "threads", "workers", "storage", "save_every", "keep_episodes"}
+_FREE = {"device", "threads", "compile", "workers", "storage", "save_every", "keep_episodes"}
 """Keys of a run's configuration that do not decide what is compared: where and how it computed."""
 
 
@@ -64,14 +64,16 @@ class StudyConfig(BaseModel):
     """What is seen; the paper's are pixels."""
     action_repeat: int | None = Field(None, ge=1)
     """Environment steps per decision; the paper's unless given. The published TD-MPC from states has 4 on most tasks."""
-    preset: Literal["paper", "compact"] = "paper"
-    """Sizes of networks and planner; `compact` is for CPUs, and not comparable with the paper."""
+    preset: Literal["paper", "compact", "small"] = "paper"
+    """Sizes of networks and planner; `compact` and `small` are for CPUs, and not comparable with the paper."""
     budget: float | None = Field(None, ge=0)
     """Minutes after which no further run is started; those that run are finished. 0 only draws what exists."""
     jobs: int = Field(1, ge=1)
     """Runs at once, a process with one thread each. More than one makes wall-clock times depend on each other."""
     device: str = "cpu"
     """Where runs compute; `cuda` for pixels."""
+    compile: bool = False
+    """Compile acting and updating; minutes at the first run, then faster."""
     eval_every: int = Field(20_000, ge=1)
     """Environment steps between evaluations of 10 episodes."""
     runs: Path = Path("runs/rl")
@@ -195,6 +197,8 @@ def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
     }
     if config.action_repeat is not None and not config.quick:
         values["action_repeat"] = config.action_repeat
+    if config.compile:
+        values["compile"] = True
     parsed = parse_rl_config({"agent": arm.agent, **values, "settings": settings})
     folder = config.runs / budget_name(config) / task.replace(":", ".") / _slug(arm, parsed) / f"seed-{seed}"
     options = [word for name, value in {**values, **settings}.items() for word in _option(name, value)]
@@ -208,10 +212,13 @@ def _slug(arm: Arm, parsed: RLConfig) -> str:
     resolved = parsed.settings.model_dump()
     if "pg" in resolved:
         settings = {"pg": resolved["pg"], **settings}
-    return "_".join([arm.agent, *(f"{name}-{value}" for name, value in settings.items())])
+    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return "_".join([arm.agent, *(f"{name}-{value}" for name, value in words.items())])
 
 
 def _option(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
     words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
     return [f"--{name.replace('_', '-')}", *words]
 

@@ -1,9 +1,10 @@
 """Figure 5: what the policy-gradient term of Eq. 6 adds: DiffTORI with it, in two schedules, and without it.
 
 `off` plans with the optimiser but never learns through it. `per-episode` is the released schedule, `replay` Eq. 6 as
-written. Further arms: `replay-25` takes a step at every 25th update only, `replay-shared` adds the term to Eq. 3's
-gradient instead of giving it an optimiser of its own, `…-flipped` has the sign of c_0 flipped: a term that helps must do
-worse then. Differences are paired by seed.
+written. Further arms: `replay-25` takes a step at every 25th update only, `replay-slow` at a tenth of the learning rate,
+`replay-critics` moves Q alone and slowly, `replay-correction` a score of its own that Eq. 3 leaves alone, `replay-shared`
+adds the term to Eq. 3's gradient instead of giving it an optimiser of its own, `…-flipped` has the sign of c_0 flipped: a
+term that helps must do worse then. Differences are paired by seed.
 """
 
 from typing import Literal, get_args
@@ -13,13 +14,27 @@ from pydantic import Field
 from difftori.studies._ablation import run_ablation
 from difftori.studies._runs import Arm, StudyConfig
 
-Form = Literal["off", "per-episode", "replay", "replay-25", "replay-shared", "per-episode-flipped", "replay-flipped"]
+Form = Literal[
+    "off",
+    "per-episode",
+    "replay",
+    "replay-25",
+    "replay-slow",
+    "replay-critics",
+    "replay-correction",
+    "replay-shared",
+    "per-episode-flipped",
+    "replay-flipped",
+]
 FULL_FORMS: tuple[Form, ...] = ("off", "per-episode", "replay")
 FORMS: dict[str, Arm] = {
     "off": Arm("off", "difftori", {"pg": "off"}),
     "per-episode": Arm("per-episode", "difftori", {"pg": "per-episode"}),
     "replay": Arm("replay", "difftori", {"pg": "replay"}),
     "replay-25": Arm("replay-25", "difftori", {"pg": "replay", "pg_every": 25}),
+    "replay-slow": Arm("replay-slow", "difftori", {"pg": "replay", "pg_lr": 1e-4}),
+    "replay-critics": Arm("replay-critics", "difftori", {"pg": "replay", "pg_networks": ("q",), "pg_lr": 1e-4}),
+    "replay-correction": Arm("replay-correction", "difftori", {"pg": "replay", "pg_networks": ("correction",)}),
     "replay-shared": Arm("replay-shared", "difftori", {"pg": "replay", "pg_optimizer": "shared"}),
     "per-episode-flipped": Arm("per-episode-flipped", "difftori", {"pg": "per-episode", "pg_coef": -1.0}),
     "replay-flipped": Arm("replay-flipped", "difftori", {"pg": "replay", "pg_coef": -1.0}),

@@ -68,6 +68,7 @@ class _Session:
         env = open_env(config, config.num_envs)
         self.spec = env_spec(env)
         self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
+        self.agent.compiles = config.compile
         decisions = -(-config.steps // self.spec.action_repeat)
         longest = self.spec.max_decisions or decisions
         pixels = len(self.spec.obs_shape) == 3
@@ -340,6 +341,7 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
     config = parse_rl_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "agent.pt")
     agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
+    agent.compiles = config.compile
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:

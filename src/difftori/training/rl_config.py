@@ -54,6 +54,8 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """`cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
     """Threads of torch on the CPU; results differ between thread counts."""
+    compile: bool = False
+    """Compile acting and updating (torch.compile): minutes at the first start, seconds later; equal up to rounding."""
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
     """The agent's own settings."""
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -67,6 +68,8 @@ class Run:
         try:
             self._claim()
             torch.set_num_threads(threads)
+            # NumPy measures its number types when first asked, and warns if that is after the switch.
+            _ = str(np.finfo(np.float32)), str(np.finfo(np.float64))
             # Numbers below 1e-38 count as 0: the processor takes many times as long for them, and weights near zero meet many.
             torch.set_flush_denormal(True)
             torch.manual_seed(seed)
