@@ -108,7 +108,10 @@ def env_options(name: str) -> list[str]:
 
 
 def find_env(name: str) -> tuple[Callable[..., object], str]:
-    """The function that makes an environment of that name, and the task to give it; ConfigError if there is none."""
+    """The function that makes an environment of that name, and the task to give it; ConfigError if there is none.
+
+    A module whose tasks are a list says by a function `full_name(task)` which one is meant, or raises ConfigError.
+    """
     prefix, _, task = name.partition(":")
     if "." in prefix:
         maker = load(name)
@@ -120,6 +123,8 @@ def find_env(name: str) -> tuple[Callable[..., object], str]:
     if prefix not in makers:
         shown = {short: f"{short}:…" for short in makers}
         raise ConfigError([f"env: {name!r} is unknown{suggest(prefix, makers, shown)} (or give my_pkg.my_env:make)"])
+    if "full_name" in modules[prefix]:
+        modules[prefix]["full_name"](task)
     return makers[prefix], task
 
 

@@ -138,3 +138,14 @@ def test_presets_are_defaults(name):
 def test_an_unknown_agent_is_named():
     with pytest.raises(ConfigError, match="perhaps you meant 'tdmpc'"):
         find_agent("tdmpcc")
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_half_precision_encodes_the_same_to_three_digits(name):
+    agents = [build(name, PIXELS, precision=precision) for precision in ("float32", "bfloat16")]
+    obs = segment(PIXELS).obs[0]
+    full, half = (agent.model.encode(obs) for agent in agents)
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0, atol=0.02 * full.abs().max().item())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in agents[0].parameters() if p.dim() == 4)

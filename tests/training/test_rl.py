@@ -199,3 +199,8 @@ def test_every_fault_of_a_configuration_is_listed():
     text = "\n".join(caught.value.faults)
     for part in ("perhaps you meant 'tdmpc'", "dmv:cheetah-run", "steps", "perhaps you meant 'obs'"):
         assert part in text
+    with pytest.raises(ConfigError) as caught:
+        parse_rl_config({"agent": "tdmpc", "env": "dmc:cheeta-run", "steps": 0})
+    text = "\n".join(caught.value.faults)
+    assert "perhaps you meant 'cheetah-run'" in text
+    assert "steps" in text

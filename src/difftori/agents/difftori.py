@@ -1,6 +1,7 @@
 """DiffTORI for reinforcement learning: acting by an optimiser, and learning through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -11,7 +12,6 @@ from difftori.agents._descent import Descent, follow
 from difftori.agents.tdmpc import TDMPC, ModelLoss, TDMPCConfig
 from difftori.errors import ConfigError
 from difftori.interfaces import Memory
-from difftori.models.encoders import make_encoder
 from difftori.models.nets import mlp
 from difftori.models.world_model import Critics, action_noise, silent
 from difftori.planning import ActionReturnObjective, Planner, ReturnObjective
@@ -107,15 +107,10 @@ class DiffTORIConfig(TDMPCConfig):
 class ObservationCritics(nn.Module):
     """Q̃_φ(o, a): twin critics in the observation space, each with an encoder of its own (Wan et al., 2024, Section 3.2)."""
 
-    def __init__(self, spec: EnvSpec, config: TDMPCConfig, count: int = 2):
+    def __init__(self, encoders: Iterable[nn.Module], action_dim: int, *, latent_dim: int, width: int):
         super().__init__()
-        self.encoders = nn.ModuleList(
-            make_encoder(
-                spec.obs_shape, hidden=config.encoder_width, channels=config.channels, latent_dim=config.latent_dim
-            )
-            for _ in range(count)
-        )
-        self.heads = nn.ModuleList(Critics(config.latent_dim, spec.action_dim, config.width, 1) for _ in range(count))
+        self.encoders = nn.ModuleList(encoders)
+        self.heads = nn.ModuleList(Critics(latent_dim, action_dim, width, 1) for _ in self.encoders)
 
     def forward(self, obs: AnyObservations, action: AnyActions) -> AnyQValues:
         """(… *S), (… A) → (K …)."""
@@ -146,7 +141,9 @@ class DiffTORI(TDMPC):
     def _make_networks(self) -> None:
         """TD-MPC's, Q̃ and its target, and a correction of R where the term may move one."""
         super()._make_networks()
-        self.obs_critics = ObservationCritics(self.spec, self.settings)
+        s = self.settings
+        twins = (self._encoder(), self._encoder())
+        self.obs_critics = ObservationCritics(twins, self.spec.action_dim, latent_dim=s.latent_dim, width=s.width)
         self.obs_target = copy.deepcopy(self.obs_critics).requires_grad_(False)
         self.correction: nn.Sequential | None = None
         if "correction" in self.settings.pg_networks:
@@ -250,6 +247,9 @@ class DiffTORI(TDMPC):
     def policy_gradient_loss(self, obs: Observations, generator: torch.Generator) -> Scalar:
         """−min Q̃(s, a(θ)) averaged over the states (B *S), differentiable through the solve; rows without a solution left out."""
         actions, solution = self._differentiable_plan(obs, generator)
+        return self._judged_by_critics(obs, actions, solution)
+
+    def _judged_by_critics(self, obs: Observations, actions: Plans, solution: Solution) -> Scalar:
         value = self.obs_critics(obs, actions[:, 0]).amin(0)
         sound = solution.status != Status.NON_FINITE
         return -torch.where(sound, value, torch.zeros_like(value)).sum() / len(value)
@@ -332,14 +332,14 @@ class DiffTORI(TDMPC):
         td = self.descent.by_network(self.descent.gradient(super().loss(segment, obs, generator).total))
         states = self._pg_states(segment)
         term = Descent(super()._learned(), self.lr, self.settings.pg_clip_norm)
-        pg = term.by_network(term.gradient(self.policy_gradient_loss(states, generator)))
+        actions, solution = self._differentiable_plan(states, generator)
+        pg = term.by_network(term.gradient(self._judged_by_critics(states, actions, solution)))
         metrics: Metrics = {}
         for name, gradient in pg.items():
             metrics[f"ratio/{name}"] = (gradient.norm() / td[name].norm().clamp_min(1e-12)).item()
             metrics[f"cosine/{name}"] = torch.cosine_similarity(gradient, td[name], 0).item()
-        actions, solution = self._differentiable_plan(states, generator)
+        first = actions[:, 0]
         with torch.no_grad():
-            first = actions[:, 0]
             prior = self.model.prior(self.model.encode(states))
             gain = self.obs_critics(states, first).amin(0) - self.obs_critics(states, prior).amin(0)
         metrics["free"] = (first.abs() < 1 - 1e-6).float().mean().item()

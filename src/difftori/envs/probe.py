@@ -55,6 +55,11 @@ def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
     return first / 2
 
 
+def full_name(task: str) -> str:
+    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
+    return chosen_task(task, TASKS, env="probe")
+
+
 class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One of `TASKS`; the head of this file has the equations."""
 
@@ -134,7 +139,7 @@ def make(
 
     The other arguments are `difftori.envs.workers.launch`'s. Raises `ConfigError`.
     """
-    name = chosen_task(task, TASKS, env="probe")
+    name = full_name(task)
     faults = numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, ("state",))
     faults += choice_fault("render", render, ("default",))
     if faults:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from difftori.models.encoders import make_encoder
 from difftori.models.nets import mlp
 from difftori.types import AnyActions, AnyLatents, AnyObservations, AnyPlans, AnyQValues, AnyValues
 
@@ -38,19 +37,10 @@ class WorldModel(nn.Module):
     Every method takes any leading dimensions (…). Weights are orthogonal, those of the last layers of R and Q zero.
     """
 
-    def __init__(
-        self,
-        obs_shape: tuple[int, ...],
-        action_dim: int,
-        *,
-        latent_dim: int,
-        width: int,
-        encoder_width: int,
-        channels: int,
-    ):
+    def __init__(self, encoder: nn.Module, action_dim: int, *, latent_dim: int, width: int):
         super().__init__()
         joint = latent_dim + action_dim
-        self.encoder = make_encoder(obs_shape, hidden=encoder_width, channels=channels, latent_dim=latent_dim)
+        self.encoder = encoder
         self.dynamics = mlp((joint, width, width, latent_dim), nn.ELU)
         self.reward_head = mlp((joint, width, width, 1), nn.ELU)
         self.policy = mlp((latent_dim, width, width, action_dim), nn.ELU)
@@ -111,7 +101,8 @@ def orthogonal(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else 1.0
-            nn.init.orthogonal_(module.weight, gain)
+            # In a tensor of its own: the weights of convolutions lie channels-last, which the initialiser does not take.
+            module.weight.data.copy_(nn.init.orthogonal_(torch.empty(module.weight.shape), gain))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

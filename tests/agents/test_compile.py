@@ -1,0 +1,50 @@
+"""Compiled agents compute what eager ones do. Traced by torch.compile but not lowered by default; `-m slow` lowers too."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: the shape checks that are on under pytest are no part of what is compiled.
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from difftori.solver import compiled
+from tests.agents.test_every_agent import act, build, segment
+backend = sys.argv[1]
+compiled._compile = __import__("functools").cache(
+    lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
+traced = []
+call = compiled.torch.compile
+compiled.torch.compile = lambda function, **options: traced.append(function.__qualname__) or call(function, **options)
+for name, settings in (("tdmpc", {}), ("difftori", {"pg": "replay"})):
+    found = []
+    for compiles in (False, True):
+        agent = build(name, **settings)
+        g = torch.Generator().manual_seed(3)
+        for parameter in agent.parameters():
+            parameter.data.normal_(std=0.3, generator=g)
+        agent.double()
+        agent.compiles = compiles
+        batch = segment()
+        for field in ("obs", "actions", "rewards", "mask", "weights"):
+            object.__setattr__(batch, field, getattr(batch, field).double())
+        for step in range(2):
+            agent.update(batch, generator=torch.Generator().manual_seed(step))
+        actions, _ = act(agent, batch.obs[0])
+        found.append([actions, *agent.parameters()])
+    for eager, same in zip(*found, strict=True):
+        torch.testing.assert_close(same, eager, rtol=1e-6, atol=1e-8)
+expected = {"TDMPC.model_loss", "TDMPC.prior_loss", "DiffTORI.obs_critic_loss", "DiffTORI._rollout", "_steps", "costs_of_candidates"}
+assert expected <= set(traced), expected - set(traced)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_compiled_equals_eager(backend):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"
