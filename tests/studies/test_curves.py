@@ -24,8 +24,9 @@ from difftori.studies._curve_tables import (
     seed_results,
     summarise,
 )
-from difftori.studies._curves import make_curves, output_folder, read_record
+from difftori.studies._curves import make_curves, output_folder
 from difftori.studies._pool import RunsFailedError, Work, report_failures, run_all
+from difftori.studies._records import read_record
 from difftori.studies._runs import TASKS, StudyConfig, partial_reasons, plan_jobs, strange_settings
 from difftori.training.config import fields_of
 from difftori.training.kinds import reinforcement
@@ -149,6 +150,29 @@ def test_a_return_that_is_no_number_is_refused(small):
     log.write_text(log.read_text().replace('"eval/return": 200.0', '"eval/return": null'))
     with pytest.raises(DataError, match="step 20000"):
         read_record(job)
+
+
+def test_finished_runs_are_kept_in_small_files_and_drawn_from_them_elsewhere(small, tmp_path):
+    config = small()
+    fill(config, PAIR, lambda job: None if job.seed and job.task == "cup-catch" else 321.0)
+    write_run(plan_jobs(config, PAIR)[4], end=5.0, until=20_000)
+    here = curves_of(config)
+    (tmp_path / "runs").rename(tmp_path / "left behind")
+    elsewhere = curves_of(config)
+    finished = [row for row in seed_results(here) if row.finished]
+    assert len(finished) == 6
+    assert seed_results(elsewhere) == finished
+    kept = plan_jobs(config, PAIR)[0].kept
+    assert kept.stat().st_size < 3000
+    assert plan_jobs(config, PAIR)[0].finished
+
+    text = kept.read_text()
+    kept.write_text(text.replace('"horizon": 5', '"horizon": 4'))
+    with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*seed-0\.json"):
+        curves_of(config)
+    kept.write_text(text[:100])
+    with pytest.raises(DataError, match="no readable run"):
+        curves_of(config)
 
 
 def test_what_decides_and_what_does_not(small):
@@ -275,6 +299,7 @@ def test_only_the_full_study_takes_the_full_place(small):
     assert curves.reasons == ()
     assert output_folder(curves, "figure3") == config.out / "figure3"
     (plan_jobs(config, PAIR)[-1].folder / "summary.json").unlink()
+    plan_jobs(config, PAIR)[-1].kept.unlink()
     assert output_folder(curves_of(config), "figure3") == config.out / "figure3" / "partial" / "pixels-paper-1000000"
 
 

@@ -136,7 +136,7 @@ def seed_results(curves: Curves) -> list[SeedResult]:
             updates=int(record.updates[-1]),
             seconds=float(record.seconds[-1]),
             hardware=record.hardware,
-            command=f"difftori {' '.join(record.job.words)}",
+            command=record.command,
         )
         for record in curves.records
     ]

@@ -1,44 +1,15 @@
 """Learning curves of runs: made where they are missing, read from their logs, and brought to common steps."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from difftori.errors import ConfigError, DataError
+from difftori.errors import ConfigError
 from difftori.studies._pool import Failure, Work, run_all
-from difftori.studies._runs import Arm, Job, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
-from difftori.training.records import read_metrics, read_summary
-from difftori.types import Metrics
-
-RETURN = "eval/return"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a run left, finished or not: returns (k) at environment `steps` (k), the training seconds spent until then (k),
-    without evaluation, and the updates made (k). `summary` is None until the run is finished.
-    """
-
-    job: Job
-    steps: np.ndarray
-    returns: np.ndarray
-    seconds: np.ndarray
-    updates: np.ndarray
-    summary: Metrics | None
-    hardware: str
-
-    def at(self, steps: int) -> float | None:
-        """The return at exactly so many environment steps."""
-        found = self.returns[self.steps == steps]
-        return float(found[0]) if len(found) else None
-
-    @property
-    def area(self) -> float:
-        """The mean of all evaluations, which is the area under the curve over its width."""
-        return float(self.returns.mean())
+from difftori.studies._records import Record, keep, read_record
+from difftori.studies._runs import Arm, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
 
 
 @dataclass(frozen=True)
@@ -86,6 +57,9 @@ def make_curves(
     works = [Work(job.name, job.words, job.folder.with_name(f"{job.folder.name}.log")) for job in missing]
     seconds = None if config.budget is None else 60 * config.budget
     failures, _ = run_all(works, jobs=config.jobs, seconds=seconds, say=say)
+    if not config.quick:
+        for job in jobs:
+            keep(job)
     records = tuple(record for job in jobs if (record := read_record(job)) is not None)
     if not records:
         said = [f"{failure.work.name}: {failure.reason} (all of it: {failure.work.log})" for failure in failures]
@@ -95,28 +69,6 @@ def make_curves(
     reasons = (*partial_reasons(config), *further, *state)
     tasks = tuple(dict.fromkeys(job.task for job in jobs))
     return Curves(config, tuple(arms), tasks, records, reasons, tuple(failures))
-
-
-def read_record(job: Job) -> Record | None:
-    """What the job's run left; None if it has no evaluation yet. DataError if a return is not a number."""
-    rows = [row for row in read_metrics(job.folder) if RETURN in row]
-    if not rows:
-        return None
-    broken = [row["step"] for row in rows if row[RETURN] is None]
-    if broken:
-        raise DataError(
-            f"{job.folder}: the return at step {broken[0]} is not a number; remove the folder and run again"
-        )
-    total = np.array([row["seconds/total"] - row["seconds/evaluation"] for row in rows])
-    return Record(
-        job=job,
-        steps=np.array([_on_grid(row["step"], job) for row in rows]),
-        returns=np.array([row[RETURN] for row in rows], dtype=np.float64),
-        seconds=total,
-        updates=np.array([row["updates"] for row in rows]),
-        summary=read_summary(job.folder) if job.finished else None,
-        hardware=_hardware(job.folder),
-    )
 
 
 def output_folder(curves: Curves, study: str) -> Path:
@@ -138,19 +90,3 @@ def common_steps(records: Sequence[Record]) -> np.ndarray:
 def at_steps(records: Sequence[Record], steps: np.ndarray) -> np.ndarray:
     """Returns (runs k) at `steps` (k), each of which every run has."""
     return np.array([record.returns[np.searchsorted(record.steps, steps)] for record in records])
-
-
-def _on_grid(step: int, job: Job) -> int:
-    """The multiple of `eval_every` that the evaluation stands for: it waits for the end of an episode."""
-    every, last = job.config.eval_every, job.config.steps
-    return last if step >= last else step // every * every
-
-
-def _hardware(folder: Path) -> str:
-    source = folder / "versions.json"
-    try:
-        versions = json.loads(source.read_bytes())
-        device = versions.get("device_name") or versions["cpu"]
-        return f"{device}, {versions['threads']} thread(s), {versions['platform']}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{source}: unreadable ({error}); it is written when a run starts") from error

@@ -1,5 +1,6 @@
 """Which runs of reinforcement learning a study needs: options, arms, run folders, and the command of each run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DataError
 from difftori.training.records import read_config
 from difftori.training.rl_config import RLConfig, parse_rl_config
 
@@ -79,7 +80,8 @@ class StudyConfig(BaseModel):
     runs: Path = Path("runs/rl")
     """Where runs go, shared by all studies; finished ones found there are not repeated, interrupted ones go on."""
     out: Path = Path("results")
-    """Where tables and pictures go; those of a partial study into its folder `partial`, never in place of full ones."""
+    """Where tables and pictures go; those of a partial study into its folder `partial`, never in place of full ones. In
+    `runs`, a small file of each finished run is kept, so that a study goes on, or is drawn, on another machine."""
     quick: bool = False
     """Two probe environments with tiny networks, to see that everything runs."""
 
@@ -95,7 +97,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm on a task from a seed, its whole configuration, its folder, and the words after `difftori`."""
+    """One run: an arm on a task from a seed, its whole configuration, its folder, the words after `difftori`, and the small
+    file in which results keep it (_records.py).
+    """
 
     task: str
     arm: Arm
@@ -103,6 +107,7 @@ class Job:
     config: RLConfig
     folder: Path
     words: tuple[str, ...]
+    kept: Path
 
     @property
     def name(self) -> str:
@@ -111,6 +116,11 @@ class Job:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has ended, here or where its kept file comes from."""
+        return self.ended_here or self.kept.exists()
+
+    @property
+    def ended_here(self) -> bool:
         """Whether a run in the folder has ended."""
         return (self.folder / "summary.json").exists()
 
@@ -167,22 +177,40 @@ def partial_reasons(config: StudyConfig) -> list[str]:
 
 
 def strange_settings(job: Job) -> list[str]:
-    """How the run in the job's folder differs from the job, one line per key; empty if it does not, or none is there.
+    """How the run in the job's folder or kept file differs from the job, one line per key; empty if it does not, or none is
+    there.
 
     Where and how a run computed does not count, so that runs of other machines can be drawn here.
     """
-    if not (job.folder / "config.yaml").exists():
-        return []
+    found: dict[Path, dict[str, Any]] = {}
+    if (job.folder / "config.yaml").exists():
+        found[job.folder] = read_config(job.folder)
+    if job.kept.exists():
+        found[job.kept] = read_kept(job.kept)["config"]
+    wanted, faults = _flat(job.config), []
+    for place, values in found.items():
+        try:
+            there = _flat(type(job.config).model_validate(values))
+        except ValidationError as error:
+            faults += [f"{place}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            continue
+        faults += [
+            f"{key}: {value!r} wanted, {there.get(key)!r} in {place}"
+            for key, value in wanted.items()
+            if value != there.get(key)
+        ]
+    return faults
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """A kept file as plain values. DataError if it is damaged."""
     try:
-        there = _flat(type(job.config).model_validate(read_config(job.folder)))
-    except ValidationError as error:
-        return [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-    wanted = _flat(job.config)
-    return [
-        f"{key}: {value!r} wanted, {there.get(key)!r} in {job.folder}"
-        for key, value in wanted.items()
-        if value != there.get(key)
-    ]
+        plain = json.loads(path.read_bytes())
+        if not {"config", "hardware", "command", "summary", "evaluations"} <= set(plain):
+            raise ValueError("it lacks some of config, hardware, command, summary, evaluations")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: no readable run ({error}); restore it, or remove it to run again") from error
+    return plain
 
 
 def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
@@ -200,10 +228,11 @@ def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
     if config.compile:
         values["compile"] = True
     parsed = parse_rl_config({"agent": arm.agent, **values, "settings": settings})
-    folder = config.runs / budget_name(config) / task.replace(":", ".") / _slug(arm, parsed) / f"seed-{seed}"
+    place = Path(budget_name(config), task.replace(":", "."), _slug(arm, parsed), f"seed-{seed}")
+    folder = config.runs / place
     options = [word for name, value in {**values, **settings}.items() for word in _option(name, value)]
     words = ("train", arm.agent, *options, "--out", str(folder), "--quiet")
-    return Job(task, arm, seed, parsed, folder, words)
+    return Job(task, arm, seed, parsed, folder, words, config.out / "runs" / place.with_suffix(".json"))
 
 
 def _slug(arm: Arm, parsed: RLConfig) -> str:
