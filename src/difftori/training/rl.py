@@ -48,7 +48,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
             return run.summary()
         session = _Session(config, run)
         try:
-            with StopSignal() as stop, _bar(config.steps, session.env_steps, progress) as show:
+            with StopSignal() as stop, _bar(config.steps, session.env_steps, session.updates, progress) as show:
                 session.run_to_end(stop, show)
             session.export(out)
             summary = session.summary()
@@ -151,7 +151,7 @@ class _Session:
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
             self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
-            show(self.env_steps, row)
+            show(self.env_steps, self.updates, row)
             self.owed += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
@@ -186,7 +186,7 @@ class _Session:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
             row = self.look()
             self.run.log(self.env_steps, row)
-            show(self.env_steps, row)
+            show(self.env_steps, self.updates, row)
         if self._due(self.saved_at, self.config.save_every):
             self.save()
 
@@ -398,8 +398,11 @@ def spec_from(state: State) -> EnvSpec:
 
 
 @contextmanager
-def _bar(total: int, done: int, progress: bool) -> Iterator:
-    """A progress bar over environment steps; yields a function that shows a row."""
+def _bar(total: int, done: int, updated: int, progress: bool) -> Iterator:
+    """A progress bar over environment steps, of which `done` were taken, and `updated` updates made, before this start.
+
+    Yields a function that shows environment steps, updates, and a row of metrics.
+    """
     columns = (
         TextColumn("environment steps"),
         MofNCompleteColumn(),
@@ -412,10 +415,11 @@ def _bar(total: int, done: int, progress: bool) -> Iterator:
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         line = bar.add_task("train", total=total, completed=done, note="")
 
-        def show(steps: int, row: Metrics) -> None:
+        def show(steps: int, updates: int, row: Metrics) -> None:
             shown = {"train/return": "train", "eval/return": "eval"}
             notes.update({label: f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row})
-            rate = (steps - done) / max(time.perf_counter() - began, 1e-9)
-            bar.update(line, completed=min(steps, total), note="  ".join([*notes.values(), f"{rate:.0f} steps/s"]))
+            elapsed = max(time.perf_counter() - began, 1e-9)
+            speed = f"{(steps - done) / elapsed:.0f} steps/s", f"{(updates - updated) / elapsed:.0f} updates/s"
+            bar.update(line, completed=min(steps, total), note="  ".join([*notes.values(), *speed]))
 
         yield show
