@@ -146,3 +146,23 @@ def test_diagnoses_and_judgements_are_finite():
     assert all(abs(v) < 1e9 for v in found.values())
     judged = agent.judge(torch.randn(40, 5), torch.rand(40, 2), torch.rand(40))
     assert -1 <= judged["obs_q_correlation"] <= 1
+
+
+def test_the_critics_targets_are_lambda_returns():
+    batch = segment()
+    batch.terminated[1, 2] = True
+    batch.mask[2, 3] = 0
+    value = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    r, going_on = batch.rewards, (~batch.terminated).float()
+
+    one_step = build("difftori")._lambda_returns(batch, value)
+    torch.testing.assert_close(one_step, r + 0.99 * going_on * value)
+
+    to_the_end = build("difftori", obs_q_lambda=1.0)._lambda_returns(batch, value)
+    whole = r[0] + 0.99 * r[1] + 0.99**2 * r[2] + 0.99**3 * value[2]
+    whole[2] = r[0, 2] + 0.99 * r[1, 2]
+    whole[3] = r[0, 3] + 0.99 * r[1, 3] + 0.99**2 * value[1, 3]
+    torch.testing.assert_close(to_the_end[0], whole)
+
+    half = build("difftori", obs_q_lambda=0.5)._lambda_returns(batch, value)
+    torch.testing.assert_close(half[1, 0], r[1, 0] + 0.99 * (0.5 * value[1, 0] + 0.5 * half[2, 0]))

@@ -102,6 +102,8 @@ class DiffTORIConfig(TDMPCConfig):
     """Whose next action Q̃'s Bellman target takes: π's, as released, or the planner's, which is the policy that acts."""
     obs_q_coef: float = Field(0.1, ge=0)
     """Weight of Q̃'s own Bellman error."""
+    obs_q_lambda: float = Field(0.0, ge=0, le=1)
+    """λ of Q̃'s target: 0 looks one step ahead, as released; 1 to the slice's end, so that Q̃ rises to the returns sooner; ours."""
 
 
 class ObservationCritics(nn.Module):
@@ -297,11 +299,22 @@ class DiffTORI(TDMPC):
     def obs_critic_loss(self, segment: Segment, obs: Tensor, next_action: Tensor) -> Scalar:
         """‖Q̃(o, a) − (r + γ min Q̃⁻(o', a'))‖², weighted as Eq. 3's terms are; `obs` (T+1 B *S), a' (T B A)."""
         with torch.no_grad():
-            value = self.obs_target(obs[1:], next_action).amin(0)
-            goal = segment.rewards + self.settings.discount * (~segment.terminated).float() * value
+            goal = self._lambda_returns(segment, self.obs_target(obs[1:], next_action).amin(0))
         errors = (self.obs_critics(obs[:-1], segment.actions) - goal).square().sum(0)
         rows = (self.step_weights(segment) * errors).sum(0)
         return self.settings.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
+
+    def _lambda_returns(self, segment: Segment, value: Tensor) -> Tensor:
+        """G_t = r_t + γ ((1 − λ) V_{t+1} + λ G_{t+1}), beginning at the slice's end, or the episode's: (T B) → (T B)."""
+        discount, mix = self.settings.discount, self.settings.obs_q_lambda
+        returns, following = [], value[-1]
+        for t in reversed(range(len(value))):
+            if t + 1 < len(value):
+                recorded = mix * segment.mask[t + 1]
+                following = (1 - recorded) * value[t] + recorded * following
+            following = segment.rewards[t] + discount * (~segment.terminated[t]).float() * following
+            returns.append(following)
+        return torch.stack(returns[::-1])
 
     @torch.no_grad()
     def _next_action(self, following: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,8 @@
 
 `off` plans with the optimiser but never learns through it. `per-episode` is the released schedule, `replay` Eq. 6 as
 written. Further arms: `replay-25` takes a step at every 25th update only, `replay-slow` at a tenth of the learning rate,
-`replay-critics` moves Q alone and slowly, `replay-correction` a score of its own that Eq. 3 leaves alone, `replay-shared`
-adds the term to Eq. 3's gradient instead of giving it an optimiser of its own, `…-flipped` has the sign of c_0 flipped: a
+`replay-critics` moves Q alone and slowly, `replay-correction` a score of its own that Eq. 3 leaves alone, `replay-lambda`
+judges by a Q̃ that learns from returns to the slice's end, `replay-shared` adds the term to Eq. 3's gradient instead of giving it an optimiser of its own, `…-flipped` has the sign of c_0 flipped: a
 term that helps must do worse then. Differences are paired by seed.
 """
 
@@ -22,6 +22,7 @@ Form = Literal[
     "replay-slow",
     "replay-critics",
     "replay-correction",
+    "replay-lambda",
     "replay-shared",
     "per-episode-flipped",
     "replay-flipped",
@@ -35,6 +36,7 @@ FORMS: dict[str, Arm] = {
     "replay-slow": Arm("replay-slow", "difftori", {"pg": "replay", "pg_lr": 1e-4}),
     "replay-critics": Arm("replay-critics", "difftori", {"pg": "replay", "pg_networks": ("q",), "pg_lr": 1e-4}),
     "replay-correction": Arm("replay-correction", "difftori", {"pg": "replay", "pg_networks": ("correction",)}),
+    "replay-lambda": Arm("replay-lambda", "difftori", {"pg": "replay", "obs_q_lambda": 1.0}),
     "replay-shared": Arm("replay-shared", "difftori", {"pg": "replay", "pg_optimizer": "shared"}),
     "per-episode-flipped": Arm("per-episode-flipped", "difftori", {"pg": "per-episode", "pg_coef": -1.0}),
     "replay-flipped": Arm("replay-flipped", "difftori", {"pg": "replay", "pg_coef": -1.0}),
