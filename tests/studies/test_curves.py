@@ -1,6 +1,7 @@
 """Studies of reinforcement learning on made-up runs: which runs, what is read, what is compared, what is written."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from difftori.studies._curve_tables import (
     summarise,
 )
 from difftori.studies._curves import make_curves, output_folder
+from difftori.studies._diagnostics import diagnostics, diagnostics_table
 from difftori.studies._pool import RunsFailedError, Work, report_failures, run_all
 from difftori.studies._records import read_record
 from difftori.studies._runs import TASKS, StudyConfig, partial_reasons, plan_jobs, strange_settings
@@ -173,6 +175,29 @@ def test_finished_runs_are_kept_in_small_files_and_drawn_from_them_elsewhere(sma
     kept.write_text(text[:100])
     with pytest.raises(DataError, match="no readable run"):
         curves_of(config)
+
+
+def test_diagnostics_are_medians_of_the_second_half(small):
+    config = small(tasks=("cup-catch",), seeds=2)
+    fill(config, PAIR[:1], lambda job: 10.0)
+    for seed, job in enumerate(plan_jobs(config, PAIR[:1])):
+        log = job.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        for row in rows:
+            if "eval/return" in row and row["step"]:
+                gain = row["step"] / 1000 + seed
+                row |= {"judged/obs_q": gain, "judged/discounted_return": 10.0, "judged/obs_q_correlation": 0.5}
+                row |= {"diagnosis/gain": gain, "diagnosis/free": 0.4, "diagnosis/valid": 0.3}
+                for name, value in (("encoder", 1.0), ("dynamics", 2.0), ("reward", 4.0), ("q", 8.0)):
+                    row |= {f"diagnosis/ratio/{name}": value, f"diagnosis/cosine/{name}": value / 10}
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = diagnostics(curves_of(config, PAIR[:1]))
+    assert (found.task, found.method, found.runs) == ("cup-catch", "difftori", 2)
+    assert found.gain == pytest.approx(45.5)  # of 40, 50 and 41, 51
+    assert found.value_over_return == pytest.approx(4.55)
+    assert (found.correlation, found.free, found.strict) == pytest.approx((0.5, 0.4, 0.3))
+    assert (found.norm_ratio, found.cosine) == pytest.approx((3.0, 0.3))
+    assert "+45.500" in diagnostics_table([found])
 
 
 def test_what_decides_and_what_does_not(small):

@@ -16,6 +16,8 @@ from difftori.studies._curve_report import (
 )
 from difftori.studies._curve_tables import OURS, differences
 from difftori.studies._curves import make_curves, output_folder
+from difftori.studies._diagnostics import NOTES as DIAGNOSTICS_NOTES
+from difftori.studies._diagnostics import diagnostics, diagnostics_table
 from difftori.studies._pool import report_failures
 from difftori.studies._runs import Arm, StudyConfig
 from difftori.studies.plots import save_svg
@@ -39,13 +41,17 @@ def run_ablation(
     summaries, _ = write_curves(curves, out)
     save_svg(task_panels(curves, title="evaluation returns", beside=False), out / "tasks.svg")
     rows = differences(curves, reference)
-    for name in ("differences.csv", "differences.svg"):
+    seen = diagnostics(curves)
+    for name in ("differences.csv", "differences.svg", "diagnostics.csv"):
         (out / name).unlink(missing_ok=True)
     if rows:
         write_csv(out / "differences.csv", rows)
         save_svg(difference_bars(curves, rows, reference=reference.label), out / "differences.svg")
+    if seen:
+        write_csv(out / "diagnostics.csv", seen)
     ours = [row for row in summaries if row.origin == OURS]
     table = summary_table(ours, methods=[arm.label for arm in arms])
-    write_page(out, title, [preface(curves), difference_table(rows), _PAIRED, table, OURS_NOTES])
+    explained = [diagnostics_table(seen), DIAGNOSTICS_NOTES] if seen else []
+    write_page(out, title, [preface(curves), difference_table(rows), _PAIRED, table, OURS_NOTES, *explained])
     show(console, curves, summaries, title, out)
     report_failures(curves.failures)
