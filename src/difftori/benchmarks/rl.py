@@ -57,10 +57,12 @@ class Config(BaseModel):
     """Where the agents compute."""
     threads: PositiveInt = 1
     """Threads of torch."""
+    compile: bool = False
+    """Agents compiled, as `difftori train --compile` has them."""
     seed: int = Field(0, ge=0)
     """Of the networks and the episodes."""
     out: Path = Path("benchmarks/results")
-    """Where `rl-OBS-PRESET.csv` and `.json` go."""
+    """Where `rl-OBS-PRESET.csv` and `.json` go (`rl-OBS-PRESET-compiled`)."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Measure, write `rl-OBS-PRESET.csv` and `.json` to `out`, and return the table."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)  # as runs do
     try:
         return _measure(config)
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
 
 
 def _measure(config: Config) -> list[dict[str, Any]]:
@@ -120,7 +124,9 @@ def _measure(config: Config) -> list[dict[str, Any]]:
 def _agent(contestant: Contestant, spec: EnvSpec, config: Config) -> Agent:
     torch.manual_seed(config.seed)
     kind = find_agent(contestant.agent)
-    return kind(kind.Config(**{"preset": config.preset, **contestant.settings}), spec).to(config.device)
+    agent = kind(kind.Config(**{"preset": config.preset, **contestant.settings}), spec).to(config.device)
+    agent.compiles = config.compile
+    return agent
 
 
 def _parts(
@@ -212,7 +218,7 @@ def _table(
 
 def _write(config: Config, rows: list[dict[str, Any]], samples: dict[tuple[str, str], list[float]]) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
-    stem = config.out / f"rl-{config.obs}-{config.preset}"
+    stem = config.out / f"rl-{config.obs}-{config.preset}{'-compiled' if config.compile else ''}"
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
