@@ -8,7 +8,7 @@ from tests.agents.test_every_agent import STATES, TINY, act, build, segment
 
 
 def lively(**settings):
-    agent = build("difftori", **settings)
+    agent = build("difftori", **{"schedule_steps": 0, **settings})
     g = torch.Generator().manual_seed(7)
     for parameter in agent.parameters():
         parameter.data.normal_(std=0.3, generator=g)
@@ -96,9 +96,33 @@ def test_when_the_term_acts(pg):
 def test_a_shared_optimiser_needs_replay():
     with pytest.raises(ConfigError, match="shared needs pg: replay"):
         build("difftori", pg="per-episode", pg_optimizer="shared")
+    with pytest.raises(ConfigError, match="no correction"):
+        build("difftori", pg="replay", pg_optimizer="shared", pg_networks=("correction",))
     agent = build("difftori", pg="replay", pg_optimizer="shared")
     _, metrics = agent.update(segment(), generator=torch.Generator().manual_seed(0))
     assert "pg_loss" in metrics
+
+
+@pytest.mark.parametrize("networks", [("encoder", "dynamics", "reward", "q"), ("q",)])
+def test_a_shared_optimiser_moves_the_named_networks_and_never_the_judge(networks):
+    settings = {"pg": "replay", "pg_optimizer": "shared", "pg_networks": networks, "horizon_start": 3}
+    gradients = []
+    for coef in (0.0, 1.0):
+        agent = lively(**settings, pg_coef=coef)
+        loss = agent.loss(segment(), segment().obs, torch.Generator().manual_seed(0)).total
+        gradients.append(agent.descent.by_network(agent.descent.gradient(loss)))
+    changed = {name for name in gradients[0] if not torch.allclose(gradients[0][name], gradients[1][name], atol=1e-7)}
+    assert changed == set(networks)
+
+
+def test_the_term_plans_as_far_as_the_schedule_has_come():
+    agent = lively(pg="replay", schedule_steps=100)
+    obs = segment().obs[0]
+    horizons = []
+    for updates in (0, 50, 100):
+        agent.updates = updates
+        horizons.append(agent._differentiable_plan(obs, torch.Generator())[0].shape[1])
+    assert horizons == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

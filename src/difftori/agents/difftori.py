@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from difftori.agents._descent import Descent, follow
-from difftori.agents.tdmpc import TDMPC, ModelLoss, TDMPCConfig
+from difftori.agents.tdmpc import CEILING, TDMPC, ModelLoss, TDMPCConfig
 from difftori.errors import ConfigError
 from difftori.interfaces import Memory
 from difftori.models.nets import mlp
@@ -136,6 +136,8 @@ class DiffTORI(TDMPC):
         super().__init__(config, spec)
         if config.pg_optimizer == "shared" and config.pg != "replay":
             raise ConfigError([f"pg_optimizer: shared needs pg: replay, not {config.pg!r}"])
+        if config.pg_optimizer == "shared" and "correction" in config.pg_networks:
+            raise ConfigError(["pg_optimizer: shared moves what Eq. 3 trains, and no correction; take own"])
         movable = super()._learned() | ({} if self.correction is None else {"correction": self.correction})
         networks = {name: network for name, network in movable.items() if name in config.pg_networks}
         self.pg_descent = Descent(networks, config.pg_lr or self.lr, config.pg_clip_norm)
@@ -228,7 +230,7 @@ class DiffTORI(TDMPC):
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
         """TD-MPC's update with Q̃'s error in it, then a step of the policy-gradient term where it is due."""
         priorities, metrics = super().update(segment, generator=generator)
-        if self.settings.pg == "replay" and self.settings.pg_optimizer == "own" and self._pg_due():
+        if self._pg_due("own"):
             loss = self.policy_gradient_loss(self._pg_states(segment), generator)
             norm = self.pg_descent.step(self.pg_descent.gradient(self.settings.pg_coef * loss))
             metrics |= {"pg_loss": loss.item(), "pg_grad_norm": norm}
@@ -240,11 +242,18 @@ class DiffTORI(TDMPC):
         critic = self._fast(DiffTORI.obs_critic_loss, segment, obs, self._next_action(obs[1:], generator))
         total = base.total + critic
         metrics = {**base.metrics, "obs_q_loss": critic.detach()}
-        if self.settings.pg == "replay" and self.settings.pg_optimizer == "shared" and self._pg_due():
+        if self._pg_due("shared"):
             pg = self.policy_gradient_loss(self._pg_states(segment), generator)
-            total = total + self.settings.pg_coef * pg
+            total = total + self.settings.pg_coef * self._only_for_the_planner(pg)
             metrics["pg_loss"] = pg.detach()
         return ModelLoss(total, base.priorities, base.latents, metrics)
+
+    def _only_for_the_planner(self, pg: Scalar) -> Scalar:
+        """The term with derivatives for `pg_networks` alone: Q̃ judges, and must not learn from its own praise."""
+        gradient = self.pg_descent.gradient(pg)
+        pulls = [(part * p).sum() for part, p in zip(gradient, self.pg_descent.parameters, strict=True)]
+        pull = torch.stack(pulls).sum()
+        return pg.detach() + pull - pull.detach()
 
     def policy_gradient_loss(self, obs: Observations, generator: torch.Generator) -> Scalar:
         """−min Q̃(s, a(θ)) averaged over the states (B *S), differentiable through the solve; rows without a solution left out."""
@@ -259,7 +268,8 @@ class DiffTORI(TDMPC):
     def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
         """The released schedule: the term's gradient over the episode (L *S), summed, then one step (or one for each state).
 
-        The release solves as it acts; the weights do not change within an episode, so that its sum is the same here.
+        The release solves as it acts; the weights do not change within an episode, so that its sum is the same here, but
+        for `pg_steps` in place of `plan_steps`.
         """
         if self.updates == 0 or self.settings.pg not in ("per-episode", "per-step"):
             return {}
@@ -281,16 +291,23 @@ class DiffTORI(TDMPC):
         return {"pg_loss": losses / len(obs), "pg_grad_norm": sum(norms) / len(norms)}
 
     def _differentiable_plan(self, obs: Observations, generator: torch.Generator) -> tuple[Plans, Solution]:
+        """Plans as they are acted on: of the horizon that the schedule has come to, by the count of updates."""
         latent = self.model.encode(obs)
-        start = self._start(latent, self.settings.horizon, generator)
-        return self.plan(latent, self.settings.horizon, start, self._adjoint(), self.settings.pg_steps)
+        horizon = self.plan_horizon(int(self.updates / self.settings.updates_per_step))
+        start = self._start(latent, horizon, generator)
+        return self.plan(latent, horizon, start, self._adjoint(), self.settings.pg_steps)
 
     def _adjoint(self) -> Adjoint:
         choices = {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="cg", products=12)}
         return choices[self.settings.adjoint]
 
-    def _pg_due(self) -> bool:
-        return self.updates >= self.settings.pg_after and self.updates % self.settings.pg_every == 0
+    def _pg_due(self, optimizer: str) -> bool:
+        """Whether this update is to move the term with that optimiser; `own` looks after the update, `shared` before."""
+        s = self.settings
+        if s.pg != "replay" or s.pg_optimizer != optimizer:
+            return False
+        update = self.updates + (optimizer == "shared")
+        return update >= s.pg_after and update % s.pg_every == 0
 
     def _pg_states(self, segment: Segment) -> Observations:
         """Un-augmented states of the slice's first step, as the release has them."""
@@ -301,7 +318,7 @@ class DiffTORI(TDMPC):
         with torch.no_grad():
             goal = self._lambda_returns(segment, self.obs_target(obs[1:], next_action).amin(0))
         errors = (self.obs_critics(obs[:-1], segment.actions) - goal).square().sum(0)
-        rows = (self.step_weights(segment) * errors).sum(0)
+        rows = (self.step_weights(segment) * errors).sum(0).clamp(max=CEILING)
         return self.settings.obs_q_coef * (rows * segment.weights).mean() / len(segment.actions)
 
     def _lambda_returns(self, segment: Segment, value: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from difftori.types import (
 _PAPER_LR = {True: 3e-4, False: 1e-3}
 _PAPER_BATCH = {True: 256, False: 512}
 _SHIFT = 4
-_CEILING = 1e4
+CEILING = 1e4
 # For two CPU cores: what it costs in return is measured in docs/reinforcement.md.
 _COMPACT: dict[str, Any] = {
     "latent_dim": 50,
@@ -45,6 +45,7 @@ _COMPACT: dict[str, Any] = {
     "prior_samples": 8,
     "horizon": 3,
     "seed_steps": 1000,
+    "schedule_steps": 10_000,
 }
 
 
@@ -200,7 +201,7 @@ class TDMPC(Agent):
     def plan_horizon(self, step: int) -> int:
         """H of a plan made after `step` decisions."""
         s = self.settings
-        return min(s.horizon, round(self._scheduled(s.horizon_start, s.horizon, step)))
+        return min(s.horizon, int(self._scheduled(s.horizon_start, s.horizon, step)))
 
     def exploration(self, step: int) -> float:
         """Standard deviation of exploration after `step` decisions."""
@@ -275,12 +276,12 @@ class TDMPC(Agent):
         errors = q - value
         td = (weight * errors.square().sum(0)).sum(0)
         rows = (
-            s.consistency_coef * consistency.clamp(max=_CEILING)
-            + s.reward_coef * reward.clamp(max=_CEILING)
-            + s.value_coef * td.clamp(max=_CEILING)
+            s.consistency_coef * consistency.clamp(max=CEILING)
+            + s.reward_coef * reward.clamp(max=CEILING)
+            + s.value_coef * td.clamp(max=CEILING)
         )
         total = (rows * segment.weights).mean() / len(segment.actions)
-        priorities = (weight * errors.detach().abs().sum(0)).sum(0).clamp(max=_CEILING)
+        priorities = (weight * errors.detach().abs().sum(0)).sum(0).clamp(max=CEILING)
         metrics = {
             "consistency_loss": consistency.mean(),
             "reward_loss": reward.mean(),

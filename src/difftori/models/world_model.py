@@ -70,9 +70,14 @@ class WorldModel(nn.Module):
         return self.critics(latent, action).amin(0)
 
     def prior(self, latent: AnyLatents, noise: AnyActions | None = None) -> AnyActions:
-        """π(z), plus `noise` (… A) if there is any, kept in [−1, 1]: (… Z) → (… A)."""
+        """π(z), plus `noise` (… A) if there is any, kept in [−1, 1]: (… Z) → (… A).
+
+        The derivative is π's, also where the bound holds the noisy action, as in TD-MPC's release.
+        """
         action = torch.tanh(self.policy(latent))
-        return action if noise is None else (action + noise).clamp(-1.0, 1.0)
+        if noise is None:
+            return action
+        return action + ((action + noise).clamp(-1.0, 1.0) - action).detach()
 
     def value(self, latent: AnyLatents) -> AnyValues:
         """min_k Q_k(z, π(z)): (… Z) → (…)."""

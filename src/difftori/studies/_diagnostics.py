@@ -13,7 +13,7 @@ _NETWORKS = ("encoder", "dynamics", "reward", "q")
 
 NOTES = """\
 Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of what was seen and done in
-evaluation over the discounted return that followed; `correlation`: of the two within an evaluation. `gain`: Q̃(s, planner) −
+evaluation over the discounted return that followed (after the time limit: as in the episode's second half); `correlation`: of the two within an evaluation. `gain`: Q̃(s, planner) −
 Q̃(s, prior). `free`: share of the first actions' coordinates inside the box; `strict`: of plans near a strict optimum. `PG / Eq. 3`
 and `cosine`: the term's gradient beside that of Eq. 3 on the same batch, the median over the four networks."""
 
@@ -25,7 +25,7 @@ class Diagnostic:
     task: str
     method: str
     runs: int
-    value_over_return: float
+    value_over_return: float | None
     correlation: float
     gain: float
     free: float
@@ -52,7 +52,7 @@ def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
     if not rows:
         return "No run has logged diagnostics yet."
     texts = {
-        "Q̃ / return": [number(row.value_over_return, 2) for row in rows],
+        "Q̃ / return": ["–" if (v := row.value_over_return) is None else number(v, 2) for row in rows],
         "correlation": [number(row.correlation, 2) for row in rows],
         "gain": [f"{row.gain:+.3f}" for row in rows],
         "free": [number(row.free, 2) for row in rows],
@@ -73,14 +73,13 @@ def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) 
     def of(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
-    over = [
-        row["judged/obs_q"] / row["judged/discounted_return"] for row in rows if row.get("judged/discounted_return")
-    ]
+    judged = [(row["judged/obs_q"], row["judged/discounted_return"]) for row in rows if "judged/obs_q" in row]
+    over = [value / followed for value, followed in judged if followed]
     return Diagnostic(
         task=task,
         method=method,
         runs=runs,
-        value_over_return=float(np.median(over)),
+        value_over_return=float(np.median(over)) if over else None,
         correlation=float(np.median(of("judged/obs_q_correlation"))),
         gain=float(np.median(of("diagnosis/gain"))),
         free=float(np.median(of("diagnosis/free"))),

@@ -199,7 +199,8 @@ def open_env(config: RLConfig, num_envs: int) -> CheckedVectorEnv:
 class Trial:
     """Evaluation episodes: their returns (N) and lengths (N), and what was seen, done and received, one entry per decision.
 
-    `returns_to_go` is the discounted return that followed, only of decisions whose rest of the episode tells it.
+    `returns_to_go` is the discounted return that followed; after a time limit it goes on with the mean reward of the
+    episode's second half, because values look beyond time limits too.
     """
 
     returns: np.ndarray
@@ -214,8 +215,8 @@ def evaluate(
 ) -> Trial:
     """So many episodes, as many at once as `env` has copies, from seeds that depend on `seed` and their number alone.
 
-    Of every `keep_every`-th decision of the first half of a truncated episode, and of a whole terminated one, the
-    discounted return is kept beside what was seen and done.
+    Of every `keep_every`-th decision the discounted return is kept beside what was seen and done, of truncated episodes
+    only from their first half.
     """
     returns, lengths = [], []
     kept: list[tuple[np.ndarray, np.ndarray, float]] = []
@@ -249,7 +250,9 @@ def evaluate(
 def _returns_to_go(
     track: list[tuple[np.ndarray, np.ndarray, float]], terminated: bool, discount: float, keep_every: int
 ) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    total, found = 0.0, []
+    second_half = [reward for _, _, reward in track[len(track) // 2 :]]
+    endless = sum(second_half) / len(second_half) / (1 - discount) if discount < 1 else 0.0
+    total, found = (0.0 if terminated else endless), []
     for index in reversed(range(len(track))):
         seen, action, reward = track[index]
         total = reward + discount * total
