@@ -1,8 +1,11 @@
 """The term that makes DiffTORI: its gradient, its schedules, its options."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from difftori.components import find_agent
 from difftori.errors import ConfigError
 from tests.agents.test_every_agent import STATES, TINY, act, build, segment
 
@@ -137,10 +140,27 @@ def test_options_act_and_learn(options):
     agent.update(segment(), generator=torch.Generator().manual_seed(0))
 
 
+def test_the_reference_planner_knows_the_papers_tasks_alone():
+    kind = find_agent("difftori")
+    for name in ("dmc:ball-in-cup-catch", "dmc:cheetah-run"):
+        kind(kind.Config(**TINY, planner="reference"), replace(STATES, name=name))
+    with pytest.raises(ConfigError, match="no settings for 'humanoid-run'"):
+        kind(kind.Config(**TINY, planner="reference"), replace(STATES, name="dmc:humanoid-run"))
+
+
+def test_compiled_rows_come_in_multiples_and_count_once():
+    agent, obs, noise = lively(init="zero"), segment().obs[0], torch.Generator()
+    assert agent._padded_rows(obs) is obs
+    agent.compiles = True
+    rows = agent._padded_rows(obs)
+    assert len(rows) == 64
+    agent.compiles = False
+    expected = agent.policy_gradient_loss(obs, noise)
+    torch.testing.assert_close(agent.policy_gradient_loss(rows, noise, len(obs)), expected)
+
+
 def test_the_reference_planner_is_the_release():
     spec = type(STATES)("dmc:cheetah-run", (5,), "float32", 2, 1000, 2)
-    from difftori.components import find_agent
-
     kind = find_agent("difftori")
     agent = kind(kind.Config(**TINY, planner="reference"), spec)
     agent.updates = 1

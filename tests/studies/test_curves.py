@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -165,9 +166,13 @@ def test_finished_runs_are_kept_in_small_files_and_drawn_from_them_elsewhere(sma
     assert len(finished) == 6
     assert seed_results(elsewhere) == finished
     kept = plan_jobs(config, PAIR)[0].kept
-    assert kept.stat().st_size < 3000
+    assert kept.stat().st_size < 3500
     assert plan_jobs(config, PAIR)[0].finished
 
+    write_run(plan_jobs(config, PAIR)[0], end=322.0)
+    with pytest.raises(ConfigError, match=r"different runs of cup-catch, difftori, seed 0: remove the one"):
+        curves_of(config)
+    shutil.rmtree(tmp_path / "runs")
     text = kept.read_text()
     kept.write_text(text.replace('"horizon": 5', '"horizon": 4'))
     with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*seed-0\.json"):
@@ -365,7 +370,15 @@ def works(folder, *names):
 def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
     python(monkeypatch, "import sys, os; print('it says:', sys.argv[1]); os._exit(sys.argv[1] == 'bad')")
     said = []
-    failures, left = run_all(works(tmp_path, "good", "bad", "fine"), jobs=2, seconds=None, say=said.append)
+    done: list[str] = []
+    failures, left = run_all(
+        works(tmp_path, "good", "bad", "fine"),
+        jobs=2,
+        seconds=None,
+        say=said.append,
+        done=lambda w: done.append(w.name),
+    )
+    assert sorted(done) == ["fine", "good"]
     assert [(f.work.name, f.status) for f in failures] == [("bad", 1)]
     assert left == []
     assert {"good: done", "fine: done"} <= set(said)

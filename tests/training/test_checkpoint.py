@@ -65,12 +65,22 @@ def test_without_a_best_one_there_is_an_error(tmp_path):
         filled(tmp_path, 1).best()
 
 
-def test_saving_a_step_again_keeps_the_valid_one(tmp_path):
+def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoints = filled(tmp_path, 1)
     checkpoints.save(1, state(99))
     found = checkpoints.latest()
     assert found is not None
+    assert found.state["value"] == 99
+    assert names(checkpoints) == ["step-1"]
+
+
+def test_a_kill_between_the_two_of_one_step_loses_neither(tmp_path):
+    checkpoints = filled(tmp_path, 1)
+    (checkpoints.root / "step-1").rename(checkpoints.root / "step-1.superseded")
+    found = checkpoints.latest()
+    assert found is not None
     assert found.state["value"] == 1
+    assert names(checkpoints) == ["step-1"]
 
 
 def flip(path: Path) -> None:

@@ -1,6 +1,8 @@
 """The loop of reinforcement learning: it learns, stops, resumes exactly, survives failures, and says what is wrong."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from difftori.components import make_env
 from difftori.data.replay import Replay
 from difftori.envs.base import EnvironmentRestarted
-from difftori.errors import CheckpointError, ConfigError
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.errors import CheckpointError, ConfigError, NonFiniteError
 from difftori.training import rl
 from difftori.training.checkpoint import weights_digest
 from difftori.training.experience import Collector, episode_seed, evaluate
@@ -81,9 +84,6 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     step, calls = Collector.step, []
 
     def raises_a_flag(self, act):
-        import os
-        import signal
-
         calls.append(None)
         if len(calls) == 70:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -95,6 +95,48 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     assert ended.value.code == 143
     rl.train(wanted, tmp_path / "stopped", progress=False)
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("agent", ["difftori", "tdmpc"])
+def test_a_signal_just_after_the_random_decisions_changes_nothing(agent, tmp_path, monkeypatch):
+    wanted = config(agent, env="probe:delayed-reward", steps=48, save_every=10_000, settings={"seed_steps": 20})
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    step, calls = Collector.step, []
+
+    def raises_a_flag(self, act):
+        calls.append(None)
+        if len(calls) == 22:  # decision 22 of episodes of 8: in the middle, and past the 20 random ones
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", raises_a_flag)
+    with pytest.raises(SystemExit):
+        rl.train(wanted, tmp_path / "stopped", progress=False)
+    rl.train(wanted, tmp_path / "stopped", progress=False)
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+    rows = [[row["step"] for row in read_metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
+def test_divergence_skips_some_updates_and_then_names_the_networks(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"10 updates in a row, in the gradients of \w+"):
+        rl.train(config("tdmpc", settings={"lr": 1e25}), tmp_path, progress=False)
+
+
+def test_an_evaluation_begins_again_when_an_environment_fails(tmp_path, monkeypatch):
+    rl.train(config(steps=60), tmp_path, progress=False)
+    expected = rl.evaluate_run(tmp_path)
+    step, calls = CheckedVectorEnv.step, []
+
+    def fails_once(self, actions):
+        calls.append(None)
+        if len(calls) == 2:
+            self._begun[:] = self._running[:] = False
+            raise EnvironmentRestarted("all copies were made anew", restarts=1)
+        return step(self, actions)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+    assert rl.evaluate_run(tmp_path) == expected
 
 
 def test_episodes_of_unequal_age_are_played_again():
@@ -127,8 +169,6 @@ def test_episodes_of_unequal_age_are_played_again():
 
 
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
-    from difftori.envs.checked import CheckedVectorEnv
-
     step, calls = CheckedVectorEnv.step, []
 
     def fails_once(self, actions):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from difftori.agents._descent import Descent, follow
 from difftori.agents.tdmpc import CEILING, TDMPC, ModelLoss, TDMPCConfig
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, SolverError
 from difftori.interfaces import Memory
 from difftori.models.nets import mlp
 from difftori.models.world_model import Critics, action_noise, silent
@@ -43,7 +43,7 @@ from difftori.types import (
     Segment,
 )
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE, _ROWS_COMPILED = 256, 64
 _MODEL = ("encoder", "dynamics", "reward", "q")
 
 
@@ -138,6 +138,11 @@ class DiffTORI(TDMPC):
             raise ConfigError([f"pg_optimizer: shared needs pg: replay, not {config.pg!r}"])
         if config.pg_optimizer == "shared" and "correction" in config.pg_networks:
             raise ConfigError(["pg_optimizer: shared moves what Eq. 3 trains, and no correction; take own"])
+        if config.planner == "reference":
+            try:
+                presets.reference_rl(spec.name.partition(":")[2])
+            except SolverError as error:
+                raise ConfigError([f"planner: reference: {error}"]) from error
         movable = super()._learned() | ({} if self.correction is None else {"correction": self.correction})
         networks = {name: network for name, network in movable.items() if name in config.pg_networks}
         self.pg_descent = Descent(networks, config.pg_lr or self.lr, config.pg_clip_norm)
@@ -255,15 +260,25 @@ class DiffTORI(TDMPC):
         pull = torch.stack(pulls).sum()
         return pg.detach() + pull - pull.detach()
 
-    def policy_gradient_loss(self, obs: Observations, generator: torch.Generator) -> Scalar:
-        """−min Q̃(s, a(θ)) averaged over the states (B *S), differentiable through the solve; rows without a solution left out."""
-        actions, solution = self._differentiable_plan(obs, generator)
-        return self._judged_by_critics(obs, actions, solution)
+    def policy_gradient_loss(self, obs: Observations, generator: torch.Generator, count: int | None = None) -> Scalar:
+        """−min Q̃(s, a(θ)) averaged over the first `count` states of (B *S), or all, differentiable through the solve.
 
-    def _judged_by_critics(self, obs: Observations, actions: Plans, solution: Solution) -> Scalar:
+        Rows without a solution are left out.
+        """
+        actions, solution = self._differentiable_plan(obs, generator)
+        return self._judged_by_critics(obs, actions, solution, count)
+
+    def _judged_by_critics(
+        self, obs: Observations, actions: Plans, solution: Solution, count: int | None = None
+    ) -> Scalar:
         value = self.obs_critics(obs, actions[:, 0]).amin(0)
         sound = solution.status != Status.NON_FINITE
-        return -torch.where(sound, value, torch.zeros_like(value)).sum() / len(value)
+        return -torch.where(sound, value, torch.zeros_like(value))[:count].sum() / (count or len(value))
+
+    def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
+        """Compiled: the last row again, up to a multiple of 64, because every new number of rows is compiled anew."""
+        missing = -len(obs) % _ROWS_COMPILED if self.compiles else 0
+        return torch.cat([obs, obs[-1:].expand(missing, *obs.shape[1:])]) if missing else obs
 
     def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
         """The released schedule: the term's gradient over the episode (L *S), summed, then one step (or one for each state).
@@ -279,7 +294,7 @@ class DiffTORI(TDMPC):
         total: list[Tensor] = []
         losses, norms = 0.0, []
         for part in obs.split(rows):
-            loss = self.policy_gradient_loss(part, generator) * len(part)
+            loss = self.policy_gradient_loss(self._padded_rows(part), generator, len(part)) * len(part)
             gradient = self.pg_descent.gradient(self.settings.pg_coef * loss)
             losses += loss.item()
             if rows == 1:

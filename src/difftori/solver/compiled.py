@@ -28,7 +28,10 @@ def compiled_call(function: Callable, *arguments):
     Raises:
         SolverError: torch.compile cannot trace the solver or the objective.
     """
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to load; not before it is needed
+    from torch._dynamo.exc import (  # takes a second; not before it is needed
+        FailOnRecompileLimitHit,
+        TorchDynamoException,
+    )
 
     limits = torch._dynamo.config.patch(  # noqa: SLF001 (the only way to raise the limit for one call)
         recompile_limit=_COMPILATIONS, accumulated_recompile_limit=4 * _COMPILATIONS
@@ -36,6 +39,10 @@ def compiled_call(function: Callable, *arguments):
     try:
         with limits:
             return _compile(function)(*arguments)
+    except FailOnRecompileLimitHit as error:
+        raise SolverError(
+            f"compile=True: more than {_COMPILATIONS} shapes, each compiled anew; keep the number of rows fixed, or go without it"
+        ) from error
     except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SolverError(

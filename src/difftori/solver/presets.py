@@ -128,6 +128,7 @@ def reference_rl(task: str = "cheetah-run", keep: Literal["best", "last"] = "las
     Raises:
         SolverError: the task is none of the paper's 15.
     """
+    task = "cup-catch" if task == "ball-in-cup-catch" else task
     if task not in _RELEASE_RL:
         raise SolverError(f"reference_rl: the paper has no settings for {task!r}; it has {', '.join(_RELEASE_RL)}.")
     iterations, step_size, damping = _RELEASE_RL[task]

@@ -52,12 +52,19 @@ def preface(curves: Curves) -> str:
         else "Full study."
     )
     hardware = sorted({record.hardware for record in curves.records})
+    software = sorted({_software(record.versions) for record in curves.records})
     return (
         f"{label} Observation: {observation(config)}; preset: {config.preset}; {num_steps(config)} environment steps a run; "
         f"up to {num_seeds(config)} seed(s) a task and method; evaluation without exploration, on seeds apart from training, "
         f"of the last weights. Drawn by `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. "
-        f"Hardware: {'; '.join(hardware)}. The command of each run is in `seeds.csv`."
+        f"Hardware: {'; '.join(hardware)}. Software: {'; '.join(software)}. The command of each run is in `seeds.csv`."
     )
+
+
+def _software(versions: dict[str, str | None]) -> str:
+    commit = versions["git_commit"]
+    source = f"difftori {versions['difftori']}" if commit is None else f"difftori at {commit[:10]}"
+    return f"{source}, torch {versions['torch']}"
 
 
 def summary_table(summaries: Sequence[Summary], *, methods: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 
 from difftori.errors import ConfigError
 from difftori.studies._pool import Failure, Work, run_all
-from difftori.studies._records import Record, keep, read_record
-from difftori.studies._runs import Arm, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
+from difftori.studies._records import Record, contradictions, keep, read_record
+from difftori.studies._runs import Arm, Job, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,23 @@ def make_curves(
     touched nor drawn: ConfigError with the differences. ConfigError too if nothing exists at all.
     """
     jobs = plan_jobs(config, arms)
-    faults = [fault for job in jobs for fault in strange_settings(job)]
+    faults = [fault for job in jobs for fault in (*strange_settings(job), *contradictions(job))]
     if faults:
         more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
         raise ConfigError([*faults[:8], f"runs: {config.runs} holds runs with other settings{more}; choose another"])
     missing = [job for job in jobs if not job.finished]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished")
-    works = [Work(job.name, job.words, job.folder.with_name(f"{job.folder.name}.log")) for job in missing]
-    seconds = None if config.budget is None else 60 * config.budget
-    failures, _ = run_all(works, jobs=config.jobs, seconds=seconds, say=say)
     if not config.quick:
         for job in jobs:
             keep(job)
+    works = {_work(job): job for job in missing}
+    seconds = None if config.budget is None else 60 * config.budget
+
+    def done(work: Work) -> None:
+        if not config.quick:
+            keep(works[work])
+
+    failures, _ = run_all(list(works), jobs=config.jobs, seconds=seconds, say=say, done=done)
     records = tuple(record for job in jobs if (record := read_record(job)) is not None)
     if not records:
         said = [f"{failure.work.name}: {failure.reason} (all of it: {failure.work.log})" for failure in failures]
@@ -69,6 +74,13 @@ def make_curves(
     reasons = (*partial_reasons(config), *further, *state)
     tasks = tuple(dict.fromkeys(job.task for job in jobs))
     return Curves(config, tuple(arms), tasks, records, reasons, tuple(failures))
+
+
+def _work(job: Job) -> Work:
+    """The command that begins a run; one that was interrupted goes on as it was begun, wherever it is to compute now."""
+    begun = (job.folder / "config.yaml").exists()
+    words = ("train", "--resume", str(job.folder), "--quiet") if begun else job.words
+    return Work(job.name, words, job.folder.with_name(f"{job.folder.name}.log"))
 
 
 def output_folder(curves: Curves, study: str) -> Path:

@@ -39,9 +39,14 @@ class Failure:
 
 
 def run_all(
-    works: Sequence[Work], *, jobs: int, seconds: float | None, say: Callable[[str], None]
+    works: Sequence[Work],
+    *,
+    jobs: int,
+    seconds: float | None,
+    say: Callable[[str], None],
+    done: Callable[[Work], None] = lambda work: None,
 ) -> tuple[list[Failure], list[Work]]:
-    """Run `works`, `jobs` at once, and return those that failed and those that were never started.
+    """Run `works`, `jobs` at once, and return those that failed and those that were never started; `done` hears of the rest.
 
     After `seconds` nothing is started any more; what runs is finished. On SIGTERM or SIGINT every process is asked to save and
     leave, and SystemExit raised with status 143 or 130.
@@ -59,7 +64,10 @@ def run_all(
                 if not running:
                     break
                 for process in [process for process in running if process.poll() is not None]:
-                    failures += _ended(process, running.pop(process), say)
+                    work = running.pop(process)
+                    failures += _ended(process, work, say)
+                    if process.returncode == 0:
+                        done(work)
                 time.sleep(_WAIT)
         finally:
             _end(running)

@@ -20,13 +20,14 @@ from difftori.training.records import read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
 RETURN = "eval/return"
+_SOFTWARE = ("git_commit", "difftori", "torch", "numpy", "python")
 
 
 @dataclass(frozen=True)
 class Record:
     """What a run left, finished or not: returns (k) at environment `steps` (k), the training seconds spent until then (k),
     without evaluation, and the updates made (k). `summary` is None until the run is finished; `rows` (k) are all that was
-    logged at each evaluation.
+    logged at each evaluation, `versions` the software that computed it.
     """
 
     job: Job
@@ -37,6 +38,7 @@ class Record:
     summary: Metrics | None
     hardware: str
     command: str
+    versions: dict[str, str | None]
     rows: tuple[dict[str, Any], ...]
 
     def at(self, steps: int) -> float | None:
@@ -54,25 +56,40 @@ def read_record(job: Job) -> Record | None:
     """What the job's run left; None if it has no evaluation yet. DataError if a return is not a number."""
     if job.kept.exists() and not job.ended_here:
         return _record(job, read_kept(job.kept))
-    rows = [row for row in read_metrics(job.folder) if RETURN in row]
-    return _record(job, _plain(job, rows)) if rows else None
+    return _record(job, _plain(job)) if _evaluations(job) else None
 
 
 def keep(job: Job) -> None:
     """Write the finished run's kept file, unless it is there."""
     if job.ended_here and not job.kept.exists():
-        rows = [row for row in read_metrics(job.folder) if RETURN in row]
         job.kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(job.kept, (json.dumps(_plain(job, rows), indent=0) + "\n").encode())
+        replace_file(job.kept, (json.dumps(_plain(job), indent=0) + "\n").encode())
 
 
-def _plain(job: Job, rows: list[dict]) -> dict:
+def contradictions(job: Job) -> list[str]:
+    """What to say if the folder holds another finished run than the kept file."""
+    if not (job.ended_here and job.kept.exists()):
+        return []
+    here = [(row["step"], row[RETURN]) for row in _evaluations(job)]
+    there = [(row["step"], row[RETURN]) for row in read_kept(job.kept)["evaluations"]]
+    if here == there:
+        return []
+    return [f"{job.folder} and {job.kept} hold different runs of {job.name}: remove the one that is not to count"]
+
+
+def _evaluations(job: Job) -> list[dict]:
+    return [_short(row) for row in read_metrics(job.folder) if RETURN in row]
+
+
+def _plain(job: Job) -> dict:
+    machine = _versions(job.folder)
     return {
         "config": read_config(job.folder),
-        "hardware": _hardware(job.folder),
+        "hardware": _hardware(machine, job.folder),
+        "versions": {name: machine.get(name) for name in _SOFTWARE},
         "command": shlex.join(["difftori", *job.words]),
         "summary": _short(read_summary(job.folder)) if job.ended_here else None,
-        "evaluations": [_short(row) for row in rows],
+        "evaluations": _evaluations(job),
     }
 
 
@@ -101,6 +118,7 @@ def _record(job: Job, plain: dict) -> Record:
         summary=summary and {name: math.nan if value is None else float(value) for name, value in summary.items()},
         hardware=plain["hardware"],
         command=plain["command"],
+        versions=plain["versions"],
         rows=tuple(rows),
     )
 
@@ -111,11 +129,20 @@ def _on_grid(step: int, job: Job) -> int:
     return last if step >= last else step // every * every
 
 
-def _hardware(folder: Path) -> str:
+def _versions(folder: Path) -> dict:
     source = folder / "versions.json"
     try:
-        versions = json.loads(source.read_bytes())
-        device = versions.get("device_name") or versions["cpu"]
-        return f"{device}, {versions['threads']} thread(s), {versions['platform']}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        found = json.loads(source.read_bytes())
+        if not isinstance(found, dict):
+            raise TypeError("no mapping")
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{source}: unreadable ({error}); it is written when a run starts") from error
+    return found
+
+
+def _hardware(machine: dict, folder: Path) -> str:
+    try:
+        device = machine.get("device_name") or machine["cpu"]
+        return f"{device}, {machine['threads']} thread(s), {machine['platform']}"
+    except KeyError as error:
+        raise DataError(f"{folder / 'versions.json'}: lacks {error}; it is written when a run starts") from error

@@ -206,8 +206,9 @@ def read_kept(path: Path) -> dict[str, Any]:
     """A kept file as plain values. DataError if it is damaged."""
     try:
         plain = json.loads(path.read_bytes())
-        if not {"config", "hardware", "command", "summary", "evaluations"} <= set(plain):
-            raise ValueError("it lacks some of config, hardware, command, summary, evaluations")
+        lacking = {"config", "hardware", "versions", "command", "summary", "evaluations"} - set(plain)
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: no readable run ({error}); restore it, or remove it to run again") from error
     return plain

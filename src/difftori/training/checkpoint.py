@@ -34,6 +34,7 @@ _FORMAT = 1
 _STATE = "state.pt"
 _MANIFEST = "MANIFEST.json"
 _BEST = "BEST"
+_SUPERSEDED = ".superseded"
 _PLAIN = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
 _READ_FAULTS = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ImportError)
 
@@ -59,7 +60,7 @@ class Checkpoints:
     def save(self, step: int, state: State, *, best: bool = False) -> Path:
         """Write `state` as `step-N`, then drop what is older than the last `keep`.
 
-        A valid checkpoint of the same step is left as it is. `best` also marks this one as the best, which keeps it.
+        One of the same step is replaced if its state is another. `best` also marks this one as the best, which keeps it.
         Raises CheckpointError if the state holds what cannot be read back safely, or if it cannot be written; then
         the earlier checkpoints are intact and nothing half-written is left.
         """
@@ -71,10 +72,13 @@ class Checkpoints:
             self._sweep()
             if final.exists() and _fault(final, step) is not None:
                 _quarantine(final)
-            if not final.exists():
+            if not final.exists() or json.loads((final / _MANIFEST).read_bytes()) != _manifest(step, content):
                 _write(partial, step, content)
+                if final.exists():
+                    os.rename(final, final.with_name(final.name + _SUPERSEDED))
                 os.rename(partial, final)
                 flush_directory(self.root)
+                self._settle()
             if best:
                 replace_file(self.root / _BEST, f"{final.name}\n".encode())
         except (OSError, RuntimeError, MemoryError) as error:
@@ -98,6 +102,8 @@ class Checkpoints:
         the log. Raises CheckpointError if there are only damaged ones.
         """
         faults = []
+        if repair:
+            self._settle()
         for step in reversed(self.steps()):
             path = self.root / f"step-{step}"
             try:
@@ -128,7 +134,17 @@ class Checkpoints:
         path = self.root / f"step-{step}"
         return Checkpoint(int(step), path, _read(path, int(step)))
 
+    def _settle(self) -> None:
+        """Drop checkpoints whose successor of the same step is there; put those back that a kill left without one."""
+        for old in self.root.glob(f"step-*{_SUPERSEDED}"):
+            final = old.with_name(old.name.removesuffix(_SUPERSEDED))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, final)
+
     def _sweep(self) -> None:
+        self._settle()
         for leftover in self.root.glob("*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)

@@ -77,9 +77,7 @@ class Collector:
         try:
             return self._execute(chosen)
         except EnvironmentRestarted:
-            for row in range(self.env.num_envs):
-                self.replay.drop(row)
-            self.begin()
+            self._begin_anew()
             return []
         finally:
             self.seconds["environment"] += time.perf_counter() - acted
@@ -105,8 +103,21 @@ class Collector:
         self.decisions += len(self._rows)
         self._obs, self._first = following, ends
         if ends.any():
-            self._begin_rows(ends)
+            try:
+                self._begin_rows(ends)
+            except EnvironmentRestarted:
+                self._begin_anew()
         return ended
+
+    def _begin_anew(self) -> None:
+        """After a failure: running episodes are lost. It ends when an environment holds, or the budget of restarts is spent."""
+        while True:
+            for row in range(self.env.num_envs):
+                self.replay.drop(row)
+            try:
+                return self.begin()
+            except EnvironmentRestarted:
+                continue
 
     def _begin_rows(self, ends: np.ndarray) -> None:
         for index in np.flatnonzero(ends):

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.components import find_agent
-from difftori.data.replay import Replay
-from difftori.envs.base import env_spec
+from difftori.data.replay import Replay, prune
+from difftori.envs.base import EnvironmentRestarted, env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import record, write_gif
 from difftori.errors import CheckpointError
@@ -89,10 +90,12 @@ class _Session:
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
         self.updates, self.owed = 0, 0.0
+        self.deciding = False
         self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
         self.saved_at = 0
+        self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are kept
         self._eval_env = None
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
@@ -107,18 +110,24 @@ class _Session:
         return self.collector.decisions * self.spec.action_repeat
 
     def run_to_end(self, stop: StopSignal, show) -> None:
-        """Decide, remember; after each episode learn what is owed, look, save."""
+        """Decide, remember; after each episode learn what is owed, look, save. A stop in mid-episode goes on there."""
         while True:
-            self._learn(stop)
-            if stop.requested:
-                self.save()
-                stop.leave()
-            self._look_and_save(show)
-            if self.env_steps >= self.config.steps:
-                return
+            if not self.deciding:
+                self._learn(stop)
+                if stop.requested:
+                    self.save()
+                    stop.leave()
+                self._look_and_save(show)
+                if self.env_steps >= self.config.steps:
+                    return
+            self.deciding = True
             ended: list[Ended] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
                 ended = self.collector.step(self._act)
+            if not ended and self.env_steps < self.config.steps:
+                self.save()
+                stop.leave()
+            self.deciding = False
             self._account(ended, show)
 
     def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
@@ -127,9 +136,10 @@ class _Session:
         if decisions < self.agent.config.seed_steps:
             shape = (len(obs), self.spec.action_dim)
             return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
+        kept = {name: value.to(device) for name, value in memory.items()} if memory else None
         return self.agent.act(
             obs.to(device),
-            memory or None,
+            kept,
             first=first.to(device),
             step=decisions,
             explore=True,
@@ -164,7 +174,8 @@ class _Session:
             segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
             sampled = time.perf_counter()
             priorities, metrics = self.agent.update(segment, generator=self.learning)
-            self.replay.update_priorities(segment.index, priorities)
+            sound = priorities.isfinite()
+            self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
             self.seconds["sampling"] += sampled - began
             self.seconds["update"] += time.perf_counter() - sampled
             self.owed -= 1
@@ -233,12 +244,16 @@ class _Session:
             "spec": spec_state(self.spec),
             "updates": self.updates,
             "owed": self.owed,
+            "deciding": self.deciding,
             "sums": dict(self._sums),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
         }
         self.run.save(self.env_steps, state)
         self.saved_at = self.env_steps
+        self._named.append(state["replay"])
+        if len(self._named) == self._named.maxlen:
+            prune(episodes, self._named)
 
     def _load(self, state: State) -> None:
         try:
@@ -247,6 +262,7 @@ class _Session:
             self.replay.load(self.out / "episodes", state["replay"])
             self.collector.load(state["collector"])
             self.updates, self.owed = int(state["updates"]), float(state["owed"])
+            self.deciding = bool(state["deciding"])
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
@@ -258,6 +274,7 @@ class _Session:
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
         self.saved_at = self.env_steps
+        self._named.append(state["replay"])
 
     def export(self, out: Path) -> None:
         """Write `agent.pt`, the last weights with all that is needed to build the agent, and its sha256."""
@@ -302,8 +319,12 @@ def evaluate_agent(
 ) -> Trial:
     """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
     discount = getattr(agent.config, "discount", 0.99)
-    act = _deterministic(agent, config, decisions)
-    return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
+    while True:  # until an evaluation meets no failure, or the budget of restarts is spent
+        act = _deterministic(agent, config, decisions)
+        try:
+            return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
+        except EnvironmentRestarted:
+            continue
 
 
 def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:

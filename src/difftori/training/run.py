@@ -63,6 +63,7 @@ class Run:
         self._outside = (torch.get_rng_state(), torch.get_num_threads())
         self._close = contextlib.ExitStack()
         self._rows: TextIO | None = None
+        self._logged = 0
         self._board: SummaryWriter | None = None
         self._purge_from: int | None = None
         try:
@@ -127,6 +128,7 @@ class Run:
             "cuda": cuda,
             "generators": {name: g.get_state() for name, g in self._generators.items()},
             "threads": torch.get_num_threads(),
+            "rows": self._logged,
         }
         return self.checkpoints.save(step, {"run": own, "state": state}, best=best)
 
@@ -138,7 +140,7 @@ class Run:
         """
         found = self.checkpoints.latest()
         if found is None:
-            self._drop_rows_after(-1)
+            self._drop_rows_after(0)
             return None
         try:
             own, state = found.state["run"], found.state["state"]
@@ -146,7 +148,7 @@ class Run:
             if own["cuda"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(own["cuda"])
             self._restored = own["generators"]
-            threads = own["threads"]
+            threads, logged = own["threads"], own["rows"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{found.path}: not a checkpoint of a run ({error!r})") from error
         for name, generator in self._generators.items():
@@ -156,7 +158,7 @@ class Run:
             _log.warning(
                 "saved with %d threads, resumed with %d: last bits may differ", threads, torch.get_num_threads()
             )
-        self._drop_rows_after(found.step)
+        self._drop_rows_after(logged)
         self._purge_from = found.step + 1
         return Checkpoint(found.step, found.path, state)
 
@@ -202,6 +204,7 @@ class Run:
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_from)
         self._rows.write(row + "\n")
         self._rows.flush()
+        self._logged += 1
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
@@ -215,10 +218,12 @@ class Run:
                 _log.warning("%s: the end of a log is lost (%s)", self.path, error)
         self._rows = self._board = None
 
-    def _drop_rows_after(self, step: int) -> None:
+    def _drop_rows_after(self, count: int) -> None:
+        """Keep the first `count` rows, those that were there when the checkpoint was taken."""
+        self._logged = count
         rows = self.path / "metrics.jsonl"
         if rows.exists():
-            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path)[:count]]
             with _writing(self.path):
                 replace_file(rows, "".join(kept).encode())
 
