@@ -83,7 +83,7 @@ class AgentConfig(BaseModel):
     The settings that the trainer reads stand here. `PRESETS` names sets of other defaults.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
 
     preset: str = "paper"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,6 +109,12 @@ class TDMPCConfig(AgentConfig):
     """Of their weights exp(temperature · return)."""
     momentum: float = Field(0.1, ge=0, lt=1)
     """Share of the old mean in the new."""
+
+    @model_validator(mode="after")
+    def _elites_among_samples(self) -> "TDMPCConfig":
+        if self.elites > self.samples:
+            raise ValueError(f"elites: {self.elites} cannot be chosen of {self.samples} samples")
+        return self
 
 
 class ModelLoss(NamedTuple):

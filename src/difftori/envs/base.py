@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 OBSERVE = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
-RENDER = ("default", "fast", "warp")
 """`default`: the simulator's own quality; `fast`: cheaper shadows and no antialiasing; `warp`: on the GPU."""
 WORKERS = ("sync", "async")
 """`sync`: all copies in this process, one after another; `async`: one process each."""

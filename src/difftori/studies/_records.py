@@ -27,7 +27,8 @@ _SOFTWARE = ("git_commit", "difftori", "torch", "numpy", "python")
 class Record:
     """What a run left, finished or not: returns (k) at environment `steps` (k), the training seconds spent until then (k),
     without evaluation, and the updates made (k). `summary` is None until the run is finished; `rows` (k) are all that was
-    logged at each evaluation, `versions` the software that computed it.
+    logged at each evaluation, `versions` the software that computed it,
+    `compiled` whether by torch.compile.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Record:
     hardware: str
     command: str
     versions: dict[str, str | None]
+    compiled: bool
     rows: tuple[dict[str, Any], ...]
 
     def at(self, steps: int) -> float | None:
@@ -119,6 +121,7 @@ def _record(job: Job, plain: dict) -> Record:
         hardware=plain["hardware"],
         command=plain["command"],
         versions=plain["versions"],
+        compiled=bool(plain["config"].get("compile", False)),
         rows=tuple(rows),
     )
 

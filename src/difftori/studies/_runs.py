@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difftori.errors import ConfigError, DataError
+from difftori.errors import DataError
 from difftori.training.records import read_config
 from difftori.training.rl_config import RLConfig, parse_rl_config
 
@@ -258,11 +258,3 @@ def _flat(config: RLConfig) -> dict[str, Any]:
     settings = plain.pop("settings")
     kept = {name: value for name, value in plain.items() if name not in _FREE}
     return kept | {f"settings.{name}": value for name, value in settings.items()}
-
-
-def check_arms(chosen: Sequence[str], known: Mapping[str, Arm]) -> list[Arm]:
-    """The arms of these names, each once. ConfigError for an unknown name."""
-    faults = [f"arms: {name!r} is unknown; choose of {', '.join(known)}" for name in chosen if name not in known]
-    if faults:
-        raise ConfigError(faults)
-    return [known[name] for name in dict.fromkeys(chosen)]

@@ -1,6 +1,6 @@
 """Figure 7: the runs of Figure 3 over wall-clock time, and what a decision and an update of DiffTORI cost beside TD-MPC's.
 
-Seconds are those of training without evaluation. Ratios are of runs on the same task, seed and hardware; with `--jobs 1`
+Seconds are those of training without evaluation, of runs without `--compile`, whose seconds would count compilation. Ratios are of runs on the same task, seed and hardware; with `--jobs 1`
 and nothing else running they compare, otherwise load differs between runs. `difftori bench rl` measures the parts
 side by side. The paper: 0.052 s an action against 0.0092 s.
 """
@@ -100,9 +100,11 @@ def timings(curves: Curves) -> list[Timing]:
 
 
 def _costs(record: Record) -> tuple[float, float, float] | None:
-    """Milliseconds of an action, an update, an environment step; None for an unfinished run, or one that only acted at random."""
+    """Milliseconds of an action, an update, an environment step; None for an unfinished run, one that only acted at random, or one
+    whose seconds count its compilation.
+    """
     summary = record.summary
-    if summary is None:
+    if summary is None or record.compiled:
         return None
     planned = summary["decisions"] - record.job.config.settings.seed_steps
     if planned <= 0 or summary["updates"] == 0:
