@@ -5,14 +5,17 @@ H  horizon (steps of one plan)                        A  action dimension
 S  state or observation dimension                     Z  latent dimension
 r  residuals of one problem                           T  length of a recorded segment
 K  members of an ensemble, samples or candidates      k  steps kept, for histories
-T1 the T + 1 observations around T steps
+T1 the T + 1 observations around T steps              O  observations of a window
 """
 
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from difftori.errors import ShapeError
 
 Scalar: TypeAlias = Float[Tensor, ""]
 Rows: TypeAlias = Float[Tensor, "B"]
@@ -92,6 +95,38 @@ class Chunk:
     def to(self, device) -> "Chunk":
         """The same batch on another device."""
         return Chunk(self.obs.to(device), self.actions.to(device), self.index.to(device))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A batch of windows of demonstrations: the last O observations, by name, and H actions of the same episode.
+
+    `obs` maps names to (B O *S): float32 vectors and point clouds, uint8 pictures (B O height width channels). `actions`
+    (B H A). Both begin at the same step, so that `actions[:, O - 1]` is what the expert did at the last observation.
+    `index` (B) says which window of the data set each row is.
+    """
+
+    obs: dict[str, Shaped[Tensor, "B O ..."]]
+    actions: Plans
+    index: RowCounts
+
+    def to(self, device) -> "Window":
+        """The same batch on another device."""
+        obs = {name: values.to(device) for name, values in self.obs.items()}
+        return Window(obs, self.actions.to(device), self.index.to(device))
+
+    def chunk(self) -> Chunk:
+        """The same batch with all observations in one row, entry after entry, oldest first in each: (B O·ΣS).
+
+        Raises ShapeError if pictures are among them.
+        """
+        pictures = [name for name, values in self.obs.items() if not values.is_floating_point()]
+        if pictures or not self.obs:
+            raise ShapeError(
+                f"window: the entries {', '.join(pictures) or '(none)'} cannot stand in one row of numbers; read only "
+                "float entries, or give the policy the window itself"
+            )
+        return Chunk(torch.cat([values.flatten(1) for values in self.obs.values()], 1), self.actions, self.index)
 
 
 @dataclass(frozen=True)

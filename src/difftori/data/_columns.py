@@ -85,9 +85,17 @@ class Column:
 
 
 def make_rows(
-    size: int, width: int, dtype: torch.dtype, *, storage: Storage, folder: Path | None, device: torch.device
+    size: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    storage: Storage,
+    folder: Path | None,
+    device: torch.device,
+    owner: str = "replay",
+    less: str = "lower the capacity",
 ) -> Shaped[Tensor, "size width"]:
-    """Room for `size` rows. Raises DataError if it cannot be had.
+    """Room for `size` rows. Raises DataError if it cannot be had, naming the `owner` and how it would need `less`.
 
     "memory" takes pages as they are first written; "device" and "mmap" take all of them at once. The mapped file has
     no name in `folder`, so that nothing is left there after a kill.
@@ -99,11 +107,11 @@ def make_rows(
         # numpy's memory, unlike torch's, comes in huge pages where the system offers them.
         content = np.empty(count, np.uint8) if storage == "memory" else _map_file(count, folder)
         return torch.from_numpy(content).view(dtype).view(size, width)
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, ValueError, OverflowError) as error:
         place = {"memory": "memory", "device": f"memory on {device}", "mmap": f"disk space in {folder}"}[storage]
         raise DataError(
-            f"replay: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}); "
-            "free some, lower the capacity, or choose another storage"
+            f"{owner}: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}); "
+            f"free some, {less}, or choose another storage"
         ) from error
 
 

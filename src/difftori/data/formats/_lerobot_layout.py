@@ -1,0 +1,70 @@
+"""Where LeRobot v3 keeps things, and what a feature of its `meta/info.json` is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from difftori.errors import DataError
+
+VERSION = "v3.0"
+OBSERVATION = "observation."
+IMAGES = "observation.images."
+ACTION = "action"
+FILES_PER_CHUNK = 1000
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+# Kept by LeRobot beside what the user records: name and Arrow type.
+BOOKKEEPING = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Feature:
+    """A key of a step: `kind` and the `shape` of one step, (height width 3) for pictures and videos."""
+
+    kind: Literal["numbers", "image", "video"]
+    shape: tuple[int, ...]
+
+
+def data_file(root: Path, chunk: int, file: int) -> Path:
+    """A file of steps."""
+    return root / "data" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
+
+
+def episodes_file(root: Path, chunk: int, file: int) -> Path:
+    """A file of what is known of each episode."""
+    return root / "meta" / "episodes" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
+
+
+def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
+    """A video of one camera. Raises DataError if the key could lead out of the folder."""
+    if "/" in key or "\\" in key or key in ("", ".", ".."):
+        raise DataError(f"{root}: {key!r} cannot name a camera; a name has no slash: restore meta/info.json")
+    return root / "videos" / key / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
+
+
+def parse_feature(value: Any, place: str) -> Feature:
+    """A feature as `meta/info.json` describes it. Raises DataError if it is neither numbers nor a colour picture."""
+    try:
+        dtype, shape = value["dtype"], tuple(int(size) for size in value["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place} is no feature with dtype and shape ({error}); restore the file") from error
+    if dtype in ("image", "video"):
+        names = value.get("names")
+        first = names[0] if isinstance(names, list) and names else None
+        leads = str(first).startswith("channel") if first is not None else shape[:1] == (3,)
+        picture = (*shape[1:], *shape[:1]) if leads else shape
+        if len(picture) != 3 or picture[2] != 3:
+            raise DataError(
+                f"{place} has the shape {shape}; only colour pictures (height width 3) are read: leave it out"
+            )
+        return Feature(dtype, picture)
+    if not isinstance(dtype, str) or not dtype.startswith(("float", "int", "uint", "bool")):
+        raise DataError(f"{place} is of type {dtype!r}; only numbers, images and videos are read: leave it out")
+    return Feature("numbers", shape)

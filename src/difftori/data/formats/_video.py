@@ -1,0 +1,101 @@
+"""Pictures and videos through PyAV: single PNG or JPEG files as bytes, and the frames of an mp4 at given times."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from difftori.data.formats._source import need
+from difftori.errors import DataError
+
+_MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "mjpeg"}
+_FAULTS = (OSError, ValueError, RuntimeError, TypeError, EOFError, MemoryError, NotImplementedError)
+_BLOCK = 64
+
+
+def decode_picture(content: bytes, place: str) -> np.ndarray:
+    """uint8 (height width 3) of a PNG or JPEG. Raises DataError for anything else."""
+    av = need("av")
+    codec = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
+    if codec is None:
+        raise DataError(f"{place} begins with {content[:8]!r}, which is neither PNG nor JPEG; make the data anew")
+    try:
+        decoder = av.CodecContext.create(codec, "r")
+        frames = [*decoder.decode(av.Packet(content)), *decoder.decode(None)]
+        return frames[0].to_ndarray(format="rgb24")
+    except (*_FAULTS, av.FFmpegError, IndexError) as error:
+        raise DataError(f"{place} cannot be decoded ({error or 'no picture in it'}); restore the file") from error
+
+
+def encode_picture(picture: np.ndarray) -> bytes:
+    """A PNG of uint8 (height width 3)."""
+    av = need("av")
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, 1)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.ndarray]:
+    """The frames shown at these rising times in seconds, uint8 (B height width 3), block after block.
+
+    Raises DataError if the file cannot be decoded, or has no frame within `tolerance` of a time.
+    """
+    av = need("av")
+    found, block = 0, []
+    try:
+        # Opened here and read as mp4 only: a playlist under this name could make FFmpeg open other files.
+        with path.open("rb") as file, av.open(file, format="mp4") as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: no video stream; restore the file")
+            for frame in container.decode(video=0):
+                if found == len(times) or frame.time is None or times[found] < frame.time - tolerance:
+                    break
+                if times[found] > frame.time + tolerance:
+                    continue
+                block.append(frame.to_ndarray(format="rgb24"))
+                found += 1
+                if len(block) == _BLOCK:
+                    yield np.stack(block)
+                    block = []
+    except DataError:
+        raise
+    except (*_FAULTS, av.FFmpegError) as error:
+        raise DataError(f"{path}: no readable video ({error}); it is truncated or damaged: restore it") from error
+    if found < len(times):
+        raise DataError(
+            f"{path}: no frame at {times[found]:.3f} s, number {found + 1} of {len(times)}; it is truncated, or belongs to "
+            "other episodes: restore it"
+        )
+    if block:
+        yield np.stack(block)
+
+
+@final
+class VideoWriter:
+    """An mp4 (H.264, a key frame every other frame, 4:2:0) that frames (height width 3) are appended to."""
+
+    def __init__(self, path: Path, fps: Fraction, height: int, width: int, crf: int):
+        av = need("av")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._av, self._file = av, path.open("wb")
+        self._container = av.open(self._file, "w", format="mp4")
+        self._stream: Any = self._container.add_stream("libx264", rate=fps, options={"g": "2", "crf": str(crf)})
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        self.frames = 0
+
+    def append(self, pictures: np.ndarray) -> None:
+        """Encode uint8 (B height width 3)."""
+        for picture in pictures:
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+            self.frames += 1
+
+    def close(self) -> None:
+        """Finish the file."""
+        with self._file:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()

@@ -1,0 +1,176 @@
+"""LeRobot v3 folders: `meta/info.json`, `meta/episodes`, steps in `data/*.parquet`, cameras there or in `videos/*.mp4`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from difftori.data._filling import Part, checked_ends
+from difftori.data.formats._lerobot_layout import (
+    ACTION,
+    BOOKKEEPING,
+    DATA_PATH,
+    IMAGES,
+    OBSERVATION,
+    VIDEO_PATH,
+    data_file,
+    parse_feature,
+    video_file,
+)
+from difftori.data.formats._parquet import as_numbers, read_batches
+from difftori.data.formats._source import Source, need, plain_names, read_json
+from difftori.data.formats._video import decode_picture, read_frames
+from difftori.errors import DataError
+
+_ROWS = 1024
+_PICTURES = 64
+
+
+@final
+@dataclass(frozen=True)
+class LeRobotSource(Source):
+    """Keys are the features that were recorded. `files` are the files of steps, `info` is `meta/info.json`."""
+
+    files: tuple[Path, ...]
+    info: dict[str, Any]
+
+    def part(self, key: str) -> Part:
+        """Numbers and pictures from the parquet files, videos from theirs."""
+        place = f"{self.path}: {key}"
+        feature = parse_feature(self.info["features"][key], place)
+        if feature.kind == "video":
+            return Part(place, feature.shape, self._frames(key))
+        blocks = self._numbers if feature.kind == "numbers" else self._pictures
+        return Part(place, feature.shape, blocks(key, feature.shape))
+
+    def _numbers(self, key: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        for path in self.files:
+            for (column,) in read_batches(path, [key], _ROWS):
+                yield as_numbers(column, shape, f"{path}: {key}")
+
+    def _pictures(self, key: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        for path in self.files:
+            for (column,) in read_batches(path, [key], _PICTURES):
+                yield np.stack([_picture(content, shape, f"{path}: {key}") for content in _contents(column, path, key)])
+
+    def _frames(self, key: str) -> Iterator[np.ndarray]:
+        names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        columns = _episode_columns(self.path, names)
+        chunks, files, begins = (columns[name] for name in names)
+        if not np.isfinite(begins).all():
+            raise DataError(f"{self.path}: meta/episodes, {names[2]}, holds NaN or Inf; restore it")
+        fps, lengths = _fps(self.info, self.path), np.diff(self.ends, prepend=0)
+        for (chunk, file), group in groupby(range(len(lengths)), key=lambda episode: (chunks[episode], files[episode])):
+            times = [begins[episode] + np.arange(lengths[episode]) / fps for episode in group]
+            yield from read_frames(
+                video_file(self.path, key, int(chunk), int(file)), np.concatenate(times), 0.499 / fps
+            )
+
+
+def open_lerobot(path: Path) -> LeRobotSource:
+    """Read the description and the episodes, and see whether the steps agree with them. Raises DataError.
+
+    Also raises MissingExtraError without the extra `data`.
+    """
+    info = _info(path)
+    names = ["length", "dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index"]
+    columns = _episode_columns(path, names)
+    place = f"{path}: meta/episodes"
+    lengths, begins, ends, chunks, numbers = (columns[name].astype(np.int64) for name in names)
+    ends = checked_ends(ends, place)
+    if (np.diff(ends, prepend=0) != lengths).any() or (ends - lengths != begins).any():
+        raise DataError(f"{place}: length, dataset_from_index and dataset_to_index contradict each other; restore it")
+    for name, count in (("total_episodes", len(ends)), ("total_frames", int(ends[-1]))):
+        if info.get(name, count) != count:
+            raise DataError(f"{path}: meta/info.json says {name} {info[name]}, and meta/episodes {count}; restore them")
+    files = tuple(data_file(path, int(c), int(n)) for c, n in dict.fromkeys(zip(chunks, numbers, strict=True)))
+    _check_steps(files, ends)
+    keys = tuple(key for key in info["features"] if key not in BOOKKEEPING)
+    seen = {key: key.removeprefix(IMAGES).removeprefix(OBSERVATION) for key in keys if key.startswith(OBSERVATION)}
+    about = {name: info[name] for name in ("fps", "robot_type") if info.get(name) is not None}
+    return LeRobotSource(path, keys, ACTION, plain_names(seen, path), ends, about, files, info)
+
+
+def _info(path: Path) -> dict[str, Any]:
+    place = path / "meta" / "info.json"
+    info = read_json(place)
+    if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
+        raise DataError(f"{place}: not the description of a LeRobot data set, with its features; restore it")
+    version = str(info.get("codebase_version"))
+    if not version.startswith("v3."):
+        raise DataError(
+            f"{place}: codebase_version is {version}, and v3 is read; convert it with LeRobot's own script "
+            "(lerobot.datasets.v30.convert_dataset_v21_to_v30)"
+        )
+    for name, usual in (("data_path", DATA_PATH), ("video_path", VIDEO_PATH)):
+        if info.get(name) not in (None, usual):
+            raise DataError(f"{place}: {name} is {info[name]!r}, and only {usual!r} is read; rename the files")
+    return info
+
+
+def _fps(info: dict[str, Any], path: Path) -> float:
+    fps = info.get("fps")
+    if not isinstance(fps, (int, float)) or not 0 < fps < 1e6:
+        raise DataError(f"{path}: meta/info.json says fps {fps!r}, which is no rate; restore it")
+    return float(fps)
+
+
+def _episode_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """One number per episode (E) from `meta/episodes`, in the order of the episodes."""
+    files = sorted((path / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    if not files:
+        raise DataError(f"{path}: no meta/episodes/chunk-*/file-*.parquet; the data set is incomplete: restore it")
+    wanted = ["episode_index", *names]
+    blocks = {name: [] for name in wanted}
+    for file in files:
+        for columns in read_batches(file, wanted, _ROWS):
+            for name, column in zip(wanted, columns, strict=True):
+                blocks[name].append(as_numbers(column, (), f"{file}: {name}"))
+    table = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in blocks.items()}
+    order = np.argsort(table["episode_index"], kind="stable")
+    if not np.array_equal(table["episode_index"][order], np.arange(len(order))):
+        raise DataError(f"{path}: meta/episodes does not list each episode from 0 on once; restore it")
+    return {name: table[name][order] for name in names}
+
+
+def _check_steps(files: Sequence[Path], ends: np.ndarray) -> None:
+    """See that the steps in the files are those of the episodes, one after another."""
+    done = 0
+    for path in files:
+        for (column,) in read_batches(path, ["episode_index"], 64 * _ROWS):
+            found = as_numbers(column, (), f"{path}: episode_index")
+            expected = np.searchsorted(ends, np.arange(done, done + len(found)), side="right")
+            if not np.array_equal(found, expected):
+                raise DataError(f"{path}: its steps are not of the episodes that meta/episodes says; restore both")
+            done += len(found)
+    if done != ends[-1]:
+        raise DataError(f"{files[-1]}: {done} steps up to its end, and meta/episodes says {ends[-1]}; restore it")
+
+
+def _contents(column: Any, path: Path, key: str) -> list[bytes]:
+    """The files of pictures that a column holds."""
+    pa = need("pyarrow")
+    kind = column.type
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or not _is_binary(kind.field("bytes").type):
+        raise DataError(f"{path}: {key} holds {kind} instead of pictures; restore it")
+    contents = column.field("bytes").to_pylist()
+    if None in contents:
+        raise DataError(f"{path}: {key} names pictures outside of this file, which are not read; embed them")
+    return contents
+
+
+def _is_binary(kind: Any) -> bool:
+    pa = need("pyarrow")
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _picture(content: bytes, shape: tuple[int, ...], place: str) -> np.ndarray:
+    picture = decode_picture(content, place)
+    if picture.shape != shape:
+        raise DataError(
+            f"{place} holds a picture of shape {picture.shape}, and meta/info.json says {shape}; make it anew"
+        )
+    return picture

@@ -1,0 +1,126 @@
+"""Windows of demonstrations: the last observations, and the actions around them, never across episodes."""
+
+from collections.abc import Iterator
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from difftori.data._columns import Column
+from difftori.data.demos import Demos
+from difftori.data.trajectories import Trajectories
+from difftori.errors import ConfigError, ShapeError
+from difftori.types import RowCounts, Window
+
+
+@final
+class Windows:
+    """Every window of a set of episodes: O observations (`observe`) and H actions (`horizon`) from the same step on.
+
+    Windows are those of Diffusion Policy (Chi et al., 2023): in an episode of L steps one begins at each step from
+    −(O − 1) to L − H + `execute` − 1. Steps before the first repeat the first, steps after the last repeat the last,
+    observations and actions alike. The present is the O-th step of a window; a policy that observes it will execute
+    `execute` actions from there on.
+    Differs from Diffusion Policy: an episode too short for any window gives one, with the first step as the present;
+    theirs passes it over.
+
+    Batches come to `device`, by default where the set lies; `index` counts windows through episode after episode.
+    Raises ConfigError listing every faulty setting.
+    """
+
+    def __init__(
+        self,
+        demos: Trajectories,
+        *,
+        observe: int,
+        horizon: int,
+        execute: int,
+        device: torch.device | str | None = None,
+    ):
+        faults = [
+            f"windows: {name} is {value}; it must be at least 1"
+            for name, value in (("observe", observe), ("horizon", horizon), ("execute", execute))
+            if value < 1
+        ]
+        if not faults and observe - 1 + execute > horizon:
+            faults.append(
+                f"windows: {execute} actions are to be executed from the last of {observe} observations on, and the window "
+                f"has {horizon}; make horizon at least {observe - 1 + execute}"
+            )
+        here = demos.actions.device
+        self.device = here if device is None else torch.device(device)
+        if here.type != "cpu" and self.device != here:
+            faults.append(
+                f"windows: the demonstrations lie on {here} and batches are to come to {self.device}; choose one"
+            )
+        if faults:
+            raise ConfigError(faults)
+
+        self.demos, self.observe, self.horizon, self.execute = demos, observe, horizon, execute
+        spans = demos.spans.cpu().numpy()
+        first = 1 - observe
+        counts = np.maximum(np.diff(spans)[:, 0] - horizon + execute - first, 1)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._episode = np.repeat(np.arange(len(spans)), counts)
+        self._first = spans[self._episode, 0] + first + within
+        self._low, self._high = spans[self._episode, 0], spans[self._episode, 1] - 1
+        self._columns = {name: self._column(values) for name, values in demos.obs.items()}
+        self._actions = self._column(demos.actions)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def episodes(self, index: RowCounts) -> RowCounts:
+        """The episode of each of these windows, on the CPU."""
+        return torch.from_numpy(self._episode[self._checked(index)])
+
+    def batch(self, index: RowCounts) -> Window:
+        """These windows. Raises ShapeError if there is no such one."""
+        chosen = self._checked(index)
+        obs = {
+            name: self._gather(column, chosen, self.observe).unflatten(-1, self.demos.obs[name].shape[1:])
+            for name, column in self._columns.items()
+        }
+        return Window(obs, self._gather(self._actions, chosen, self.horizon), index.to(self.device))
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Window:
+        """As many windows, each drawn from all of them. `generator` lives on the CPU."""
+        return self.batch(torch.randint(len(self), (_at_least_one(batch_size),), generator=generator))
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
+        """One pass over all windows in random order; the last batch may be smaller.
+
+        `generator` lives on the CPU. The whole order is drawn from it when the first batch is asked for.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        for index in order.split(_at_least_one(batch_size)):
+            yield self.batch(index)
+
+    def as_demos(self) -> Demos:
+        """All windows, for policies that take one row of numbers: obs (N O·ΣS), actions (N H A); see `Window.chunk`."""
+        chunk = self.batch(torch.arange(len(self))).chunk()
+        return Demos(chunk.obs, chunk.actions)
+
+    def _column(self, values: Tensor) -> Column:
+        return Column(values.reshape(len(values), -1), self.device)
+
+    def _gather(self, column: Column, chosen: Int[np.ndarray, "B"], count: int) -> Tensor:
+        """`count` steps from each window's first, (B count width), those outside of the episode clipped into it."""
+        steps = self._first[chosen, None] + np.arange(count)
+        steps = np.clip(steps, self._low[chosen, None], self._high[chosen, None])
+        return column.gather(steps.reshape(-1)).unflatten(0, (len(chosen), count))
+
+    def _checked(self, index: RowCounts) -> Int[np.ndarray, "B"]:
+        chosen = index.cpu().numpy()
+        wrong = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(wrong):
+            raise ShapeError(f"windows: there is no window {wrong[0]}; they count from 0 to {len(self) - 1}")
+        return chosen
+
+
+def _at_least_one(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ConfigError([f"windows: batch_size is {batch_size}; it must be at least 1"])
+    return batch_size

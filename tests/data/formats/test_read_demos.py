@@ -1,0 +1,102 @@
+import sys
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from demo_files import tiny
+
+from difftori.data.formats import read_demos, write_lerobot, write_zarr
+from difftori.data.normalize import fit_normalizer
+from difftori.data.windows import Windows
+from difftori.errors import DataError, MissingExtraError
+
+PUSHT = Path(__file__).parents[3].parent / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.zarr", None, "there is no such file or folder"),
+        ("d.zarr.zip", b"PK\x03\x04", "an archive; unpack it first"),
+        ("d.npz", b"PK\x03\x04", "Demos.load reads"),
+        ("d.pkl", b"\x80\x04.", "no format that is known; a zarr folder"),
+        ("d.hdf5", b"rubbish", "no readable HDF5 file"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        read_demos(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no format that is known"):
+        read_demos(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["zarr", "h5py", "av", "pyarrow", "numcodecs"])
+def test_the_extra_is_named_where_it_is_missing(tmp_path, missing, monkeypatch):
+    write_zarr(tiny(), tmp_path / "d.zarr")
+    write_lerobot(tiny(), tmp_path / "d", fps=10, task="x")
+    (tmp_path / "d.h5").write_bytes(b"")
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
+    path = tmp_path / {"zarr": "d.zarr", "h5py": "d.h5"}.get(missing, "d")
+    use = partial(write_zarr, tiny(), tmp_path / "e") if missing == "numcodecs" else partial(read_demos, path)
+    with pytest.raises(MissingExtraError, match=rf"{missing} cannot be imported.*pip install 'difftori\[data\]'"):
+        use()
+
+
+@pytest.mark.parametrize("form", ["zarr", "lerobot", "hdf5"])
+def test_whatever_byte_is_damaged_there_is_no_other_error(tmp_path, form):
+    path = tmp_path / f"d.{form}"
+    if form == "zarr":
+        write_zarr(tiny(), path)
+    elif form == "lerobot":
+        write_lerobot(tiny(), path, fps=10, task="x")
+    else:
+        with h5py.File(path, "w") as file:
+            for number in range(3):
+                obs, actions = tiny().episode(number)
+                file[f"data/demo_{number}/actions"] = actions.numpy()
+                file[f"data/demo_{number}/obs/state"] = obs["state"].numpy()
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    rng, noticed = np.random.default_rng(0), 0
+    for _ in range(25):
+        file = files[rng.integers(len(files))]
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        content[rng.integers(len(content))] = rng.integers(256)
+        file.write_bytes(content)
+        try:
+            read_demos(path)
+        except DataError:
+            noticed += 1
+        file.write_bytes(whole)
+    assert noticed > 0
+    assert len(read_demos(path)) == 3
+
+
+@pytest.mark.skipif(not PUSHT.is_dir(), reason=f"no human demonstrations at {PUSHT}")
+def test_the_human_demonstrations_of_push_t():
+    demos = read_demos(PUSHT, {"state": "state", "keypoint": "keypoint"})
+    assert (len(demos), sum(demos.lengths)) == (206, 25650)
+    assert demos.shapes["keypoint"] == (torch.float32, (9, 2))
+    train, validation = demos.split(0.02, torch.Generator().manual_seed(42))
+    assert (len(train), len(validation)) == (202, 4)
+    windows = Windows(train, observe=2, horizon=16, execute=8)
+    assert len(windows) == sum(length - 7 for length in train.lengths)
+    batch = fit_normalizer(train)(windows.sample(64, torch.Generator().manual_seed(0)))
+    assert batch.actions.abs().max() <= 1 + 1e-6
+    assert batch.obs["state"].shape == (64, 2, 5)
+    # The first present is the first step, seen twice: what the human did is the second action of the window.
+    first = windows.batch(torch.tensor([0]))
+    start = int(train.spans[0, 0])
+    assert torch.equal(first.obs["state"][0], train.obs["state"][[start, start]])
+    np.testing.assert_array_equal(first.actions[0, 1], train.actions[start])
