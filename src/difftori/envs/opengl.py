@@ -45,6 +45,7 @@ def renderer(model: Any, height: int, width: int) -> Any:
     Raises `RenderingError` where no picture can be drawn.
     """
     mujoco = import_drawing("mujoco", needs_pictures=True)
+    _refuse_windows(mujoco)
     try:
         made = mujoco.Renderer(model, height, width)
     except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
@@ -55,3 +56,18 @@ def renderer(model: Any, height: int, width: int) -> Any:
     # Freed by the collector after OpenGL has gone, it would complain.
     weakref.finalize(model, made.close)
     return made
+
+
+def _refuse_windows(mujoco: ModuleType) -> None:
+    """Raise `RenderingError` if MuJoCo will open a window and there is no screen for it; it would fail noisily.
+
+    It chooses when it is imported, so whoever imports it before us without MUJOCO_GL gets windows.
+    """
+    context = getattr(mujoco.gl_context, "GLContext", None)
+    windows = getattr(context, "__module__", "").endswith("glfw")
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if windows and sys.platform == "linux" and not screen:
+        raise RenderingError(
+            "MuJoCo was imported to draw in windows (MUJOCO_GL was not egl then), and there is no screen: set MUJOCO_GL=egl "
+            "before Python starts, import mujoco later, or take workers='async', whose processes import it anew"
+        )
