@@ -255,3 +255,38 @@ def test_the_working_directory_is_searched_last(command):
         cli.main(["train", "own_task:Policy"])
     assert sys.path[-1] == os.getcwd()
     sys.path.remove(os.getcwd())
+
+
+def test_collecting_ends_with_a_table_and_a_second_time_at_once(command, tmp_path, monkeypatch):
+    pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
+    (tmp_path / "cli_lab").mkdir()
+    source = Path(__file__).parent / "collection" / "tiny_expert.py"
+    (tmp_path / "cli_lab" / "arm.py").write_text(source.read_text())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "cli_lab.arm:demonstrator"
+    words = ["collect", "--env", name, "--episodes", "2", "--workers", "1", "--out", "here", "--quiet"]
+    for played in ("2", "0"):
+        status, out, err = command(*words)
+        assert (status, err) == (0, "")
+        table = {cells[1].strip(): cells[2].strip() for line in out.splitlines() if len(cells := line.split("│")) == 4}
+        assert (table["episodes"], table["played_now"]) == ("2", played)
+        assert (tmp_path / table["data"]).is_dir()
+    status, out, _ = command(*words[:3], name, *words[3:-2], "there", "--quiet")
+    assert status == 0
+    assert out.count(name) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env", "metaworld:asembly"], "perhaps you meant 'assembly'"),
+        (["--env", "metaworld:assembly", "--episodes", "0"], "episodes is 0; give at least 1"),
+        (["--env", "metaworld:assembly", "--workers", "0"], "workers is 0; give at least 1"),
+        (["--env"], "env"),
+        ([], "env"),
+    ],
+)
+def test_a_faulty_wish_to_collect_ends_with_status_2(command, words, message):
+    status, _, err = command("collect", *words, "--quiet")
+    assert status == 2
+    assert message in err

@@ -1,4 +1,4 @@
-"""The command line: `difftori train`, `eval`, `study`, `bench`.
+"""The command line: `difftori collect`, `train`, `eval`, `study`, `bench`.
 
 Nothing heavy is imported before a command is known to need it, so that `--help` and `--version` answer at once.
 Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130 and 143 after SIGINT and SIGTERM.
@@ -19,6 +19,7 @@ from difftori.errors import ConfigError, DifftoriError
 
 _USAGE = """usage: difftori COMMAND …
 
+  collect --env TASK --episodes N --out DIR   let a scripted expert play, and keep what it did as demonstrations
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation, an agent by reward
   train --resume RUN            go on with a run that was interrupted
   eval RUN [--episodes N] [--video]   execute what was trained and measure it
@@ -61,6 +62,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"difftori {__version__}")
         return 0
     commands: dict[str, Callable[[list[str]], None]] = {
+        "collect": _collect,
         "train": _train,
         "eval": _eval,
         "study": lambda rest: _module_command("study", "difftori.studies", rest),
@@ -70,6 +72,62 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError([f"{words[0]!r} is not a command{suggest(words[0], commands)}; see difftori --help"])
     commands[words[0]](words[1:])
     return 0
+
+
+def _collect(words: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Let scripted experts play, and keep what they did: OUT/ENV-SEED.zarr with a manifest beside it.
+
+        Stopped at any time, the same command goes on where it was.
+        """
+
+        env: tuple[str, ...]
+        """`metaworld:assembly`, several of them, or `my_pkg.my_env:demonstrator`."""
+        episodes: int = 10
+        """Episodes to keep, of each."""
+        out: Path = Path("demos")
+        """Folder for the data sets."""
+        seed: int = 0
+        """Decides the episodes' seeds."""
+        obs: str | None = None
+        """What is recorded beside the states: `points` (MetaWorld's default), or `state` for nothing more."""
+        workers: int | None = None
+        """Processes; as many as there are cores unless given. The result does not depend on it."""
+        keep_failures: bool = False
+        """Keep every episode, and not only those that succeeded at any step."""
+        max_tries: int | None = None
+        """Give up after so many episodes; ten for each that is wanted unless given."""
+        quiet: bool = False
+        """No progress bar."""
+
+    options = tyro.cli(Options, prog="difftori collect", args=words)
+    if not options.env:
+        raise ConfigError(["--env: needs at least one value"])
+    from difftori.collection.collect import Collection, collect
+
+    rows = []
+    for env in options.env:
+        wish = Collection(
+            env=env,
+            out=options.out,
+            episodes=options.episodes,
+            seed=options.seed,
+            obs=options.obs,
+            workers=_cores() if options.workers is None else options.workers,
+            keep_failures=options.keep_failures,
+            max_tries=options.max_tries,
+        )
+        rows.append(collect(wish, progress=not options.quiet))
+    _print_table("collected", rows if len(rows) > 1 else [{"": name, "value": v} for name, v in rows[0].items()])
+
+
+def _cores() -> int:
+    """The processor cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def _train(words: list[str]) -> None:

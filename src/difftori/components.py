@@ -10,12 +10,13 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from difftori.errors import ConfigError
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
+    from difftori.envs.demonstrator import Demonstrator
     from difftori.interfaces import Agent, Policy
 
 
@@ -118,14 +119,47 @@ def find_env(name: str) -> tuple[Callable[..., object], str]:
         if not callable(maker):
             raise ConfigError([f"env: {name!r} is a {type(maker).__name__}, not a function that makes an environment"])
         return maker, ""
-    modules = {short: vars(importlib.import_module(full)) for short, full in module_names("difftori.envs").items()}
+    modules = _env_modules()
     makers = {short: members["make"] for short, members in modules.items() if "make" in members}
     if prefix not in makers:
-        shown = {short: f"{short}:…" for short in makers}
-        raise ConfigError([f"env: {name!r} is unknown{suggest(prefix, makers, shown)} (or give my_pkg.my_env:make)"])
+        raise ConfigError([f"env: {name!r} is unknown{_suggest_env(prefix, makers)} (or give my_pkg.my_env:make)"])
     if "full_name" in modules[prefix]:
         modules[prefix]["full_name"](task)
     return makers[prefix], task
+
+
+def find_demonstrator(name: str) -> tuple[Callable[..., "Demonstrator"], str, str]:
+    """The function that makes an expert with its environment, the task to give it, and the name written in full.
+
+    `metaworld:assembly`, or `my_pkg.my_env:demonstrator`, a function as `difftori.envs.demonstrator` describes it.
+    ConfigError if there is none, or the environment has no expert.
+    """
+    prefix, _, task = name.partition(":")
+    if "." in prefix:
+        maker = load(name)
+        if not callable(maker):
+            raise ConfigError([f"env: {name!r} is a {type(maker).__name__}, not a function that makes a demonstrator"])
+        return cast(Callable[..., "Demonstrator"], maker), "", name
+    modules = _env_modules()
+    offering = {short: members["demonstrator"] for short, members in modules.items() if "demonstrator" in members}
+    if prefix not in offering:
+        known = ", ".join(f"{short}:…" for short in offering)
+        if "make" in modules.get(prefix, {}):
+            raise ConfigError([f"env: {name!r} has no scripted expert; these have: {known}"])
+        own = "(or give my_pkg.my_env:demonstrator)"
+        raise ConfigError([f"env: {name!r} is unknown{_suggest_env(prefix, offering)} {own}"])
+    full = modules[prefix]["full_name"](task) if "full_name" in modules[prefix] else task
+    return offering[prefix], full, f"{prefix}:{full}"
+
+
+def _env_modules() -> dict[str, dict[str, Any]]:
+    """What the modules of `difftori.envs` define, by their short names."""
+    return {short: vars(importlib.import_module(full)) for short, full in module_names("difftori.envs").items()}
+
+
+def _suggest_env(prefix: str, known: Iterable[str]) -> str:
+    names = list(known)
+    return suggest(prefix, names, {short: f"{short}:…" for short in names})
 
 
 def find_policy(name: str) -> type["Policy"]:

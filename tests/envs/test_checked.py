@@ -7,11 +7,11 @@ from functools import partial
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from difftori.components import make_env
-from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, ResetNeededError, WorkerError
+from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, ResetNeededError, WorkerError, env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import record, write_gif
 from difftori.envs.workers import launch
@@ -65,6 +65,30 @@ class Troubled(gymnasium.Env):
 
     def render(self):
         return np.full((4, 6, 3), self.time, dtype=np.uint8)
+
+
+class Named(gymnasium.Env):
+    """Shows a picture and a number by name; the number is NaN after an action above 0.9."""
+
+    observation_space = Dict({"image": Box(0, 255, (3, 2, 2), np.uint8), "height": Box(-9.0, 9.0, (1,), np.float32)})
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self):
+        self.seen = {"image": np.zeros((3, 2, 2), np.uint8), "height": np.zeros(1, np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seen["height"][:] = self.np_random.uniform(-1, 1)
+        return self.seen, {}
+
+    def step(self, action):
+        self.seen["image"] += 1
+        self.seen["height"] += np.nan if action[0] > 0.9 else action
+        return self.seen, 0.0, False, False, {}
+
+
+def named(workers: str = "sync") -> CheckedVectorEnv:
+    return launch(Named, name="named", num_envs=2, seed=0, workers=workers)
 
 
 def troubled(what: str = "nothing", *, num_envs: int = 2, **options) -> CheckedVectorEnv:
@@ -203,6 +227,30 @@ def test_a_callers_mistake_is_told_and_costs_no_restart(workers):
     assert np.array_equal(env.step(CALM)[0], twin.step(CALM)[0])
     assert env.restarts == 0
     env.close()
+
+
+@pytest.mark.parametrize("workers", ["sync", "async"])
+def test_observations_by_name_are_stacked_checked_and_the_callers_own(workers):
+    env = named(workers)
+    first, _ = env.reset(seed=[1, 2])
+    assert first in env.observation_space
+    assert (first["image"].shape, first["height"].shape) == ((2, 3, 2, 2), (2, 1))
+    kept = {name: part.copy() for name, part in first.items()}
+    second = env.step(np.array([[0.5], [0.0]]))[0]
+    assert all(np.array_equal(first[name], kept[name]) for name in kept)
+    assert (second["image"] == 1).all()
+    assert np.allclose(second["height"], kept["height"] + [[0.5], [0.0]])
+    third, _ = env.reset(seed=[0, 2], options={"reset_mask": np.array([False, True])})
+    assert third["height"][0] == second["height"][0]
+    assert third["height"][1] == kept["height"][1]
+    with pytest.raises(NonFiniteError, match=r"NaN or Inf in the observations 'height' of rows \[1\].*\[2\]"):
+        env.step(TROUBLE)
+    env.close()
+
+
+def test_agents_are_told_that_observations_by_name_are_not_for_them():
+    with pytest.raises(ConfigError, match=r"image, height|height, image.*choose another obs"):
+        env_spec(named())
 
 
 def test_a_film_has_a_frame_more_than_rewards(tmp_path):

@@ -9,22 +9,27 @@ It may offer more, for instance a pure dynamics function. Heavy packages are imp
 `MissingExtraError` with the extra's name when they are absent. Conformance tests walk the package, so a new file is
 tested without being asked.
 
-An environment to learn from by reinforcement states `AutoresetMode.DISABLED`, bounds its actions by ±1, and is returned
-by `difftori.envs.workers.launch`, which brings the checks of `difftori.envs.checked`.
+An environment to learn from states `AutoresetMode.DISABLED`, bounds its actions by ±1, and is returned by
+`difftori.envs.workers.launch`, which brings the checks of `difftori.envs.checked`. Its observations are one array, or
+several by name: agents of reinforcement take one array, policies of imitation may take a picture or a point cloud beside
+the robot's own state. `obs` chooses, and each choice has one or the other.
 """
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 from gymnasium.vector import VectorEnv
 
 from difftori.errors import ConfigError, DifftoriError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
     from difftori.types import EnvSpec
+
+Observation: TypeAlias = np.ndarray | dict[str, np.ndarray]
+"""What is seen of one copy, or with a leading dimension of all: one array, or several by name."""
 
 OBSERVE = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
@@ -70,6 +75,13 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
     from difftori.types import EnvSpec
 
     observations, actions = env.single_observation_space, env.single_action_space
+    if isinstance(observations, Dict):
+        raise ConfigError(
+            [
+                f"{env.metadata.get('name', env)}: its observations are {', '.join(observations)}, by name, which is for "
+                "imitation; an agent takes one array: choose another obs, such as state"
+            ]
+        )
     if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
         raise ConfigError([f"spaces {observations} and {actions}: give Box observations and flat Box actions"])
     return EnvSpec(
@@ -133,6 +145,14 @@ def clip_actions(actions: np.ndarray, box: Box, *, env: str, step: int) -> tuple
         )
     executed = np.clip(actions, box.low, box.high)
     return executed, executed != actions
+
+
+def stacked(rows: Sequence[Observation]) -> Observation:
+    """The observations of all copies as one, with a leading dimension: (…) each to (num_envs, …)."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {name: np.stack([row[name] for row in rows]) for name in first}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return np.stack(rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def rescaled(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

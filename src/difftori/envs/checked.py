@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from difftori.envs.base import (
     EnvironmentFailed,
     EnvironmentRestarted,
+    Observation,
     RenderingError,
     ResetNeededError,
     WorkerError,
@@ -20,9 +21,11 @@ from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, Shap
 
 SEEDS = 2**31
 """Seeds that are drawn lie below it."""
+ObsT = TypeVar("ObsT", bound=Observation)
+"""One array (num_envs, …), or several by name: whichever the environment's space says."""
 
 
-class CheckedVectorEnv(VectorEnv):
+class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
     """A vector environment whose inputs and outputs are finite, whose episodes have seeds, and that survives failures.
 
     Rows are reset by the caller (`AutoresetMode.DISABLED`): after an end, `reset(options={"reset_mask": rows})`. Each
@@ -65,7 +68,7 @@ class CheckedVectorEnv(VectorEnv):
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[ObsT, dict[str, Any]]:
         """Begin new episodes, in all rows or where `options["reset_mask"]` (num_envs, bool) says so.
 
         `seed`: one per row, each the seed of that row's episode (None: drawn; rows outside the mask ignore theirs);
@@ -82,7 +85,7 @@ class CheckedVectorEnv(VectorEnv):
         observations, info = self._survive(
             lambda: self._env.reset(seed=seeds, options=forwarded or None)  # pyright: ignore[reportArgumentType]
         )
-        observations = self._finite("observations", observations)
+        observations = self._owned(observations)
         if mask.all():
             self._steps = 0
         self._begun[:] = True
@@ -91,7 +94,7 @@ class CheckedVectorEnv(VectorEnv):
         self._episode_seeds[mask] = np.asarray(seeds)[mask]
         return observations, self._info(info)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[ObsT, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision per row: actions (num_envs, A) are clipped to the box, and `info["clipped"]` (num_envs) counts
         those of the running episodes that had to be. Everything returned belongs to the caller.
         """
@@ -104,7 +107,7 @@ class CheckedVectorEnv(VectorEnv):
             )
         executed = executed.astype(self.action_space.dtype)
         observations, rewards, terminated, truncated, info = self._survive(lambda: self._env.step(executed))
-        observations = self._finite("observations", observations)
+        observations = self._owned(observations)
         rewards = self._finite("rewards", rewards).astype(np.float64)
         self._steps += 1
         self._clipped += cut.any(axis=1)
@@ -147,6 +150,12 @@ class CheckedVectorEnv(VectorEnv):
             drawn = wanted and one is None
             chosen.append(int(self._seeds.integers(SEEDS)) if drawn else _valid_seed(int(one or 0), self.name))
         return chosen
+
+    def _owned(self, observations: Any) -> Any:
+        """A copy of the observations, none of which holds NaN or Inf."""
+        if isinstance(observations, dict):
+            return {name: self._finite(f"observations {name!r}", part) for name, part in observations.items()}
+        return self._finite("observations", observations)
 
     def _finite(self, what: str, values: np.ndarray) -> np.ndarray:
         """A copy of the values (num_envs, …), none of which is NaN or Inf."""

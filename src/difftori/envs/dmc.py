@@ -6,8 +6,6 @@ repeated steps are summed; episodes are truncated after 1000 steps and terminate
 """
 
 import importlib.util
-import os
-import sys
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -27,6 +25,7 @@ from difftori.envs.base import (
     rescaled,
 )
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.opengl import HELP, import_drawing
 from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.paper.numbers import paper_tasks
@@ -64,11 +63,6 @@ FRAMES = 3
 PICTURE = 84
 VIDEO = (240, 320)
 """Height and width of `render`'s frames."""
-
-GL_HELP = (
-    "install the libraries (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri), or set MUJOCO_GL "
-    "to a backend that works here (egl, osmesa, glfw)"
-)
 
 
 def full_name(task: str) -> str:
@@ -152,7 +146,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         try:
             return self._env.physics.render(height, width, camera_id=self._camera)
         except RuntimeError as error:
-            raise RenderingError(f"no picture can be drawn ({error}): {GL_HELP}") from error
+            raise RenderingError(f"no picture can be drawn ({error}): {HELP}") from error
 
 
 def make(
@@ -202,18 +196,4 @@ def _suite(*, needs_pictures: bool) -> ModuleType:
     """dm_control's suite, drawing headless by EGL unless MUJOCO_GL says otherwise, or not at all where EGL is missing."""
     if importlib.util.find_spec("dm_control") is None:
         raise MissingExtraError("DeepMind Control needs the extra `dmc`: pip install 'difftori[dmc]'")
-    asked = os.environ.get("MUJOCO_GL")
-    if asked is None and sys.platform == "linux":
-        os.environ["MUJOCO_GL"] = "egl"
-    try:
-        from dm_control import suite
-    except (ImportError, AttributeError, RuntimeError) as error:
-        # PyOpenGL shows a missing library as an AttributeError.
-        if asked is not None or sys.platform != "linux":
-            raise RenderingError(f"MUJOCO_GL={asked} does not work ({error}): unset it, or {GL_HELP}") from error
-        os.environ["MUJOCO_GL"] = "disable"
-        os.environ.pop("PYOPENGL_PLATFORM", None)
-        from dm_control import suite
-    if needs_pictures and os.environ.get("MUJOCO_GL") in ("disable", "disabled", "off", "false", "0"):
-        raise RenderingError(f"MUJOCO_GL={os.environ['MUJOCO_GL']}, so no picture can be drawn: {GL_HELP}")
-    return suite
+    return import_drawing("dm_control.suite", needs_pictures=needs_pictures)

@@ -19,7 +19,15 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-from difftori.envs.base import WORKERS, RenderingError, WorkerError, choice_fault, numeric_faults
+from difftori.envs.base import (
+    WORKERS,
+    Observation,
+    RenderingError,
+    WorkerError,
+    choice_fault,
+    numeric_faults,
+    stacked,
+)
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import ConfigError, DifftoriError, MissingExtraError
 
@@ -232,11 +240,11 @@ class WorkerVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.metadata = {**metadata, "autoreset_mode": AutoresetMode.DISABLED}
-        self._observations: list[np.ndarray] = [np.empty(0)] * self.num_envs
+        self._observations: list[Observation] = [np.empty(0)] * self.num_envs
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Observation, dict[str, Any]]:
         """Reset the rows of `options["reset_mask"]`, or all, with the seeds of the list `seed` (num_envs)."""
         rest = dict(options or {})
         rows = np.flatnonzero(rest.pop("reset_mask", np.ones(self.num_envs, dtype=bool))).tolist()
@@ -246,9 +254,9 @@ class WorkerVectorEnv(VectorEnv):
         for row, (observation, info) in zip(rows, answers, strict=True):
             self._observations[row] = observation
             infos = self._add_info(infos, info, row)
-        return np.stack(self._observations), infos
+        return stacked(self._observations), infos
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step every row."""
         answers = self._ask("step", [(action,) for action in actions])
         infos: dict[str, Any] = {}
@@ -257,7 +265,7 @@ class WorkerVectorEnv(VectorEnv):
             infos = self._add_info(infos, answer[4], row)
         rewards = np.array([answer[1] for answer in answers], dtype=np.float64)
         terminated, truncated = (np.array([answer[i] for answer in answers], dtype=bool) for i in (2, 3))
-        return np.stack(self._observations), rewards, terminated, truncated, infos
+        return stacked(self._observations), rewards, terminated, truncated, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A frame of every row."""

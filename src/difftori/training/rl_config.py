@@ -23,7 +23,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     agent: Annotated[str, tyro.conf.Suppress]
     """An agent's name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
-    """`dmc:domain-task`, `gym:ID`, `probe:task`, or `my_pkg.my_env:make`."""
+    """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or `my_pkg.my_env:make`."""
     obs: Literal["state", "pixels"] = "state"
     """What is seen: the state, or three stacked frames of 84×84."""
     seed: int = Field(0, ge=0, lt=2**62)

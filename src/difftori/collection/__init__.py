@@ -1,0 +1,1 @@
+"""Collecting demonstrations from scripted experts: play, keep what succeeded, write a data set."""

@@ -1,0 +1,229 @@
+"""MetaWorld v3 (Yu et al. 2019, arXiv 1910.10897): a Sawyer arm's 50 tasks, from states or from point clouds.
+
+    state   39 numbers: the hand, the objects, both one step before, and the goal
+    points  `point_cloud` (512 3), metres, as DP3 makes it, and `agent_pos` (9): hand and both fingers
+    action  4 numbers: the hand's motion (1 is a centimetre a step) and the gripper's effort
+
+An episode is truncated after 200 steps, as in DP3, and never terminates. `info["success"]` is true from the first step
+at which the task was done, since several tasks are undone again: success means success at any step. A task is named as in
+the paper, `assembly`; `assembly-v3` is the same. Every episode has another goal, drawn from its seed.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.demonstrator import Demonstrator
+from difftori.envs.metaworld_camera import POINTS, Camera
+from difftori.envs.opengl import import_drawing
+from difftori.envs.workers import TIMEOUT, launch
+from difftori.errors import ConfigError, MissingExtraError
+from difftori.paper.numbers import paper_numbers
+
+PAPER_TASKS = tuple(dict.fromkeys(number.task for number in paper_numbers("table1_metaworld_success_percent")))
+"""The 22 of the paper's Table 1, in its order."""
+OTHER_TASKS = (
+    "button-press",
+    "button-press-topdown",
+    "button-press-topdown-wall",
+    "button-press-wall",
+    "coffee-button",
+    "dial-turn",
+    "door-close",
+    "door-lock",
+    "door-open",
+    "door-unlock",
+    "drawer-close",
+    "drawer-open",
+    "faucet-close",
+    "faucet-open",
+    "handle-press",
+    "handle-press-side",
+    "handle-pull",
+    "handle-pull-side",
+    "lever-pull",
+    "peg-unplug-side",
+    "plate-slide",
+    "plate-slide-back",
+    "plate-slide-back-side",
+    "plate-slide-side",
+    "reach",
+    "reach-wall",
+    "window-close",
+    "window-open",
+)
+"""The rest of MetaWorld. Here rather than asked for, so that a wrong name needs no simulator."""
+TASKS = (*PAPER_TASKS, *OTHER_TASKS)
+OBSERVE = ("state", "points")
+EPISODE_STEPS = 200
+STEP_LIMIT = 500
+"""MetaWorld's own, beyond which it refuses to step."""
+FPS = 80.0
+
+SPACES = {
+    "state": Box(-np.inf, np.inf, (39,), np.float32),
+    "agent_pos": Box(-np.inf, np.inf, (9,), np.float32),
+    "point_cloud": Box(-np.inf, np.inf, (POINTS, 3), np.float32),
+}
+POINT_PARTS = ("point_cloud", "agent_pos")
+ARRAYS = {"state": "agent_pos", "full_state": "state", "point_cloud": "point_cloud"}
+"""DP3's names of what is recorded, and ours."""
+
+
+def full_name(task: str) -> str:
+    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
+    plain = task.replace("_", "-").lower().removesuffix("-goal-observable").removesuffix("-v3")
+    return chosen_task(plain, TASKS, env="metaworld")
+
+
+class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
+    """One task; see the head of this file. An episode is determined by the seed of its reset and its actions.
+
+    `parts` names the observations of `SPACES` to show, or is None for the state alone, as one array.
+    """
+
+    def __init__(self, task: str, *, parts: tuple[str, ...] | None, max_steps: int):
+        self._env = _simulation(task, needs_pictures=parts is not None and "point_cloud" in parts)
+        self._camera = Camera(self._env)
+        self._parts = parts
+        self._max_steps = max_steps
+        self._steps, self._success = 0, False
+        self._state = np.zeros(39, dtype=np.float32)
+        self.action_space = Box(-1.0, 1.0, (4,), np.float32)
+        shown: Any = SPACES["state"] if parts is None else Dict({name: SPACES[name] for name in parts})
+        self.observation_space = shown
+        self.render_mode = "rgb_array"
+        self.metadata = episode_metadata(f"metaworld:{task}", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """A new episode with another goal; without a seed the stream of the last one goes on. There are no options."""
+        super().reset(seed=seed)
+        if options:
+            raise ConfigError([f"metaworld: reset options {sorted(options)} are unknown; this environment takes none"])
+        if seed is not None:
+            self._env.seed(seed)
+        state, _ = self._env.reset()
+        self._camera.refresh()
+        self._steps, self._success = 0, False
+        return self._observation(state), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One step of MetaWorld: an eightieth of a second."""
+        state, reward, _, _, info = self._env.step(np.asarray(action, dtype=np.float32))
+        self._steps += 1
+        self._success = self._success or bool(info["success"])
+        truncated = self._steps >= self._max_steps
+        return self._observation(state), float(reward), False, truncated, {"success": self._success}
+
+    def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A frame (240, 240, 3) uint8 for a film. `RenderingError` without OpenGL."""
+        return self._camera.picture()
+
+    def close(self) -> None:
+        """Free the simulator and its OpenGL contexts."""
+        self._camera.close()
+        self._env.close()
+
+    def _observation(self, state: np.ndarray) -> Observation:
+        self._state = state.astype(np.float32)
+        if self._parts is None:
+            return self._state
+        return {name: self._part(name) for name in self._parts}
+
+    def _part(self, name: str) -> np.ndarray:
+        if name == "point_cloud":
+            return self._camera.cloud()
+        if name == "state":
+            return self._state
+        fingers = [self._env.data.site(f"{side}EndEffector").xpos for side in ("right", "left")]
+        return np.concatenate([self._env.get_endeff_pos(), *fingers]).astype(np.float32)
+
+
+def make(
+    task: str,
+    *,
+    num_envs: int,
+    seed: int,
+    obs: str = "state",
+    max_steps: int = EPISODE_STEPS,
+    workers: str = "sync",
+    timeout: float = TIMEOUT,
+    restarts: int = 3,
+) -> CheckedVectorEnv:
+    """`num_envs` copies of one task, "" for `soccer`.
+
+    `obs`: `state`, float32 (39), or `points`, by name: `point_cloud` (512 3) and `agent_pos` (9), both float32.
+    `max_steps`: where an episode is truncated, at most 500. The other arguments are `difftori.envs.workers.launch`'s.
+
+    Raises `ConfigError`, `MissingExtraError` (extra `metaworld`), `RenderingError` (no OpenGL).
+    """
+    name = full_name(task)
+    faults = choice_fault("obs", obs, OBSERVE) + numeric_faults(max_steps=max_steps)
+    if max_steps > STEP_LIMIT:
+        faults.append(f"max_steps is {max_steps}; MetaWorld allows {STEP_LIMIT} at most")
+    if faults:
+        raise ConfigError(faults)
+    build = partial(MetaworldEnv, name, parts=POINT_PARTS if obs == "points" else None, max_steps=max_steps)
+    return launch(
+        build,
+        name=f"metaworld:{name}",
+        num_envs=num_envs,
+        seed=seed,
+        workers=workers,
+        timeout=timeout,
+        restarts=restarts,
+    )
+
+
+def demonstrator(
+    task: str, *, num_envs: int, seed: int, obs: str = "points", workers: str = "sync", timeout: float = TIMEOUT
+) -> Demonstrator:
+    """The task with the expert that MetaWorld's authors scripted for it, which sees the whole state.
+
+    Recorded are DP3's `state` (9), the robot's own, and `full_state` (39), and with `obs="points"` `point_cloud` (512 3).
+    Raises what `make` does.
+    """
+    name = full_name(task)
+    faults = choice_fault("obs", obs, OBSERVE)
+    if faults:
+        raise ConfigError(faults)
+    recorded = {stored: seen for stored, seen in ARRAYS.items() if obs == "points" or seen != "point_cloud"}
+    build = partial(MetaworldEnv, name, parts=tuple(recorded.values()), max_steps=EPISODE_STEPS)
+    env = launch(build, name=f"metaworld:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout)
+    return Demonstrator(env, _expert(name), recorded, ("metaworld", "mujoco", "gymnasium", "fpsample"))
+
+
+def _simulation(task: str, *, needs_pictures: bool) -> Any:
+    """MetaWorld's own environment, with the goal in its state and a new goal in every episode."""
+    if importlib.util.find_spec("metaworld") is None:
+        raise MissingExtraError("MetaWorld needs the extra `metaworld`: pip install 'difftori[metaworld]'")
+    known = import_drawing("metaworld.env_dict", needs_pictures=needs_pictures).ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+    # The seed only keeps the making from NumPy's global generator; episodes are seeded by `reset`.
+    simulation = known[f"{task}-v3-goal-observable"](seed=0)
+    # Otherwise every episode had the goal of the first, or one from NumPy's global generator.
+    vars(simulation).update(_freeze_rand_vec=False, seeded_rand_vec=True)
+    return simulation
+
+
+def _expert(task: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """The script of MetaWorld's authors: observations by name to actions (num_envs 4), not yet clipped."""
+    known = import_drawing("metaworld.policies", needs_pictures=False).ENV_POLICY_MAP
+    script = known[f"{task}-v3"]()
+
+    def act(observations: dict[str, np.ndarray]) -> np.ndarray:
+        with warnings.catch_warnings():
+            # The scripts ask for more than ±1 on purpose, and a warning is all that says so.
+            warnings.filterwarnings("ignore", "Constant.* may be too high")
+            return np.stack([script.get_action(state) for state in observations["state"]])
+
+    return act
