@@ -279,7 +279,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(wish, tmp_path, 
         ("metaworld:asembly", "perhaps you meant 'assembly'"),
         ("pusht", "'pusht' has no scripted expert; these have: metaworld:…"),
         ("my_lab.tiny_expert:demonstratr", "perhaps you meant 'demonstrator'"),
-        ("my_lab.tiny_expert:NAME", "is a str, not a function"),
+        ("my_lab.tiny_expert:TROUBLE", "is a str, not a function"),
     ],
 )
 def test_names_that_mean_nothing_are_refused_with_a_suggestion(wish, name, message):
