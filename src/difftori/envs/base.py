@@ -33,7 +33,6 @@ Observation: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
 OBSERVE = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
-"""`default`: the simulator's own quality; `fast`: cheaper shadows and no antialiasing; `warp`: on the GPU."""
 WORKERS = ("sync", "async")
 """`sync`: all copies in this process, one after another; `async`: one process each."""
 
