@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from difftori.collection.play import Attempt
 from difftori.errors import ConfigError, DataError
 from difftori.training.checkpoint import replace_file
+from difftori.training.locks import hold
 
 _PLAN = "plan.json"
 _HEAD = "_attempt"
@@ -84,7 +85,10 @@ def open_attempts(folder: Path, plan: Mapping[str, Any], kept: Iterator[Attempt]
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
     with lock:
-        _claim(lock, folder)
+        try:
+            hold(lock)
+        except BlockingIOError as error:
+            raise ConfigError([f"out: {folder} is in use by another process; wait, or choose another --out"]) from error
         before = read_plan(folder)
         if before is not None:
             refuse_other(before, plan, folder)
@@ -136,18 +140,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); free space, or choose another --out") from error
-
-
-def _claim(lock: IO[str], folder: Path) -> None:
-    """Keep other processes out; the system lets go when the file closes."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; there two processes in one folder are the user's care.
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError([f"out: {folder} is in use by another process; wait, or choose another --out"]) from error
 
 
 def _head(path: Path) -> Attempt | None:

@@ -58,14 +58,15 @@ def read_record(job: Job) -> Record | None:
     """What the job's run left; None if it has no evaluation yet. DataError if a return is not a number."""
     if job.kept.exists() and not job.ended_here:
         return _record(job, read_kept(job.kept))
-    return _record(job, _plain(job)) if _evaluations(job) else None
+    rows = _evaluations(job)
+    return _record(job, _plain(job, rows)) if rows else None
 
 
 def keep(job: Job) -> None:
     """Write the finished run's kept file, unless it is there."""
     if job.ended_here and not job.kept.exists():
         job.kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(job.kept, (json.dumps(_plain(job), indent=0) + "\n").encode())
+        replace_file(job.kept, (json.dumps(_plain(job, _evaluations(job)), indent=0) + "\n").encode())
 
 
 def contradictions(job: Job) -> list[str]:
@@ -83,7 +84,7 @@ def _evaluations(job: Job) -> list[dict]:
     return [_short(row) for row in read_metrics(job.folder) if RETURN in row]
 
 
-def _plain(job: Job) -> dict:
+def _plain(job: Job, rows: list[dict]) -> dict:
     machine = _versions(job.folder)
     return {
         "config": read_config(job.folder),
@@ -91,7 +92,7 @@ def _plain(job: Job) -> dict:
         "versions": {name: machine.get(name) for name in _SOFTWARE},
         "command": shlex.join(["difftori", *job.words]),
         "summary": _short(read_summary(job.folder)) if job.ended_here else None,
-        "evaluations": _evaluations(job),
+        "evaluations": rows,
     }
 
 

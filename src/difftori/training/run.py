@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.training.checkpoint import Checkpoint, Checkpoints, State, replace_file
+from difftori.training.locks import hold
 from difftori.training.records import read_config, read_metrics, read_summary
 from difftori.training.report import render
 from difftori.training.versions import versions
@@ -188,11 +189,7 @@ class Run:
         except OSError as error:
             raise ConfigError([f"out: {self.path} cannot be a run directory ({error}); choose another"]) from error
         try:
-            import fcntl
-        except ImportError:  # Windows has no flock; there two processes in one directory are the user's care.
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(handle)
         except BlockingIOError as error:
             raise ConfigError([f"out: {self.path} is in use by another process; wait, or choose another"]) from error
 
