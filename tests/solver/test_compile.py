@@ -1,11 +1,9 @@
 """Compiled solves equal eager ones. Traced by torch.compile but not lowered in the default suite; `-m slow` lowers too."""
 
-import subprocess
-import sys
-
 import pytest
 
-# In a process of its own: the shape checks that are on under pytest are no part of what is compiled.
+from tests.compiling import BACKENDS, says_equal
+
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
@@ -60,10 +58,6 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager(backend):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+    says_equal(SCRIPT, backend)
