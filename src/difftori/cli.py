@@ -206,11 +206,12 @@ def _eval(words: list[str]) -> None:
         episodes: int | None = None
         """Starts; as many as the run's own evaluation took if not given."""
         which: Literal["best", "last"] | None = None
-        """Of a policy: the weights with the least validation error (the default), or the last. Agents keep the last."""
+        """Of a policy: the weights with the least validation error, or the last (the default with `demos`). Agents keep
+        the last."""
         device: str = "cpu"
         """Where it computes."""
         video: bool = False
-        """Of an agent: film one evaluation episode into the run's `pictures/`."""
+        """Film one evaluation episode into the run's `pictures/`."""
 
     options = tyro.cli(Options, prog="difftori eval", args=words)
     if options.episodes is not None and options.episodes < 1:
@@ -221,18 +222,14 @@ def _eval(words: list[str]) -> None:
     from difftori.training.records import read_config
 
     kind = kind_of(read_config(options.run))
-    given: dict[str, Any] = {"episodes": options.episodes, "device": options.device}
+    given: dict[str, Any] = {"episodes": options.episodes, "device": options.device, "video": options.video}
     if kind.component == "policy":
-        if options.video:
-            raise ConfigError(["--video: only environments to learn from draw pictures; this run imitates"])
-        given["which"] = options.which or "best"
-    else:
-        if options.which == "best":
-            raise ConfigError(["--which best: an agent's run keeps its last weights only"])
-        given["video"] = options.video
+        given["which"] = options.which
+    elif options.which == "best":
+        raise ConfigError(["--which best: an agent's run keeps its last weights only"])
     with Console(stderr=True).status(f"evaluating {options.run}"):
         results = kind.evaluate(options.run, **given)
-    title = f"{options.run} ({given.get('which', 'last')})"
+    title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     _print_table(title, [{"": name, "value": value} for name, value in results.items()])
 
 
@@ -267,12 +264,12 @@ def _is_runnable(module: ModuleType) -> bool:
 
 
 def _side_by_side(summary: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A run's summary with the results of the best and the last weights in two columns."""
-    if not any(name.startswith("best/") for name in summary):
+    """A run's summary with the results of the best and the last weights in two columns, where there are both."""
+    if "best/validation_error" not in summary:
         return [{"": name, "value": value} for name, value in summary.items()]
     plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
-    names = [name.removeprefix("best/") for name in summary if name.startswith("best/")]
-    return plain + [{"": n, "best": summary[f"best/{n}"], "last": summary.get(f"last/{n}")} for n in names]
+    names = dict.fromkeys(name.partition("/")[2] for name in summary if "/" in name)
+    return plain + [{"": n, "best": summary.get(f"best/{n}"), "last": summary.get(f"last/{n}")} for n in names]
 
 
 def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

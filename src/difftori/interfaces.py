@@ -1,8 +1,8 @@
 """What the storeys above ask of a policy (imitation) and of an agent (reinforcement learning)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from difftori.types import (
     Actions,
-    Chunk,
     EnvSpec,
     Metrics,
     Observations,
@@ -20,16 +19,33 @@ from difftori.types import (
     Scalar,
     Segment,
     TaskSpec,
+    Window,
+    WindowObs,
 )
 
 
-class PolicyConfig(BaseModel):
-    """Base of every policy's settings: immutable, and an unknown name is an error rather than a silent default.
+class Settings(BaseModel):
+    """Settings of a policy or an agent: immutable, and an unknown name is an error rather than a silent default.
 
-    The learning settings that trainers read stand here, so that each policy can carry its source's defaults.
+    `PRESETS` names sets of other defaults, which hold for what is not given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not cls.PRESETS:
+            return values
+        name = values.get("preset", cls.model_fields["preset"].default)
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(cls.PRESETS)}")
+        return {**cls.PRESETS[name], **values}
+
+
+class PolicyConfig(Settings):
+    """Base of every policy's settings; those that trainers read, so that each policy can carry its source's defaults."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
     """`adam`, `adamw` or `rmsprop`."""
@@ -37,20 +53,31 @@ class PolicyConfig(BaseModel):
     """Learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` falls to zero over the epochs."""
+    warmup: int = Field(0, ge=0)
+    """Updates over which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled for adamw."""
     rmsprop_alpha: float = Field(0.99, ge=0, lt=1)
     """Memory of rmsprop's squared gradients."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Memory of adam's gradients."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Memory of adam's squared gradients."""
     epochs: int = Field(250, ge=1)
     """Passes over the training set."""
+    updates: int | None = Field(None, ge=1)
+    """So many updates instead of so many `epochs`; the last epoch is cut short."""
     batch_size: int = Field(32, ge=1)
     """Demonstrations per update."""
     clip_norm: float = Field(10.0, ge=0, allow_inf_nan=False)
     """Gradients longer than this are shortened to it; 0 switches clipping off."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """The weights that act are an average over updates t with decay 1 − (1 + t)^−3/4, at most this; 0: the last ones
+    (Chi et al., 2023, have .9999)."""
 
 
 class Policy(nn.Module, ABC):
-    """Maps observations to the next H actions, and knows its own training loss.
+    """Maps the last O observations to H actions, and knows its own training loss.
 
     A concrete policy lives in one file of `difftori.policies`, sets `name` and `Config`, and is built as
     `SomePolicy(config, spec)`. It is found by walking the package: there is no registry to edit.
@@ -58,6 +85,10 @@ class Policy(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[PolicyConfig]]
+    WINDOW: ClassVar[tuple[int, int, int] | None] = None
+    """`observe`, `horizon` and `execute` where none are given; None leaves them to the task."""
+    STOCHASTIC: ClassVar[bool] = False
+    """Whether `act` draws, so that a refiner should see several samples of it."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
@@ -65,25 +96,42 @@ class Policy(nn.Module, ABC):
         self.spec = spec
 
     @abstractmethod
-    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """The training loss of a batch, ready for `backward`, and named numbers to log."""
 
     @abstractmethod
-    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
-        """The H actions to execute from each observation, (B H A), inside the action box, without a graph."""
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The H actions (B H A) from the oldest observation on, inside the action box, without a graph.
+
+        Those in `spec.present` will be executed.
+        """
 
     def trainable(self, epoch: int) -> Iterable[Tensor]:
         """The parameters that are updated in this epoch: all of them unless a policy alternates."""
         return self.parameters()
 
 
-class AgentConfig(BaseModel):
-    """Base of every agent's settings: immutable, and an unknown name is an error rather than a silent default.
+@runtime_checkable
+class Examples(Protocol):
+    """A set of windows to learn from."""
 
-    The settings that the trainer reads stand here. `PRESETS` names sets of other defaults.
-    """
+    def __len__(self) -> int:
+        """How many."""
+        ...
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
+        """One pass in random order; `generator` lives on the CPU."""
+        ...
+
+    def in_order(self, batch_size: int = ...) -> Iterator[Window]:
+        """One pass in order."""
+        ...
+
+
+class AgentConfig(Settings):
+    """Base of every agent's settings; those that the trainer reads stand here."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
 
     preset: str = "paper"
@@ -96,16 +144,6 @@ class AgentConfig(BaseModel):
     """Random decisions before the first update; then as many updates at once."""
     updates_per_step: float = Field(1.0, gt=0)
     """Updates per decision afterwards; they are done at the end of an episode."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lay_over_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("preset", cls.model_fields["preset"].default)
-        if name not in cls.PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(cls.PRESETS)}")
-        return {**cls.PRESETS[name], **values}
 
 
 Memory: TypeAlias = dict[str, Tensor]

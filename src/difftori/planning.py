@@ -8,6 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -196,6 +197,7 @@ class Planner:
     max_steps: int = 20
     tolerance: float | None = None
     compile: bool = False
+    keep: Literal["best", "last"] = "best"
 
     def plan(
         self,
@@ -233,6 +235,7 @@ class Planner:
             box=box,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
+            keep=self.keep,
             candidates=None if candidates is None else candidates.flatten(2),
             generator=generator,
             history=history,

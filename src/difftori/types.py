@@ -6,10 +6,13 @@ S  state or observation dimension                     Z  latent dimension
 r  residuals of one problem                           T  length of a recorded segment
 K  members of an ensemble, samples or candidates      k  steps kept, for histories
 T1 the T + 1 observations around T steps              O  observations of a window
+P  those of H actions that are planned or executed     W  size of a sample that stands for what is meant
 """
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -31,6 +34,8 @@ States: TypeAlias = Float[Tensor, "B S"]
 Latents: TypeAlias = Float[Tensor, "B Z"]
 Actions: TypeAlias = Float[Tensor, "B A"]
 Plans: TypeAlias = Float[Tensor, "B H A"]
+Samples: TypeAlias = Float[Tensor, "B W"]
+PartPlans: TypeAlias = Float[Tensor, "B P A"]
 Observations: TypeAlias = Shaped[Tensor, "B *S"]
 QValues: TypeAlias = Float[Tensor, "K B"]
 # The same with any leading dimensions: steps of a slice, candidates of a row.
@@ -45,18 +50,76 @@ Metrics: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True)
-class TaskSpec:
-    """What a policy must know of a task: sizes and the action box, in the task's own units.
+class Moments:
+    """Least and greatest value, mean and standard deviation (of the population) of each of D dimensions."""
 
-    `obs_dim` S, `action_dim` A, `horizon` H (actions that a policy returns at once), `low` and `high` per action
-    dimension, A numbers each.
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """One entry of the observations, as it is at one step: `shape` (*S), `dtype` "float32" or "uint8".
+
+    Pictures are uint8 (height width channels), clouds float32 (points 3) or more columns, vectors float32 (S).
+    `moments` are those of the last dimension over the training data, None where nothing was measured.
     """
 
-    obs_dim: int
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a policy must know of a task: what it sees, what it returns, and the action box, in the task's own units.
+
+    `obs` by name; of each entry the last `observe` O steps are seen. `horizon` H: the actions (H A) that a policy returns
+    at once, the first for the step of the oldest observation. The task executes `execute` of them from the present on,
+    `actions[:, O − 1 : O − 1 + execute]`. `low` and `high` per action dimension, A numbers each. `moments` of
+    the training data's actions, None where nothing was measured.
+    """
+
+    obs: dict[str, EntrySpec]
     action_dim: int
     horizon: int
     low: tuple[float, ...]
     high: tuple[float, ...]
+    observe: int = 1
+    execute: int = 1
+    moments: Moments | None = None
+
+    @staticmethod
+    def rows(
+        obs_dim: int, action_dim: int, horizon: int, low: tuple[float, ...], high: tuple[float, ...]
+    ) -> "TaskSpec":
+        """A task that shows one vector `state` (S) and executes all H actions from there."""
+        return TaskSpec({"state": EntrySpec((obs_dim,))}, action_dim, horizon, low, high, execute=horizon)
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> "TaskSpec":
+        """From what `dataclasses.asdict` made of one. KeyError or TypeError if it did not."""
+
+        def moments(plain: dict[str, Any] | None) -> Moments | None:
+            return None if plain is None else Moments(**plain)
+
+        obs = {
+            name: EntrySpec(**{**plain, "moments": moments(plain["moments"])}) for name, plain in values["obs"].items()
+        }
+        return TaskSpec(**{**values, "obs": obs, "moments": moments(values["moments"])})
+
+    @property
+    def obs_dim(self) -> int:
+        """The numbers in a row of all observations, O·ΣS; see `flat_rows`. ShapeError if pictures are among them."""
+        _refuse_pictures([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
+        return self.observe * sum(math.prod(entry.shape) for entry in self.obs.values())
+
+    @property
+    def present(self) -> slice:
+        """Where among the H actions those lie that are executed."""
+        return slice(self.observe - 1, self.observe - 1 + self.execute)
 
 
 @dataclass(frozen=True)
@@ -80,53 +143,53 @@ class EnvSpec:
         return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A batch of demonstrations: what was seen, and the H actions that the expert then took.
-
-    `obs` (B S) or (B …), `actions` (B H A), both in the task's own units; `index` (B) says which example of the data
-    set each row is, for policies that keep something per example (warm starts).
-    """
-
-    obs: Observations
-    actions: Plans
-    index: RowCounts
-
-    def to(self, device) -> "Chunk":
-        """The same batch on another device."""
-        return Chunk(self.obs.to(device), self.actions.to(device), self.index.to(device))
+WindowObs: TypeAlias = dict[str, Shaped[Tensor, "B O ..."]]
+"""The last O observations of B rows by name: float32 vectors and clouds, uint8 pictures (B O height width channels)."""
 
 
 @dataclass(frozen=True)
 class Window:
     """A batch of windows of demonstrations: the last O observations, by name, and H actions of the same episode.
 
-    `obs` maps names to (B O *S): float32 vectors and point clouds, uint8 pictures (B O height width channels). `actions`
-    (B H A). Both begin at the same step, so that `actions[:, O - 1]` is what the expert did at the last observation.
-    `index` (B) says which window of the data set each row is.
+    Both begin at the same step, so that `actions[:, O - 1]` (of (B H A)) is what the expert did at the last observation.
+    All in the task's own units. `index` (B) says which window of the data set each row is, for policies that keep
+    something per example.
     """
 
-    obs: dict[str, Shaped[Tensor, "B O ..."]]
+    obs: WindowObs
     actions: Plans
     index: RowCounts
 
     def to(self, device) -> "Window":
         """The same batch on another device."""
-        obs = {name: values.to(device) for name, values in self.obs.items()}
-        return Window(obs, self.actions.to(device), self.index.to(device))
+        return Window(to_device(self.obs, device), self.actions.to(device), self.index.to(device))
 
-    def chunk(self) -> Chunk:
-        """The same batch with all observations in one row, entry after entry, oldest first in each: (B O·ΣS).
 
-        Raises ShapeError if pictures are among them.
-        """
-        pictures = [name for name, values in self.obs.items() if not values.is_floating_point()]
-        if pictures or not self.obs:
-            raise ShapeError(
-                f"window: the entries {', '.join(pictures) or '(none)'} cannot stand in one row of numbers; read only "
-                "float entries, or give the policy the window itself"
-            )
-        return Chunk(torch.cat([values.flatten(1) for values in self.obs.values()], 1), self.actions, self.index)
+def state_obs(states: States) -> WindowObs:
+    """Observations of a task that shows one vector (B S) of the present alone, as `TaskSpec.rows` has it."""
+    return {"state": states[:, None]}
+
+
+def to_device(obs: WindowObs, device) -> WindowObs:
+    """The same observations on another device."""
+    return {name: values.to(device) for name, values in obs.items()}
+
+
+def flat_rows(obs: WindowObs) -> States:
+    """All observations in one row of numbers, entry after entry, oldest first in each: (B O·ΣS).
+
+    Raises ShapeError if pictures are among them.
+    """
+    _refuse_pictures([name for name, values in obs.items() if not values.is_floating_point()], obs)
+    return torch.cat([values.flatten(1) for values in obs.values()], 1)
+
+
+def _refuse_pictures(pictures: list[str], entries: Collection[str]) -> None:
+    if pictures or not entries:
+        raise ShapeError(
+            f"observations: the entries {', '.join(pictures) or '(none)'} cannot stand in one row of numbers; use float "
+            "entries only, or a policy that reads pictures"
+        )
 
 
 @dataclass(frozen=True)

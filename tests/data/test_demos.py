@@ -58,7 +58,7 @@ def test_batches_visit_every_row_once_and_carry_its_number(n, size, seed):
     assert all(len(c.index) == size for c in chunks[:-1])
     order = torch.cat([c.index for c in chunks])
     assert sorted(order.tolist()) == list(range(n))
-    assert torch.equal(torch.cat([c.obs for c in chunks]), data.obs[order])
+    assert torch.equal(torch.cat([c.obs["state"][:, 0] for c in chunks]), data.obs[order])
     assert torch.equal(torch.cat([c.actions for c in chunks]), data.actions[order])
 
 
@@ -69,8 +69,10 @@ def test_order_comes_from_the_generator():
     assert order(1) == order(1) != order(2)
 
 
-def test_all_is_in_order():
-    assert demos().all().index.tolist() == list(range(7))
+def test_one_pass_in_order():
+    batches = list(demos().in_order(3))
+    assert [len(batch.index) for batch in batches] == [3, 3, 1]
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(7))
 
 
 def test_batch_size_below_one_is_refused():

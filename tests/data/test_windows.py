@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.errors import ConfigError, ShapeError
-from difftori.types import Window
+from difftori.types import Window, flat_rows
 
 
 def counted(lengths, gaps=False):
@@ -102,21 +102,25 @@ def test_a_batch_that_is_kept_does_not_change():
         assert torch.equal(batch.actions, windows.batch(torch.tensor([number])).actions)
 
 
-def test_a_batch_becomes_a_chunk_of_one_row():
+def test_observations_stand_in_one_row():
     demos = counted((6, 3))
     vectors = Trajectories({"a": demos.obs["state"], "b": demos.obs["state"] + 100}, demos.actions, demos.spans)
     windows = Windows(vectors, observe=2, horizon=4, execute=2)
-    chunk = windows.batch(torch.tensor([3])).chunk()
-    assert chunk.obs.tolist() == [[2, 2, 3, 3, 102, 102, 103, 103]]
-    assert chunk.index.tolist() == [3]
-    everything = windows.as_demos()
-    assert everything.obs.shape == (len(windows), 8)
-    assert everything.actions.shape == (len(windows), 4, 1)
+    assert flat_rows(windows.batch(torch.tensor([3])).obs).tolist() == [[2, 2, 3, 3, 102, 102, 103, 103]]
 
 
 def test_pictures_do_not():
     with pytest.raises(ShapeError, match="image cannot stand in one row"):
-        make().as_demos()
+        flat_rows(make().batch(torch.tensor([0])).obs)
+
+
+def test_one_pass_in_order():
+    windows = make()
+    batches = list(windows.in_order(5))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(windows)))
+    assert torch.equal(
+        torch.cat([batch.actions for batch in batches]), windows.batch(torch.arange(len(windows))).actions
+    )
 
 
 def test_every_faulty_setting_is_listed():

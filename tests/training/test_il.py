@@ -17,6 +17,7 @@ from difftori.training.config import to_yaml
 from difftori.training.il import evaluate_run, load_policy, train
 from difftori.training.learner import Learner, make_optimizer, validation_error
 from difftori.training.records import read_metrics
+from difftori.types import state_obs
 
 
 def outcome(path: Path) -> tuple:
@@ -155,10 +156,10 @@ def test_nan_gradients_leave_the_weights_unchanged():
         before[-1].zero_()
     generator = torch.Generator()
     for _ in range(9):
-        learner.update(task.train.all(), generator)
+        learner.update(next(task.train.in_order()), generator)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
     with pytest.raises(NonFiniteError, match=r"10 updates in a row .* gradients of head\.bias"):
-        learner.update(task.train.all(), generator)
+        learner.update(next(task.train.in_order()), generator)
 
 
 def test_too_many_nan_end_the_run_and_the_checkpoint_stays(tmp_path):
@@ -175,8 +176,8 @@ def test_only_the_trainable_parameters_move(tmp_path):
     learner = Learner(Alternating(config, task.spec), config)
     for _ in range(4):
         before = {n: p.clone() for n, p in learner.policy.named_parameters()}
-        learner.update(task.train.all(), torch.Generator())
-        learner.update(task.train.all(), torch.Generator())
+        learner.update(next(task.train.in_order()), torch.Generator())
+        learner.update(next(task.train.in_order()), torch.Generator())
         moved = {n.partition(".")[0] for n, p in learner.policy.named_parameters() if not torch.equal(before[n], p)}
         assert moved == {"odd" if learner.place.epoch % 2 else "even"}
         learner.close_epoch()
@@ -186,7 +187,7 @@ def test_clipping_shortens_to_the_norm():
     task = make(seed=0, num_train=8)
     settings = tiny_config(clip_norm=1e-3, dropout=0.0).settings
     learner = Learner(Tiny(settings, task.spec), settings)
-    learner.update(task.train.all(), torch.Generator())
+    learner.update(next(task.train.in_order()), torch.Generator())
     gradients = [p.grad for p in learner.policy.parameters() if p.grad is not None]
     assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-2)
     assert learner.place.sums["grad_norm"] > 1e-3
@@ -197,7 +198,7 @@ def test_a_loss_without_a_graph_is_named():
     learner = Learner(Tiny(tiny_config().settings, task.spec), tiny_config().settings)
     learner.policy.requires_grad_(False)
     with pytest.raises(ObjectiveError, match="depends on no parameter"):
-        learner.update(task.train.all(), torch.Generator())
+        learner.update(next(task.train.in_order()), torch.Generator())
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("rmsprop", "RMSprop")])
@@ -210,7 +211,7 @@ def test_optimisers(name, kind):
 def test_validation_error_is_the_mean_over_everything():
     task = make(seed=0, num_train=2000)
     policy = Tiny(tiny_config(hidden=(4,)).settings, task.spec)
-    plans = policy.eval().act(task.train.obs, generator=torch.Generator())
+    plans = policy.eval().act(state_obs(task.train.obs), generator=torch.Generator())
     expected = (plans - task.train.actions).square().mean().item()
     assert validation_error(policy, task.train, torch.Generator()) == pytest.approx(expected, rel=1e-5)
 

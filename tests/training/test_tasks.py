@@ -29,7 +29,7 @@ def test_an_unknown_task_is_a_typed_error(name):
 
 
 def test_a_factory_must_make_a_task():
-    with pytest.raises(ConfigError, match="made a dict"):
+    with pytest.raises(ConfigError, match="not a function that makes a task"):
         make_task("builtins:dict", seed=0, num_train=1)
 
 
@@ -58,12 +58,12 @@ def test_the_expert_against_itself_costs_nothing_more_and_starts_are_common():
     task = pendulum_task(False, seed=1, num_train=2)
 
     def evaluate(act, seed=0):
-        return task.evaluate(act, episodes=6, generator=torch.Generator().manual_seed(seed))
+        return task.evaluate(act, episodes=6, generator=torch.Generator().manual_seed(seed)).metrics
 
-    idle = evaluate(lambda obs: torch.zeros(len(obs), 20, 1))
+    idle = evaluate(lambda obs: torch.zeros(len(obs["state"]), 20, 1))
     assert idle["cost"] == idle["expert_cost"]
     assert (idle["excess_cost"], idle["excess_cost_stderr"]) == (0.0, 0.0)
-    full = evaluate(lambda obs: torch.full((len(obs), 20, 1), 2.0))
+    full = evaluate(lambda obs: torch.full((len(obs["state"]), 20, 1), 2.0))
     assert full["expert_cost"] == idle["expert_cost"]
     assert full["excess_cost"] != 0
-    assert evaluate(lambda obs: torch.zeros(len(obs), 20, 1), seed=1)["cost"] != idle["cost"]
+    assert evaluate(lambda obs: torch.zeros(len(obs["state"]), 20, 1), seed=1)["cost"] != idle["cost"]

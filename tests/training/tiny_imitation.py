@@ -12,8 +12,8 @@ from torch import nn
 from difftori.data.demos import Demos
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.training.config import TrainConfig, parse_config
-from difftori.training.tasks import ImitationTask
-from difftori.types import TaskSpec
+from difftori.training.tasks import Evaluation, ImitationTask
+from difftori.types import TaskSpec, flat_rows, state_obs
 
 POLICY = "tiny_imitation:Tiny"
 TASK = "tiny_imitation:make"
@@ -73,20 +73,21 @@ class Tiny(Policy):
         self.calls: torch.Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
-    def predict(self, obs):
-        return self.head(self.body(obs)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+    def predict(self, rows):
+        return self.head(self.body(rows)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
 
     def loss(self, batch, *, generator):
         self.calls += 1
-        noise = torch.randn(batch.obs.shape, generator=generator) * self.trap.noise
-        loss = (self.predict(batch.obs + noise) - batch.actions).square().mean()
+        rows = flat_rows(batch.obs)
+        noise = torch.randn(rows.shape, generator=generator) * self.trap.noise
+        loss = (self.predict(rows + noise) - batch.actions).square().mean()
         if int(self.calls) in self.trap.trap_at:
             loss = self.spring(loss)
         return loss, {"mse": loss.item()}
 
     def act(self, obs, *, generator):
         with torch.no_grad():
-            return self.predict(obs).clamp(-1, 1)
+            return self.predict(flat_rows(obs)).clamp(-1, 1)
 
     def spring(self, loss):
         if self.trap.trap == "nan":
@@ -113,7 +114,8 @@ class Alternating(Policy):
         self.odd = nn.Linear(spec.obs_dim, spec.horizon * spec.action_dim)
 
     def predict(self, obs):
-        return (self.even(obs) + self.odd(obs)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+        rows = flat_rows(obs)
+        return (self.even(rows) + self.odd(rows)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
 
     def loss(self, batch, *, generator):
         return (self.predict(batch.obs) - batch.actions).square().mean(), {}
@@ -133,8 +135,8 @@ class LinearTask(ImitationTask):
 
     def evaluate(self, act, *, episodes, generator):
         obs = torch.randn(episodes, 3, generator=generator)
-        error = act(obs) - expert(obs, self.gain)
-        return {"error": error.square().mean().item()}
+        error = (act(state_obs(obs)) - expert(obs, self.gain)).square().mean(dim=(1, 2))
+        return Evaluation({"error": error.mean().item()}, {"error": error.tolist()})
 
 
 def expert(obs, gain):
@@ -146,7 +148,7 @@ def make(*, seed, num_train):
     gain = torch.randn(3, 2, generator=generator)
     sets = [torch.randn(n, 3, generator=generator) for n in (num_train, 5)]
     train, validation = (Demos(obs, expert(obs, gain)) for obs in sets)
-    return LinearTask(TaskSpec(3, 1, 2, (-1.0,), (1.0,)), train, validation, gain)
+    return LinearTask(TaskSpec.rows(3, 1, 2, (-1.0,), (1.0,)), train, validation, gain)
 
 
 def tiny_config(

@@ -6,11 +6,11 @@ import torch
 
 import difftori
 from difftori.data.demos import Demos
-from difftori.training.tasks import ImitationTask
-from difftori.types import TaskSpec
+from difftori.training.tasks import Evaluation, ImitationTask
+from difftori.types import TaskSpec, state_obs
 
 H, DT = 10, 0.2
-SPEC = TaskSpec(obs_dim=2, action_dim=1, horizon=H, low=(-1.0,), high=(1.0,))
+SPEC = TaskSpec.rows(obs_dim=2, action_dim=1, horizon=H, low=(-1.0,), high=(1.0,))
 
 
 def dynamics(s, a):
@@ -45,8 +45,9 @@ class Cart(ImitationTask):
 
     def evaluate(self, act, *, episodes, generator):
         starts = 2 * torch.rand(episodes, 2, generator=generator) - 1
-        mine, best = cost(starts, act(starts)), cost(starts, expert(starts))
-        return {"cost": mine.mean().item(), "expert_cost": best.mean().item(), "excess": (mine - best).mean().item()}
+        mine, best = cost(starts, act(state_obs(starts))), cost(starts, expert(starts))
+        means = {"cost": mine.mean().item(), "expert_cost": best.mean().item(), "excess": (mine - best).mean().item()}
+        return Evaluation(means, {"cost": mine.tolist(), "expert_cost": best.tolist()})
 
 
 def make(*, seed, num_train):

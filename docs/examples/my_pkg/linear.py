@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.types import flat_rows
 
 
 class LinearConfig(PolicyConfig):
@@ -29,7 +30,7 @@ class Linear(Policy):
         self.register_buffer("high", torch.tensor(spec.high), persistent=False)
 
     def predict(self, obs):
-        return self.map(obs).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+        return self.map(flat_rows(obs)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
 
     def loss(self, batch, *, generator):
         loss = F.mse_loss(self.predict(batch.obs), batch.actions)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from difftori.errors import DataError
-from difftori.types import Chunk
+from difftori.types import RowCounts, Window, state_obs
 
 _ARRAYS = ("obs", "actions")
 
@@ -51,7 +51,7 @@ class Demos:
     def __len__(self) -> int:
         return len(self.obs)
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Chunk]:
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
         """One pass over the set in random order; the last batch may be smaller.
 
         `generator` lives on the CPU. The whole order is drawn from it when the first batch is asked for.
@@ -60,11 +60,16 @@ class Demos:
             raise DataError(f"batches: batch_size is {batch_size}; it must be at least 1")
         order = torch.randperm(len(self), generator=generator).to(self.obs.device)
         for rows in order.split(batch_size):
-            yield Chunk(self.obs[rows], self.actions[rows], rows)
+            yield self.batch(rows)
 
-    def all(self) -> Chunk:
-        """The whole set as one batch, in order."""
-        return Chunk(self.obs, self.actions, torch.arange(len(self), device=self.obs.device))
+    def in_order(self, batch_size: int = 1024) -> Iterator[Window]:
+        """One pass over the set in order."""
+        for rows in torch.arange(len(self), device=self.obs.device).split(batch_size):
+            yield self.batch(rows)
+
+    def batch(self, index: RowCounts) -> Window:
+        """These examples, as windows of one observation `state`."""
+        return Window(state_obs(self.obs[index]), self.actions[index], index)
 
     def save(self, path: Path) -> None:
         """Write an .npz file without pickle; it appears whole or not at all. Raises DataError if it cannot be written."""

@@ -1,7 +1,6 @@
 """Normalisers: shift and scale per dimension, fitted on training data only, and kept with a policy's weights."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import torch
@@ -10,38 +9,27 @@ from torch import Tensor, nn
 
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError, ShapeError
-from difftori.types import AnyActions, Window
+from difftori.types import AnyActions, EntrySpec, Moments, TaskSpec, Window
 
 FLAT = 1e-4
 """A dimension that spans less than this over the training data counts as constant, as in Diffusion Policy."""
 
 
-@final
-@dataclass(frozen=True)
-class Moments:
-    """Least and greatest value, mean and standard deviation (of the population) of each of D dimensions, float64."""
+def measure(blocks: Iterable[Shaped[Tensor, "... D"]]) -> Moments:
+    """The moments of the last dimension, over all others and over all blocks, in one pass.
 
-    low: Float[Tensor, "D"]
-    high: Float[Tensor, "D"]
-    mean: Float[Tensor, "D"]
-    std: Float[Tensor, "D"]
-
-    @staticmethod
-    def of(blocks: Iterable[Shaped[Tensor, "... D"]]) -> "Moments":
-        """Those of the last dimension, over all others and over all blocks, in one pass.
-
-        Blocks are merged by their means and deviations, so that nothing cancels (Chan et al., 1983).
-        Raises DataError if there is no block.
-        """
-        count, moments = 0, None
-        for block in blocks:
-            rows = block.reshape(-1, block.shape[-1]).double()
-            own = Moments(rows.amin(0), rows.amax(0), rows.mean(0), rows.std(0, correction=0))
-            moments = own if moments is None else _merge(moments, count, own, len(rows))
-            count += len(rows)
-        if moments is None:
-            raise DataError("normalise: there is no data to fit to")
-        return moments
+    Blocks are merged by their means and deviations, so that nothing cancels (Chan et al., 1983).
+    Raises DataError if there is no block.
+    """
+    count, whole = 0, None
+    for block in blocks:
+        rows = block.reshape(-1, block.shape[-1]).double().cpu()
+        own = torch.stack((rows.amin(0), rows.amax(0), rows.mean(0), rows.std(0, correction=0)))
+        whole = own if whole is None else _merge(whole, count, own, len(rows))
+        count += len(rows)
+    if whole is None:
+        raise DataError("normalise: there is no data to fit to")
+    return Moments(*(tuple(row) for row in whole.tolist()))
 
 
 @final
@@ -76,12 +64,12 @@ class Affine(nn.Module):
         return values
 
 
-def _merge(one: Moments, rows: int, other: Moments, more: int) -> Moments:
-    """Those of both, which stand for so many rows each."""
-    share, delta = more / (rows + more), other.mean - one.mean
-    variance = (1 - share) * one.std.square() + share * other.std.square() + share * (1 - share) * delta.square()
-    low, high = torch.minimum(one.low, other.low), torch.maximum(one.high, other.high)
-    return Moments(low, high, one.mean + share * delta, variance.sqrt())
+def _merge(one: Float[Tensor, "4 D"], rows: int, other: Float[Tensor, "4 D"], more: int) -> Float[Tensor, "4 D"]:
+    """Low, high, mean and deviation of both, which stand for so many rows each."""
+    share, delta = more / (rows + more), other[2] - one[2]
+    variance = (1 - share) * one[3].square() + share * other[3].square() + share * (1 - share) * delta.square()
+    low, high = torch.minimum(one[0], other[0]), torch.maximum(one[1], other[1])
+    return torch.stack((low, high, one[2] + share * delta, variance.sqrt()))
 
 
 Rule: TypeAlias = Callable[[Moments], Affine]
@@ -90,19 +78,23 @@ Rule: TypeAlias = Callable[[Moments], Affine]
 
 def min_max(moments: Moments) -> Affine:
     """[least, greatest] of each dimension to [−1, 1]; a constant dimension (see `FLAT`) to 0, without scaling."""
-    span = moments.high - moments.low
-    scale = torch.where(span < FLAT, 1.0, span / 2)
-    return Affine((moments.low + moments.high) / 2, scale)
+    low, high = _numbers(moments.low), _numbers(moments.high)
+    return Affine((low + high) / 2, torch.where(high - low < FLAT, 1.0, (high - low) / 2))
 
 
 def mean_std(moments: Moments) -> Affine:
     """Mean 0 and standard deviation 1 in each dimension; a constant one (see `FLAT`) to 0, without scaling."""
-    return Affine(moments.mean, torch.where(moments.high - moments.low < FLAT, 1.0, moments.std))
+    flat = _numbers(moments.high) - _numbers(moments.low) < FLAT
+    return Affine(_numbers(moments.mean), torch.where(flat, 1.0, _numbers(moments.std)))
 
 
 def identity(moments: Moments) -> Affine:
     """Nothing changes."""
-    return Affine(torch.zeros_like(moments.mean), torch.ones_like(moments.mean))
+    return Affine(torch.zeros(len(moments.mean)), torch.ones(len(moments.mean)))
+
+
+def _numbers(values: tuple[float, ...]) -> Float[Tensor, "D"]:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def pixels() -> Affine:
@@ -122,6 +114,16 @@ class Normalizer(nn.Module):
         # The prefix keeps entries such as "keys" or "type" apart from the module's own names.
         self.obs = nn.ModuleDict({f"obs_{name}": affine for name, affine in obs.items()})
         self.actions = actions
+
+    @staticmethod
+    def of(spec: TaskSpec, *, obs: "Rule | None" = None, actions: "Rule | None" = None) -> "Normalizer":
+        """That of a task's training data; `min_max` by default, and pictures are divided by 255.
+
+        Where the spec has no moments, vectors stay what they are and actions are brought from their box to [−1, 1].
+        """
+        affines = {name: _entry_affine(entry, obs or min_max) for name, entry in spec.obs.items()}
+        rule = actions or min_max
+        return Normalizer(affines, rule(spec.moments or Moments(spec.low, spec.high, spec.low, spec.high)))
 
     def forward(self, window: Window) -> Window:
         """The window with observations and actions normalised."""
@@ -147,6 +149,28 @@ class Normalizer(nn.Module):
         return self.actions.inverse(actions)
 
 
+def _entry_affine(entry: EntrySpec, rule: Rule) -> Affine:
+    if entry.dtype == "uint8":
+        return pixels()
+    size = entry.shape[-1]
+    return Affine(torch.zeros(size), torch.ones(size)) if entry.moments is None else rule(entry.moments)
+
+
+def entry_specs(train: Trajectories) -> dict[str, EntrySpec]:
+    """What these episodes show, with the moments of every step of them: hand in the training part alone.
+
+    Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs; pictures have none.
+    """
+    return {
+        name: EntrySpec(
+            tuple(values.shape[1:]),
+            "uint8" if values.dtype == torch.uint8 else "float32",
+            None if values.dtype == torch.uint8 else measure(train.blocks(values)),
+        )
+        for name, values in train.obs.items()
+    }
+
+
 def fit_normalizer(
     train: Trajectories,
     *,
@@ -169,5 +193,5 @@ def fit_normalizer(
         if name not in own and values.dtype == torch.uint8:
             fitted[name] = pixels()
         else:
-            fitted[name] = own.get(name, obs)(Moments.of(train.blocks(values)))
-    return Normalizer(fitted, actions(Moments.of(train.blocks(train.actions))))
+            fitted[name] = own.get(name, obs)(measure(train.blocks(values)))
+    return Normalizer(fitted, actions(measure(train.blocks(train.actions))))

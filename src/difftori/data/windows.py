@@ -9,7 +9,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difftori.data._columns import Column
-from difftori.data.demos import Demos
 from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, ShapeError
 from difftori.types import RowCounts, Window
@@ -98,10 +97,10 @@ class Windows:
         for index in order.split(_at_least_one(batch_size)):
             yield self.batch(index)
 
-    def as_demos(self) -> Demos:
-        """All windows, for policies that take one row of numbers: obs (N O·ΣS), actions (N H A); see `Window.chunk`."""
-        chunk = self.batch(torch.arange(len(self))).chunk()
-        return Demos(chunk.obs, chunk.actions)
+    def in_order(self, batch_size: int = 256) -> Iterator[Window]:
+        """One pass over all windows in order."""
+        for index in torch.arange(len(self)).split(_at_least_one(batch_size)):
+            yield self.batch(index)
 
     def _column(self, values: Tensor) -> Column:
         return Column(values.reshape(len(values), -1), self.device)

@@ -74,8 +74,12 @@ SPACES = {
     "point_cloud": Box(-np.inf, np.inf, (POINTS, 3), np.float32),
 }
 POINT_PARTS = ("point_cloud", "agent_pos")
+WINDOW = (2, 4, 3)
+"""Observations seen, actions predicted and executed by policies of imitation, as in DP3."""
 ARRAYS = {"state": "agent_pos", "full_state": "state", "point_cloud": "point_cloud"}
 """DP3's names of what is recorded, and ours."""
+RECORDED = {"state": ("full_state",), "points": ("point_cloud", "state")}
+"""What of a collection, or of DP3's data sets, each `obs` is made of."""
 
 
 def full_name(task: str) -> str:
@@ -183,6 +187,11 @@ def make(
         timeout=timeout,
         restarts=restarts,
     )
+
+
+def shown(stored: dict[str, np.ndarray], actions: np.ndarray, obs: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Recorded steps (T …) as `make` shows them, from DP3's names to ours; actions clipped to ±1, as they are executed."""
+    return {ARRAYS[name]: stored[name] for name in RECORDED[obs]}, np.clip(actions, -1.0, 1.0)
 
 
 def demonstrator(

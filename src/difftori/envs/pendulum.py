@@ -118,7 +118,7 @@ class Pendulum:
     @property
     def spec(self) -> TaskSpec:
         """Sizes and box as policies ask for them."""
-        return TaskSpec(
+        return TaskSpec.rows(
             obs_dim=3, action_dim=1, horizon=self.horizon, low=(-self.torque_limit,), high=(self.torque_limit,)
         )
 

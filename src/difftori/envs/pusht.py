@@ -37,7 +37,7 @@ from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, MissingExtraError
 
 TASKS = ("push-t",)
-OBSERVE = ("state", "pixels", "image")
+OBSERVE = ("state", "pose", "pixels", "image")
 EPISODE_STEPS = 300
 TEST_SEED = 100_000
 """The first evaluation seed of Diffusion Policy."""
@@ -49,13 +49,17 @@ FRAMES = 3
 FPS = 10.0
 APART = (50.0, 50.0, 256.0, 256.0, 0.0)
 """A state in which nothing touches, from which any other is set."""
+WINDOW = (2, 16, 8)
+"""Observations seen, actions predicted and executed by policies of imitation, as in Diffusion Policy."""
+RECORDED = {"state": ("state",), "pose": ("state",), "image": ("img", "state")}
+"""What of Diffusion Policy's data set each `obs` is made of."""
 
 
 class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
     """One board; see the head of this file and `make`. An episode is determined by its seed, or state, and actions."""
 
     def __init__(self, *, obs: str, max_steps: int):
-        self._env = _board(pictures=obs != "state")
+        self._env = _board(pictures=obs in ("pixels", "image"))
         self._obs = obs
         self._frames = FrameStack(FRAMES)
         self._max_steps = max_steps
@@ -64,6 +68,7 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
         picture = Box(0, 255, (3, PICTURE, PICTURE), np.uint8)
         self.observation_space = {
             "state": Box(-np.inf, np.inf, (5,), np.float32),
+            "pose": Box(-np.inf, np.inf, (6,), np.float32),
             "pixels": Box(0, 255, (3 * FRAMES, PICTURE, PICTURE), np.uint8),
             "image": Dict({"image": picture, "agent_pos": Box(-np.inf, np.inf, (2,), np.float32)}),
         }[obs]
@@ -115,9 +120,27 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
         """What `obs` names, from what the board shows: its state (5), or a picture (96, 96, 3) without the cross."""
         if self._obs == "state":
             return seen.astype(np.float32)
+        if self._obs == "pose":
+            return pose(seen)
         if self._obs == "pixels":
             return self._frames.restart(seen) if first else self._frames.push(seen)
         return {"image": seen.transpose(2, 0, 1), "agent_pos": np.array(self._env.agent.position, dtype=np.float32)}
+
+
+def pose(state: np.ndarray) -> np.ndarray:
+    """States (… 5) without the jump of the angle at 2π: (… 6) float32, the last two its cosine and sine."""
+    angle = state[..., 4:5]
+    return np.concatenate([state[..., :4], np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+
+
+def shown(stored: dict[str, np.ndarray], actions: np.ndarray, obs: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Recorded steps (T …) as `make` shows them, from Diffusion Policy's names and units to ours."""
+    entries = {
+        "state": lambda: {"state": stored["state"]},
+        "pose": lambda: {"state": pose(stored["state"])},
+        "image": lambda: {"image": stored["img"], "agent_pos": stored["state"][:, :2]},
+    }[obs]()
+    return entries, actions / (PLANE / 2) - 1
 
 
 def diffusion_policy_start(seed: int) -> np.ndarray:
@@ -146,7 +169,7 @@ def make(
 ) -> CheckedVectorEnv:
     """`num_envs` boards; `task` is "" or `push-t`.
 
-    `obs`: `state`, float32 (5), in pixels and radians; `pixels`, the last three pictures of 96×96 as uint8 (9, 96, 96);
+    `obs`: `state`, float32 (5), in pixels and radians; `pose`, the same (6) with the angle's cosine and sine; `pixels`, the last three pictures of 96×96 as uint8 (9, 96, 96);
     `image`, by name: the last picture `image` (3, 96, 96) uint8 and the agent's position `agent_pos` (2) float32 in
     pixels. `max_steps`: where an episode is truncated. The other arguments are `difftori.envs.workers.launch`'s.
 

@@ -7,10 +7,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftori.data.normalize import Normalizer
 from difftori.errors import BoxError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
-from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
+from difftori.models.window_encoder import WindowEncoder
+from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
 class BCConfig(PolicyConfig):
@@ -27,9 +29,10 @@ class BCConfig(PolicyConfig):
 
 @final
 class BC(Policy):
-    """State → all H controls at once: â = centre + half-width·tanh(MLP(s)), trained on mean (â − a*)².
+    """Features of what was seen → all H actions at once: â = centre + half-width·tanh(MLP(s)), trained on mean (â − a*)².
 
-    Observations (B S), actions (B H A) in the task's units, inside the box, which must be finite (`BoxError`).
+    Observations are normalised where the training data was measured. Actions (B H A) lie in the task's units inside the
+    box, which must be finite (`BoxError`).
     The mean runs over rows, steps and action dimensions.
     """
 
@@ -47,19 +50,23 @@ class BC(Policy):
                 f"bc squashes into the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
             )
         outputs = spec.horizon * spec.action_dim
-        self.net = mlp((spec.obs_dim, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
+        self.normalizer = Normalizer.of(spec)
+        self.window = WindowEncoder(spec)
+        self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
-    def predict(self, obs: Observations) -> Plans:
-        """The controls (B H A) of observations (B S), with their graph."""
-        raw = self.net(obs).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+    def predict(self, obs: WindowObs) -> Plans:
+        """The controls (B H A), with their graph."""
+        raw = self.net(self.window(self.normalizer.normalize_obs(obs))).unflatten(
+            1, (self.spec.horizon, self.spec.action_dim)
+        )
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
-    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error; draws nothing from `generator`."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()
-    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The controls (B H A); deterministic, draws nothing from `generator`."""
         return self.predict(obs).clamp(self.low, self.high)  # a rounding error may lead out

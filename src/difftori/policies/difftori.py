@@ -1,130 +1,302 @@
 """DiffTORI for imitation: a policy that is an optimiser over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
 
-from typing import Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from difftori.errors import BoxError
-from difftori.interfaces import Policy, PolicyConfig
+from difftori.data.normalize import Normalizer
+from difftori.errors import BoxError, ConfigError
+from difftori.interfaces import PolicyConfig
 from difftori.models.nets import mlp
+from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
-from difftori.solver import Adjoint, Box, Detached, Implicit, Newton, ProjectedGradient, Truncated, Unrolled
-from difftori.types import Actions, Chunk, Latents, Metrics, Observations, Plans, Rows, Scalar, States, TaskSpec
+from difftori.policies.refiner import Base, Refiner
+from difftori.solver import (
+    Adjoint,
+    Box,
+    Detached,
+    GradientDescent,
+    Implicit,
+    Newton,
+    ProjectedGradient,
+    Solver,
+    Truncated,
+    Unrolled,
+    presets,
+)
+from difftori.types import (
+    Actions,
+    Latents,
+    Metrics,
+    PartPlans,
+    Plans,
+    Rows,
+    Samples,
+    Scalar,
+    States,
+    TaskSpec,
+    Window,
+    WindowObs,
+)
 
 
 class DiffTORIConfig(PolicyConfig):
-    """Settings of `DiffTORI`. What was tried on the pendulum stands in docs/table8.md."""
+    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation-studies.md."""
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {},
+        "reference": {
+            "solver": "reference",
+            "max_steps": 100,
+            "base_noise": 0.0,
+            "lr": 1e-4,
+            "optimizer": "adam",
+            "lr_schedule": "constant",
+            "batch_size": 128,
+            "epochs": 1010,
+            "act_latent": "sample",
+            "encoder_layers": (),
+            "latent_norm": False,
+        },
+        "pendulum": {
+            "solver": "spectral",
+            "init": "prior",
+            "latent_dim": 50,
+            "latent_norm": False,
+            "max_steps": 10,
+            "anchor": "middle",
+            "curvature": 1.0,
+            "cvae_dim": 0,
+            "optimizer": "adam",
+            "epochs": 300,
+            "batch_size": 32,
+            "base_noise": 0.0,
+        },
+    }
+    preset: str = "fast"
+    """`fast`: short solves, differentiated exactly. `reference`: the release's. `pendulum`: Table 8's, without a base."""
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     epochs: int = Field(300, ge=1)
-    latent_dim: int = Field(50, ge=1)
-    """Z."""
+    batch_size: int = Field(64, ge=1)
+    latent_dim: int = Field(64, ge=1)
+    """Z of the encoded observations."""
+    latent_norm: bool = True
+    """Normalise the encoded observations (LayerNorm)."""
     hidden: tuple[int, ...] = (256, 256)
-    """Widths of every network's hidden layers."""
+    """Widths of the hidden layers of dynamics, score and prior."""
+    encoder_layers: tuple[int, ...] | None = None
+    """The same of the encoder, behind what is particular to clouds; `hidden` unless given. Empty: none, with Z features."""
     decision: Literal["step", "chunk"] = "chunk"
     """`step`: one action a step, with latent dynamics between, horizon H. `chunk`: all H actions are one decision, scored
     at once, and the planning horizon is 1, as in the MetaWorld release."""
-    init: Literal["prior", "zero", "random"] = "prior"
-    """Where the solve starts: a network's guess, trained by behaviour cloning; the middle of the box; anywhere in it."""
-    init_noise: float = Field(0.0, ge=0)
-    """Gaussian noise on the start in training, in half-widths of the box."""
+    plan_horizon: int | None = Field(None, ge=1)
+    """H, actions that are planned, from the present on; as many as are executed unless given."""
+    init: Literal["base", "prior", "zero", "random"] = "base"
+    """Where the solve starts: the base's actions; a network's guess, trained by behaviour cloning; the middle of the
+    box; anywhere in it."""
+    base_noise: float = Field(0.3, ge=0)
+    """σ of Gaussian noise on the start in training, in half-widths of the box. Without it the score sees one action per
+    state and memorises."""
+    base_samples: int = Field(8, ge=1)
+    """How many times a base that draws is asked for its actions at each training window."""
+    anchor: Literal["none", "middle", "base"] = "none"
+    """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
+    curvature: float = Field(1.0, gt=0, le=80)
+    """First value of k. Without curvature the score is maximised at corners of the box."""
+    cvae_dim: int = Field(64, ge=0)
+    """Size of the latent sample z̃ that tells several good answers apart (Appendix D); 0: none."""
+    kl_coef: float = Field(0.05, ge=0)
+    """β of Eq. 9, for the squared error summed over all planned numbers."""
+    act_latent: Literal["zero", "sample"] = "zero"
+    """z̃ when it acts: the mean of its prior, or drawn from it."""
+    act_samples: int = Field(1, ge=1)
+    """As many draws of z̃ when it acts, of which the plan of highest objective is kept."""
+    solver: Literal["gradient", "spectral", "reference"] = "gradient"
+    """`gradient`: gradient steps of one learned length. `spectral`: step lengths of each row's own. `reference`: the
+    release's Levenberg–Marquardt, row by row."""
+    step_size: float = Field(0.1, gt=0)
+    """First length of a gradient step; it is learned."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
     """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
-    max_steps: int = Field(10, ge=1)
-    """Steps of the solve."""
-    curvature: float = Field(1.0, gt=0, le=80)
-    """First value of the learned k in f(z, a) − ½k‖a‖² (a in units of the box). Without it f is maximised at corners of
-    the box, where nothing can be learned."""
+    max_steps: int = Field(5, ge=1)
+    """Steps of the solve; the release has 100."""
     prior_coef: float = Field(1.0, ge=0)
     """Weight of the prior's own behaviour-cloning loss."""
 
 
 @final
-class DiffTORI(Policy):
-    """â(θ; s) = argmax_a Σ_{t<H} γ^t f_θ(z_t, a_t), z_0 = h_θ(s), z_{t+1} = d_θ(z_t, a_t) (Eq. 7), trained on ‖â − a*‖² (Eq. 8).
+class DiffTORI(Refiner):
+    """â(θ; s) = argmax_a Σ_{t<H} γ^t f_θ(z_t, a_t), z_0 = h_θ(s), z_{t+1} = d_θ(z_t, a_t) (Eq. 7), trained on ‖â − a*‖² + β KL (Eq. 9).
 
+    The solve starts at the base's actions and refines those from the present on; `base` may be None where `init` needs
+    none. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
     Encoder h, dynamics d (residual) and score f are MLPs with ELU, because f must bend for the argmax to be anywhere but
-    on the box. Actions are planned in units of the box: [−1, 1] per dimension. The mean squared error runs over rows,
-    steps and dimensions.
+    on the box. Actions are planned in units of the training data's range, or of the action box where nothing was
+    measured: [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
+
+    Differs from paper: the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
     """
 
-    name = "difftori"
+    name = "difftori-il"
     Config = DiffTORIConfig
+    NEEDS_BASE = False
 
-    def __init__(self, config: DiffTORIConfig, spec: TaskSpec):
-        super().__init__(config, spec)
+    def __init__(self, config: DiffTORIConfig, spec: TaskSpec, base: Base | None = None):
+        super().__init__(config, spec, base)
         self.settings = config
         self.low: Tensor
         self.high: Tensor
         self.register_buffer("low", torch.tensor(spec.low), persistent=False)
         self.register_buffer("high", torch.tensor(spec.high), persistent=False)
-        if not (self.low.isfinite().all() and self.high.isfinite().all()):
-            raise BoxError(
-                f"difftori plans in units of the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
-            )
+        self._check(config, spec)
+        self.normalizer = Normalizer.of(spec)
         chunk = config.decision == "chunk"
-        self.steps, self.size = (1, spec.horizon * spec.action_dim) if chunk else (spec.horizon, spec.action_dim)
-        z, hidden = config.latent_dim, config.hidden
-        self.encoder = mlp((spec.obs_dim, *hidden, z), nn.ELU)
-        self.dynamics = None if chunk else mlp((z + self.size, *hidden, z), nn.ELU)
-        self.score = mlp((z + self.size, *hidden, 1), nn.ELU)
-        _quiet(self.score)  # the solve begins as a pull to the middle
+        self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
+        self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
+        self.window = WindowEncoder(spec)
+        self.encoder, self.state_dim = _encoder(config, self.window.width)
+        self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
+        self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
+        self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
+        _quiet(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
         if self.dynamics is not None:
             # and H steps of the model nearly stand still: no chaos to differentiate through
             nn.init.zeros_(_quiet(self.dynamics).bias)
-        # softplus(raw) = curvature
-        self.raw_curvature = nn.Parameter(torch.tensor(config.curvature).expm1().log())
-        self.prior = mlp((spec.obs_dim, *hidden, spec.horizon * spec.action_dim), nn.ELU)
+        # softplus(raw) is what is learned
+        self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
+        self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
+        outputs = self.planned * spec.action_dim
+        self.prior = mlp((spec.obs_dim, *hidden, outputs), nn.ELU) if config.init == "prior" else None
+        self.posterior = None
+        if config.cvae_dim:
+            self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
 
-    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """‖â(θ; s) − a*‖² (Eq. 8), differentiated through the solve, and the prior's own cloning loss."""
-        target = self._to_unit(batch.actions)
-        guess = self.guess(batch.obs, generator)
-        start = guess + self.settings.init_noise * _noise_like(guess, generator)
-        action_loss = F.mse_loss(self.plan(batch.obs, start, self._adjoint()).actions.reshape(target.shape), target)
-        prior_loss = F.mse_loss(guess, target)
-        learned = self.settings.prior_coef if self.settings.init == "prior" else 0.0
-        loss = action_loss + learned * prior_loss
-        return loss, {"action_mse": action_loss.item(), "prior_mse": prior_loss.item()}
+    def _check(self, config: DiffTORIConfig, spec: TaskSpec) -> None:
+        if not (self.low.isfinite().all() and self.high.isfinite().all()):
+            raise BoxError(
+                f"difftori-il plans in units of the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
+            )
+        faults = []
+        if not self.has_base and "base" in (config.init, config.anchor):
+            faults.append(
+                "base: difftori-il refines another policy's actions; give --base RUN, or --init prior, zero or random "
+                "(and --anchor none or middle)"
+            )
+        room = spec.horizon - spec.observe + 1
+        if config.plan_horizon is not None and not spec.execute <= config.plan_horizon <= room:
+            faults.append(
+                f"settings.plan_horizon: {config.plan_horizon}: between the {spec.execute} actions that are executed and "
+                f"the {room} that there are from the present on"
+            )
+        if faults:
+            raise ConfigError(faults)
+
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve; and the prior's own loss."""
+        window = self.normalizer(batch)
+        target = self._from_present(window.actions)
+        base = self._unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
+        guess = self.guess(batch.obs, base, generator)
+        start = guess + self.settings.base_noise * _noise_like(guess, generator)
+        state = self.encode(window.obs)
+        sample, divergence = self._posterior(state, target, generator)
+        plan = self.plan(state, sample, start, base, self._adjoint())
+        error = F.mse_loss(plan.actions.reshape(target.shape), target)
+        loss = error + self.settings.kl_coef * divergence / target[0].numel()
+        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item()}
+        if self.posterior is not None:
+            metrics["kl"] = divergence.item()
+        if self.prior is not None:
+            loss = loss + self.settings.prior_coef * F.mse_loss(guess, target)
+        return loss, metrics
 
     @torch.no_grad()
-    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
-        """The H actions (B H A) of the solve from the prior's guess."""
-        plan = self.plan(obs, self.guess(obs, generator), Detached())
-        actions = plan.actions.reshape(len(obs), self.spec.horizon, self.spec.action_dim)
-        return (self._middle() + self._half() * actions).clamp(self.low, self.high)
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The actions (B H A): those of the solve from the present on, of `act_samples` solves the best by the model."""
+        whole = self.base.act(obs, generator=generator) if self.has_base else None
+        base = None if whole is None else self._unit_base(whole)
+        start = self.guess(obs, base, generator)
+        state = self.encode(self.normalizer.normalize_obs(obs))
+        rows, samples = len(state), self.settings.act_samples
 
-    def guess(self, obs: Observations, generator: torch.Generator) -> Plans:
-        """Where the solve starts, in units of the box (B H A)."""
-        shape = (len(obs), self.spec.horizon, self.spec.action_dim)
-        if self.settings.init == "prior":
-            return torch.tanh(self.prior(obs)).reshape(shape)
-        zeros = obs.new_zeros(shape)
+        def again(values: Tensor) -> Tensor:
+            return values.repeat(samples, *(1,) * (values.ndim - 1))
+
+        sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
+        if self.settings.act_latent == "sample" and sample.numel():
+            sample = _noise_like(sample, generator)
+        plan = self.plan(again(state), sample, again(start), None if base is None else again(base), Detached())
+        actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
+        chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
+        return self._whole(chosen.reshape(rows, self.planned, self.spec.action_dim), whole)
+
+    def guess(self, obs: WindowObs, base: PartPlans | None, generator: torch.Generator) -> PartPlans:
+        """Where the solve starts, in units of the box (B P A), P actions from the present on."""
+        if self.settings.init == "base":
+            assert base is not None
+            return base
+        rows = len(next(iter(obs.values())))
+        zeros = self.low.new_zeros(rows, self.planned, self.spec.action_dim)
+        if self.prior is not None:
+            seen = self.normalizer.normalize_obs(obs)
+            return torch.tanh(self.prior(torch.cat([values.flatten(1) for values in seen.values()], 1))).reshape(
+                zeros.shape
+            )
         return zeros if self.settings.init == "zero" else zeros + _noise_like(zeros, generator).clamp(-1, 1)
 
-    def plan(self, obs: Observations, start: Plans, adjoint: Adjoint) -> Plan:
-        """Eq. 7 solved from `start` (B H A), in units of the box."""
-        first = start.reshape(len(obs), self.steps, self.size)
-        objective = EnergyObjective(self._next, self._energy, self.encoder(obs), self.steps, self.size)
-        return Planner(self._solver(), adjoint, Box(-1.0, 1.0), self.settings.max_steps, tolerance=0.0).plan(
-            objective, first
-        )
+    def encode(self, obs: WindowObs) -> Latents:
+        """z^s = h(s) of normalised observations."""
+        return self.encoder(self.window(obs))
+
+    def plan(self, state: Latents, sample: Samples, start: PartPlans, base: PartPlans | None, adjoint: Adjoint) -> Plan:
+        """Eq. 7 solved from `start` (B P A) for the states z^s (B Z) and samples z̃, in units of the box."""
+        parts = [state, sample]
+        if self.settings.anchor == "base" and base is not None:
+            parts.append(base.flatten(1))
+        objective = EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
+        return self._planner(adjoint).plan(objective, start.reshape(len(state), self.steps, self.size))
 
     def _energy(self, state: States, action: Actions) -> Rows:
-        """f(z, a) − ½k‖a‖²."""
-        value = self.score(torch.cat((state, action), -1)).squeeze(-1)
-        return value - 0.5 * F.softplus(self.raw_curvature) * action.square().sum(-1)
+        """f(z, a) − ½k‖a − c‖². What is left of c stands behind z, that of this step first."""
+        value = self.score(torch.cat((state[..., : self.known], action), -1)).squeeze(-1)
+        if self.settings.anchor == "none":
+            return value
+        away = action if self.settings.anchor == "middle" else action - state[..., self.known :][..., : self.size]
+        return value - 0.5 * F.softplus(self.raw_curvature) * away.square().sum(-1)
 
-    def _next(self, state: Latents, action: Actions) -> Latents:
-        """d(z, a) = z + MLP(z, a)."""
+    def _next(self, state: States, action: Actions) -> States:
+        """d(z, a) = z^s + MLP(z, a); z̃ stays what it is."""
         if self.dynamics is None:
             return state
-        return state + self.dynamics(torch.cat((state, action), -1))
+        seen = state[..., : self.state_dim] + self.dynamics(torch.cat((state[..., : self.known], action), -1))
+        centre = state[..., self.known :]
+        left = (centre[..., self.size :], torch.zeros_like(centre[..., : self.size]))
+        return torch.cat((seen, state[..., self.state_dim : self.known], *left), -1)
 
-    def _solver(self) -> ProjectedGradient:
+    def _posterior(self, state: Latents, target: PartPlans, generator: torch.Generator) -> tuple[Samples, Scalar]:
+        """A draw of z̃ from N(μ, σ²), which the encoder makes of state and expert's actions; and KL to N(0, I), mean over rows."""
+        if self.posterior is None:
+            return state.new_zeros(len(state), 0), state.new_zeros(())
+        mean, log_variance = self.posterior(torch.cat((state, target.flatten(1)), -1)).chunk(2, -1)
+        log_variance = log_variance.clamp(-20, 10)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
+        return mean + (0.5 * log_variance).exp() * _noise_like(mean, generator), divergence
+
+    def _planner(self, adjoint: Adjoint) -> Planner:
+        if self.settings.solver == "reference":
+            preset = presets.reference_il()
+            used = adjoint if isinstance(adjoint, Detached) else preset.adjoint
+            return Planner(preset.solver, used, Box(-1.0, 1.0), self.settings.max_steps, tolerance=0.0, keep="last")
+        keep: Literal["best", "last"] = "last" if self.settings.solver == "gradient" else "best"
+        return Planner(self._solver(), adjoint, Box(-1.0, 1.0), self.settings.max_steps, tolerance=0.0, keep=keep)
+
+    def _solver(self) -> Solver:
+        if self.settings.solver == "gradient":
+            return GradientDescent(F.softplus(self.raw_step_size))
         if self.settings.adjoint == "implicit":
             return ProjectedGradient(first_step=1.0, polish=1, polish_with=Newton())
         return ProjectedGradient(first_step=1.0)
@@ -132,14 +304,35 @@ class DiffTORI(Policy):
     def _adjoint(self) -> Adjoint:
         return {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit()}[self.settings.adjoint]
 
-    def _middle(self) -> Tensor:
-        return (self.low + self.high) / 2
+    def _from_present(self, plans: Plans) -> PartPlans:
+        """The P actions that are planned, of H (B H A)."""
+        first = self.spec.observe - 1
+        return plans[:, first : first + self.planned]
 
-    def _half(self) -> Tensor:
-        return (self.high - self.low) / 2
+    def _unit_base(self, whole: Plans) -> PartPlans:
+        """The base's actions in units of the box, those that are planned."""
+        return self.normalizer.normalize_actions(self._from_present(whole)).clamp(-1, 1)
 
-    def _to_unit(self, actions: Plans) -> Plans:
-        return (actions - self._middle()) / self._half()
+    def _whole(self, planned: PartPlans, whole: Plans | None) -> Plans:
+        """H actions in the task's units: the base's with the planned ones in their place, or the planned ones' ends repeated."""
+        actions = self.normalizer.denormalize_actions(planned).clamp(self.low, self.high)
+        before = self.spec.observe - 1
+        after = self.spec.horizon - before - self.planned
+        if whole is None:
+            return torch.cat((actions[:, :1].expand(-1, before, -1), actions, actions[:, -1:].expand(-1, after, -1)), 1)
+        whole = whole.clamp(self.low, self.high)
+        return torch.cat((whole[:, :before], actions, whole[:, before + self.planned :]), 1)
+
+
+def _encoder(config: DiffTORIConfig, features: int) -> tuple[nn.Module, int]:
+    """h behind the window encoder, and the size of its output."""
+    layers = config.hidden if config.encoder_layers is None else config.encoder_layers
+    if not layers:
+        return nn.Identity(), features
+    network = mlp((features, *layers, config.latent_dim), nn.ELU)
+    return (
+        nn.Sequential(network, nn.LayerNorm(config.latent_dim)) if config.latent_norm else network
+    ), config.latent_dim
 
 
 def _quiet(network: nn.Sequential) -> nn.Linear:
@@ -148,6 +341,10 @@ def _quiet(network: nn.Sequential) -> nn.Linear:
     assert isinstance(last, nn.Linear)
     nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
     return last
+
+
+def _softplus_inverse(value: float) -> Tensor:
+    return torch.tensor(value).expm1().log()
 
 
 def _noise_like(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
-from difftori.types import Chunk, Metrics, Observations, Plans, Scalar, TaskSpec
+from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs, flat_rows
 
 
 class LSTMConfig(PolicyConfig):
@@ -36,7 +36,7 @@ class LSTMPolicy(Policy):
     mean of (u_t − u*_t)² with the policy's own controls fed back (no teacher forcing). The controls are read from the
     cell state c_t rather than from h_t: the authors' released code does so, their paper does not say.
     `act` clamps to the box, which the loss does not: theirs leaves that to the environment.
-    Observations (B S), actions (B H A) in the task's units.
+    Observations in one row of numbers, actions (B H A) in the task's units.
     """
 
     name = "lstm"
@@ -54,9 +54,9 @@ class LSTMPolicy(Policy):
         self.decode = mlp((width, width, width, spec.action_dim), nn.ReLU)
         self.cell = nn.LSTMCell(width, width)
 
-    def predict(self, obs: Observations) -> Plans:
-        """The unclamped controls (B H A) of observations (B S), with their graph."""
-        entry = self.embed_state(obs)
+    def predict(self, obs: WindowObs) -> Plans:
+        """The unclamped controls (B H A), with their graph."""
+        entry = self.embed_state(flat_rows(obs))
         memory = None
         controls = []
         for _ in range(self.spec.horizon):
@@ -65,12 +65,12 @@ class LSTMPolicy(Policy):
             entry = self.embed_control(controls[-1])
         return torch.stack(controls, dim=1)
 
-    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error; draws nothing from `generator`."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()
-    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The controls (B H A) clamped to the box; deterministic, draws nothing from `generator`."""
         return self.predict(obs).clamp(self.low, self.high)

@@ -16,7 +16,7 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.planning import Planner
 from difftori.solver import ILQR, Adjoint, Box, Detached, Implicit, TrajectoryObjective
-from difftori.types import Actions, Chunk, Metrics, Observations, Plans, Rows, Scalar, States, TaskSpec
+from difftori.types import Actions, Metrics, Plans, Rows, Scalar, States, TaskSpec, Window, WindowObs, flat_rows
 
 
 @final
@@ -158,15 +158,15 @@ class PendulumMPC(Policy):
         planner = Planner(ILQR(second_order=True), adjoint, box, self.settings.max_steps, tolerance=1e-4)
         return planner.plan(self.objective(obs.double()), start.double()).actions.to(obs.dtype)
 
-    def loss(self, batch: Chunk, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error, differentiated through the controller."""
-        controls = self.predict(batch.obs, self._warm_start(batch), Implicit())
+        controls = self.predict(flat_rows(batch.obs), self._warm_start(batch), Implicit())
         self._last[batch.index.cpu()] = controls.detach().cpu()
         loss = F.mse_loss(controls, batch.actions)
         g, m, l = self.physics.tolist()
         return loss, {"control_mse": loss.item(), "g": g, "m": m, "l": l}
 
-    def _warm_start(self, batch: Chunk) -> Plans:
+    def _warm_start(self, batch: Window) -> Plans:
         """The last solution for each example; the demonstrated controls where there is none yet."""
         missing = int(batch.index.max()) + 1 - len(self._last)
         if missing > 0:
@@ -175,6 +175,7 @@ class PendulumMPC(Policy):
         return torch.where(torch.isnan(last), batch.actions, last)
 
     @torch.no_grad()
-    def act(self, obs: Observations, *, generator: torch.Generator) -> Plans:
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The controls (B H 1); deterministic."""
-        return self.predict(obs, obs.new_zeros(len(obs), self.spec.horizon, 1), Detached())
+        states = flat_rows(obs)
+        return self.predict(states, states.new_zeros(len(states), self.spec.horizon, 1), Detached())

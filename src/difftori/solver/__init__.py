@@ -9,6 +9,7 @@ from difftori.solver.adam import Adam
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
 from difftori.solver.box import Box
 from difftori.solver.check import GradientCheck, check_gradients
+from difftori.solver.gradient_descent import GradientDescent
 from difftori.solver.ilqr import ILQR
 from difftori.solver.levenberg_marquardt import GaussNewton, LevenbergMarquardt
 from difftori.solver.method import Problem, Solver, State
@@ -30,6 +31,7 @@ __all__ = [
     "FunctionObjective",
     "GaussNewton",
     "GradientCheck",
+    "GradientDescent",
     "History",
     "Implicit",
     "LeastSquaresObjective",

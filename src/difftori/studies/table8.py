@@ -32,7 +32,7 @@ from difftori.training.config import TrainConfig, parse_config
 from difftori.training.il import load_policy, train
 from difftori.training.records import read_metrics
 from difftori.training.tasks import expert_plans
-from difftori.types import Plans, States
+from difftori.types import Plans, States, state_obs
 
 Setting = Literal["no-damping", "damping"]
 Method = Literal["expert", "amos", "lstm", "bc", "difftori", "difftori-step"]
@@ -40,8 +40,8 @@ SETTINGS: tuple[Setting, ...] = get_args(Setting)
 METHODS: tuple[Method, ...] = get_args(Method)
 ENVS = {"no-damping": "pendulum", "damping": "pendulum:damped"}
 TASKS = {"no-damping": "undamped", "damping": "damped"}
-POLICIES = {"amos": "mpc", "lstm": "lstm", "bc": "bc", "difftori": "difftori", "difftori-step": "difftori"}
-_STEP = {"decision": "step", "init": "zero", "hidden": [64, 64], "clip_norm": 1.0, "epochs": 200}
+POLICIES = {"amos": "mpc", "lstm": "lstm", "bc": "bc", "difftori": "difftori-il", "difftori-step": "difftori-il"}
+_STEP = {"preset": "pendulum", "decision": "step", "init": "zero", "hidden": [64, 64], "clip_norm": 1.0, "epochs": 200}
 OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
     ("damping", "amos"): {
         "learn_cost": False,
@@ -49,6 +49,8 @@ OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
         "init_spread": [1.5, 0.5, 0.5],
         "epochs": 250,
     },
+    ("no-damping", "difftori"): {"preset": "pendulum"},
+    ("damping", "difftori"): {"preset": "pendulum"},
     ("no-damping", "difftori-step"): _STEP,
     ("damping", "difftori-step"): _STEP,
 }
@@ -225,7 +227,7 @@ def _trained(config: Config, setting: Setting, method: Method, seed: int, consol
 def _plans(policy: Policy, starts: States, seed: int) -> Plans:
     """The policy's controls (B 20 1), a few hundred rows at a time so that planners stay small in memory."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([policy.act(rows, generator=generator) for rows in starts.split(ROWS_AT_ONCE)])
+    return torch.cat([policy.act(state_obs(rows), generator=generator) for rows in starts.split(ROWS_AT_ONCE)])
 
 
 def _evaluate(

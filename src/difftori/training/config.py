@@ -4,7 +4,7 @@ import dataclasses
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import torch
 import tyro
@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from difftori.components import find_policy, suggest
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DifftoriError
 from difftori.interfaces import PolicyConfig
+from difftori.training.records import read_config
 from difftori.training.tasks import find_task
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
@@ -32,14 +33,33 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """A task's name, or `my_pkg.my_task:make`."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Decides the demonstrations, the initial weights and every draw."""
-    num_train: int = Field(100, ge=1)
-    """Demonstrations to learn from."""
-    eval_every: int = Field(1, ge=1)
-    """Epochs between validations."""
+    demos: str | None = None
+    """Demonstrations of the environment that `env` names: what `difftori collect` wrote, or other data (docs/imitation.md)."""
+    base: str | None = None
+    """Run of the policy to refine. What is not given of task and data, `seed` too, is taken from it."""
+    obs: str | None = None
+    """What is seen of the environment: its own option, such as `state`, `points`, `image`."""
+    observe: int | None = Field(None, ge=1)
+    """Observations that are seen, of the last steps; the policy's or the environment's number unless given."""
+    horizon: int | None = Field(None, ge=1)
+    """Actions that are predicted, from the oldest observation on; likewise."""
+    execute: int | None = Field(None, ge=1)
+    """Actions that are executed of these, from the present on, before the next prediction; likewise."""
+    num_train: int | None = Field(None, ge=1)
+    """Demonstrations to learn from: all that are not held out, or as many as the task makes, unless given."""
+    eval_every: int | None = Field(None, ge=1)
+    """Epochs between validations: 1, or with `demos` a twentieth of all, unless given."""
     save_every: int = Field(10, ge=1)
     """Epochs between checkpoints."""
     eval_episodes: int = Field(100, ge=1)
-    """Starts of the evaluation at the end."""
+    """Episodes, or starts, of the evaluation at the end."""
+    weights: Literal["best", "last", "both"] | None = None
+    """Which are evaluated at the end: those of least validation error, the last, or both; with `demos` the last unless
+    given, because held out episodes are few."""
+    num_envs: int | None = Field(None, ge=1)
+    """Environments that an evaluation plays at once."""
+    workers: str | None = None
+    """`sync`, or `async` for a process each."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
@@ -54,7 +74,8 @@ def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> Trai
     `also` names further options to suggest for a misspelt one. Raises ConfigError with every fault there is.
     """
     faults: list[str] = []
-    given = dict(values)
+    given, found = _with_base(values)
+    faults += found
     config_type: type[TrainConfig] | None = None
     if isinstance(given.get("policy"), str):
         try:
@@ -72,7 +93,40 @@ def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> Trai
     faults += _environment_faults(given)
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
-    return config
+    return _with_window(config)
+
+
+INHERITED = ("env", "seed", "demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
+"""What a refiner takes from its base's run unless it is given."""
+
+
+def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values with those of the base's run where none are given, and what is wrong with that run."""
+    given = dict(values)
+    if not isinstance(given.get("base"), str):
+        return given, []
+    try:
+        inherited = read_config(Path(given["base"]))
+    except DifftoriError as error:
+        # What is given already, as in a run's own configuration, needs no base to be read from.
+        return given, [] if "env" in given else [f"base: {error}"]
+    if "policy" not in inherited:
+        return given, [f"base: {given['base']} is the run of an agent; give the run of an imitation policy"]
+    for name in INHERITED:
+        if given.get(name) is None and inherited.get(name) is not None:
+            given[name] = inherited[name]
+    return given, []
+
+
+def _with_window(config: TrainConfig) -> TrainConfig:
+    """The configuration with the policy's own window where it has one and none is given."""
+    window = find_policy(config.policy).WINDOW
+    if window is None or config.demos is None:
+        return config
+    names = ("observe", "horizon", "execute")
+    return config.model_copy(
+        update={name: own for name, own in zip(names, window, strict=True) if getattr(config, name) is None}
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -167,7 +221,7 @@ def _environment_faults(given: Mapping[str, Any]) -> list[str]:
     faults = []
     if isinstance(given.get("env"), str):
         try:
-            find_task(given["env"])
+            find_task(given["env"], demos=given.get("demos") is not None)
         except ConfigError as error:
             faults += error.faults
     if isinstance(given.get("device"), str):

@@ -1,5 +1,7 @@
 """Imitation: the loop, and the way from a run directory back to a policy."""
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,16 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.components import find_policy
-from difftori.errors import CheckpointError
-from difftori.interfaces import Policy
-from difftori.training.checkpoint import State, read_weights, write_weights
+from difftori.errors import CheckpointError, ConfigError
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.policies.refiner import Refiner
+from difftori.training.checkpoint import State, read_weights, replace_file, write_weights
 from difftori.training.config import TrainConfig, normalised, parse_config
+from difftori.training.env_task import EVAL_ROWS, Arena
 from difftori.training.learner import Learner
 from difftori.training.records import read_config
 from difftori.training.run import Run, seeded
 from difftori.training.signals import StopSignal
-from difftori.training.tasks import Act, ImitationTask, make_task
-from difftori.types import Metrics, Observations, Plans, TaskSpec
+from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
+from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
 Which: TypeAlias = Literal["best", "last"]
 """The weights with the least validation error, or those of the last update."""
@@ -33,33 +37,40 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
     If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
     bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
 
-    Raises ConfigError (a faulty configuration, or another one in `out`), CheckpointError (no valid checkpoint, disk
-    full), NonFiniteError (too many updates in a row with NaN or Inf). On SIGTERM or SIGINT it saves a checkpoint and
-    raises SystemExit with status 143 or 130.
+    Raises ConfigError (a faulty configuration, or another one in `out`), DataError (faulty demonstrations),
+    CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many updates in a row with NaN or Inf). On
+    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
     """
     config = normalised(config)
     settings, device = config.settings, config.device
     with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
         if run.finished:
             return run.summary()
-        task = make_task(config.env, seed=config.seed, num_train=config.num_train)
-        policy = find_policy(config.policy)(settings, task.spec).to(device)
-        learner = Learner(policy, settings)
+        task = open_task(config)
+        policy = _build(config, task.spec)
+        epochs = _epochs(settings, len(task.train))
+        learner = Learner(policy, settings, epochs)
         noise = run.generator("loss", device)
+        if isinstance(policy, Refiner) and policy.has_base:
+            samples = vars(settings).get("base_samples", 1)
+            policy.prepare(task.train, samples=samples, generator=seeded(config.seed, "base actions", device))
         if (checkpoint := run.restore()) is not None:
             learner.load(checkpoint.state["learner"])
 
-        with StopSignal() as stop, _bar(settings.epochs, learner.place.epoch, progress) as show:
-            while (epoch := learner.place.epoch) < settings.epochs:
+        watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
+        with StopSignal() as stop, _bar(epochs, learner.place.epoch, progress) as show:
+            while (epoch := learner.place.epoch) < epochs:
                 batches = task.train.batches(settings.batch_size, seeded(config.seed, f"order of epoch {epoch}"))
-                for batch in islice(batches, learner.place.batch, None):
+                place = learner.place
+                left = None if settings.updates is None else place.batch + settings.updates - place.step
+                for batch in islice(batches, place.batch, left):
                     if stop.requested:
                         run.save(learner.place.step, _state(learner, task.spec))
                         stop.leave()
                     learner.update(batch.to(device), noise)
                 row = learner.close_epoch()
-                last = epoch + 1 == settings.epochs
-                if last or (epoch + 1) % config.eval_every == 0:
+                last = epoch + 1 == epochs
+                if last or (epoch + 1) % watched == 0:
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
                 run.log(learner.place.step, row)
                 if last or (epoch + 1) % config.save_every == 0:
@@ -67,57 +78,109 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
                 show(row)
 
         export(out, config, learner, task.spec)
-        summary = summarise(learner, task, episodes=config.eval_episodes, seed=config.seed, device=device)
+        summary, episodes = summarise(learner, task, config)
+        replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
         run.finish(summary)
         return summary
 
 
-def summarise(learner: Learner, task: ImitationTask, *, episodes: int, seed: int, device: str) -> Metrics:
-    """Evaluate the last and the best weights from the same starts; the policy is left with the best."""
-    policy, place = learner.policy, learner.place
+def open_task(config: TrainConfig) -> ImitationTask:
+    """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
+    options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
+    return make_task(config.env, seed=config.seed, **{name: getattr(config, name) for name in options})
+
+
+def _epochs(settings: PolicyConfig, examples: int) -> int:
+    """Passes over so many examples."""
+    if settings.updates is None:
+        return settings.epochs
+    return math.ceil(settings.updates / math.ceil(examples / settings.batch_size))
+
+
+def _build(config: TrainConfig, spec: TaskSpec) -> Policy:
+    """The policy that a run begins with, a refiner on its base."""
+    kind = find_policy(config.policy)
+    if not issubclass(kind, Refiner):
+        if config.base is not None:
+            raise ConfigError([f"base: {config.policy!r} starts from no other policy; leave --base out"])
+        return kind(config.settings, spec).to(config.device)
+    if config.base is not None and not (Path(config.base) / "policy.pt").exists():
+        raise ConfigError([f"base: {config.base} is not finished; go on with `difftori train --resume {config.base}`"])
+    base = None if config.base is None else load_policy(Path(config.base), "last", device=config.device)[0]
+    return kind(config.settings, spec, base).to(config.device)
+
+
+def summarise(
+    learner: Learner, task: ImitationTask, config: TrainConfig
+) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
+    """Evaluate the weights that the configuration names, all from the same starts; with the results episode by episode."""
+    place = learner.place
     summary: Metrics = {
         "epochs": float(place.epoch),
         "updates": float(place.step - place.skipped),
         "skipped": float(place.skipped),
         "seconds": place.seconds,
-        "parameters": float(sum(p.numel() for p in policy.parameters())),
+        "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
         "best_epoch": float(place.best_epoch),
         "last/validation_error": place.error,
         "best/validation_error": place.best_error,
     }
-    results = evaluate(policy, task, episodes=episodes, seed=seed, device=device)
-    summary |= {f"last/{name}": value for name, value in results.items()}
-    if learner.best is not None and place.best_epoch != place.epoch:
-        policy.load_state_dict(learner.best)
-        results = evaluate(policy, task, episodes=episodes, seed=seed, device=device)
-    return summary | {f"best/{name}": value for name, value in results.items()}
+    which = config.weights or ("both" if config.demos is None else "last")
+    found: dict[str, Evaluation] = {}
+    if which != "best":
+        found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+    if which != "last":
+        if learner.best is not None and (place.best_epoch != place.epoch or "last" not in found):
+            learner.acting.load_state_dict(learner.best)
+            found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+        else:
+            found["best"] = found["last"]
+    for name, result in found.items():
+        summary |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+    return summary, {name: result.episodes for name, result in found.items()}
 
 
-def evaluate(policy: Policy, task: ImitationTask, *, episodes: int, seed: int, device: str) -> Metrics:
-    """The task's own measure of a policy. The starts depend on the seed alone, the same for every policy."""
-    policy.eval()
-    act = _actor(policy, seeded(seed, "evaluation: policy", device))
-    return task.evaluate(act, episodes=episodes, generator=seeded(seed, "evaluation: starts"))
+def evaluate(policy: Policy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
+    """The task's own measure of a policy, from starts that are the same for every policy."""
+    act = _seeded_actor(policy, config)
+    return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
 
 
-def evaluate_run(run_dir: Path, *, which: Which = "best", episodes: int | None = None, device: str = "cpu") -> Metrics:
-    """Evaluate a run's policy again, from as many starts as wished; None takes the run's own number."""
-    policy, config = load_policy(run_dir, which, device=device)
-    task = make_task(config.env, seed=config.seed, num_train=config.num_train)
+def evaluate_run(
+    run_dir: Path, *, which: Which | None = None, episodes: int | None = None, device: str = "cpu", video: bool = False
+) -> Metrics:
+    """Evaluate a run's policy again, from as many starts as wished; None takes the run's own number.
+
+    `which` weights: with `demos` the last unless given, else the best. `video`: film the first episode into the run's
+    `pictures/`. An environment is enough: its demonstrations are not read again.
+    """
+    in_env = read_config(run_dir).get("demos") is not None
+    policy, config = load_policy(run_dir, which or ("last" if in_env else "best"), device=device)
+    count = episodes or config.eval_episodes
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        return evaluate(policy, task, episodes=episodes or config.eval_episodes, seed=config.seed, device=device)
+        if not in_env:
+            if video:
+                raise ConfigError([f"--video: only environments draw pictures, and {config.env} is none"])
+            return evaluate(policy, open_task(config), config, episodes=count).metrics
+        arena = Arena(config.env, config.obs, config.num_envs or EVAL_ROWS, config.workers)
+        if video:
+            arena.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
+        return arena.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
     finally:
         torch.set_num_threads(threads)
 
 
 def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
-    """Write `policy.pt`, with the best and the last weights and all that is needed to build the policy, and its sha256."""
-    weights = {"policy": learner.policy.state_dict(), "best": learner.best}
-    write_weights(
-        out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": config.model_dump(mode="json")}
-    )
+    """Write `policy.pt`, with the best and the last weights and all that is needed to build the policy, and its sha256.
+
+    A refiner's holds all of its base too, so that it acts when the base's run is gone.
+    """
+    weights = {"policy": learner.acting.state_dict(), "best": learner.best}
+    base = read_weights(Path(config.base) / "policy.pt") if config.base is not None else None
+    plain = config.model_dump(mode="json")
+    write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
 
 
 def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[Policy, TrainConfig]:
@@ -128,23 +191,44 @@ def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") ->
     """
     config = parse_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "policy.pt")
+    if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
+        state = {**state, "base": read_weights(Path(config.base) / "policy.pt")}
+    return _restored(state, config, which, str(run_dir)), config
+
+
+def _restored(state: State, config: TrainConfig, which: Which, place: str) -> Policy:
+    """A policy from what `export` wrote, with its base."""
+    kind = find_policy(config.policy)
     try:
-        policy = find_policy(config.policy)(config.settings, TaskSpec(**state["spec"])).to(device)
-        policy.load_state_dict(state["learner"]["best" if which == "best" else "policy"] or state["learner"]["policy"])
+        spec = TaskSpec.from_plain(state["spec"])
+        if issubclass(kind, Refiner):
+            below = state.get("base")
+            base = None
+            if below is not None:
+                of_base = parse_config({**below["config"], "device": config.device, "base": None})
+                base = _restored(below, of_base, "last", f"{place}, base")
+            policy = kind(config.settings, spec, base)
+        else:
+            policy = kind(config.settings, spec)
+        learner = state["learner"]
+        last = learner.get("average") or learner["policy"]
+        policy.load_state_dict(learner["best"] or last if which == "best" else last)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{run_dir}: its weights do not fit {config.policy!r}: {error}") from error
-    return policy.eval(), config
+        raise CheckpointError(f"{place}: its weights do not fit {config.policy!r}: {error}") from error
+    return policy.to(config.device).eval()
 
 
 def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
 
 
-def _actor(policy: Policy, generator: torch.Generator) -> Act:
-    """The policy as a task calls it: any device in, the same device out."""
+def _seeded_actor(policy: Policy, config: TrainConfig) -> Act:
+    """The policy as a task calls it, from the CPU to the CPU, with a generator of its own."""
+    policy.eval()
+    generator = seeded(config.seed, "evaluation: policy", config.device)
 
-    def act(obs: Observations) -> Plans:
-        return policy.act(obs.to(generator.device), generator=generator).detach().to(obs.device)
+    def act(obs: WindowObs) -> Plans:
+        return policy.act(to_device(obs, generator.device), generator=generator).detach().cpu()
 
     return act
 

@@ -27,11 +27,7 @@ class Kind:
 
 
 def kind_of(values: Mapping[str, Any], name: str | None = None) -> Kind:
-    """The kind of run that a configuration, or a component's name with an environment, means.
-
-    A name that only one package knows decides; `difftori` is both, and the environment decides then. Raises ConfigError
-    for a name that neither knows.
-    """
+    """The kind of run that a configuration, or a component's name, means. ConfigError for a name that nobody knows."""
     if "agent" in values:
         return reinforcement()
     if "policy" in values:
@@ -41,7 +37,6 @@ def kind_of(values: Mapping[str, Any], name: str | None = None) -> Kind:
     from difftori.agents import find_agents
     from difftori.policies import find_policies
 
-    env = values.get("env")
     if ":" in name:
         from difftori.interfaces import Agent
 
@@ -50,8 +45,6 @@ def kind_of(values: Mapping[str, Any], name: str | None = None) -> Kind:
     is_policy, is_agent = name in find_policies(), name in find_agents()
     if not is_policy and not is_agent:
         raise ConfigError([f"{name!r} is neither a policy nor an agent{suggest(name, known_names())}"])
-    if is_policy and is_agent:
-        return reinforcement() if isinstance(env, str) and _to_learn_from(env) else imitation()
     return imitation() if is_policy else reinforcement()
 
 
@@ -96,16 +89,3 @@ def base_config(kind: Kind, name: object) -> type[BaseModel]:
         return kind.config_type(str(name))
     except ConfigError:  # `parse` reports it, together with the other faults
         return TrainConfig[PolicyConfig] if kind.component == "policy" else RLConfig[AgentConfig]
-
-
-def _to_learn_from(env: str) -> bool:
-    """Whether an environment's name means one with rewards, rather than a task with demonstrations."""
-    from difftori.training.tasks import TASKS
-
-    family = env.partition(":")[0]
-    if family in {known.partition(":")[0] for known in TASKS}:
-        return False
-    if "." not in family:
-        return True
-    maker = load(env)
-    return callable(maker) and "num_envs" in inspect.signature(maker).parameters

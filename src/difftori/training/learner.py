@@ -1,5 +1,6 @@
 """One guarded update of an imitation policy, and all that must be kept to repeat or resume it exactly."""
 
+import copy
 import math
 import time
 from collections.abc import Iterable
@@ -8,24 +9,22 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from difftori.data.demos import Demos
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
-from difftori.interfaces import Policy, PolicyConfig
+from difftori.interfaces import Examples, Policy, PolicyConfig
 from difftori.training.checkpoint import State
-from difftori.types import Chunk, Metrics, Scalar
+from difftori.types import Metrics, Scalar, Window, to_device
 
 MAX_SKIPS = 10
 """So many updates in a row may be passed over for NaN or Inf before training stops."""
-_VALIDATION_ROWS = 1024
 
 
 def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torch.optim.Optimizer:
     """The optimiser that a policy's settings name. Raises ConfigError for another name."""
-    lr, decay = settings.lr, settings.weight_decay
+    lr, decay, betas = settings.lr, settings.weight_decay, (settings.beta1, settings.beta2)
     if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, betas=betas)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas)
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, weight_decay=decay, alpha=settings.rmsprop_alpha)
     raise ConfigError([f"settings.optimizer: {settings.optimizer!r} is none of adam, adamw, rmsprop"])
@@ -48,16 +47,22 @@ class Place:
 
 
 class Learner:
-    """A policy in training with its optimiser, its place in the run, and the weights with the least validation error."""
+    """A policy in training with its optimiser, its place in the run, and the weights with the least validation error.
 
-    def __init__(self, policy: Policy, settings: PolicyConfig):
+    `epochs` is the length of the run, for the schedule. `acting` is what is validated and evaluated: the policy itself, or
+    with `ema` a copy of it with averaged weights.
+    """
+
+    def __init__(self, policy: Policy, settings: PolicyConfig, epochs: int | None = None):
         self.policy = policy
         self.settings, self.clip_norm = settings, settings.clip_norm
+        self.epochs = settings.epochs if epochs is None else epochs
+        self.acting = copy.deepcopy(policy).requires_grad_(False) if settings.ema else policy
         self.optimizer = make_optimizer(policy.parameters(), settings)
         self.place = Place()
         self.best: State | None = None
 
-    def update(self, batch: Chunk, generator: torch.Generator) -> None:
+    def update(self, batch: Window, generator: torch.Generator) -> None:
         """One step: loss → backward → guard → clip → step. If loss or gradient is not finite, the weights stay as they are.
 
         Raises NonFiniteError, naming the parameters, when that has happened `MAX_SKIPS` times in a row.
@@ -82,6 +87,7 @@ class Learner:
             if self.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
             self.optimizer.step()
+            self._average()
             place.in_a_row = 0
             for name, value in {**metrics, "loss": loss.item(), "grad_norm": norm.item(), "updates": 1.0}.items():
                 place.sums[name] = place.sums.get(name, 0.0) + value
@@ -103,13 +109,13 @@ class Learner:
         place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
         return {"epoch": float(place.epoch), **means, "train/skipped": skipped}
 
-    def validate(self, demos: Demos, generator: torch.Generator) -> Metrics:
-        """Mean squared error of the policy's H actions against the expert's; keeps the weights if it is the least yet."""
+    def validate(self, demos: Examples, generator: torch.Generator) -> Metrics:
+        """Mean squared error of what the policy would execute against the expert; keeps the weights if it is the least yet."""
         place = self.place
-        place.error = validation_error(self.policy, demos, generator)
+        place.error = validation_error(self.acting, demos, generator)
         if place.error < place.best_error:
             place.best_error, place.best_epoch = place.error, place.epoch
-            self.best = _copy(self.policy)
+            self.best = _copy(self.acting)
         return {"validation/error": place.error}
 
     def state(self) -> State:
@@ -118,6 +124,7 @@ class Learner:
         return {
             "policy": self.policy.state_dict(),
             "optimizer": optimizer,
+            "average": self.acting.state_dict() if self.settings.ema else None,
             "best": self.best,
             "place": asdict(self.place),
         }
@@ -127,17 +134,33 @@ class Learner:
         try:
             self.policy.load_state_dict(state["policy"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.settings.ema:
+                self.acting.load_state_dict(state["average"])
             self.best, self.place = state["best"], Place(**state["place"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint does not fit this policy: {error}; start in another directory"
             ) from error
 
+    def _average(self) -> None:
+        """Move the averaged weights towards those of this update; whatever else a policy keeps is copied."""
+        if not self.settings.ema:
+            return
+        updates = self.place.step - self.place.skipped
+        share = 1.0 - min(self.settings.ema, 1.0 - (1.0 + updates) ** -0.75)
+        current = dict(self.policy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.acting.named_parameters():
+                parameter.lerp_(current[name], share)
+            for kept, buffer in zip(self.acting.buffers(), self.policy.buffers(), strict=True):
+                kept.copy_(buffer)
+
     def _lr_share(self) -> float:
-        """The share of the learning rate that this epoch's place in the schedule leaves."""
+        """The share of the learning rate that this epoch's, and at first this update's, place in the schedule leaves."""
+        rising = min(1.0, (self.place.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         if self.settings.lr_schedule == "constant":
-            return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * self.place.epoch / self.settings.epochs))
+            return rising
+        return rising * 0.5 * (1.0 + math.cos(math.pi * self.place.epoch / self.epochs))
 
     def _trained_parameters(self) -> list[Tensor]:
         """The parameters trained in this epoch; the others lose their gradients, so that the optimiser passes by."""
@@ -164,14 +187,15 @@ class Learner:
         )
 
 
-def validation_error(policy: Policy, demos: Demos, generator: torch.Generator) -> float:
-    """Mean over rows, steps and dimensions of (policy's action − expert's)²; device from the generator's."""
+def validation_error(policy: Policy, demos: Examples, generator: torch.Generator) -> float:
+    """Mean over rows, executed steps and dimensions of (policy's action − expert's)²; device from the generator's."""
     policy.eval()
-    total = 0.0
-    for obs, actions in zip(demos.obs.split(_VALIDATION_ROWS), demos.actions.split(_VALIDATION_ROWS), strict=True):
-        plans = policy.act(obs.to(generator.device), generator=generator).detach().cpu()
-        total += (plans.double() - actions.double()).square().sum().item()
-    return total / demos.actions.numel()
+    total, count = 0.0, 0
+    for batch in demos.in_order():
+        plans = policy.act(to_device(batch.obs, generator.device), generator=generator).detach().cpu()
+        away = (plans.double() - batch.actions.cpu().double())[:, policy.spec.present]
+        total, count = total + away.square().sum().item(), count + away.numel()
+    return total / count
 
 
 def _copy(module: nn.Module) -> State:

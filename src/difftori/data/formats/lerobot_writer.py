@@ -26,7 +26,7 @@ from difftori.data.formats._lerobot_layout import (
 from difftori.data.formats._source import need
 from difftori.data.formats._video import VideoWriter, encode_picture
 from difftori.data.formats._writing import whole_folder
-from difftori.data.normalize import Moments
+from difftori.data.normalize import measure
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError
 
@@ -216,10 +216,10 @@ def _stats(demos: Trajectories, values: Tensor) -> Row:
     """Least, greatest, mean, deviation and count, of each number of a step, or of each colour in [0, 1] (3 1 1)."""
     blocks = demos.blocks(values)
     shape = (3, 1, 1) if _is_picture(values) else tuple(values.shape[1:])
-    moments = Moments.of(blocks if _is_picture(values) else (block.flatten(1) for block in blocks))
+    moments = measure(blocks if _is_picture(values) else (block.flatten(1) for block in blocks))
     scale = 255.0 if _is_picture(values) else 1.0
     named = {"min": moments.low, "max": moments.high, "mean": moments.mean, "std": moments.std}
-    stats: Row = {name: (value / scale).reshape(shape).tolist() for name, value in named.items()}
+    stats: Row = {name: (np.array(value) / scale).reshape(shape).tolist() for name, value in named.items()}
     return stats | {"count": [sum(demos.lengths)]}
 
 

@@ -1,0 +1,100 @@
+"""What policies share that start from another policy's actions: the frozen base, and what it would have done."""
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ConfigError, ShapeError
+from difftori.interfaces import Examples, Policy, PolicyConfig
+from difftori.types import Plans, TaskSpec, Window, WindowObs, to_device
+
+
+@runtime_checkable
+class Base(Protocol):
+    """What a refiner starts from: a trained policy, or anything of one's own that acts like one; see `FunctionBase`."""
+
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The H actions (B H A), in the task's own units, without a graph."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class FunctionBase:
+    """A function of one's own, observations (B O …) by name to actions (B H A), as a base."""
+
+    function: Callable[[WindowObs], Plans]
+
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """What the function returns. Draws nothing from `generator`."""
+        with torch.no_grad():
+            return self.function(obs).detach()
+
+
+class Refiner(Policy, ABC):
+    """A policy that starts from another's actions, built as `SomeRefiner(config, spec, base)`.
+
+    The base is frozen: neither its parameters nor its state are this module's. `base` is None where a refiner can do
+    without. In training the base's actions are looked up, once `prepare` has asked it for several of them per window.
+    """
+
+    NEEDS_BASE = True
+
+    def __init__(self, config: PolicyConfig, spec: TaskSpec, base: Base | None = None):
+        super().__init__(config, spec)
+        if base is None and self.NEEDS_BASE:
+            raise ConfigError([f"base: {self.name} refines another policy's actions; give --base RUN"])
+        if isinstance(base, Policy) and _seen(base.spec) != _seen(spec):
+            raise ConfigError(
+                [f"base: it sees and returns {_seen(base.spec)}, the task gives {_seen(spec)}; leave out what differs"]
+            )
+        self._base = (base,)  # in a tuple, where torch does not look for modules
+        self._prepared: Tensor | None = None
+
+    @property
+    def base(self) -> Base:
+        """What is refined."""
+        (base,) = self._base
+        assert base is not None
+        return base
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is one."""
+        return self._base[0] is not None
+
+    def prepare(self, examples: Examples, *, samples: int, generator: torch.Generator) -> None:
+        """Ask the base what it would do at every window of the training set, `samples` times if it draws.
+
+        Raises ShapeError if what it returns is not (B H A).
+        """
+        count = 1 if isinstance(self.base, Policy) and not self.base.STOCHASTIC else samples
+        parts = []
+        for batch in examples.in_order():
+            obs = to_device(batch.obs, generator.device)
+            drawn = [self.base.act(obs, generator=generator).cpu() for _ in range(count)]
+            if drawn[0].shape != batch.actions.shape:
+                raise ShapeError(
+                    f"base: it returned {tuple(drawn[0].shape)} for {len(batch.index)} windows; it must be (B H A) = "
+                    f"{tuple(batch.actions.shape)}, from the oldest observation on"
+                )
+            parts.append(torch.stack(drawn, 1))
+        self._prepared = torch.cat(parts)
+
+    def base_plans(self, batch: Window, *, generator: torch.Generator) -> Plans:
+        """The base's actions (B H A) for a training batch: one of the prepared samples, or afresh."""
+        if self._prepared is None:
+            return self.base.act(batch.obs, generator=generator)
+        count = self._prepared.shape[1]
+        drawn = torch.randint(count, batch.index.shape, generator=generator, device=generator.device)
+        return self._prepared[batch.index.cpu(), drawn.cpu()].to(batch.actions)
+
+
+def _seen(spec: TaskSpec) -> str:
+    """What a base and its refiner must have in common."""
+    entries = ", ".join(f"{name} {entry.shape}" for name, entry in spec.obs.items())
+    return f"{spec.observe} × ({entries}), {spec.horizon} × {spec.action_dim} actions"

@@ -1,0 +1,72 @@
+"""Tasks to test policies on: their specifications, observations and small demonstrations."""
+
+import torch
+
+from difftori.interfaces import Policy
+from difftori.policies.bc import BC, BCConfig
+from difftori.policies.refiner import Refiner
+from difftori.types import EntrySpec, Moments, TaskSpec, Window, WindowObs
+
+ROWS = TaskSpec.rows(obs_dim=3, action_dim=1, horizon=6, low=(-2.0,), high=(2.0,))
+"""The pendulum's sizes with fewer steps: policies that know the task's dynamics learn on it too."""
+
+
+def _moments(size: int, reach: float = 1.0) -> Moments:
+    return Moments((-reach,) * size, (reach,) * size, (0.0,) * size, (0.5 * reach,) * size)
+
+
+VECTORS = TaskSpec(
+    obs={"state": EntrySpec((3,), moments=_moments(3, 2.0)), "agent_pos": EntrySpec((2,), moments=_moments(2))},
+    action_dim=2,
+    horizon=8,
+    low=(-1.0, -1.0),
+    high=(1.0, 1.0),
+    observe=2,
+    execute=4,
+    moments=_moments(2),
+)
+CLOUDS = TaskSpec(
+    obs={"point_cloud": EntrySpec((16, 3), moments=_moments(3)), "agent_pos": EntrySpec((2,), moments=_moments(2))},
+    action_dim=2,
+    horizon=4,
+    low=(-1.0, -1.0),
+    high=(1.0, 1.0),
+    observe=2,
+    execute=3,
+    moments=_moments(2),
+)
+SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def observations(spec: TaskSpec, rows: int, seed: int = 1) -> WindowObs:
+    """Uniform in ±1; of `ROWS`, pendulum states: on the unit circle, with a velocity."""
+    draw = generator(seed)
+    if spec is ROWS:
+        angle, velocity = 3 * torch.rand(2, rows, generator=draw) - 1.5
+        return {"state": torch.stack((angle.cos(), angle.sin(), velocity), dim=1)[:, None]}
+    return {
+        name: 2 * torch.rand(rows, spec.observe, *entry.shape, generator=draw) - 1 for name, entry in spec.obs.items()
+    }
+
+
+def demonstrations(spec: TaskSpec, rows: int) -> Window:
+    """What is done follows from the second number of the first entry, ever less."""
+    obs = observations(spec, rows)
+    seen = next(iter(obs.values())).flatten(1)[:, 1]
+    fading = torch.linspace(0.75, 0.1, spec.horizon)
+    reach = torch.tensor(spec.high)
+    return Window(obs, -seen[:, None, None] * fading[None, :, None] * reach, torch.arange(rows))
+
+
+def build(kind: type[Policy], spec: TaskSpec, **settings) -> Policy:
+    """A policy with its defaults; a refiner of windows on an untrained base."""
+    torch.manual_seed(0)
+    if issubclass(kind, Refiner):
+        if spec is ROWS and not kind.NEEDS_BASE:
+            return kind(kind.Config.model_validate({"preset": "pendulum", **settings}), spec)
+        return kind(kind.Config.model_validate(settings), spec, BC(BCConfig(hidden=(8,)), spec).eval())
+    return kind(kind.Config.model_validate(settings), spec)
