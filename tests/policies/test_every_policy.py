@@ -8,9 +8,16 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import SPECS, build, demonstrations, generator, observations
+from tests.policies.specs import SPECS, TINY, build, demonstrations, generator, observations
 
-SMALL: dict[str, dict] = {}
+UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 5, "pictures": TINY}
+SMALL: dict[str, dict] = {
+    "bc": {"pictures": TINY},
+    "difftori-il": {"pictures": TINY},
+    "diffusion": UNET,
+    "dp3": {**UNET, "inference_steps": 2},
+    "residual": {"pictures": TINY},
+}
 """Settings that make a policy small enough to be tested often."""
 
 
@@ -35,7 +42,7 @@ def optimiser(policy: Policy) -> torch.optim.Optimizer:
 
 
 def test_walking_finds_the_baselines():
-    assert {"bc", "lstm", "difftori-il", "residual"} <= set(find_policies())
+    assert {"bc", "lstm", "difftori-il", "diffusion", "dp3", "residual"} <= set(find_policies())
 
 
 def test_name_and_settings_are_declared(policy):
