@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_imitation import Tiny, make, tiny_config
 from tiny_env.reach import ENV, write_demos
+from tiny_imitation import Tiny, make, tiny_config
 
 from difftori import cli
 from difftori.errors import ConfigError
