@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     updates: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of `difftori train`."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _jobs(config: ImitationConfig, case: Case, arms: Sequence[Arm], seed: int, s
     found: dict[str, Job] = {}
     for arm in arms:
         base = None if arm.base is None else found[arm.base]
-        place = Path(study, case.name.replace(":", "."), arm.label.replace(" ", "-"), f"seed-{seed}")
+        place = Path(study, case.name.replace(":", "."), re.sub(r"[^\w.]+", "-", arm.label), f"seed-{seed}")
         folder = config.runs / place
         options: dict[str, Any] = {}
         if base is None:
@@ -180,7 +183,7 @@ def _jobs(config: ImitationConfig, case: Case, arms: Sequence[Arm], seed: int, s
             options |= case.options
         else:
             options = {"base": base.folder, "seed": seed}
-        options |= {"updates": arm.updates * config.updates, **arm.settings}
+        options |= {"updates": arm.updates * config.updates, **arm.settings, **arm.options}
         options |= {"eval_episodes": config.episodes, "device": config.device, "out": folder}
         words = [word for name, value in options.items() for word in _option(name, value)]
         kept = config.out / "runs" / "il" / place.with_suffix(".json")
@@ -291,7 +294,7 @@ def strange_settings(job: Job) -> list[str]:
         found[job.folder] = read_config(job.folder)
     if job.kept.exists():
         found[job.kept] = json.loads(job.kept.read_bytes())["config"]
-    wanted = {"seed": job.seed, **job.arm.settings, **(job.case.options if job.base is None else {})}
+    wanted = {"seed": job.seed, **job.arm.settings, **job.arm.options, **(job.case.options if job.base is None else {})}
     words = dict(zip(job.words, job.words[1:], strict=False))
     wanted |= {name: int(words[f"--{name.replace('_', '-')}"]) for name in ("updates", "eval_episodes")}
     return [

@@ -78,17 +78,19 @@ def run_refinement(
     budget: str,
     published: Sequence[Published] = (),
     measure: str = "success",
+    runs: str | None = None,
 ) -> Results:
     """Run what is missing, and write `out/<study>`. RunsFailedError, after everything is drawn, if runs failed.
 
-    `compared` are pairs of arms' labels; `budget` names the folder of a partial study.
+    `compared` are pairs of arms' labels; `budget` names the folder of a partial study; `runs` the folder of runs, where studies
+    share them.
     """
     console = Console()
     results = make_results(
         config,
         cases,
         arms,
-        study=f"{study}/{budget}",
+        study=f"{runs or study}/{budget}",
         reasons=reasons,
         say=lambda text: console.print(text, highlight=False, soft_wrap=True),
     )
