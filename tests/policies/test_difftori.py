@@ -2,25 +2,180 @@
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
-from difftori.errors import BoxError
+from difftori.errors import BoxError, ConfigError
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
-from difftori.types import TaskSpec
-from tests.policies.specs import SPECS, TINY, demonstrations, generator
+from difftori.policies.refiner import FunctionBase
+from difftori.solver import Box, Detached, presets
+from difftori.types import Plans, TaskSpec, Window, WindowObs
+from tests.policies.specs import SPECS, TINY, VECTORS, demonstrations, generator, observations
+
+SMALL = {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4}
+
+
+def still(obs: WindowObs) -> Plans:
+    """A base that always does the same."""
+    rows = len(next(iter(obs.values())))
+    return torch.linspace(-0.5, 0.5, VECTORS.horizon)[None, :, None].expand(rows, -1, VECTORS.action_dim).clone()
+
+
+def refiner(**settings) -> DiffTORI:
+    torch.manual_seed(0)
+    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS, FunctionBase(still))
+
+
+def lively(policy: DiffTORI) -> DiffTORI:
+    """Larger weights, so that the solve goes somewhere."""
+    with torch.no_grad():
+        for parameter in (*policy.score.parameters(), *policy.encoder.parameters()):
+            parameter.mul_(2.0)
+        policy.score[-1].weight.mul_(10.0)
+    return policy
 
 
 def test_a_box_without_bounds_is_refused():
     """Actions are planned in units of the box: an infinite one would make every target 0 or NaN."""
+    spec = TaskSpec.rows(obs_dim=2, action_dim=1, horizon=1, low=(-1.0,), high=(float("inf"),))
     with pytest.raises(BoxError, match="finite"):
-        DiffTORI(
-            DiffTORIConfig(preset="pendulum"),
-            TaskSpec.rows(obs_dim=2, action_dim=1, horizon=1, low=(-1.0,), high=(float("inf"),)),
-        )
+        DiffTORI(DiffTORIConfig(preset="pendulum"), spec)
 
 
 def test_the_largest_curvature_is_still_finite():
     policy = DiffTORI(DiffTORIConfig(preset="pendulum", curvature=80.0), TaskSpec.rows(2, 1, 1, (-1.0,), (1.0,)))
     assert policy.raw_curvature.isfinite()
+
+
+@pytest.mark.parametrize("settings", [{}, {"init": "zero", "anchor": "base"}])
+def test_a_base_is_asked_for_where_it_is_needed(settings):
+    with pytest.raises(ConfigError, match="give --base RUN"):
+        DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS)
+    DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS)
+
+
+def test_only_what_is_planned_is_changed():
+    """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
+    obs = observations(VECTORS, 3)
+    quiet, loud = refiner(), lively(refiner())
+    whole = still(obs)
+    assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.02)
+    acted = loud.act(obs, generator=generator())
+    present = VECTORS.present
+    assert torch.equal(acted[:, : present.start], whole[:, : present.start])
+    assert torch.equal(acted[:, present.stop :], whole[:, present.stop :])
+    assert ((acted - whole)[:, present].abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("decision", ["chunk", "step"])
+@pytest.mark.parametrize("anchor", ["none", "middle", "base"])
+def test_the_objective_is_eq_7(decision, anchor):
+    """The planner's value of its plan, written out: Σ f(z_t, a_t) − ½k‖a_t − c_t‖² with z_{t+1} = z_t + MLP(z_t, a_t)."""
+    policy = lively(refiner(decision=decision, anchor=anchor, curvature=0.7))
+    if policy.dynamics is not None:
+        torch.nn.init.normal_(policy.dynamics[-1].weight, std=0.3)
+    state = policy.encode(policy.normalizer.normalize_obs(observations(VECTORS, 3)))
+    sample, base = torch.randn(3, 4, generator=generator()), torch.rand(3, 4, 2, generator=generator(1)) - 0.5
+    plan = policy.plan(state, sample, base, base, Detached())
+    actions = plan.actions.reshape(3, policy.steps, policy.size)
+    centres = {"none": actions, "middle": torch.zeros_like(actions), "base": base.reshape(actions.shape)}[anchor]
+    total = torch.zeros(3)
+    for t in range(policy.steps):
+        known = torch.cat((state, sample, actions[:, t]), -1)
+        total = total + policy.score(known).squeeze(-1)
+        total = total - 0.5 * 0.7 * (actions[:, t] - centres[:, t]).square().sum(-1)
+        if policy.dynamics is not None:
+            state = state + policy.dynamics(known)
+    torch.testing.assert_close(plan.value, total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decision", ["chunk", "step"])
+def test_the_loss_is_differentiated_through_the_solve(decision):
+    """Against finite differences in float64, for the score, the encoder, the posterior and the length of the steps."""
+    policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1)).double()
+    batch = demonstrations(VECTORS, 4)
+    batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
+    policy._base = (FunctionBase(lambda obs: still(obs).double()),)  # noqa: SLF001
+
+    def loss() -> torch.Tensor:
+        return policy.loss(batch, generator=generator(3))[0]
+
+    loss().backward()
+    for name in ("score.2.weight", "encoder.0.0.weight", "raw_step_size", "raw_curvature", "posterior.4.bias"):
+        parameter = policy.get_parameter(name)
+        assert parameter.grad is not None
+        direction = torch.randn(parameter.shape, generator=generator(5), dtype=torch.float64)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            above = loss()
+            parameter -= 2e-6 * direction
+            below = loss()
+            parameter += 1e-6 * direction
+        slope = (parameter.grad * direction).sum()
+        assert slope.abs() > 1e-9, name
+        torch.testing.assert_close(slope, (above - below) / 2e-6, rtol=1e-4, atol=1e-8, msg=name)
+
+
+def test_the_divergence_is_the_normals():
+    policy = refiner()
+    state = torch.randn(5, 8, generator=generator())
+    target = torch.randn(5, 4, 2, generator=generator(1))
+    assert policy.posterior is not None
+    mean, log_variance = policy.posterior(torch.cat((state, target.flatten(1)), -1)).chunk(2, -1)
+    expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(-1).mean()
+    _, divergence = policy._posterior(state, target, generator())  # noqa: SLF001
+    torch.testing.assert_close(divergence, expected)
+
+
+def test_of_several_samples_the_plan_of_highest_value_is_kept():
+    policy = lively(refiner(act_latent="sample", act_samples=6))
+    obs = observations(VECTORS, 3)
+    acted = policy.act(obs, generator=generator(7))
+    state = policy.encode(policy.normalizer.normalize_obs(obs))
+    base = still(obs)[:, VECTORS.present]
+    samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
+    plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
+    best = torch.stack([plan.value for plan in plans]).argmax(0)
+    expected = torch.stack([plans[int(k)].actions[row].reshape(4, 2) for row, k in enumerate(best)])
+    assert (best > 0).any(), "the first sample is not the best everywhere"
+    torch.testing.assert_close(acted[:, VECTORS.present], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_is_the_releases_solve():
+    policy = lively(refiner(preset="reference"))
+    obs = observations(VECTORS, 3)
+    state = policy.encode(policy.normalizer.normalize_obs(obs))
+    start, sample = still(obs)[:, VECTORS.present], torch.zeros(3, 4)
+
+    def cost(x):
+        return -policy.score(torch.cat((state, sample, x), -1)).squeeze(-1)
+
+    expected = presets.reference_il().acting().solve(cost, start.flatten(1), box=Box(-1.0, 1.0)).x
+    plan = policy.plan(state, sample, start, start, Detached())
+    assert policy.settings.max_steps == 100
+    torch.testing.assert_close(plan.actions.flatten(1), expected)
+
+
+def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():
+    assert refiner(plan_horizon=6).planned == 6
+    with pytest.raises(ConfigError, match="plan_horizon: 9: between the 4 actions that are executed and the 7"):
+        refiner(plan_horizon=9)
+
+
+def test_it_learns_to_mend_its_base():
+    """A base that always does the same; the expert does something else in every state."""
+    batch = demonstrations(VECTORS, 32)
+    policy = refiner(base_noise=0.3, hidden=(32, 32), latent_dim=16)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    noise = generator(1)
+    for _ in range(150):
+        loss, metrics = policy.loss(batch, generator=noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    present = VECTORS.present
+    error = (policy.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
+    assert error < 0.1 * (still(batch.obs) - batch.actions)[:, present].square().mean()
+    assert metrics["start_mse"] > 0
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -143,7 +143,7 @@ def expert(obs, gain):
     return (obs @ gain).tanh().unflatten(1, (2, 1))
 
 
-def make(*, seed, num_train):
+def make(*, seed, num_train=10):
     generator = torch.Generator().manual_seed(seed)
     gain = torch.randn(3, 2, generator=generator)
     sets = [torch.randn(n, 3, generator=generator) for n in (num_train, 5)]

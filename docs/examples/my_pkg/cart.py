@@ -50,7 +50,7 @@ class Cart(ImitationTask):
         return Evaluation(means, {"cost": mine.tolist(), "expert_cost": best.tolist()})
 
 
-def make(*, seed, num_train):
+def make(*, seed, num_train=100):
     """The same seed gives the same demonstrations."""
 
     def demos(count, stream):

@@ -156,12 +156,21 @@ def _entry_affine(entry: EntrySpec, rule: Rule) -> Affine:
     return Affine(torch.zeros(size), torch.ones(size)) if entry.moments is None else rule(entry.moments)
 
 
-def entry_specs(train: Trajectories) -> dict[str, EntrySpec]:
-    """What these episodes show, with the moments of every step of them: hand in the training part alone.
+def measured_spec(
+    train: Trajectories,
+    *,
+    low: tuple[float, ...],
+    high: tuple[float, ...],
+    observe: int,
+    horizon: int,
+    execute: int,
+) -> TaskSpec:
+    """The task of imitating these episodes, measured at every step of them: hand in the training part alone.
 
     Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs; pictures have none.
+    `low` and `high` bound the actions, A numbers each; the rest is `TaskSpec`'s.
     """
-    return {
+    obs = {
         name: EntrySpec(
             tuple(values.shape[1:]),
             "uint8" if values.dtype == torch.uint8 else "float32",
@@ -169,6 +178,8 @@ def entry_specs(train: Trajectories) -> dict[str, EntrySpec]:
         )
         for name, values in train.obs.items()
     }
+    actions = measure(train.blocks(train.actions))
+    return TaskSpec(obs, train.actions.shape[1], horizon, low, high, observe, execute, actions)
 
 
 def fit_normalizer(

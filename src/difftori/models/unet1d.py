@@ -126,9 +126,9 @@ class UNet1D(nn.Module):
         seen: list[Tensor] = []
         for level in self.down:
             seen.append(level(x, condition))
-            x = level.resize(seen[-1])
+            x = level.get_submodule("resize")(seen[-1])
         x = self.middle(x, condition)
         for level in self.up:
             x = level(torch.cat((x, seen.pop()), 1), condition)
-            x = level.resize(x)[..., : seen[-1].shape[-1]]
+            x = level.get_submodule("resize")(x)[..., : seen[-1].shape[-1]]
         return self.last(x).transpose(1, 2)

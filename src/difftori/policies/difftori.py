@@ -202,11 +202,10 @@ class DiffTORI(Refiner):
         """‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve; and the prior's own loss."""
         window = self.normalizer(batch)
         target = self._from_present(window.actions)
-        base = self._unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
-        features = self.window(window.obs, generator)
-        guess = self.guess(features, base, generator)
+        base = self.unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
+        guess = self.guess(batch.obs, base, generator, crops=generator)
         start = guess + self.settings.base_noise * _noise_like(guess, generator)
-        state = self.encoder(features)
+        state = self.encode(window.obs, generator)
         sample, divergence = self._posterior(state, target, generator)
         plan = self.plan(state, sample, start, base, self._adjoint())
         error = F.mse_loss(plan.actions.reshape(target.shape), target)
@@ -222,10 +221,9 @@ class DiffTORI(Refiner):
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The actions (B H A): those of the solve from the present on, of `act_samples` solves the best by the model."""
         whole = self.base.act(obs, generator=generator) if self.has_base else None
-        base = None if whole is None else self._unit_base(whole)
-        features = self.window(self.normalizer.normalize_obs(obs))
-        start = self.guess(features, base, generator)
-        state = self.encoder(features)
+        base = None if whole is None else self.unit_base(whole)
+        start = self.guess(obs, base, generator)
+        state = self.encode(self.normalizer.normalize_obs(obs))
         rows, samples = len(state), self.settings.act_samples
 
         def again(values: Tensor) -> Tensor:
@@ -239,26 +237,47 @@ class DiffTORI(Refiner):
         chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
         return self._whole(chosen.reshape(rows, self.planned, self.spec.action_dim), whole)
 
-    def guess(self, features: States, base: PartPlans | None, generator: torch.Generator) -> PartPlans:
-        """Where the solve starts, in units of the box (B P A), P actions from the present on.
-
-        `features` (B F) are the window encoder's.
-        """
+    def guess(
+        self,
+        obs: WindowObs,
+        base: PartPlans | None,
+        generator: torch.Generator,
+        crops: torch.Generator | None = None,
+    ) -> PartPlans:
+        """Where the solve starts, in units of the box (B P A), P actions from the present on; `crops` as `encode` has it."""
         if self.settings.init == "base":
             assert base is not None
             return base
-        zeros = self.low.new_zeros(len(features), self.planned, self.spec.action_dim)
+        rows = len(next(iter(obs.values())))
+        zeros = self.low.new_zeros(rows, self.planned, self.spec.action_dim)
         if self.prior is not None:
-            return torch.tanh(self.prior(features)).reshape(zeros.shape)
+            return torch.tanh(self.prior(self.window(self.normalizer.normalize_obs(obs), crops))).reshape(zeros.shape)
         return zeros if self.settings.init == "zero" else zeros + _noise_like(zeros, generator).clamp(-1, 1)
 
-    def plan(self, state: Latents, sample: Samples, start: PartPlans, base: PartPlans | None, adjoint: Adjoint) -> Plan:
-        """Eq. 7 solved from `start` (B P A) for the states z^s (B Z) and samples z̃, in units of the box."""
+    def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
+        """z^s = h(s) of normalised observations; `crops` draws the parts of pictures that are seen, in training."""
+        return self.encoder(self.window(obs, crops))
+
+    def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
+        """Eq. 7 for the states z^s (B Z) and samples z̃ (B W), over actions in units of the box."""
         parts = [state, sample]
         if self.settings.anchor == "base" and base is not None:
             parts.append(base.flatten(1))
-        objective = EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
-        return self._planner(adjoint).plan(objective, start.reshape(len(state), self.steps, self.size))
+        return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
+
+    def plan(
+        self,
+        state: Latents,
+        sample: Samples,
+        start: PartPlans,
+        base: PartPlans | None,
+        adjoint: Adjoint,
+        *,
+        history: bool = False,
+    ) -> Plan:
+        """Eq. 7 solved from `start` (B P A); `history`: with every iterate."""
+        first = start.reshape(len(state), self.steps, self.size)
+        return self._planner(adjoint).plan(self.objective(state, sample, base), first, history=history)
 
     def _energy(self, state: States, action: Actions) -> Rows:
         """f(z, a) − ½k‖a − c‖². What is left of c stands behind z, that of this step first."""
@@ -309,7 +328,7 @@ class DiffTORI(Refiner):
         first = self.spec.observe - 1
         return plans[:, first : first + self.planned]
 
-    def _unit_base(self, whole: Plans) -> PartPlans:
+    def unit_base(self, whole: Plans) -> PartPlans:
         """The base's actions in units of the box, those that are planned."""
         return self.normalizer.normalize_actions(self._from_present(whole)).clamp(-1, 1)
 

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box
 
 from difftori.components import find_env, make_env
 from difftori.data.formats import read_demos
-from difftori.data.normalize import entry_specs, measure
+from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.envs.checked import CheckedVectorEnv
@@ -126,16 +126,7 @@ def env_task(
             raise ConfigError([f"num_train: {num_train}: {demos} has {len(train)} episodes beside the held out ones"])
         order = torch.randperm(len(train), generator=seeded(seed, "training episodes"))[:num_train]
         train = train.select(sorted(order.tolist()))
-    spec = TaskSpec(
-        obs=entry_specs(train),
-        action_dim=len(low),
-        horizon=horizon,
-        low=low,
-        high=high,
-        observe=observe,
-        execute=execute,
-        moments=measure(train.blocks(train.actions)),
-    )
+    spec = measured_spec(train, low=low, high=high, observe=observe, horizon=horizon, execute=execute)
     sets = [Windows(part, observe=observe, horizon=horizon, execute=execute) for part in (train, validation)]
     return EnvTask(spec, sets[0], sets[1], arena)
 

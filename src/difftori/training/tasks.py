@@ -78,13 +78,13 @@ def find_task(name: str, *, demos: bool = False) -> TaskFactory:
     return cast(TaskFactory, factory)
 
 
-def task_options(factory: TaskFactory) -> list[str]:
-    """The keyword options of a factory."""
+def task_options(factory: TaskFactory) -> dict[str, bool]:
+    """The keyword options of a factory, and whether each must be given."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except ValueError as error:
         raise ConfigError([f"env: {factory} is not a function that makes a task ({error})"]) from error
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def make_task(name: str, **options: Any) -> ImitationTask:
@@ -95,7 +95,8 @@ def make_task(name: str, **options: Any) -> ImitationTask:
     factory = find_task(name, demos=options.get("demos") is not None)
     known = task_options(factory)
     given = {option: value for option, value in options.items() if value is not None}
-    faults = [f"{option}: {name!r} takes none{suggest(option, known)}" for option in given.keys() - set(known)]
+    faults = [f"{option}: {name!r} takes none{suggest(option, known)}" for option in given.keys() - known.keys()]
+    faults += [f"{option}: {name!r} needs one" for option, needed in known.items() if needed and option not in given]
     if faults:
         raise ConfigError(sorted(faults))
     task = factory(**given)

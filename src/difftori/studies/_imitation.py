@@ -1,0 +1,306 @@
+"""Runs of imitation in an environment: demonstrations, bases, what refines them, and what each of them came to."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from difftori.errors import ConfigError, DataError
+from difftori.studies._pool import Failure, Work, run_all
+from difftori.training.checkpoint import replace_file
+from difftori.training.records import read_config, read_summary
+
+FULL_SEEDS = 3
+
+
+class ImitationConfig(BaseModel):
+    """Options that all studies of imitation share; each has a `Config` of its own with its tasks and arms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    seeds: int = Field(FULL_SEEDS, ge=1)
+    """Seeds 0 … seeds−1, each with demonstrations, held out episodes and weights of its own."""
+    updates: int = Field(1500, ge=1)
+    """Updates of every training, base and refiner alike."""
+    episodes: int = Field(50, ge=1)
+    """Evaluation episodes of every policy, from the same seeds."""
+    jobs: int = Field(1, ge=1)
+    """Runs at once, a process with one thread each."""
+    budget: float | None = Field(None, ge=0)
+    """Minutes after which no further run is started; those that run are finished. 0 only draws what exists."""
+    device: str = "cpu"
+    """Where runs compute."""
+    demos: Path = Path("demos")
+    """Folder of demonstrations; what is missing is collected, where the environment has an expert."""
+    runs: Path = Path("runs/il")
+    """Where runs go; finished ones found there are not repeated, interrupted ones go on."""
+    out: Path = Path("results")
+    """Where tables and pictures go, in `partial` if the study is less than full. In `runs`, a small file of each finished
+    run is kept, so that a study goes on, or is drawn, on another machine."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is imitated: an environment, how it is seen, the number of demonstrations (None: all), and other options of
+    `difftori train` that hold for all arms. `demos` names the data, `{seed}` in it the run's seed.
+    """
+
+    env: str
+    obs: str
+    demos: str
+    num_train: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    collect: int | None = None
+    """Episodes to collect where the data are missing; None: they must be there."""
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        return self.env.partition(":")[2] or self.env
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a policy with settings of its own, on the base of that label if it refines one. `updates` counts
+    in those of the study.
+    """
+
+    label: str
+    policy: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    updates: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of `difftori train`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: the words after `difftori`, its folder, the job whose policy it refines, and the file that keeps its result."""
+
+    case: Case
+    arm: Arm
+    seed: int
+    folder: Path
+    words: tuple[str, ...]
+    kept: Path
+    base: "Job | None"
+
+    @property
+    def name(self) -> str:
+        """Task, arm and seed."""
+        return f"{self.case.name}, {self.arm.label}, seed {self.seed}"
+
+    @property
+    def ended_here(self) -> bool:
+        """Whether the run's folder is here and finished."""
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended, here or where its kept file comes from."""
+        return self.ended_here or self.kept.exists()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: outcomes of its evaluation episodes by name (N), from `seeds` (N), and its summary."""
+
+    job: Job
+    seeds: tuple[int, ...]
+    success: np.ndarray
+    score: np.ndarray
+    summary: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's finished runs, of those that it wants; `reasons` says why it is less than the full study."""
+
+    cases: tuple[Case, ...]
+    arms: tuple[Arm, ...]
+    runs: tuple[Result, ...]
+    reasons: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+    def of(self, case: Case, label: str) -> dict[int, Result]:
+        """The finished runs of an arm on a task, by seed."""
+        return {r.job.seed: r for r in self.runs if r.job.case.name == case.name and r.job.arm.label == label}
+
+    @property
+    def label(self) -> str:
+        """`full`, or `partial (…)` with all reasons."""
+        return f"partial ({', '.join(self.reasons)})" if self.reasons else "full"
+
+
+def make_results(
+    config: ImitationConfig,
+    cases: Sequence[Case],
+    arms: Sequence[Arm],
+    *,
+    study: str,
+    reasons: Sequence[str],
+    say: Callable[[str], None],
+) -> Results:
+    """Collect and run what is missing, as far as the budget goes, and read what exists.
+
+    Bases come before what refines them. ConfigError for runs of other settings in the folders, or if nothing exists.
+    """
+    jobs = [job for seed in range(config.seeds) for case in cases for job in _jobs(config, case, arms, seed, study)]
+    faults = [fault for job in jobs for fault in strange_settings(job)]
+    if faults:
+        raise ConfigError([*faults[:8], f"runs: {config.runs} holds runs of other settings; choose another"])
+    for job in jobs:
+        keep(job)
+    say(f"{sum(job.finished for job in jobs)} of {len(jobs)} runs are finished")
+    failures = _run(config, jobs, say)
+    runs = tuple(read_result(job) for job in jobs if job.finished)
+    if not runs:
+        said = [f"{failure.work.name}: {failure.reason} (all of it: {failure.work.log})" for failure in failures]
+        raise ConfigError([*said, f"runs: nothing to draw in {config.runs}; give a larger --budget"])
+    state = [] if len(runs) == len(jobs) else [f"{len(runs)} of {len(jobs)} runs finished"]
+    return Results(tuple(cases), tuple(arms), runs, (*reasons, *state), tuple(failures))
+
+
+def _jobs(config: ImitationConfig, case: Case, arms: Sequence[Arm], seed: int, study: str) -> list[Job]:
+    """The runs of all arms on one task from one seed."""
+    found: dict[str, Job] = {}
+    for arm in arms:
+        base = None if arm.base is None else found[arm.base]
+        place = Path(study, case.name.replace(":", "."), re.sub(r"[^\w.]+", "-", arm.label), f"seed-{seed}")
+        folder = config.runs / place
+        options: dict[str, Any] = {}
+        if base is None:
+            options = {"env": case.env, "obs": case.obs, "demos": demos_path(config, case, seed), "seed": seed}
+            options |= {"num_train": case.num_train} if case.num_train else {}
+            options |= case.options
+        else:
+            options = {"base": base.folder, "seed": seed}
+        options |= {"updates": arm.updates * config.updates, **arm.settings, **arm.options}
+        options |= {"eval_episodes": config.episodes, "device": config.device, "out": folder}
+        words = [word for name, value in options.items() for word in _option(name, value)]
+        kept = config.out / "runs" / "il" / place.with_suffix(".json")
+        found[arm.label] = Job(case, arm, seed, folder, ("train", arm.policy, *words, "--quiet"), kept, base)
+    return list(found.values())
+
+
+def demos_path(config: ImitationConfig, case: Case, seed: int) -> str:
+    """The data of a task for a seed."""
+    return case.demos.format(demos=config.demos, seed=seed)
+
+
+def _run(config: ImitationConfig, jobs: Sequence[Job], say: Callable[[str], None]) -> list[Failure]:
+    """Run what is missing in waves: demonstrations, then bases, then what refines them."""
+    wanted = {job.folder: job for job in jobs if not job.finished}
+    for job in list(wanted.values()):  # a base is needed here if what refines it is
+        below = job.base
+        while below is not None and not below.ended_here:
+            wanted[below.folder] = below
+            below = below.base
+    seconds = None if config.budget is None else 60 * config.budget
+    failures, waiting = run_all(_collections(config, wanted.values()), jobs=1, seconds=seconds, say=say)
+    depth = 0
+    while wanted and not failures and not waiting:
+        wave = [job for job in wanted.values() if _depth(job) == depth and not job.ended_here]
+        works = {_work(job): job for job in wave}
+        failed, waiting = run_all(
+            list(works), jobs=config.jobs, seconds=seconds, say=say, done=lambda work, w=works: keep(w[work])
+        )
+        failures += failed
+        depth += 1
+        if depth > max(_depth(job) for job in wanted.values()):
+            break
+    return failures
+
+
+def _depth(job: Job) -> int:
+    return 0 if job.base is None else 1 + _depth(job.base)
+
+
+def _collections(config: ImitationConfig, jobs: Any) -> list[Work]:
+    """The commands that collect what demonstrations are missing. ConfigError for data that must be there."""
+    works: dict[str, Work] = {}
+    for job in jobs:
+        path = Path(demos_path(config, job.case, job.seed))
+        if job.base is not None or path.exists():
+            continue
+        if job.case.collect is None:
+            raise ConfigError([f"demos: {path} is not there; give the demonstrations of {job.case.name}"])
+        obs = ("--obs", job.case.obs)
+        words = ("collect", "--env", job.case.env, "--episodes", str(job.case.collect), "--seed", str(job.seed), *obs)
+        log = path.with_suffix(".log")
+        works[str(path)] = Work(
+            f"{job.case.name}, demonstrations, seed {job.seed}", (*words, "--out", str(path.parent), "--quiet"), log
+        )
+    return list(works.values())
+
+
+def _work(job: Job) -> Work:
+    begun = (job.folder / "config.yaml").exists()
+    words = ("train", "--resume", str(job.folder), "--quiet") if begun else job.words
+    return Work(job.name, words, job.folder.with_name(f"{job.folder.name}.log"))
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
+    return [f"--{name.replace('_', '-')}", *words]
+
+
+def keep(job: Job) -> None:
+    """Write the finished run's kept file, unless it is there."""
+    if not job.ended_here or job.kept.exists():
+        return
+    versions = json.loads((job.folder / "versions.json").read_bytes())
+    plain = {
+        "config": read_config(job.folder),
+        "hardware": f"{versions.get('device_name') or versions['cpu']}, {versions['threads']} thread(s)",
+        "versions": {name: versions.get(name) for name in ("git_commit", "difftori", "torch", "numpy", "python")},
+        "command": shlex.join(["difftori", *job.words]),
+        "summary": {k: v if math.isfinite(v) else None for k, v in read_summary(job.folder).items()},
+        "episodes": json.loads((job.folder / "episodes.json").read_bytes()),
+    }
+    job.kept.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(job.kept, (json.dumps(plain, indent=0) + "\n").encode())
+
+
+def read_result(job: Job) -> Result:
+    """What a finished run came to. DataError if its file is damaged."""
+    keep(job)
+    try:
+        plain = json.loads(job.kept.read_bytes())
+        episodes = plain["episodes"]["last"]
+        columns = {name: np.array(episodes[name]) for name in ("seed", "success", "score")}
+        if len({len(column) for column in columns.values()}) != 1:
+            raise ValueError("its columns differ in length")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{job.kept}: no readable run ({error}); restore it, or remove it to run again") from error
+    seeds = tuple(int(seed) for seed in columns["seed"])
+    return Result(job, seeds, columns["success"], columns["score"], plain["summary"])
+
+
+def strange_settings(job: Job) -> list[str]:
+    """How the run in the folder or the kept file differs from the job, one line per option; empty if it does not."""
+    found: dict[Path, dict[str, Any]] = {}
+    if (job.folder / "config.yaml").exists():
+        found[job.folder] = read_config(job.folder)
+    if job.kept.exists():
+        found[job.kept] = json.loads(job.kept.read_bytes())["config"]
+    wanted = {"seed": job.seed, **job.arm.settings, **job.arm.options, **(job.case.options if job.base is None else {})}
+    words = dict(zip(job.words, job.words[1:], strict=False))
+    wanted |= {name: int(words[f"--{name.replace('_', '-')}"]) for name in ("updates", "eval_episodes")}
+    return [
+        f"{name}: {value!r} wanted, {there!r} in {place}"
+        for place, config in found.items()
+        for name, value in wanted.items()
+        if str(there := config.get(name, config["settings"].get(name)))
+        != str(list(value) if isinstance(value, tuple) else value)
+    ]

@@ -1,0 +1,76 @@
+"""What the studies on Push-T share: the human demonstrations, how they are seen, the arms of Tables 2, 4 and 7, their runs."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from difftori.errors import ConfigError
+from difftori.paper.numbers import paper_numbers
+from difftori.studies._imitation import FULL_SEEDS, Arm, Case, ImitationConfig
+from difftori.studies._refinement import Published, run_refinement
+
+FULL_UPDATES, FULL_EPISODES = 100_000, 50
+DATA = "pusht_cchi_v7_replay.zarr"
+LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
+SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
+
+
+class PushTConfig(ImitationConfig):
+    """What to run of a study on Push-T."""
+
+    demos: Path = Path("demos")
+    """Folder that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors."""
+    obs: Literal["image", "pose"] = "image"
+    """What is seen: pictures, as in the paper, or the agent's and the block's pose."""
+    sizes: Literal["paper", "small"] = "paper"
+    """Of the networks of the bases; `small` is for CPUs."""
+    updates: int = Field(FULL_UPDATES, ge=1)
+    """Updates of every training, base and refiner alike."""
+
+
+def run_push_t(
+    config: PushTConfig,
+    arms: list[Arm],
+    compared: list[tuple[str, str]],
+    *,
+    study: str,
+    title: str,
+    published: dict[str, tuple[float, float | None]],
+) -> None:
+    """Run what is missing, and write `out/<study>`. `published` are the paper's failure rates by arm."""
+    if not (config.demos / DATA).exists():
+        raise ConfigError(
+            [f"demos: {config.demos / DATA} is not there; name the folder of Push-T's human data by --demos"]
+        )
+    checks = {
+        "poses instead of pictures": config.obs != "image",
+        "small networks": config.sizes != "paper",
+        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
+        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
+        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+    }
+    run_refinement(
+        config,
+        [Case("pusht", config.obs, f"{{demos}}/{DATA}")],
+        arms,
+        compared,
+        study=study,
+        title=title,
+        reasons=[reason for reason, holds in checks.items() if holds],
+        budget=f"{config.obs}-{config.sizes}-{config.updates}",
+        published=[Published("pusht", label, 1 - mean, std) for label, (mean, std) in published.items()],
+        measure="score",
+        runs="push-t",
+    )
+
+
+def base(config: PushTConfig, name: str) -> Arm:
+    """A base policy at the study's sizes, labelled by its name."""
+    return Arm(name, name, (LARGE if config.sizes == "paper" else SMALL)[name])
+
+
+def failure_rates(table: str) -> dict[str, tuple[float, float | None]]:
+    """The paper's failure rates on Push-T by method, or by horizon in Table 7."""
+    rows = [row for row in paper_numbers(table) if row.task == "push-t"]
+    return {row.variant or row.method: (row.mean, row.std) for row in rows}

@@ -1,0 +1,50 @@
+"""Table 2, Push-T: three base policies from 206 human demonstrations, and what refines two of them.
+
+The paper's failure rate is most likely 1 − the mean score (the greatest coverage/.95 of an episode), so the score stands beside 1 −
+the paper's number; success, coverage above .95 at any step, beside it.
+"""
+
+from difftori.studies._imitation import Arm
+from difftori.studies._pusht import PushTConfig, base, failure_rates, run_push_t
+
+PAPER = {
+    "ibc": "ibc",
+    "bc-rnn-gmm": "bc-rnn",
+    "residual on bc-rnn-gmm": "residual+bc-rnn",
+    "DiffTORI on bc-rnn-gmm": "difftori+bc-rnn",
+    "diffusion": "diffusion",
+    "ibc on diffusion": "ibc+diffusion",
+    "residual on diffusion": "residual+diffusion",
+    "DiffTORI on diffusion": "difftori+diffusion",
+}
+
+
+class Config(PushTConfig):
+    """What to run of Table 2."""
+
+    controls: bool = True
+    """Also the bases trained as long again."""
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/table2`."""
+    arms = [base(config, "ibc")]
+    compared = []
+    for name in ("bc-rnn-gmm", "diffusion"):
+        plain = base(config, name)
+        arms.append(plain)
+        if config.controls:
+            arms.append(Arm(f"{name} twice as long", name, plain.settings, updates=2))
+        if name == "diffusion":
+            arms.append(Arm(f"ibc on {name}", "ibc-base", base=name))
+        arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
+        others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
+        compared += [(f"DiffTORI on {name}", other) for other in others]
+    theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
+    published = {label: theirs[method] for label, method in PAPER.items()}
+    run_push_t(config, arms, compared, study="table2", title="Table 2: Push-T", published=published)
+
+
+def refiner(name: str, kind: str) -> Arm:
+    """A refiner with its defaults on the base of that name."""
+    return Arm(f"{kind} on {name}", {"residual": "residual", "DiffTORI": "difftori-il"}[kind], base=name)
