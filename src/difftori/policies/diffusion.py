@@ -23,7 +23,7 @@ class DiffusionConfig(ActionDiffusionConfig):
             "inference_steps": 10,
             "lr": 1e-3,
             "warmup": 100,
-            "epochs": 50,
+            "epochs": 20,
         },
     }
     preset: str = "paper"
