@@ -10,7 +10,7 @@ from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
 from tests.policies.specs import SPECS, TINY, build, demonstrations, generator, observations
 
-UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 5, "pictures": TINY}
+UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 6, "pictures": TINY}
 SMALL: dict[str, dict] = {
     "bc": {"pictures": TINY},
     "difftori-il": {"pictures": TINY},
