@@ -10,7 +10,12 @@ from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
 from tests.policies.specs import SPECS, build, demonstrations, generator, observations
 
-SMALL: dict[str, dict] = {}
+SMALL: dict[str, dict] = {
+    "bc-pointnet": {"point_layers": (16, 32), "hidden": (32,)},
+    "bc-rnn-gmm": {"preset": "small", "hidden": 32},
+    "ibc": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64},
+    "ibc-base": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64},
+}
 """Settings that make a policy small enough to be tested often."""
 
 
