@@ -3,6 +3,7 @@
 import torch
 
 from difftori.interfaces import Policy
+from difftori.models.pictures import Pictures
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.refiner import Refiner
 from difftori.types import EntrySpec, Moments, TaskSpec, Window, WindowObs
@@ -35,7 +36,19 @@ CLOUDS = TaskSpec(
     execute=3,
     moments=_moments(2),
 )
-SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS}
+PICTURES = TaskSpec(
+    obs={"agent_pos": EntrySpec((2,), moments=_moments(2)), "image": EntrySpec((40, 37, 3), "uint8")},
+    action_dim=2,
+    horizon=4,
+    low=(-1.0, -1.0),
+    high=(1.0, 1.0),
+    observe=2,
+    execute=3,
+    moments=_moments(2),
+)
+SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS, "pictures": PICTURES}
+TINY = Pictures(width=16, keypoints=4)
+"""A network for pictures that is quick to make and to train."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -43,13 +56,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def observations(spec: TaskSpec, rows: int, seed: int = 1) -> WindowObs:
-    """Uniform in ±1; of `ROWS`, pendulum states: on the unit circle, with a velocity."""
+    """Uniform in ±1, pixels in 0 … 255; of `ROWS`, pendulum states: on the unit circle, with a velocity."""
     draw = generator(seed)
     if spec is ROWS:
         angle, velocity = 3 * torch.rand(2, rows, generator=draw) - 1.5
         return {"state": torch.stack((angle.cos(), angle.sin(), velocity), dim=1)[:, None]}
+    drawn = {name: torch.rand(rows, spec.observe, *entry.shape, generator=draw) for name, entry in spec.obs.items()}
     return {
-        name: 2 * torch.rand(rows, spec.observe, *entry.shape, generator=draw) - 1 for name, entry in spec.obs.items()
+        name: (256 * values).to(torch.uint8) if spec.obs[name].dtype == "uint8" else 2 * values - 1
+        for name, values in drawn.items()
     }
 
 
@@ -68,5 +83,5 @@ def build(kind: type[Policy], spec: TaskSpec, **settings) -> Policy:
     if issubclass(kind, Refiner):
         if spec is ROWS and not kind.NEEDS_BASE:
             return kind(kind.Config.model_validate({"preset": "pendulum", **settings}), spec)
-        return kind(kind.Config.model_validate(settings), spec, BC(BCConfig(hidden=(8,)), spec).eval())
+        return kind(kind.Config.model_validate(settings), spec, BC(BCConfig(hidden=(8,), pictures=TINY), spec).eval())
     return kind(kind.Config.model_validate(settings), spec)

@@ -9,7 +9,7 @@ from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.solver import Box, Detached, presets
 from difftori.types import Plans, TaskSpec, Window, WindowObs
-from tests.policies.specs import VECTORS, demonstrations, generator, observations
+from tests.policies.specs import SPECS, TINY, VECTORS, demonstrations, generator, observations
 
 SMALL = {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4}
 
@@ -176,3 +176,16 @@ def test_it_learns_to_mend_its_base():
     error = (policy.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
     assert error < 0.1 * (still(batch.obs) - batch.actions)[:, present].square().mean()
     assert metrics["start_mse"] > 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_prior_sees_what_the_encoder_sees(name):
+    """Whatever is shown, clouds and pictures too; vectors alone it sees as they are."""
+    torch.manual_seed(0)
+    spec = SPECS[name]
+    policy = DiffTORI(DiffTORIConfig(init="prior", pictures=TINY), spec)
+    batch = demonstrations(spec, 3)
+    policy.loss(batch, generator=generator())[0].backward()
+    assert policy.prior is not None
+    assert all(p.grad is not None for p in policy.prior.parameters())
+    assert policy.act(batch.obs, generator=generator()).shape == batch.actions.shape

@@ -8,9 +8,15 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import SPECS, build, demonstrations, generator, observations
+from tests.policies.specs import SPECS, TINY, build, demonstrations, generator, observations
 
+UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 5, "pictures": TINY}
 SMALL: dict[str, dict] = {
+    "bc": {"pictures": TINY},
+    "difftori-il": {"pictures": TINY},
+    "diffusion": UNET,
+    "dp3": {**UNET, "inference_steps": 2},
+    "residual": {"pictures": TINY},
     "bc-pointnet": {"point_layers": (16, 32), "hidden": (32,)},
     "bc-rnn-gmm": {"preset": "small", "hidden": 32},
     "ibc": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64},
@@ -40,7 +46,7 @@ def optimiser(policy: Policy) -> torch.optim.Optimizer:
 
 
 def test_walking_finds_the_baselines():
-    assert {"bc", "lstm", "difftori-il", "residual"} <= set(find_policies())
+    assert {"bc", "lstm", "difftori-il", "diffusion", "dp3", "residual"} <= set(find_policies())
 
 
 def test_name_and_settings_are_declared(policy):

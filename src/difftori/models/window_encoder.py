@@ -1,11 +1,13 @@
-"""Encoder of windows: the last O observations by name, normalised → features (B F), for vectors and point clouds."""
+"""Encoder of windows: the last O observations by name, normalised → features (B F), for vectors, clouds and pictures."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from difftori.errors import ShapeError
 from difftori.models.nets import mlp
-from difftori.types import Latents, TaskSpec, WindowObs
+from difftori.models.pictures import PICTURE_WIDTH, PictureEncoder, Pictures
+from difftori.types import EntrySpec, Latents, TaskSpec, WindowObs
 
 CLOUD_WIDTH = 64
 """Features of a cloud, and of a vector beside one."""
@@ -36,28 +38,51 @@ class WindowEncoder(nn.Module):
     """Normalised observations by name → one row of features (B `width`), entry after entry, oldest first in each.
 
     Vectors (B O S) stand in the row as they are; beside a cloud each passes S → 64 → 64 first, as in DP3. Clouds
-    (B O N C) pass a `PointNet` step by step.
+    (B O N C) pass a `PointNet` step by step, pictures (B O h w C) in [0, 1] a `PictureEncoder`, one for each entry.
+    Raises ShapeError for an entry that is none of these.
     """
 
-    def __init__(self, spec: TaskSpec):
+    def __init__(self, spec: TaskSpec, pictures: Pictures | None = None):
         super().__init__()
-        clouds = [name for name, entry in spec.obs.items() if len(entry.shape) == 2]
+        kinds = {name: _kind(name, entry) for name, entry in spec.obs.items()}
         self.parts = nn.ModuleDict()
         self.width = 0
         for name, entry in spec.obs.items():
             size = entry.shape[-1]
-            if name in clouds:
+            if kinds[name] == "cloud":
                 self.parts[f"obs_{name}"] = PointNet(size)
                 size = CLOUD_WIDTH
-            elif clouds:
+            elif kinds[name] == "picture":
+                self.parts[f"obs_{name}"] = PictureEncoder(entry.shape, pictures or Pictures())
+                size = PICTURE_WIDTH
+            elif "cloud" in kinds.values():
                 self.parts[f"obs_{name}"] = mlp((size, CLOUD_WIDTH, CLOUD_WIDTH))
                 size = CLOUD_WIDTH
             self.width += spec.observe * size
 
-    def forward(self, obs: WindowObs) -> Latents:
-        """By name (B O …) → (B F)."""
+    def forward(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
+        """By name (B O …) → (B F).
+
+        In training, `crops` draws the part of each picture that is seen; without it, it is the middle. Without pictures
+        nothing is drawn.
+        """
         rows = []
         for name, values in obs.items():
-            part = f"obs_{name}"
-            rows.append((self.parts[part](values) if part in self.parts else values).flatten(1))
+            key = f"obs_{name}"
+            if key in self.parts:
+                part = self.parts[key]
+                values = part(values, crops) if isinstance(part, PictureEncoder) else part(values)
+            rows.append(values.flatten(1))
         return torch.cat(rows, -1)
+
+
+def _kind(name: str, entry: EntrySpec) -> str:
+    """What an entry is, by its shape at one step and its dtype."""
+    kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "picture"}
+    kind = kinds.get((len(entry.shape), entry.dtype))
+    if kind is None:
+        raise ShapeError(
+            f"observations: the entry {name!r} of shape {entry.shape} and dtype {entry.dtype} is neither a vector (S) nor a "
+            "cloud (N C) of float32 nor a picture (height width channels) of uint8; leave it out"
+        )
+    return kind

@@ -11,6 +11,7 @@ from difftori.data.normalize import Normalizer
 from difftori.errors import BoxError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
@@ -25,6 +26,8 @@ class BCConfig(PolicyConfig):
     """Widths of the hidden layers."""
     layer_norm: bool = False
     """Normalise each hidden layer before its activation."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -51,19 +54,19 @@ class BC(Policy):
             )
         outputs = spec.horizon * spec.action_dim
         self.normalizer = Normalizer.of(spec)
-        self.window = WindowEncoder(spec)
+        self.window = WindowEncoder(spec, config.pictures)
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
-    def predict(self, obs: WindowObs) -> Plans:
-        """The controls (B H A), with their graph."""
-        raw = self.net(self.window(self.normalizer.normalize_obs(obs))).unflatten(
+    def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Plans:
+        """The controls (B H A), with their graph; `crops` as `WindowEncoder` has it."""
+        raw = self.net(self.window(self.normalizer.normalize_obs(obs), crops)).unflatten(
             1, (self.spec.horizon, self.spec.action_dim)
         )
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared control error; draws nothing from `generator`."""
-        loss = F.mse_loss(self.predict(batch.obs), batch.actions)
+        """Mean squared control error; `generator` draws the crops of pictures alone."""
+        loss = F.mse_loss(self.predict(batch.obs, generator), batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from difftori.data.normalize import Normalizer
 from difftori.errors import BoxError, ConfigError
 from difftori.interfaces import PolicyConfig
 from difftori.models.nets import mlp
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
 from difftori.policies.refiner import Base, Refiner
@@ -126,6 +127,8 @@ class DiffTORIConfig(PolicyConfig):
     """Steps of the solve; the release has 100."""
     prior_coef: float = Field(1.0, ge=0)
     """Weight of the prior's own behaviour-cloning loss."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -157,7 +160,7 @@ class DiffTORI(Refiner):
         chunk = config.decision == "chunk"
         self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
         self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
-        self.window = WindowEncoder(spec)
+        self.window = WindowEncoder(spec, config.pictures)
         self.encoder, self.state_dim = _encoder(config, self.window.width)
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
@@ -170,7 +173,7 @@ class DiffTORI(Refiner):
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
         outputs = self.planned * spec.action_dim
-        self.prior = mlp((spec.obs_dim, *hidden, outputs), nn.ELU) if config.init == "prior" else None
+        self.prior = mlp((self.window.width, *hidden, outputs), nn.ELU) if config.init == "prior" else None
         self.posterior = None
         if config.cvae_dim:
             self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
@@ -200,9 +203,9 @@ class DiffTORI(Refiner):
         window = self.normalizer(batch)
         target = self._from_present(window.actions)
         base = self.unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
-        guess = self.guess(batch.obs, base, generator)
+        guess = self.guess(batch.obs, base, generator, crops=generator)
         start = guess + self.settings.base_noise * _noise_like(guess, generator)
-        state = self.encode(window.obs)
+        state = self.encode(window.obs, generator)
         sample, divergence = self._posterior(state, target, generator)
         plan = self.plan(state, sample, start, base, self._adjoint())
         error = F.mse_loss(plan.actions.reshape(target.shape), target)
@@ -234,23 +237,26 @@ class DiffTORI(Refiner):
         chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
         return self._whole(chosen.reshape(rows, self.planned, self.spec.action_dim), whole)
 
-    def guess(self, obs: WindowObs, base: PartPlans | None, generator: torch.Generator) -> PartPlans:
-        """Where the solve starts, in units of the box (B P A), P actions from the present on."""
+    def guess(
+        self,
+        obs: WindowObs,
+        base: PartPlans | None,
+        generator: torch.Generator,
+        crops: torch.Generator | None = None,
+    ) -> PartPlans:
+        """Where the solve starts, in units of the box (B P A), P actions from the present on; `crops` as `encode` has it."""
         if self.settings.init == "base":
             assert base is not None
             return base
         rows = len(next(iter(obs.values())))
         zeros = self.low.new_zeros(rows, self.planned, self.spec.action_dim)
         if self.prior is not None:
-            seen = self.normalizer.normalize_obs(obs)
-            return torch.tanh(self.prior(torch.cat([values.flatten(1) for values in seen.values()], 1))).reshape(
-                zeros.shape
-            )
+            return torch.tanh(self.prior(self.window(self.normalizer.normalize_obs(obs), crops))).reshape(zeros.shape)
         return zeros if self.settings.init == "zero" else zeros + _noise_like(zeros, generator).clamp(-1, 1)
 
-    def encode(self, obs: WindowObs) -> Latents:
-        """z^s = h(s) of normalised observations."""
-        return self.encoder(self.window(obs))
+    def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
+        """z^s = h(s) of normalised observations; `crops` draws the parts of pictures that are seen, in training."""
+        return self.encoder(self.window(obs, crops))
 
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
         """Eq. 7 for the states z^s (B Z) and samples z̃ (B W), over actions in units of the box."""

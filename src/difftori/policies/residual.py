@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from difftori.data.normalize import Normalizer
 from difftori.interfaces import PolicyConfig
 from difftori.models.nets import mlp
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies.refiner import Base, Refiner
 from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
@@ -30,6 +31,8 @@ class ResidualConfig(PolicyConfig):
     """σ of Gaussian noise on the base's actions in training, in half-widths of the box."""
     base_samples: int = Field(8, ge=1)
     """How many times a base that draws is asked for its actions at each training window."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -52,7 +55,7 @@ class Residual(Refiner):
         self.register_buffer("low", torch.tensor(spec.low), persistent=False)
         self.register_buffer("high", torch.tensor(spec.high), persistent=False)
         self.normalizer = Normalizer.of(spec)
-        self.window = WindowEncoder(spec)
+        self.window = WindowEncoder(spec, config.pictures)
         outputs = spec.execute * spec.action_dim
         self.network = mlp((self.window.width + outputs, *config.hidden, outputs))
         last = self.network[-1]
@@ -60,9 +63,12 @@ class Residual(Refiner):
         nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
         nn.init.zeros_(last.bias)
 
-    def predict(self, obs: WindowObs, base: PartPlans) -> PartPlans:
-        """Normalised observations and the base's executed actions (B P A) → corrected ones, with their graph."""
-        correction = self.network(torch.cat((self.window(obs), base.flatten(1)), -1))
+    def predict(self, obs: WindowObs, base: PartPlans, crops: torch.Generator | None = None) -> PartPlans:
+        """Normalised observations and the base's executed actions (B P A) → corrected ones, with their graph.
+
+        `crops` as `WindowEncoder` has it.
+        """
+        correction = self.network(torch.cat((self.window(obs, crops), base.flatten(1)), -1))
         return base + self.settings.scale * correction.reshape(base.shape)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
@@ -71,7 +77,7 @@ class Residual(Refiner):
         base = self._unit_base(self.base_plans(batch, generator=generator))
         noise = torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device)
         target = window.actions[:, self.spec.present]
-        loss = F.mse_loss(self.predict(window.obs, base + self.settings.base_noise * noise), target)
+        loss = F.mse_loss(self.predict(window.obs, base + self.settings.base_noise * noise, generator), target)
         return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}
 
     @torch.no_grad()
