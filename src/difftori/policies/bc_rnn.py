@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._units import Units
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
@@ -42,6 +43,8 @@ class BCRNNGMMConfig(PolicyConfig):
     """What is added to each standard deviation, in units of the training data's range."""
     low_noise: bool = True
     """Act with a standard deviation of 1e-4 instead of the learned one: the mean of a mode that is drawn."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -96,14 +99,14 @@ class BCRNNGMM(Policy):
         super().__init__(config, spec)
         self.settings = config
         self.units = Units(spec, self.name)
-        self.frame = WindowEncoder(replace(spec, observe=1))
+        self.frame = WindowEncoder(replace(spec, observe=1), config.pictures)
         self.lstm = nn.LSTM(self.frame.width, config.hidden, config.layers, batch_first=True)
         self.head = nn.Linear(config.hidden, config.modes * (2 * spec.action_dim + 1))
 
-    def predict(self, obs: WindowObs) -> Mixture:
-        """Normalised observations → the mixture of each of the H steps, in units."""
+    def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
+        """Normalised observations → the mixture of each of the H steps, in units; `crops` as `WindowEncoder` has it."""
         rows, seen, steps = len(next(iter(obs.values()))), self.spec.observe, self.spec.horizon
-        features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()})
+        features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
         features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)
         hidden, _ = self.lstm(features)
@@ -113,9 +116,9 @@ class BCRNNGMM(Policy):
         return Mixture(logits, means.tanh().unflatten(-1, (modes, size)), stds.unflatten(-1, (modes, size)))
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws nothing."""
+        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of pictures alone."""
         window = self.units(batch)
-        mixture = self.predict(window.obs)
+        mixture = self.predict(window.obs, generator)
         loss = -mixture.log_prob(window.actions).mean()
         return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._energy import ActionScore, Candidates, DerivativeFree, Langevin, best, info_nce, uniform
 from difftori.policies._units import Units, whole_plans
@@ -86,6 +87,8 @@ class IBCConfig(PolicyConfig):
     """Langevin steps, in training and in acting."""
     at_once: int = Field(2**18, ge=1)
     """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -112,7 +115,7 @@ class IBC(Policy):
         super().__init__(config, spec)
         self.settings = config
         self.units = Units(spec, self.name, margin=config.margin)
-        self.window = WindowEncoder(spec)
+        self.window = WindowEncoder(spec, config.pictures)
         variables = spec.execute * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
@@ -121,7 +124,7 @@ class IBC(Policy):
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """InfoNCE, with the penalty on steep energies; and how often the expert's action had the least energy."""
         window, settings = self.units(batch), self.settings
-        features = self.window(window.obs)
+        features = self.window(window.obs, generator)
         target = window.actions[:, self.spec.present].flatten(1)
         noise = torch.randn(target.shape, generator=generator, dtype=target.dtype, device=target.device)
         negatives = self._uniform(settings.num_negatives, len(target), generator)

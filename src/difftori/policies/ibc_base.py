@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftori.interfaces import PolicyConfig
+from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._energy import (
     ActionScore,
@@ -83,6 +84,8 @@ class IBCBaseConfig(PolicyConfig):
     """The base's action is replaced only by one whose score is higher by this, in nats."""
     at_once: int = Field(2**18, ge=1)
     """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final
@@ -105,7 +108,7 @@ class IBCBase(Refiner):
         super().__init__(config, spec, base)
         self.settings = config
         self.units = Units(spec, self.name)
-        self.window = WindowEncoder(spec)
+        self.window = WindowEncoder(spec, config.pictures)
         variables = spec.execute * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
@@ -120,7 +123,7 @@ class IBCBase(Refiner):
         expert = target + self.settings.positive_noise * noise
         negatives = self._negatives(base, target, generator)
         candidates = torch.cat((expert.unsqueeze(0), base.unsqueeze(0), negatives))
-        features = self.window(window.obs)
+        features = self.window(window.obs, generator)
         scores = self.score.in_parts(features, candidates, at_once=self.settings.at_once, generator=generator)
         loss, found = info_nce(scores)
         over_base = (scores[0] > scores[1]).float().mean().item()
