@@ -88,12 +88,14 @@ class Policy(nn.Module, ABC):
     WINDOW: ClassVar[tuple[int, int, int] | None] = None
     """`observe`, `horizon` and `execute` where none are given; None leaves them to the task."""
     STOCHASTIC: ClassVar[bool] = False
-    """Whether `act` draws, so that a refiner should see several samples of it."""
+    """Whether `act` draws."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
         self.config = config
         self.spec = spec
+        self.draws = self.STOCHASTIC
+        """Whether `act`, or the act of a base, draws, so that a refiner should see several samples of it."""
 
     @abstractmethod
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:

@@ -17,6 +17,10 @@ SMALL: dict[str, dict] = {
     "diffusion": UNET,
     "dp3": {**UNET, "inference_steps": 2},
     "residual": {"pictures": TINY},
+    "bc-pointnet": {"point_layers": (16, 32), "hidden": (32,)},
+    "bc-rnn-gmm": {"preset": "small", "hidden": 32, "pictures": TINY},
+    "ibc": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "pictures": TINY},
+    "ibc-base": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "pictures": TINY},
 }
 """Settings that make a policy small enough to be tested often."""
 

@@ -48,6 +48,9 @@ _COMPACT: dict[str, Any] = {
     "schedule_steps": 10_000,
 }
 
+# For many runs on two CPU cores: comparisons of forms of one agent.
+_SMALL: dict[str, Any] = {**_COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64}
+
 
 class TDMPCConfig(AgentConfig):
     """Settings of `TDMPC`; the defaults are the paper's (docs/reinforcement.md lists them beside their source)."""
@@ -55,8 +58,9 @@ class TDMPCConfig(AgentConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "compact": _COMPACT,
-        # For many runs on two CPU cores: comparisons of forms of one agent.
-        "small": {**_COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64},
+        "small": _SMALL,
+        # Too narrow a latent for what is seen, so that it matters what the model is trained for: objective mismatch.
+        "narrow": {**_SMALL, "latent_dim": 4},
     }
 
     batch_size: int | None = Field(None, ge=1)

@@ -52,6 +52,7 @@ class Refiner(Policy, ABC):
             raise ConfigError(
                 [f"base: it sees and returns {_seen(base.spec)}, the task gives {_seen(spec)}; leave out what differs"]
             )
+        self.draws = self.STOCHASTIC or (base is not None and _draws(base))
         self._base = (base,)  # in a tuple, where torch does not look for modules
         self._prepared: Tensor | None = None
 
@@ -72,7 +73,7 @@ class Refiner(Policy, ABC):
 
         Raises ShapeError if what it returns is not (B H A).
         """
-        count = 1 if isinstance(self.base, Policy) and not self.base.STOCHASTIC else samples
+        count = samples if _draws(self.base) else 1
         parts = []
         for batch in examples.in_order():
             obs = to_device(batch.obs, generator.device)
@@ -92,6 +93,11 @@ class Refiner(Policy, ABC):
         count = self._prepared.shape[1]
         drawn = torch.randint(count, batch.index.shape, generator=generator, device=generator.device)
         return self._prepared[batch.index.cpu(), drawn.cpu()].to(batch.actions)
+
+
+def _draws(base: Base) -> bool:
+    """Whether to expect something else at each call; of a base that is no policy nobody knows."""
+    return base.draws if isinstance(base, Policy) else True
 
 
 def _seen(spec: TaskSpec) -> str:

@@ -65,8 +65,9 @@ class StudyConfig(BaseModel):
     """What is seen; the paper's are pixels."""
     action_repeat: int | None = Field(None, ge=1)
     """Environment steps per decision; the paper's unless given. The published TD-MPC from states has 4 on most tasks."""
-    preset: Literal["paper", "compact", "small"] = "paper"
-    """Sizes of networks and planner; `compact` and `small` are for CPUs, and not comparable with the paper."""
+    preset: Literal["paper", "compact", "small", "narrow"] = "paper"
+    """Sizes of networks and planner; `compact` and `small` are for CPUs, and not comparable with the paper; `narrow` is small
+    with 4 latent dimensions, too few for the model that Eq. 3 wants."""
     budget: float | None = Field(None, ge=0)
     """Minutes after which no further run is started; those that run are finished. 0 only draws what exists."""
     jobs: int = Field(1, ge=1)

@@ -5,7 +5,7 @@ the paper's number; success, coverage above .95 at any step, beside it.
 """
 
 from difftori.studies._imitation import Arm
-from difftori.studies._pusht import PushTConfig, base, failure_rates, run_push_t
+from difftori.studies._pusht import SMALL, PushTConfig, base, failure_rates, run_push_t
 
 PAPER = {
     "ibc": "ibc",
@@ -36,7 +36,7 @@ def run(config: Config) -> None:
         if config.controls:
             arms.append(Arm(f"{name} twice as long", name, plain.settings, updates=2))
         if name == "diffusion":
-            arms.append(Arm(f"ibc on {name}", "ibc-base", base=name))
+            arms.append(Arm(f"ibc on {name}", "ibc-base", SMALL["ibc"] if config.sizes == "small" else {}, base=name))
         arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
         others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
         compared += [(f"DiffTORI on {name}", other) for other in others]

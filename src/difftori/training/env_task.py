@@ -1,6 +1,7 @@
 """An environment and recorded demonstrations of it as an imitation task: `--env pusht --demos PATH`."""
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from gymnasium.spaces import Box
 
 from difftori.components import find_env, make_env
+from difftori.data.download import find_demos
 from difftori.data.formats import read_demos
 from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
@@ -24,6 +26,8 @@ from difftori.training.rollouts import Episode, follow, named, play, wilson_inte
 from difftori.training.run import seeded
 from difftori.training.tasks import Act, Evaluation, ImitationTask
 from difftori.types import TaskSpec
+
+_log = logging.getLogger(__name__)
 
 VALIDATION = 0.02
 """Share of the episodes that is held out, at least one, as in Diffusion Policy and DP3."""
@@ -119,7 +123,7 @@ def env_task(
         seen = {key: values.shape[1:] for key, values in named(env.reset(seed=TEST_SEED)[0]).items()}
     finally:
         env.close()
-    whole = _recorded(Path(demos), module, obs or _default_obs(name), seen, len(low))
+    whole = _recorded(find_demos(demos, _log.warning), module, obs or _default_obs(name), seen, len(low))
     train, validation = whole.split(VALIDATION, seeded(seed, "held out episodes"))
     if num_train is not None:
         if num_train > len(train):

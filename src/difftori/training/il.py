@@ -1,6 +1,7 @@
 """Imitation: the loop, and the way from a run directory back to a policy."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from difftori.training.signals import StopSignal
 from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
+_log = logging.getLogger(__name__)
+
 Which: TypeAlias = Literal["best", "last"]
 """The weights with the least validation error, or those of the last update."""
 
@@ -50,6 +53,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
         policy = _build(config, task.spec)
         epochs = _epochs(settings, len(task.train))
         learner = Learner(policy, settings, epochs)
+        _warn_of_warmup(settings, epochs * math.ceil(len(task.train) / settings.batch_size))
         noise = run.generator("loss", device)
         if isinstance(policy, Refiner) and policy.has_base:
             samples = vars(settings).get("base_samples", 1)
@@ -95,6 +99,17 @@ def _epochs(settings: PolicyConfig, examples: int) -> int:
     if settings.updates is None:
         return settings.epochs
     return math.ceil(settings.updates / math.ceil(examples / settings.batch_size))
+
+
+def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
+    updates = settings.updates or updates
+    if settings.warmup >= updates:
+        _log.warning(
+            "warmup is %d of %d updates: the learning rate never comes to %g; shorten it",
+            settings.warmup,
+            updates,
+            settings.lr,
+        )
 
 
 def _build(config: TrainConfig, spec: TaskSpec) -> Policy:

@@ -1,0 +1,101 @@
+"""Public data sets by name: fetched from where their authors publish them, once, into a folder of the user's."""
+
+import os
+import shutil
+import stat
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.error import URLError
+
+from difftori.data.formats._writing import whole_folder
+from difftori.errors import DataError
+
+CACHE = "DIFFTORI_DATA"
+"""Environment variable that names the folder; ~/.cache/difftori unless it is set."""
+_BLOCK = 2**20
+_MOST = 8 * 2**30
+"""Bytes that an archive may unpack to."""
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A data set as its authors publish it: a zip archive, and the folder in it that is the data set."""
+
+    url: str
+    folder: str
+    origin: str
+
+
+PUBLIC = {
+    "pusht-human": PublicSet(
+        "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip",
+        "pusht/pusht_cchi_v7_replay.zarr",
+        "206 human demonstrations of Push-T (Chi et al., 2023)",
+    )
+}
+
+
+def find_demos(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
+    """The path that `name` means: itself if something is there, else a public data set's, downloaded if it is not here yet.
+
+    `say` hears of a download. Raises DataError if nothing has that name, or it cannot be fetched; then it says how to do
+    without.
+    """
+    path = Path(name)
+    if path.exists() or name not in PUBLIC:
+        return path
+    known = PUBLIC[name]
+    place = cache_folder() / PurePosixPath(known.folder).name
+    if not place.exists():
+        say(f"downloading {name}, {known.origin}, from {known.url} to {place}")
+        download(known, place)
+    return place
+
+
+def cache_folder() -> Path:
+    """Where public data sets are kept."""
+    given = os.environ.get(CACHE)
+    return Path(given) if given else Path.home() / ".cache" / "difftori"
+
+
+def download(known: PublicSet, place: Path) -> None:
+    """Fetch the archive and unpack its data set as `place`, which is there whole or not at all.
+
+    Nothing outside of the named folder is unpacked, and no links. Raises DataError.
+    """
+    archive = place.with_name(f"{place.name}.zip.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(known.url, timeout=60) as answer, archive.open("wb") as file:
+            shutil.copyfileobj(answer, file, _BLOCK)
+        with whole_folder(place) as folder:
+            _unpack(archive, PurePosixPath(known.folder), folder)
+    except (URLError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{known.url}: cannot be fetched ({error}); download and unpack it yourself, and name the folder by --demos"
+        ) from error
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def _unpack(archive: Path, wanted: PurePosixPath, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as source:
+        entries = [entry for entry in source.infolist() if PurePosixPath(entry.filename).is_relative_to(wanted)]
+        files = [entry for entry in entries if not entry.is_dir()]
+        if not files:
+            raise DataError(
+                f"{archive}: holds no {wanted}; its authors may have changed it: name another folder by --demos"
+            )
+        if sum(entry.file_size for entry in files) > _MOST:
+            raise DataError(f"{archive}: unpacks to more than {_MOST} bytes; look at it before you use it")
+        for entry in files:
+            inner = PurePosixPath(entry.filename).relative_to(wanted)
+            if ".." in inner.parts or stat.S_ISLNK(entry.external_attr >> 16):
+                raise DataError(f"{archive}: {entry.filename} leads out of the archive; do not use it")
+            target = folder.joinpath(*inner.parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source.open(entry) as content, target.open("wb") as file:
+                shutil.copyfileobj(content, file, _BLOCK)

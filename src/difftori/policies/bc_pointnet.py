@@ -1,0 +1,111 @@
+"""Behaviour cloning from point clouds, as ManiSkill2-Learn has it."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.errors import ShapeError
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.nets import mlp
+from difftori.policies._units import Units, whole_plans
+from difftori.types import Latents, Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
+
+
+class BCPointNetConfig(PolicyConfig):
+    """Settings of `BCPointNet`. ManiSkill2-Learn counts 50,000 updates: `--updates 50000`."""
+
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(256, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    point_layers: tuple[int, ...] = Field((64, 128, 512), min_length=1)
+    """Widths of the layers that each point passes; the last is the number of features of a cloud."""
+    hidden: tuple[int, ...] = (256,)
+    """Widths of the hidden layers behind; ManiSkill2-Learn has two of 256 for soft bodies."""
+
+
+@final
+class PointFeatures(nn.Module):
+    """Clouds (… N C) → (… width): layers with LayerNorm and ReLU for each point alone, and the maximum over points.
+
+    PointNet (Qi et al., 2017) without its transforms. C is any number of columns: xyz, colours, masks.
+    """
+
+    def __init__(self, columns: int, widths: tuple[int, ...]):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((columns, *widths), widths, strict=False):
+            # The bias of the normalisation serves for the layer's.
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.LayerNorm(outputs, eps=1e-6), nn.ReLU()]
+        self.points = nn.Sequential(*layers)
+
+    def forward(self, clouds: Float[Tensor, "... N C"]) -> Float[Tensor, "... F"]:
+        """(… N C) → (… F)."""
+        return self.points(clouds).amax(-2)
+
+
+@final
+class BCPointNet(Policy):
+    """[PointNet of each cloud, the vectors] → MLP → tanh: the executed actions, trained on their mean squared error.
+
+    Clouds of each of the O observations pass the same PointNet; vectors stand as they are. The last layer begins near
+    zero, so that the first policy acts in the middle of the box, which must be finite (BoxError). Raises ShapeError for a task
+    without a cloud, or with pictures.
+    Source: ManiSkill2-Learn's BC (Gu et al., 2023), whose settings are the defaults.
+
+    Differs from ManiSkill2-Learn: observations are normalised to the training data's range, there only colours are.
+    """
+
+    name = "bc-pointnet"
+    Config = BCPointNetConfig
+    WINDOW = (1, 1, 1)
+
+    def __init__(self, config: BCPointNetConfig, spec: TaskSpec):
+        super().__init__(config, spec)
+        clouds = {name: entry.shape[-1] for name, entry in spec.obs.items() if len(entry.shape) == 2}
+        others = {name: entry.shape for name, entry in spec.obs.items() if name not in clouds}
+        strange = [name for name, shape in others.items() if len(shape) != 1]
+        if strange or not clouds:
+            raise ShapeError(
+                f"bc-pointnet reads point clouds (points, columns) and vectors; the task shows "
+                f"{ {name: entry.shape for name, entry in spec.obs.items()} }: choose another obs, or policy"
+            )
+        self.units = Units(spec, self.name)
+        self.clouds = nn.ModuleDict(
+            {f"obs_{name}": PointFeatures(columns, config.point_layers) for name, columns in clouds.items()}
+        )
+        seen = len(clouds) * config.point_layers[-1] + sum(shape[0] for shape in others.values())
+        self.net = mlp((spec.observe * seen, *config.hidden, spec.execute * spec.action_dim))
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.weight.mul_(0.01)
+            last.bias.zero_()
+
+    def predict(self, obs: WindowObs) -> PartPlans:
+        """The executed actions (B P A) in the task's units, with their graph."""
+        raw = self.net(self._features(self.units.obs(obs))).unflatten(1, (self.spec.execute, self.spec.action_dim))
+        low, high = self.units.low, self.units.high
+        return (low + high) / 2 + (high - low) / 2 * raw.tanh()
+
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """Mean squared error of the executed actions; draws nothing from `generator`."""
+        loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, self.spec.present])
+        return loss, {"action_mse": loss.item()}
+
+    @torch.no_grad()
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The executed actions amid their repetitions (B H A); deterministic, draws nothing from `generator`."""
+        executed = self.predict(obs).clamp(self.units.low, self.units.high)  # a rounding error may lead out
+        return whole_plans(executed, self.spec)
+
+    def _features(self, obs: WindowObs) -> Latents:
+        """Normalised observations in one row (B F)."""
+        rows = []
+        for name, values in obs.items():
+            part = f"obs_{name}"
+            rows.append((self.clouds[part](values) if part in self.clouds else values).flatten(1))
+        return torch.cat(rows, -1)

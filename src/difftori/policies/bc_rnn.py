@@ -1,0 +1,131 @@
+"""Behaviour cloning by a recurrent network with a mixture of Gaussians: BC-RNN-GMM of robomimic."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.pictures import Pictures
+from difftori.models.window_encoder import WindowEncoder
+from difftori.policies._units import Units
+from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
+
+LOW_NOISE = 1e-4
+"""Standard deviation of every mode when it acts with low noise, in units of the training data's range."""
+
+
+class BCRNNGMMConfig(PolicyConfig):
+    """Settings of `BCRNNGMM`. robomimic counts 600 epochs of 500 updates: `--updates 300000`."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "image": {},
+        "state": {"hidden": 400, "batch_size": 100},
+        "small": {"hidden": 128, "lr": 1e-3, "batch_size": 64},
+    }
+    preset: str = "image"
+    """`image`: robomimic's settings for pictures, DiffTORI's base. `state`: robomimic's for states. `small`: for a CPU."""
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(16, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hidden: int = Field(1000, ge=1)
+    """Units of each recurrent layer."""
+    layers: int = Field(2, ge=1)
+    """Recurrent layers."""
+    modes: int = Field(5, ge=1)
+    """Gaussians of the mixture."""
+    min_std: float = Field(1e-4, gt=0)
+    """What is added to each standard deviation, in units of the training data's range."""
+    low_noise: bool = True
+    """Act with a standard deviation of 1e-4 instead of the learned one: the mean of a mode that is drawn."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
+
+
+@final
+@dataclass(frozen=True)
+class Mixture:
+    """Σ_m π_m N(µ_m, diag σ_m²) for each step: `logits` (B H M), `means` and `stds` (B H M A)."""
+
+    logits: Float[Tensor, "B H M"]
+    means: Float[Tensor, "B H M A"]
+    stds: Float[Tensor, "B H M A"]
+
+    def log_prob(self, actions: Plans) -> Float[Tensor, "B H"]:
+        """log Σ_m π_m Π_a N(a; µ_ma, σ_ma²)."""
+        away = (actions.unsqueeze(-2) - self.means) / self.stds
+        inside = (-0.5 * away.square() - self.stds.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return (self.logits.log_softmax(-1) + inside).logsumexp(-1)
+
+    def sample(self, generator: torch.Generator) -> Plans:
+        """A draw for each row (B H A). One draw of the mode serves all steps of a row, so that a plan keeps to a mode."""
+        rows, _, modes = self.logits.shape
+        uniform = torch.rand((rows, 1, modes), generator=generator, dtype=self.logits.dtype, device=self.logits.device)
+        # argmax of logits plus Gumbel noise is a draw from softmax(logits)
+        chosen = (self.logits - (-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()).argmax(-1)
+        index = chosen[..., None, None].expand(-1, -1, 1, self.means.shape[-1])
+        mean, std = (values.gather(-2, index).squeeze(-2) for values in (self.means, self.stds))
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + std * noise
+
+
+@final
+class BCRNNGMM(Policy):
+    """A mixture of Gaussians over each step's action from an LSTM over the observations, trained on −log p(a*).
+
+        h_t = LSTM(features of o_t, h_{t−1});   (logits, µ, σ)_t = linear(h_t);   µ through tanh, σ = softplus + `min_std`
+
+    In units of the training data's range, [−1, 1]. The loss is the mean over rows and all H steps of the window. The LSTM
+    starts from zeros at the oldest observation. Steps after the present (H > O) see the last observation again.
+    Source: Mandlekar et al. (2021), "What Matters in Learning from Offline Human Demonstrations", and robomimic's code.
+
+    Differs from robomimic: there, the hidden state is carried from step to step and set to zeros every 10 steps, so that
+    an action follows from 1 to 10 observations. Policies here are functions of the last O observations: every action that
+    is executed follows from O of them, at O times the computation. Windows reach before an episode's first step, by
+    repeating it, because acting begins so. Actions are normalised by their range, theirs by hand to [−1, 1].
+    """
+
+    name = "bc-rnn-gmm"
+    Config = BCRNNGMMConfig
+    WINDOW = (10, 10, 1)
+    STOCHASTIC = True
+
+    def __init__(self, config: BCRNNGMMConfig, spec: TaskSpec):
+        super().__init__(config, spec)
+        self.settings = config
+        self.units = Units(spec, self.name)
+        self.frame = WindowEncoder(replace(spec, observe=1), config.pictures)
+        self.lstm = nn.LSTM(self.frame.width, config.hidden, config.layers, batch_first=True)
+        self.head = nn.Linear(config.hidden, config.modes * (2 * spec.action_dim + 1))
+
+    def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
+        """Normalised observations → the mixture of each of the H steps, in units; `crops` as `WindowEncoder` has it."""
+        rows, seen, steps = len(next(iter(obs.values()))), self.spec.observe, self.spec.horizon
+        features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
+        features = features.unflatten(0, (rows, seen))
+        features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)
+        hidden, _ = self.lstm(features)
+        modes, size = self.settings.modes, self.spec.action_dim
+        logits, means, raw = self.head(hidden).split((modes, modes * size, modes * size), -1)
+        stds = F.softplus(raw) + self.settings.min_std
+        return Mixture(logits, means.tanh().unflatten(-1, (modes, size)), stds.unflatten(-1, (modes, size)))
+
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of pictures alone."""
+        window = self.units(batch)
+        mixture = self.predict(window.obs, generator)
+        loss = -mixture.log_prob(window.actions).mean()
+        return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}
+
+    @torch.no_grad()
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """A draw of the actions (B H A): the mean of one mode of each row, but for 1e-4, with `low_noise`."""
+        mixture = self.predict(self.units.obs(obs))
+        if self.settings.low_noise:
+            mixture = replace(mixture, stds=torch.full_like(mixture.stds, LOW_NOISE))
+        return self.units.task(mixture.sample(generator))

@@ -1,0 +1,178 @@
+"""Implicit behavioural cloning around a base: the energy of IBC, searched near another policy's actions."""
+
+from functools import partial
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from difftori.interfaces import PolicyConfig
+from difftori.models.pictures import Pictures
+from difftori.models.window_encoder import WindowEncoder
+from difftori.policies._energy import (
+    ActionScore,
+    Candidates,
+    DerivativeFree,
+    Langevin,
+    around,
+    best,
+    finite,
+    info_nce,
+    uniform,
+)
+from difftori.policies._units import Units
+from difftori.policies.refiner import Base, Refiner
+from difftori.types import Latents, Metrics, Plans, Points, Scalar, TaskSpec, Window, WindowObs
+
+
+class IBCBaseConfig(PolicyConfig):
+    """Settings of `IBCBase`. The energy is `ibc`'s; what is done with the base is ours: the paper does not say."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {},
+        "small": {
+            "hidden": (256, 256, 256),
+            "num_negatives": 64,
+            "samples": 256,
+            "lr": 1e-3,
+            "warmup": 0,
+            "batch_size": 64,
+            "epochs": 100,
+        },
+    }
+    preset: str = "paper"
+    """`paper`: the sizes of `ibc`. `small`: for a CPU."""
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = Field(500, ge=0)
+    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    beta1: float = Field(0.95, ge=0, lt=1)
+    epochs: int = Field(300, ge=1)
+    batch_size: int = Field(128, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
+    """Widths of the energy's hidden layers."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the hidden values that is dropped in training."""
+    num_negatives: int = Field(1024, ge=4)
+    """Actions that the expert's is contrasted with: the base's, and others in the shares below."""
+    near_base: float = Field(0.5, ge=0, le=1)
+    """Share of the negatives that lies around the base's action."""
+    near_expert: float = Field(0.25, ge=0, le=1)
+    """Share that lies around the expert's. The others are drawn uniformly."""
+    negative_std: float = Field(0.3, gt=0)
+    """How far around: σ of each negative is drawn uniformly up to this, in half-widths of the training data's range."""
+    positive_noise: float = Field(1e-4, ge=0)
+    """σ of Gaussian noise on the expert's action, in the same units."""
+    base_samples: int = Field(8, ge=1)
+    """How many times a base that draws is asked for its actions at each training window."""
+    inference: Literal["derivative-free", "gradient"] = "derivative-free"
+    """How a better action is sought: among candidates around the base's, or by gradient steps from it, without noise."""
+    samples: int = Field(1024, ge=2)
+    """Candidates of each row when it acts, the base's action always among them."""
+    search_steps: int = Field(5, ge=1)
+    """How often derivative-free inference scores its candidates."""
+    search_std: float = Field(0.05, ge=0)
+    """σ of the first candidates around the base, and of their moves after the first resampling, in the same units."""
+    search_shrink: float = Field(0.5, gt=0, le=1)
+    """By what this is multiplied each time."""
+    gradient_steps: int = Field(10, ge=1)
+    """Steps of `gradient`, each at most a tenth of a half-width."""
+    advantage: float = Field(0.0, ge=0)
+    """The base's action is replaced only by one whose score is higher by this, in nats."""
+    at_once: int = Field(2**18, ge=1)
+    """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
+
+
+@final
+class IBCBase(Refiner):
+    """â = the action of least energy E_θ(s, a) that is found near the base's, which is itself always a candidate.
+
+    E is `ibc`'s, over all actions that are executed as one vector, and learned by InfoNCE: the expert's actions against
+    the base's own, others around the base's and around the expert's, and uniform ones. If no candidate has less energy
+    than the base's actions, they are returned bit for bit: refining can be declined. In units of the training data's
+    range, inside the box.
+
+    Wan et al. (2024) report IBC on a base and do not say how it was done; this is one fair reading.
+    """
+
+    name = "ibc-base"
+    Config = IBCBaseConfig
+    STOCHASTIC = True
+
+    def __init__(self, config: IBCBaseConfig, spec: TaskSpec, base: Base | None = None):
+        super().__init__(config, spec, base)
+        self.settings = config
+        self.units = Units(spec, self.name)
+        self.window = WindowEncoder(spec, config.pictures)
+        variables = spec.execute * spec.action_dim
+        self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
+        self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
+        self.climb = Langevin(config.gradient_steps, noise=0.0)
+
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """InfoNCE; how often the expert's action had the least energy, and how often less than the base's."""
+        window = self.units(batch)
+        target = window.actions[:, self.spec.present].flatten(1)
+        base = self._executed(self.base_plans(batch, generator=generator))
+        noise = torch.randn(target.shape, generator=generator, dtype=target.dtype, device=target.device)
+        expert = target + self.settings.positive_noise * noise
+        negatives = self._negatives(base, target, generator)
+        candidates = torch.cat((expert.unsqueeze(0), base.unsqueeze(0), negatives))
+        features = self.window(window.obs, generator)
+        scores = self.score.in_parts(features, candidates, at_once=self.settings.at_once, generator=generator)
+        loss, found = info_nce(scores)
+        over_base = (scores[0] > scores[1]).float().mean().item()
+        return loss, {"info_nce": loss.item(), "expert_first": found, "expert_over_base": over_base}
+
+    @torch.no_grad()
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The base's actions (B H A), those that are executed replaced where better ones were found."""
+        plans = self.base.act(obs, generator=generator).clamp(self.units.low, self.units.high)
+        features = self.window(self.units.obs(obs))
+        candidates = self._candidates(features, self._executed(plans), generator)
+        scores = finite(self.score.in_parts(features, candidates, at_once=self.settings.at_once))
+        # Equal energies may differ by rounding, and the base counts as the better of equals.
+        rounding = 32 * torch.finfo(scores.dtype).eps * scores[0].abs().clamp_min(1.0)
+        better = scores.amax(0) > scores[0] + self.settings.advantage + rounding
+        executed = plans[:, self.spec.present]
+        found = self.units.task(best(candidates, scores).reshape(executed.shape))
+        plans[:, self.spec.present] = torch.where(better[:, None, None], found, executed)
+        return plans
+
+    def _candidates(self, features: Latents, base: Points, generator: torch.Generator) -> Candidates:
+        """The base's actions first, and what was found from them."""
+        bounds, settings = self._bounds(), self.settings
+        if settings.inference == "gradient":
+            slopes = partial(self.score.slopes, features)
+            return torch.cat(
+                (base.unsqueeze(0), self.climb.run(slopes, base.unsqueeze(0), *bounds, generator=generator))
+            )
+        others = around(base, settings.samples - 1, settings.search_std, *bounds, generator)
+        score = partial(self.score.in_parts, features, at_once=settings.at_once)
+        return self.search.run(score, torch.cat((base.unsqueeze(0), others)), *bounds, generator=generator, keep=1)
+
+    def _negatives(self, base: Points, target: Points, generator: torch.Generator) -> Candidates:
+        """All but the base's own action: around it, around the expert's, and uniform."""
+        settings = self.settings
+        count = settings.num_negatives - 1
+        by_base = round(settings.near_base * count)
+        by_expert = min(round(settings.near_expert * count), count - by_base)
+        bounds = self._bounds()
+        near = torch.cat((base.expand(by_base, -1, -1), target.expand(by_expert, -1, -1)))
+        draws = torch.rand((*near.shape[:2], 1), generator=generator, dtype=near.dtype, device=near.device)
+        noise = torch.randn(near.shape, generator=generator, dtype=near.dtype, device=near.device)
+        near = (near + settings.negative_std * draws * noise).clamp(*bounds)
+        return torch.cat((near, uniform(count - by_base - by_expert, len(base), *bounds, generator)))
+
+    def _executed(self, plans: Plans) -> Points:
+        """The actions of (B H A) that are executed, in units, in one row each (B n)."""
+        return self.units.of(plans[:, self.spec.present]).flatten(1)
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest of each variable."""
+        return self.units.least.repeat(self.spec.execute), self.units.greatest.repeat(self.spec.execute)
