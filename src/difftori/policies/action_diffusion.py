@@ -28,7 +28,7 @@ class ActionDiffusionConfig(PolicyConfig):
     beta1: float = Field(0.95, ge=0, lt=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     ema: float = Field(0.9999, ge=0, lt=1)
-    dims: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field((512, 1024, 2048), min_length=1)
+    dims: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = (512, 1024, 2048)
     """Channels of the U-Net at each depth, multiples of 8."""
     step_width: int = Field(128, ge=2, multiple_of=2)
     """Features of the noise step."""
