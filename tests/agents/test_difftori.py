@@ -1,21 +1,18 @@
 """The term that makes DiffTORI: its gradient, its schedules, its options."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from difftori.agents import difftori
 from difftori.components import find_agent
 from difftori.errors import ConfigError
 from tests.agents.test_every_agent import STATES, TINY, act, build, segment
+from tests.agents.test_every_agent import lively as lively_agent
 
-
-def lively(**settings):
-    agent = build("difftori", **{"schedule_steps": 0, **settings})
-    g = torch.Generator().manual_seed(7)
-    for parameter in agent.parameters():
-        parameter.data.normal_(std=0.3, generator=g)
-    return agent
+lively = partial(lively_agent, "difftori")
 
 
 @pytest.mark.parametrize(
@@ -51,16 +48,29 @@ def _names(agent):
     return [f"{learned[n]}.{p}" for n, net in agent.pg_descent.networks.items() for p, _ in net.named_parameters()]
 
 
-def test_an_episode_is_the_sum_of_its_states():
-    episode = torch.randn(9, 5, generator=torch.Generator().manual_seed(2))
-    summed, single = lively(init_std=0.0), lively(init_std=0.0)
-    summed.updates = single.updates = 1
-    parts = [single.pg_descent.gradient(single.policy_gradient_loss(o[None], torch.Generator())) for o in episode]
-    total = [sum(p) for p in zip(*parts, strict=True)]
-    single.pg_descent.step(total)
-    summed.end_episode(episode, generator=torch.Generator())
-    for a, b in zip(summed.model.parameters(), single.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+@pytest.mark.parametrize("pg", ["per-episode", "per-step"])
+def test_an_episode_is_the_sum_of_its_states(pg, monkeypatch):
+    monkeypatch.setattr(difftori, "_ROWS_AT_ONCE", 4)  # nine states in three solves
+    agent = lively(pg=pg, pg_coef=3.0, init_std=0.0).double()
+    agent.updates = 1
+    episode = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parts, losses = [], []
+    for state in episode:
+        loss = agent.policy_gradient_loss(state[None], torch.Generator())
+        parts.append(agent.pg_descent.gradient(3.0 * loss))
+        losses.append(loss.item())
+    for name, *each in zip(_names(agent), *parts, strict=True):
+        if name.endswith("weight"):  # the last biases move no plan
+            assert sum(bool(part.abs().max() > 1e-6) for part in each) >= 3, name
+    expected = parts if pg == "per-step" else [[sum(p) for p in zip(*parts, strict=True)]]
+    taken = []
+    monkeypatch.setattr(agent.pg_descent, "step", lambda gradient: taken.append(gradient) or 0.0)
+    metrics = agent.end_episode(episode, generator=torch.Generator())
+    assert len(taken) == len(expected)
+    for gradient, sought in zip(taken, expected, strict=True):
+        for name, a, b in zip(_names(agent), gradient, sought, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert metrics["pg_loss"] == pytest.approx(sum(losses) / 9)
 
 
 def test_the_term_moves_only_what_it_may():

@@ -21,6 +21,15 @@ def build(name: str, spec: EnvSpec = STATES, **settings):
     return kind(kind.Config(**{**TINY, "prior_samples": 2, "channels": 4, **settings}), spec)
 
 
+def lively(name: str, spec: EnvSpec = STATES, **settings):
+    """An agent of random weights throughout: freshly built, its last layers are zeros, and nothing depends on anything."""
+    agent = build(name, spec, **{"schedule_steps": 0, **settings})
+    g = torch.Generator().manual_seed(7)
+    for parameter in agent.parameters():
+        parameter.data.normal_(std=0.3, generator=g)
+    return agent
+
+
 def segment(spec: EnvSpec = STATES, *, steps: int = 3, rows: int = 8, seed: int = 0) -> Segment:
     g = torch.Generator().manual_seed(seed)
     shape = (steps + 1, rows, *spec.obs_shape)
@@ -64,30 +73,69 @@ def test_acts_in_the_box_and_learns(name, spec):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_a_row_acts_alone_as_in_company(name):
-    agent = build(name)
-    for _ in range(3):
-        agent.update(segment(), generator=torch.Generator().manual_seed(0))
-    obs = segment().obs[0]
-    settings = {} if name == "tdmpc" else {"init_std": 0.0}
-    agent = build(name, **settings, prior_samples=0)
-    together, _ = act(agent, obs)
-    if name == "tdmpc":  # its elites are drawn row by row from one generator: the first row draws first
-        alone = act(agent, obs[:1])[0]
-        torch.testing.assert_close(alone, together[:1], atol=1e-5, rtol=0)
-    else:
-        alone = torch.cat([act(agent, row[None])[0] for row in obs])
-        torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+# Without noise that is drawn row by row: a row alone meets the same as in company.
+UNDRAWN = {"tdmpc": {"prior_samples": 0}, "difftori": {"init_std": 0.0}}
+WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_a_first_row_forgets_the_last_episode(name):
-    agent = build(name)
-    obs = segment().obs[0][:2]
-    _, memory = act(agent, obs)
-    first = torch.ones(2, dtype=torch.bool)
-    torch.testing.assert_close(act(agent, obs, memory, first=first)[0], act(agent, obs)[0], rtol=0, atol=0)
+def test_a_row_acts_alone_as_in_company(name, monkeypatch):
+    monkeypatch.setattr(torch, "multinomial", lambda weights, count, **options: weights.topk(count, 1).indices)
+    agent = lively(name, **UNDRAWN.get(name, {})).double()
+    obs, later = segment().obs[:2, :5].double()
+    together, memory = act(agent, obs)
+    again, _ = act(agent, later, memory, first=torch.zeros(5, dtype=torch.bool))
+    assert varied(together)
+    assert varied(again)
+    for row in range(len(obs)):
+        alone, own = act(agent, obs[row, None])
+        torch.testing.assert_close(alone, together[row, None], atol=1e-9, rtol=0)
+        torch.testing.assert_close(own["plan"], memory["plan"][row, None], atol=1e-9, rtol=0)
+        alone, _ = act(agent, later[row, None], own, first=torch.zeros(1, dtype=torch.bool))
+        torch.testing.assert_close(alone, again[row, None], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_what_others_see_is_nothing_to_a_row(name, explore):
+    agent = lively(name).double()
+    obs, others = segment().obs[0].double(), segment(seed=1).obs[0].double()
+    before, _ = act(agent, obs, explore=explore)
+    assert varied(before)
+    for row in (0, 3, 7):
+        mixed = others.clone()
+        mixed[row] = obs[row]
+        after, _ = act(agent, mixed, explore=explore)
+        torch.testing.assert_close(after[row], before[row], atol=1e-9, rtol=0)
+        assert varied(after)
+
+
+def varied(actions: torch.Tensor) -> bool:
+    """Whether at least half of the rows of (B A) differ by more than rounding, so that a mixture of rows would show."""
+    return len(actions.mul(1e3).round().unique(dim=0)) > len(actions) // 2
+
+
+@pytest.mark.parametrize(("name", "settings"), [*WITH_MEMORY, ("difftori", {"init": "prior"})])
+def test_a_first_row_forgets_the_last_episode(name, settings):
+    agent = lively(name, **settings)
+    obs, earlier = segment().obs[0], segment().obs[1]
+    _, memory = act(agent, earlier)
+    fresh, _ = act(agent, obs)
+    forgotten, _ = act(agent, obs, memory, first=torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(forgotten, fresh, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "settings"), WITH_MEMORY)
+def test_each_row_forgets_or_goes_on_by_its_own_flag(name, settings):
+    agent = lively(name, **settings)
+    obs, earlier = segment().obs[0], segment().obs[1]
+    _, memory = act(agent, earlier)
+    fresh, _ = act(agent, obs)
+    going_on, _ = act(agent, obs, memory, first=torch.zeros(8, dtype=torch.bool))
+    assert ((going_on - fresh).abs().amax(1) > 1e-4).any()
+    first = torch.arange(8) % 2 == 0
+    mixed, _ = act(agent, obs, memory, first=first)
+    torch.testing.assert_close(mixed, torch.where(first[:, None], fresh, going_on), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", AGENTS)

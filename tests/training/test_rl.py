@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning: it learns, stops, resumes exactly, survives failures, and says what is wrong."""
+"""The loop of reinforcement learning: it stops, resumes exactly, survives failures, and says what is wrong."""
 
 import json
 import os
@@ -32,14 +32,6 @@ def config(agent="difftori", env="probe:one-step", steps=200, settings=None, **v
 def digest(run_dir: Path) -> str:
     agent, _, _ = rl.load_agent(run_dir)
     return weights_digest(agent)
-
-
-@pytest.mark.parametrize("agent", ["difftori", "tdmpc"])
-def test_solves_the_one_step_probe(agent, tmp_path):
-    settings = {"lr": 1e-2, "horizon": 1, "seed_steps": 100, "schedule_steps": 150}
-    summary = rl.train(config(agent, steps=220, eval_every=500, settings=settings), tmp_path, progress=False)
-    assert summary["return"] > 0.95  # the optimum is 1, random actions get about .3
-    assert summary["updates"] == 220
 
 
 QUICK = {"updates_per_step": 0.04, "plan_steps": 1, "horizon": 1, "pg_steps": 1}
