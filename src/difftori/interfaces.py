@@ -52,7 +52,7 @@ class PolicyConfig(Settings):
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` falls to zero over the epochs."""
+    """`cosine` falls to zero over the epochs, or over `updates` where they are given."""
     warmup: int = Field(0, ge=0)
     """Updates over which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)

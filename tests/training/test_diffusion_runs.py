@@ -61,7 +61,7 @@ def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
     policy, _ = load_policy(tmp_path / "refined", "last")
     assert isinstance(policy, DiffTORI)
     task = open_task(wish)
-    policy.prepare(task.train, samples=3, generator=torch.Generator().manual_seed(0))
+    policy.prepare(task.train, samples=3, at_most=10**9, generator=torch.Generator().manual_seed(0))
     batch = next(task.train.in_order(1))
     drawn = {policy.base_plans(batch, generator=torch.Generator().manual_seed(s)).sum().item() for s in range(20)}
     assert len(drawn) == 3

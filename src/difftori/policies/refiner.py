@@ -68,31 +68,39 @@ class Refiner(Policy, ABC):
         """Whether there is one."""
         return self._base[0] is not None
 
-    def prepare(self, examples: Examples, *, samples: int, generator: torch.Generator) -> None:
+    def prepare(self, examples: Examples, *, samples: int, at_most: int, generator: torch.Generator) -> None:
         """Ask the base what it would do at every window of the training set, `samples` times if it draws.
 
-        Raises ShapeError if what it returns is not (B H A).
+        Where that is more than the `at_most` windows that training will see, nothing is prepared: the base is asked in every
+        batch. Raises ShapeError if what it returns is not (B H A).
         """
         count = samples if _draws(self.base) else 1
+        if count * len(examples) > at_most:
+            return
         parts = []
         for batch in examples.in_order():
             obs = to_device(batch.obs, generator.device)
-            drawn = [self.base.act(obs, generator=generator).cpu() for _ in range(count)]
-            if drawn[0].shape != batch.actions.shape:
-                raise ShapeError(
-                    f"base: it returned {tuple(drawn[0].shape)} for {len(batch.index)} windows; it must be (B H A) = "
-                    f"{tuple(batch.actions.shape)}, from the oldest observation on"
-                )
+            drawn = [_fitting(self.base.act(obs, generator=generator), batch).cpu() for _ in range(count)]
             parts.append(torch.stack(drawn, 1))
         self._prepared = torch.cat(parts)
 
     def base_plans(self, batch: Window, *, generator: torch.Generator) -> Plans:
         """The base's actions (B H A) for a training batch: one of the prepared samples, or afresh."""
         if self._prepared is None:
-            return self.base.act(batch.obs, generator=generator)
+            return _fitting(self.base.act(batch.obs, generator=generator), batch)
         count = self._prepared.shape[1]
         drawn = torch.randint(count, batch.index.shape, generator=generator, device=generator.device)
         return self._prepared[batch.index.cpu(), drawn.cpu()].to(batch.actions)
+
+
+def _fitting(plans: Tensor, batch: Window) -> Tensor:
+    """What a base returned, if its shape is right."""
+    if plans.shape != batch.actions.shape:
+        raise ShapeError(
+            f"base: it returned {tuple(plans.shape)} for {len(batch.index)} windows; it must be (B H A) = "
+            f"{tuple(batch.actions.shape)}, from the oldest observation on"
+        )
+    return plans
 
 
 def _draws(base: Base) -> bool:

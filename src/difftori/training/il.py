@@ -53,11 +53,16 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
         policy = _build(config, task.spec)
         epochs = _epochs(settings, len(task.train))
         learner = Learner(policy, settings, epochs)
-        _warn_of_warmup(settings, epochs * math.ceil(len(task.train) / settings.batch_size))
+        updates = settings.updates or epochs * math.ceil(len(task.train) / settings.batch_size)
+        _warn_of_warmup(settings, updates)
         noise = run.generator("loss", device)
         if isinstance(policy, Refiner) and policy.has_base:
-            samples = vars(settings).get("base_samples", 1)
-            policy.prepare(task.train, samples=samples, generator=seeded(config.seed, "base actions", device))
+            policy.prepare(
+                task.train,
+                samples=vars(settings).get("base_samples", 1),
+                at_most=updates * settings.batch_size,
+                generator=seeded(config.seed, "base actions", device),
+            )
         if (checkpoint := run.restore()) is not None:
             learner.load(checkpoint.state["learner"])
 
@@ -102,7 +107,6 @@ def _epochs(settings: PolicyConfig, examples: int) -> int:
 
 
 def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
-    updates = settings.updates or updates
     if settings.warmup >= updates:
         _log.warning(
             "warmup is %d of %d updates: the learning rate never comes to %g; shorten it",

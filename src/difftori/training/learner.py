@@ -160,7 +160,9 @@ class Learner:
         rising = min(1.0, (self.place.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         if self.settings.lr_schedule == "constant":
             return rising
-        return rising * 0.5 * (1.0 + math.cos(math.pi * self.place.epoch / self.epochs))
+        updates = self.settings.updates
+        passed = self.place.epoch / self.epochs if updates is None else self.place.step / updates
+        return rising * 0.5 * (1.0 + math.cos(math.pi * passed))
 
     def _trained_parameters(self) -> list[Tensor]:
         """The parameters trained in this epoch; the others lose their gradients, so that the optimiser passes by."""

@@ -32,8 +32,8 @@ def refine(
     """Train DiffTORI to refine the actions of `base` on these episodes; the policy that then acts.
 
     `base`: from the last O = `observe` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
-    observation on, in the task's own units; a function, or anything with `act(obs, *, generator)`. It is asked once for
-    its actions at every window, `settings.base_samples` times, and is not trained. `low` and `high` bound the actions, A numbers
+    observation on, in the task's own units; a function, or anything with `act(obs, *, generator)`. It is asked for
+    its actions at every window, `settings.base_samples` times, or in every batch where that is less, and is not trained. `low` and `high` bound the actions, A numbers
     each. Of a plan `execute` actions are to be executed, `actions[:, O − 1 : O − 1 + execute]`, and these are refined.
     `watch` gets the mean metrics of each pass over the windows. The same seed gives the same policy, on the CPU bit by bit.
 
@@ -46,10 +46,15 @@ def refine(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         refined = DiffTORI(settings, spec, base if isinstance(base, Base) else FunctionBase(base)).to(device)
-    refined.prepare(windows, samples=settings.base_samples, generator=seeded(seed, "base actions", device))
     noise = seeded(seed, "loss", device)
     passes = math.ceil(len(windows) / settings.batch_size)
     epochs = settings.epochs if settings.updates is None else math.ceil(settings.updates / passes)
+    refined.prepare(
+        windows,
+        samples=settings.base_samples,
+        at_most=epochs * passes * settings.batch_size,
+        generator=seeded(seed, "base actions", device),
+    )
     learner = Learner(refined, settings, epochs)
     for epoch in range(epochs):
         for batch in windows.batches(settings.batch_size, seeded(seed, f"order of epoch {epoch}")):

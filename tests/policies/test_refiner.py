@@ -1,0 +1,105 @@
+"""What refiners share: the frozen base, and how often it is asked."""
+
+import pytest
+import torch
+
+from difftori.errors import ConfigError, ShapeError
+from difftori.policies.bc import BC, BCConfig
+from difftori.policies.refiner import FunctionBase
+from difftori.policies.residual import Residual, ResidualConfig
+from difftori.types import TaskSpec, Window
+from tests.policies.specs import CLOUDS, VECTORS, demonstrations, generator
+
+
+class Counting:
+    """A base whose k-th call returns k everywhere, and draws once."""
+
+    def __init__(self, horizon: int = 8):
+        self.calls, self.horizon = 0, horizon
+
+    def act(self, obs, *, generator):
+        self.calls += 1
+        torch.rand(1, generator=generator)
+        return torch.full((len(obs["state"]), self.horizon, 2), float(self.calls))
+
+
+class Set:
+    """Ten windows, four at a time."""
+
+    whole = demonstrations(VECTORS, 10)
+
+    def __len__(self):
+        return 10
+
+    def batches(self, batch_size, generator):
+        return self.in_order(batch_size)
+
+    def in_order(self, batch_size=4):
+        for index in torch.arange(10).split(batch_size):
+            obs = {name: values[index] for name, values in self.whole.obs.items()}
+            yield Window(obs, self.whole.actions[index], index)
+
+
+def refiner(base) -> Residual:
+    return Residual(ResidualConfig(), VECTORS, base)
+
+
+def test_prepared_samples_are_looked_up_and_all_of_them_are_used():
+    base = Counting()
+    policy = refiner(base)
+    policy.prepare(Set(), samples=3, at_most=1000, generator=generator())
+    assert base.calls == 9, "three batches, three times"
+    first = next(Set().in_order())
+    drawn = {float(policy.base_plans(first, generator=generator(seed))[0, 0, 0]) for seed in range(40)}
+    assert drawn == {1.0, 2.0, 3.0}
+    last = list(Set().in_order())[-1]
+    drawn = {float(policy.base_plans(last, generator=generator(seed))[0, 0, 0]) for seed in range(40)}
+    assert drawn == {7.0, 8.0, 9.0}
+    assert base.calls == 9
+
+
+def test_where_training_is_short_the_base_is_asked_in_every_batch():
+    base = Counting()
+    policy = refiner(base)
+    policy.prepare(Set(), samples=3, at_most=29, generator=generator())
+    assert base.calls == 0
+    batch = next(Set().in_order())
+    assert [float(policy.base_plans(batch, generator=generator())[0, 0, 0]) for _ in range(3)] == [1.0, 2.0, 3.0]
+
+
+def test_a_base_that_does_not_draw_is_asked_once():
+    plain = BC(BCConfig(hidden=(8,)), VECTORS)
+    policy = refiner(plain)
+    assert not policy.draws
+    policy.prepare(Set(), samples=3, at_most=10, generator=generator())
+    batch = next(Set().in_order())
+    assert torch.equal(policy.base_plans(batch, generator=generator()), plain.act(batch.obs, generator=generator()))
+    assert refiner(FunctionBase(lambda obs: obs["state"])).draws, "nobody knows"
+
+
+def test_plans_of_another_shape_are_named():
+    words = r"it returned \(4, 5, 2\) for 4 windows; it must be \(B H A\) = \(4, 8, 2\)"
+    policy = refiner(Counting(horizon=5))
+    with pytest.raises(ShapeError, match=words):
+        policy.prepare(Set(), samples=1, at_most=1000, generator=generator())
+    with pytest.raises(ShapeError, match=words):
+        policy.base_plans(next(Set().in_order()), generator=generator())
+
+
+def test_a_base_is_frozen_and_no_part_of_its_refiner():
+    base = BC(BCConfig(hidden=(8,)), VECTORS)
+    policy = refiner(base)
+    batch = next(Set().in_order())
+    policy.loss(batch, generator=generator())[0].backward()
+    assert all(parameter.grad is None for parameter in base.parameters())
+    own = {id(parameter) for parameter in policy.parameters()}
+    assert not own & {id(parameter) for parameter in base.parameters()}
+    assert not any("base" in name for name in policy.state_dict())
+
+
+def test_a_base_of_another_task_is_refused():
+    with pytest.raises(ConfigError, match="it sees and returns .* the task gives"):
+        Residual(ResidualConfig(), VECTORS, BC(BCConfig(hidden=(8,)), CLOUDS))
+    other = TaskSpec.rows(3, 2, 8, (-1.0, -1.0), (1.0, 1.0))
+    with pytest.raises(ConfigError, match="leave out what differs"):
+        Residual(ResidualConfig(), VECTORS, BC(BCConfig(hidden=(8,)), other))
