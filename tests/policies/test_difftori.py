@@ -53,6 +53,17 @@ def test_a_base_is_asked_for_where_it_is_needed(settings):
     DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS)
 
 
+def test_a_base_that_is_not_needed_is_not_asked():
+    def never(obs: WindowObs) -> Plans:
+        raise AssertionError("asked")
+
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS, FunctionBase(never))
+    batch = demonstrations(VECTORS, 3)
+    policy.loss(batch, generator=generator())
+    actions = policy.act(batch.obs, generator=generator())
+    assert torch.equal(actions[:, 0], actions[:, VECTORS.present.start]), "the ends of the plan are repeated"
+
+
 def test_only_what_is_planned_is_changed():
     """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
     obs = observations(VECTORS, 3)

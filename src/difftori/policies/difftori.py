@@ -135,8 +135,8 @@ class DiffTORIConfig(PolicyConfig):
 class DiffTORI(Refiner):
     """â(θ; s) = argmax_a Σ_{t<H} γ^t f_θ(z_t, a_t), z_0 = h_θ(s), z_{t+1} = d_θ(z_t, a_t) (Eq. 7), trained on ‖â − a*‖² + β KL (Eq. 9).
 
-    The solve starts at the base's actions and refines those from the present on; `base` may be None where `init` needs
-    none. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
+    The solve starts at the base's actions and refines those from the present on; `base` may be None where `init` and
+    `anchor` need none, and is not asked there. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
     Encoder h, dynamics d (residual) and score f are MLPs with ELU, because f must bend for the argmax to be anywhere but
     on the box. Actions are planned in units of the training data's range, or of the action box where nothing was
     measured: [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
@@ -149,7 +149,7 @@ class DiffTORI(Refiner):
     NEEDS_BASE = False
 
     def __init__(self, config: DiffTORIConfig, spec: TaskSpec, base: Base | None = None):
-        super().__init__(config, spec, base)
+        super().__init__(config, spec, base if "base" in (config.init, config.anchor) else None)
         self.settings = config
         self.low: Tensor
         self.high: Tensor
