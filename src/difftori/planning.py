@@ -260,7 +260,7 @@ class Planner:
                     f"{tuple(actions.shape)}; give a number, (A), (H A) or (B H A)."
                 ) from error
 
-        return Box(flat(self.box.low, "low"), flat(self.box.high, "high"))
+        return Box(flat(self.box.low, "low"), flat(self.box.high, "high"), self.box.inward)
 
 
 def _raise_if_unsound(solution: Solution) -> None:

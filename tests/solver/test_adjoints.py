@@ -10,6 +10,7 @@ from difftori.solver import (
     Adam,
     Box,
     Detached,
+    GradientDescent,
     Implicit,
     LevenbergMarquardt,
     Newton,
@@ -25,7 +26,7 @@ from tests.solver.problems import CASES, F64, Network, lqr, network, quadratic, 
 from tests.solver.test_solvers import SECOND_ORDER, SOLVERS, applies
 
 # Solvers that come to an optimum slowly: tried on one problem, with a loose tolerance.
-SLOW = {"adam", "lm-adaptive", "lm-fixed"}
+SLOW = {"adam", "gradient-descent", "lm-adaptive", "lm-fixed"}
 SAMPLING = {"cem", "mppi"}
 IMPLICIT = {"dense": Implicit(), "cg": Implicit(linear="cg", products=40)}
 
@@ -310,3 +311,30 @@ def test_gradients_reach_the_start_through_unrolling():
     solution = solve(case.objective, x0, box=Box(-10.0, 10.0), adjoint=Unrolled(), max_steps=2)
     (grad,) = torch.autograd.grad(solution.x.sum(), x0)
     assert float(grad.abs().min()) > 0
+
+
+def test_an_inward_box_lets_through_what_leads_inside():
+    """Unrolled gradient descent that its cost drives out of the box: exactly, the loss has no slope; inward, it has one
+    where descending it would bring the coordinate back, and none where it would drive it further out."""
+    slope = torch.tensor([[-3.0, -3.0, 0.2]], dtype=F64, requires_grad=True)
+
+    def gradient(box: Box) -> torch.Tensor:
+        x = solve(
+            lambda x: (slope * x).sum(-1),
+            torch.zeros(1, 3, dtype=F64),
+            solver=GradientDescent(1.0),
+            adjoint=Unrolled(),
+            box=box,
+            max_steps=2,
+            keep="last",
+        ).x
+        assert torch.equal(x.detach()[0, :2], torch.ones(2, dtype=F64))
+        target = torch.tensor([[0.5, 2.0, 0.5]], dtype=F64)
+        (grad,) = torch.autograd.grad((x - target).square().sum(), slope)
+        return grad[0]
+
+    exact, inward = gradient(Box(-1.0, 1.0)), gradient(Box(-1.0, 1.0, inward=True))
+    assert exact[:2].tolist() == [0.0, 0.0]
+    assert inward[0] < 0, "a step down in the loss raises the slope, and x comes down from its bound"
+    assert inward[1] == 0
+    assert inward[2] == exact[2] != 0

@@ -52,6 +52,7 @@ class DiffTORIConfig(PolicyConfig):
         "reference": {
             "solver": "reference",
             "max_steps": 100,
+            "inward": False,
             "base_noise": 0.0,
             "lr": 1e-4,
             "optimizer": "adam",
@@ -71,6 +72,7 @@ class DiffTORIConfig(PolicyConfig):
             "anchor": "middle",
             "curvature": 1.0,
             "cvae_dim": 0,
+            "inward": False,
             "optimizer": "adam",
             "epochs": 300,
             "batch_size": 32,
@@ -125,6 +127,9 @@ class DiffTORIConfig(PolicyConfig):
     """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
     max_steps: int = Field(5, ge=1)
     """Steps of the solve; the release has 100."""
+    inward: bool = True
+    """Let the loss's gradient pass a bound where it would bring the action inside (`Box`); experts' actions often lie on
+    bounds, and exactly there nothing would be learned."""
     prior_coef: float = Field(1.0, ge=0)
     """Weight of the prior's own behaviour-cloning loss."""
     pictures: Pictures = Pictures()
@@ -306,12 +311,13 @@ class DiffTORI(Refiner):
         return mean + (0.5 * log_variance).exp() * _noise_like(mean, generator), divergence
 
     def _planner(self, adjoint: Adjoint) -> Planner:
+        box = Box(-1.0, 1.0, inward=self.settings.inward)
         if self.settings.solver == "reference":
             preset = presets.reference_il()
             used = adjoint if isinstance(adjoint, Detached) else preset.adjoint
-            return Planner(preset.solver, used, Box(-1.0, 1.0), self.settings.max_steps, tolerance=0.0, keep="last")
+            return Planner(preset.solver, used, box, self.settings.max_steps, tolerance=0.0, keep="last")
         keep: Literal["best", "last"] = "last" if self.settings.solver == "gradient" else "best"
-        return Planner(self._solver(), adjoint, Box(-1.0, 1.0), self.settings.max_steps, tolerance=0.0, keep=keep)
+        return Planner(self._solver(), adjoint, box, self.settings.max_steps, tolerance=0.0, keep=keep)
 
     def _solver(self) -> Solver:
         if self.settings.solver == "gradient":

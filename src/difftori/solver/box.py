@@ -1,6 +1,7 @@
 """Bounds on the variables, one pair for each coordinate."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,17 @@ class Box:
 
     `low` and `high` are numbers, or tensors that broadcast against (B n): (n), (1 n) or (B n). Either may be infinite.
 
+    `inward` changes the derivative of projecting, and nothing else: exactly, what lies outside has none, so that an unrolled
+    solve whose coordinates are held never learns to leave the bound. With it the gradient of a loss passes where
+    descending it would bring the coordinate inside. A heuristic, like a straight-through estimator, for `Unrolled`.
+
     Raises:
         BoxError: where low ≥ high or a bound is NaN, naming the coordinate.
     """
 
     low: Bound = field(default=-1.0)
     high: Bound = field(default=1.0)
+    inward: bool = False
 
     def __post_init__(self):
         low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
@@ -56,10 +62,12 @@ class Box:
                     f"Box: {name} has shape {tuple(bound.shape)}, which does not broadcast to x (B n) = {tuple(x.shape)}; "
                     "give a number or a tensor (n) or (B n)."
                 )
-        return _Bounds(low, high)
+        return _Bounds(low, high, self.inward)
 
     def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box, coordinate by coordinate. NaN stays NaN."""
+        if self.inward:
+            return _Inward.apply(x, torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
         return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
 
     def contains(self, x: PointSets, slack: float = 0.0) -> PointSetFlags:
@@ -88,6 +96,21 @@ class Box:
         """The range high − low, broadcast to x; infinite where a side is open."""
         low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
         return (high - low).expand_as(x)
+
+
+class _Inward(torch.autograd.Function):
+    """Clamping whose backward pass lets through what would lead inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(x, low, high)
+        return torch.minimum(torch.maximum(x, low), high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (x, low, high) = grads, ctx.saved_tensors
+        outwards = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
+        return torch.where(outwards, 0.0, grad), None, None
 
 
 @dataclass(frozen=True)
