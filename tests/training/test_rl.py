@@ -19,6 +19,7 @@ from difftori.training.checkpoint import weights_digest
 from difftori.training.experience import Collector, episode_seed, evaluate
 from difftori.training.records import read_metrics
 from difftori.training.rl_config import parse_rl_config
+from difftori.training.rl_evaluation import evaluate_run, load_agent
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2, "samples": 16}
 TINY |= {"elites": 4, "prior_samples": 2, "iterations": 2, "seed_steps": 40, "schedule_steps": 200}
@@ -30,7 +31,7 @@ def config(agent="difftori", env="probe:one-step", steps=200, settings=None, **v
 
 
 def digest(run_dir: Path) -> str:
-    agent, _, _ = rl.load_agent(run_dir)
+    agent, _, _ = load_agent(run_dir)
     return weights_digest(agent)
 
 
@@ -117,7 +118,7 @@ def test_divergence_skips_some_updates_and_then_names_the_networks(tmp_path):
 
 def test_an_evaluation_begins_again_when_an_environment_fails(tmp_path, monkeypatch):
     rl.train(config(steps=60), tmp_path, progress=False)
-    expected = rl.evaluate_run(tmp_path)
+    expected = evaluate_run(tmp_path)
     step, calls = CheckedVectorEnv.step, []
 
     def fails_once(self, actions):
@@ -128,7 +129,7 @@ def test_an_evaluation_begins_again_when_an_environment_fails(tmp_path, monkeypa
         return step(self, actions)
 
     monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
-    assert rl.evaluate_run(tmp_path) == expected
+    assert evaluate_run(tmp_path) == expected
 
 
 def test_episodes_of_unequal_age_are_played_again():
@@ -184,10 +185,10 @@ def rows_length(path: Path) -> float:
 
 def test_evaluation_repeats_itself(tmp_path):
     rl.train(config(steps=100), tmp_path, progress=False)
-    assert rl.evaluate_run(tmp_path, episodes=4) == rl.evaluate_run(tmp_path, episodes=4)
+    assert evaluate_run(tmp_path, episodes=4) == evaluate_run(tmp_path, episodes=4)
     rows = [row for row in read_metrics(tmp_path) if "eval/return" in row]
     assert [row["step"] for row in rows] == [0, 100]
-    again = rl.evaluate_run(tmp_path)
+    again = evaluate_run(tmp_path)
     assert again["eval/return"] == rows[-1]["eval/return"]
     assert (tmp_path / "report.html").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["env_steps"] == 100
@@ -220,7 +221,7 @@ def test_a_damaged_or_foreign_run_is_refused(tmp_path):
     weights = tmp_path / "run" / "agent.pt"
     weights.write_bytes(weights.read_bytes()[:-10] + b"0123456789")
     with pytest.raises(CheckpointError, match="damaged"):
-        rl.load_agent(tmp_path / "run")
+        load_agent(tmp_path / "run")
     with pytest.raises(ConfigError, match="another configuration"):
         rl.train(config(steps=60, seed=2), tmp_path / "run", progress=False)
 

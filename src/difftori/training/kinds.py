@@ -68,10 +68,11 @@ def imitation() -> Kind:
 def reinforcement() -> Kind:
     """Agents that learn from rewards."""
     from difftori.components import find_agent
-    from difftori.training import rl
+    from difftori.training.rl import train
     from difftori.training.rl_config import RLConfig, parse_rl_config
+    from difftori.training.rl_evaluation import evaluate_run
 
-    return Kind("agent", lambda name: RLConfig[find_agent(name).Config], parse_rl_config, rl.train, rl.evaluate_run)
+    return Kind("agent", lambda name: RLConfig[find_agent(name).Config], parse_rl_config, train, evaluate_run)
 
 
 def with_component(kind: Kind, name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reinforcement learning: the loop, and the way from a run directory back to an agent."""
+"""Reinforcement learning: the loop."""
 
 import math
 import shutil
@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from difftori.components import find_agent
 from difftori.data.replay import Replay, prune
-from difftori.envs.base import EnvironmentRestarted, env_spec
-from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.video import record, write_gif
+from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
-from difftori.interfaces import Agent, Memory
-from difftori.training.checkpoint import State, read_weights, write_weights
-from difftori.training.experience import ActInRows, Collector, Ended, Trial, episode_seed, evaluate, open_env
-from difftori.training.records import read_config
-from difftori.training.rl_config import RLConfig, normalised, parse_rl_config
+from difftori.interfaces import Memory
+from difftori.training.checkpoint import State
+from difftori.training.experience import Collector, Ended, Trial, open_env
+from difftori.training.rl_config import RLConfig, normalised
+from difftori.training.rl_evaluation import evaluate_agent, open_evaluation, spec_state, trial_metrics, write_agent
 from difftori.training.run import Run, seeded
 from difftori.training.signals import StopSignal
-from difftori.types import Actions, EnvSpec, Metrics, Observations, RowFlags
+from difftori.types import Actions, Metrics, Observations, RowFlags
 
 _STACK = 3
-_EVAL_ROWS = 10
 
 
 def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
@@ -51,7 +47,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
         try:
             with StopSignal() as stop, _bar(config.steps, session.env_steps, session.updates, progress) as show:
                 session.run_to_end(stop, show)
-            session.export(out)
+            write_agent(out, session.agent, config, session.collector.decisions)
             summary = session.summary()
         finally:
             session.close()
@@ -210,7 +206,7 @@ class _Session:
         """Evaluate, and say what the agent has to say about its learning."""
         began = time.perf_counter()
         if self._eval_env is None:
-            self._eval_env = open_env(self.config, min(_EVAL_ROWS, self.config.eval_episodes))
+            self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
         trial = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.decisions)
         self.evaluations.append((self.env_steps, float(trial.returns.mean())))
         row = trial_metrics(trial) | self._judged(trial)
@@ -276,18 +272,6 @@ class _Session:
         self.saved_at = self.env_steps
         self._named.append(state["replay"])
 
-    def export(self, out: Path) -> None:
-        """Write `agent.pt`, the last weights with all that is needed to build the agent, and its sha256."""
-        write_weights(
-            out / "agent.pt",
-            {
-                "agent": self.agent.state_dict(),
-                "spec": spec_state(self.spec),
-                "collector": {"decisions": self.collector.decisions},
-                "config": self.config.model_dump(mode="json"),
-            },
-        )
-
     def summary(self) -> Metrics:
         """The last evaluation, the mean of all, and what the run took."""
         returns = [value for _, value in self.evaluations]
@@ -312,110 +296,6 @@ class _Session:
         self.collector.env.close()
         if self._eval_env is not None:
             self._eval_env.close()
-
-
-def evaluate_agent(
-    agent: Agent, env: CheckedVectorEnv, config: RLConfig, decisions: int, episodes: int | None = None
-) -> Trial:
-    """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
-    discount = getattr(agent.config, "discount", 0.99)
-    while True:  # until an evaluation meets no failure, or the budget of restarts is spent
-        act = _deterministic(agent, config, decisions)
-        try:
-            return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
-        except EnvironmentRestarted:
-            continue
-
-
-def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
-    """The agent as evaluation calls it: no exploration, a generator of its own."""
-    generator = seeded(config.seed, "evaluation", config.device)
-
-    def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
-        return agent.act(
-            obs.to(config.device),
-            memory,
-            first=first.to(config.device),
-            step=decisions,
-            explore=False,
-            generator=generator,
-        )
-
-    return act
-
-
-def trial_metrics(trial: Trial) -> Metrics:
-    """Mean and spread of the returns of evaluation episodes."""
-    return {
-        "eval/return": float(trial.returns.mean()),
-        "eval/return_std": float(trial.returns.std()),
-        "eval/length": float(trial.lengths.mean()),
-        "eval/episodes": float(len(trial.returns)),
-    }
-
-
-def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
-    """The agent of a run, ready to act on `device`, its configuration, and how many decisions it had taken.
-
-    An unfinished run gives the weights of its newest valid checkpoint.
-    """
-    config = parse_rl_config({**read_config(run_dir), "device": device})
-    state = read_weights(run_dir / "agent.pt")
-    agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
-    agent.compiles = config.compile
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
-    return agent.eval(), config, int(state["collector"]["decisions"])
-
-
-def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
-    """Evaluate a run's agent again, on as many of the evaluation's seeds as wished; None takes the run's own number.
-
-    `video`: film the first of these episodes into the run's `pictures/`.
-    """
-    agent, config, decisions = load_agent(run_dir, device=device)
-    count = episodes or config.eval_episodes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    env = open_env(config, min(_EVAL_ROWS, count))
-    try:
-        if video:
-            film(agent, config, decisions, run_dir / "pictures" / "episode.gif")
-        return trial_metrics(evaluate_agent(agent, env, config, decisions, count))
-    finally:
-        env.close()
-        torch.set_num_threads(threads)
-
-
-def film(agent: Agent, config: RLConfig, decisions: int, path: Path) -> None:
-    """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
-    env = open_env(config, 1)
-    act = _deterministic(agent, config, decisions)
-    memory: Memory | None = None
-
-    def step(obs: np.ndarray) -> np.ndarray:
-        nonlocal memory
-        first = torch.full((len(obs),), memory is None)
-        actions, memory = act(torch.from_numpy(obs), memory, first)
-        return actions.cpu().numpy()
-
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_gif(record(env, step, seed=episode_seed(config.seed, "evaluation", 0)), path)
-    finally:
-        env.close()
-
-
-def spec_state(spec: EnvSpec) -> State:
-    """A specification as plain values."""
-    return {**asdict(spec), "obs_shape": list(spec.obs_shape)}
-
-
-def spec_from(state: State) -> EnvSpec:
-    """What `spec_state` wrote."""
-    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})
 
 
 @contextmanager
