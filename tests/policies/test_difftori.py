@@ -105,7 +105,7 @@ def test_the_loss_is_differentiated_through_the_solve(decision):
     policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1)).double()
     batch = demonstrations(VECTORS, 4)
     batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
-    policy._base = (FunctionBase(lambda obs: still(obs).double()),)  # noqa: SLF001
+    policy._base.base = FunctionBase(lambda obs: still(obs).double())  # noqa: SLF001
 
     def loss() -> torch.Tensor:
         return policy.loss(batch, generator=generator(3))[0]
@@ -164,6 +164,26 @@ def test_the_reference_is_the_releases_solve():
     plan = policy.plan(state, sample, start, start, Detached())
     assert policy.settings.max_steps == 100
     torch.testing.assert_close(plan.actions.flatten(1), expected)
+
+
+def test_a_random_start_lies_anywhere_in_the_box():
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS)
+    start = policy.guess(observations(VECTORS, 500), None, generator())
+    assert start.abs().max() < 1
+    assert start.abs().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "draws"),
+    [({}, False), ({"act_latent": "sample"}, True), ({"act_latent": "sample", "cvae_dim": 0}, False)],
+)
+def test_it_says_whether_it_draws(settings, draws):
+    from difftori.policies.bc import BC, BCConfig
+
+    torch.manual_seed(0)
+    base = BC(BCConfig(hidden=(8,)), VECTORS)
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS, base)
+    assert policy.draws is draws
 
 
 def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():

@@ -1,9 +1,11 @@
 """What refiners share: the frozen base, and how often it is asked."""
 
+import copy
+
 import pytest
 import torch
 
-from difftori.errors import ConfigError, ShapeError
+from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.policies.residual import Residual, ResidualConfig
@@ -84,6 +86,30 @@ def test_plans_of_another_shape_are_named():
         policy.prepare(Set(), samples=1, at_most=1000, generator=generator())
     with pytest.raises(ShapeError, match=words):
         policy.base_plans(next(Set().in_order()), generator=generator())
+
+
+def test_a_base_of_another_type_is_cast_and_nan_is_named():
+    def numbers(obs):
+        return torch.zeros(len(obs["state"]), 8, 2, dtype=torch.float64)
+
+    batch = next(Set().in_order())
+    policy = refiner(FunctionBase(numbers))
+    assert policy.act(batch.obs, generator=generator()).dtype == torch.float32
+    policy.loss(batch, generator=generator())[0].backward()
+
+    def broken(obs):
+        plans = numbers(obs)
+        plans[2, 0, 0] = float("nan")
+        return plans
+
+    for call in (refiner(FunctionBase(broken)).act, refiner(FunctionBase(broken)).base_act):
+        with pytest.raises(NonFiniteError, match=r"base: NaN or Inf in what it would do in rows \[2\] of 4"):
+            call(batch.obs, generator=generator())
+
+
+def test_copies_share_the_base():
+    policy = refiner(Counting())
+    assert copy.deepcopy(policy).base is policy.base
 
 
 def test_a_base_is_frozen_and_no_part_of_its_refiner():

@@ -1,6 +1,7 @@
 """Studies of refinement: which runs they need and in which order, what is kept of them, and what is made of the results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from difftori.studies._imitation import (
     make_results,
     read_result,
 )
+from difftori.studies._pool import Failure
 from difftori.studies._refinement import ALL, Published, differences, run_refinement, summaries, table
 from difftori.training.config import to_yaml
 from difftori.training.kinds import kind_of
@@ -58,18 +60,24 @@ def config(tmp_path) -> ImitationConfig:
 
 @pytest.fixture
 def started(monkeypatch) -> list[list[str]]:
-    """The waves of work that were run, by name; each leaves a finished run."""
+    """The waves of work that were run, by name; each leaves a finished run, but for the names in `failing`."""
     waves: list[list[str]] = []
+    failing: set[str] = set()
+    monkeypatch.failing = failing  # for tests that want some to fail
 
     def run_all(works, *, jobs, seconds, say, done=lambda work: None):
         waves.append([work.name for work in works])
         for work in works:
+            if "collect" in work.words:
+                work.log.with_suffix(".zarr").mkdir(parents=True)
+            if work.name in failing:
+                continue
             if "train" in work.words:
                 by_name = {job.name: job for job in everything}
                 good = 1.0 if "refined" in work.name else 0.0
                 finish(by_name[work.name], [good, 1.0, 0.0, 0.0])
             done(work)
-        return [], []
+        return [Failure(work, 1, "on purpose") for work in works if work.name in failing], []
 
     everything: list[Job] = []
     make = _imitation._jobs  # noqa: SLF001
@@ -114,6 +122,30 @@ def test_a_base_is_trained_again_where_what_refines_it_is_missing(config, starte
     assert [name for wave in started for name in wave] == ["reach, base, seed 1", "reach, refined, seed 1"]
 
 
+def test_a_failure_stops_only_what_depends_on_it(config, started, monkeypatch):
+    monkeypatch.failing.add("reach, base, seed 1")
+    results = made(config)
+    names = [name for wave in started for name in wave]
+    assert "reach, refined, seed 0" in names
+    assert "reach, refined, seed 1" not in names
+    assert [failure.work.name for failure in results.failures] == ["reach, base, seed 1"]
+    assert results.label == "partial (6 of 8 runs finished)"
+
+
+def test_runs_of_another_policy_or_default_are_refused(config, started):
+    (run, *_) = made(config).runs
+    plain = json.loads(run.job.kept.read_text())
+    plain["config"]["settings"]["batch_size"] = 7
+    run.job.kept.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=r"settings\.batch_size: 32 wanted, 7 in"):
+        made(config)
+    plain["config"]["settings"]["batch_size"] = 32
+    plain["config"]["demos"] = "elsewhere/other.zarr"
+    run.job.kept.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=r"data: 'reach-0\.zarr' wanted, 'other\.zarr' in"):
+        made(config)
+
+
 def test_runs_of_other_settings_are_refused(config, started):
     made(config)
     with pytest.raises(ConfigError, match=r"base_noise: 0\.5 wanted, 0\.3 in") as caught:
@@ -136,7 +168,9 @@ def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
     base_noise.run(wish)
     assert started[0] == ["basketball, demonstrations, seed 0", "basketball, demonstrations, seed 1"]
     text = next((tmp_path / "o").rglob("summary.md")).read_text()
-    assert text.startswith("# Noise on the base's action in training\n\npartial (2 of 5 seeds, not every task).")
+    assert text.startswith(
+        "# Noise on the base's action in training\n\npartial (2 of 5 seeds, 4 of 50 episodes, other tasks)."
+    )
 
 
 def test_a_damaged_kept_file_is_named(config, started):
@@ -178,6 +212,15 @@ def test_differences_are_of_runs_from_the_same_seed():
     assert (row.task, row.runs) == (ALL, 2)
     assert row.difference == pytest.approx(np.mean([0.25, 0.5]))
     assert row.low < row.difference < row.high
+
+
+def test_all_tasks_together_are_those_that_every_arm_has():
+    one = fabricated({"base": [[1, 1], [0, 0]], "refined": [[1, 1]]})
+    other = Case("pusht", "pose", "x")
+    more = tuple(replace(run, job=replace(run.job, case=other)) for run in one.runs if run.job.arm.label == "base")
+    both = Results((CASES[0], other), one.arms, (*one.runs, *more), (), ())
+    together = {row.arm: row.success for row in summaries(both, []) if row.task == ALL}
+    assert together == {"base": 1.0, "refined": 1.0}
 
 
 def test_other_episodes_are_not_compared():

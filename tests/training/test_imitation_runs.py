@@ -54,6 +54,50 @@ def test_what_a_task_is_made_of(demos):
     assert not held & set(rows.tolist())
 
 
+def test_every_step_is_the_present_of_one_window_whatever_is_executed(demos):
+    for execute in (1, 2, 3):
+        task = open_task(config("bc", demos, execute=execute))
+        assert len(task.train) == sum(task.train.demos.lengths)
+        present = task.train.batch(torch.arange(len(task.train))).actions[:, 1]
+        assert torch.equal(present, task.train.demos.actions[task.train.demos.rows()])
+
+
+def test_a_refiner_of_another_seed_holds_out_what_its_base_did(demos, tmp_path):
+    train(config("bc", demos, seed=4), tmp_path / "base", progress=False)
+    wish = config("residual", settings={"hidden": (8,)}, base=str(tmp_path / "base"), seed=5)
+    assert (wish.seed, wish.data_seed) == (5, 4)
+    assert torch.equal(open_task(wish).train.demos.spans, open_task(config("bc", demos, seed=4)).train.demos.spans)
+
+
+def test_a_run_keeps_its_base(demos, tmp_path, in_child):
+    """Stopped, its base trained anew, and resumed: it goes on with the base that it began with."""
+    small = {"hidden": (8,), "updates": 20}
+    train(config("bc", demos), tmp_path / "base", progress=False)
+    wish = config("residual", settings=small, base=str(tmp_path / "base"), save_every=1)
+    train(wish, tmp_path / "straight", progress=False)
+
+    def die():
+        update = Learner.update
+
+        def mortal(self, batch, generator):
+            update(self, batch, generator)
+            if self.place.step == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Learner.update = mortal
+        train(wish, tmp_path / "killed", progress=False)
+
+    assert in_child(die) == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "base")
+    train(config("bc", demos, settings={"lr": 0.5}), tmp_path / "base", progress=False)
+    train(wish, tmp_path / "killed", progress=False)
+    obs = {"state": torch.rand(5, 2, 2)}
+    plans = [
+        load_policy(tmp_path / run, "last")[0].act(obs, generator=torch.Generator()) for run in ("straight", "killed")
+    ]
+    assert torch.equal(*plans)
+
+
 def test_the_same_seed_holds_out_the_same_episodes(demos):
     first, second, other = (open_task(config("bc", demos, seed=seed)) for seed in (1, 1, 5))
     assert torch.equal(first.train.demos.spans, second.train.demos.spans)

@@ -6,6 +6,7 @@ import torch
 from tiny_env.reach import ENV, STEPS, Reach, expert
 
 from difftori.components import make_env
+from difftori.errors import ConfigError
 from difftori.training.rollouts import follow, named, play, wilson_interval
 from difftori.types import EntrySpec, TaskSpec
 
@@ -80,6 +81,13 @@ def test_following_a_policy_alone_is_playing_it():
         length, over = length + 1, bool(info["success"][0])
     (played,) = play(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
     assert played.length == length < STEPS
+
+
+def test_an_environment_that_does_not_tell_of_success_is_refused(monkeypatch):
+    step = Reach.step
+    monkeypatch.setattr(Reach, "step", lambda self, action: (*step(self, action)[:4], {}))
+    with pytest.raises(ConfigError, match="does not say `success`"):
+        play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
 
 
 def test_pictures_come_with_their_channels_last():

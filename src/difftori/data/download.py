@@ -5,8 +5,10 @@ import shutil
 import stat
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.error import URLError
 
@@ -66,14 +68,14 @@ def download(known: PublicSet, place: Path) -> None:
 
     Nothing outside of the named folder is unpacked, and no links. Raises DataError.
     """
-    archive = place.with_name(f"{place.name}.zip.tmp")
+    archive = place.with_name(f"{place.name}.{os.getpid()}.zip.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(known.url, timeout=60) as answer, archive.open("wb") as file:
             shutil.copyfileobj(answer, file, _BLOCK)
         with whole_folder(place) as folder:
             _unpack(archive, PurePosixPath(known.folder), folder)
-    except (URLError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (URLError, OSError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(
             f"{known.url}: cannot be fetched ({error}); download and unpack it yourself, and name the folder by --demos"
         ) from error

@@ -45,7 +45,7 @@ from difftori.types import (
 
 
 class DiffTORIConfig(PolicyConfig):
-    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation-studies.md."""
+    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation.md."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {},
@@ -102,7 +102,7 @@ class DiffTORIConfig(PolicyConfig):
     """Where the solve starts: the base's actions; a network's guess, trained by behaviour cloning; the middle of the
     box; anywhere in it."""
     base_noise: float = Field(0.3, ge=0)
-    """σ of Gaussian noise on the start in training, in half-widths of the box. Without it the score sees one action per
+    """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Without it the score sees one action per
     state and memorises."""
     base_samples: int = Field(8, ge=1)
     """How many times a base that draws is asked for its actions at each training window."""
@@ -156,6 +156,8 @@ class DiffTORI(Refiner):
     def __init__(self, config: DiffTORIConfig, spec: TaskSpec, base: Base | None = None):
         super().__init__(config, spec, base if "base" in (config.init, config.anchor) else None)
         self.settings = config
+        drawn = config.act_latent == "sample" and config.cvae_dim > 0
+        self.draws = self.draws or drawn or config.init == "random"
         self.low: Tensor
         self.high: Tensor
         self.register_buffer("low", torch.tensor(spec.low), persistent=False)
@@ -225,7 +227,7 @@ class DiffTORI(Refiner):
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The actions (B H A): those of the solve from the present on, of `act_samples` solves the best by the model."""
-        whole = self.base.act(obs, generator=generator) if self.has_base else None
+        whole = self.base_act(obs, generator=generator) if self.has_base else None
         base = None if whole is None else self.unit_base(whole)
         start = self.guess(obs, base, generator)
         state = self.encode(self.normalizer.normalize_obs(obs))
@@ -257,7 +259,9 @@ class DiffTORI(Refiner):
         zeros = self.low.new_zeros(rows, self.planned, self.spec.action_dim)
         if self.prior is not None:
             return torch.tanh(self.prior(self.window(self.normalizer.normalize_obs(obs), crops))).reshape(zeros.shape)
-        return zeros if self.settings.init == "zero" else zeros + _noise_like(zeros, generator).clamp(-1, 1)
+        if self.settings.init == "zero":
+            return zeros
+        return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
 
     def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
         """z^s = h(s) of normalised observations; `crops` draws the parts of pictures that are seen, in training."""
@@ -315,7 +319,9 @@ class DiffTORI(Refiner):
         if self.settings.solver == "reference":
             preset = presets.reference_il()
             used = adjoint if isinstance(adjoint, Detached) else preset.adjoint
-            return Planner(preset.solver, used, box, self.settings.max_steps, tolerance=0.0, keep="last")
+            # The release executes the best iterate and puts its loss on the last one.
+            kept: Literal["best", "last"] = "best" if isinstance(adjoint, Detached) else "last"
+            return Planner(preset.solver, used, box, self.settings.max_steps, tolerance=0.0, keep=kept)
         keep: Literal["best", "last"] = "last" if self.settings.solver == "gradient" else "best"
         return Planner(self._solver(), adjoint, box, self.settings.max_steps, tolerance=0.0, keep=keep)
 

@@ -132,7 +132,7 @@ class IBCBase(Refiner):
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The base's actions (B H A), those that are executed replaced where better ones were found."""
-        plans = self.base.act(obs, generator=generator).clamp(self.units.low, self.units.high)
+        plans = self.base_act(obs, generator=generator).clamp(self.units.low, self.units.high)
         features = self.window(self.units.obs(obs))
         candidates = self._candidates(features, self._executed(plans), generator)
         scores = finite(self.score.in_parts(features, candidates, at_once=self.settings.at_once))

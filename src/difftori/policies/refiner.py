@@ -3,12 +3,12 @@
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from difftori.errors import ConfigError, ShapeError
+from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.interfaces import Examples, Policy, PolicyConfig
 from difftori.types import Plans, TaskSpec, Window, WindowObs, to_device
 
@@ -20,6 +20,16 @@ class Base(Protocol):
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The H actions (B H A), in the task's own units, without a graph."""
         ...
+
+
+class _Held:
+    """Keeps a base, and stays the same in copies: averaged weights share the base with those that learn."""
+
+    def __init__(self, base: Base | None):
+        self.base = base
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
+        return self
 
 
 @final
@@ -53,20 +63,19 @@ class Refiner(Policy, ABC):
                 [f"base: it sees and returns {_seen(base.spec)}, the task gives {_seen(spec)}; leave out what differs"]
             )
         self.draws = self.STOCHASTIC or (base is not None and _draws(base))
-        self._base = (base,)  # in a tuple, where torch does not look for modules
+        self._base = _Held(base)  # where torch does not look for modules
         self._prepared: Tensor | None = None
 
     @property
     def base(self) -> Base:
         """What is refined."""
-        (base,) = self._base
-        assert base is not None
-        return base
+        assert self._base.base is not None
+        return self._base.base
 
     @property
     def has_base(self) -> bool:
         """Whether there is one."""
-        return self._base[0] is not None
+        return self._base.base is not None
 
     def prepare(self, examples: Examples, *, samples: int, at_most: int, generator: torch.Generator) -> None:
         """Ask the base what it would do at every window of the training set, `samples` times if it draws.
@@ -80,27 +89,39 @@ class Refiner(Policy, ABC):
         parts = []
         for batch in examples.in_order():
             obs = to_device(batch.obs, generator.device)
-            drawn = [_fitting(self.base.act(obs, generator=generator), batch).cpu() for _ in range(count)]
+            drawn = [self.base_act(obs, generator=generator).cpu() for _ in range(count)]
             parts.append(torch.stack(drawn, 1))
         self._prepared = torch.cat(parts)
+
+    @torch.no_grad()
+    def base_act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """What the base would do (B H A), in the type and on the device of the observations.
+
+        Raises ShapeError if it is not (B H A), NonFiniteError for NaN or Inf.
+        """
+        like = next(values for values in obs.values())
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        plans = self.base.act(obs, generator=generator).to(like.device, dtype)
+        wanted = (len(like), self.spec.horizon, self.spec.action_dim)
+        if plans.shape != wanted:
+            raise ShapeError(
+                f"base: it returned {tuple(plans.shape)} for {len(like)} windows; it must be (B H A) = {wanted}, from the "
+                "oldest observation on"
+            )
+        if not plans.isfinite().all():
+            rows = (~plans.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise NonFiniteError(
+                f"base: NaN or Inf in what it would do in rows {rows[:8]} of {len(like)}; mend the base"
+            )
+        return plans
 
     def base_plans(self, batch: Window, *, generator: torch.Generator) -> Plans:
         """The base's actions (B H A) for a training batch: one of the prepared samples, or afresh."""
         if self._prepared is None:
-            return _fitting(self.base.act(batch.obs, generator=generator), batch)
+            return self.base_act(batch.obs, generator=generator)
         count = self._prepared.shape[1]
         drawn = torch.randint(count, batch.index.shape, generator=generator, device=generator.device)
         return self._prepared[batch.index.cpu(), drawn.cpu()].to(batch.actions)
-
-
-def _fitting(plans: Tensor, batch: Window) -> Tensor:
-    """What a base returned, if its shape is right."""
-    if plans.shape != batch.actions.shape:
-        raise ShapeError(
-            f"base: it returned {tuple(plans.shape)} for {len(batch.index)} windows; it must be (B H A) = "
-            f"{tuple(batch.actions.shape)}, from the oldest observation on"
-        )
-    return plans
 
 
 def _draws(base: Base) -> bool:

@@ -28,7 +28,7 @@ class ResidualConfig(PolicyConfig):
     scale: float = Field(1.0, gt=0)
     """α."""
     base_noise: float = Field(0.0, ge=0)
-    """σ of Gaussian noise on the base's actions in training, in half-widths of the box."""
+    """σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
     base_samples: int = Field(8, ge=1)
     """How many times a base that draws is asked for its actions at each training window."""
     pictures: Pictures = Pictures()
@@ -76,14 +76,15 @@ class Residual(Refiner):
         window = self.normalizer(batch)
         base = self._unit_base(self.base_plans(batch, generator=generator))
         noise = torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device)
+        start = (base + self.settings.base_noise * noise).clamp(-1, 1)
         target = window.actions[:, self.spec.present]
-        loss = F.mse_loss(self.predict(window.obs, base + self.settings.base_noise * noise, generator), target)
+        loss = F.mse_loss(self.predict(window.obs, start, generator), target)
         return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The base's actions (B H A), those that are executed corrected."""
-        plans = self.base.act(obs, generator=generator).clamp(self.low, self.high)
+        plans = self.base_act(obs, generator=generator).clamp(self.low, self.high)
         unit = self.predict(self.normalizer.normalize_obs(obs), self._unit_base(plans))
         plans[:, self.spec.present] = self.normalizer.denormalize_actions(unit.clamp(-1, 1)).clamp(self.low, self.high)
         return plans

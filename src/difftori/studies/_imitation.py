@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from difftori.components import find_policy
 from difftori.errors import ConfigError, DataError
 from difftori.studies._pool import Failure, Work, run_all
 from difftori.training.checkpoint import replace_file
+from difftori.training.config import INHERITED, TrainConfig, parse_config
+from difftori.training.options import overlay, read_tokens
 from difftori.training.records import read_config, read_summary
 
 FULL_SEEDS = 3
@@ -204,20 +208,25 @@ def _run(config: ImitationConfig, jobs: Sequence[Job], say: Callable[[str], None
         while below is not None and not below.ended_here:
             wanted[below.folder] = below
             below = below.base
-    seconds = None if config.budget is None else 60 * config.budget
-    failures, waiting = run_all(_collections(config, wanted.values()), jobs=1, seconds=seconds, say=say)
-    depth = 0
-    while wanted and not failures and not waiting:
+    until = None if config.budget is None else time.monotonic() + 60 * config.budget
+
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    failures, _ = run_all(_collections(config, wanted.values()), jobs=1, seconds=left(), say=say)
+    for depth in range(1 + max((_depth(job) for job in wanted.values()), default=-1)):
         wave = [job for job in wanted.values() if _depth(job) == depth and not job.ended_here]
-        works = {_work(job): job for job in wave}
-        failed, waiting = run_all(
-            list(works), jobs=config.jobs, seconds=seconds, say=say, done=lambda work, w=works: keep(w[work])
+        ready = [job for job in wave if (_has_demos(config, job) if job.base is None else job.base.ended_here)]
+        works = {_work(job): job for job in ready}
+        failed, _ = run_all(
+            list(works), jobs=config.jobs, seconds=left(), say=say, done=lambda work, w=works: keep(w[work])
         )
         failures += failed
-        depth += 1
-        if depth > max(_depth(job) for job in wanted.values()):
-            break
     return failures
+
+
+def _has_demos(config: ImitationConfig, job: Job) -> bool:
+    return Path(demos_path(config, job.case, job.seed)).exists()
 
 
 def _depth(job: Job) -> int:
@@ -275,32 +284,57 @@ def keep(job: Job) -> None:
 def read_result(job: Job) -> Result:
     """What a finished run came to. DataError if its file is damaged."""
     keep(job)
-    try:
-        plain = json.loads(job.kept.read_bytes())
-        episodes = plain["episodes"]["last"]
-        columns = {name: np.array(episodes[name]) for name in ("seed", "success", "score")}
-        if len({len(column) for column in columns.values()}) != 1:
-            raise ValueError("its columns differ in length")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{job.kept}: no readable run ({error}); restore it, or remove it to run again") from error
+    plain = read_kept(job.kept)
+    columns = {name: np.array(plain["episodes"]["last"][name]) for name in ("seed", "success", "score")}
     seeds = tuple(int(seed) for seed in columns["seed"])
     return Result(job, seeds, columns["success"], columns["score"], plain["summary"])
 
 
+_FREE = {"device", "threads", "save_every", "num_envs", "workers", "base", "demos"}
+"""Keys of a run's configuration that do not decide what is compared, or that are paths: data are compared by name."""
+
+
 def strange_settings(job: Job) -> list[str]:
-    """How the run in the folder or the kept file differs from the job, one line per option; empty if it does not."""
+    """How the run in the job's folder or kept file differs from the job, one line per key; empty if it does not."""
     found: dict[Path, dict[str, Any]] = {}
     if (job.folder / "config.yaml").exists():
         found[job.folder] = read_config(job.folder)
     if job.kept.exists():
-        found[job.kept] = json.loads(job.kept.read_bytes())["config"]
-    wanted = {"seed": job.seed, **job.arm.settings, **job.arm.options, **(job.case.options if job.base is None else {})}
-    words = dict(zip(job.words, job.words[1:], strict=False))
-    wanted |= {name: int(words[f"--{name.replace('_', '-')}"]) for name in ("updates", "eval_episodes")}
-    return [
-        f"{name}: {value!r} wanted, {there!r} in {place}"
-        for place, config in found.items()
-        for name, value in wanted.items()
-        if str(there := config.get(name, config["settings"].get(name)))
-        != str(list(value) if isinstance(value, tuple) else value)
-    ]
+        found[job.kept] = read_kept(job.kept)["config"]
+    wanted, faults = _flat(wanted_values(job)), []
+    for place, values in found.items():
+        there = _flat({**values, "base": None})
+        faults += [f"{k}: {v!r} wanted, {there.get(k)!r} in {place}" for k, v in wanted.items() if v != there.get(k)]
+    return faults
+
+
+def wanted_values(job: Job) -> dict[str, Any]:
+    """The job's configuration as plain values; what a refiner takes from its base comes from the base's job."""
+    options = read_tokens([word for word in job.words[2:] if word != "--quiet"])
+    values = overlay({"policy": job.arm.policy}, options, TrainConfig[find_policy(job.arm.policy).Config])
+    del values["out"]
+    if job.base is not None:
+        below = wanted_values(job.base)
+        values |= {name: below[name] for name in INHERITED if values.get(name) is None and below.get(name) is not None}
+        values.setdefault("data_seed", below["seed"])
+    return {**values, "base": None}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Every key of the whole configuration, and the name of the data."""
+    plain = parse_config(values).model_dump(mode="json")
+    settings = plain.pop("settings")
+    kept = {name: value for name, value in plain.items() if name not in _FREE}
+    return kept | {f"settings.{name}": value for name, value in settings.items()} | {"data": Path(plain["demos"]).name}
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """A kept file as plain values. DataError if it is damaged."""
+    try:
+        plain = json.loads(path.read_bytes())
+        columns = plain["episodes"]["last"]
+        if len({len(columns[name]) for name in ("seed", "success", "score")}) != 1 or "config" not in plain:
+            raise ValueError("its columns differ in length")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no readable run ({error}); restore it, or remove it to run again") from error
+    return plain

@@ -82,7 +82,7 @@ def report_failures(failures: Sequence[Failure]) -> None:
     if failures:
         lines = [f"  {f.work.name}: status {f.status}, {f.reason} (all of it: {f.work.log})" for f in failures]
         raise RunsFailedError(
-            f"{len(failures)} run(s) failed; the others are done, and the same command tries again:\n"
+            f"{len(failures)} run(s) failed, and what depends on them was not started; the same command tries again:\n"
             + "\n".join(lines)
         )
 

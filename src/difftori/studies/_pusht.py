@@ -37,8 +37,12 @@ def run_push_t(
     study: str,
     title: str,
     published: dict[str, tuple[float, float | None]],
+    further: dict[str, bool],
 ) -> None:
-    """Run what is missing, and write `out/<study>`. `published` are the paper's failure rates by arm."""
+    """Run what is missing, and write `out/<study>`.
+
+    `published` are the paper's failure rates by arm; `further` are reasons of the study's own that make it partial.
+    """
     if not (config.demos / DATA).exists():
         raise ConfigError(
             [f"demos: {config.demos / DATA} is not there; name the folder of Push-T's human data by --demos"]
@@ -49,6 +53,7 @@ def run_push_t(
         f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
         f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
         f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **further,
     }
     run_refinement(
         config,

@@ -113,15 +113,24 @@ def run_refinement(
 
 
 def summaries(results: Results, published: Sequence[Published]) -> list[Row]:
-    """Every arm on every task, and on all of them together."""
+    """Every arm on every task, and on all together, where only tasks and seeds count that every arm has finished."""
     rows = []
+    shared = {one.name: _shared_seeds(results, one) for one in results.cases}
     for case in (*results.cases, None):
         for arm in results.arms:
-            of_cases = results.cases if case is None else (case,)
-            runs = [run for one in of_cases for run in results.of(one, arm.label).values()]
+            if case is None:
+                found = [(one, results.of(one, arm.label)) for one in results.cases]
+                runs = [run for one, by_seed in found for seed, run in by_seed.items() if seed in shared[one.name]]
+            else:
+                runs = list(results.of(case, arm.label).values())
             if runs and not (case is None and len(results.cases) == 1):
                 rows.append(_row(ALL if case is None else case.name, arm, runs, published))
     return rows
+
+
+def _shared_seeds(results: Results, case: Case) -> set[int]:
+    """The seeds that every arm has finished on a task."""
+    return set.intersection(*(set(results.of(case, arm.label)) for arm in results.arms))
 
 
 def _row(task: str, arm: Arm, runs: Sequence[Result], published: Sequence[Published]) -> Row:

@@ -10,7 +10,7 @@ from difftori.studies._imitation import Arm, Case, ImitationConfig
 from difftori.studies._refinement import run_refinement
 
 TASKS = ("basketball", "peg-insert-side", "stick-pull")
-FULL_SEEDS, FULL_UPDATES, DEMOS = 5, 1500, 10
+FULL_SEEDS, FULL_UPDATES, FULL_EPISODES, DEMOS = 5, 1500, 50, 10
 SIGMAS = (0.0, 0.1, 0.3, 0.5)
 
 
@@ -48,8 +48,9 @@ def run(config: Config) -> None:
     checks = {
         f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
         f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
-        "not every task": set(config.tasks) < set(TASKS),
-        "not every σ": set(config.sigmas) < set(SIGMAS),
+        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        "other tasks": set(config.tasks) != set(TASKS),
+        "other σ": set(config.sigmas) != set(SIGMAS),
     }
     run_refinement(
         config,

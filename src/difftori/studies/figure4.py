@@ -75,7 +75,7 @@ def landscapes(policy: DiffTORI, obs: WindowObs, *, seed: int) -> list[Landscape
     generator = seeded(seed, "figure 4")
     base = None
     if policy.has_base:
-        whole = policy.base.act(obs, generator=generator)
+        whole = policy.base_act(obs, generator=generator)
         base = policy.unit_base(whole)
     start = policy.guess(obs, base, generator)
     state = policy.encode(policy.normalizer.normalize_obs(obs))

@@ -23,7 +23,7 @@ class Config(PushTConfig):
     """What to run of Table 2."""
 
     controls: bool = True
-    """Also the bases trained as long again."""
+    """Also the bases trained as long again, and the residual with DiffTORI's noise on the base's action."""
 
 
 def run(config: Config) -> None:
@@ -38,11 +38,21 @@ def run(config: Config) -> None:
         if name == "diffusion":
             arms.append(Arm(f"ibc on {name}", "ibc-base", SMALL["ibc"] if config.sizes == "small" else {}, base=name))
         arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
+        if config.controls:
+            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": 0.3}, base=name))
         others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
         compared += [(f"DiffTORI on {name}", other) for other in others]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
     published = {label: theirs[method] for label, method in PAPER.items()}
-    run_push_t(config, arms, compared, study="table2", title="Table 2: Push-T", published=published)
+    run_push_t(
+        config,
+        arms,
+        compared,
+        study="table2",
+        title="Table 2: Push-T",
+        published=published,
+        further={"without controls": not config.controls},
+    )
 
 
 def refiner(name: str, kind: str) -> Arm:

@@ -26,4 +26,6 @@ def run(config: Config) -> None:
     compared = [(main.label, arm.label) for arm in starts]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
     published = {label: theirs[method] for label, method in PAPER.items()}
-    run_push_t(config, arms, compared, study="table4", title="Table 4: where the solve starts", published=published)
+    run_push_t(
+        config, arms, compared, study="table4", title="Table 4: where the solve starts", published=published, further={}
+    )

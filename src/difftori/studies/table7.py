@@ -26,4 +26,12 @@ def run(config: Config) -> None:
     compared = [(arms[1].label, arm.label) for arm in arms[2:]]
     theirs = failure_rates("table7_horizon_failure_rate")
     published = {f"H = {h}": theirs[str(h)] for h in config.horizons if str(h) in theirs}
-    run_push_t(config, arms, compared, study="table7", title="Table 7: planning horizon", published=published)
+    run_push_t(
+        config,
+        arms,
+        compared,
+        study="table7",
+        title="Table 7: planning horizon",
+        published=published,
+        further={"other horizons": set(config.horizons) != set(HORIZONS)},
+    )

@@ -45,6 +45,9 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """Actions that are predicted, from the oldest observation on; likewise."""
     execute: int | None = Field(None, ge=1)
     """Actions that are executed of these, from the present on, before the next prediction; likewise."""
+    data_seed: int | None = Field(None, ge=0, lt=2**62)
+    """Decides the demonstrations and which are held out: `seed` unless given, and the base's of a refiner, so that it
+    holds out what its base has not seen."""
     num_train: int | None = Field(None, ge=1)
     """Demonstrations to learn from: all that are not held out, or as many as the task makes, unless given."""
     eval_every: int | None = Field(None, ge=1)
@@ -96,7 +99,19 @@ def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> Trai
     return _with_window(config)
 
 
-INHERITED = ("env", "seed", "demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
+INHERITED = (
+    "env",
+    "seed",
+    "data_seed",
+    "demos",
+    "obs",
+    "observe",
+    "horizon",
+    "execute",
+    "num_train",
+    "num_envs",
+    "workers",
+)
 """What a refiner takes from its base's run unless it is given."""
 
 
@@ -112,6 +127,8 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return given, [] if "env" in given else [f"base: {error}"]
     if "policy" not in inherited:
         return given, [f"base: {given['base']} is the run of an agent; give the run of an imitation policy"]
+    if inherited.get("data_seed") is None:
+        inherited["data_seed"] = inherited["seed"]
     for name in INHERITED:
         if given.get(name) is None and inherited.get(name) is not None:
             given[name] = inherited[name]

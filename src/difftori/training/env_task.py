@@ -131,7 +131,9 @@ def env_task(
         order = torch.randperm(len(train), generator=seeded(seed, "training episodes"))[:num_train]
         train = train.select(sorted(order.tolist()))
     spec = measured_spec(train, low=low, high=high, observe=observe, horizon=horizon, execute=execute)
-    sets = [Windows(part, observe=observe, horizon=horizon, execute=execute) for part in (train, validation)]
+    # Every step is the present of one window, whatever is executed: arms that replan more often learn from the same data.
+    reach = max(execute, horizon - observe + 1)
+    sets = [Windows(part, observe=observe, horizon=horizon, execute=reach) for part in (train, validation)]
     return EnvTask(spec, sets[0], sets[1], arena)
 
 
@@ -186,6 +188,7 @@ def _metrics(played: list[Episode]) -> dict[str, float]:
         "success_low": low,
         "success_high": high,
         "score": float(np.mean([episode.score for episode in played])),
+        "return": float(np.mean([episode.total for episode in played])),
         "length": float(np.mean([episode.length for episode in played])),
         "episodes": float(len(played)),
     }

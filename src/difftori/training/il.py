@@ -50,7 +50,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
         if run.finished:
             return run.summary()
         task = open_task(config)
-        policy = _build(config, task.spec)
+        policy = _build(config, task.spec, out)
         epochs = _epochs(settings, len(task.train))
         learner = Learner(policy, settings, epochs)
         updates = settings.updates or epochs * math.ceil(len(task.train) / settings.batch_size)
@@ -96,7 +96,8 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
 def open_task(config: TrainConfig) -> ImitationTask:
     """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
     options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
-    return make_task(config.env, seed=config.seed, **{name: getattr(config, name) for name in options})
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
 
 
 def _epochs(settings: PolicyConfig, examples: int) -> int:
@@ -104,6 +105,21 @@ def _epochs(settings: PolicyConfig, examples: int) -> int:
     if settings.updates is None:
         return settings.epochs
     return math.ceil(settings.updates / math.ceil(examples / settings.batch_size))
+
+
+def _copy_base(base: Path, out: Path) -> None:
+    """Keep what is refined: the run resumes, and acts, whatever becomes of the base's own."""
+    if not (base / "policy.pt").exists():
+        raise ConfigError([f"base: {base} is not finished; go on with `difftori train --resume {base}`"])
+    read_weights(base / "policy.pt")  # raises if it is damaged
+    replace_file(out / "base.pt.sha256", (base / "policy.pt.sha256").read_bytes())
+    replace_file(out / "base.pt", (base / "policy.pt").read_bytes())
+
+
+def _base_of(state: State, config: TrainConfig, place: str) -> Policy:
+    """The policy that another run exported."""
+    of_base = parse_config({**state["config"], "device": config.device, "base": None})
+    return _restored(state, of_base, "last", place)
 
 
 def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
@@ -116,16 +132,18 @@ def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
         )
 
 
-def _build(config: TrainConfig, spec: TaskSpec) -> Policy:
-    """The policy that a run begins with, a refiner on its base."""
+def _build(config: TrainConfig, spec: TaskSpec, out: Path) -> Policy:
+    """The policy that a run begins with, a refiner on its base, of which the run keeps a copy: `base.pt`."""
     kind = find_policy(config.policy)
     if not issubclass(kind, Refiner):
         if config.base is not None:
             raise ConfigError([f"base: {config.policy!r} starts from no other policy; leave --base out"])
         return kind(config.settings, spec).to(config.device)
-    if config.base is not None and not (Path(config.base) / "policy.pt").exists():
-        raise ConfigError([f"base: {config.base} is not finished; go on with `difftori train --resume {config.base}`"])
-    base = None if config.base is None else load_policy(Path(config.base), "last", device=config.device)[0]
+    base = None
+    if config.base is not None:
+        if not (out / "base.pt").exists():
+            _copy_base(Path(config.base), out)
+        base = _base_of(read_weights(out / "base.pt"), config, f"{out}, base")
     return kind(config.settings, spec, base).to(config.device)
 
 
@@ -197,7 +215,7 @@ def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> 
     A refiner's holds all of its base too, so that it acts when the base's run is gone.
     """
     weights = {"policy": learner.acting.state_dict(), "best": learner.best}
-    base = read_weights(Path(config.base) / "policy.pt") if config.base is not None else None
+    base = read_weights(out / "base.pt") if config.base is not None else None
     plain = config.model_dump(mode="json")
     write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
 
@@ -211,7 +229,7 @@ def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") ->
     config = parse_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "policy.pt")
     if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
-        state = {**state, "base": read_weights(Path(config.base) / "policy.pt")}
+        state = {**state, "base": read_weights(run_dir / "base.pt")}
     return _restored(state, config, which, str(run_dir)), config
 
 
@@ -224,8 +242,7 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> Po
             below = state.get("base")
             base = None
             if below is not None:
-                of_base = parse_config({**below["config"], "device": config.device, "base": None})
-                base = _restored(below, of_base, "last", f"{place}, base")
+                base = _base_of(below, config, f"{place}, base")
             policy = kind(config.settings, spec, base)
         else:
             policy = kind(config.settings, spec)

@@ -8,6 +8,7 @@ import torch
 
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.errors import ConfigError
 from difftori.training.tasks import Act
 from difftori.types import TaskSpec, WindowObs
 
@@ -92,6 +93,10 @@ class _Play:
             actions = self.plans[rows, np.minimum(self.cursor, self.spec.execute - 1)]
             self.cursor += 1
             seen, rewards, terminated, truncated, info = self.env.step(actions)
+            if "success" not in info:
+                raise ConfigError(
+                    [f"env: {self.env.name} does not say `success` in the info of its steps; let it, to be measured in"]
+                )
             self._push(named(seen))
             over = terminated | truncated
             for row, number in enumerate(self.playing):
@@ -100,8 +105,8 @@ class _Play:
                 episode = self.episodes[number]
                 episode.total += float(rewards[row])
                 episode.length += 1
-                episode.success = bool(info["success"][row]) if "success" in info else False
-                episode.score = float(info["score"][row]) if "score" in info else float(episode.success)
+                episode.success = bool(info["success"][row])
+                episode.score = max(episode.score, float(info["score"][row] if "score" in info else episode.success))
                 over[row] |= episode.success
             if over.any():
                 self._begin(over)
