@@ -38,8 +38,8 @@ class DiffusionPolicy(Policy):
 
     The loss is ‖ε̂ − ε‖²; see `ActionDiffusion`. Pictures pass a ResNet-18 each, vectors stand beside their features.
 
-    Differs from Chi et al.: the learning rate's cosine falls by epochs, theirs by updates; the average of the weights
-    begins two updates earlier.
+    Differs from Chi et al.: the learning rate's cosine falls from the first update on, by epochs unless `updates` are
+    given; the average of the weights begins two updates earlier.
     """
 
     name = "diffusion"
