@@ -84,7 +84,7 @@ def test_the_objective_is_eq_7(decision, anchor):
     policy = lively(refiner(decision=decision, anchor=anchor, curvature=0.7))
     if policy.dynamics is not None:
         torch.nn.init.normal_(policy.dynamics[-1].weight, std=0.3)
-    state = policy.encode(policy.normalizer.normalize_obs(observations(VECTORS, 3)))
+    state = policy.encode(policy.units.obs(observations(VECTORS, 3)))
     sample, base = torch.randn(3, 4, generator=generator()), torch.rand(3, 4, 2, generator=generator(1)) - 0.5
     plan = policy.plan(state, sample, base, base, Detached())
     actions = plan.actions.reshape(3, policy.steps, policy.size)
@@ -141,7 +141,7 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
     policy = lively(refiner(act_latent="sample", act_samples=6))
     obs = observations(VECTORS, 3)
     acted = policy.act(obs, generator=generator(7))
-    state = policy.encode(policy.normalizer.normalize_obs(obs))
+    state = policy.encode(policy.units.obs(obs))
     base = still(obs)[:, VECTORS.present]
     samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
     plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
@@ -154,7 +154,7 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
 def test_the_reference_is_the_releases_solve():
     policy = lively(refiner(preset="reference"))
     obs = observations(VECTORS, 3)
-    state = policy.encode(policy.normalizer.normalize_obs(obs))
+    state = policy.encode(policy.units.obs(obs))
     start, sample = still(obs)[:, VECTORS.present], torch.zeros(3, 4)
 
     def cost(x):

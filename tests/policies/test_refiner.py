@@ -43,13 +43,13 @@ class Set:
 
 
 def refiner(base) -> Residual:
-    return Residual(ResidualConfig(), VECTORS, base)
+    return Residual(ResidualConfig(base_samples=3), VECTORS, base)
 
 
 def test_prepared_samples_are_looked_up_and_all_of_them_are_used():
     base = Counting()
     policy = refiner(base)
-    policy.prepare(Set(), samples=3, at_most=1000, generator=generator())
+    policy.prepare(Set(), at_most=1000, generator=generator())
     assert base.calls == 9, "three batches, three times"
     first = next(Set().in_order())
     drawn = {float(policy.base_plans(first, generator=generator(seed))[0, 0, 0]) for seed in range(40)}
@@ -63,7 +63,7 @@ def test_prepared_samples_are_looked_up_and_all_of_them_are_used():
 def test_where_training_is_short_the_base_is_asked_in_every_batch():
     base = Counting()
     policy = refiner(base)
-    policy.prepare(Set(), samples=3, at_most=29, generator=generator())
+    policy.prepare(Set(), at_most=29, generator=generator())
     assert base.calls == 0
     batch = next(Set().in_order())
     assert [float(policy.base_plans(batch, generator=generator())[0, 0, 0]) for _ in range(3)] == [1.0, 2.0, 3.0]
@@ -73,7 +73,7 @@ def test_a_base_that_does_not_draw_is_asked_once():
     plain = BC(BCConfig(hidden=(8,)), VECTORS)
     policy = refiner(plain)
     assert not policy.draws
-    policy.prepare(Set(), samples=3, at_most=10, generator=generator())
+    policy.prepare(Set(), at_most=10, generator=generator())
     batch = next(Set().in_order())
     assert torch.equal(policy.base_plans(batch, generator=generator()), plain.act(batch.obs, generator=generator()))
     assert refiner(FunctionBase(lambda obs: obs["state"])).draws, "nobody knows"
@@ -83,7 +83,7 @@ def test_plans_of_another_shape_are_named():
     words = r"it returned \(4, 5, 2\) for 4 windows; it must be \(B H A\) = \(4, 8, 2\)"
     policy = refiner(Counting(horizon=5))
     with pytest.raises(ShapeError, match=words):
-        policy.prepare(Set(), samples=1, at_most=1000, generator=generator())
+        policy.prepare(Set(), at_most=1000, generator=generator())
     with pytest.raises(ShapeError, match=words):
         policy.base_plans(next(Set().in_order()), generator=generator())
 

@@ -28,7 +28,7 @@ def test_landscapes_are_the_objective_and_paths_go_up_in_them(settings):
     obs = observations(VECTORS, 1)
     first, second = landscapes(policy, obs, seed=3)
     for panel in (first, second):
-        x, values = panel.axes[0], panel.values
+        x, values = panel.axis, panel.values
         assert torch.equal(panel.path[0], torch.zeros(2)), "both begin at the start, which is the origin"
         assert len(panel.path) == policy.settings.max_steps + 1
         assert panel.rise > 0

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from difftori.training.config import TrainConfig
+from difftori.training.il import train
+from difftori.training.learner import Learner
+
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_imitation, a component out of tree
 
 
@@ -37,5 +41,26 @@ def in_child() -> Callable[[Callable[[], object]], int]:
             finally:
                 os._exit(status)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run
+
+
+@pytest.fixture
+def killed_at(in_child) -> Callable[[int, TrainConfig, Path], None]:
+    """Train in a process that kills itself after so many updates."""
+
+    def run(step: int, config: TrainConfig, out: Path) -> None:
+        def die():
+            update = Learner.update
+
+            def mortal(self, batch, generator):
+                update(self, batch, generator)
+                if self.place.step == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Learner.update = mortal
+            train(config, out, progress=False)
+
+        assert in_child(die) == -signal.SIGKILL
 
     return run

@@ -1,8 +1,5 @@
 """Diffusion policies in the trainer: averaged weights are what is exported, refined and resumed."""
 
-import os
-import signal
-
 import pytest
 import torch
 from tiny_env.reach import ENV, write_demos
@@ -13,7 +10,6 @@ from difftori.training import run
 from difftori.training.checkpoint import Checkpoints, weights_digest
 from difftori.training.config import TrainConfig, parse_config
 from difftori.training.il import evaluate_run, load_policy, open_task, train
-from difftori.training.learner import Learner
 
 UNET = {"dims": (16,), "step_width": 8, "blocks": 1, "noise_steps": 4, "inference_steps": 2}
 
@@ -61,28 +57,17 @@ def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
     policy, _ = load_policy(tmp_path / "refined", "last")
     assert isinstance(policy, DiffTORI)
     task = open_task(wish)
-    policy.prepare(task.train, samples=3, at_most=10**9, generator=torch.Generator().manual_seed(0))
+    policy.prepare(task.train, at_most=10**9, generator=torch.Generator().manual_seed(0))
     batch = next(task.train.in_order(1))
     drawn = {policy.base_plans(batch, generator=torch.Generator().manual_seed(s)).sum().item() for s in range(20)}
     assert len(drawn) == 3
 
 
-def test_a_killed_run_reaches_the_same_weights(demos, tmp_path, in_child):
+def test_a_killed_run_reaches_the_same_weights(demos, tmp_path, killed_at):
     wish = config("diffusion", demos, settings={**UNET, "updates": 30, "inference_steps": None}, save_every=1)
     train(wish, tmp_path / "straight", progress=False)
 
-    def die():
-        update = Learner.update
-
-        def mortal(self, batch, generator):
-            update(self, batch, generator)
-            if self.place.step == 13:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Learner.update = mortal
-        train(wish, tmp_path / "killed", progress=False)
-
-    assert in_child(die) == -signal.SIGKILL
+    killed_at(13, wish, tmp_path / "killed")
     train(wish, tmp_path / "killed", progress=False)
     straight, killed = (load_policy(tmp_path / run, "last")[0] for run in ("straight", "killed"))
     assert weights_digest(straight) == weights_digest(killed)

@@ -1,9 +1,7 @@
 """Runs on an environment with demonstrations, refiners on their bases, averaged weights, schedules."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -69,25 +67,14 @@ def test_a_refiner_of_another_seed_holds_out_what_its_base_did(demos, tmp_path):
     assert torch.equal(open_task(wish).train.demos.spans, open_task(config("bc", demos, seed=4)).train.demos.spans)
 
 
-def test_a_run_keeps_its_base(demos, tmp_path, in_child):
+def test_a_run_keeps_its_base(demos, tmp_path, killed_at):
     """Stopped, its base trained anew, and resumed: it goes on with the base that it began with."""
     small = {"hidden": (8,), "updates": 20}
     train(config("bc", demos), tmp_path / "base", progress=False)
     wish = config("residual", settings=small, base=str(tmp_path / "base"), save_every=1)
     train(wish, tmp_path / "straight", progress=False)
 
-    def die():
-        update = Learner.update
-
-        def mortal(self, batch, generator):
-            update(self, batch, generator)
-            if self.place.step == 9:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Learner.update = mortal
-        train(wish, tmp_path / "killed", progress=False)
-
-    assert in_child(die) == -signal.SIGKILL
+    killed_at(9, wish, tmp_path / "killed")
     shutil.rmtree(tmp_path / "base")
     train(config("bc", demos, settings={"lr": 0.5}), tmp_path / "base", progress=False)
     train(wish, tmp_path / "killed", progress=False)
@@ -180,24 +167,13 @@ def test_the_command_line_trains_refines_evaluates_and_films(demos, tmp_path, ca
 
 
 @pytest.mark.parametrize("name", ["difftori-il", "residual"])
-def test_a_killed_run_reaches_the_same_weights(name, demos, tmp_path, in_child, monkeypatch):
+def test_a_killed_run_reaches_the_same_weights(name, demos, tmp_path, killed_at):
     train(config("bc", demos), tmp_path / "base", progress=False)
     small = {**(SMALL if name == "difftori-il" else {"hidden": (16,)}), "ema": 0.99, "updates": 30}
     wish = config(name, settings=small, base=str(tmp_path / "base"), save_every=1)
     train(wish, tmp_path / "straight", progress=False)
 
-    def die_at(step):
-        update = Learner.update
-
-        def mortal(self, batch, generator):
-            update(self, batch, generator)
-            if self.place.step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Learner.update = mortal
-        train(wish, tmp_path / "killed", progress=False)
-
-    assert in_child(lambda: die_at(13)) == -signal.SIGKILL
+    killed_at(13, wish, tmp_path / "killed")
     train(wish, tmp_path / "killed", progress=False)
     straight, killed = (load_policy(tmp_path / run, "last")[0] for run in ("straight", "killed"))
     assert weights_digest(straight) == weights_digest(killed)

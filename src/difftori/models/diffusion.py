@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difftori.errors import ConfigError
+from difftori.models.nets import noise_like
 from difftori.types import Plans, RowCounts, Scalar
 
 Prediction: TypeAlias = Literal["epsilon", "sample"]
@@ -156,6 +157,6 @@ def denoise(
         said = denoiser(x, torch.full((len(x),), step, device=x.device))
         clean, estimated = schedule.estimate(x, said, step)
         if sampler.DRAWS and before >= 0:
-            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            fresh = noise_like(x, generator)
         x = sampler.back(x, clean, estimated, fresh, schedule.at(step), schedule.at(before))
     return x

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from difftori.errors import ShapeError
 
@@ -25,3 +26,16 @@ def mlp(
             layers.append(nn.LayerNorm(outputs))
         layers.append(activation())
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+def quiet(network: nn.Sequential) -> nn.Linear:
+    """Give a network a last layer of small weights, so that it says little at first; that layer."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
+    return last
+
+
+def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0, I) in the shape, the type and on the device of a tensor."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -7,22 +7,56 @@ that are executed, in units of the training data's range. Candidates are (K B n)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from difftori.interfaces import PolicyConfig
+from difftori.models.pictures import Pictures
 from difftori.types import Latents, Points, Scalar
 
 Candidates: TypeAlias = Float[Tensor, "K B n"]
 Scores: TypeAlias = Float[Tensor, "K B"]
 Bounds: TypeAlias = Float[Tensor, "n"]
 
+SMALL: dict[str, Any] = {
+    "hidden": (256, 256, 256),
+    "num_negatives": 64,
+    "samples": 256,
+    "lr": 1e-3,
+    "warmup": 0,
+    "batch_size": 64,
+    "epochs": 100,
+}
+"""Settings for a CPU."""
 ACTING = 2**15
 """Candidates that are scored at once where no gradient is wanted; more fill a machine no better."""
+
+
+class EnergyConfig(PolicyConfig):
+    """Settings that both policies have. The defaults are those of Diffusion Policy's comparison."""
+
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = Field(500, ge=0)
+    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    beta1: float = Field(0.95, ge=0, lt=1)
+    batch_size: int = Field(128, ge=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
+    """Widths of the energy's hidden layers."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the hidden values that is dropped in training."""
+    at_once: int = Field(2**18, ge=1)
+    """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
+    pictures: Pictures = Pictures()
+    """How pictures are seen."""
 
 
 @final

@@ -51,13 +51,18 @@ class Units(nn.Module):
         """Actions (… A) in units."""
         return self.normalizer.normalize_actions(actions)
 
+    def squashed(self, raw: AnyActions) -> AnyActions:
+        """tanh of any numbers (… A), stretched over the box, in the task's own units."""
+        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
+
     def task(self, actions: AnyActions) -> AnyActions:
         """Actions (… A) back in the task's own units, inside the box."""
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
 
 
 def whole_plans(executed: PartPlans, spec: TaskSpec) -> Plans:
-    """H actions (B H A) around those that are executed (B P A): the first and the last of these stand for the others."""
-    before, after = spec.observe - 1, spec.horizon - spec.observe + 1 - spec.execute
+    """H actions (B H A) around P from the present on (B P A): the first and the last of these stand for the others."""
+    before = spec.observe - 1
+    after = spec.horizon - before - executed.shape[1]
     first, last = executed[:, :1].expand(-1, before, -1), executed[:, -1:].expand(-1, after, -1)
     return torch.cat((first, executed, last), 1)

@@ -11,6 +11,7 @@ from difftori.data.normalize import Normalizer
 from difftori.errors import BoxError
 from difftori.interfaces import PolicyConfig
 from difftori.models.diffusion import DDIM, DDPM, NoiseSchedule, Prediction, Sampler, denoise
+from difftori.models.nets import noise_like
 from difftori.models.pictures import Pictures
 from difftori.models.unet1d import UNet1D
 from difftori.models.window_encoder import WindowEncoder
@@ -81,7 +82,7 @@ class ActionDiffusion(nn.Module):
         window = self.normalizer(batch)
         clean = window.actions
         features = self.window(window.obs, generator)
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
+        noise = noise_like(clean, generator)
         step = torch.randint(self.schedule.steps, (len(clean),), generator=generator, device=clean.device)
         said = self.unet(self.schedule.noised(clean, noise, step), step, features)
         return F.mse_loss(said, self.schedule.target(clean, noise))

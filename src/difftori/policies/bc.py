@@ -4,15 +4,14 @@ from typing import final
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from difftori.data.normalize import Normalizer
-from difftori.errors import BoxError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
+from difftori.policies._units import Units
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -44,25 +43,15 @@ class BC(Policy):
 
     def __init__(self, config: BCConfig, spec: TaskSpec):
         super().__init__(config, spec)
-        self.low: Tensor
-        self.high: Tensor
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
-        if not (self.low.isfinite().all() and self.high.isfinite().all()):
-            raise BoxError(
-                f"bc squashes into the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
-            )
         outputs = spec.horizon * spec.action_dim
-        self.normalizer = Normalizer.of(spec)
+        self.units = Units(spec, self.name)
         self.window = WindowEncoder(spec, config.pictures)
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Plans:
         """The controls (B H A), with their graph; `crops` as `WindowEncoder` has it."""
-        raw = self.net(self.window(self.normalizer.normalize_obs(obs), crops)).unflatten(
-            1, (self.spec.horizon, self.spec.action_dim)
-        )
-        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
+        raw = self.net(self.window(self.units.obs(obs), crops)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+        return self.units.squashed(raw)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error; `generator` draws the crops of pictures alone."""
@@ -72,4 +61,4 @@ class BC(Policy):
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The controls (B H A); deterministic, draws nothing from `generator`."""
-        return self.predict(obs).clamp(self.low, self.high)  # a rounding error may lead out
+        return self.predict(obs).clamp(self.units.low, self.units.high)  # a rounding error may lead out

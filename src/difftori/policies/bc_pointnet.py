@@ -88,8 +88,7 @@ class BCPointNet(Policy):
     def predict(self, obs: WindowObs) -> PartPlans:
         """The executed actions (B P A) in the task's units, with their graph."""
         raw = self.net(self._features(self.units.obs(obs))).unflatten(1, (self.spec.execute, self.spec.action_dim))
-        low, high = self.units.low, self.units.high
-        return (low + high) / 2 + (high - low) / 2 * raw.tanh()
+        return self.units.squashed(raw)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared error of the executed actions; draws nothing from `generator`."""

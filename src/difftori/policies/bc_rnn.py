@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.nets import noise_like
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._units import Units
@@ -70,8 +71,7 @@ class Mixture:
         chosen = (self.logits - (-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()).argmax(-1)
         index = chosen[..., None, None].expand(-1, -1, 1, self.means.shape[-1])
         mean, std = (values.gather(-2, index).squeeze(-2) for values in (self.means, self.stds))
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + std * noise
+        return mean + std * noise_like(mean, generator)
 
 
 @final

@@ -7,14 +7,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from difftori.data.normalize import Normalizer
-from difftori.errors import BoxError, ConfigError
-from difftori.interfaces import PolicyConfig
-from difftori.models.nets import mlp
+from difftori.errors import ConfigError
+from difftori.models.nets import mlp, noise_like, quiet
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
-from difftori.policies.refiner import Base, Refiner
+from difftori.policies._units import Units, whole_plans
+from difftori.policies.refiner import Base, Refiner, RefinerConfig
 from difftori.solver import (
     Adjoint,
     Box,
@@ -44,7 +43,7 @@ from difftori.types import (
 )
 
 
-class DiffTORIConfig(PolicyConfig):
+class DiffTORIConfig(RefinerConfig):
     """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation.md."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -104,8 +103,6 @@ class DiffTORIConfig(PolicyConfig):
     base_noise: float = Field(0.3, ge=0)
     """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Without it the score sees one action per
     state and memorises."""
-    base_samples: int = Field(8, ge=1)
-    """How many times a base that draws is asked for its actions at each training window."""
     anchor: Literal["none", "middle", "base"] = "none"
     """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
     curvature: float = Field(1.0, gt=0, le=80)
@@ -158,12 +155,8 @@ class DiffTORI(Refiner):
         self.settings = config
         drawn = config.act_latent == "sample" and config.cvae_dim > 0
         self.draws = self.draws or drawn or config.init == "random"
-        self.low: Tensor
-        self.high: Tensor
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
         self._check(config, spec)
-        self.normalizer = Normalizer.of(spec)
+        self.units = Units(spec, self.name)
         chunk = config.decision == "chunk"
         self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
         self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
@@ -172,10 +165,10 @@ class DiffTORI(Refiner):
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
         self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
-        _quiet(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
+        quiet(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
         if self.dynamics is not None:
             # and H steps of the model nearly stand still: no chaos to differentiate through
-            nn.init.zeros_(_quiet(self.dynamics).bias)
+            nn.init.zeros_(quiet(self.dynamics).bias)
         # softplus(raw) is what is learned
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
@@ -186,10 +179,6 @@ class DiffTORI(Refiner):
             self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
 
     def _check(self, config: DiffTORIConfig, spec: TaskSpec) -> None:
-        if not (self.low.isfinite().all() and self.high.isfinite().all()):
-            raise BoxError(
-                f"difftori-il plans in units of the box [{spec.low}, {spec.high}], which is not finite: give finite bounds"
-            )
         faults = []
         if not self.has_base and "base" in (config.init, config.anchor):
             faults.append(
@@ -207,11 +196,11 @@ class DiffTORI(Refiner):
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve; and the prior's own loss."""
-        window = self.normalizer(batch)
+        window = self.units(batch)
         target = self._from_present(window.actions)
         base = self.unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
         guess = self.guess(batch.obs, base, generator, crops=generator)
-        start = guess + self.settings.base_noise * _noise_like(guess, generator)
+        start = guess + self.settings.base_noise * noise_like(guess, generator)
         state = self.encode(window.obs, generator)
         sample, divergence = self._posterior(state, target, generator)
         plan = self.plan(state, sample, start, base, self._adjoint())
@@ -230,7 +219,7 @@ class DiffTORI(Refiner):
         whole = self.base_act(obs, generator=generator) if self.has_base else None
         base = None if whole is None else self.unit_base(whole)
         start = self.guess(obs, base, generator)
-        state = self.encode(self.normalizer.normalize_obs(obs))
+        state = self.encode(self.units.obs(obs))
         rows, samples = len(state), self.settings.act_samples
 
         def again(values: Tensor) -> Tensor:
@@ -238,7 +227,7 @@ class DiffTORI(Refiner):
 
         sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
         if self.settings.act_latent == "sample" and sample.numel():
-            sample = _noise_like(sample, generator)
+            sample = noise_like(sample, generator)
         plan = self.plan(again(state), sample, again(start), None if base is None else again(base), Detached())
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
         chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
@@ -256,9 +245,9 @@ class DiffTORI(Refiner):
             assert base is not None
             return base
         rows = len(next(iter(obs.values())))
-        zeros = self.low.new_zeros(rows, self.planned, self.spec.action_dim)
+        zeros = self.units.low.new_zeros(rows, self.planned, self.spec.action_dim)
         if self.prior is not None:
-            return torch.tanh(self.prior(self.window(self.normalizer.normalize_obs(obs), crops))).reshape(zeros.shape)
+            return torch.tanh(self.prior(self.window(self.units.obs(obs), crops))).reshape(zeros.shape)
         if self.settings.init == "zero":
             return zeros
         return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
@@ -312,7 +301,7 @@ class DiffTORI(Refiner):
         mean, log_variance = self.posterior(torch.cat((state, target.flatten(1)), -1)).chunk(2, -1)
         log_variance = log_variance.clamp(-20, 10)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
-        return mean + (0.5 * log_variance).exp() * _noise_like(mean, generator), divergence
+        return mean + (0.5 * log_variance).exp() * noise_like(mean, generator), divergence
 
     def _planner(self, adjoint: Adjoint) -> Planner:
         box = Box(-1.0, 1.0, inward=self.settings.inward)
@@ -342,16 +331,15 @@ class DiffTORI(Refiner):
 
     def unit_base(self, whole: Plans) -> PartPlans:
         """The base's actions in units of the box, those that are planned."""
-        return self.normalizer.normalize_actions(self._from_present(whole)).clamp(-1, 1)
+        return self.units.of(self._from_present(whole)).clamp(-1, 1)
 
     def _whole(self, planned: PartPlans, whole: Plans | None) -> Plans:
         """H actions in the task's units: the base's with the planned ones in their place, or the planned ones' ends repeated."""
-        actions = self.normalizer.denormalize_actions(planned).clamp(self.low, self.high)
-        before = self.spec.observe - 1
-        after = self.spec.horizon - before - self.planned
+        actions = self.units.task(planned)
         if whole is None:
-            return torch.cat((actions[:, :1].expand(-1, before, -1), actions, actions[:, -1:].expand(-1, after, -1)), 1)
-        whole = whole.clamp(self.low, self.high)
+            return whole_plans(actions, self.spec)
+        before = self.spec.observe - 1
+        whole = whole.clamp(self.units.low, self.units.high)
         return torch.cat((whole[:, :before], actions, whole[:, before + self.planned :]), 1)
 
 
@@ -366,17 +354,5 @@ def _encoder(config: DiffTORIConfig, features: int) -> tuple[nn.Module, int]:
     ), config.latent_dim
 
 
-def _quiet(network: nn.Sequential) -> nn.Linear:
-    """Give a network a last layer of small weights; that layer."""
-    last = network[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
-    return last
-
-
 def _softplus_inverse(value: float) -> Tensor:
     return torch.tensor(value).expm1().log()
-
-
-def _noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -7,15 +7,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from difftori.interfaces import Policy, PolicyConfig
-from difftori.models.pictures import Pictures
+from difftori.interfaces import Policy
+from difftori.models.nets import noise_like
 from difftori.models.window_encoder import WindowEncoder
-from difftori.policies._energy import ActionScore, Candidates, DerivativeFree, Langevin, best, info_nce, uniform
+from difftori.policies._energy import (
+    SMALL,
+    ActionScore,
+    Candidates,
+    DerivativeFree,
+    EnergyConfig,
+    Langevin,
+    best,
+    info_nce,
+    uniform,
+)
 from difftori.policies._units import Units, whole_plans
 from difftori.types import Latents, Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
-class IBCConfig(PolicyConfig):
+class IBCConfig(EnergyConfig):
     """Settings of `IBC`. The defaults are those of Diffusion Policy's comparison, for states with 3,050 epochs."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -36,32 +46,12 @@ class IBCConfig(PolicyConfig):
             "beta1": 0.9,
             "batch_size": 512,
         },
-        "small": {
-            "hidden": (256, 256, 256),
-            "num_negatives": 64,
-            "samples": 256,
-            "lr": 1e-3,
-            "warmup": 0,
-            "batch_size": 64,
-            "epochs": 100,
-        },
+        "small": SMALL,
     }
     preset: str = "paper"
     """`paper`: Diffusion Policy's. `langevin`: negatives and acting by gradients, as Florence et al. have them. `small`:
     for a CPU."""
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = Field(500, ge=0)
-    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.95, ge=0, lt=1)
     epochs: int = Field(3050, ge=1)
-    batch_size: int = Field(128, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
-    """Widths of the energy's hidden layers."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the hidden values that is dropped in training."""
     negatives: Literal["uniform", "langevin"] = "uniform"
     """What the expert's action is contrasted with: actions drawn uniformly, or moved from there by Langevin steps."""
     num_negatives: int = Field(1024, ge=1)
@@ -85,10 +75,6 @@ class IBCConfig(PolicyConfig):
     """By what this is multiplied each time."""
     langevin_steps: int = Field(100, ge=1)
     """Langevin steps, in training and in acting."""
-    at_once: int = Field(2**18, ge=1)
-    """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
 
 
 @final
@@ -126,7 +112,7 @@ class IBC(Policy):
         window, settings = self.units(batch), self.settings
         features = self.window(window.obs, generator)
         target = window.actions[:, self.spec.present].flatten(1)
-        noise = torch.randn(target.shape, generator=generator, dtype=target.dtype, device=target.device)
+        noise = noise_like(target, generator)
         negatives = self._uniform(settings.num_negatives, len(target), generator)
         if settings.negatives == "langevin":
             negatives = self._moved(features, negatives, generator)

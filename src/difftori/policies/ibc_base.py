@@ -7,13 +7,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from difftori.interfaces import PolicyConfig
-from difftori.models.pictures import Pictures
+from difftori.models.nets import noise_like
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._energy import (
+    SMALL,
     ActionScore,
     Candidates,
     DerivativeFree,
+    EnergyConfig,
     Langevin,
     around,
     best,
@@ -22,40 +23,20 @@ from difftori.policies._energy import (
     uniform,
 )
 from difftori.policies._units import Units
-from difftori.policies.refiner import Base, Refiner
+from difftori.policies.refiner import Base, Refiner, RefinerConfig
 from difftori.types import Latents, Metrics, Plans, Points, Scalar, TaskSpec, Window, WindowObs
 
 
-class IBCBaseConfig(PolicyConfig):
+class IBCBaseConfig(EnergyConfig, RefinerConfig):
     """Settings of `IBCBase`. The energy is `ibc`'s; what is done with the base is ours: the paper does not say."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
-        "small": {
-            "hidden": (256, 256, 256),
-            "num_negatives": 64,
-            "samples": 256,
-            "lr": 1e-3,
-            "warmup": 0,
-            "batch_size": 64,
-            "epochs": 100,
-        },
+        "small": SMALL,
     }
     preset: str = "paper"
     """`paper`: the sizes of `ibc`. `small`: for a CPU."""
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = Field(500, ge=0)
-    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.95, ge=0, lt=1)
     epochs: int = Field(300, ge=1)
-    batch_size: int = Field(128, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
-    """Widths of the energy's hidden layers."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the hidden values that is dropped in training."""
     num_negatives: int = Field(1024, ge=4)
     """Actions that the expert's is contrasted with: the base's, and others in the shares below."""
     near_base: float = Field(0.5, ge=0, le=1)
@@ -66,8 +47,6 @@ class IBCBaseConfig(PolicyConfig):
     """How far around: σ of each negative is drawn uniformly up to this, in half-widths of the training data's range."""
     positive_noise: float = Field(1e-4, ge=0)
     """σ of Gaussian noise on the expert's action, in the same units."""
-    base_samples: int = Field(8, ge=1)
-    """How many times a base that draws is asked for its actions at each training window."""
     inference: Literal["derivative-free", "gradient"] = "derivative-free"
     """How a better action is sought: among candidates around the base's, or by gradient steps from it, without noise."""
     samples: int = Field(1024, ge=2)
@@ -82,10 +61,6 @@ class IBCBaseConfig(PolicyConfig):
     """Steps of `gradient`, each at most a tenth of a half-width."""
     advantage: float = Field(0.0, ge=0)
     """The base's action is replaced only by one whose score is higher by this, in nats."""
-    at_once: int = Field(2**18, ge=1)
-    """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
 
 
 @final
@@ -119,7 +94,7 @@ class IBCBase(Refiner):
         window = self.units(batch)
         target = window.actions[:, self.spec.present].flatten(1)
         base = self._executed(self.base_plans(batch, generator=generator))
-        noise = torch.randn(target.shape, generator=generator, dtype=target.dtype, device=target.device)
+        noise = noise_like(target, generator)
         expert = target + self.settings.positive_noise * noise
         negatives = self._negatives(base, target, generator)
         candidates = torch.cat((expert.unsqueeze(0), base.unsqueeze(0), negatives))
@@ -165,7 +140,7 @@ class IBCBase(Refiner):
         bounds = self._bounds()
         near = torch.cat((base.expand(by_base, -1, -1), target.expand(by_expert, -1, -1)))
         draws = torch.rand((*near.shape[:2], 1), generator=generator, dtype=near.dtype, device=near.device)
-        noise = torch.randn(near.shape, generator=generator, dtype=near.dtype, device=near.device)
+        noise = noise_like(near, generator)
         near = (near + settings.negative_std * draws * noise).clamp(*bounds)
         return torch.cat((near, uniform(count - by_base - by_expert, len(base), *bounds, generator)))
 

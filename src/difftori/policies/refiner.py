@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
@@ -45,6 +46,13 @@ class FunctionBase:
             return self.function(obs).detach()
 
 
+class RefinerConfig(PolicyConfig):
+    """Settings that every refiner has."""
+
+    base_samples: int = Field(8, ge=1)
+    """How many times a base that draws is asked for its actions at each training window."""
+
+
 class Refiner(Policy, ABC):
     """A policy that starts from another's actions, built as `SomeRefiner(config, spec, base)`.
 
@@ -54,7 +62,7 @@ class Refiner(Policy, ABC):
 
     NEEDS_BASE = True
 
-    def __init__(self, config: PolicyConfig, spec: TaskSpec, base: Base | None = None):
+    def __init__(self, config: RefinerConfig, spec: TaskSpec, base: Base | None = None):
         super().__init__(config, spec)
         if base is None and self.NEEDS_BASE:
             raise ConfigError([f"base: {self.name} refines another policy's actions; give --base RUN"])
@@ -64,6 +72,7 @@ class Refiner(Policy, ABC):
             )
         self.draws = self.STOCHASTIC or (base is not None and _draws(base))
         self._base = _Held(base)  # where torch does not look for modules
+        self.base_samples = config.base_samples
         self._prepared: Tensor | None = None
 
     @property
@@ -77,13 +86,13 @@ class Refiner(Policy, ABC):
         """Whether there is one."""
         return self._base.base is not None
 
-    def prepare(self, examples: Examples, *, samples: int, at_most: int, generator: torch.Generator) -> None:
-        """Ask the base what it would do at every window of the training set, `samples` times if it draws.
+    def prepare(self, examples: Examples, *, at_most: int, generator: torch.Generator) -> None:
+        """Ask the base what it would do at every window of the training set, `base_samples` times if it draws.
 
         Where that is more than the `at_most` windows that training will see, nothing is prepared: the base is asked in every
         batch. Raises ShapeError if what it returns is not (B H A).
         """
-        count = samples if _draws(self.base) else 1
+        count = self.base_samples if _draws(self.base) else 1
         if count * len(examples) > at_most:
             return
         parts = []

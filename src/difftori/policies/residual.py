@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.data.normalize import Normalizer
-from difftori.interfaces import PolicyConfig
-from difftori.models.nets import mlp
+from difftori.models.nets import mlp, noise_like, quiet
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
-from difftori.policies.refiner import Base, Refiner
+from difftori.policies.refiner import Base, Refiner, RefinerConfig
 from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
-class ResidualConfig(PolicyConfig):
+class ResidualConfig(RefinerConfig):
     """Settings of `Residual`. The sizes and the learning settings are DiffTORI's, so that the two can be compared."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
@@ -29,8 +28,6 @@ class ResidualConfig(PolicyConfig):
     """α."""
     base_noise: float = Field(0.0, ge=0)
     """σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
-    base_samples: int = Field(8, ge=1)
-    """How many times a base that draws is asked for its actions at each training window."""
     pictures: Pictures = Pictures()
     """How pictures are seen."""
 
@@ -58,10 +55,7 @@ class Residual(Refiner):
         self.window = WindowEncoder(spec, config.pictures)
         outputs = spec.execute * spec.action_dim
         self.network = mlp((self.window.width + outputs, *config.hidden, outputs))
-        last = self.network[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=0.1 / last.in_features**0.5)
-        nn.init.zeros_(last.bias)
+        nn.init.zeros_(quiet(self.network).bias)
 
     def predict(self, obs: WindowObs, base: PartPlans, crops: torch.Generator | None = None) -> PartPlans:
         """Normalised observations and the base's executed actions (B P A) → corrected ones, with their graph.
@@ -75,8 +69,7 @@ class Residual(Refiner):
         """Mean squared error of the executed actions."""
         window = self.normalizer(batch)
         base = self._unit_base(self.base_plans(batch, generator=generator))
-        noise = torch.randn(base.shape, generator=generator, dtype=base.dtype, device=base.device)
-        start = (base + self.settings.base_noise * noise).clamp(-1, 1)
+        start = (base + self.settings.base_noise * noise_like(base, generator)).clamp(-1, 1)
         target = window.actions[:, self.spec.present]
         loss = F.mse_loss(self.predict(window.obs, start, generator), target)
         return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from difftori.errors import ConfigError
-from difftori.studies._pool import Failure, Work, run_all
+from difftori.studies._pool import Failure, Work, run_all, training
 from difftori.studies._records import Record, contradictions, keep, read_record
-from difftori.studies._runs import Arm, Job, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
+from difftori.studies._runs import Arm, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_curves(
     if not config.quick:
         for job in jobs:
             keep(job)
-    works = {_work(job): job for job in missing}
+    works = {training(job.name, job.words, job.folder): job for job in missing}
     seconds = None if config.budget is None else 60 * config.budget
 
     def done(work: Work) -> None:
@@ -74,13 +74,6 @@ def make_curves(
     reasons = (*partial_reasons(config), *further, *state)
     tasks = tuple(dict.fromkeys(job.task for job in jobs))
     return Curves(config, tuple(arms), tasks, records, reasons, tuple(failures))
-
-
-def _work(job: Job) -> Work:
-    """The command that begins a run; one that was interrupted goes on as it was begun, wherever it is to compute now."""
-    begun = (job.folder / "config.yaml").exists()
-    words = ("train", "--resume", str(job.folder), "--quiet") if begun else job.words
-    return Work(job.name, words, job.folder.with_name(f"{job.folder.name}.log"))
 
 
 def output_folder(curves: Curves, study: str) -> Path:

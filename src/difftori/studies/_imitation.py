@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.components import find_policy
 from difftori.errors import ConfigError, DataError
-from difftori.studies._pool import Failure, Work, run_all
+from difftori.studies._pool import Failure, Work, option_words, run_all, training
 from difftori.training.checkpoint import replace_file
 from difftori.training.config import INHERITED, TrainConfig, parse_config
 from difftori.training.options import overlay, read_tokens
@@ -52,15 +52,11 @@ class ImitationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What is imitated: an environment, how it is seen, the number of demonstrations (None: all), and other options of
-    `difftori train` that hold for all arms. `demos` names the data, `{seed}` in it the run's seed.
-    """
+    """What is imitated: an environment, and how it is seen. `demos` names the data, `{seed}` in it the run's seed."""
 
     env: str
     obs: str
     demos: str
-    num_train: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
     collect: int | None = None
     """Episodes to collect where the data are missing; None: they must be there."""
 
@@ -183,13 +179,11 @@ def _jobs(config: ImitationConfig, case: Case, arms: Sequence[Arm], seed: int, s
         options: dict[str, Any] = {}
         if base is None:
             options = {"env": case.env, "obs": case.obs, "demos": demos_path(config, case, seed), "seed": seed}
-            options |= {"num_train": case.num_train} if case.num_train else {}
-            options |= case.options
         else:
             options = {"base": base.folder, "seed": seed}
         options |= {"updates": arm.updates * config.updates, **arm.settings, **arm.options}
         options |= {"eval_episodes": config.episodes, "device": config.device, "out": folder}
-        words = [word for name, value in options.items() for word in _option(name, value)]
+        words = [word for name, value in options.items() for word in option_words(name, value)]
         kept = config.out / "runs" / "il" / place.with_suffix(".json")
         found[arm.label] = Job(case, arm, seed, folder, ("train", arm.policy, *words, "--quiet"), kept, base)
     return list(found.values())
@@ -217,7 +211,7 @@ def _run(config: ImitationConfig, jobs: Sequence[Job], say: Callable[[str], None
     for depth in range(1 + max((_depth(job) for job in wanted.values()), default=-1)):
         wave = [job for job in wanted.values() if _depth(job) == depth and not job.ended_here]
         ready = [job for job in wave if (_has_demos(config, job) if job.base is None else job.base.ended_here)]
-        works = {_work(job): job for job in ready}
+        works = {training(job.name, job.words, job.folder): job for job in ready}
         failed, _ = run_all(
             list(works), jobs=config.jobs, seconds=left(), say=say, done=lambda work, w=works: keep(w[work])
         )
@@ -249,19 +243,6 @@ def _collections(config: ImitationConfig, jobs: Any) -> list[Work]:
             f"{job.case.name}, demonstrations, seed {job.seed}", (*words, "--out", str(path.parent), "--quiet"), log
         )
     return list(works.values())
-
-
-def _work(job: Job) -> Work:
-    begun = (job.folder / "config.yaml").exists()
-    words = ("train", "--resume", str(job.folder), "--quiet") if begun else job.words
-    return Work(job.name, words, job.folder.with_name(f"{job.folder.name}.log"))
-
-
-def _option(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
-    return [f"--{name.replace('_', '-')}", *words]
 
 
 def keep(job: Job) -> None:

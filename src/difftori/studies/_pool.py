@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from difftori.errors import DifftoriError
 from difftori.training.signals import StopSignal
@@ -27,6 +28,24 @@ class Work:
     name: str
     words: tuple[str, ...]
     log: Path
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """An option of the command line with its value."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{word}" if value else f"--no-{word}"]
+    words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
+    return [f"--{word}", *words]
+
+
+def training(name: str, words: tuple[str, ...], folder: Path) -> Work:
+    """The command that begins the run of a folder; one that was interrupted goes on as it was begun, wherever it is to
+    compute now.
+    """
+    begun = (folder / "config.yaml").exists()
+    resumed = ("train", "--resume", str(folder), "--quiet")
+    return Work(name, resumed if begun else words, folder.with_name(f"{folder.name}.log"))
 
 
 @dataclass(frozen=True)

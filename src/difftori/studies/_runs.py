@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftori.errors import DataError
+from difftori.studies._pool import option_words
 from difftori.training.records import read_config
 from difftori.training.rl_config import RLConfig, parse_rl_config
 
@@ -232,7 +233,7 @@ def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
     parsed = parse_rl_config({"agent": arm.agent, **values, "settings": settings})
     place = Path(budget_name(config), task.replace(":", "."), _slug(arm, parsed), f"seed-{seed}")
     folder = config.runs / place
-    options = [word for name, value in {**values, **settings}.items() for word in _option(name, value)]
+    options = [word for name, value in {**values, **settings}.items() for word in option_words(name, value)]
     words = ("train", arm.agent, *options, "--out", str(folder), "--quiet")
     return Job(task, arm, seed, parsed, folder, words, config.out / "runs" / place.with_suffix(".json"))
 
@@ -245,13 +246,6 @@ def _slug(arm: Arm, parsed: RLConfig) -> str:
         settings = {"pg": resolved["pg"], **settings}
     words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return "_".join([arm.agent, *(f"{name}-{value}" for name, value in words.items())])
-
-
-def _option(name: str, value: Any) -> list[str]:
-    if value is True:
-        return [f"--{name}"]
-    words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
-    return [f"--{name.replace('_', '-')}", *words]
 
 
 def _flat(config: RLConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ From a finished run of `difftori-il` with the variational autoencoder. The pictu
 solutions; what lies outside of the action box is left white.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +61,17 @@ def run(config: Config) -> None:
     Console().print(f"The picture is {config.out / 'figure4.svg'}.", soft_wrap=True)
 
 
+@dataclass(frozen=True)
 class Landscape:
-    """The objective over the plane for one latent sample: `axes` (2 g) coordinates, `values` (g g), NaN outside of the box, and
-    `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise` of the objective along it.
+    """The objective over the plane for one latent sample: `axis` (g) coordinates of both sides, `values` (g g), NaN outside
+    of the box, and `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise` of the objective
+    along it.
     """
 
-    def __init__(self, axes: Tensor, values: Tensor, path: Tensor, rise: float):
-        self.axes, self.values, self.path, self.rise = axes, values, path, rise
+    axis: Tensor
+    values: Tensor
+    path: Tensor
+    rise: float
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def landscapes(policy: DiffTORI, obs: WindowObs, *, seed: int) -> list[Landscape
         whole = policy.base_act(obs, generator=generator)
         base = policy.unit_base(whole)
     start = policy.guess(obs, base, generator)
-    state = policy.encode(policy.normalizer.normalize_obs(obs))
+    state = policy.encode(policy.units.obs(obs))
     samples = torch.randn(2, 1, policy.settings.cvae_dim, generator=generator)
     paths = []
     for sample in samples:
@@ -95,15 +100,15 @@ def landscapes(policy: DiffTORI, obs: WindowObs, *, seed: int) -> list[Landscape
     inside = (points.abs() <= 1 + 1e-6).all(1)
     found = []
     for sample, path in zip(samples, flat, strict=True):
-        rows = len(points)
-        values = -policy.objective(
-            state.expand(rows, -1), sample.expand(rows, -1), None if base is None else base.expand(rows, -1, -1)
-        ).cost(points)
-        values = torch.where(inside, values, torch.nan).reshape(_GRID, _GRID)
-        ends = -policy.objective(
-            state.expand(2, -1), sample.expand(2, -1), None if base is None else base.expand(2, -1, -1)
-        ).cost(torch.stack((origin, origin + path[-1] @ frame)))
-        found.append(Landscape(torch.stack((axis, axis)), values, path, float(ends[1] - ends[0])))
+
+        def value(x: Tensor, sample: Tensor = sample) -> Tensor:
+            rows = len(x)
+            bases = None if base is None else base.expand(rows, -1, -1)
+            return -policy.objective(state.expand(rows, -1), sample.expand(rows, -1), bases).cost(x)
+
+        values = torch.where(inside, value(points), torch.nan).reshape(_GRID, _GRID)
+        ends = value(torch.stack((origin, origin + path[-1] @ frame)))
+        found.append(Landscape(axis, values, path, float(ends[1] - ends[0])))
     return found
 
 
@@ -126,8 +131,8 @@ def draw(panels: list[Landscape], caption: str) -> Figure:
         for index, (axis, panel) in enumerate(
             zip(figure.subplots(1, 2, sharex=True, sharey=True), panels, strict=True)
         ):
-            x, y = panel.axes.numpy()
-            filled = axis.contourf(x, y, np.ma.masked_invalid(panel.values.numpy()), levels=20, cmap="viridis")
+            side = panel.axis.numpy()
+            filled = axis.contourf(side, side, np.ma.masked_invalid(panel.values.numpy()), levels=20, cmap="viridis")
             figure.colorbar(filled, ax=axis, label="objective")
             path = panel.path.numpy()
             axis.plot(path[:, 0], path[:, 1], marker=MARKERS[1], markersize=3, color=PALETTE[2], linewidth=1.2)

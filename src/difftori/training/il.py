@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from difftori.policies.refiner import Refiner
 from difftori.training.checkpoint import State, read_weights, replace_file, write_weights
 from difftori.training.config import TrainConfig, normalised, parse_config
 from difftori.training.env_task import EVAL_ROWS, Arena
-from difftori.training.learner import Learner
+from difftori.training.learner import Learner, run_length
 from difftori.training.records import read_config
 from difftori.training.run import Run, seeded
 from difftori.training.signals import StopSignal
@@ -51,15 +50,13 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
             return run.summary()
         task = open_task(config)
         policy = _build(config, task.spec, out)
-        epochs = _epochs(settings, len(task.train))
+        epochs, updates = run_length(settings, len(task.train))
         learner = Learner(policy, settings, epochs)
-        updates = settings.updates or epochs * math.ceil(len(task.train) / settings.batch_size)
         _warn_of_warmup(settings, updates)
         noise = run.generator("loss", device)
         if isinstance(policy, Refiner) and policy.has_base:
             policy.prepare(
                 task.train,
-                samples=vars(settings).get("base_samples", 1),
                 at_most=updates * settings.batch_size,
                 generator=seeded(config.seed, "base actions", device),
             )
@@ -98,13 +95,6 @@ def open_task(config: TrainConfig) -> ImitationTask:
     options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
-
-
-def _epochs(settings: PolicyConfig, examples: int) -> int:
-    """Passes over so many examples."""
-    if settings.updates is None:
-        return settings.epochs
-    return math.ceil(settings.updates / math.ceil(examples / settings.batch_size))
 
 
 def _copy_base(base: Path, out: Path) -> None:
@@ -240,9 +230,7 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> Po
         spec = TaskSpec.from_plain(state["spec"])
         if issubclass(kind, Refiner):
             below = state.get("base")
-            base = None
-            if below is not None:
-                base = _base_of(below, config, f"{place}, base")
+            base = None if below is None else _base_of(below, config, f"{place}, base")
             policy = kind(config.settings, spec, base)
         else:
             policy = kind(config.settings, spec)

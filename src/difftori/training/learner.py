@@ -30,6 +30,14 @@ def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torc
     raise ConfigError([f"settings.optimizer: {settings.optimizer!r} is none of adam, adamw, rmsprop"])
 
 
+def run_length(settings: PolicyConfig, examples: int) -> tuple[int, int]:
+    """The epochs and the updates of a run over so many examples; with `updates`, the last epoch is cut short."""
+    passes = math.ceil(examples / settings.batch_size)
+    if settings.updates is None:
+        return settings.epochs, settings.epochs * passes
+    return math.ceil(settings.updates / passes), settings.updates
+
+
 @dataclass
 class Place:
     """Where a run stands. `batch` counts within the running epoch, `step` all batches ever, skipped ones too."""

@@ -1,6 +1,5 @@
 """`refine`: DiffTORI around a policy of one's own, as a function; no run directory, no command line."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +9,7 @@ from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import Base, FunctionBase
-from difftori.training.learner import Learner
+from difftori.training.learner import Learner, run_length
 from difftori.training.run import seeded
 from difftori.types import Metrics, Plans, WindowObs
 
@@ -47,14 +46,8 @@ def refine(
         torch.manual_seed(seed)
         refined = DiffTORI(settings, spec, base if isinstance(base, Base) else FunctionBase(base)).to(device)
     noise = seeded(seed, "loss", device)
-    passes = math.ceil(len(windows) / settings.batch_size)
-    epochs = settings.epochs if settings.updates is None else math.ceil(settings.updates / passes)
-    refined.prepare(
-        windows,
-        samples=settings.base_samples,
-        at_most=epochs * passes * settings.batch_size,
-        generator=seeded(seed, "base actions", device),
-    )
+    epochs, updates = run_length(settings, len(windows))
+    refined.prepare(windows, at_most=updates * settings.batch_size, generator=seeded(seed, "base actions", device))
     learner = Learner(refined, settings, epochs)
     for epoch in range(epochs):
         for batch in windows.batches(settings.batch_size, seeded(seed, f"order of epoch {epoch}")):
