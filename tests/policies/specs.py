@@ -1,5 +1,7 @@
 """Tasks to test policies on: their specifications, observations and small demonstrations."""
 
+from dataclasses import replace
+
 import torch
 
 from difftori.interfaces import Policy
@@ -46,6 +48,36 @@ PICTURES = TaskSpec(
     execute=3,
     moments=_moments(2),
 )
+WITHIN = {
+    "vectors": replace(VECTORS, low=(-3.0, -1.5), high=(1.2, 4.0)),
+    "clouds": replace(CLOUDS, low=(-3.0, -1.5), high=(1.2, 4.0)),
+}
+"""Data in the middle of a wider box: the units of the data are not those of the box."""
+SHIFT, SCALE = (0.5, -2.0), (3.0, 0.25)
+OBS_SHIFT, OBS_SCALE = 7.0, 0.1
+
+
+def in_other_units(spec: TaskSpec) -> TaskSpec:
+    """The same task with actions times `SCALE` plus `SHIFT`, and observations times `OBS_SCALE` plus `OBS_SHIFT`."""
+
+    def moved(m: Moments | None, scale: tuple[float, ...], shift: tuple[float, ...]) -> Moments | None:
+        if m is None:
+            return None
+        low, high, mean = (
+            tuple(v * a + b for v, a, b in zip(part, scale, shift, strict=True)) for part in (m.low, m.high, m.mean)
+        )
+        return Moments(low, high, mean, tuple(v * a for v, a in zip(m.std, scale, strict=True)))
+
+    obs = {
+        name: replace(
+            entry, moments=moved(entry.moments, (OBS_SCALE,) * entry.shape[-1], (OBS_SHIFT,) * entry.shape[-1])
+        )
+        for name, entry in spec.obs.items()
+    }
+    low, high = (tuple(v * a + b for v, a, b in zip(part, SCALE, SHIFT, strict=True)) for part in (spec.low, spec.high))
+    return replace(spec, obs=obs, low=low, high=high, moments=moved(spec.moments, SCALE, SHIFT))
+
+
 SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS, "pictures": PICTURES}
 TINY = Pictures(width=16, keypoints=4)
 """A network for pictures that is quick to make and to train."""

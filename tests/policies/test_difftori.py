@@ -9,7 +9,18 @@ from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.solver import Box, Detached, presets
 from difftori.types import Plans, TaskSpec, Window, WindowObs
-from tests.policies.specs import SPECS, TINY, VECTORS, demonstrations, generator, observations
+from tests.policies.specs import (
+    SCALE,
+    SHIFT,
+    SPECS,
+    TINY,
+    VECTORS,
+    WITHIN,
+    demonstrations,
+    generator,
+    in_other_units,
+    observations,
+)
 
 SMALL = {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4}
 
@@ -20,9 +31,9 @@ def still(obs: WindowObs) -> Plans:
     return torch.linspace(-0.5, 0.5, VECTORS.horizon)[None, :, None].expand(rows, -1, VECTORS.action_dim).clone()
 
 
-def refiner(**settings) -> DiffTORI:
+def refiner(spec: TaskSpec = VECTORS, **settings) -> DiffTORI:
     torch.manual_seed(0)
-    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS, FunctionBase(still))
+    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), spec, FunctionBase(still))
 
 
 def lively(policy: DiffTORI) -> DiffTORI:
@@ -64,10 +75,11 @@ def test_a_base_that_is_not_needed_is_not_asked():
     assert torch.equal(actions[:, 0], actions[:, VECTORS.present.start]), "the ends of the plan are repeated"
 
 
-def test_only_what_is_planned_is_changed():
+@pytest.mark.parametrize("spec", [VECTORS, WITHIN["vectors"]], ids=["data fill the box", "data within the box"])
+def test_only_what_is_planned_is_changed(spec):
     """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
     obs = observations(VECTORS, 3)
-    quiet, loud = refiner(), lively(refiner())
+    quiet, loud = refiner(spec), lively(refiner(spec))
     whole = still(obs)
     assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.02)
     acted = loud.act(obs, generator=generator())
@@ -97,6 +109,35 @@ def test_the_objective_is_eq_7(decision, anchor):
         if policy.dynamics is not None:
             state = state + policy.dynamics(known)
     torch.testing.assert_close(plan.value, total, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_eq_9():
+    """Mean squared error and β·KL, the divergence over as many numbers as the error's mean."""
+    batch = demonstrations(VECTORS, 4)
+    for coefficient in (0.0, 0.5, 2.0):
+        policy = refiner(kl_coef=coefficient)
+        loss, metrics = policy.loss(batch, generator=generator(1))
+        assert metrics["kl"] > 1e-3
+        per_number = metrics["kl"] / (VECTORS.execute * VECTORS.action_dim)
+        assert loss.item() == pytest.approx(metrics["action_mse"] + coefficient * per_number, rel=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
+    """In training alone; what it has learned from is a base that lies inside of the data's range."""
+    spec = in_other_units(WITHIN["vectors"])
+    scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
+    base = FunctionBase(lambda obs: still(obs) * scale + shift)
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec, base)
+    starts, solve = [], policy.plan
+    monkeypatch.setattr(policy, "plan", lambda *args, **named: (starts.append(args[2]), solve(*args, **named))[1])
+    batch = demonstrations(VECTORS, 500)
+    policy.loss(batch, generator=generator())
+    policy.act(batch.obs, generator=generator())
+    trained, acted = (start - still(batch.obs)[:, VECTORS.present] for start in starts)
+    assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
+    assert trained.mean().abs() <= 0.05 * sigma + 1e-6
+    assert acted.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("decision", ["chunk", "step"])

@@ -8,9 +8,26 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import SPECS, TINY, build, demonstrations, generator, observations
+from tests.policies.specs import (
+    OBS_SCALE,
+    OBS_SHIFT,
+    SCALE,
+    SHIFT,
+    SPECS,
+    TINY,
+    WITHIN,
+    build,
+    demonstrations,
+    generator,
+    in_other_units,
+    observations,
+)
 
 UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 6, "pictures": TINY}
+LOSS_IN_TASK_UNITS = {"bc", "bc-pointnet"}
+"""Their loss is the error of the controls themselves, as the pendulum's literature has it."""
+ALL_IN_TASK_UNITS = {"lstm"}
+"""Table 8's baseline normalises nothing, as its source."""
 SMALL: dict[str, dict] = {
     "bc": {"pictures": TINY},
     "difftori-il": {"pictures": TINY},
@@ -131,3 +148,30 @@ def test_rows_never_interact(policy):
     changed = {name: torch.cat((values[:1], other[name][1:])) for name, values in obs.items()}
     first, second = (policy.act(x, generator=generator())[0] for x in (obs, changed))
     assert torch.allclose(first, second, atol=1e-5)
+
+
+@pytest.mark.parametrize("shown", WITHIN)
+@pytest.mark.parametrize("name", sorted(set(find_policies()) - ALL_IN_TASK_UNITS))
+def test_units_of_the_task_make_no_difference(name, shown):
+    """The same weights on the same task in other units: the same loss, the same actions in those units.
+
+    The data lie inside a wider box, so that neither stands for the other.
+    """
+    kind, spec = find_policies()[name], WITHIN[shown]
+    try:
+        twins = [build(kind, each, **SMALL.get(name, {})) for each in (spec, in_other_units(spec))]
+    except ShapeError as error:
+        pytest.skip(f"not for this task: {error}")
+    for policy in twins:
+        with torch.no_grad():
+            for value in policy.parameters():
+                value.mul_(1.5)  # what is quiet at first says something
+    scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
+    batch = demonstrations(SPECS[shown], 6)
+    moved = {key: values * OBS_SCALE + OBS_SHIFT for key, values in batch.obs.items()}
+    acted, also = (policy.act(x, generator=generator(3)) for policy, x in zip(twins, (batch.obs, moved), strict=True))
+    torch.testing.assert_close(acted * scale + shift, also, rtol=1e-3, atol=2e-3)
+    if name not in LOSS_IN_TASK_UNITS:
+        there = Window(moved, batch.actions * scale + shift, batch.index)
+        first, second = (p.loss(w, generator=generator(2))[0] for p, w in zip(twins, (batch, there), strict=True))
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)

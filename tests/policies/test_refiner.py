@@ -10,7 +10,7 @@ from difftori.policies.bc import BC, BCConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.policies.residual import Residual, ResidualConfig
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import CLOUDS, VECTORS, demonstrations, generator
+from tests.policies.specs import CLOUDS, SCALE, SHIFT, VECTORS, WITHIN, demonstrations, generator, in_other_units
 
 
 class Counting:
@@ -129,3 +129,20 @@ def test_a_base_of_another_task_is_refused():
     other = TaskSpec.rows(3, 2, 8, (-1.0, -1.0), (1.0, 1.0))
     with pytest.raises(ConfigError, match="leave out what differs"):
         Residual(ResidualConfig(), VECTORS, BC(BCConfig(hidden=(8,)), other))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_the_residual_learns_from_a_noisy_base_in_half_widths_of_the_data(sigma, monkeypatch):
+    """Inside the data's range; it acts without."""
+    spec, scale, shift = in_other_units(WITHIN["vectors"]), torch.tensor(SCALE), torch.tensor(SHIFT)
+    middle = FunctionBase(lambda obs: torch.zeros(len(obs["state"]), 8, 2) * scale + shift)
+    policy = Residual(ResidualConfig(base_noise=sigma), spec, middle)
+    starts, predict = [], policy.predict
+    monkeypatch.setattr(policy, "predict", lambda *args: (starts.append(args[1]), predict(*args))[1])
+    batch = demonstrations(VECTORS, 500)
+    policy.loss(batch, generator=generator())
+    policy.act(batch.obs, generator=generator())
+    trained, acted = starts
+    assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
+    assert trained.abs().max() <= 1
+    assert acted.abs().max() < 1e-6

@@ -52,6 +52,12 @@ def test_training_learns_and_says_what_it_did(tmp_path):
     assert summary["best_epoch"] == 1 + errors.index(min(errors))
     assert summary["last/validation_error"] == errors[-1]
     assert summary["updates"] == 180
+    task, (policy, _) = make(seed=0), load_policy(tmp_path / "run", "last")
+    held_out, learned_from = (
+        validation_error(policy, part, torch.Generator()) for part in (task.validation, task.train)
+    )
+    assert errors[-1] == pytest.approx(held_out, rel=1e-5)
+    assert held_out != pytest.approx(learned_from, rel=0.1)
     assert {"last/error", "best/error", "seconds", "parameters"} <= summary.keys()
     best = evaluate_run(tmp_path / "run", which="best")["error"]
     last = evaluate_run(tmp_path / "run", which="last")["error"]

@@ -225,6 +225,15 @@ def test_a_full_disk_is_a_typed_error(tmp_path):
     assert len(read_metrics(run.path)) > 3
 
 
+@pytest.fixture
+def usual_ctrl_c():
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_ctrl_c")
 def test_signals_set_a_flag_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
