@@ -5,11 +5,6 @@ Networks are freshly initialised and the replay buffer holds random episodes of 
 solve takes its full number of steps. The environment's own step is measured once, for it is the same for all.
 """
 
-import csv
-import json
-import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
+from difftori.benchmarks.interleaved import Key, as_in_runs, measure, medians, write
 from difftori.components import find_agent
 from difftori.data.replay import Replay
 from difftori.envs.base import env_spec
@@ -29,7 +23,6 @@ from difftori.interfaces import Agent
 from difftori.training.experience import Collector, open_env
 from difftori.training.rl_config import parse_rl_config
 from difftori.training.run import seeded
-from difftori.training.versions import versions
 from difftori.types import EnvSpec
 
 _TRAINED = 30_000
@@ -84,14 +77,8 @@ CONTESTANTS = (
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Measure, write `rl-OBS-PRESET.csv` and `.json` to `out`, and return the table."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)  # as runs do
-    try:
+    with as_in_runs(config.threads):
         return _measure(config)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
 
 
 def _measure(config: Config) -> list[dict[str, Any]]:
@@ -106,17 +93,10 @@ def _measure(config: Config) -> list[dict[str, Any]]:
         parts, seconds_of_step = _parts(agents, env, spec, config)
     finally:
         env.close()
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in parts}
-    for job in parts.values():
-        job()  # the first call of each is not counted
-    keys = list(parts)
-    with Progress(BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-        for repeat in progress.track(range(config.repeats)):
-            shift = repeat % len(keys)
-            for key in keys[shift:] + keys[:shift]:
-                samples[key].append(_milliseconds(parts[key], config.device))
-    rows = _table(samples, seconds_of_step, agents, config)
-    _write(config, rows, samples)
+    samples = measure(parts, repeats=config.repeats, device=config.device)
+    rows = _table(medians(samples), seconds_of_step, agents, config)
+    name = f"rl-{config.obs}-{config.preset}{'-compiled' if config.compile else ''}"
+    write(config.out / name, config, config.device, rows, samples)
     shown = ("contestant", "act_ms", "update_ms", "episode_ms", "decision_ms", "training_ratio")
     return [{n: row[n] if isinstance(row[n], str) else f"{row[n]:.3g}" for n in shown} for row in rows]
 
@@ -131,7 +111,7 @@ def _agent(contestant: Contestant, spec: EnvSpec, config: Config) -> Agent:
 
 def _parts(
     agents: dict[str, Agent], env: CheckedVectorEnv, spec: EnvSpec, config: Config
-) -> tuple[dict[tuple[str, str], Callable[[], object]], float]:
+) -> tuple[dict[Key, Callable[[], object]], float]:
     """What is timed, by contestant and part, and the milliseconds of one environment step by all copies."""
     first_agent = next(iter(agents.values()))
     replay = Replay(
@@ -154,7 +134,7 @@ def _parts(
     obs = torch.from_numpy(np.stack([e.obs[0] for e in (ended * config.num_envs)[: config.num_envs]])).to(config.device)
     first = torch.ones(config.num_envs, dtype=torch.bool, device=config.device)
     sampling, learning = seeded(0, "sampling"), seeded(0, "learning", config.device)
-    parts: dict[tuple[str, str], Callable[[], object]] = {}
+    parts: dict[Key, Callable[[], object]] = {}
     for name, agent in agents.items():
         segment = replay.sample(agent.batch_size, generator=sampling)
 
@@ -178,19 +158,10 @@ def _parts(
     return parts, step
 
 
-def _milliseconds(job: Callable[[], object], device: str) -> float:
-    began = time.perf_counter()
-    job()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - began)
-
-
 def _table(
-    samples: dict[tuple[str, str], list[float]], environment: float, agents: dict[str, Agent], config: Config
+    median: dict[Key, float], environment: float, agents: dict[str, Agent], config: Config
 ) -> list[dict[str, Any]]:
     """One row per contestant. `decision ms`: everything that one decision of one environment costs in training."""
-    median = {key: statistics.median(values) for key, values in samples.items()}
     rows: list[dict[str, Any]] = []
     for name, agent in agents.items():
         act, update, sample = (median[name, part] for part in ("act", "update", "sample"))
@@ -214,19 +185,3 @@ def _table(
     for row in rows:
         row["training_ratio"] = row["decision_ms"] / rows[0]["decision_ms"]
     return rows
-
-
-def _write(config: Config, rows: list[dict[str, Any]], samples: dict[tuple[str, str], list[float]]) -> None:
-    config.out.mkdir(parents=True, exist_ok=True)
-    stem = config.out / f"rl-{config.obs}-{config.preset}{'-compiled' if config.compile else ''}"
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if isinstance(v, str) else f"{v:.5g}" for k, v in row.items()} for row in rows)
-    record = {
-        "config": config.model_dump(mode="json"),
-        "versions": versions(config.device),
-        "load_average": os.getloadavg(),
-        "raw_ms": {f"{name}: {part}": [round(v, 4) for v in values] for (name, part), values in samples.items()},
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

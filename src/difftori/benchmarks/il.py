@@ -1,0 +1,150 @@
+"""What refining costs: an update and an action of the base, and of each refiner on top of it.
+
+All parts of all contestants run in turn, in rotating order; medians in milliseconds, on `threads` threads. The task is made up, of
+the sizes of MetaWorld's states: two observations of 39 numbers, plans of 4 actions of 4 numbers, 3 executed. Networks are freshly
+initialised, which changes no time: every solve takes its full number of steps. What a refiner costs is without its base when it
+learns (its base's actions are looked up) and with it when it acts.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from difftori.benchmarks.interleaved import Key, as_in_runs, measure, medians, write
+from difftori.components import find_policy
+from difftori.interfaces import Policy
+from difftori.policies.refiner import Refiner
+from difftori.training.learner import Learner
+from difftori.training.run import seeded
+from difftori.types import EntrySpec, Moments, Plans, TaskSpec, Window, WindowObs
+
+OBS, ACTIONS = 39, 4
+
+
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    base: Literal["bc", "diffusion"] = "bc"
+    """What is refined: a multilayer perceptron, 2 × 256, or the small diffusion policy."""
+    rows: PositiveInt = 1
+    """Environments that are acted in at once."""
+    repeats: PositiveInt = 15
+    """Interleaved repeats."""
+    device: str = "cpu"
+    """Where the policies compute."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    seed: int = Field(0, ge=0)
+    """Of the networks and the made up data."""
+    out: Path = Path("benchmarks/results")
+    """Where `il-BASE.csv` and `.json` go."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A policy with some settings, under the name that the table shows."""
+
+    name: str
+    policy: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+REFINERS = (
+    Contestant("residual", "residual"),
+    Contestant("ibc from base, small", "ibc-base", {"preset": "small"}),
+    Contestant("DiffTORI", "difftori-il"),
+    Contestant("DiffTORI, spectral", "difftori-il", {"solver": "spectral"}),
+    Contestant("DiffTORI, release", "difftori-il", {"preset": "reference", "batch_size": 64}),
+)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure, write `il-BASE.csv` and `.json` to `out`, and return the table."""
+    with as_in_runs(config.threads):
+        samples = measure(_parts(config), repeats=config.repeats, device=config.device)
+    median = medians(samples)
+    rows = [
+        {
+            "contestant": name,
+            "update_ms": median[name, "update"],
+            "act_ms": median[name, "act"],
+            "update_ratio": median[name, "update"] / median[config.base, "update"],
+            "act_ratio": median[name, "act"] / median[config.base, "act"],
+        }
+        for name, part in median
+        if part == "act"
+    ]
+    write(config.out / f"il-{config.base}", config, config.device, rows, samples)
+    return [{k: v if isinstance(v, str) else f"{v:.3g}" for k, v in row.items()} for row in rows]
+
+
+def _parts(config: Config) -> dict[Key, Callable[[], object]]:
+    """What is timed, by contestant and part."""
+    spec, settings = made_up_task(), {"hidden": (256, 256)} if config.base == "bc" else {"preset": "small"}
+    base = _policy(Contestant(config.base, config.base, {**settings, "batch_size": 64}), spec, None, config)
+    policies = {config.base: base}
+    policies |= {each.name: _policy(each, spec, base, config) for each in REFINERS}
+    parts: dict[Key, Callable[[], object]] = {}
+    obs = windows(spec, config.rows, config.seed, config.device).obs
+    for name, policy in policies.items():
+        batch = windows(spec, policy.config.batch_size, config.seed, config.device)
+        if isinstance(policy, Refiner):
+            policy.prepare(_Once(batch), at_most=10**9, generator=seeded(0, "base actions", config.device))
+        learner, noise = Learner(policy, policy.config, 10**6), seeded(0, "learning", config.device)
+
+        def update(learner: Learner = learner, batch: Window = batch, noise: torch.Generator = noise) -> None:
+            learner.update(batch, noise)
+
+        def act(policy: Policy = policy, noise: torch.Generator = noise) -> Plans:
+            return policy.act(obs, generator=noise)
+
+        parts |= {(name, "update"): update, (name, "act"): act}
+    return parts
+
+
+def _policy(contestant: Contestant, spec: TaskSpec, base: Policy | None, config: Config) -> Policy:
+    torch.manual_seed(config.seed)
+    kind = find_policy(contestant.policy)
+    settings: Any = kind.Config.model_validate(contestant.settings)
+    return (kind(settings, spec, base) if issubclass(kind, Refiner) else kind(settings, spec)).to(config.device)
+
+
+def made_up_task() -> TaskSpec:
+    """Of MetaWorld's sizes, from states; all numbers within ±1."""
+
+    def unit(size: int) -> Moments:
+        return Moments((-1.0,) * size, (1.0,) * size, (0.0,) * size, (0.5,) * size)
+
+    low, high = (-1.0,) * ACTIONS, (1.0,) * ACTIONS
+    obs = {"state": EntrySpec((OBS,), moments=unit(OBS))}
+    return TaskSpec(obs, ACTIONS, 4, low, high, observe=2, execute=3, moments=unit(ACTIONS))
+
+
+def windows(spec: TaskSpec, rows: int, seed: int, device: str) -> Window:
+    """Random ones."""
+    generator = seeded(seed, "windows")
+    obs: WindowObs = {"state": (2 * torch.rand(rows, spec.observe, OBS, generator=generator) - 1).to(device)}
+    actions = 2 * torch.rand(rows, spec.horizon, ACTIONS, generator=generator) - 1
+    return Window(obs, actions.to(device), torch.arange(rows))
+
+
+@dataclass(frozen=True)
+class _Once:
+    """A single batch as a set of examples."""
+
+    batch: Window
+
+    def __len__(self) -> int:
+        return len(self.batch.actions)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
+        yield self.batch
+
+    def in_order(self, batch_size: int = 0) -> Iterator[Window]:
+        yield self.batch
