@@ -41,7 +41,9 @@ def finish(job: Job, success: list[float], seeds: list[int] | None = None) -> No
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(to_yaml(config))
     (job.folder / "versions.json").write_text(json.dumps({"cpu": "abacus", "threads": 1, "torch": "2"}))
-    (job.folder / "policy.pt").touch()
+    (job.folder / "policy.pt.sha256").write_text(f"{job.name.replace(' ', '-')}  policy.pt\n")
+    if job.base is not None:
+        (job.folder / "base.pt.sha256").write_bytes((job.base.folder / "policy.pt.sha256").read_bytes())
     played = seeds or list(range(100_000, 100_000 + len(success)))
     columns = {"seed": played, "success": success, "score": success}
     (job.folder / "episodes.json").write_text(json.dumps({"last": columns}))
@@ -120,6 +122,18 @@ def test_a_base_is_trained_again_where_what_refines_it_is_missing(config, starte
     (config.out / "runs/il/s/b/reach/refined/seed-1.json").unlink()
     made(config)
     assert [name for wave in started for name in wave] == ["reach, base, seed 1", "reach, refined, seed 1"]
+
+
+def test_a_refiner_of_another_training_of_its_base_is_pointed_out(config, started, tmp_path):
+    """Kept files of a first machine, refiners of a second one, whose processor rounds differently."""
+    made(config)
+    kept = config.out / "runs/il/s/b/reach/refined/seed-1.json"
+    plain = json.loads(kept.read_text())
+    assert (
+        plain["base_weights"] == json.loads((config.out / "runs/il/s/b/reach/base/seed-1.json").read_text())["weights"]
+    )
+    kept.write_text(json.dumps({**plain, "base_weights": "others"}))
+    assert made(config).label == "partial (1 refiners of a base that was trained anew)"
 
 
 def test_a_failure_stops_only_what_depends_on_it(config, started, monkeypatch):

@@ -118,6 +118,9 @@ class Result:
     success: np.ndarray
     score: np.ndarray
     summary: Mapping[str, float]
+    weights: str | None = None
+    """Digest of what was learned, and of the base that was refined."""
+    base_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ def make_results(
         said = [f"{failure.work.name}: {failure.reason} (all of it: {failure.work.log})" for failure in failures]
         raise ConfigError([*said, f"runs: nothing to draw in {config.runs}; give a larger --budget"])
     state = [] if len(runs) == len(jobs) else [f"{len(runs)} of {len(jobs)} runs finished"]
+    if strange := strange_bases(runs):
+        state.append(f"{len(strange)} refiners of a base that was trained anew")
     return Results(tuple(cases), tuple(arms), runs, (*reasons, *state), tuple(failures))
 
 
@@ -174,7 +179,9 @@ def _jobs(config: ImitationConfig, case: Case, arms: Sequence[Arm], seed: int, s
     found: dict[str, Job] = {}
     for arm in arms:
         base = None if arm.base is None else found[arm.base]
-        place = Path(study, case.name.replace(":", "."), re.sub(r"[^\w.]+", "-", arm.label), f"seed-{seed}")
+        place = Path(
+            study, case.name.replace(":", "."), re.sub(r"[^\w.]+", "-", arm.label, flags=re.ASCII), f"seed-{seed}"
+        )
         folder = config.runs / place
         options: dict[str, Any] = {}
         if base is None:
@@ -255,11 +262,30 @@ def keep(job: Job) -> None:
         "hardware": f"{versions.get('device_name') or versions['cpu']}, {versions['threads']} thread(s)",
         "versions": {name: versions.get(name) for name in ("git_commit", "difftori", "torch", "numpy", "python")},
         "command": shlex.join(["difftori", *job.words]),
+        "weights": _digest(job.folder / "policy.pt"),
+        "base_weights": _digest(job.folder / "base.pt"),
         "summary": {k: v if math.isfinite(v) else None for k, v in read_summary(job.folder).items()},
         "episodes": json.loads((job.folder / "episodes.json").read_bytes()),
     }
     job.kept.parent.mkdir(parents=True, exist_ok=True)
     replace_file(job.kept, (json.dumps(plain, indent=0) + "\n").encode())
+
+
+def _digest(weights: Path) -> str | None:
+    """What stands beside exported weights."""
+    beside = weights.with_name(f"{weights.name}.sha256")
+    return beside.read_text().split()[0] if beside.exists() else None
+
+
+def strange_bases(runs: Sequence[Result]) -> list[Result]:
+    """The refiners whose base was trained anew, elsewhere perhaps, and is not the one that is compared with."""
+    held = {run.job.folder: run.weights for run in runs}
+    bases = [None if run.job.base is None else held.get(run.job.base.folder) for run in runs]
+    return [
+        run
+        for run, base in zip(runs, bases, strict=True)
+        if None not in (base, run.base_weights) and base != run.base_weights
+    ]
 
 
 def read_result(job: Job) -> Result:
@@ -268,7 +294,8 @@ def read_result(job: Job) -> Result:
     plain = read_kept(job.kept)
     columns = {name: np.array(plain["episodes"]["last"][name]) for name in ("seed", "success", "score")}
     seeds = tuple(int(seed) for seed in columns["seed"])
-    return Result(job, seeds, columns["success"], columns["score"], plain["summary"])
+    digests = plain.get("weights"), plain.get("base_weights")
+    return Result(job, seeds, columns["success"], columns["score"], plain["summary"], *digests)
 
 
 _FREE = {"device", "threads", "save_every", "num_envs", "workers", "base", "demos"}

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from rich.console import Console
 
-from difftori.errors import ConfigError
+from difftori.data.download import find_demos
 from difftori.paper.numbers import paper_numbers
 from difftori.studies._imitation import FULL_SEEDS, Arm, Case, ImitationConfig
 from difftori.studies._refinement import Published, run_refinement
@@ -20,7 +21,8 @@ class PushTConfig(ImitationConfig):
     """What to run of a study on Push-T."""
 
     demos: Path = Path("demos")
-    """Folder that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors."""
+    """Folder that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors; they are downloaded
+    if they are not there."""
     obs: Literal["image", "pose"] = "image"
     """What is seen: pictures, as in the paper, or the agent's and the block's pose."""
     sizes: Literal["paper", "small"] = "paper"
@@ -43,10 +45,9 @@ def run_push_t(
 
     `published` are the paper's failure rates by arm; `further` are reasons of the study's own that make it partial.
     """
-    if not (config.demos / DATA).exists():
-        raise ConfigError(
-            [f"demos: {config.demos / DATA} is not there; name the folder of Push-T's human data by --demos"]
-        )
+    demos = config.demos / DATA
+    if not demos.exists() and config.budget != 0:
+        demos = find_demos("pusht-human", Console(stderr=True).print)
     checks = {
         "poses instead of pictures": config.obs != "image",
         "small networks": config.sizes != "paper",
@@ -57,7 +58,7 @@ def run_push_t(
     }
     run_refinement(
         config,
-        [Case("pusht", config.obs, f"{{demos}}/{DATA}")],
+        [Case("pusht", config.obs, str(demos))],
         arms,
         compared,
         study=study,

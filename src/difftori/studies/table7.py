@@ -1,6 +1,6 @@
 """Table 7, Push-T: the planning horizon H of DiffTORI on the diffusion policy: one action a step through latent dynamics.
 
-H actions are planned and executed before the next plan.
+H actions are planned and executed before the next plan, so the control is the diffusion policy, of which as many are executed.
 """
 
 from difftori.studies._imitation import Arm
@@ -14,16 +14,23 @@ class Config(PushTConfig):
 
     horizons: tuple[int, ...] = HORIZONS
     """H."""
+    controls: bool = True
+    """Also the diffusion policy alone with H actions executed of each of its plans."""
 
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/table7`."""
-    arms = [base(config, "diffusion")]
-    arms += [
+    plain = base(config, "diffusion")
+    ours = [
         Arm(f"H = {h}", "difftori-il", {"decision": "step"}, base="diffusion", options={"execute": h})
         for h in config.horizons
     ]
-    compared = [(arms[1].label, arm.label) for arm in arms[2:]]
+    alone = [
+        Arm(f"diffusion, {h} executed", "diffusion", plain.settings, options={"execute": h}) for h in config.horizons
+    ]
+    arms = [plain, *ours, *(alone if config.controls else ())]
+    compared = [(ours[0].label, arm.label) for arm in ours[1:]]
+    compared += [(arm.label, control.label) for arm, control in zip(ours, alone, strict=True) if control in arms]
     theirs = failure_rates("table7_horizon_failure_rate")
     published = {f"H = {h}": theirs[str(h)] for h in config.horizons if str(h) in theirs}
     run_push_t(
@@ -33,5 +40,5 @@ def run(config: Config) -> None:
         study="table7",
         title="Table 7: planning horizon",
         published=published,
-        further={"other horizons": set(config.horizons) != set(HORIZONS)},
+        further={"other horizons": set(config.horizons) != set(HORIZONS), "without controls": not config.controls},
     )
