@@ -10,8 +10,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from difftori.agents.tdmpc import TDMPC, TDMPCConfig
+from difftori.benchmarks.interleaved import as_in_runs, measure, medians
 from difftori.training.versions import versions
 from difftori.types import EnvSpec, Segment
 
@@ -76,15 +75,6 @@ def made_up(steps: int, rows: int, device: str) -> Segment:
     ).to(device)
 
 
-def milliseconds(work: Callable[[], object], device: str) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,21 +82,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "seeds.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     rows = []
-    for preset in ("small", "compact"):
-        for count in (1, 4, 8):
-            works = contestants(preset, count, options.device)
-            times: dict[str, list[float]] = {name: [] for name in works}
-            for repeat in range(options.repeats + 3):
-                for name, work in works.items():
-                    taken = milliseconds(work, options.device)
-                    if repeat >= 3:
-                        times[name].append(round(taken, 4))
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            rows.append({"preset": preset, "agents": count, "median_ms": medians, "raw_ms": times})
-            print(preset, count, {name: round(value, 2) for name, value in medians.items()}, flush=True)
+    with as_in_runs(1):
+        for preset in ("small", "compact"):
+            for count in (1, 4, 8):
+                works = contestants(preset, count, options.device)
+                parts = {(name, "gradient"): work for name, work in works.items()}
+                times = measure(parts, repeats=options.repeats, device=options.device)
+                found = {name: value for (name, _), value in medians(times).items()}
+                raw = {name: [round(value, 4) for value in values] for (name, _), values in times.items()}
+                rows.append({"preset": preset, "agents": count, "median_ms": found, "raw_ms": raw})
+                print(preset, count, {name: round(value, 2) for name, value in found.items()}, flush=True)
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(options.device),
