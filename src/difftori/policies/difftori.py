@@ -103,8 +103,8 @@ class DiffTORIConfig(RefinerConfig):
     base_noise: float = Field(0.3, ge=0)
     """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Without it the score sees one action per
     state and memorises."""
-    anchor: Literal["none", "middle", "base", "latent"] = "none"
-    """−½k‖a − c‖² beside the score, c the middle of the box, the base's actions, or a network's output from z, k learned."""
+    anchor: Literal["none", "middle", "base"] = "none"
+    """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
     curvature: float = Field(1.0, gt=0, le=80)
     """First value of k. Without curvature the score is maximised at corners of the box."""
     cvae_dim: int = Field(64, ge=0)
@@ -169,7 +169,6 @@ class DiffTORI(Refiner):
         if self.dynamics is not None:
             # and H steps of the model nearly stand still: no chaos to differentiate through
             nn.init.zeros_(quiet(self.dynamics).bias)
-        self.centre = mlp((self.known, *hidden, self.steps * self.size), nn.ELU) if config.anchor == "latent" else None
         # softplus(raw) is what is learned
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
@@ -262,8 +261,6 @@ class DiffTORI(Refiner):
         parts = [state, sample]
         if self.settings.anchor == "base" and base is not None:
             parts.append(base.flatten(1))
-        if self.centre is not None:
-            parts.append(self.centre(torch.cat((state, sample), -1)))
         return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
 
     def plan(
