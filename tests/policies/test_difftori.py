@@ -81,7 +81,7 @@ def test_only_what_is_planned_is_changed(spec):
     obs = observations(VECTORS, 3)
     quiet, loud = refiner(spec), lively(refiner(spec))
     whole = still(obs)
-    assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.02)
+    assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.1)
     acted = loud.act(obs, generator=generator())
     present = VECTORS.present
     assert torch.equal(acted[:, : present.start], whole[:, : present.start])

@@ -53,6 +53,7 @@ class DiffTORIConfig(RefinerConfig):
             "max_steps": 100,
             "inward": False,
             "base_noise": 0.0,
+            "cvae_dim": 64,
             "lr": 1e-4,
             "optimizer": "adam",
             "lr_schedule": "constant",
@@ -70,7 +71,6 @@ class DiffTORIConfig(RefinerConfig):
             "max_steps": 10,
             "anchor": "middle",
             "curvature": 1.0,
-            "cvae_dim": 0,
             "inward": False,
             "optimizer": "adam",
             "epochs": 300,
@@ -100,15 +100,15 @@ class DiffTORIConfig(RefinerConfig):
     init: Literal["base", "prior", "zero", "random"] = "base"
     """Where the solve starts: the base's actions; a network's guess, trained by behaviour cloning; the middle of the
     box; anywhere in it."""
-    base_noise: float = Field(0.3, ge=0)
+    base_noise: float = Field(1.0, ge=0)
     """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Without it the score sees one action per
-    state and memorises."""
+    state and memorises; with much, it is taught to lead to the expert's action from anywhere."""
     anchor: Literal["none", "middle", "base"] = "none"
     """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
     curvature: float = Field(1.0, gt=0, le=80)
     """First value of k. Without curvature the score is maximised at corners of the box."""
-    cvae_dim: int = Field(64, ge=0)
-    """Size of the latent sample z̃ that tells several good answers apart (Appendix D); 0: none."""
+    cvae_dim: int = Field(0, ge=0)
+    """Size of the latent sample z̃ that tells several good answers apart (Appendix D), 64 in the release; 0: none."""
     kl_coef: float = Field(0.05, ge=0)
     """β of Eq. 9, for the squared error summed over all planned numbers."""
     act_latent: Literal["zero", "sample"] = "zero"
@@ -118,7 +118,7 @@ class DiffTORIConfig(RefinerConfig):
     solver: Literal["gradient", "spectral", "reference"] = "gradient"
     """`gradient`: gradient steps of one learned length. `spectral`: step lengths of each row's own. `reference`: the
     release's Levenberg–Marquardt, row by row."""
-    step_size: float = Field(0.1, gt=0)
+    step_size: float = Field(0.5, gt=0)
     """First length of a gradient step; it is learned."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
     """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
@@ -143,7 +143,8 @@ class DiffTORI(Refiner):
     on the box. Actions are planned in units of the training data's range, or of the action box where nothing was
     measured: [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
 
-    Differs from paper: the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
+    Differs from paper: no latent sample unless `cvae_dim` is set, because with noise on the start it was measured harmful
+    where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
     """
 
     name = "difftori-il"
