@@ -143,7 +143,7 @@ def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
 @pytest.mark.parametrize("decision", ["chunk", "step"])
 def test_the_loss_is_differentiated_through_the_solve(decision):
     """Against finite differences in float64, for the score, the encoder, the posterior and the length of the steps."""
-    policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1)).double()
+    policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1, step_size=0.1)).double()
     batch = demonstrations(VECTORS, 4)
     batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
     policy._base.base = FunctionBase(lambda obs: still(obs).double())  # noqa: SLF001

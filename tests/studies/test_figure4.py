@@ -15,7 +15,9 @@ from difftori.studies.figure4 import draw, landscapes
 
 def refiner(**settings) -> DiffTORI:
     torch.manual_seed(0)
-    config = DiffTORIConfig.model_validate({"hidden": (16,), "latent_dim": 8, "cvae_dim": 4, **settings})
+    config = DiffTORIConfig.model_validate(
+        {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4, "step_size": 0.1, **settings}
+    )
     policy = DiffTORI(config, VECTORS, FunctionBase(lambda obs: torch.full((len(obs["state"]), 8, 2), 0.7)))
     with torch.no_grad():
         policy.score[-1].weight.mul_(20.0)
