@@ -19,7 +19,7 @@ def mine(obs):
     return torch.stack([torch.tanh(3 * seen[..., 0]), torch.zeros_like(seen[..., 0])], -1)
 
 
-settings = DiffTORIConfig(updates=400, cvae_dim=0)
+settings = DiffTORIConfig(updates=400)
 better = refine(mine, demos, low=(-1, -1), high=(1, 1), observe=1, horizon=1, execute=1, settings=settings)
 
 fresh = torch.rand(500, 1, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
