@@ -18,6 +18,5 @@ def test_it_measures_an_update_and_an_action_of_every_contestant(tmp_path):
         for part in ("update", "act"):
             expected = float(row[f"{part}_ms"]) / float(base[f"{part}_ms"])
             assert float(row[f"{part}_ratio"]) == pytest.approx(expected, rel=1e-3)
-        assert float(row["act_ratio"]) > 1, "a refiner asks its base first"
     raw = json.loads((tmp_path / "il-bc.json").read_text())["raw_ms"]
     assert {len(values) for values in raw.values()} == {1}

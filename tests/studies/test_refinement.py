@@ -175,6 +175,22 @@ def test_data_that_cannot_be_collected_must_be_there(config, started, tmp_path):
         made(config)
 
 
+def test_public_data_are_fetched_where_a_base_is_to_be_trained_and_count_as_the_same(config, started, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(_imitation, "find_demos", lambda name, say: fetched.append(name))
+    there = CASES[1]
+    named = replace(there, demos="pusht-human")
+    wish = {"study": "s/b", "reasons": (), "say": lambda text: None}
+    make_results(config, [named], ARMS, **wish)
+    assert set(fetched) == {"pusht-human"}
+    fetched.clear()
+    assert make_results(config, [named], ARMS, **wish).label == "full"
+    assert not fetched, "everything is finished"
+    (config.demos / "pusht_cchi_v7_replay.zarr").mkdir()
+    path = replace(there, demos="{demos}/pusht_cchi_v7_replay.zarr")
+    assert make_results(config, [path], ARMS, **wish).label == "full", "the same data by another name"
+
+
 def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
     wish = base_noise.Config(
         tasks=("basketball",), seeds=2, episodes=4, demos=tmp_path, runs=tmp_path / "r", out=tmp_path / "o"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Key, as_in_runs, measure, medians, write
+from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
 from difftori.components import find_policy
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner
@@ -36,7 +36,7 @@ class Config(BaseModel):
     """Environments that are acted in at once."""
     repeats: PositiveInt = 15
     """Interleaved repeats."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Where the policies compute."""
     threads: PositiveInt = 1
     """Threads of torch."""

@@ -8,18 +8,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
+from difftori.training.config import device_faults
 from difftori.training.versions import versions
 
 Key: TypeAlias = tuple[str, str]
 """Contestant and part."""
+
+
+def _there(name: str) -> str:
+    if faults := device_faults(name):
+        raise ValueError("; ".join(faults))
+    return name
+
+
+Device: TypeAlias = Annotated[str, AfterValidator(_there)]
+"""Where something computes, as torch names it."""
 
 
 @contextmanager

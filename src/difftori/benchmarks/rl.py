@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Key, as_in_runs, measure, medians, write
+from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
 from difftori.components import find_agent
 from difftori.data.replay import Replay
 from difftori.envs.base import env_spec
@@ -46,7 +46,7 @@ class Config(BaseModel):
     """Interleaved repeats."""
     episodes: PositiveInt = 2
     """Random episodes in the replay buffer."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Where the agents compute."""
     threads: PositiveInt = 1
     """Threads of torch."""

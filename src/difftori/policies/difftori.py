@@ -44,7 +44,7 @@ from difftori.types import (
 
 
 class DiffTORIConfig(RefinerConfig):
-    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation.md."""
+    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation-studies.md."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {},
@@ -143,8 +143,8 @@ class DiffTORI(Refiner):
     on the box. Actions are planned in units of the training data's range, or of the action box where nothing was
     measured: [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
 
-    Differs from paper: no latent sample unless `cvae_dim` is set, because with noise on the start it was measured harmful
-    where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
+    Differs from paper: no latent sample unless `cvae_dim` is set, because with much noise on the start it was measured
+    harmful where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
     """
 
     name = "difftori-il"

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.components import find_policy
+from difftori.data.download import PUBLIC, find_demos
 from difftori.errors import ConfigError, DataError
 from difftori.studies._pool import Failure, Work, option_words, run_all, training
 from difftori.training.checkpoint import replace_file
@@ -52,7 +53,9 @@ class ImitationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What is imitated: an environment, and how it is seen. `demos` names the data, `{seed}` in it the run's seed."""
+    """What is imitated: an environment, and how it is seen. `demos` names the data, `{seed}` in it the run's seed, or
+    is the name of a public set.
+    """
 
     env: str
     obs: str
@@ -214,7 +217,7 @@ def _run(config: ImitationConfig, jobs: Sequence[Job], say: Callable[[str], None
     def left() -> float | None:
         return None if until is None else max(0.0, until - time.monotonic())
 
-    failures, _ = run_all(_collections(config, wanted.values()), jobs=1, seconds=left(), say=say)
+    failures, _ = run_all(_collections(config, wanted.values(), say), jobs=1, seconds=left(), say=say)
     for depth in range(1 + max((_depth(job) for job in wanted.values()), default=-1)):
         wave = [job for job in wanted.values() if _depth(job) == depth and not job.ended_here]
         ready = [job for job in wave if (_has_demos(config, job) if job.base is None else job.base.ended_here)]
@@ -227,19 +230,27 @@ def _run(config: ImitationConfig, jobs: Sequence[Job], say: Callable[[str], None
 
 
 def _has_demos(config: ImitationConfig, job: Job) -> bool:
-    return Path(demos_path(config, job.case, job.seed)).exists()
+    demos = demos_path(config, job.case, job.seed)
+    return demos in PUBLIC or Path(demos).exists()
 
 
 def _depth(job: Job) -> int:
     return 0 if job.base is None else 1 + _depth(job.base)
 
 
-def _collections(config: ImitationConfig, jobs: Any) -> list[Work]:
-    """The commands that collect what demonstrations are missing. ConfigError for data that must be there."""
+def _collections(config: ImitationConfig, jobs: Any, say: Callable[[str], None]) -> list[Work]:
+    """The commands that collect what demonstrations are missing; public ones are downloaded at once, if they are not here.
+
+    ConfigError for data that must be there.
+    """
     works: dict[str, Work] = {}
     for job in jobs:
-        path = Path(demos_path(config, job.case, job.seed))
+        demos = demos_path(config, job.case, job.seed)
+        path = Path(demos)
         if job.base is not None or path.exists():
+            continue
+        if demos in PUBLIC:
+            find_demos(demos, say)
             continue
         if job.case.collect is None:
             raise ConfigError([f"demos: {path} is not there; give the demonstrations of {job.case.name}"])
@@ -333,7 +344,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     plain = parse_config(values).model_dump(mode="json")
     settings = plain.pop("settings")
     kept = {name: value for name, value in plain.items() if name not in _FREE}
-    return kept | {f"settings.{name}": value for name, value in settings.items()} | {"data": Path(plain["demos"]).name}
+    data = PUBLIC[plain["demos"]].folder if plain["demos"] in PUBLIC else plain["demos"]
+    return kept | {f"settings.{name}": value for name, value in settings.items()} | {"data": Path(data).name}
 
 
 def read_kept(path: Path) -> dict[str, Any]:

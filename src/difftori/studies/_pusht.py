@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from rich.console import Console
 
-from difftori.data.download import find_demos
 from difftori.paper.numbers import paper_numbers
 from difftori.studies._imitation import FULL_SEEDS, Arm, Case, ImitationConfig
 from difftori.studies._refinement import Published, run_refinement
 
 FULL_UPDATES, FULL_EPISODES = 100_000, 50
-DATA = "pusht_cchi_v7_replay.zarr"
+DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
 LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
 
@@ -21,8 +19,8 @@ class PushTConfig(ImitationConfig):
     """What to run of a study on Push-T."""
 
     demos: Path = Path("demos")
-    """Folder that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors; they are downloaded
-    if they are not there."""
+    """Folder that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors; if they are not
+    there, they are downloaded (`--demos pusht-human` of `difftori train`) where a base is to be trained."""
     obs: Literal["image", "pose"] = "image"
     """What is seen: pictures, as in the paper, or the agent's and the block's pose."""
     sizes: Literal["paper", "small"] = "paper"
@@ -45,9 +43,7 @@ def run_push_t(
 
     `published` are the paper's failure rates by arm; `further` are reasons of the study's own that make it partial.
     """
-    demos = config.demos / DATA
-    if not demos.exists() and config.budget != 0:
-        demos = find_demos("pusht-human", Console(stderr=True).print)
+    demos = str(config.demos / DATA) if (config.demos / DATA).exists() else PUBLIC_NAME
     checks = {
         "poses instead of pictures": config.obs != "image",
         "small networks": config.sizes != "paper",
@@ -58,7 +54,7 @@ def run_push_t(
     }
     run_refinement(
         config,
-        [Case("pusht", config.obs, str(demos))],
+        [Case("pusht", config.obs, demos)],
         arms,
         compared,
         study=study,

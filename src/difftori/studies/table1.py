@@ -34,7 +34,7 @@ class Config(ImitationConfig):
     updates: int = Field(FULL_UPDATES, ge=1)
     """Updates of every training, base and refiner alike."""
     controls: bool = True
-    """Also the base trained as long again, and the residual with DiffTORI's noise on the base's action."""
+    """Also the base trained as long again, and the residual with noise of .3 on the base's action, with which it was best in `base-noise`."""
     reference: bool = False
     """Also DiffTORI with the release's solve and settings."""
 

@@ -15,7 +15,7 @@ class Config(PushTConfig):
     horizons: tuple[int, ...] = HORIZONS
     """H."""
     controls: bool = True
-    """Also the diffusion policy alone with H actions executed of each of its plans."""
+    """Also the diffusion policy alone with H actions executed of each of its plans; each is trained anew, with the same data and seed."""
 
 
 def run(config: Config) -> None:

@@ -1,0 +1,60 @@
+"""The studies on Push-T: their arms and pairs, and where the human demonstrations come from."""
+
+import pytest
+
+from difftori.data.download import PUBLIC
+from difftori.policies.difftori import DiffTORIConfig
+from difftori.studies import _pusht, base_noise, table1, table2, table4, table7
+from difftori.studies._imitation import Case
+from difftori.studies._pusht import DATA
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict:
+    """What a study would have run."""
+    found: dict = {}
+
+    def run(config, cases, arms, compared, **named):
+        found.update(named, cases=cases, arms={arm.label: arm for arm in arms}, compared=compared)
+
+    for module in (_pusht, table1, base_noise):
+        monkeypatch.setattr(module, "run_refinement", run)
+    return found
+
+
+@pytest.mark.parametrize("study", [table1, table2, table4, table7, base_noise])
+def test_what_is_compared_is_run_and_bases_stand_before_what_refines_them(study, asked, tmp_path):
+    study.run(study.Config(**({"demos": tmp_path} if study in (table2, table4, table7) else {})))
+    labels = list(asked["arms"])
+    assert asked["compared"]
+    for arm, reference in asked["compared"]:
+        assert {arm, reference} <= set(labels)
+        assert arm != reference
+    for label, arm in asked["arms"].items():
+        assert arm.base is None or labels.index(arm.base) < labels.index(label)
+
+
+def test_table_7_compares_each_horizon_with_as_many_actions_of_the_base(asked, tmp_path):
+    table7.run(table7.Config(demos=tmp_path, horizons=(1, 3)))
+    for h in (1, 3):
+        assert (f"H = {h}", f"diffusion, {h} executed") in asked["compared"]
+        ours, control = asked["arms"][f"H = {h}"], asked["arms"][f"diffusion, {h} executed"]
+        assert ours.options == control.options == {"execute": h}
+    table7.run(table7.Config(demos=tmp_path, controls=False))
+    assert not any("executed" in label for label in asked["arms"])
+    assert "without controls" in asked["reasons"]
+
+
+def test_the_noise_study_has_the_defaults_own_noise(asked):
+    base_noise.run(base_noise.Config())
+    default = DiffTORIConfig().base_noise
+    assert asked["arms"][f"DiffTORI σ {default:g}"].settings == {"base_noise": default}
+
+
+def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, tmp_path):
+    table2.run(table2.Config(demos=tmp_path, obs="pose"))
+    assert asked["cases"] == [Case("pusht", "pose", "pusht-human")]
+    assert PUBLIC["pusht-human"].folder.endswith(DATA), "runs on either are of the same data"
+    (tmp_path / DATA).mkdir()
+    table2.run(table2.Config(demos=tmp_path, obs="pose"))
+    assert asked["cases"] == [Case("pusht", "pose", str(tmp_path / DATA))]
