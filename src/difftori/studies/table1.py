@@ -34,7 +34,7 @@ class Config(ImitationConfig):
     updates: int = Field(FULL_UPDATES, ge=1)
     """Updates of every training, base and refiner alike."""
     controls: bool = True
-    """Also the base trained as long again, and the residual with noise of .3 on the base's action, with which it was best in `base-noise`."""
+    """Also the base trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
     reference: bool = False
     """Also DiffTORI with the release's solve and settings."""
 
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     arms = [Arm("base", policy, settings)]
     arms += [Arm("base twice as long", policy, settings, updates=2)] if config.controls else []
     arms += [Arm("residual", "residual", base="base")]
-    arms += [Arm("residual, noise", "residual", {"base_noise": 0.3}, base="base")] if config.controls else []
+    arms += [Arm("residual, noise", "residual", {"base_noise": 0.5}, base="base")] if config.controls else []
     arms += [Arm("DiffTORI", "difftori-il", base="base")]
     arms += [Arm("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
     compared = [("DiffTORI", arm.label) for arm in arms if not arm.label.startswith("DiffTORI")]

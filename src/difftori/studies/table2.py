@@ -23,7 +23,7 @@ class Config(PushTConfig):
     """What to run of Table 2."""
 
     controls: bool = True
-    """Also the bases trained as long again, and the residual with noise of .3 on the base's action, with which it was best in `base-noise`."""
+    """Also the bases trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
 
 
 def run(config: Config) -> None:
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
             arms.append(Arm(f"ibc on {name}", "ibc-base", SMALL["ibc"] if config.sizes == "small" else {}, base=name))
         arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
         if config.controls:
-            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": 0.3}, base=name))
+            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": 0.5}, base=name))
         others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
         compared += [(f"DiffTORI on {name}", other) for other in others]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
