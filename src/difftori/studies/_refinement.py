@@ -231,7 +231,8 @@ def success_points(rows: Sequence[Row], results: Results, measure: str) -> Figur
             )
             values = np.array([getattr(row, measure) for row in own])
             reach = [values - [row.low for row in own], [row.high for row in own] - values]
-            colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+            turn, place = divmod(index, len(PALETTE))  # the second time around, each colour gets another marker
+            colour, marker = PALETTE[place], MARKERS[(place + turn) % len(MARKERS)]
             bars = np.abs(reach) if measure == "success" else None
             axis.errorbar(places, values, bars, fmt=marker, color=colour, label=label, markersize=5, linewidth=1)
             paper = [(place, row.paper) for place, row in zip(places, own, strict=True) if row.paper is not None]
