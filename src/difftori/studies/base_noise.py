@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     ]
     compared = [(arm.label, reference) for arm in refiners for reference in ("base", "base twice as long")]
     compared += [(f"DiffTORI σ {sigma:g}", f"residual σ {sigma:g}") for sigma in config.sigmas]
-    default = DiffTORIConfig().base_noise
+    default = DiffTORIConfig.model_validate({}).base_noise
     if default in config.sigmas:
         others = [sigma for sigma in config.sigmas if sigma != default]
         compared += [(f"DiffTORI σ {default:g}", f"residual σ {sigma:g}") for sigma in others]
