@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from difftori.training.config import device_faults
+from difftori.training.run import flush_tiny_numbers
 from difftori.training.versions import versions
 
 Key: TypeAlias = tuple[str, str]
@@ -36,13 +36,9 @@ Device: TypeAlias = Annotated[str, AfterValidator(_there)]
 @contextmanager
 def as_in_runs(threads: int) -> Iterator[None]:
     """So many threads of torch, and numbers below 1e-38 count as zero, as `difftori train` has them."""
-    _ = (
-        str(np.finfo(np.float32)),
-        str(np.finfo(np.float64)),
-    )  # NumPy measures them when first asked, and warns if that is later
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    flush_tiny_numbers()
     try:
         yield
     finally:

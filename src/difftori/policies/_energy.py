@@ -7,7 +7,7 @@ that are executed, in units of the training data's range. Candidates are (K B n)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from difftori.interfaces import PolicyConfig
 from difftori.models.pictures import Pictures
+from difftori.policies._learning import ChiLearning
 from difftori.types import Latents, Points, Scalar
 
 Candidates: TypeAlias = Float[Tensor, "K B n"]
@@ -38,17 +38,10 @@ ACTING = 2**15
 """Candidates that are scored at once where no gradient is wanted; more fill a machine no better."""
 
 
-class EnergyConfig(PolicyConfig):
+class EnergyConfig(ChiLearning):
     """Settings that both policies have. The defaults are those of Diffusion Policy's comparison."""
 
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = Field(500, ge=0)
-    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.95, ge=0, lt=1)
     batch_size: int = Field(128, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
     """Widths of the energy's hidden layers."""
     dropout: float = Field(0.1, ge=0, lt=1)

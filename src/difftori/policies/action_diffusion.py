@@ -1,6 +1,6 @@
 """What Diffusion Policy and DP3 share: a distribution over windows of H actions, given what was seen."""
 
-from typing import Annotated, Literal, final
+from typing import Annotated, final
 
 import torch
 from pydantic import Field
@@ -9,25 +9,18 @@ from torch.nn import functional as F
 
 from difftori.data.normalize import Normalizer
 from difftori.errors import BoxError
-from difftori.interfaces import PolicyConfig
 from difftori.models.diffusion import DDIM, DDPM, NoiseSchedule, Prediction, Sampler, denoise
 from difftori.models.nets import noise_like
 from difftori.models.pictures import Pictures
 from difftori.models.unet1d import UNet1D
 from difftori.models.window_encoder import WindowEncoder
+from difftori.policies._learning import ChiLearning
 from difftori.types import Plans, RowCounts, Scalar, TaskSpec, Window, WindowObs
 
 
-class ActionDiffusionConfig(PolicyConfig):
+class ActionDiffusionConfig(ChiLearning):
     """Settings that both policies have. The defaults are those of Chi et al. (2023), which Ze et al. (2024) kept."""
 
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = Field(500, ge=0)
-    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.95, ge=0, lt=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     ema: float = Field(0.9999, ge=0, lt=1)
     dims: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = (512, 1024, 2048)
     """Channels of the U-Net at each depth, multiples of 8."""

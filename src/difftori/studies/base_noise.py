@@ -13,6 +13,8 @@ from difftori.studies._refinement import run_refinement
 TASKS = ("basketball", "peg-insert-side", "stick-pull")
 FULL_SEEDS, FULL_UPDATES, FULL_EPISODES, DEMOS = 5, 1500, 50, 10
 SIGMAS = (0.0, 0.1, 0.3, 0.5, 1.0)
+RESIDUAL_NOISE = 0.5
+"""σ with which the residual was best here; other studies give it to their control."""
 
 
 class Config(ImitationConfig):

@@ -12,6 +12,7 @@ from difftori.envs.metaworld import PAPER_TASKS
 from difftori.paper.numbers import paper_numbers
 from difftori.studies._imitation import FULL_SEEDS, Arm, Case, ImitationConfig
 from difftori.studies._refinement import Published, run_refinement
+from difftori.studies.base_noise import RESIDUAL_NOISE
 
 FULL_UPDATES, FULL_EPISODES, DEMOS = 15_000, 50, 10
 BASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -45,7 +46,7 @@ def run(config: Config) -> None:
     arms = [Arm("base", policy, settings)]
     arms += [Arm("base twice as long", policy, settings, updates=2)] if config.controls else []
     arms += [Arm("residual", "residual", base="base")]
-    arms += [Arm("residual, noise", "residual", {"base_noise": 0.5}, base="base")] if config.controls else []
+    arms += [Arm("residual, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")] if config.controls else []
     arms += [Arm("DiffTORI", "difftori-il", base="base")]
     arms += [Arm("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
     compared = [("DiffTORI", arm.label) for arm in arms if not arm.label.startswith("DiffTORI")]

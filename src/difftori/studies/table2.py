@@ -6,6 +6,7 @@ the paper's number; success, coverage above .95 at any step, beside it.
 
 from difftori.studies._imitation import Arm
 from difftori.studies._pusht import SMALL, PushTConfig, base, failure_rates, run_push_t
+from difftori.studies.base_noise import RESIDUAL_NOISE
 
 PAPER = {
     "ibc": "ibc",
@@ -39,7 +40,7 @@ def run(config: Config) -> None:
             arms.append(Arm(f"ibc on {name}", "ibc-base", SMALL["ibc"] if config.sizes == "small" else {}, base=name))
         arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
         if config.controls:
-            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": 0.5}, base=name))
+            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base=name))
         others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
         compared += [(f"DiffTORI on {name}", other) for other in others]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")

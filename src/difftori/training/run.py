@@ -48,6 +48,16 @@ def seeded(seed: int, name: str, device: str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int.from_bytes(number, "little") >> 1)
 
 
+def flush_tiny_numbers() -> None:
+    """Let numbers below 1e-38 count as 0, until `torch.set_flush_denormal(False)`.
+
+    The processor takes many times as long for them, and weights near zero meet many.
+    """
+    # NumPy measures its number types when first asked, and warns if that is after the switch.
+    _ = str(np.finfo(np.float32)), str(np.finfo(np.float64))
+    torch.set_flush_denormal(True)
+
+
 class Run:
     """An open run directory. Use it as a context: on leaving, the files close and torch's settings are put back.
 
@@ -70,10 +80,7 @@ class Run:
         try:
             self._claim()
             torch.set_num_threads(threads)
-            # NumPy measures its number types when first asked, and warns if that is after the switch.
-            _ = str(np.finfo(np.float32)), str(np.finfo(np.float64))
-            # Numbers below 1e-38 count as 0: the processor takes many times as long for them, and weights near zero meet many.
-            torch.set_flush_denormal(True)
+            flush_tiny_numbers()
             torch.manual_seed(seed)
             with _writing(path):
                 _prepare(path, config, device)

@@ -1,0 +1,19 @@
+"""How Diffusion Policy's authors train, which several policies share."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from difftori.interfaces import PolicyConfig
+
+
+class ChiLearning(PolicyConfig):
+    """Learning settings of Chi et al. (2023), for their own policies and for those that they compare with."""
+
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = Field(500, ge=0)
+    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    beta1: float = Field(0.95, ge=0, lt=1)
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
