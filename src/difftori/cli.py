@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `train`, `eval`, `study`, `bench`.
+"""The command line: `difftori collect`, `train`, `eval`, `sweep`, `study`, `bench`.
 
 Nothing heavy is imported before a command is known to need it, so that `--help` and `--version` answer at once.
 Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130 and 143 after SIGINT and SIGTERM.
@@ -7,7 +7,8 @@ Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ _USAGE = """usage: difftori COMMAND …
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation, an agent by reward
   train --resume RUN            go on with a run that was interrupted
   eval RUN [--episodes N] [--video]   execute what was trained and measure it
+  sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]   train many: tasks × seeds × options
   study NAME …                  make a table or figure of the paper anew
   bench NAME …                  measure speed and precision
   --version, --help
@@ -65,6 +67,7 @@ def _dispatch(words: list[str]) -> int:
         "collect": _collect,
         "train": _train,
         "eval": _eval,
+        "sweep": _sweep,
         "study": lambda rest: _module_command("study", "difftori.studies", rest),
         "bench": lambda rest: _module_command("bench", "difftori.benchmarks", rest),
     }
@@ -131,8 +134,8 @@ def _cores() -> int:
 
 
 def _train(words: list[str]) -> None:
-    from difftori.training.kinds import base_config, kind_of, with_component
-    from difftori.training.options import overlay, read_tokens
+    from difftori.training.kinds import kind_of, read_options
+    from difftori.training.options import read_tokens
 
     named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else None
@@ -159,10 +162,7 @@ def _train(words: list[str]) -> None:
         from difftori.training.config import read_yaml
 
         values = read_yaml(Path(own["config"][0])) if "config" in own else {}
-        kind = kind_of({**values, **_first("env", options)}, name)
-        values = with_component(kind, name, values)
-        config_type = base_config(kind, values[kind.component])
-        config = kind.parse(overlay(values, options, config_type), also=_TRAIN_OPTIONS)
+        kind, config = read_options(name, values, options, _TRAIN_OPTIONS)
         default = f"{getattr(config, kind.component)}-{config.env}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
     summary = kind.train(config, out, progress="quiet" not in own)
@@ -231,6 +231,75 @@ def _eval(words: list[str]) -> None:
         results = kind.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     _print_table(title, [{"": name, "value": value} for name, value in results.items()])
+
+
+def _sweep(words: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Train many: every combination of the options that FILE names (docs/sweeps.md).
+
+        A finished run is never repeated. Stopped or killed at any time, the same command goes on.
+        """
+
+        file: Annotated[Path, tyro.conf.Positional]
+        """YAML: `common` options, a `grid` of values, `variants`."""
+        jobs: int = 1
+        """Runs at once on this machine, a process with one thread each."""
+        ray: str | None = None
+        """Let a Ray cluster place the runs: `auto`, its address, or `local` to start one here. Needs `difftori[ray]`."""
+        slurm: bool = False
+        """Submit each run as a Slurm job. Needs `difftori[slurm]`."""
+        status: bool = False
+        """Only show how the runs stand."""
+
+    options = tyro.cli(Options, prog="difftori sweep", args=words)
+    if options.jobs < 1:
+        raise ConfigError([f"jobs: {options.jobs}: must be at least 1"])
+    if options.slurm and options.ray is not None:
+        raise ConfigError(["--ray and --slurm: give one of them"])
+    from difftori.sweeps.plan import plan, read_sweep
+    from difftori.sweeps.status import counts, standing
+
+    sweep = read_sweep(options.file)
+    runs = plan(sweep)
+    failures = []
+    if not options.status:
+        from difftori.sweeps.drive import drive, local
+
+        if options.ray is not None:
+            from difftori.sweeps.on_ray import on_ray
+
+            engine = on_ray(options.ray, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries)
+        elif options.slurm:
+            from difftori.sweeps.on_slurm import on_slurm
+
+            place = sweep.out / "slurm"
+            engine = on_slurm(place, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries, parameters=sweep.slurm)
+        else:
+            engine = local(options.jobs, sweep.retries)
+        with _run_bar(len(runs), sum(run.work.finished for run in runs)) as (say, done):
+            failures = drive(runs, engine, say=say, done=done)
+    found = [standing(run) for run in runs]
+    _print_table(f"{options.file.name}: {counts(found)}", [s.row() for s in found])
+    if failures:
+        from difftori.sweeps.pool import report_failures
+
+        report_failures(failures)
+
+
+@contextmanager
+def _run_bar(total: int, finished: int) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
+    """A progress bar over runs: a function that prints above it, and one that hears of each run that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    columns = (TextColumn("runs"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        line = bar.add_task("runs", total=total, completed=finished)
+        yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
 
 
 def _module_command(kind: str, package: str, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from difftori.cli import main
 from difftori.errors import ConfigError, DataError
 from difftori.paper.curves import published_curves
 from difftori.paper.numbers import paper_tasks
-from difftori.studies import _pool, figure3, figure5, figure6, figure7
+from difftori.studies import figure3, figure5, figure6, figure7
 from difftori.studies._curve_tables import (
     ALL_TASKS,
     OURS,
@@ -28,9 +29,9 @@ from difftori.studies._curve_tables import (
 )
 from difftori.studies._curves import make_curves, output_folder
 from difftori.studies._diagnostics import diagnostics, diagnostics_table
-from difftori.studies._pool import RunsFailedError, Work, report_failures, run_all
 from difftori.studies._records import read_record
 from difftori.studies._runs import TASKS, StudyConfig, partial_reasons, plan_jobs, strange_settings
+from difftori.sweeps import pool
 from difftori.training.config import fields_of
 from difftori.training.kinds import reinforcement
 from difftori.training.options import overlay, read_tokens
@@ -352,84 +353,17 @@ def test_unknown_tasks_and_empty_choices_are_refused():
             StudyConfig(**values)
 
 
-# Processes
-
-
-def python(monkeypatch, code: str) -> None:
-    """Lets works run `code` with their words as arguments, instead of the command line."""
-    launch = _pool.subprocess.Popen
-    monkeypatch.setattr(
-        _pool.subprocess, "Popen", lambda words, **options: launch([sys.executable, "-c", code, *words[3:]], **options)
-    )
-
-
-def works(folder, *names):
-    return [Work(name, (name,), folder / "logs" / f"{name}.log") for name in names]
-
-
-def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
-    python(monkeypatch, "import sys, os; print('it says:', sys.argv[1]); os._exit(sys.argv[1] == 'bad')")
-    said = []
-    done: list[str] = []
-    failures, left = run_all(
-        works(tmp_path, "good", "bad", "fine"),
-        jobs=2,
-        seconds=None,
-        say=said.append,
-        done=lambda w: done.append(w.name),
-    )
-    assert sorted(done) == ["fine", "good"]
-    assert [(f.work.name, f.status) for f in failures] == [("bad", 1)]
-    assert left == []
-    assert {"good: done", "fine: done"} <= set(said)
-    with pytest.raises(RunsFailedError, match="bad: status 1"):
-        report_failures(failures)
-    report_failures([])
-
-
-def test_when_the_budget_is_spent_nothing_more_begins(tmp_path, monkeypatch):
-    python(monkeypatch, "import time; time.sleep(.3)")
-    said = []
-    failures, left = run_all(works(tmp_path, "first", "second"), jobs=1, seconds=0.05, say=said.append)
-    assert failures == []
-    assert [work.name for work in left] == ["second"]
-    assert said[-1] == "first: done"
-
-
-def test_a_signal_lets_runs_save_and_starts_no_more(tmp_path, monkeypatch):
-    code = (
-        "import signal, sys, time, pathlib; signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1])"
-        f".with_name('saved').touch() or sys.exit(143))); (pathlib.Path({str(tmp_path)!r}) / 'up').touch(); time.sleep(30)"
-    )
-    python(monkeypatch, code)
-    monkeypatch.chdir(tmp_path)
-    wait = _pool.time.sleep
-
-    def sleep(seconds):
-        if (tmp_path / "up").exists():
-            _pool.os.kill(_pool.os.getpid(), 15)
-        wait(seconds)
-
-    monkeypatch.setattr(_pool.time, "sleep", sleep)
-    said = []
-    with pytest.raises(SystemExit) as ended:
-        run_all(works(tmp_path, "first", "second"), jobs=1, seconds=None, say=said.append)
-    assert ended.value.code == 143
-    assert (tmp_path / "saved").exists()
-    assert "1 saved, 1 not started" in said[-1]
-
-
 def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeypatch):
     """In this process: a new one takes seconds to import torch."""
     config = small(quick=True, seeds=1, budget=None)
     monkeypatch.setattr("difftori.studies._runs.QUICK_ENVS", ("probe:delayed-reward",))
     monkeypatch.setattr(figure3, "ARMS", PAIR[1:])
 
-    def start(work):
+    def start(work, *, again=False):
         status = main(list(work.words))
-        return _pool.subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
 
-    monkeypatch.setattr(_pool, "_start", start)
+    monkeypatch.setattr(pool, "_start", start)
     figure3.run(config)
     out = config.out / "figure3" / "partial" / "quick"
     first = (out / "curves.csv").read_text()

@@ -20,8 +20,8 @@ from difftori.studies._imitation import (
     make_results,
     read_result,
 )
-from difftori.studies._pool import Failure
 from difftori.studies._refinement import ALL, Published, differences, run_refinement, summaries, table
+from difftori.sweeps.pool import Failure
 from difftori.training.config import to_yaml
 from difftori.training.kinds import kind_of
 from difftori.training.options import overlay, read_tokens

@@ -18,10 +18,10 @@ from difftori.studies._curve_tables import OURS, differences
 from difftori.studies._curves import make_curves, output_folder
 from difftori.studies._diagnostics import NOTES as DIAGNOSTICS_NOTES
 from difftori.studies._diagnostics import diagnostics, diagnostics_table
-from difftori.studies._pool import report_failures
 from difftori.studies._runs import Arm, StudyConfig
 from difftori.studies.plots import save_svg
 from difftori.studies.reporting import write_csv
+from difftori.sweeps.pool import report_failures
 
 _PAIRED = """\
 Differences are paired by task and seed, over runs that have both come to the end: `final` of the last evaluation, `area` of

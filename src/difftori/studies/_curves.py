@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from difftori.errors import ConfigError
-from difftori.studies._pool import Failure, Work, run_all, training
 from difftori.studies._records import Record, contradictions, keep, read_record
 from difftori.studies._runs import Arm, StudyConfig, budget_name, partial_reasons, plan_jobs, strange_settings
+from difftori.sweeps.pool import Failure, Work, run_all, training
 
 
 @dataclass(frozen=True)

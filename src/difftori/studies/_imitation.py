@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from difftori.components import find_policy
 from difftori.data.download import PUBLIC, find_demos
 from difftori.errors import ConfigError, DataError
-from difftori.studies._pool import Failure, Work, option_words, run_all, training
+from difftori.sweeps.pool import Failure, Work, option_words, run_all, training
 from difftori.training.checkpoint import replace_file
 from difftori.training.config import INHERITED, TrainConfig, parse_config
 from difftori.training.options import overlay, read_tokens

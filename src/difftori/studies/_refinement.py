@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from difftori.studies._imitation import Arm, Case, ImitationConfig, Result, Results, make_results
-from difftori.studies._pool import report_failures
 from difftori.studies.plots import MARKERS, PALETTE, footnote, save_svg, shared_legend, style
 from difftori.studies.reporting import Column, interval, markdown_table, number, screen_table, write_csv
 from difftori.studies.statistics import Estimate, student_interval
+from difftori.sweeps.pool import report_failures
 from difftori.training.rollouts import wilson_interval
 
 ALL = "all tasks"

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftori.errors import DataError
-from difftori.studies._pool import option_words
+from difftori.sweeps.pool import option_words
 from difftori.training.records import read_config
 from difftori.training.rl_config import RLConfig, parse_rl_config
 

@@ -22,9 +22,9 @@ from difftori.studies._curve_report import (
     write_page,
 )
 from difftori.studies._curves import make_curves, output_folder
-from difftori.studies._pool import report_failures
 from difftori.studies._runs import Arm, StudyConfig
 from difftori.studies.plots import save_svg
+from difftori.sweeps.pool import report_failures
 
 ARMS = (Arm("difftori", "difftori"), Arm("tdmpc", "tdmpc"))
 TITLE = "Figure 3: DiffTORI and TD-MPC on DeepMind Control"

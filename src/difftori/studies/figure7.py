@@ -14,11 +14,11 @@ from difftori.paper.numbers import paper_timings
 from difftori.studies._curve_plots import clock_panels
 from difftori.studies._curve_report import preface, show, write_curves, write_page
 from difftori.studies._curves import Curves, Record, make_curves, output_folder
-from difftori.studies._pool import report_failures
 from difftori.studies._runs import StudyConfig
 from difftori.studies.figure3 import ARMS
 from difftori.studies.plots import save_svg
 from difftori.studies.reporting import Column, markdown_table, number, write_csv
+from difftori.sweeps.pool import report_failures
 
 TITLE = "Figure 7: return against wall-clock time"
 

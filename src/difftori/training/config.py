@@ -149,7 +149,7 @@ def _with_window(config: TrainConfig) -> TrainConfig:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The values of a configuration file. Raises ConfigError if it cannot be read or is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _PlainLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
     if values is None:
@@ -157,6 +157,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
     return values
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Takes only `true` and `false` for booleans, as YAML 1.2 does: `pg: off` is a word."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -1,7 +1,7 @@
 """Imitation or reinforcement: what a command means, told from the component's name and the environment's."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from difftori.components import load, suggest
 from difftori.errors import ConfigError
+from difftori.training.options import overlay
 from difftori.types import Metrics
 
 
@@ -73,6 +74,19 @@ def reinforcement() -> Kind:
     from difftori.training.rl_evaluation import evaluate_run
 
     return Kind("agent", lambda name: RLConfig[find_agent(name).Config], parse_rl_config, train, evaluate_run)
+
+
+def read_options(
+    name: str | None, values: Mapping[str, Any], options: Mapping[str, list[str]], also: Iterable[str] = ()
+) -> tuple[Kind, Any]:
+    """The configuration of a component: plain values, such as a file's, and the words of options, which win.
+
+    `also` names further options to suggest for a misspelt one. ConfigError with every fault there is.
+    """
+    env = {"env": options["env"][0]} if options.get("env") else {}
+    kind = kind_of({**values, **env}, name)
+    values = with_component(kind, name, values)
+    return kind, kind.parse(overlay(values, options, base_config(kind, values[kind.component])), also=also)
 
 
 def with_component(kind: Kind, name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:

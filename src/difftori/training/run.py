@@ -257,7 +257,7 @@ def _prepare(path: Path, config: BaseModel, device: str) -> None:
     plain = config.model_dump(mode="json")
     new = not (path / "config.yaml").exists()
     if not new:
-        faults = _differences(read_config(path), config)
+        faults = differences(read_config(path), config)
         if faults:
             raise ConfigError([*faults, f"out: {path} holds a run of another configuration; choose another directory"])
     if (path / "summary.json").exists():
@@ -285,7 +285,7 @@ def _versions(record: Path, device: str) -> dict:
     return now | ({"earlier": earlier} if earlier else {})
 
 
-def _differences(before: dict, config: BaseModel) -> list[str]:
+def differences(before: dict, config: BaseModel) -> list[str]:
     """One fault per key whose value differs; a key that the older file lacks counts as its default."""
     with contextlib.suppress(ValidationError):
         before = type(config).model_validate(before).model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Many runs: processes on this machine, on a Ray cluster, on Slurm."""

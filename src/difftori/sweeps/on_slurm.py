@@ -1,0 +1,129 @@
+"""A sweep on Slurm, a job per run, through submitit; needs `difftori[slurm]`.
+
+Jobs do not need whoever submitted them: the same command later finds those that wait or run, and submits only what is
+missing. A job that is preempted, or out of time, is queued again and goes on from its last checkpoint.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from difftori.errors import ConfigError, MissingExtraError
+from difftori.sweeps.drive import Engine
+from difftori.sweeps.pool import Failure, Work, beside, run_one
+from difftori.training.checkpoint import replace_file
+from difftori.training.signals import StopSignal
+
+_LOOK = 5.0
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "FINISHED", "INTERRUPTED")
+
+
+@dataclass(frozen=True)
+class SlurmRun:
+    """What a job carries out; `checkpoint` is what submitit asks for when the job is to be queued again."""
+
+    work: Work
+    retries: int
+
+    def __call__(self) -> Failure | None:
+        """Run it to its end."""
+        return run_one(self.work, retries=self.retries)
+
+    def checkpoint(self) -> Any:
+        """The same again: the run's own checkpoints say where it was."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def on_slurm(
+    folder: Path,
+    *,
+    cpus: float,
+    gpus: float,
+    retries: int,
+    parameters: Mapping[str, Any],
+    cluster: Literal["slurm", "local"] = "slurm",
+) -> Engine:
+    """The engine. Jobs' scripts and logs go to `folder`; `parameters` are submitit's own, such as `timeout_min`.
+
+    Cores and GPUs are rounded up: Slurm gives none in parts. `cluster="local"` starts the jobs as processes here, to try it.
+    MissingExtraError without submitit, ConfigError without Slurm or for a parameter that submitit does not know.
+    """
+    submitit = _submitit()
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=cluster)
+        executor.update_parameters(cpus_per_task=math.ceil(cpus), gpus_per_node=math.ceil(gpus), **parameters)
+    except (RuntimeError, NameError, ValueError, TypeError) as error:
+        raise ConfigError(
+            [f"--slurm: {error}; is `sbatch` here, and is `slurm` in the file as submitit wants it?"]
+        ) from error
+    jobs_of = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
+
+    def engine(works: Sequence[Work], *, say: Callable[[str], None], done: Callable[[Work], None]) -> list[Failure]:
+        jobs: dict[Any, Work] = {}
+        for work in works:
+            job = _submitted(work, lambda number: jobs_of(folder, number))
+            if job is None:
+                job = executor.submit(SlurmRun(work, retries))
+                _note(work, job.job_id)
+                say(f"{work.name}: submitted as job {job.job_id}")
+            else:
+                say(f"{work.name}: is job {job.job_id}, {job.state}")
+            jobs[job] = work
+        failures: list[Failure] = []
+        with StopSignal() as stop:
+            while jobs and not stop.requested:
+                for job in [job for job in jobs if job.done()]:
+                    work = jobs.pop(job)
+                    failure = _outcome(submitit, job, work)
+                    if failure is None:
+                        say(f"{work.name}: done")
+                        done(work)
+                    else:
+                        say(f"{work.name}: FAILED with status {failure.status}: {failure.reason}")
+                        failures.append(failure)
+                time.sleep(_LOOK if jobs else 0)
+            if stop.requested:
+                say(f"stopped looking: {len(jobs)} jobs go on without us; the same command looks again")
+                stop.leave()
+        return failures
+
+    return engine
+
+
+def _submitit() -> ModuleType:
+    try:
+        import submitit
+    except ImportError as error:
+        raise MissingExtraError("--slurm needs submitit: pip install 'difftori[slurm]'") from error
+    return submitit
+
+
+def _submitted(work: Work, find: Callable[[str], Any]) -> Any:
+    """The job that carries the run out already, if it is not over."""
+    assert work.folder is not None
+    try:
+        number = json.loads(beside(work.folder, ".job.json").read_bytes())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    job = find(str(number))
+    return None if job.done() or str(job.state).split()[0] in _OVER else job
+
+
+def _note(work: Work, number: str) -> None:
+    assert work.folder is not None
+    note = beside(work.folder, ".job.json")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(note, (json.dumps({"job": number}) + "\n").encode())
+
+
+def _outcome(submitit: ModuleType, job: Any, work: Work) -> Failure | None:
+    """What came of a job; the folder is what counts where the job left no answer."""
+    try:
+        return job.result()
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+        return None if work.finished else Failure(work, -1, f"job {job.job_id}: {str(error).splitlines()[0]}")

@@ -1,0 +1,117 @@
+"""What a sweep's file comes to: which runs, in which folders, and every fault at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from difftori.errors import ConfigError
+from difftori.sweeps.plan import Sweep, plan, read_sweep
+
+IMITATION = {"train": "bc", "env": "pendulum", "epochs": 2}
+
+
+def sweep_of(tmp_path, **given) -> Sweep:
+    return Sweep.model_validate({"out": tmp_path / "out", **given})
+
+
+def names(runs) -> list[str]:
+    return [run.work.name for run in runs]
+
+
+def test_the_grid_times_the_variants(tmp_path):
+    runs = plan(
+        sweep_of(
+            tmp_path,
+            common={"env": "probe:one-step", "steps": 300},
+            grid={"seed": [0, 1]},
+            variants=[{"train": "tdmpc"}, {"train": "difftori", "pg": "off", "planner": "fast"}],
+        )
+    )
+    assert names(runs) == [
+        "probe.one-step/tdmpc/seed-0",
+        "probe.one-step/tdmpc/seed-1",
+        "probe.one-step/difftori_pg-off_planner-fast/seed-0",
+        "probe.one-step/difftori_pg-off_planner-fast/seed-1",
+    ]
+    folder = tmp_path / "out" / "probe.one-step" / "tdmpc" / "seed-1"
+    options = "--env probe:one-step --steps 300 --seed 1".split()
+    assert runs[1].work.words == ("train", "tdmpc", *options, "--out", str(folder), "--quiet")
+    assert runs[1].length == 300
+    assert {run.depth for run in runs} == {0}
+
+
+def test_lists_switches_and_nested_settings_are_options(tmp_path):
+    given = {**IMITATION, "hidden": [8, 8], "pictures": {"width": 8}}
+    with pytest.raises(ConfigError, match="settings.pictures"):  # it sees no pictures: the name has come through
+        plan(sweep_of(tmp_path, common=given))
+    del given["pictures"]
+    (run,) = plan(sweep_of(tmp_path, common=given, grid={"hidden": [[8, 8]]}))
+    assert run.work.words[2:] == (*"--env pendulum --epochs 2 --hidden 8 8 --out".split(), str(run.folder), "--quiet")
+
+
+def test_what_refines_another_run_of_the_sweep_waits_for_it(tmp_path):
+    out = tmp_path / "out"
+    refiner = {"train": "residual", "base": f"{out}/{{env}}/bc/seed-{{seed}}"}
+    given = {"common": {"env": "pendulum", "epochs": 2}, "grid": {"seed": [3]}}
+    first, second = plan(sweep_of(tmp_path, **given, variants=[refiner, {"train": "bc"}]))
+    assert first.base is second
+    assert (first.depth, second.depth) == (1, 0)
+    assert str(second.folder) in first.work.words
+    assert first.folder.name == second.folder.name == "seed-3"
+
+
+@pytest.mark.parametrize(
+    ("given", "faults"),
+    [
+        (
+            {"common": {"env": "pendulm", "epochs": 0}, "variants": [{"train": "bcc"}, {"train": "bc"}]},
+            ["'bcc' is neither", "pendulm", "epochs"],
+        ),
+        ({"common": {"env": "pendulum"}}, ["train: None"]),
+        ({"common": {**IMITATION, "demos": "{sed}.zarr"}}, ["{sed} in '{sed}.zarr': the run has no option 'sed'"]),
+        ({"common": IMITATION, "variants": [{"lr": 1e-3}, {"lr": 0.001}]}, ["two runs go to"]),
+        ({"common": {"env": "pendulum", "train": "residual", "base": "nowhere"}}, ["base: nowhere is neither"]),
+    ],
+)
+def test_the_faults_of_all_runs_are_listed_at_once(tmp_path, given, faults):
+    with pytest.raises(ConfigError) as error:
+        plan(sweep_of(tmp_path, **given))
+    for fault in faults:
+        assert fault in str(error.value)
+
+
+def test_a_run_that_refines_itself_is_a_fault(tmp_path):
+    base = str(tmp_path / "out" / "pendulum" / "residual" / "seed-0")
+    with pytest.raises(ConfigError, match="in a circle"):
+        plan(sweep_of(tmp_path, common={"env": "pendulum", "train": "residual", "base": base}))
+
+
+def test_bases_are_named_by_their_policy(tmp_path):
+    out = tmp_path / "out"
+    bases = [{"base": f"{out}/pendulum/residual_base-{name}/seed-0"} for name in ("a", "b")]
+    with pytest.raises(ConfigError) as error:  # they are not there, but have names of their own
+        plan(sweep_of(tmp_path, common={"env": "pendulum", "train": "residual"}, variants=bases))
+    assert "two runs" not in str(error.value)
+
+
+def test_another_setting_than_that_of_the_folders_run_is_a_fault(tmp_path):
+    (run,) = plan(sweep_of(tmp_path, common=IMITATION))
+    run.folder.mkdir(parents=True)
+    config = {"policy": "bc", "env": "pendulum", "settings": {"epochs": 2}, "threads": 7}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert plan(sweep_of(tmp_path, common=IMITATION)) == [run]  # threads are the machine's
+    with pytest.raises(ConfigError, match=r"epochs: 3 here, 2 in .*\n.*choose another `out`"):
+        plan(sweep_of(tmp_path, common={**IMITATION, "epochs": 3}))
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: {train: difftori, pg: off}\ngrid: {seed: [0]}")
+    assert read_sweep(path).out == Path("runs/mine")
+    assert read_sweep(path).common["pg"] == "off"  # and not false, as YAML 1.1 has it
+    path.write_text("comon: {}\nretries: -1")
+    with pytest.raises(ConfigError) as error:
+        read_sweep(path)
+    assert "perhaps you meant 'common'" in str(error.value)
+    assert "retries: -1" in str(error.value)

@@ -1,0 +1,236 @@
+"""Sweeps from the command line: what is done stays done, whoever is killed."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from difftori.cli import main
+from difftori.sweeps import pool
+from difftori.sweeps.drive import drive
+from difftori.sweeps.on_slurm import on_slurm
+from difftori.sweeps.plan import plan, read_sweep
+from difftori.sweeps.pool import Failure, beside
+from difftori.sweeps.status import counts, standing
+from difftori.training.checkpoint import weights_digest
+from difftori.training.il import load_policy
+
+COMMON = {"env": "pendulum", "epochs": 2, "hidden": [8], "num_train": 4, "eval_episodes": 3}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A file of two policies and what refines the first, and the folder of their runs."""
+    out = tmp_path / "out"
+    variants = [{"train": "residual", "base": f"{out}/{{env}}/bc/seed-{{seed}}"}, {"train": "bc"}]
+    file = tmp_path / "sweep.yaml"
+    common = {name: value for name, value in COMMON.items()}
+    file.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": {"seed": [0, 1]}, "variants": variants}))
+    return file
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs are trained here, because a new process takes seconds to import torch; the list of what was begun."""
+    begun = []
+
+    def start(work, *, again=False):
+        begun.append(work.name)
+        work.folder.parent.mkdir(parents=True, exist_ok=True)
+        status = main(list(work.command))
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+
+    monkeypatch.setattr(pool, "_start", start)
+    return begun
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """What every run has learned, without the paths that its export names."""
+    found = [path.parent for path in sorted(folder.rglob("policy.pt"))]
+    return {str(run.relative_to(folder)): weights_digest(load_policy(run, "last")[0]) for run in found}
+
+
+def test_a_sweep_runs_bases_first_and_again_repeats_nothing(sweep, in_this_process, capsys):
+    assert main(["sweep", str(sweep), "--status"]) == 0
+    assert "4 waiting" in capsys.readouterr().out
+    assert main(["sweep", str(sweep), "--jobs", "2"]) == 0
+    assert "4 finished" in capsys.readouterr().out
+    assert [name.split("/")[1].split("_")[0] for name in in_this_process] == ["bc", "bc", "residual", "residual"]
+    assert main(["sweep", str(sweep)]) == 0
+    assert len(in_this_process) == 4
+
+
+def test_what_refines_a_run_that_failed_is_not_started_and_the_rest_is(sweep, monkeypatch, in_this_process, capsys):
+    runs = plan(read_sweep(sweep))
+    bad = next(run for run in runs if run.base is None)
+
+    def start(work, *, again=False):
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(work == bad.work)})"])
+
+    monkeypatch.setattr(pool, "_start", start)
+    assert main(["sweep", str(sweep)]) == 1
+    shown = capsys.readouterr()
+    assert "1 run(s) failed" in shown.err
+    assert standing(bad).state == "failed"
+    assert standing(next(run for run in runs if run.base is bad)).state == "waiting"
+
+
+def test_states_are_told_from_folders(sweep):
+    import fcntl
+
+    runs = plan(read_sweep(sweep))
+    run = runs[1]
+    assert counts([standing(run) for run in runs]) == "4 waiting"
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("{}")
+    (run.folder / "metrics.jsonl").write_text('{"step": 7, "time": 1.0}\n')
+    assert (standing(run).state, standing(run).step) == ("interrupted", 7)
+    with (run.folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert standing(run).state == "running"
+    beside(run.folder, ".failed.json").write_text(json.dumps({"status": 1, "host": "here", "reason": "it broke"}))
+    assert standing(run).note == "status 1 on here: it broke"
+    beside(run.folder, ".failed.json").write_text("[")
+    assert "cannot be read" in standing(run).note
+    (run.folder / "summary.json").write_text('{"last/success": 0.5}')
+    assert (standing(run).state, standing(run).note) == ("finished", "last/success 0.5")
+
+
+def test_one_engine_at_a_time(sweep, capsys):
+    assert main(["sweep", str(sweep), "--slurm", "--ray", "auto"]) == 2
+    assert main(["sweep", str(sweep), "--jobs", "0"]) == 2
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
+def test_without_slurm_there_is_a_clear_error(sweep, capsys):
+    pytest.importorskip("submitit")
+    assert main(["sweep", str(sweep), "--slurm"]) == 2
+    assert "--slurm: " in capsys.readouterr().err
+
+
+# In processes of their own: minutes, because each takes seconds to begin.
+
+
+def long_sweep(folder: Path, runs: int = 12) -> Path:
+    """So many runs of some seconds, half of them refiners of the other half."""
+    out = folder / "out"
+    common = {**COMMON, "epochs": 60, "save_every": 2, "num_train": 50}
+    variants = [{"train": "bc"}, {"train": "residual", "base": f"{out}/{{env}}/bc/seed-{{seed}}"}]
+    file = folder / "sweep.yaml"
+    grid = {"seed": list(range(runs // 2))}
+    file.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": grid, "variants": variants}))
+    return file
+
+
+def begin(file: Path, *words: str) -> subprocess.Popen:
+    """The command in a session of its own."""
+    log = file.with_suffix(".log").open("ab")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "difftori.cli", "sweep", str(file), *words],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def wait_until(true, seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def trainings(out: Path) -> list[int]:
+    """Processes that train in a folder, from the system's own list."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train" in words and any(str(out).encode() in word for word in words):
+            found.append(int(place.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The weights of the twelve runs when nothing is killed, by run."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert begin(long_sweep(folder), "--jobs", "2").wait(600) == 0
+    return weights(folder / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kills_of_runs_and_of_the_driver_lose_nothing(tmp_path, straight):
+    """Twelve runs; five of them and twice the driver are killed at random, and the weights are those of the quiet sweep."""
+    file, chance = long_sweep(tmp_path), torch.Generator().manual_seed(0)
+    runs = plan(read_sweep(file))
+    driver = begin(file, "--jobs", "2")
+    for turn in range(7):
+        time.sleep(4 + 4 * torch.rand((), generator=chance).item())
+        if turn in (2, 4):
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+            driver = begin(file, "--jobs", "2")
+        elif alive := trainings(tmp_path / "out"):
+            os.kill(alive[int(torch.randint(len(alive), (), generator=chance))], signal.SIGKILL)
+    if driver.wait(600) != 0:  # more than two deaths of one run are its failure; the same command tries again
+        assert begin(file, "--jobs", "2").wait(600) == 0
+    assert weights(tmp_path / "out") == straight
+    assert {standing(run).state for run in runs} == {"finished"}
+    begun = {run: (run.folder / "command.txt").read_text() for run in runs}
+    assert begin(file).wait(120) == 0
+    assert {run: (run.folder / "command.txt").read_text() for run in runs} == begun
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_on_ray_a_killed_worker_costs_nothing(tmp_path, straight):
+    pytest.importorskip("ray")
+    file = long_sweep(tmp_path)
+    driver = begin(file, "--ray", "local")
+    wait_until(lambda: trainings(tmp_path / "out"))
+    time.sleep(4)
+    subprocess.run(["pkill", "-9", "-f", "ray::carry_out"], check=True)
+    time.sleep(4)
+    os.kill(trainings(tmp_path / "out")[0], signal.SIGKILL)
+    assert driver.wait(600) == 0, file.with_suffix(".log").read_text()
+    assert weights(tmp_path / "out") == straight
+
+
+@pytest.mark.slow
+def test_through_submitit_a_job_that_is_there_is_not_submitted_again(tmp_path):
+    """Its local jobs, in the place of Slurm's."""
+    pytest.importorskip("submitit")
+    runs = plan(read_sweep(long_sweep(tmp_path, runs=2)))
+
+    def engine():
+        return on_slurm(
+            tmp_path / "jobs", cpus=0.5, gpus=0.0, retries=1, parameters={"timeout_min": 5}, cluster="local"
+        )
+
+    said: list[str] = []
+    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
+    assert {standing(run).state for run in runs} == {"finished"}
+    assert sum("submitted as job" in line for line in said) == 2
+    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
+    assert sum("submitted as job" in line for line in said) == 2
+
+
+def test_a_failure_travels_between_machines(tmp_path):
+    """Engines send work and outcome as pickles of their own."""
+    (run, *_) = plan(read_sweep(long_sweep(tmp_path)))
+    failure = Failure(run.work, 1, "it broke")
+    assert pickle.loads(pickle.dumps(failure)) == failure
