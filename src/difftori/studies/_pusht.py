@@ -14,6 +14,9 @@ DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
 LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
 
+SMALL_DRAWS = 2
+"""Of a diffusion policy's actions at each training window: on a CPU, asking for more takes longer than the training itself."""
+
 
 class PushTConfig(ImitationConfig):
     """What to run of a study on Push-T."""
@@ -70,6 +73,13 @@ def run_push_t(
 def base(config: PushTConfig, name: str) -> Arm:
     """A base policy at the study's sizes, labelled by its name."""
     return Arm(name, name, (LARGE if config.sizes == "paper" else SMALL)[name])
+
+
+def refiner(config: PushTConfig, label: str, policy: str, on: str, **settings: object) -> Arm:
+    """What refines a base, with its defaults but for `settings`; at small sizes it sees few draws of a diffusion policy's plans."""
+    if config.sizes == "small" and on == "diffusion":
+        settings = {"base_samples": SMALL_DRAWS, **settings}
+    return Arm(label, policy, settings, base=on)
 
 
 def failure_rates(table: str) -> dict[str, tuple[float, float | None]]:

@@ -112,6 +112,75 @@ def interquartile_mean(strata: Strata) -> np.ndarray:
     return np.asarray(pooled[..., cut : pooled.shape[-1] - cut].mean(axis=-1))
 
 
+def median_of_means(strata: Strata) -> np.ndarray:
+    """The median over strata of each one's mean."""
+    return np.asarray(np.median([stratum.mean(axis=-1) for stratum in strata], axis=0))
+
+
+def optimality_gap(strata: Strata) -> np.ndarray:
+    """How far all strata's values together stay below 1 on average; values above 1 count as 1 (Agarwal et al., 2021)."""
+    return np.asarray(1 - np.minimum(np.concatenate(strata, axis=-1), 1).mean(axis=-1))
+
+
+def performance_profile(strata: Strata, thresholds: np.ndarray) -> np.ndarray:
+    """The share of all strata's values above each of the thresholds (T), on a last axis (Agarwal et al., 2021)."""
+    return (np.concatenate(strata, axis=-1)[..., None] > thresholds).mean(axis=-2)
+
+
+def improvement(values: Strata, reference: Strata) -> np.ndarray:
+    """The probability that a run of `values` is above one of `reference`, a tie counting half: mean over strata.
+
+    Agarwal et al., 2021; of a stratum it is the Mann–Whitney statistic over the number of pairs.
+    """
+    shares = []
+    for ours, theirs in zip(values, reference, strict=True):
+        above = np.sign(ours[..., :, None] - theirs[..., None, :])
+        shares.append(0.5 + above.mean(axis=(-2, -1)) / 2)
+    return np.asarray(np.mean(shares, axis=0))
+
+
+def improvement_interval(
+    values: Strata,
+    reference: Strata,
+    generator: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate:
+    """`improvement` with its percentile bootstrap interval, both sides drawn anew within each stratum, apart from each other.
+
+    A stratum of one value on either side makes the interval infinite. ShapeError for other strata on one side.
+    """
+    values, reference = [_checked(v) for v in values], [_checked(r) for r in reference]
+    if not values or len(values) != len(reference):
+        raise ShapeError(f"improvement: {len(values)} and {len(reference)} strata; give both sides the same tasks")
+    value = float(improvement(values, reference))
+    if min(map(len, (*values, *reference))) == 1:
+        return Estimate(value, -np.inf, np.inf)
+    sides = [
+        [part[generator.integers(0, len(part), (resamples, len(part)))] for part in s] for s in (values, reference)
+    ]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(improvement(*sides), [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def stratified_band(
+    strata: Strata,
+    statistic: Callable[[Strata], np.ndarray],
+    generator: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of many numbers (T), as a profile, with the ends of its percentile bootstrap interval at each."""
+    strata = [_checked(stratum) for stratum in strata]
+    drawn = [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(statistic(drawn), [tail, 1 - tail], axis=0)
+    return statistic(strata), low, high
+
+
 def stratified_interval(
     strata: Strata,
     statistic: Callable[[Strata], np.ndarray],

@@ -5,7 +5,7 @@ the paper's number; success, coverage above .95 at any step, beside it.
 """
 
 from difftori.studies._imitation import Arm
-from difftori.studies._pusht import SMALL, PushTConfig, base, failure_rates, run_push_t
+from difftori.studies._pusht import SMALL, PushTConfig, base, failure_rates, refiner, run_push_t
 from difftori.studies.base_noise import RESIDUAL_NOISE
 
 PAPER = {
@@ -37,10 +37,13 @@ def run(config: Config) -> None:
         if config.controls:
             arms.append(Arm(f"{name} twice as long", name, plain.settings, updates=2))
         if name == "diffusion":
-            arms.append(Arm(f"ibc on {name}", "ibc-base", SMALL["ibc"] if config.sizes == "small" else {}, base=name))
-        arms += [refiner(name, "residual"), refiner(name, "DiffTORI")]
+            small = SMALL["ibc"] if config.sizes == "small" else {}
+            arms.append(refiner(config, f"ibc on {name}", "ibc-base", name, **small))
+        arms.append(refiner(config, f"residual on {name}", "residual", name))
+        arms.append(refiner(config, f"DiffTORI on {name}", "difftori-il", name))
         if config.controls:
-            arms.append(Arm(f"residual on {name}, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base=name))
+            noise = {"base_noise": RESIDUAL_NOISE}
+            arms.append(refiner(config, f"residual on {name}, noise", "residual", name, **noise))
         others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
         compared += [(f"DiffTORI on {name}", other) for other in others]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
@@ -54,8 +57,3 @@ def run(config: Config) -> None:
         published=published,
         further={"without controls": not config.controls},
     )
-
-
-def refiner(name: str, kind: str) -> Arm:
-    """A refiner with its defaults on the base of that name."""
-    return Arm(f"{kind} on {name}", {"residual": "residual", "DiffTORI": "difftori-il"}[kind], base=name)

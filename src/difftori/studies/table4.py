@@ -1,8 +1,6 @@
 """Table 4, Push-T: where DiffTORI's solve starts: at the diffusion policy's actions, at zero, or anywhere. Runs are shared with Table 2."""
 
-from difftori.studies._imitation import Arm
-from difftori.studies._pusht import PushTConfig, base, failure_rates, run_push_t
-from difftori.studies.table2 import refiner
+from difftori.studies._pusht import PushTConfig, base, failure_rates, refiner, run_push_t
 
 PAPER = {
     "diffusion": "diffusion",
@@ -18,9 +16,9 @@ class Config(PushTConfig):
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/table4`."""
-    main = refiner("diffusion", "DiffTORI")
+    main = refiner(config, "DiffTORI on diffusion", "difftori-il", "diffusion")
     starts = [
-        Arm(f"DiffTORI from {init}", "difftori-il", {"init": init}, base="diffusion") for init in ("zero", "random")
+        refiner(config, f"DiffTORI from {init}", "difftori-il", "diffusion", init=init) for init in ("zero", "random")
     ]
     arms = [base(config, "diffusion"), main, *starts]
     compared = [(main.label, arm.label) for arm in starts]

@@ -3,8 +3,10 @@
 H actions are planned and executed before the next plan, so the control is the diffusion policy, of which as many are executed.
 """
 
+from dataclasses import replace
+
 from difftori.studies._imitation import Arm
-from difftori.studies._pusht import PushTConfig, base, failure_rates, run_push_t
+from difftori.studies._pusht import PushTConfig, base, failure_rates, refiner, run_push_t
 
 HORIZONS = (1, 3, 5)
 
@@ -22,7 +24,7 @@ def run(config: Config) -> None:
     """Run what is missing, and write `out/table7`."""
     plain = base(config, "diffusion")
     ours = [
-        Arm(f"H = {h}", "difftori-il", {"decision": "step"}, base="diffusion", options={"execute": h})
+        replace(refiner(config, f"H = {h}", "difftori-il", "diffusion", decision="step"), options={"execute": h})
         for h in config.horizons
     ]
     alone = [
