@@ -2,11 +2,14 @@
 
 import pytest
 
+from difftori.components import find_policy
 from difftori.data.download import PUBLIC
 from difftori.policies.difftori import DiffTORIConfig
-from difftori.studies import _pusht, base_noise, table1, table2, table4, table7
+from difftori.studies import _imitation, _pusht, base_noise, table1, table2, table4, table7
 from difftori.studies._imitation import Case
 from difftori.studies._pusht import DATA
+from difftori.training.config import TrainConfig, normalised, parse_config, to_yaml
+from difftori.training.options import overlay, read_tokens
 
 
 @pytest.fixture
@@ -58,3 +61,19 @@ def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, t
     (tmp_path / DATA).mkdir()
     table2.run(table2.Config(demos=tmp_path, obs="pose"))
     assert asked["cases"] == [Case("pusht", "pose", str(tmp_path / DATA))]
+
+
+def test_a_study_knows_its_own_runs_again(asked, tmp_path):
+    """A refiner's window comes from its base, whose own may come from its policy: what is trained is what is wanted."""
+    config = table2.Config(demos=tmp_path, obs="pose", sizes="small", runs=tmp_path / "runs", out=tmp_path)
+    table2.run(config)
+    for job in _imitation._jobs(config, asked["cases"][0], list(asked["arms"].values()), 0, "push-t"):
+        given = overlay(
+            {"policy": job.arm.policy},
+            read_tokens([word for word in job.words[2:] if word != "--quiet"]),
+            TrainConfig[find_policy(job.arm.policy).Config],
+        )
+        del given["out"]
+        job.folder.mkdir(parents=True)
+        (job.folder / "config.yaml").write_text(to_yaml(normalised(parse_config(given))))
+        assert _imitation.strange_settings(job) == []

@@ -333,7 +333,7 @@ def wanted_values(job: Job) -> dict[str, Any]:
     values = overlay({"policy": job.arm.policy}, options, TrainConfig[find_policy(job.arm.policy).Config])
     del values["out"]
     if job.base is not None:
-        below = wanted_values(job.base)
+        below = parse_config(wanted_values(job.base)).model_dump()  # with the base policy's own window
         values |= {name: below[name] for name in INHERITED if values.get(name) is None and below.get(name) is not None}
         values.setdefault("data_seed", below["seed"])
     return {**values, "base": None}
