@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `train`, `eval`, `sweep`, `study`, `bench`.
+"""The command line: `difftori collect`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
 
 Nothing heavy is imported before a command is known to need it, so that `--help` and `--version` answer at once.
 Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130 and 143 after SIGINT and SIGTERM.
@@ -25,6 +25,7 @@ _USAGE = """usage: difftori COMMAND …
   train --resume RUN            go on with a run that was interrupted
   eval RUN [--episodes N] [--video]   execute what was trained and measure it
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]   train many: tasks × seeds × options
+  report DIR… [--out DIR]       any number of runs on one page, with intervals and protocol
   study NAME …                  make a table or figure of the paper anew
   bench NAME …                  measure speed and precision
   --version, --help
@@ -68,6 +69,7 @@ def _dispatch(words: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "sweep": _sweep,
+        "report": _report,
         "study": lambda rest: _module_command("study", "difftori.studies", rest),
         "bench": lambda rest: _module_command("bench", "difftori.benchmarks", rest),
     }
@@ -283,10 +285,49 @@ def _sweep(words: list[str]) -> None:
             failures = drive(runs, engine, say=say, done=done)
     found = [standing(run) for run in runs]
     _print_table(f"{options.file.name}: {counts(found)}", [s.row() for s in found])
+    if not options.status and any(s.state == "finished" for s in found):
+        from difftori.reports.report import write_report
+
+        print(write_report([sweep.out], sweep.out / "report", title=options.file.stem).page)
     if failures:
         from difftori.sweeps.pool import report_failures
 
         report_failures(failures)
+
+
+def _report(words: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Merge runs into one static page, OUT/report.html, with the same numbers as CSV and LaTeX beside it."""
+
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """Directories: runs, or folders with runs somewhere below them; also what studies keep of runs."""
+        out: Path | None = None
+        """Where to; DIR/report for one directory, else `report`, unless given."""
+        title: str | None = None
+        """The page's title; the directories unless given."""
+        reference: str | None = None
+        """The method that the others are compared with, as the report names it; every pair unless given."""
+
+    options = tyro.cli(Options, prog="difftori report", args=words)
+    if not options.runs:
+        raise ConfigError(["report: give at least one directory of runs"])
+    from difftori.reports.report import write_report
+
+    only = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else None
+    out = options.out or (Path("report") if only is None else only / "report")
+    report = write_report(options.runs, out, title=options.title, reference=options.reference)
+    from rich.console import Console
+
+    from difftori.studies.reporting import screen_table
+
+    console = Console()
+    for tables in report.tables.values():
+        for caption, columns in list(tables.items())[:2]:
+            console.print(screen_table(caption, columns))
+    console.print(f"{report.page}", soft_wrap=True, highlight=False)
 
 
 @contextmanager

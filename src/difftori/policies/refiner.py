@@ -3,7 +3,7 @@
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -51,6 +51,9 @@ class RefinerConfig(PolicyConfig):
 
     base_samples: int = Field(8, ge=1)
     """How many times a base that draws is asked for its actions at each training window."""
+    base_choice: Literal["drawn", "nearest"] = "drawn"
+    """Which of these a training step starts from: any, or the one nearest to the expert's action. A draw tells nothing of which
+    of several good ways the expert took, so that from any the best answer is their mean; from the nearest it keeps to the way."""
 
 
 class Refiner(Policy, ABC):
@@ -72,8 +75,8 @@ class Refiner(Policy, ABC):
             )
         self.draws = self.STOCHASTIC or (base is not None and _draws(base))
         self._base = _Held(base)  # where torch does not look for modules
-        self.base_samples = config.base_samples
-        self._prepared: Tensor | None = None
+        self.base_samples, self.nearest = config.base_samples, config.base_choice == "nearest"
+        self.prepared: Tensor | None = None
 
     @property
     def base(self) -> Base:
@@ -87,7 +90,7 @@ class Refiner(Policy, ABC):
         return self._base.base is not None
 
     def prepare(self, examples: Examples, *, at_most: int, generator: torch.Generator) -> None:
-        """Ask the base what it would do at every window of the training set, `base_samples` times if it draws.
+        """Ask the base what it would do at every window of the training set, `base_samples` times if it draws: `prepared` (N K H A).
 
         Where that is more than the `at_most` windows that training will see, nothing is prepared: the base is asked in every
         batch. Raises ShapeError if what it returns is not (B H A).
@@ -100,7 +103,7 @@ class Refiner(Policy, ABC):
             obs = to_device(batch.obs, generator.device)
             drawn = [self.base_act(obs, generator=generator).cpu() for _ in range(count)]
             parts.append(torch.stack(drawn, 1))
-        self._prepared = torch.cat(parts)
+        self.prepared = torch.cat(parts)
 
     @torch.no_grad()
     def base_act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
@@ -125,12 +128,25 @@ class Refiner(Policy, ABC):
         return plans
 
     def base_plans(self, batch: Window, *, generator: torch.Generator) -> Plans:
-        """The base's actions (B H A) for a training batch: one of the prepared samples, or afresh."""
-        if self._prepared is None:
+        """The base's actions (B H A) that a training batch starts from, of the prepared samples or afresh."""
+        if self.prepared is not None:
+            draws = self.prepared[batch.index.cpu()]
+        elif self.nearest and _draws(self.base):
+            draws = torch.stack([self.base_act(batch.obs, generator=generator) for _ in range(self.base_samples)], 1)
+        else:
             return self.base_act(batch.obs, generator=generator)
-        count = self._prepared.shape[1]
-        drawn = torch.randint(count, batch.index.shape, generator=generator, device=generator.device)
-        return self._prepared[batch.index.cpu(), drawn.cpu()].to(batch.actions)
+        draws = draws.to(batch.actions)
+        if self.nearest:
+            chosen = self._away(draws, batch.actions).argmin(1)
+        else:
+            chosen = torch.randint(draws.shape[1], (len(draws),), generator=generator, device=generator.device)
+        return draws[torch.arange(len(draws), device=draws.device), chosen]
+
+    def _away(self, draws: Tensor, actions: Plans) -> Tensor:
+        """Squared distances (B K) of draws (B K H A) from the expert's actions that are executed, each dimension by its spread."""
+        spread = actions.flatten(0, 1).std(0, correction=0).clamp_min(torch.finfo(actions.dtype).tiny ** 0.5)
+        gaps = (draws - actions.unsqueeze(1))[:, :, self.spec.present] / spread
+        return gaps.square().sum((-2, -1))
 
 
 def _draws(base: Base) -> bool:

@@ -1,7 +1,9 @@
 """Imitation: the loop, and the way from a run directory back to a policy."""
 
+import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,11 +57,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
         _warn_of_warmup(settings, updates)
         noise = run.generator("loss", device)
         if isinstance(policy, Refiner) and policy.has_base:
-            policy.prepare(
-                task.train,
-                at_most=updates * settings.batch_size,
-                generator=seeded(config.seed, "base actions", device),
-            )
+            _ask_base(policy, task, config, out, at_most=updates * settings.batch_size)
         if (checkpoint := run.restore()) is not None:
             learner.load(checkpoint.state["learner"])
 
@@ -135,6 +133,32 @@ def _build(config: TrainConfig, spec: TaskSpec, out: Path) -> Policy:
             _copy_base(Path(config.base), out)
         base = _base_of(read_weights(out / "base.pt"), config, f"{out}, base")
     return kind(config.settings, spec, base).to(config.device)
+
+
+_WORTH_KEEPING = 5.0
+"""Seconds that asking a base must take for its answers to be kept."""
+
+
+def _ask_base(policy: Refiner, task: ImitationTask, config: TrainConfig, out: Path, *, at_most: int) -> None:
+    """Prepare a refiner. Answers that took long are kept beside the base, for this run's next start and for other refiners."""
+    seen = hashlib.sha256((out / "base.pt.sha256").read_bytes())
+    seen.update(f"{config.seed} {config.device} {config.threads} {policy.base_samples} {at_most}".encode())
+    for batch in task.train.in_order():
+        for name, values in sorted(batch.obs.items()):
+            seen.update(name.encode() + values.contiguous().numpy().tobytes())
+    place = Path(config.base or out)
+    kept = (place if place.is_dir() else out) / f"base-actions-{seen.hexdigest()[:16]}.pt"
+    if kept.exists():
+        try:
+            policy.prepared = read_weights(kept)["actions"]
+            return
+        except (CheckpointError, KeyError) as error:
+            _log.warning("the base is asked again: %s", error)
+    started = time.perf_counter()
+    generator = seeded(config.seed, "base actions", config.device)
+    policy.prepare(task.train, at_most=at_most, generator=generator)
+    if policy.prepared is not None and time.perf_counter() - started > _WORTH_KEEPING:
+        write_weights(kept, {"actions": policy.prepared})
 
 
 def summarise(

@@ -16,7 +16,7 @@ from difftori.training.checkpoint import replace_file
 from difftori.training.records import read_metrics, read_summary
 from difftori.types import Metrics
 
-_MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
+MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif"}
 _COLUMNS = 3
 
 
@@ -36,7 +36,7 @@ def render(path: Path, summary: Metrics) -> str:
         title=path.resolve().name,
         summary={name: f"{value:.6g}" for name, value in summary.items()},
         curves=curves(read_metrics(path)),
-        pictures=[(p.stem, _inline(p)) for p in sorted((path / "pictures").glob("*")) if p.suffix in _MEDIA],
+        pictures=[(p.stem, inline(p)) for p in sorted((path / "pictures").glob("*")) if p.suffix in MEDIA],
         config=_text(path / "config.yaml"),
         versions=_versions(path / "versions.json"),
         commands=_text(path / "command.txt"),
@@ -65,19 +65,19 @@ def curves(rows: list[dict]) -> str:
             axes.grid(alpha=0.3)
         drawing = io.StringIO()
         FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None})
-    return _element(drawing.getvalue())
+    return element(drawing.getvalue())
 
 
-def _element(svg: str) -> str:
+def element(svg: str) -> str:
     """The <svg> element alone: no XML declaration, no document type, no metadata with addresses."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return svg[svg.index("<svg") :]
 
 
-def _inline(picture: Path) -> str:
+def inline(picture: Path) -> str:
     """A picture as a data address. As an image, an SVG can run no script of its own."""
     content = base64.b64encode(picture.read_bytes()).decode()
-    return f"data:{_MEDIA[picture.suffix]};base64,{content}"
+    return f"data:{MEDIA[picture.suffix]};base64,{content}"
 
 
 def _text(path: Path) -> str:
