@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint docs peers bench clean
+.PHONY: demo test test-slow soak lint docs peers bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test: $(VENV)/.dev  ## the default suite: CPU only, well under six minutes on tw
 
 test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+soak: $(VENV)/.dev  ## every promise of docs/reliability.md, the long tests too: kills, faults, memory, sweeps, a clean environment
+	$(BIN)/python -m pytest -m slow --timeout 3600 tests/soak tests/sweeps tests/training/test_peers.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -168,6 +168,8 @@ def _train(words: list[str]) -> None:
         default = f"{getattr(config, kind.component)}-{config.env}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
     summary = kind.train(config, out, progress="quiet" not in own)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process speaks for all
+        return
     _print_table(f"{getattr(config, kind.component)} on {config.env}: {out}", _side_by_side(summary))
 
 

@@ -164,6 +164,10 @@ class Window:
         """The same batch on another device."""
         return Window(to_device(self.obs, device), self.actions.to(device), self.index.to(device))
 
+    def rows(self, chosen: RowCounts) -> "Window":
+        """Some of its rows (C)."""
+        return Window({name: v[chosen] for name, v in self.obs.items()}, self.actions[chosen], self.index[chosen])
+
 
 def state_obs(states: States) -> WindowObs:
     """Observations of a task that shows one vector (B S) of the present alone, as `TaskSpec.rows` has it."""

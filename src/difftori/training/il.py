@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from difftori.training.checkpoint import State, read_weights, replace_file, writ
 from difftori.training.config import TrainConfig, normalised, parse_config
 from difftori.training.env_task import EVAL_ROWS, Arena
 from difftori.training.learner import Learner, run_length
-from difftori.training.records import read_config
+from difftori.training.peers import Peers
+from difftori.training.records import read_config, read_summary
 from difftori.training.run import Run, seeded
 from difftori.training.signals import StopSignal
 from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
@@ -43,9 +45,27 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
 
     Raises ConfigError (a faulty configuration, or another one in `out`), DataError (faulty demonstrations),
     CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many updates in a row with NaN or Inf). On
-    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
+    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun all processes train
+    this one run (peers.py).
     """
     config = normalised(config)
+    if (peers := Peers.of_torchrun(config.device)).count == 1:
+        return _train(config, out, progress, peers)
+    if (out / "summary.json").exists():
+        return read_summary(out)
+    with peers:
+        if peers.leads:
+            summary = _train(config, out, progress, peers)
+            peers.wait()
+            return summary
+        with tempfile.TemporaryDirectory() as scratch:
+            _train(config, Path(scratch) / "run", False, peers, out)
+        peers.wait()
+        return read_summary(out)
+
+
+def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by: Path | None = None) -> Metrics:
+    """`train` in one process. One that follows, in a directory of its own, goes on from the checkpoints of `led_by`."""
     settings, device = config.settings, config.device
     with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
         if run.finished:
@@ -53,12 +73,16 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
         task = open_task(config)
         policy = _build(config, task.spec, out)
         epochs, updates = run_length(settings, len(task.train))
-        learner = Learner(policy, settings, epochs)
+        learner = Learner(policy, settings, epochs, peers)
         _warn_of_warmup(settings, updates)
         noise = run.generator("loss", device)
         if isinstance(policy, Refiner) and policy.has_base:
             _ask_base(policy, task, config, out, at_most=updates * settings.batch_size)
-        if (checkpoint := run.restore()) is not None:
+        checkpoint = run.restore()
+        peers.wait()  # whoever leads has repaired its checkpoints
+        if led_by is not None:
+            checkpoint = run.follow(led_by)
+        if checkpoint is not None:
             learner.load(checkpoint.state["learner"])
 
         watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
@@ -68,19 +92,23 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
                 place = learner.place
                 left = None if settings.updates is None else place.batch + settings.updates - place.step
                 for batch in islice(batches, place.batch, left):
-                    if stop.requested:
+                    if peers.any(stop.requested):
                         run.save(learner.place.step, _state(learner, task.spec))
                         stop.leave()
+                    if peers.count > 1:  # one stream for each process and step needs no saving
+                        noise = seeded(config.seed, f"loss of step {place.step} in process {peers.rank}", device)
                     learner.update(batch.to(device), noise)
                 row = learner.close_epoch()
                 last = epoch + 1 == epochs
-                if last or (epoch + 1) % watched == 0:
+                if peers.leads and (last or (epoch + 1) % watched == 0):
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
                 run.log(learner.place.step, row)
                 if last or (epoch + 1) % config.save_every == 0:
                     run.save(learner.place.step, _state(learner, task.spec))
                 show(row)
 
+        if not peers.leads:
+            return {}
         export(out, config, learner, task.spec)
         summary, episodes = summarise(learner, task, config)
         replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
@@ -158,7 +186,10 @@ def _ask_base(policy: Refiner, task: ImitationTask, config: TrainConfig, out: Pa
     generator = seeded(config.seed, "base actions", config.device)
     policy.prepare(task.train, at_most=at_most, generator=generator)
     if policy.prepared is not None and time.perf_counter() - started > _WORTH_KEEPING:
-        write_weights(kept, {"actions": policy.prepared})
+        try:
+            write_weights(kept, {"actions": policy.prepared})
+        except CheckpointError as error:  # another refiner may be writing the same, or the folder be somebody else's
+            _log.warning("what the base answered is not kept: %s", error)
 
 
 def summarise(

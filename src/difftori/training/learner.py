@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Examples, Policy, PolicyConfig
 from difftori.training.checkpoint import State
+from difftori.training.peers import Peers
 from difftori.types import Metrics, Scalar, Window, to_device
 
 MAX_SKIPS = 10
@@ -58,11 +59,11 @@ class Learner:
     """A policy in training with its optimiser, its place in the run, and the weights with the least validation error.
 
     `epochs` is the length of the run, for the schedule. `acting` is what is validated and evaluated: the policy itself, or
-    with `ema` a copy of it with averaged weights.
+    with `ema` a copy of it with averaged weights. `peers`: other processes that train the same policy.
     """
 
-    def __init__(self, policy: Policy, settings: PolicyConfig, epochs: int | None = None):
-        self.policy = policy
+    def __init__(self, policy: Policy, settings: PolicyConfig, epochs: int | None = None, peers: Peers | None = None):
+        self.policy, self.peers = policy, peers or Peers.alone()
         self.settings, self.clip_norm = settings, settings.clip_norm
         self.epochs = settings.epochs if epochs is None else epochs
         self.acting = copy.deepcopy(policy).requires_grad_(False) if settings.ema else policy
@@ -73,7 +74,7 @@ class Learner:
     def update(self, batch: Window, generator: torch.Generator) -> None:
         """One step: loss → backward → guard → clip → step. If loss or gradient is not finite, the weights stay as they are.
 
-        Raises NonFiniteError, naming the parameters, when that has happened `MAX_SKIPS` times in a row.
+        Of several processes each computes the loss of its own rows of `batch`, and all take the same step. Raises NonFiniteError, naming the parameters, when that has happened `MAX_SKIPS` times in a row.
         """
         started = time.perf_counter()
         place = self.place
@@ -81,13 +82,15 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_share()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = self.policy.loss(batch, generator=generator)
+        own, part = self.peers.share(batch)
+        loss, metrics = self.policy.loss(own, generator=generator)
         if not loss.requires_grad:
             raise ObjectiveError(
                 f"step {place.step}: the loss of {self.policy.name!r} depends on no parameter; look for a detach"
             )
         loss.backward()
         trained = self._trained_parameters()
+        loss, metrics = self.peers.average(trained, loss, metrics, part)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         place.step += 1
         place.batch += 1

@@ -1,0 +1,97 @@
+"""Processes that train one run together, a part of every batch each, as torchrun starts them.
+
+    torchrun --nproc-per-node 4 -m difftori.cli train dp3 --device cuda --env … --demos …
+
+The gradient of a batch is the mean of the processes' own, weighted by their rows, so that training equals that in one
+process up to rounding, wherever the loss draws nothing. The first process (rank 0) writes the run; the others follow it.
+"""
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from difftori.errors import ConfigError
+from difftori.types import Metrics, Scalar, Window
+
+_PATIENCE = timedelta(hours=12)
+"""How long a process waits for another: an evaluation, which only the first one makes, may take hours."""
+
+
+class Peers:
+    """The processes of a run: this one's `rank` of `count`. As a context, they join and part; a process alone does neither."""
+
+    def __init__(self, rank: int, count: int, device: str):
+        self.rank, self.count, self.device = rank, count, device
+
+    @classmethod
+    def alone(cls) -> "Peers":
+        """One process."""
+        return cls(0, 1, "cpu")
+
+    @classmethod
+    def of_torchrun(cls, device: str) -> "Peers":
+        """Those that torchrun has started, for each of which `cuda` then means a GPU of its own; without torchrun, this process alone."""
+        rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if count > 1 and torch.device(device).type == "cuda":
+            local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= here:
+                raise ConfigError([f"device: process {local} of this machine has no GPU of its own; start {here}"])
+            torch.cuda.set_device(local)
+        return cls(rank, count, device)
+
+    def __enter__(self) -> "Peers":
+        if self.count > 1:
+            backend = "nccl" if torch.device(self.device).type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_PATIENCE)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def share(self, batch: Window) -> tuple[Window, float]:
+        """The rows of a batch (B …) that are this process's, and what part of it they are. Without any: the first, counting 0."""
+        if self.count == 1:
+            return batch, 1.0
+        rows = torch.arange(len(batch.actions))[self.rank :: self.count]
+        part = len(rows) / len(batch.actions)
+        return batch.rows(rows if len(rows) else torch.zeros(1, dtype=torch.long)), part
+
+    def average(
+        self, parameters: Iterable[Tensor], loss: Scalar, metrics: Metrics, part: float
+    ) -> tuple[Scalar, Metrics]:
+        """The whole batch's loss and metrics; gradients become the whole batch's in place. `part` as `share` gave it."""
+        if self.count == 1:
+            return loss, metrics
+        names = sorted(metrics)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        numbers = torch.tensor([metrics[name] for name in names], dtype=loss.dtype, device=loss.device)
+        flat = torch.cat([loss.detach().reshape(1), numbers, *(g.reshape(-1).to(loss.dtype) for g in gradients)]) * part
+        dist.all_reduce(flat)
+        found = flat.split([1, len(names), *(g.numel() for g in gradients)])
+        for gradient, whole in zip(gradients, found[2:], strict=True):
+            gradient.copy_(whole.reshape(gradient.shape))
+        return found[0].squeeze(0), dict(zip(names, found[1].tolist(), strict=True))
