@@ -42,13 +42,13 @@ class Set:
             yield Window(obs, self.whole.actions[index], index)
 
 
-def refiner(base) -> Residual:
-    return Residual(ResidualConfig(base_samples=3), VECTORS, base)
+def refiner(base, choice="nearest") -> Residual:
+    return Residual(ResidualConfig(base_samples=3, base_choice=choice), VECTORS, base)
 
 
 def test_prepared_samples_are_looked_up_and_all_of_them_are_used():
     base = Counting()
-    policy = refiner(base)
+    policy = refiner(base, "drawn")
     policy.prepare(Set(), at_most=1000, generator=generator())
     assert base.calls == 9, "three batches, three times"
     first = next(Set().in_order())
@@ -62,7 +62,7 @@ def test_prepared_samples_are_looked_up_and_all_of_them_are_used():
 
 def test_where_training_is_short_the_base_is_asked_in_every_batch():
     base = Counting()
-    policy = refiner(base)
+    policy = refiner(base, "drawn")
     policy.prepare(Set(), at_most=29, generator=generator())
     assert base.calls == 0
     batch = next(Set().in_order())
@@ -146,3 +146,37 @@ def test_the_residual_learns_from_a_noisy_base_in_half_widths_of_the_data(sigma,
     assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
     assert trained.abs().max() <= 1
     assert acted.abs().max() < 1e-6
+
+
+class Whole(Set):
+    """The same in one batch."""
+
+    def in_order(self, batch_size=10):
+        return super().in_order(batch_size)
+
+
+def test_the_nearest_draw_keeps_to_the_experts_way():
+    """Of the prepared draws, and of fresh ones where nothing is prepared; each dimension counts by its spread."""
+    batch = next(Set().in_order(10))
+    apart = torch.tensor([1.0, 100.0])
+
+    def draw(obs):
+        draw.calls += 1
+        return batch.actions + (0.01 if draw.calls % 3 == 0 else 1.0) * apart
+
+    draw.calls = 0
+    policy = refiner(FunctionBase(draw))
+    policy.prepare(Whole(), at_most=1000, generator=generator())
+    assert policy.prepared.shape[:2] == (10, 3)
+    assert policy.base_varies
+    for prepared in (policy.prepared, None):
+        policy.prepared = prepared
+        away = policy.base_plans(batch, generator=generator()) - batch.actions
+        assert torch.allclose(away, 0.01 * apart.expand_as(away), atol=1e-5)
+
+
+def test_a_function_that_always_answers_the_same_is_found_out():
+    policy = refiner(FunctionBase(lambda obs: torch.zeros(len(obs["state"]), 8, 2)))
+    assert policy.base_varies, "nobody knows yet"
+    policy.prepare(Set(), at_most=1000, generator=generator())
+    assert not policy.base_varies

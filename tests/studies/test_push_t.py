@@ -4,12 +4,14 @@ import pytest
 
 from difftori.components import find_policy
 from difftori.data.download import PUBLIC
-from difftori.policies.difftori import DiffTORIConfig
+from difftori.policies.bc import BC, BCConfig
+from difftori.policies.difftori import DEFAULT_NOISE, DiffTORI, DiffTORIConfig
 from difftori.studies import _imitation, _pusht, base_noise, table1, table2, table4, table7
 from difftori.studies._imitation import Case
 from difftori.studies._pusht import DATA
 from difftori.training.config import TrainConfig, normalised, parse_config, to_yaml
 from difftori.training.options import overlay, read_tokens
+from difftori.types import TaskSpec
 
 
 @pytest.fixture
@@ -48,10 +50,12 @@ def test_table_7_compares_each_horizon_with_as_many_actions_of_the_base(asked, t
     assert "without controls" in asked["reasons"]
 
 
-def test_the_noise_study_has_the_defaults_own_noise(asked):
+def test_the_noise_study_has_the_noise_that_its_base_gets_by_default(asked):
     base_noise.run(base_noise.Config())
-    default = DiffTORIConfig().base_noise
-    assert asked["arms"][f"DiffTORI σ {default:g}"].settings == {"base_noise": default}
+    arm = asked["arms"][f"DiffTORI σ {DEFAULT_NOISE:g}"]
+    assert arm.settings == {"base_noise": DEFAULT_NOISE}
+    spec = TaskSpec.rows(2, 1, 4, (-1.0,), (1.0,))
+    assert DiffTORI(DiffTORIConfig(), spec, BC(BCConfig(), spec)).noise == DEFAULT_NOISE
 
 
 def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, tmp_path):

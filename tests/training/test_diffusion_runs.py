@@ -51,7 +51,7 @@ def test_dp3_sees_its_own_window_unless_told_otherwise(demos):
 
 def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
     train(config("diffusion", demos), tmp_path / "base", progress=False)
-    small = {"hidden": (8,), "cvae_dim": 2, "latent_dim": 4, "base_samples": 3}
+    small = {"hidden": (8,), "cvae_dim": 2, "latent_dim": 4, "base_samples": 3, "base_choice": "drawn"}
     wish = config("difftori-il", settings=small, base=str(tmp_path / "base"))
     train(wish, tmp_path / "refined", progress=False)
     policy, _ = load_policy(tmp_path / "refined", "last")

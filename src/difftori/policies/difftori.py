@@ -42,6 +42,9 @@ from difftori.types import (
     WindowObs,
 )
 
+DEFAULT_NOISE = 1.0
+"""σ of the noise on a start that is always the same for a state (docs/imitation-studies.md)."""
+
 
 class DiffTORIConfig(RefinerConfig):
     """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation-studies.md."""
@@ -100,9 +103,10 @@ class DiffTORIConfig(RefinerConfig):
     init: Literal["base", "prior", "zero", "random"] = "base"
     """Where the solve starts: the base's actions; a network's guess, trained by behaviour cloning; the middle of the
     box; anywhere in it."""
-    base_noise: float = Field(1.0, ge=0)
-    """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Without it the score sees one action per
-    state and memorises; with much, it is taught to lead to the expert's action from anywhere."""
+    base_noise: float | None = Field(None, ge=0)
+    """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Unless given: 1 where the start of a state is
+    always the same, because the score would see one action per state and memorise; 0 where it varies by itself, because noise hides
+    which of several good ways the base has taken."""
     anchor: Literal["none", "middle", "base"] = "none"
     """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
     curvature: float = Field(1.0, gt=0, le=80)
@@ -201,7 +205,7 @@ class DiffTORI(Refiner):
         target = self._from_present(window.actions)
         base = self.unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
         guess = self.guess(batch.obs, base, generator, crops=generator)
-        start = guess + self.settings.base_noise * noise_like(guess, generator)
+        start = guess + self.noise * noise_like(guess, generator)
         state = self.encode(window.obs, generator)
         sample, divergence = self._posterior(state, target, generator)
         plan = self.plan(state, sample, start, base, self._adjoint())
@@ -233,6 +237,14 @@ class DiffTORI(Refiner):
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
         chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
         return self._whole(chosen.reshape(rows, self.planned, self.spec.action_dim), whole)
+
+    @property
+    def noise(self) -> float:
+        """σ of the noise on the start in training."""
+        if self.settings.base_noise is not None:
+            return self.settings.base_noise
+        varies = self.base_varies if self.settings.init == "base" else self.settings.init == "random"
+        return 0.0 if varies else DEFAULT_NOISE
 
     def guess(
         self,

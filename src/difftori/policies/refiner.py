@@ -51,7 +51,7 @@ class RefinerConfig(PolicyConfig):
 
     base_samples: int = Field(8, ge=1)
     """How many times a base that draws is asked for its actions at each training window."""
-    base_choice: Literal["drawn", "nearest"] = "drawn"
+    base_choice: Literal["drawn", "nearest"] = "nearest"
     """Which of these a training step starts from: any, or the one nearest to the expert's action. A draw tells nothing of which
     of several good ways the expert took, so that from any the best answer is their mean; from the nearest it keeps to the way."""
 
@@ -95,15 +95,26 @@ class Refiner(Policy, ABC):
         Where that is more than the `at_most` windows that training will see, nothing is prepared: the base is asked in every
         batch. Raises ShapeError if what it returns is not (B H A).
         """
-        count = self.base_samples if _draws(self.base) else 1
-        if count * len(examples) > at_most:
+        if not self.looks_up(examples, at_most=at_most):
             return
+        count = self.base_samples if _draws(self.base) else 1
         parts = []
         for batch in examples.in_order():
             obs = to_device(batch.obs, generator.device)
             drawn = [self.base_act(obs, generator=generator).cpu() for _ in range(count)]
             parts.append(torch.stack(drawn, 1))
         self.prepared = torch.cat(parts)
+
+    @property
+    def base_varies(self) -> bool:
+        """Whether the base answers the same question differently: known of policies, seen in what was prepared, else assumed."""
+        if not self.has_base or isinstance(self.base, Policy) or self.prepared is None:
+            return self.has_base and _draws(self.base)
+        return bool((self.prepared != self.prepared[:, :1]).any())
+
+    def looks_up(self, examples: Examples, *, at_most: int) -> bool:
+        """Whether asking the base for all of a training set's windows costs less than for `at_most` windows in batches."""
+        return (self.base_samples if _draws(self.base) else 1) * len(examples) <= at_most
 
     @torch.no_grad()
     def base_act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:

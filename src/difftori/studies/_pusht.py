@@ -14,7 +14,7 @@ DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
 LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
 
-SMALL_DRAWS = 2
+SMALL_DRAWS = 4
 """Of a diffusion policy's actions at each training window: on a CPU, asking for more takes longer than the training itself."""
 
 

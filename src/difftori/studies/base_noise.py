@@ -6,7 +6,7 @@ and refiner cost together.
 
 from pydantic import Field
 
-from difftori.policies.difftori import DiffTORIConfig
+from difftori.policies.difftori import DEFAULT_NOISE
 from difftori.studies._imitation import Arm, Case, ImitationConfig
 from difftori.studies._refinement import run_refinement
 
@@ -48,10 +48,9 @@ def run(config: Config) -> None:
     ]
     compared = [(arm.label, reference) for arm in refiners for reference in ("base", "base twice as long")]
     compared += [(f"DiffTORI σ {sigma:g}", f"residual σ {sigma:g}") for sigma in config.sigmas]
-    default = DiffTORIConfig.model_validate({}).base_noise
-    if default in config.sigmas:
-        others = [sigma for sigma in config.sigmas if sigma != default]
-        compared += [(f"DiffTORI σ {default:g}", f"residual σ {sigma:g}") for sigma in others]
+    if DEFAULT_NOISE in config.sigmas:
+        others = [sigma for sigma in config.sigmas if sigma != DEFAULT_NOISE]
+        compared += [(f"DiffTORI σ {DEFAULT_NOISE:g}", f"residual σ {sigma:g}") for sigma in others]
     checks = {
         f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
         f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,

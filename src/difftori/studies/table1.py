@@ -10,6 +10,7 @@ from pydantic import Field
 
 from difftori.envs.metaworld import PAPER_TASKS
 from difftori.paper.numbers import paper_numbers
+from difftori.policies.difftori import DEFAULT_NOISE
 from difftori.studies._imitation import FULL_SEEDS, Arm, Case, ImitationConfig
 from difftori.studies._refinement import Published, run_refinement
 from difftori.studies.base_noise import RESIDUAL_NOISE
@@ -47,7 +48,8 @@ def run(config: Config) -> None:
     arms += [Arm("base twice as long", policy, settings, updates=2)] if config.controls else []
     arms += [Arm("residual", "residual", base="base")]
     arms += [Arm("residual, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")] if config.controls else []
-    arms += [Arm("DiffTORI", "difftori-il", base="base")]
+    noise = {"base_noise": DEFAULT_NOISE} if config.base == "bc" else {}
+    arms += [Arm("DiffTORI", "difftori-il", noise, base="base")]
     arms += [Arm("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
     compared = [("DiffTORI", arm.label) for arm in arms if not arm.label.startswith("DiffTORI")]
     compared += [("residual", "base")]

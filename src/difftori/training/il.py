@@ -169,8 +169,10 @@ _WORTH_KEEPING = 5.0
 
 def _ask_base(policy: Refiner, task: ImitationTask, config: TrainConfig, out: Path, *, at_most: int) -> None:
     """Prepare a refiner. Answers that took long are kept beside the base, for this run's next start and for other refiners."""
+    if not policy.looks_up(task.train, at_most=at_most):
+        return
     seen = hashlib.sha256((out / "base.pt.sha256").read_bytes())
-    seen.update(f"{config.seed} {config.device} {config.threads} {policy.base_samples} {at_most}".encode())
+    seen.update(f"{config.seed} {config.device} {config.threads} {policy.base_samples}".encode())
     for batch in task.train.in_order():
         for name, values in sorted(batch.obs.items()):
             seen.update(name.encode() + values.contiguous().numpy().tobytes())
