@@ -18,9 +18,11 @@ import psutil
 import pytest
 import torch
 
+from difftori.cli import main
 from difftori.training.checkpoint import weights_digest
 from difftori.training.il import load_policy
 from difftori.training.records import read_config, read_summary
+from difftori.training.run import Run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -28,9 +30,9 @@ KILLS = 10
 PENDULUM = "--env pendulum --hidden 8 --eval-episodes 3 --save-every 1 --num-train 40"
 PROBE = "--env probe:delayed-reward --preset small --eval-every 500 --eval-episodes 2 --seed-steps 100 --save-every 50"
 TRAINERS = {
-    "bc": f"{PENDULUM} --epochs 400",
-    "residual": f"{PENDULUM} --epochs 300",
-    "difftori-il": f"{PENDULUM} --epochs 100 --init prior --latent-dim 8 --ema 0.9",
+    "bc": f"{PENDULUM} --batch-size 8 --epochs 300",
+    "residual": f"{PENDULUM} --batch-size 8 --epochs 200",
+    "difftori-il": f"{PENDULUM} --batch-size 8 --epochs 60 --init prior --latent-dim 8 --ema 0.9",
     "tdmpc": f"{PROBE} --steps 800",
     "difftori": f"{PROBE} --steps 600 --pg per-episode",
 }
@@ -150,7 +152,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, 
     said = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 1, said
     assert "Traceback" not in said
-    assert "free space" in said
+    assert "free space" in said.lower()
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     assert finish(tmp_path / "run", name) == known[name][0]
     found.append(
@@ -159,35 +161,26 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, 
 
 
 @pytest.mark.parametrize("name", ["bc", "difftori-il", "tdmpc", "difftori"])
-def test_memory_stays_flat(name, tmp_path, found):
-    """The growth of a training process from a third of its run to the end: 1500 updates or more."""
-    longer = (
-        ["--steps", "1700", "--save-every", "100000"] if name in ("tdmpc", "difftori") else ["--save-every", "100000"]
-    )
-    words = TRAINERS[name].split()
-    for option, value in zip(longer[::2], longer[1::2], strict=True):
-        words[words.index(option) + 1] = value
-    if "--epochs" in words:
-        words[words.index("--epochs") + 1] = "1200"
-    command = [sys.executable, "-m", "difftori.cli", "train", name, *words, "--out", str(tmp_path / "run"), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    watched, sizes = psutil.Process(process.pid), []
-    while process.poll() is None:
-        try:
-            if (tmp_path / "run" / "metrics.jsonl").exists():
-                sizes.append(watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.05)
-    assert process.returncode == 0
+def test_memory_stays_flat(name, tmp_path, found, monkeypatch):
+    """What this process holds at each row of the log, from a third of 1500 updates and more to their end."""
+    options = dict(zip(*[iter(TRAINERS[name].split())] * 2, strict=True))
+    options |= {"--steps": "1700"} if name in ("tdmpc", "difftori") else {"--epochs": "300"}
+    options["--save-every"] = "100000"
+    process, sizes, log = psutil.Process(), [], Run.log
+
+    def watched(run, step, metrics):
+        log(run, step, metrics)
+        sizes.append(process.memory_info().rss)
+
+    monkeypatch.setattr(Run, "log", watched)
+    words = [word for pair in options.items() for word in pair]
+    assert main(["train", name, *words, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     updates = read_summary(tmp_path / "run")["updates"]
     assert updates >= 1500
-    middle = sizes[len(sizes) // 3 : int(len(sizes) * 0.9)]  # the end evaluates, and draws the report
-    half = len(middle) // 2
-    growth = (max(middle[half:]) - max(middle[:half])) / 2**20
-    assert growth < 5, f"{growth:.1f} MiB over {updates:.0f} updates"
-    what = f"memory over {updates:.0f} updates"
-    found.append({"what": what, "trainer": name, "times": 1, "result": f"second half − first half: {growth:+.1f} MiB"})
+    growth = (sizes[-1] - sizes[len(sizes) // 3]) / 2**20
+    assert growth < 5, f"{growth:.1f} MiB over the last two thirds of {updates:.0f} updates"
+    what = f"memory over two thirds of {updates:.0f} updates"
+    found.append({"what": what, "trainer": name, "times": 1, "result": f"{growth:+.1f} MiB"})
 
 
 def test_the_wheel_installs_in_a_clean_environment(tmp_path, found):
