@@ -244,6 +244,12 @@ def test_differences_are_of_runs_from_the_same_seed():
     assert row.low < row.difference < row.high
 
 
+def test_a_single_pair_is_compared_over_its_episodes():
+    (row,) = differences(fabricated({"base": [[0, 0, 1, 0]], "refined": [[0, 1, 1, 1]]}), "refined", "base", "success")
+    assert (row.runs, row.difference) == (1, 0.5)
+    assert row.high - row.low == pytest.approx(2 * 1.95996 * np.std([0, 1, 0, 1], ddof=1) / 2, rel=1e-4)
+
+
 def test_all_tasks_together_are_those_that_every_arm_has():
     one = fabricated({"base": [[1, 1], [0, 0]], "refined": [[1, 1]]})
     other = Case("pusht", "pose", "x")

@@ -11,7 +11,7 @@ from rich.console import Console
 from difftori.studies._imitation import Arm, Case, ImitationConfig, Result, Results, make_results
 from difftori.studies.plots import MARKERS, PALETTE, footnote, save_svg, shared_legend, style
 from difftori.studies.reporting import Column, interval, markdown_table, number, screen_table, write_csv
-from difftori.studies.statistics import Estimate, student_interval
+from difftori.studies.statistics import Estimate, mean_interval, student_interval
 from difftori.sweeps.pool import report_failures
 from difftori.training.rollouts import wilson_interval
 
@@ -21,7 +21,8 @@ NOTES = """\
 were independent; `score`: the mean of the environment's own measure. Every policy plays the same episodes, from the seeds 100000,
 100001, …, which neither data nor choice of weights have seen; the last weights count (their average, where `ema` is set).
 Differences are of runs from the same seed, that is the same demonstrations, base and episodes; their interval is Student's over runs (a
-run's rate is one number), so it contains what training varies. `seconds` of training on the hardware named in the kept files."""
+run's rate is one number), so it contains what training varies. Of a single pair of runs the interval is over its episodes, and leaves
+that out. `seconds` of training on the hardware named in the kept files."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def run_refinement(
         write_csv(out / "differences.csv", pairs)
         save_svg(difference_bars(pairs, results.label), out / "differences.svg")
     save_svg(success_points(rows, results, measure), out / "tasks.svg")
-    parts = [f"# {title}", f"{results.label}.", markdown_table(table(rows)), markdown_table(pair_table(pairs)), NOTES]
-    _write(out / "summary.md", "\n\n".join(part for part in parts if part) + "\n")
+    parts = [f"# {title}", f"{results.label}.", markdown_table(table(rows))]
+    parts += [markdown_table(pair_table(pairs)), NOTES] if pairs else [NOTES]
+    _write(out / "summary.md", "\n\n".join(parts) + "\n")
     console.print(screen_table(title, table(rows)))
     if pairs:
         console.print(screen_table("paired differences", pair_table(pairs)))
@@ -156,20 +158,24 @@ def _row(task: str, arm: Arm, runs: Sequence[Result], published: Sequence[Publis
 
 
 def differences(results: Results, arm: str, reference: str, measure: str) -> list[Pairs]:
-    """Arm − reference on every task with two pairs or more, and over all pairs. Runs must have played the same episodes."""
-    rows, every = [], []
+    """Arm − reference on every task with two pairs or more, and over all pairs. Runs must have played the same episodes.
+
+    Where there is one pair alone, over its episodes.
+    """
+    rows, every, episodes = [], [], []
     for case in results.cases:
         ours, theirs = results.of(case, arm), results.of(case, reference)
-        found = [
-            float(getattr(ours[seed], measure).mean() - getattr(theirs[seed], measure).mean())
-            for seed in sorted(ours.keys() & theirs.keys())
-            if ours[seed].seeds == theirs[seed].seeds
-        ]
+        shared = [seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed].seeds == theirs[seed].seeds]
+        episodes += [getattr(ours[seed], measure) - getattr(theirs[seed], measure) for seed in shared]
+        found = [float(gaps.mean()) for gaps in episodes[len(every) :]]
         every += found
         if len(found) > 1 and len(results.cases) > 1:
             rows.append(_pairs(case.name, arm, reference, measure, found))
     if len(every) > 1:
         rows.append(_pairs(ALL, arm, reference, measure, every))
+    elif every and len(episodes[0]) > 1:
+        only = mean_interval(episodes[0])
+        rows.append(Pairs(ALL, arm, reference, measure, 1, only.value, only.low, only.high))
     return rows
 
 
@@ -204,8 +210,6 @@ def table(rows: Sequence[Row]) -> list[Column]:
 
 def pair_table(rows: Sequence[Pairs]) -> list[Column]:
     """For people."""
-    if not rows:
-        return []
     return [
         Column("task", tuple(row.task for row in rows), left=True),
         Column("difference", tuple(f"{row.arm} − {row.reference}" for row in rows), left=True),
