@@ -287,14 +287,17 @@ def _sweep(words: list[str]) -> None:
             failures = drive(runs, engine, say=say, done=done)
     found = [standing(run) for run in runs]
     _print_table(f"{options.file.name}: {counts(found)}", [s.row() for s in found])
-    if not options.status and any(s.state == "finished" for s in found):
-        from difftori.reports.report import write_report
+    try:
+        if not options.status and any(s.state == "finished" for s in found):
+            from difftori.reports.report import write_report
 
-        print(write_report([sweep.out], sweep.out / "report", title=options.file.stem).page)
-    if failures:
-        from difftori.sweeps.pool import report_failures
+            ended = [s.run.folder for s in found if s.state == "finished"]
+            print(write_report(ended, sweep.out / "report", title=options.file.stem).page)
+    finally:
+        if failures:
+            from difftori.sweeps.pool import report_failures
 
-        report_failures(failures)
+            report_failures(failures)
 
 
 def _report(words: list[str]) -> None:
@@ -326,7 +329,7 @@ def _report(words: list[str]) -> None:
     from difftori.studies.reporting import screen_table
 
     console = Console()
-    for tables in report.tables.values():
+    for tables in report.tables:
         for caption, columns in list(tables.items())[:2]:
             console.print(screen_table(caption, columns))
     console.print(f"{report.page}", soft_wrap=True, highlight=False)

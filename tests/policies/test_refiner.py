@@ -180,3 +180,16 @@ def test_a_function_that_always_answers_the_same_is_found_out():
     assert policy.base_varies, "nobody knows yet"
     policy.prepare(Set(), at_most=1000, generator=generator())
     assert not policy.base_varies
+
+
+def test_a_dimension_that_never_moves_does_not_choose_the_draw():
+    still = demonstrations(VECTORS, 10)
+    actions = still.actions.clone()
+    actions[..., 1] = -1.0
+    policy = Residual(
+        ResidualConfig(base_samples=2), VECTORS, FunctionBase(lambda obs: torch.zeros(len(obs["state"]), 8, 2))
+    )
+    near, far = actions + torch.tensor([0.01, 0.001]), actions + torch.tensor([0.5, 0.0])
+    policy.prepared = torch.stack([far, near], 1)
+    chosen = policy.base_plans(Window(still.obs, actions, torch.arange(10)), generator=generator())
+    assert torch.allclose(chosen, near)

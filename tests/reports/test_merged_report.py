@@ -167,3 +167,25 @@ def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
     (tmp_path / "bad" / "versions.json").write_text("[")
     with pytest.raises(ConfigError, match="bad"):
         write_report([tmp_path], tmp_path / "report")
+
+
+def test_measures_of_two_scales_stay_apart(tmp_path):
+    for seed in range(2):
+        agent_run(tmp_path / f"a{seed}", 500.0, agent="tdmpc", seed=seed)
+        agent_run(tmp_path / f"b{seed}", 0.5, agent="tdmpc", seed=seed, env="probe:one-step")
+        for env, value in (("gym:A-v1", 5.0), ("gym:B-v1", 5000.0)):
+            agent_run(tmp_path / f"{env}-{seed}".replace(":", "."), value, agent="tdmpc", seed=seed, env=env)
+            agent_run(tmp_path / f"d{env}-{seed}".replace(":", "."), 2 * value, agent="difftori", seed=seed, env=env)
+    report = write_report([tmp_path], tmp_path / "report")
+    named = sorted(next(iter(tables)).partition(",")[0] for tables in report.tables)
+    assert named == ["return", "return", "return of 1000"]
+    gym = next(part for part in sections(gather([tmp_path]).runs) if len(part.tasks) == 2)
+    assert {pair.task for pair in gym.pairs} == {"gym:A-v1 (state)", "gym:B-v1 (state)"}, (
+        "no mean over tasks without a scale"
+    )
+
+
+def test_refiners_are_named_by_the_folder_of_their_base(tmp_path):
+    policy_run(tmp_path / "a", [1.0, 0.0], policy="residual", seed=0, base="runs/x/bc_updates-1500/seed-0")
+    policy_run(tmp_path / "b", [1.0, 0.0], policy="residual", seed=0, base="runs/mine")
+    assert {run.method for run in gather([tmp_path]).runs} == {"residual on bc_updates-1500", "residual on mine"}

@@ -115,3 +115,17 @@ def test_a_file(tmp_path):
         read_sweep(path)
     assert "perhaps you meant 'common'" in str(error.value)
     assert "retries: -1" in str(error.value)
+
+
+def test_nested_settings_of_all_and_of_a_variant_are_joined(tmp_path):
+    common = {"train": "bc", "env": "pendulum", "settings": {"hidden": [64], "lr": 0.001}}
+    (run,) = plan(sweep_of(tmp_path, common=common, variants=[{"settings": {"batch-size": 7}}]))
+    words = " ".join(run.work.words)
+    assert "--settings.hidden 64 --settings.lr 0.001 --settings.batch-size 7" in words
+
+
+def test_a_sweep_that_grows_keeps_its_folders(tmp_path):
+    common = {"env": "probe:one-step", "steps": 300}
+    first = plan(sweep_of(tmp_path, common=common, variants=[{"train": "difftori", "pg": "off"}]))
+    both = [{"train": "difftori", "pg": "off"}, {"train": "difftori", "pg": "replay"}, {"train": "tdmpc"}]
+    assert first[0].folder in [run.folder for run in plan(sweep_of(tmp_path, common=common, variants=both))]

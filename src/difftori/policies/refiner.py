@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from difftori.data.normalize import Normalizer
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.interfaces import Examples, Policy, PolicyConfig
 from difftori.types import Plans, TaskSpec, Window, WindowObs, to_device
@@ -76,7 +77,8 @@ class Refiner(Policy, ABC):
         self.draws = self.STOCHASTIC or (base is not None and _draws(base))
         self._base = _Held(base)  # where torch does not look for modules
         self.base_samples, self.nearest = config.base_samples, config.base_choice == "nearest"
-        self.prepared: Tensor | None = None
+        self._prepared: Tensor | None = None
+        self._seen_to_vary = True
 
     @property
     def base(self) -> Base:
@@ -92,8 +94,7 @@ class Refiner(Policy, ABC):
     def prepare(self, examples: Examples, *, at_most: int, generator: torch.Generator) -> None:
         """Ask the base what it would do at every window of the training set, `base_samples` times if it draws: `prepared` (N K H A).
 
-        Where that is more than the `at_most` windows that training will see, nothing is prepared: the base is asked in every
-        batch. Raises ShapeError if what it returns is not (B H A).
+        Where asking in every batch costs less, because training will see but `at_most` windows, nothing is prepared. Raises ShapeError if what it returns is not (B H A).
         """
         if not self.looks_up(examples, at_most=at_most):
             return
@@ -106,15 +107,27 @@ class Refiner(Policy, ABC):
         self.prepared = torch.cat(parts)
 
     @property
+    def prepared(self) -> Tensor | None:
+        """What the base answered at each training window (N K H A), if it was asked beforehand."""
+        return self._prepared
+
+    @prepared.setter
+    def prepared(self, answers: Tensor | None) -> None:
+        self._prepared = answers
+        if answers is not None:  # up to rounding, which differs from call to call on a GPU
+            self._seen_to_vary = not torch.allclose(answers, answers[:, :1], rtol=1e-4, atol=1e-6)
+
+    @property
     def base_varies(self) -> bool:
         """Whether the base answers the same question differently: known of policies, seen in what was prepared, else assumed."""
         if not self.has_base or isinstance(self.base, Policy) or self.prepared is None:
             return self.has_base and _draws(self.base)
-        return bool((self.prepared != self.prepared[:, :1]).any())
+        return self._seen_to_vary
 
     def looks_up(self, examples: Examples, *, at_most: int) -> bool:
-        """Whether asking the base for all of a training set's windows costs less than for `at_most` windows in batches."""
-        return (self.base_samples if _draws(self.base) else 1) * len(examples) <= at_most
+        """Whether asking the base for all of a training set's windows costs less than in batches, `at_most` windows in all."""
+        count = self.base_samples if _draws(self.base) else 1
+        return count * len(examples) <= at_most * (count if self.nearest else 1)
 
     @torch.no_grad()
     def base_act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
@@ -154,10 +167,10 @@ class Refiner(Policy, ABC):
         return draws[torch.arange(len(draws), device=draws.device), chosen]
 
     def _away(self, draws: Tensor, actions: Plans) -> Tensor:
-        """Squared distances (B K) of draws (B K H A) from the expert's actions that are executed, each dimension by its spread."""
-        spread = actions.flatten(0, 1).std(0, correction=0).clamp_min(torch.finfo(actions.dtype).tiny ** 0.5)
-        gaps = (draws - actions.unsqueeze(1))[:, :, self.spec.present] / spread
-        return gaps.square().sum((-2, -1))
+        """Squared distances (B K) of draws (B K H A) from the expert's actions that are executed, in units of the data's range."""
+        units = Normalizer.of(self.spec).to(actions.device)
+        gaps = units.normalize_actions(draws) - units.normalize_actions(actions.unsqueeze(1))
+        return gaps[:, :, self.spec.present].square().sum((-2, -1))
 
 
 def _draws(base: Base) -> bool:

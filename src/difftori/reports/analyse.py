@@ -154,7 +154,7 @@ def _pairs(
     method: str,
     reference: str,
 ) -> list[Pair]:
-    """On each task with two pairs of runs or more, and over all tasks that have a pair."""
+    """On each task with two pairs of runs or more, and over all tasks that have a pair, where these have a common scale."""
     sign = 1.0 if measure.higher_is_better else -1.0
     rows, gaps, ours, theirs = [], [], [], []
     for task in tasks:
@@ -167,7 +167,7 @@ def _pairs(
         if len(found) > 1:
             better = improvement_interval(ours[-1:], theirs[-1:], np.random.default_rng(SEED))
             rows.append(Pair(task, method, reference, len(found), student_interval(gaps[-1]), better))
-    if len(gaps) > 1:
+    if len(gaps) > 1 and measure.full is not None:
         generator = np.random.default_rng(SEED)
         difference = stratified_interval(gaps, mean_of_means, generator)
         better = improvement_interval(ours, theirs, generator)
@@ -176,7 +176,12 @@ def _pairs(
 
 
 def _matched(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of the same seed that were evaluated in the same episodes."""
+    """Runs of the same seed that were evaluated in the same episodes; agents', in as many from their common seeds."""
     by_seed = {run.seed: run for run in theirs}
     pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
-    return [(a, b) for a, b in pairs if a.episode_seeds == b.episode_seeds]
+    count = "eval_episodes"
+    return [
+        (a, b)
+        for a, b in pairs
+        if a.episode_seeds == b.episode_seeds and (a.episode_seeds or a.config.get(count) == b.config.get(count))
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,14 +157,11 @@ def _from_kept(place: Path) -> Run:
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    """The policy that is refined; its folder's name where its run is gone."""
+    """What is refined, by its folder: that of `…/bc/seed-0` is `bc`. The same name wherever it is read."""
     if not config.get("base"):
         return ""
     base = Path(config["base"])
-    try:
-        return str(read_config(base)["policy"])
-    except (DifftoriError, KeyError):
-        return base.parent.name
+    return base.parent.name if re.fullmatch(r"seed-\d+", base.name) else base.name
 
 
 def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> Run:
@@ -175,7 +173,7 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
     outcomes: dict[Measure, float] = {}
     episodes: dict[Measure, np.ndarray] = {}
     seeds: tuple[int, ...] = ()
-    rule = "last weights"
+    rule = "last weights" if agent else ""
     if summary is not None and agent:
         outcomes[Measure("return", _full_return(config["env"]))] = summary["return"]
     elif summary is not None:

@@ -26,10 +26,10 @@ _PICTURES = 24
 
 @dataclass(frozen=True)
 class Report:
-    """A report that has been written: its page, and its tables by measure and caption."""
+    """A report that has been written: its page, and its tables, by caption, of each measure."""
 
     page: Path
-    tables: dict[str, dict[str, list[Column]]]
+    tables: list[dict[str, list[Column]]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def write_report(
             write_csv(out / name, rows)
         else:
             (out / name).unlink(missing_ok=True)
-    shown = {part.measure.name: _tables(part) for part in parts}
+    shown = [_tables(part) for part in parts]
     replace_file(out / "tables.tex", _latex(shown).encode())
     page = out / "report.html"
     name = title or ", ".join(str(place) for place in places)
@@ -101,7 +101,7 @@ def _render(
     title: str,
     found: Gathered,
     parts: Sequence[Section],
-    tables: dict[str, dict[str, list[Column]]],
+    tables: list[dict[str, list[Column]]],
     out: Path,
     lines: dict[str, list[EstimateLine]],
 ) -> str:
@@ -111,9 +111,9 @@ def _render(
     methods = sorted({run.method for run in found.runs})
     curves = [learning_curves(found.runs, name, methods) for name in ("eval/return", "validation/error")]
     drawn = []
-    for part in parts:
+    for part, by_caption in zip(parts, tables, strict=True):
         pictures = [over_tasks(part), profiles(part)] if part.over else []
-        drawn.append((part, tables[part.measure.name], [_svg(f) for f in (*pictures, against(part)) if f is not None]))
+        drawn.append((part, by_caption, [_svg(f) for f in (*pictures, against(part)) if f is not None]))
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -134,8 +134,15 @@ def _render(
 def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
     """What must be known before methods are compared."""
     said = []
-    for name, what in (("steps", "environment steps"), ("settings.updates", "updates"), ("eval_episodes", "episodes")):
-        values = {int(run.config[name]) for run in found.runs if run.config.get(name) is not None}
+    counted = [run for run in found.runs if run.config.get("settings.updates") is None]
+    for name, what in (
+        ("steps", "environment steps"),
+        ("settings.updates", "updates"),
+        ("settings.epochs", "epochs"),
+        ("eval_episodes", "episodes"),
+    ):
+        runs = counted if name == "settings.epochs" else found.runs  # where updates are given, they count
+        values = {int(run.config[name]) for run in runs if run.config.get(name) is not None}
         if len(values) > 1:
             said.append(
                 f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. The protocol says which has which."
@@ -150,6 +157,9 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
         apart = [task for task in part.tasks if task not in part.common]
         if apart and len(part.methods) > 1:
             said.append(f"{part.measure.name}: over tasks, without {', '.join(apart)}, which some methods lack.")
+        sets = {tuple(sorted(run.seed for run in found.runs if run.method == m)) for m in part.methods}
+        if len(seeds) == 1 and len(sets) > 1:
+            said.append(f"{part.measure.name}: methods have runs from different seeds.")
         if part.measure.full is None and len(part.tasks) > 1:
             said.append(f"{part.measure.name} has no common scale over tasks: each task stands for itself.")
     return said
@@ -174,7 +184,7 @@ def _tables(part: Section) -> dict[str, list[Column]]:
         *(Column(task, tuple(shown(task, method) for method in part.methods)) for task in part.tasks),
     ]
     narrow = by_task if len(part.methods) < len(part.tasks) else by_method
-    found = {f"{part.measure.name}, mean ± standard deviation over seeds (how many)": narrow}
+    found = {f"{_name(part)}, mean ± standard deviation over seeds (how many)": narrow}
     if part.over:
         scale = "" if part.measure.full == 1 else f", of {part.measure.full:g}"
         found[f"over {len(part.common)} task(s){scale}, 95 % stratified bootstrap over seeds"] = [
@@ -193,6 +203,12 @@ def _tables(part: Section) -> dict[str, list[Column]]:
     return found
 
 
+def _name(part: Section) -> str:
+    """A measure with its scale, which tells the returns of one family of environments from another's."""
+    full = part.measure.full
+    return part.measure.name if full in (None, 1) else f"{part.measure.name} of {full:g}"
+
+
 def _bounded(estimate: Estimate, *, signed: bool = False) -> str:
     digits = _digits(estimate.value)
     if math.isinf(estimate.low):
@@ -205,15 +221,15 @@ def _digits(value: float) -> int:
     return 3 if abs(value) < 2 else 1 if abs(value) < 100 else 0
 
 
-def _latex(tables: dict[str, dict[str, list[Column]]]) -> str:
+def _latex(tables: Sequence[dict[str, list[Column]]]) -> str:
     """Every table, for the package booktabs."""
     parts = ["% Written by difftori report; needs \\usepackage{booktabs}."]
-    for measure, by_caption in tables.items():
+    for by_caption in tables:
         for caption, columns in by_caption.items():
             rows = list(zip(*(column.cells for column in columns), strict=True))
             parts += [
                 "",
-                f"% {measure}: {caption}",
+                f"% {caption}",
                 f"\\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in columns)}}}",
                 "\\toprule",
                 " & ".join(_escaped(column.heading) for column in columns) + " \\\\",
@@ -339,7 +355,7 @@ def _line(
     part: Section, task: str, method: str, reference: str, statistic: str, runs: int, estimate: Estimate
 ) -> EstimateLine:
     low, high = (value if math.isfinite(value) else None for value in (estimate.low, estimate.high))
-    return EstimateLine(part.measure.name, task, method, reference, statistic, runs, estimate.value, low, high)
+    return EstimateLine(_name(part), task, method, reference, statistic, runs, estimate.value, low, high)
 
 
 def _pictures(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:

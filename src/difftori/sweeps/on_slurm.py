@@ -20,6 +20,8 @@ from difftori.training.checkpoint import replace_file
 from difftori.training.signals import StopSignal
 
 _LOOK = 5.0
+_KNOWN_BY = 600.0
+"""Seconds after which Slurm knows every job that it was given: one that it does not know then, it has forgotten."""
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "FINISHED", "INTERRUPTED")
 
 
@@ -106,12 +108,14 @@ def _submitit() -> ModuleType:
 def _submitted(work: Work, find: Callable[[str], Any]) -> Any:
     """The job that carries the run out already, if it is not over."""
     assert work.folder is not None
+    note = beside(work.folder, ".job.json")
     try:
-        number = json.loads(beside(work.folder, ".job.json").read_bytes())["job"]
+        number = json.loads(note.read_bytes())["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     job = find(str(number))
-    return None if job.done() or str(job.state).split()[0] in _OVER else job
+    forgotten = str(job.state) == "UNKNOWN" and not work.elsewhere and time.time() - note.stat().st_mtime > _KNOWN_BY
+    return None if forgotten or job.done() or str(job.state).split()[0] in _OVER else job
 
 
 def _note(work: Work, number: str) -> None:

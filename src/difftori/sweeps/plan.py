@@ -87,7 +87,7 @@ def plan(sweep: Sweep) -> list[Planned]:
     faults, strange = list[str](), list[str]()
     wishes: dict[Path, dict[str, Any]] = {}
     combinations = list(_combinations(sweep))
-    varying = _varying(combinations)
+    varying = _varying(sweep)
     for options in combinations:
         folder = sweep.out / _place(options, varying)
         if folder in wishes:
@@ -126,24 +126,25 @@ def plan(sweep: Sweep) -> list[Planned]:
 def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
     values = itertools.product(*sweep.grid.values())
     points = [dict(zip(sweep.grid, point, strict=True)) for point in values]
-    return [_flat({**sweep.common, **point, **variant}) for variant in sweep.variants for point in points]
+    common = _flat(sweep.common)
+    return [{**common, **_flat(point), **_flat(variant)} for variant in sweep.variants for point in points]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted names, as on the command line."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        place = prefix + name.replace("-", "_")
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{place}.")
         else:
-            flat[prefix + name.replace("-", "_")] = value
+            flat[place] = value
     return flat
 
 
-def _varying(combinations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Options in which runs differ, so that folders name them."""
-    names = dict.fromkeys(name for options in combinations for name in options)
-    return [name for name in names if len({repr(options.get(name)) for options in combinations}) > 1]
+def _varying(sweep: Sweep) -> list[str]:
+    """Options that the grid or a variant gives, so that folders name them, and still do when the sweep grows."""
+    return list(dict.fromkeys(name for given in (sweep.grid, *sweep.variants) for name in _flat(given)))
 
 
 def _place(options: Mapping[str, Any], varying: Sequence[str]) -> Path:

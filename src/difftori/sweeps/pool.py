@@ -19,6 +19,7 @@ from difftori.training.signals import StopSignal
 
 _WAIT = 0.1
 _TO_SAVE = 600.0
+_TAKEN = "is in use by another process"
 _HOPELESS = 2
 """Exit status of a command whose options are at fault: another try says the same."""
 
@@ -153,7 +154,8 @@ class _Crew:
             self.elsewhere.append(work)
         else:
             self._say(f"{work.name}: running ({len(self.waiting)} wait)")
-            self.running[_start(work, again=self._tries[work.name] > 0)] = work
+            _forget_failure(work)
+            self.running[_start(work)] = work
 
     def _look(self) -> None:
         """See what has ended since the last time."""
@@ -165,9 +167,9 @@ class _Crew:
                 self.waiting.appendleft(work)
         for process in [process for process in self.running if process.poll() is not None]:
             work = self.running.pop(process)
-            if process.returncode == 0:
+            if process.returncode == 0 or work.finished:
                 self._succeed(work)
-            elif work.elsewhere:  # another process was faster to take the folder
+            elif work.elsewhere or _TAKEN in _last_line(work):  # another process was faster to take the folder
                 self.waiting.appendleft(work)
             else:
                 self._fail(Failure(work, process.returncode, _last_line(work)))
@@ -186,8 +188,7 @@ class _Crew:
 
     def _succeed(self, work: Work) -> None:
         self._say(f"{work.name}: done")
-        if work.folder is not None:
-            beside(work.folder, ".failed.json").unlink(missing_ok=True)
+        _forget_failure(work)
         self._done(work)
 
     def _fail(self, failure: Failure) -> None:
@@ -215,11 +216,16 @@ def report_failures(failures: Sequence[Failure]) -> None:
         )
 
 
-def _start(work: Work, *, again: bool = False) -> subprocess.Popen[bytes]:
-    """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on."""
+def _forget_failure(work: Work) -> None:
+    if work.folder is not None:
+        beside(work.folder, ".failed.json").unlink(missing_ok=True)
+
+
+def _start(work: Work) -> subprocess.Popen[bytes]:
+    """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on. A log is gone on with."""
     work.log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with work.log.open("ab" if again else "wb") as log:
+    with work.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "difftori.cli", *work.command],
             stdin=subprocess.DEVNULL,

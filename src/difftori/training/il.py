@@ -26,7 +26,7 @@ from difftori.training.env_task import EVAL_ROWS, Arena
 from difftori.training.learner import Learner, run_length
 from difftori.training.peers import Peers
 from difftori.training.records import read_config, read_summary
-from difftori.training.run import Run, seeded
+from difftori.training.run import Run, differences, seeded
 from difftori.training.signals import StopSignal
 from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
@@ -52,6 +52,8 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
     if (peers := Peers.of_torchrun(config.device)).count == 1:
         return _train(config, out, progress, peers)
     if (out / "summary.json").exists():
+        if faults := differences(read_config(out), config):
+            raise ConfigError([*faults, f"out: {out} holds a run of another configuration; choose another directory"])
         return read_summary(out)
     with peers:
         if peers.leads:
@@ -71,6 +73,7 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
         if run.finished:
             return run.summary()
         task = open_task(config)
+        _keep_base(config, out, peers, led_by)
         policy = _build(config, task.spec, out)
         epochs, updates = run_length(settings, len(task.train))
         learner = Learner(policy, settings, epochs, peers)
@@ -123,13 +126,24 @@ def open_task(config: TrainConfig) -> ImitationTask:
     return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
 
 
-def _copy_base(base: Path, out: Path) -> None:
+def _keep_base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> None:
+    """Copy the base into the run, unless it is there; whoever follows takes the one of whoever leads."""
+    if config.base is None or not issubclass(find_policy(config.policy), Refiner):
+        return
+    if peers.leads and not (out / "base.pt").exists():
+        _copy_base(Path(config.base), out)
+    peers.wait()
+    if led_by is not None:
+        _copy_base(led_by, out, "base.pt")
+
+
+def _copy_base(base: Path, out: Path, name: str = "policy.pt") -> None:
     """Keep what is refined: the run resumes, and acts, whatever becomes of the base's own."""
-    if not (base / "policy.pt").exists():
+    if not (base / name).exists():
         raise ConfigError([f"base: {base} is not finished; go on with `difftori train --resume {base}`"])
-    read_weights(base / "policy.pt")  # raises if it is damaged
-    replace_file(out / "base.pt.sha256", (base / "policy.pt.sha256").read_bytes())
-    replace_file(out / "base.pt", (base / "policy.pt").read_bytes())
+    read_weights(base / name)  # raises if it is damaged
+    replace_file(out / "base.pt.sha256", (base / f"{name}.sha256").read_bytes())
+    replace_file(out / "base.pt", (base / name).read_bytes())
 
 
 def _base_of(state: State, config: TrainConfig, place: str) -> Policy:
@@ -157,8 +171,6 @@ def _build(config: TrainConfig, spec: TaskSpec, out: Path) -> Policy:
         return kind(config.settings, spec).to(config.device)
     base = None
     if config.base is not None:
-        if not (out / "base.pt").exists():
-            _copy_base(Path(config.base), out)
         base = _base_of(read_weights(out / "base.pt"), config, f"{out}, base")
     return kind(config.settings, spec, base).to(config.device)
 

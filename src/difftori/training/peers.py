@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m difftori.cli train dp3 --device cuda --env … --demos …
 
 The gradient of a batch is the mean of the processes' own, weighted by their rows, so that training equals that in one
-process up to rounding, wherever the loss draws nothing. The first process (rank 0) writes the run; the others follow it.
+process up to rounding, wherever the loss is a mean over rows and draws nothing. The first process (rank 0) writes the run; the others follow it.
 """
 
 import os

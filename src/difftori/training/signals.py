@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGINT set a flag that a loop looks at, saves, and leaves by."""
+"""A polite end: SIGTERM, SIGINT and SIGUSR2 set a flag that a loop looks at, saves, and leaves by."""
 
 import logging
 import signal
@@ -6,11 +6,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+_TIME_IS_UP = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()
+"""What Slurm sends, as submitit asks it to, to every process of a job whose time is nearly up."""
+
 _log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """A context in which SIGTERM and SIGINT only set `requested`; on leaving it the former handlers are back.
+    """A context in which SIGTERM, SIGINT and SIGUSR2 only set `requested`; on leaving it the former handlers are back.
 
     A second SIGINT acts as it did before, for whoever will not wait. Outside the main thread Python hands out no
     signals, and the context does nothing.
@@ -22,7 +25,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, *_TIME_IS_UP):
                 self._former[number] = signal.signal(number, self._note)
         return self
 
