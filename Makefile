@@ -26,7 +26,7 @@ test: $(VENV)/.dev  ## the default suite: CPU only, well under six minutes on tw
 test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-soak: $(VENV)/.dev  ## every promise of docs/reliability.md, the long tests too: kills, faults, memory, sweeps, a clean environment
+soak: $(VENV)/.dev  ## the long tests of docs/reliability.md: kills, full disks, memory, sweeps, several processes, a clean environment
 	$(BIN)/python -m pytest -m slow --timeout 3600 tests/soak tests/sweeps tests/training/test_peers.py
 
 lint: $(VENV)/.dev
