@@ -27,7 +27,7 @@ test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 soak: $(VENV)/.dev  ## the long tests of docs/reliability.md: kills, full disks, memory, sweeps, several processes, a clean environment
-	$(BIN)/python -m pytest -m slow --timeout 3600 tests/soak tests/sweeps tests/training/test_peers.py
+	$(BIN)/python -m pytest -m slow --timeout 3600 tests/soak tests/sweeps tests/training/test_torchrun.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

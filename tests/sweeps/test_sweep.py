@@ -1,6 +1,7 @@
 """Sweeps from the command line: what is done stays done, whoever is killed."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -111,8 +112,10 @@ def test_one_engine_at_a_time(sweep, capsys):
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
-def test_without_slurm_there_is_a_clear_error(sweep, capsys):
+def test_without_slurm_there_is_a_clear_error(sweep, capsys, monkeypatch):
     pytest.importorskip("submitit")
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(handler, "close", lambda: pytest.fail("importing submitit closed somebody's handler"))
     assert main(["sweep", str(sweep), "--slurm"]) == 2
     assert "--slurm: " in capsys.readouterr().err
 

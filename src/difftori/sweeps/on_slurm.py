@@ -6,6 +6,7 @@ missing. A job that is preempted, or out of time, is queued again and goes on fr
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from difftori.sweeps.pool import Failure, Work, beside, run_one
 from difftori.training.checkpoint import replace_file
 from difftori.training.signals import StopSignal
 
+_LOGGING = "SUBMITIT_LOG_LEVEL"
 _LOOK = 5.0
 _KNOWN_BY = 600.0
 """Seconds after which Slurm knows every job that it was given: one that it does not know then, it has forgotten."""
@@ -98,10 +100,18 @@ def on_slurm(
 
 
 def _submitit() -> ModuleType:
+    """The package, imported without its own logging, whose set-up closes the handlers that others have."""
+    before = os.environ.get(_LOGGING)
+    os.environ[_LOGGING] = "NOCONFIG"
     try:
         import submitit
     except ImportError as error:
         raise MissingExtraError("--slurm needs submitit: pip install 'difftori[slurm]'") from error
+    finally:
+        if before is None:
+            del os.environ[_LOGGING]
+        else:
+            os.environ[_LOGGING] = before
     return submitit
 
 
