@@ -31,6 +31,18 @@ def drive(
     return failures
 
 
+def tell(
+    work: Work, failure: Failure | None, say: Callable[[str], None], done: Callable[[Work], None]
+) -> list[Failure]:
+    """Say what came of a run; the failure, if it is one, to add to others."""
+    if failure is None:
+        say(f"{work.name}: done")
+        done(work)
+        return []
+    say(f"{work.name}: FAILED with status {failure.status}: {failure.reason}")
+    return [failure]
+
+
 def local(jobs: int, retries: int) -> Engine:
     """Processes of this machine, `jobs` at once."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from difftori.errors import ConfigError, MissingExtraError
-from difftori.sweeps.drive import Engine
+from difftori.sweeps.drive import Engine, tell
 from difftori.sweeps.pool import Failure, Work, run_one
 from difftori.training.signals import StopSignal
 
@@ -47,13 +47,7 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
                 ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK)
                 for task in ended:
                     work = tasks.pop(task)
-                    failure = _outcome(ray, task, work)
-                    if failure is None:
-                        say(f"{work.name}: done")
-                        done(work)
-                    else:
-                        say(f"{work.name}: FAILED with status {failure.status}: {failure.reason}")
-                        failures.append(failure)
+                    failures += tell(work, _outcome(ray, task, work), say, done)
             if stop.requested:
                 for task in tasks:
                     ray.cancel(task, force=False)

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from difftori.errors import ConfigError, MissingExtraError
-from difftori.sweeps.drive import Engine
+from difftori.sweeps.drive import Engine, tell
 from difftori.sweeps.pool import Failure, Work, beside, run_one
 from difftori.training.checkpoint import replace_file
 from difftori.training.signals import StopSignal
@@ -83,13 +83,7 @@ def on_slurm(
             while jobs and not stop.requested:
                 for job in [job for job in jobs if job.done()]:
                     work = jobs.pop(job)
-                    failure = _outcome(submitit, job, work)
-                    if failure is None:
-                        say(f"{work.name}: done")
-                        done(work)
-                    else:
-                        say(f"{work.name}: FAILED with status {failure.status}: {failure.reason}")
-                        failures.append(failure)
+                    failures += tell(work, _outcome(submitit, job, work), say, done)
                 time.sleep(_LOOK if jobs else 0)
             if stop.requested:
                 say(f"stopped looking: {len(jobs)} jobs go on without us; the same command looks again")
