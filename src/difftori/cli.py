@@ -264,6 +264,7 @@ def _sweep(words: list[str]) -> None:
     if options.slurm and options.ray is not None:
         raise ConfigError(["--ray and --slurm: give one of them"])
     from difftori.sweeps.plan import plan, read_sweep
+    from difftori.sweeps.pool import report_failures
     from difftori.sweeps.status import counts, standing
 
     sweep = read_sweep(options.file)
@@ -294,10 +295,7 @@ def _sweep(words: list[str]) -> None:
             ended = [s.run.folder for s in found if s.state == "finished"]
             print(write_report(ended, sweep.out / "report", title=options.file.stem).page)
     finally:
-        if failures:
-            from difftori.sweeps.pool import report_failures
-
-            report_failures(failures)
+        report_failures(failures)
 
 
 def _report(words: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from difftori.errors import ConfigError, DataError, DifftoriError
-from difftori.training.records import read_config, read_metrics, read_summary
+from difftori.training.records import flat, read_config, read_metrics, read_summary
 from difftori.training.report import MEDIA
 
 _FREE = {
@@ -143,7 +143,6 @@ def _from_folder(place: Path) -> Run | None:
         "hardware": f"{versions.get('device_name') or versions.get('cpu')}, {versions.get('threads')} thread(s)",
         "versions": versions,
         "command": commands[0].partition("  ")[2] if commands else "",
-        "base": _base(config),
     }
     pictures = [path for path in sorted((place / "pictures").glob("*")) if path.suffix in MEDIA]
     return _run(place, plain, tuple(pictures))
@@ -152,7 +151,7 @@ def _from_folder(place: Path) -> Run | None:
 def _from_kept(place: Path) -> Run:
     plain = json.loads(place.read_bytes())
     summary = {k: math.nan if v is None else v for k, v in plain["summary"].items()}
-    read = {**plain, "summary": summary, "rows": plain.get("evaluations", []), "base": _base(plain["config"])}
+    read = {**plain, "summary": summary, "rows": plain.get("evaluations", [])}
     return _run(place, {"episodes": {}, **read}, ())
 
 
@@ -186,13 +185,13 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
     broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
     if broken:
         raise DataError(f"its {', '.join(broken)} is no number")
-    name = config.get("agent") or config["policy"]
+    name, base = config.get("agent") or config["policy"], _base(config)
     return Run(
         place=place,
         task=f"{config['env']} ({config['obs']})" if config.get("obs") else config["env"],
-        method=f"{name} on {plain['base']}" if plain["base"] else name,
+        method=f"{name} on {base}" if base else name,
         seed=config["seed"],
-        config=_flat(config),
+        config=flat(config),
         finished=summary is not None,
         outcomes=outcomes,
         episodes=episodes,
@@ -235,13 +234,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "×".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter
 
 from difftori.reports.analyse import OVER, SEED, Section
 from difftori.reports.gather import Run
-from difftori.studies.plots import DASHES, MARKERS, PALETTE, footnote, shared_legend, style
+from difftori.studies.plots import DASHES, MARKERS, PALETTE, footnote, shared_legend, style, thousands
 from difftori.studies.statistics import performance_profile, stratified_band
 
 _ACROSS = 4
@@ -38,7 +38,7 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
                     rows = [values[np.isin(steps, shared)] for steps, values in own]
                     axis.plot(shared, np.mean(rows, axis=0), linewidth=2.0, label=method, **look)
             axis.set_title(task)
-            axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
             if name == "validation/error":
                 axis.set_yscale("log")
         for axis in axes.flat[len(tasks) :]:
@@ -131,7 +131,3 @@ def against(section: Section) -> Figure | None:
 def _look(index: int) -> dict:
     turn, place = divmod(index, len(PALETTE))
     return {"color": PALETTE[place], "linestyle": DASHES[(place + turn) % len(DASHES)]}
-
-
-def _thousands(value: float, _: int) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"

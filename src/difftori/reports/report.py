@@ -1,15 +1,11 @@
 """`difftori report`: any number of runs as one static page, with the same numbers as CSV and LaTeX beside it."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from difftori import __version__
 from difftori.reports.analyse import OVER, Section, sections
@@ -18,7 +14,7 @@ from difftori.reports.pictures import against, learning_curves, over_tasks, prof
 from difftori.studies.reporting import Column, interval, number, plus_minus, write_csv
 from difftori.studies.statistics import Estimate
 from difftori.training.checkpoint import replace_file
-from difftori.training.report import element, inline
+from difftori.training.report import inline, svg_element
 
 _INLINE = 3_000_000
 _PICTURES = 24
@@ -113,7 +109,7 @@ def _render(
     drawn = []
     for part, by_caption in zip(parts, tables, strict=True):
         pictures = [over_tasks(part), profiles(part)] if part.over else []
-        drawn.append((part, by_caption, [_svg(f) for f in (*pictures, against(part)) if f is not None]))
+        drawn.append((part, by_caption, [svg_element(f) for f in (*pictures, against(part)) if f is not None]))
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -123,7 +119,7 @@ def _render(
         unfinished=[run for run in found.runs if not run.finished],
         left_out=found.left_out,
         sections=drawn,
-        curves=[_svg(figure) for figure in curves if figure is not None],
+        curves=[svg_element(figure) for figure in curves if figure is not None],
         pictures=_pictures(found.runs, out),
         protocol=_protocol(found.runs),
         commands=[(f"{run.method}, {run.task}, seed {run.seed}", run.command) for run in found.runs],
@@ -367,10 +363,3 @@ def _pictures(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
             address = inline(picture) if picture.stat().st_size <= _INLINE else picture.resolve().as_uri()
             found.setdefault((run.method, run.task, picture.stem), (caption, address))
     return list(found.values())[:_PICTURES]
-
-
-def _svg(figure: Figure) -> str:
-    drawing = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "difftori", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None})
-    return element(drawing.getvalue())

@@ -11,7 +11,7 @@ from difftori.paper.curves import PublishedCurve, published_curves
 from difftori.studies._curve_tables import ALL_TASKS, OURS, Aggregate, Difference
 from difftori.studies._curves import Curves, Record, common_steps
 from difftori.studies._runs import full_return, num_steps, observation
-from difftori.studies.plots import DASHES, MARKERS, PALETTE, footnote, shared_legend, style
+from difftori.studies.plots import DASHES, MARKERS, PALETTE, footnote, shared_legend, style, thousands
 
 _ACROSS = 5
 _SEEDS = "thin: seeds; bold: their mean as far as all have come"
@@ -60,7 +60,7 @@ def over_tasks(curves: Curves, rows: Sequence[Aggregate]) -> Figure:
                 if shown:
                     _draw_aggregate(axis, shown, name, index)
             axis.set_xlabel("environment steps")
-            axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
         axes[0].set(title="mean of task means", ylabel=f"return / {full_return(curves.config):g}")
         axes[1].set_title("interquartile mean")
         shared_legend(figure, methods, columns=4)
@@ -115,7 +115,7 @@ def _panels(
         for axis, task in zip(axes.flat, tasks, strict=False):
             draw(axis, task)
             axis.set_title(task)
-            axis.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
         for axis in axes.flat[len(tasks) :]:
             axis.set_axis_off()
         for row in axes:
@@ -182,7 +182,3 @@ def _label(curves: Curves) -> str:
 
 def _plain(curves: Curves, title: str) -> str:
     return f"{_label(curves)}{title}; {_SEEDS}"
-
-
-def _thousands(value: float, _: int) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"

@@ -18,7 +18,7 @@ from difftori.data.download import PUBLIC, find_demos
 from difftori.errors import ConfigError, DataError
 from difftori.sweeps.pool import Failure, Work, option_words, run_all, training
 from difftori.training.checkpoint import replace_file
-from difftori.training.config import INHERITED, TrainConfig, parse_config
+from difftori.training.config import TrainConfig, inherited, parse_config
 from difftori.training.options import overlay, read_tokens
 from difftori.training.records import read_config, read_summary
 
@@ -334,8 +334,7 @@ def wanted_values(job: Job) -> dict[str, Any]:
     del values["out"]
     if job.base is not None:
         below = parse_config(wanted_values(job.base)).model_dump()  # with the base policy's own window
-        values |= {name: below[name] for name in INHERITED if values.get(name) is None and below.get(name) is not None}
-        values.setdefault("data_seed", below["seed"])
+        values |= {name: value for name, value in inherited(below).items() if values.get(name) is None}
     return {**values, "base": None}
 
 

@@ -155,6 +155,11 @@ def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -
     )
 
 
+def thousands(value: float, _: int) -> str:
+    """A tick's words: 20000 is `20k`."""
+    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+
+
 def footnote(figure: Figure, text: str) -> None:
     """What must be known to read the picture, small below it."""
     figure.supxlabel(text, fontsize=7.5, color="#444444")

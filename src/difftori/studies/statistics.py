@@ -157,11 +157,8 @@ def improvement_interval(
     value = float(improvement(values, reference))
     if min(map(len, (*values, *reference))) == 1:
         return Estimate(value, -np.inf, np.inf)
-    sides = [
-        [part[generator.integers(0, len(part), (resamples, len(part)))] for part in s] for s in (values, reference)
-    ]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(improvement(*sides), [tail, 1 - tail])
+    ours, theirs = (_resampled(side, generator, resamples) for side in (values, reference))
+    low, high = _ends(improvement(ours, theirs), confidence)
     return Estimate(value, float(low), float(high))
 
 
@@ -175,9 +172,7 @@ def stratified_band(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A statistic of many numbers (T), as a profile, with the ends of its percentile bootstrap interval at each."""
     strata = [_checked(stratum) for stratum in strata]
-    drawn = [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(drawn), [tail, 1 - tail], axis=0)
+    low, high = _ends(statistic(_resampled(strata, generator, resamples)), confidence)
     return statistic(strata), low, high
 
 
@@ -200,10 +195,19 @@ def stratified_interval(
     value = float(statistic(strata))
     if min(len(stratum) for stratum in strata) == 1:
         return Estimate(value, -np.inf, np.inf)
-    drawn = [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(drawn), [tail, 1 - tail])
+    low, high = _ends(statistic(_resampled(strata, generator, resamples)), confidence)
     return Estimate(value, float(low), float(high))
+
+
+def _resampled(strata: Strata, generator: np.random.Generator, resamples: int) -> list[np.ndarray]:
+    """Each stratum drawn anew from itself, so many times on a first axis."""
+    return [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
+
+
+def _ends(drawn: np.ndarray, confidence: float) -> np.ndarray:
+    """The ends of the percentile interval of what was drawn, on the first axis."""
+    tail = (1 - confidence) / 2
+    return np.quantile(drawn, [tail, 1 - tail], axis=0)
 
 
 def spread(values: np.ndarray) -> float | None:

@@ -23,10 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.errors import ConfigError
 from difftori.sweeps.pool import Work, option_words, training
-from difftori.training.config import INHERITED, read_yaml, validated
+from difftori.training.config import inherited, read_yaml, validated
 from difftori.training.kinds import read_options
 from difftori.training.options import read_tokens
-from difftori.training.records import read_config
+from difftori.training.records import flat, read_config
 from difftori.training.run import differences
 
 _NAMED_APART = ("train", "env", "seed")
@@ -130,16 +130,9 @@ def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
     return [{**common, **_flat(point), **_flat(variant)} for variant in sweep.variants for point in points]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings by dotted names, as on the command line."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        place = prefix + name.replace("-", "_")
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{place}.")
-        else:
-            flat[place] = value
-    return flat
+    return {name.replace("-", "_"): value for name, value in flat(values).items()}
 
 
 def _varying(sweep: Sweep) -> list[str]:
@@ -182,10 +175,8 @@ def _read(options: dict[str, Any], base: BaseModel | None, folder: Path) -> tupl
     if not isinstance(component, str):
         raise ConfigError([f"train: {component!r}: give the name of a policy or an agent"])
     words = [word for name, value in given.items() for word in option_words(name, value)]
-    inherited = {} if base is None else {k: v for k, v in base.model_dump().items() if k in INHERITED and v is not None}
-    if "seed" in inherited:
-        inherited["data_seed"] = inherited.get("data_seed", inherited["seed"])
-    _, config = read_options(component, inherited, read_tokens(words))
+    below = {} if base is None else inherited(base.model_dump())
+    _, config = read_options(component, below, read_tokens(words))
     return config, ("train", component, *words, "--out", str(folder), "--quiet")
 
 

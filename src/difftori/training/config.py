@@ -115,23 +115,27 @@ INHERITED = (
 """What a refiner takes from its base's run unless it is given."""
 
 
+def inherited(below: Mapping[str, Any]) -> dict[str, Any]:
+    """What a refiner takes from its base's configuration; its data are drawn as the base's were."""
+    taken = {name: below[name] for name in INHERITED if below.get(name) is not None}
+    if "seed" in taken:
+        taken.setdefault("data_seed", taken["seed"])
+    return taken
+
+
 def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values with those of the base's run where none are given, and what is wrong with that run."""
     given = dict(values)
     if not isinstance(given.get("base"), str):
         return given, []
     try:
-        inherited = read_config(Path(given["base"]))
+        below = read_config(Path(given["base"]))
     except DifftoriError as error:
         # What is given already, as in a run's own configuration, needs no base to be read from.
         return given, [] if "env" in given else [f"base: {error}"]
-    if "policy" not in inherited:
+    if "policy" not in below:
         return given, [f"base: {given['base']} is the run of an agent; give the run of an imitation policy"]
-    if inherited.get("data_seed") is None:
-        inherited["data_seed"] = inherited["seed"]
-    for name in INHERITED:
-        if given.get(name) is None and inherited.get(name) is not None:
-            given[name] = inherited[name]
+    given |= {name: value for name, value in inherited(below).items() if given.get(name) is None}
     return given, []
 
 

@@ -26,7 +26,7 @@ from difftori.training.env_task import EVAL_ROWS, Arena
 from difftori.training.learner import Learner, run_length
 from difftori.training.peers import Peers
 from difftori.training.records import read_config, read_summary
-from difftori.training.run import Run, differences, seeded
+from difftori.training.run import Run, refuse_another, seeded
 from difftori.training.signals import StopSignal
 from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
@@ -52,8 +52,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
     if (peers := Peers.of_torchrun(config.device)).count == 1:
         return _train(config, out, progress, peers)
     if (out / "summary.json").exists():
-        if faults := differences(read_config(out), config):
-            raise ConfigError([*faults, f"out: {out} holds a run of another configuration; choose another directory"])
+        refuse_another(out, config)
         return read_summary(out)
     with peers:
         if peers.leads:

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,6 +38,14 @@ def read_summary(path: Path) -> Metrics:
         return {name: math.nan if value is None else float(value) for name, value in plain.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{source}: no readable summary ({error}); is the run finished?") from error
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def read_config(path: Path) -> dict:

@@ -50,7 +50,7 @@ def curves(rows: list[dict]) -> str:
     if not names:
         return ""
     height = -(-len(names) // _COLUMNS)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "difftori", "font.size": 8}):
+    with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(4 * _COLUMNS, 2.4 * height))
         figure.subplots_adjust(0.05, 0.25 / height, 0.99, 1 - 0.2 / height, wspace=0.2, hspace=0.35)
         for index, name in enumerate(names, start=1):
@@ -63,14 +63,15 @@ def curves(rows: list[dict]) -> str:
             axes.yaxis.set_minor_formatter("")
             axes.set_title(name)
             axes.grid(alpha=0.3)
-        drawing = io.StringIO()
+        return svg_element(figure)
+
+
+def svg_element(figure: Figure) -> str:
+    """A figure as an <svg> element alone: no XML declaration, no document type, no metadata with addresses."""
+    drawing = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "difftori"}):
         FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None})
-    return element(drawing.getvalue())
-
-
-def element(svg: str) -> str:
-    """The <svg> element alone: no XML declaration, no document type, no metadata with addresses."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", drawing.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :]
 
 

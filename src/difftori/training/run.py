@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.training.checkpoint import Checkpoint, Checkpoints, State, replace_file
 from difftori.training.locks import hold
-from difftori.training.records import read_config, read_metrics, read_summary
+from difftori.training.records import flat, read_config, read_metrics, read_summary
 from difftori.training.report import render
 from difftori.training.versions import versions
 from difftori.types import Metrics
@@ -262,9 +262,7 @@ def _prepare(path: Path, config: BaseModel, device: str) -> None:
     plain = config.model_dump(mode="json")
     new = not (path / "config.yaml").exists()
     if not new:
-        faults = differences(read_config(path), config)
-        if faults:
-            raise ConfigError([*faults, f"out: {path} holds a run of another configuration; choose another directory"])
+        refuse_another(path, config)
     if (path / "summary.json").exists():
         return
     record = path / "versions.json"
@@ -290,23 +288,19 @@ def _versions(record: Path, device: str) -> dict:
     return now | ({"earlier": earlier} if earlier else {})
 
 
+def refuse_another(path: Path, config: BaseModel) -> None:
+    """Raise ConfigError, naming the keys, if the run in a directory has another configuration."""
+    if faults := differences(read_config(path), config):
+        raise ConfigError([*faults, f"out: {path} holds a run of another configuration; choose another directory"])
+
+
 def differences(before: dict, config: BaseModel) -> list[str]:
     """One fault per key whose value differs; a key that the older file lacks counts as its default."""
     with contextlib.suppress(ValidationError):
         before = type(config).model_validate(before).model_dump(mode="json")
-    old, new = _flat(before, ""), _flat(config.model_dump(mode="json"), "")
+    old, new = flat(before), flat(config.model_dump(mode="json"))
     return [
         f"{key}: {new.get(key, 'absent')!r} here, {old.get(key, 'absent')!r} in the directory's config.yaml"
         for key in sorted(old.keys() | new.keys())
         if repr(old.get(key)) != repr(new.get(key))
     ]
-
-
-def _flat(values: Mapping, prefix: str) -> dict:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
