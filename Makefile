@@ -26,8 +26,8 @@ test: $(VENV)/.dev  ## the default suite: CPU only, well under six minutes on tw
 test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-soak: $(VENV)/.dev  ## the long tests of docs/reliability.md: kills, full disks, memory, sweeps, several processes, a clean environment
-	$(BIN)/python -m pytest -m slow --timeout 3600 tests/soak tests/sweeps tests/training/test_torchrun.py
+soak: $(VENV)/.dev  ## the long tests of docs/reliability.md: kills of every trainer, full disks, memory, sweeps, the wheel
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --timeout 3600 tests/soak --found results/soak.csv
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

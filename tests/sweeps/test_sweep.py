@@ -2,24 +2,18 @@
 
 import json
 import logging
-import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from difftori.cli import main
 from difftori.sweeps import pool
-from difftori.sweeps.drive import drive
-from difftori.sweeps.on_slurm import on_slurm
 from difftori.sweeps.plan import plan, read_sweep
 from difftori.sweeps.pool import Failure, beside
 from difftori.sweeps.status import counts, standing
@@ -126,120 +120,8 @@ def test_without_slurm_there_is_a_clear_error(sweep, capsys, monkeypatch):
     assert "--slurm: " in capsys.readouterr().err
 
 
-# In processes of their own: minutes, because each takes seconds to begin.
-
-
-def long_sweep(folder: Path, runs: int = 12) -> Path:
-    """So many runs of some seconds, half of them refiners of the other half."""
-    out = folder / "out"
-    common = {**COMMON, "epochs": 60, "save_every": 2, "num_train": 50}
-    variants = [{"train": "bc"}, {"train": "residual", "base": f"{out}/{{env}}/bc/seed-{{seed}}"}]
-    file = folder / "sweep.yaml"
-    grid = {"seed": list(range(runs // 2))}
-    file.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": grid, "variants": variants}))
-    return file
-
-
-def begin(file: Path, *words: str) -> subprocess.Popen:
-    """The command in a session of its own."""
-    log = file.with_suffix(".log").open("ab")
-    with log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "difftori.cli", "sweep", str(file), *words],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def wait_until(true, seconds: float = 240) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def trainings(out: Path) -> list[int]:
-    """Processes that train in a folder, from the system's own list."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = place.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"train" in words and any(str(out).encode() in word for word in words):
-            found.append(int(place.parent.name))
-    return found
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The weights of the twelve runs when nothing is killed, by run."""
-    folder = tmp_path_factory.mktemp("straight")
-    assert begin(long_sweep(folder), "--jobs", "2").wait(600) == 0
-    return weights(folder / "out")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_kills_of_runs_and_of_the_driver_lose_nothing(tmp_path, straight):
-    """Twelve runs; five of them and twice the driver are killed at random, and the weights are those of the quiet sweep."""
-    file, chance = long_sweep(tmp_path), torch.Generator().manual_seed(0)
-    runs = plan(read_sweep(file))
-    driver = begin(file, "--jobs", "2")
-    for turn in range(7):
-        time.sleep(4 + 4 * torch.rand((), generator=chance).item())
-        if turn in (2, 4):
-            os.kill(driver.pid, signal.SIGKILL)
-            driver.wait()
-            driver = begin(file, "--jobs", "2")
-        elif alive := trainings(tmp_path / "out"):
-            os.kill(alive[int(torch.randint(len(alive), (), generator=chance))], signal.SIGKILL)
-    if driver.wait(600) != 0:  # more than two deaths of one run are its failure; the same command tries again
-        assert begin(file, "--jobs", "2").wait(600) == 0
-    assert weights(tmp_path / "out") == straight
-    assert {standing(run).state for run in runs} == {"finished"}
-    begun = {run: (run.folder / "command.txt").read_text() for run in runs}
-    assert begin(file).wait(120) == 0
-    assert {run: (run.folder / "command.txt").read_text() for run in runs} == begun
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_on_ray_a_killed_worker_costs_nothing(tmp_path, straight):
-    pytest.importorskip("ray")
-    file = long_sweep(tmp_path)
-    driver = begin(file, "--ray", "local")
-    wait_until(lambda: trainings(tmp_path / "out"))
-    time.sleep(4)
-    subprocess.run(["pkill", "-9", "-f", "ray::carry_out"], check=True)
-    time.sleep(4)
-    os.kill(trainings(tmp_path / "out")[0], signal.SIGKILL)
-    assert driver.wait(600) == 0, file.with_suffix(".log").read_text()
-    assert weights(tmp_path / "out") == straight
-
-
-@pytest.mark.slow
-@needs_submitit
-def test_through_submitit_a_job_that_is_there_is_not_submitted_again(tmp_path):
-    """Its local jobs, in the place of Slurm's."""
-    runs = plan(read_sweep(long_sweep(tmp_path, runs=2)))
-
-    def engine():
-        return on_slurm(
-            tmp_path / "jobs", cpus=0.5, gpus=0.0, retries=1, parameters={"timeout_min": 5}, cluster="local"
-        )
-
-    said: list[str] = []
-    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
-    assert {standing(run).state for run in runs} == {"finished"}
-    assert sum("submitted as job" in line for line in said) == 2
-    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
-    assert sum("submitted as job" in line for line in said) == 2
-
-
-def test_a_failure_travels_between_machines(tmp_path):
+def test_a_failure_travels_between_machines(sweep):
     """Engines send work and outcome as pickles of their own."""
-    (run, *_) = plan(read_sweep(long_sweep(tmp_path)))
+    (run, *_) = plan(read_sweep(sweep))
     failure = Failure(run.work, 1, "it broke")
     assert pickle.loads(pickle.dumps(failure)) == failure

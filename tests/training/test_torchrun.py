@@ -1,10 +1,7 @@
 """Two processes that train one run, as torchrun starts them, against one."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,21 +42,6 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for name in ("train/loss", "train/grad_norm", "validation/error"):
         assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3)
     assert read_summary(tmp_path / "two")["updates"] == read_summary(tmp_path / "one")["updates"]
-
-
-@pytest.mark.slow
-def test_a_kill_of_all_and_going_on_equals_going_straight(tmp_path):
-    run(tmp_path / "straight", 2, epochs=40)
-    killed = subprocess.Popen(command(tmp_path / "killed", 2, 40), start_new_session=True)
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")):
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    subprocess.run(
-        ["pkill", "-9", "-f", str(tmp_path / "killed")], check=False
-    )  # its workers have sessions of their own
-    run(tmp_path / "killed", 2, epochs=40)
-    assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
 
 
 def test_rows_are_shared_out_and_none_is_an_empty_batch():

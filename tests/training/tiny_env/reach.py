@@ -1,11 +1,12 @@
 """An environment that plays in microseconds, with demonstrations of it: `tiny_env.reach:make`."""
 
+from functools import partial
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
 from difftori.data.formats import write_zarr
 from difftori.data.trajectories import Trajectories
@@ -15,14 +16,20 @@ from difftori.errors import ConfigError
 
 ENV = "tiny_env.reach:make"
 STEPS = 12
+CLOUD = np.random.default_rng(0).normal(scale=0.1, size=(16, 3)).astype(np.float32)
 
 
 class Reach(gymnasium.Env):
-    """A point in the plane moves by a third of the action; success within .1 of the origin. 12 steps at most."""
+    """A point in the plane moves by a third of the action; success within .1 of the origin. 12 steps at most.
 
-    def __init__(self):
+    Seen is its place, or with `points` a cloud around it too.
+    """
+
+    def __init__(self, points: bool = False):
+        self.points = points
         self.action_space = Box(-1.0, 1.0, (2,), np.float32)
-        self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        place, cloud = (Box(-np.inf, np.inf, shape, np.float32) for shape in ((2,), CLOUD.shape))
+        self.observation_space = Dict({"agent_pos": place, "point_cloud": cloud}) if points else place
         self.metadata = episode_metadata("reach", max_episode_steps=STEPS, action_repeat=1)
         self.render_mode = "rgb_array"
 
@@ -32,7 +39,8 @@ class Reach(gymnasium.Env):
         return self.seen(), {"success": False, "score": 0.0}
 
     def seen(self):
-        return self.place.astype(np.float32)
+        place = self.place.astype(np.float32)
+        return {"agent_pos": place, "point_cloud": cloud_around(place)} if self.points else place
 
     def step(self, action):
         self.place = self.place + np.asarray(action, dtype=np.float64) / 3
@@ -47,9 +55,14 @@ class Reach(gymnasium.Env):
 
 
 def make(task, *, num_envs, seed, obs="state", workers="sync"):
-    if faults := choice_fault("obs", obs, ("state",)):
+    if faults := choice_fault("obs", obs, ("state", "points")):
         raise ConfigError(faults)
-    return launch(Reach, name="reach", num_envs=num_envs, seed=seed, workers=workers)
+    return launch(partial(Reach, obs == "points"), name="reach", num_envs=num_envs, seed=seed, workers=workers)
+
+
+def cloud_around(place):
+    """Sixteen points whose middle is the place, at no height."""
+    return CLOUD + np.append(place, 0).astype(np.float32)
 
 
 def expert(place):
@@ -71,6 +84,8 @@ def write_demos(path: Path, episodes: int = 6, noise: float = 0.0) -> str:
             seen, _, _, truncated, info = env.step(action)
             over = truncated or info["success"]
         ends.append(len(states))
-    demos = Trajectories.of({"state": torch.tensor(np.array(states))}, np.array(actions), ends)
+    places = np.array(states)
+    seen_as = {"state": places, "agent_pos": places, "point_cloud": np.array([cloud_around(place) for place in places])}
+    demos = Trajectories.of({k: torch.tensor(v) for k, v in seen_as.items()}, np.array(actions), ends)
     write_zarr(demos, path)
     return str(path)

@@ -1,0 +1,222 @@
+"""What a lab relies on for days, of every policy and agent there is: `make soak` runs it, minutes for each.
+
+Trainings are processes of their own, killed without warning; what counts is the weights of one that was left alone.
+"""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from difftori.cli import main
+from difftori.training.checkpoint import weights_digest
+from difftori.training.il import load_policy
+from difftori.training.kinds import known_names
+from difftori.training.records import read_config, read_summary
+from difftori.training.run import Run
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+TINY = str(HERE.parent / "training")  # its environment is out of tree
+KILLS = 10
+EACH = "--eval-episodes 3 --save-every 1 --batch-size 8"
+PENDULUM = f"--env pendulum --num-train 40 {EACH}"
+REACH = f"--env tiny_env.reach:make --demos {{demos}} {EACH}"
+REFINER = f"--base {{base}} --hidden 8 {EACH}"
+UNET = "--dims 16 --step-width 8 --blocks 1 --noise-steps 4 --inference-steps 2"
+PROBE = "--env probe:delayed-reward --preset small --eval-every 500 --eval-episodes 2 --seed-steps 100 --save-every 50"
+TRAINERS = {
+    "bc": f"{PENDULUM} --hidden 8 --epochs 300",
+    "bc-pointnet": f"{REACH} --obs points --hidden 16 --point-layers 16 16 --epochs 100",
+    "bc-rnn-gmm": f"{REACH} --hidden 16 --epochs 80",
+    "difftori": f"{PROBE} --steps 600 --pg per-episode",
+    "difftori-il": f"{PENDULUM} --hidden 8 --epochs 60 --init prior --latent-dim 8 --ema 0.9",
+    "diffusion": f"{REACH} {UNET} --epochs 100",
+    "dp3": f"{REACH} --obs points {UNET} --epochs 100",
+    "ibc": f"{REACH} --hidden 16 --num-negatives 8 --samples 16 --epochs 60",
+    "ibc-base": f"{REFINER} --num-negatives 8 --samples 8 --epochs 60",
+    "lstm": f"{PENDULUM} --hidden 8 --epochs 60",
+    "mpc": f"{PENDULUM} --epochs 10",
+    "residual": f"{REFINER} --epochs 200",
+    "tdmpc": f"{PROBE} --steps 800",
+}
+
+# With `--dist loadgroup` one process has all tests of a trainer, and its undisturbed run is made once.
+each_trainer = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINERS]
+)
+
+
+def options(wish: str, straight: Path) -> list[str]:
+    return wish.format(demos=straight / "demos.zarr", base=straight / "bc").split()
+
+
+def start(out: Path, name: str, straight: Path, *, killer: tuple[str, ...] = (), **more) -> subprocess.Popen:
+    """The command line's training, begun or gone on with; `killer` is the program that runs it, where not the package."""
+    program = killer or ("-m", "difftori.cli")
+    words = [*program, "train", name, *options(TRAINERS[name], straight), "--out", str(out), "--quiet"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": TINY}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], env=env, **quiet, **more)
+
+
+def finish(out: Path, name: str, straight: Path) -> str:
+    process = start(out, name, straight)
+    said = process.communicate(timeout=900)[1].decode()
+    assert process.returncode == 0, said
+    return digest(out)
+
+
+def digest(out: Path) -> str:
+    if "policy" in read_config(out):
+        return weights_digest(load_policy(out, "last")[0])
+    from difftori.training.rl_evaluation import load_agent
+
+    return weights_digest(load_agent(out)[0])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A folder with demonstrations and, as they are asked for, runs that nobody disturbs: weights and seconds of each."""
+    sys.path.insert(0, TINY)
+    from tiny_env.reach import write_demos
+
+    folder = tmp_path_factory.mktemp("straight")
+    write_demos(folder / "demos.zarr")
+    known: dict[str, tuple[str, float]] = {}
+
+    def ask(name: str) -> tuple[str, float]:
+        if name not in known:
+            if "{base}" in TRAINERS[name]:
+                ask("bc")
+            began = time.monotonic()
+            known[name] = (finish(folder / name, name, folder), time.monotonic() - began)
+        return known[name]
+
+    return folder, ask
+
+
+def test_no_policy_and_no_agent_is_left_out():
+    assert sorted(TRAINERS) == known_names()
+
+
+@each_trainer
+def test_random_kills_change_no_bit(name, straight, tmp_path, found):
+    """SIGKILL at random moments of the work, starts included; each time the same command again."""
+    folder, ask = straight
+    wanted, seconds = ask(name)
+    chance = torch.Generator().manual_seed(sum(name.encode()))
+    kills = cut_short = 0
+    while kills < KILLS:
+        process = start(tmp_path / "run", name, folder)
+        try:
+            process.wait(2.0 + 0.7 * seconds * torch.rand((), generator=chance).item())
+            assert process.returncode == 0, process.stderr.read().decode()
+            cut_short += 1
+            assert digest(tmp_path / "run") == wanted
+            (tmp_path / "run").rename(tmp_path / f"done-{cut_short}")  # it was faster: the next kills are another run's
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        finally:
+            process.stderr.close()
+    assert finish(tmp_path / "run", name, folder) == wanted
+    result = f"weights equal to the last bit, {cut_short + 1} runs completed"
+    found("SIGKILL at a random moment", trainer=name, times=kills, result=result)
+
+
+@each_trainer
+def test_a_kill_in_each_phase_of_saving_changes_no_bit(name, straight, tmp_path, found):
+    """One run, killed before each change of the disk that a save consists of, one after the other."""
+    folder, ask = straight
+    wanted, _ = ask(name)
+
+    def killed(save: int, call: int) -> None:
+        killer = (str(HERE / "dying.py"), str(save), str(call), str(tmp_path / "changes"))
+        process = start(tmp_path / "run", name, folder, killer=killer)
+        said = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == -signal.SIGKILL, said
+
+    killed(4, 0)
+    changes = int((tmp_path / "changes").read_text())
+    assert changes >= 8
+    for call in range(1, changes + 1):
+        killed(1, call)
+    assert finish(tmp_path / "run", name, folder) == wanted
+    found("SIGKILL in each phase of saving", trainer=name, times=changes, result="weights equal to the last bit")
+
+
+@each_trainer
+def test_a_polite_end_saves_and_exits_143(name, straight, tmp_path, found):
+    folder, ask = straight
+    wanted, _ = ask(name)
+    process = start(tmp_path / "run", name, folder)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert finish(tmp_path / "run", name, folder) == wanted
+    found("SIGTERM", trainer=name, result="checkpoint, exit 143, resumed to the same weights")
+
+
+@each_trainer
+def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, tmp_path, found):
+    """RLIMIT_FSIZE below a checkpoint's size, in the middle of a run, stands for a disk that fills up."""
+    folder, ask = straight
+    wanted, _ = ask(name)
+    process = start(tmp_path / "run", name, folder)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(tmp_path / "run", name, folder, preexec_fn=limit)
+    said = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert "free space" in said.lower()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    assert finish(tmp_path / "run", name, folder) == wanted
+    found("disk full", trainer=name, result="exit 1, says so, went on to the same weights")
+
+
+@each_trainer
+def test_memory_stays_flat(name, straight, tmp_path, found, monkeypatch):
+    """What this process holds at each row of the log, from a third of 1500 updates and more to their end."""
+    folder, ask = straight
+    ask("bc")
+    wish = TRAINERS[name]
+    for option, instead in (("epochs", "updates 1600"), ("steps", "steps 1700"), ("save-every", "save-every 100000")):
+        wish = re.sub(rf"--{option} \d+", f"--{instead}", wish)
+    process, sizes, log = psutil.Process(), [], Run.log
+
+    def watched(run, step, metrics):
+        log(run, step, metrics)
+        sizes.append(process.memory_info().rss)
+
+    monkeypatch.setattr(Run, "log", watched)
+    monkeypatch.syspath_prepend(TINY)
+    words = options(wish, folder)
+    assert main(["train", name, *words, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    updates = read_summary(tmp_path / "run")["updates"]
+    assert updates >= 1500
+    growth = (sizes[-1] - sizes[len(sizes) // 3]) / 2**20
+    assert growth < 5, f"{growth:.1f} MiB over the last two thirds of {updates:.0f} updates"
+    found(f"memory over two thirds of {updates:.0f} updates", trainer=name, result=f"{growth:+.1f} MiB")
