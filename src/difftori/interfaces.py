@@ -39,7 +39,7 @@ class Settings(BaseModel):
         if not isinstance(values, dict) or not cls.PRESETS:
             return values
         name = values.get("preset", cls.model_fields["preset"].default)
-        if name not in cls.PRESETS:
+        if not isinstance(name, str) or name not in cls.PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(cls.PRESETS)}")
         return {**cls.PRESETS[name], **values}
 

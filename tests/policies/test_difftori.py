@@ -1,5 +1,7 @@
 """DiffTORI for imitation: what is its own; the rest is in test_every_policy.py."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -261,3 +263,14 @@ def test_a_prior_sees_what_the_encoder_sees(name):
     assert policy.prior is not None
     assert all(p.grad is not None for p in policy.prior.parameters())
     assert policy.act(batch.obs, generator=generator()).shape == batch.actions.shape
+
+
+def test_a_solve_that_meets_nan_is_reported_apart_and_leaves_the_others_alone():
+    policy = refiner(init="zero")
+    batch = demonstrations(VECTORS, 4)
+    _, metrics = policy.loss(batch, generator=generator())
+    assert metrics["unsolved"] == 0.0
+    batch.obs["state"][2] = torch.inf
+    _, metrics = policy.loss(batch, generator=generator())
+    assert metrics["unsolved"] == 0.25
+    assert math.isfinite(metrics["action_mse"])

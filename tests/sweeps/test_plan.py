@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from difftori.errors import ConfigError
 from difftori.sweeps.plan import Sweep, plan, read_sweep
@@ -129,3 +131,50 @@ def test_a_sweep_that_grows_keeps_its_folders(tmp_path):
     first = plan(sweep_of(tmp_path, common=common, variants=[{"train": "difftori", "pg": "off"}]))
     both = [{"train": "difftori", "pg": "off"}, {"train": "difftori", "pg": "replay"}, {"train": "tdmpc"}]
     assert first[0].folder in [run.folder for run in plan(sweep_of(tmp_path, common=common, variants=both))]
+
+
+words = st.sampled_from(
+    ["", "bc", "{env}", "{seed}", "{", "difftori", "pendulum", "probe:one-step", "../x", "/", "é", "--out"]
+)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.dates() | st.text(max_size=4) | words
+values = st.recursive(plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(plain, v, max_size=2), max_leaves=4)
+options = st.dictionaries(
+    st.sampled_from(
+        ["train", "env", "seed", "lr", "hidden", "base", "out", "quiet", "config", "resume", "settings", "x"]
+    )
+    | plain,
+    values,
+    max_size=4,
+)
+files = st.fixed_dictionaries(
+    {},
+    optional={
+        "common": options.map(lambda given: {"train": "bc", "env": "pendulum", **given}) | values,
+        "grid": st.dictionaries(
+            st.sampled_from(["seed", "lr", "env", "hidden"]), st.lists(values, max_size=3), max_size=2
+        )
+        | values,
+        "variants": st.lists(options, max_size=3) | values,
+        "retries": values,
+        "cpus": values,
+        "slurm": values,
+        "out": values,
+        "comon": values,
+    },
+)
+
+
+@given(files | values)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_file_holds_the_answer_is_a_plan_or_a_list_of_faults(tmp_path, content):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    faults, runs = [], []
+    try:
+        runs = plan(read_sweep(tmp_path / "sweep.yaml"))
+    except ConfigError as error:
+        faults = error.faults
+    assert all(type(fault) is str and fault for fault in faults)
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in runs:
+        assert not run.folder.exists()
+        assert run.work.words[-2:] == (str(run.folder), "--quiet")

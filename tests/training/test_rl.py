@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from difftori.components import make_env
+from difftori.components import find_agent, make_env
 from difftori.data.replay import Replay
 from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
@@ -18,7 +20,7 @@ from difftori.training import rl
 from difftori.training.checkpoint import weights_digest
 from difftori.training.experience import Collector, episode_seed, evaluate
 from difftori.training.records import read_metrics
-from difftori.training.rl_config import parse_rl_config
+from difftori.training.rl_config import RLConfig, normalised, parse_rl_config
 from difftori.training.rl_evaluation import evaluate_run, load_agent
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2, "samples": 16}
@@ -237,3 +239,26 @@ def test_every_fault_of_a_configuration_is_listed():
     text = "\n".join(caught.value.faults)
     assert "perhaps you meant 'cheetah-run'" in text
     assert "steps" in text
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from([*RLConfig.model_fields, "obss", 3, None])
+inner_names = st.sampled_from([*find_agent("difftori").Config.model_fields, "x", 3, None])
+
+
+@given(st.dictionaries(names, values, max_size=4), st.dictionaries(inner_names, values, max_size=3) | values)
+@settings(max_examples=100)
+def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top, inner):
+    faults, config = [], None
+    try:
+        config = parse_rl_config({"agent": "difftori", "env": "probe:one-step", "settings": inner, **top})
+    except ConfigError as error:
+        faults = error.faults
+    assert bool(faults) == (config is None)
+    assert all(type(fault) is str and fault for fault in faults)
+    if config is not None:
+        assert normalised(config) == config

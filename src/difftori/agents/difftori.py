@@ -22,7 +22,6 @@ from difftori.solver import (
     Implicit,
     ProjectedGradient,
     Solution,
-    Status,
     Truncated,
     Unrolled,
     presets,
@@ -272,8 +271,7 @@ class DiffTORI(TDMPC):
         self, obs: Observations, actions: Plans, solution: Solution, count: int | None = None
     ) -> Scalar:
         value = self.obs_critics(obs, actions[:, 0]).amin(0)
-        sound = solution.status != Status.NON_FINITE
-        return -torch.where(sound, value, torch.zeros_like(value))[:count].sum() / (count or len(value))
+        return -torch.where(solution.finite, value, torch.zeros_like(value))[:count].sum() / (count or len(value))
 
     def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
         """Compiled: the last row again, up to a multiple of 64, because every new number of rows is compiled anew."""
@@ -390,6 +388,7 @@ class DiffTORI(TDMPC):
         metrics["free"] = (first.abs() < 1 - 1e-6).float().mean().item()
         metrics["valid"] = solution.gradient_valid.float().mean().item()
         metrics["gain"] = gain.mean().item()
+        metrics["unsolved"] = 1.0 - solution.finite.float().mean().item()
         return metrics
 
     @torch.no_grad()

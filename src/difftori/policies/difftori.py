@@ -211,7 +211,8 @@ class DiffTORI(Refiner):
         plan = self.plan(state, sample, start, base, self._adjoint())
         error = F.mse_loss(plan.actions.reshape(target.shape), target)
         loss = error + self.settings.kl_coef * divergence / target[0].numel()
-        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item()}
+        unsolved = 1.0 - plan.solution.finite.float().mean().item()
+        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item(), "unsolved": unsolved}
         if self.posterior is not None:
             metrics["kl"] = divergence.item()
         if self.prior is not None:

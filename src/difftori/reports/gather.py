@@ -220,14 +220,22 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """The runs with methods that say in what settings runs of one name differ, and nothing else."""
+    same: dict[str, list[Run]] = {}
+    for run in runs:
+        same.setdefault(run.method, []).append(run)
+    telling = {method: _telling(found) for method, found in same.items()}
     named = []
     for run in runs:
-        same = [other for other in runs if other.method == run.method]
-        keys = [key for key in run.config if key not in _FREE]
-        telling = [key for key in keys if len({repr(other.config.get(key)) for other in same}) > 1]
-        words = [f"{key.removeprefix('settings.')} {_shown(run.config[key])}" for key in telling]
+        keys = [key for key in run.config if key in telling[run.method]]
+        words = [f"{key.removeprefix('settings.')} {_shown(run.config[key])}" for key in keys]
         named.append(replace(run, method=", ".join([run.method, *words])))
     return named
+
+
+def _telling(runs: Sequence[Run]) -> set[str]:
+    """The settings in which runs of one name differ."""
+    keys = {key for run in runs for key in run.config} - _FREE
+    return {key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1}
 
 
 def _shown(value: Any) -> str:

@@ -76,9 +76,14 @@ class Solution:
             convex, step = factor.convex, factor.solve(grad).abs().amax(-1)
         width = self.problem.box.width(x)
         room = width.clamp_max(2.0).amin(-1) / 2.0
-        return convex & (step <= 2e-2 * room) & (self.status != Status.NON_FINITE)
+        return convex & (step <= 2e-2 * room) & self.finite
 
     @property
     def converged(self) -> RowFlags:
         """Which rows reached the tolerance, (B)."""
         return self.status == Status.CONVERGED
+
+    @property
+    def finite(self) -> RowFlags:
+        """Which rows never met NaN or Inf, (B); the others have no solution."""
+        return self.status != Status.NON_FINITE

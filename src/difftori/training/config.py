@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
@@ -160,7 +160,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
+    try:
+        strange = [name for name in _names(values) if not isinstance(name, str)]
+    except RecursionError as error:
+        raise ConfigError([f"{path}: holds a value that contains itself; write it out without & and *"]) from error
+    if strange:
+        raise ConfigError([f"{path}: {name!r}: is no name; put it in quotes" for name in strange])
     return values
+
+
+def _names(values: Any) -> Iterator[Any]:
+    """Every name in values, however deep."""
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    yield from values if isinstance(values, dict) else ()
+    for value in inner:
+        yield from _names(value)
 
 
 class _PlainLoader(yaml.SafeLoader):

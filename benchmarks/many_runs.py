@@ -1,0 +1,157 @@
+"""What ten thousand runs cost in files, bytes and waiting: each method trained once in earnest, then copied to all tasks and seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/many_runs.py --folder /tmp/many         writes benchmarks/results/many_runs.json
+
+Ten variants of five policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
+those of 50 tasks × 20 seeds: configurations rewritten, successes drawn anew so that there is something to
+analyse, weights and checkpoints as hard links, since nothing that is measured here reads them. Then the commands
+that a user waits for are timed, each in a process of its own. Their output is about invented successes: it is thrown away.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from difftori.envs.metaworld import TASKS
+from difftori.sweeps.plan import Sweep, plan
+from difftori.training.versions import versions
+
+TRUE = "reach"
+LARGE = 50_000
+"""Bytes from which a file is linked rather than copied."""
+BASE = "OUT/{env}/bc/seed-{seed}"
+VARIANTS = [
+    {"train": "bc"},
+    {"train": "bc", "lr": 0.003},
+    {"train": "bc", "hidden": [64]},
+    {"train": "bc", "hidden": [512]},
+    {"train": "ibc"},
+    {"train": "diffusion", "preset": "small"},
+    {"train": "residual", "base": BASE},
+    *({"train": "difftori-il", "base": BASE, "base_noise": noise} for noise in (0.0, 0.3, 1.0)),
+]
+
+
+def sweep_file(folder: Path, tasks: Sequence[str], seeds: int) -> Path:
+    """The sweep over so many tasks and seeds, all in one folder of runs."""
+    out = folder / "runs"
+    variants = [{k: str(v).replace("OUT", str(out)) if k == "base" else v for k, v in one.items()} for one in VARIANTS]
+    path = folder / f"{len(tasks)}-{seeds}.yaml"
+    grid = {"env": [f"metaworld:{task}" for task in tasks], "seed": list(range(seeds))}
+    common = {"obs": "state", "demos": str(folder / "demos" / f"metaworld.{TRUE}-0.zarr"), "updates": 200, "eval_episodes": 50}
+    path.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": grid, "variants": variants}))
+    return path
+
+
+def timed(words: Sequence[str], log: Path) -> dict[str, float]:
+    """Seconds, and the most memory, of a command in a process of its own. Its failure is an error."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with log.open("wb") as said:
+        subprocess.run([sys.executable, "-m", "difftori.cli", *words], check=True, stdout=said, stderr=said)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": busy, "peak_mib": after.ru_maxrss / 1024}
+
+
+def spread_out(folder: Path, path: Path) -> None:
+    """Give every run of the sweep the directory of its variant's only true run."""
+    sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
+    runs = plan(sweep)
+    true = {run.folder.parent.name: run.folder for run in runs if run.work.finished}
+    generator = np.random.default_rng(0)
+    for run in runs:
+        if run.work.finished:
+            continue
+        source = true[run.folder.parent.name]
+        task, seed = run.folder.parts[-3].removeprefix("metaworld."), run.folder.name.removeprefix("seed-")
+        shutil.copytree(source, run.folder, copy_function=linked_if_large)
+        shutil.copy(source.with_name("seed-0.log"), run.folder.with_name(f"{run.folder.name}.log"))
+        config = yaml.safe_load((source / "config.yaml").read_text())
+        config |= {"env": f"metaworld:{task}", "seed": int(seed)}
+        if config.get("base"):
+            config["base"] = str(sweep.out / run.folder.parts[-3] / "bc" / run.folder.name)
+        write(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        summary, episodes = (json.loads((source / name).read_text()) for name in ("summary.json", "episodes.json"))
+        drawn = (generator.random(50) < generator.beta(2, 2)).astype(float).tolist()
+        episodes["last"]["success"] = drawn
+        summary["last/success"] = sum(drawn) / 50
+        write(run.folder / "summary.json", json.dumps(summary))
+        write(run.folder / "episodes.json", json.dumps(episodes))
+
+
+def linked_if_large(source: str, target: str) -> None:
+    """Copy a file, or link it."""
+    if os.path.getsize(source) > LARGE:
+        os.link(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def write(path: Path, text: str) -> None:
+    """In the place of what is there, which may be a link."""
+    path.unlink()
+    path.write_text(text)
+
+
+def sizes(run: Path) -> dict[str, int]:
+    """Bytes by the first name below a run's directory, and how many files and directories there are."""
+    found: dict[str, int] = defaultdict(int)
+    for path in run.rglob("*"):
+        found["entries"] += 1
+        if path.is_file():
+            found[path.relative_to(run).parts[0]] += path.stat().st_size
+    return dict(found)
+
+
+def main() -> None:
+    """Train, copy, time, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty one on a disk with some GB to spare")
+    parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=20)
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [TRUE, *(task for task in TASKS if task != TRUE)][: args.tasks]
+    collect = f"collect --env metaworld:{TRUE} --obs state --episodes 10 --out {folder / 'demos'}"
+    timed(collect.split(), folder / "collect.log")
+    timed(["sweep", str(sweep_file(folder, [TRUE], 1))], folder / "train.log")
+    by_variant = {path.parent.parent.name: sizes(path.parent) for path in folder.glob("runs/*/*/seed-0/summary.json")}
+    whole = sweep_file(folder, tasks, args.seeds)
+    spread_out(folder, whole)
+    took = {
+        "sweep --status": timed(["sweep", str(whole), "--status"], folder / "status.log"),
+        "report --reference bc": timed(
+            ["report", str(folder / "runs"), "--reference", "bc", "--out", str(folder / "against")],
+            folder / "against.log",
+        ),
+        "report": timed(["report", str(folder / "runs"), "--out", str(folder / "report")], folder / "report.log"),
+        "sweep, finished": timed(["sweep", str(whole)], folder / "again.log"),
+    }
+    result = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "runs": args.tasks * args.seeds * len(VARIANTS),
+        "bytes_by_variant": by_variant,
+        "page_bytes": (folder / "report" / "report.html").stat().st_size,
+        "commands": took,
+        "versions": versions("cpu"),
+    }
+    place = Path(__file__).parent / "results" / "many_runs.json"
+    place.write_text(json.dumps(result, indent=1) + "\n")
+    print(place.read_text())
+
+
+if __name__ == "__main__":
+    main()
