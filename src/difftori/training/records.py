@@ -11,6 +11,9 @@ import yaml
 from difftori.errors import ConfigError, DataError
 from difftori.types import Metrics
 
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's takes a fifth of the time, which counts where thousands of runs are read."""
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a run's `metrics.jsonl`. A last line that a kill cut short is left out; DataError for any other fault."""
@@ -52,7 +55,7 @@ def read_config(path: Path) -> dict:
     """A run's configuration as plain values. Raises ConfigError if there is none or it is no YAML."""
     source = path / "config.yaml"
     try:
-        values = yaml.safe_load(source.read_text())
+        values = yaml.load(source.read_text(), _LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             [f"{source}: no readable configuration ({error}); is {path} the directory of a run?"]
