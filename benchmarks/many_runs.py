@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/many_runs.py --folder /tmp/many         writes benchmarks/results/many_runs.json
 
 Ten variants of four policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
-those of 50 tasks × 20 seeds: configurations rewritten, successes drawn anew so that there is something to
+those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn anew so that there is something to
 analyse, weights and checkpoints as hard links, since nothing that is measured here reads them. Then the commands
 that a user waits for are timed, each in a process of its own. Their output is about invented successes: it is thrown away.
 """
@@ -11,7 +11,6 @@ that a user waits for are timed, each in a process of its own. Their output is a
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,19 +49,26 @@ def sweep_file(folder: Path, tasks: Sequence[str], seeds: int) -> Path:
     variants = [{k: str(v).replace("OUT", str(out)) if k == "base" else v for k, v in one.items()} for one in VARIANTS]
     path = folder / f"{len(tasks)}-{seeds}.yaml"
     grid = {"env": [f"metaworld:{task}" for task in tasks], "seed": list(range(seeds))}
-    common = {"obs": "state", "demos": str(folder / "demos" / f"metaworld.{TRUE}-0.zarr"), "updates": 200, "eval_episodes": 50}
+    common = {
+        "obs": "state",
+        "demos": str(folder / "demos" / f"metaworld.{TRUE}-0.zarr"),
+        "updates": 200,
+        "eval_episodes": 50,
+    }
     path.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": grid, "variants": variants}))
     return path
 
 
 def timed(words: Sequence[str], log: Path) -> dict[str, float]:
     """Seconds, and the most memory, of a command in a process of its own. Its failure is an error."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
     with log.open("wb") as said:
-        subprocess.run([sys.executable, "-m", "difftori.cli", *words], check=True, stdout=said, stderr=said)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": busy, "peak_mib": after.ru_maxrss / 1024}
+        process = subprocess.Popen([sys.executable, "-m", "difftori.cli", *words], stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"difftori {' '.join(words)} failed; see {log}")
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
 
 
 def spread_out(folder: Path, path: Path) -> None:
@@ -81,6 +87,7 @@ def spread_out(folder: Path, path: Path) -> None:
         config = yaml.safe_load((source / "config.yaml").read_text())
         config |= {"env": f"metaworld:{task}", "seed": int(seed)}
         if config.get("base"):
+            config["data_seed"] = int(seed)
             config["base"] = str(sweep.out / run.folder.parts[-3] / "bc" / run.folder.name)
         write(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         summary, episodes = (json.loads((source / name).read_text()) for name in ("summary.json", "episodes.json"))
@@ -128,7 +135,13 @@ def main() -> None:
     collect = f"collect --env metaworld:{TRUE} --obs state --episodes 10 --out {folder / 'demos'}"
     timed(collect.split(), folder / "collect.log")
     timed(["sweep", str(sweep_file(folder, [TRUE], 1))], folder / "train.log")
-    by_variant = {path.parent.parent.name: sizes(path.parent) for path in folder.glob("runs/*/*/seed-0/summary.json")}
+    agent = folder / "agent" / "tdmpc, 10000 steps" / "seed-0"
+    steps = "--env dmc:cheetah-run --obs state --preset small --steps 10000 --action-repeat 4 --eval-every 5000"
+    timed(
+        ["train", "tdmpc", *steps.split(), "--eval-episodes", "2", "--out", str(agent), "--quiet"], folder / "agent.log"
+    )
+    true = [agent, *(run for run in sorted(folder.glob(f"runs/metaworld.{TRUE}/*/seed-0")) if run.is_dir())]
+    by_variant = {run.parent.name: sizes(run) for run in true}
     whole = sweep_file(folder, tasks, args.seeds)
     spread_out(folder, whole)
     took = {

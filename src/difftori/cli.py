@@ -265,7 +265,7 @@ def _sweep(words: list[str]) -> None:
         raise ConfigError(["--ray and --slurm: give one of them"])
     from difftori.sweeps.plan import plan, read_sweep
     from difftori.sweeps.pool import report_failures
-    from difftori.sweeps.status import counts, standing
+    from difftori.sweeps.status import counts, standing, table
 
     sweep = read_sweep(options.file)
     runs = plan(sweep)
@@ -287,7 +287,7 @@ def _sweep(words: list[str]) -> None:
         with _run_bar(len(runs), sum(run.work.finished for run in runs)) as (say, done):
             failures = drive(runs, engine, say=say, done=done)
     found = [standing(run) for run in runs]
-    _print_table(f"{options.file.name}: {counts(found)}", [s.row() for s in found])
+    _print_table(f"{options.file.name}: {counts(found)}", table(found))
     try:
         if not options.status and any(s.state == "finished" for s in found):
             from difftori.reports.report import write_report

@@ -189,3 +189,13 @@ def test_refiners_are_named_by_the_folder_of_their_base(tmp_path):
     policy_run(tmp_path / "a", [1.0, 0.0], policy="residual", seed=0, base="runs/x/bc_updates-1500/seed-0")
     policy_run(tmp_path / "b", [1.0, 0.0], policy="residual", seed=0, base="runs/mine")
     assert {run.method for run in gather([tmp_path]).runs} == {"residual on bc_updates-1500", "residual on mine"}
+
+
+def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
+    for policy, updates in (("bc", 120), ("residual", 60)):
+        place = policy_run(tmp_path / policy, [1.0, 0.0], policy=policy, seed=0, settings={"epochs": 60})
+        summary = json.loads((place / "summary.json").read_text())
+        (place / "summary.json").write_text(json.dumps({**summary, "updates": updates}))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "runs made between 60 and 120 updates" in page
+    assert "60 epochs, 120 updates" in page

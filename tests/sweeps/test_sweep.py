@@ -16,7 +16,7 @@ from difftori.cli import main
 from difftori.sweeps import pool
 from difftori.sweeps.plan import plan, read_sweep
 from difftori.sweeps.pool import Failure, beside
-from difftori.sweeps.status import counts, standing
+from difftori.sweeps.status import Standing, counts, standing, table
 from difftori.training.checkpoint import weights_digest
 from difftori.training.il import load_policy
 
@@ -102,6 +102,16 @@ def test_states_are_told_from_folders(sweep):
     assert "cannot be read" in standing(run).note
     (run.folder / "summary.json").write_text('{"last/success": 0.5}')
     assert (standing(run).state, standing(run).note) == ("finished", "last/success 0.5")
+
+
+def test_of_many_runs_methods_are_counted_and_only_what_is_urgent_is_named(sweep):
+    (run, *_) = plan(read_sweep(sweep))
+    found = [Standing(run, state, 3, "why") for state in ["finished"] * 50 + ["running"] * 70 + ["failed"] * 2]
+    shown = table(found)
+    assert shown[0] == {"run": f"*/{run.folder.parent.name}/*", "": "50 finished, 70 running, 2 failed"}
+    assert [line["state"] for line in shown[1:61]] == ["failed"] * 2 + ["running"] * 58
+    assert shown[61:] == [{"run": "… and 12 more", "": "12 running"}]
+    assert table(found[:60]) == [s.row() for s in found[:60]]
 
 
 def test_one_engine_at_a_time(sweep, capsys):

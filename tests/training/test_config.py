@@ -110,7 +110,9 @@ def test_a_configuration_made_in_python_is_checked_too():
         TinyConfig(lr=float("nan"))
 
 
-@pytest.mark.parametrize("content", ["[1]", "a: [", "\x00", "3", "a: !!python/object/apply:os.system [true]", "a: &b [*b]", "a: {3: 4}"])
+@pytest.mark.parametrize(
+    "content", ["[1]", "a: [", "\x00", "3", "a: !!python/object/apply:os.system [true]", "a: &b [*b]", "a: {3: 4}"]
+)
 def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"c\.yaml"):

@@ -47,6 +47,7 @@ class Measure:
 class Run:
     """What a run left, finished or not. `outcomes` are its final results by measure; `episodes` those of each evaluation
     episode where they are known, from `episode_seeds`; `curve` its evaluations: steps (k) and values (k).
+    `updates` are those that a finished run made.
     """
 
     place: Path
@@ -65,6 +66,7 @@ class Run:
     versions: Mapping[str, str]
     command: str
     seconds: float | None
+    updates: int | None
     pictures: tuple[Path, ...]
 
 
@@ -203,6 +205,7 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
         versions={k: str(plain["versions"].get(k)) for k in _SOFTWARE if plain["versions"].get(k)},
         command=plain["command"],
         seconds=None if summary is None else summary.get("seconds"),
+        updates=None if summary is None or "updates" not in summary else int(summary["updates"]),
         pictures=pictures,
     )
 

@@ -143,6 +143,9 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
             said.append(
                 f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. The protocol says which has which."
             )
+    made = {run.updates for run in counted if run.updates is not None and "policy" in run.config}
+    if len(made) > 1:
+        said.append(f"Where epochs are counted, runs made between {min(made)} and {max(made)} updates.")
     rules = sorted({run.rule for run in found.runs if run.finished})
     if len(rules) > 1:
         said.append(f"Results are of different weights: {'; '.join(rules)}.")
@@ -294,7 +297,10 @@ def _budget(run: Run) -> str:
     steps, updates = run.config.get("steps"), run.config.get("settings.updates")
     if steps is not None:
         return f"{steps} environment steps"
-    return f"{updates} updates" if updates is not None else f"{run.config.get('settings.epochs')} epochs"
+    if updates is not None:
+        return f"{updates} updates"
+    epochs = f"{run.config.get('settings.epochs')} epochs"
+    return epochs if run.updates is None else f"{epochs}, {run.updates} updates"
 
 
 def _versions(run: Run) -> str:

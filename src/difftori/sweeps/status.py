@@ -15,6 +15,9 @@ State = Literal["finished", "running", "failed", "interrupted", "waiting"]
 HEADLINES = ("return", "last/success", "best/success", "last/excess_cost", "best/excess_cost", "last/validation_error")
 """What a finished run is best known by: the first of these that it has."""
 
+_MANY = 60
+_URGENT = ("failed", "interrupted", "running")
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -47,6 +50,23 @@ def standing(run: Planned) -> Standing:
     if (run.folder / "config.yaml").exists():
         return Standing(run, "interrupted", _step(run), _age(run))
     return Standing(run, "waiting", None, "" if run.base is None else f"refines {run.base.work.name}")
+
+
+def table(found: Sequence[Standing]) -> list[dict[str, Any]]:
+    """A line for each run; of more than 60, one for each method, over tasks and seeds, and the first 60 that are neither
+    finished nor waiting, those that failed on top.
+    """
+    if len(found) <= _MANY:
+        return [s.row() for s in found]
+    methods: dict[str, list[Standing]] = {}
+    for s in found:
+        methods.setdefault(s.run.folder.parent.name, []).append(s)
+    lines: list[dict[str, Any]] = [{"run": f"*/{name}/*", "": counts(own)} for name, own in methods.items()]
+    urgent = sorted((s for s in found if s.state in _URGENT), key=lambda s: _URGENT.index(s.state))
+    lines += [s.row() for s in urgent[:_MANY]]
+    if len(urgent) > _MANY:
+        lines.append({"run": f"… and {len(urgent) - _MANY} more", "": counts(urgent[_MANY:])})
+    return lines
 
 
 def counts(found: Sequence[Standing]) -> str:
