@@ -146,8 +146,8 @@ def main() -> None:
     spread_out(folder, whole)
     took = {
         "sweep --status": timed(["sweep", str(whole), "--status"], folder / "status.log"),
-        "report --reference bc": timed(
-            ["report", str(folder / "runs"), "--reference", "bc", "--out", str(folder / "against")],
+        "report --reference diffusion": timed(
+            ["report", str(folder / "runs"), "--reference", "diffusion", "--out", str(folder / "against")],
             folder / "against.log",
         ),
         "report": timed(["report", str(folder / "runs"), "--out", str(folder / "report")], folder / "report.log"),

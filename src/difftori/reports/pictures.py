@@ -55,7 +55,7 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
 def over_tasks(section: Section) -> Figure:
     """Mean, median, interquartile mean and optimality gap with their intervals, a line for each method."""
     with style():
-        figure = Figure(figsize=(10.0, 0.34 * len(section.over) + 1.3), layout="constrained")
+        figure = Figure(figsize=(11.0, 0.34 * len(section.over) + 1.3), layout="constrained")
         axes = figure.subplots(1, len(OVER), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, OVER, strict=True):
             for index, row in enumerate(section.over):
@@ -67,7 +67,7 @@ def over_tasks(section: Section) -> Figure:
                     )
                 axis.plot([estimate.value], [index], marker=MARKERS[index % len(MARKERS)], color=look["color"])
             axis.set_title(
-                {"iqm": "interquartile mean"}.get(name, name) + (" (less is better)" if "gap" in name else "")
+                {"iqm": "interquartile mean", "optimality gap": "optimality gap (less: better)"}.get(name, name)
             )
         axes[0].set_yticks(range(len(section.over)), [row.method for row in section.over])
         axes[0].invert_yaxis()

@@ -280,7 +280,7 @@ def _protocol(runs: Sequence[Run]) -> list[Column]:
         Column("budget", of(_budget), left=True),
         Column("median s", tuple(median(method) for method in methods)),
         Column("hardware", of(lambda run: run.hardware), left=True),
-        Column("versions", of(lambda run: _versions(run)), left=True),
+        Column("versions", tuple(_versions([r for r in runs if r.method == m]) for m in methods), left=True),
     ]
 
 
@@ -303,8 +303,13 @@ def _budget(run: Run) -> str:
     return epochs if run.updates is None else f"{epochs}, {run.updates} updates"
 
 
-def _versions(run: Run) -> str:
-    return ", ".join(f"{name} {value[:12]}" for name, value in run.versions.items())
+def _versions(runs: Sequence[Run]) -> str:
+    """Name by name what they ran with; where runs differ, all of it."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in run.versions.items():
+            found.setdefault(name, {})[value[:12]] = None
+    return ", ".join(f"{name} {' or '.join(values)}" for name, values in found.items())
 
 
 def _run_line(run: Run) -> RunLine:
@@ -321,7 +326,7 @@ def _run_line(run: Run) -> RunLine:
         budget=_budget(run),
         seconds=run.seconds,
         hardware=run.hardware,
-        versions=_versions(run),
+        versions=_versions([run]),
         command=run.command,
         place=str(run.place),
     )
