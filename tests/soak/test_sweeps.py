@@ -1,9 +1,11 @@
 """Sweeps in processes of their own, with kills of their runs, of their drivers, of workers of Ray."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,3 +137,50 @@ def test_through_submitit_a_job_that_is_there_is_not_submitted_again(tmp_path, f
     assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
     assert sum("submitted as job" in line for line in said) == 2
     found("a sweep through submitit's local jobs, twice", result="2 jobs, none submitted again")
+
+
+SLURM = {
+    "sbatch": """
+        # Every job of the array, one after another in the background, as on a cluster of one core.
+        file="$1"; count=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$file"); echo "$file $count" >> "$STAND_IN/submissions"
+        number=$((76 + $(wc -l < "$STAND_IN/submissions")))
+        (for i in $(seq 0 "${count:-0}"); do
+            export SLURM_JOB_ID=$((1000 * number + i)) SLURM_ARRAY_JOB_ID=$number SLURM_ARRAY_TASK_ID=$i
+            export SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+            echo "${number}_$i|RUNNING|here" >> "$STAND_IN/states"
+            bash "$file" && state=COMPLETED || state=FAILED
+            echo "${number}_$i|$state|here" >> "$STAND_IN/states"
+        done) > "$STAND_IN/said" 2>&1 &
+        echo "Submitted batch job $number" """,
+    "srun": """
+        while [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
+        exec "$@" """,
+    "sacct": """
+        echo "JobID|State|NodeList"; cat "$STAND_IN/states" 2>/dev/null""",
+}
+"""The part of Slurm's commands that submitit calls, in its documented form."""
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="this machine has Slurm")
+def test_through_slurms_commands_a_driver_that_is_killed_finds_its_jobs(tmp_path, found, monkeypatch):
+    """With a stand-in for sbatch, srun and sacct: six runs, of which three refine the others, so two arrays."""
+    (commands := tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        (commands / name).write_text("#!/bin/bash\n" + textwrap.dedent(script))
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("STAND_IN", str(tmp_path))
+    file = long_sweep(tmp_path, runs=6)
+    driver = begin(file, "--slurm")
+    one_training(tmp_path / "out")
+    driver.kill()
+    driver.wait()
+    assert begin(file, "--slurm").wait(600) == 0, file.with_suffix(".log").read_text()
+    assert {standing(run).state for run in plan(read_sweep(file))} == {"finished"}
+    submissions = (tmp_path / "submissions").read_text().splitlines()
+    assert [line.split()[1:] for line in submissions] == [["2"], ["2"]]
+    assert begin(file, "--slurm").wait(120) == 0
+    assert len((tmp_path / "submissions").read_text().splitlines()) == 2
+    result = "6 runs finished in 2 job arrays, none submitted again"
+    found("SIGKILL of a sweep on a stand-in for Slurm's commands", result=result)

@@ -1,4 +1,4 @@
-"""A sweep on Slurm, a job per run, through submitit; needs `difftori[slurm]`.
+"""A sweep on Slurm, a job per run, in arrays, through submitit; needs `difftori[slurm]`.
 
 Jobs do not need whoever submitted them: the same command later finds those that wait or run, and submits only what is
 missing. A job that is preempted, or out of time, is queued again and goes on from its last checkpoint.
@@ -22,6 +22,11 @@ from difftori.training.signals import StopSignal
 
 _LOGGING = "SUBMITIT_LOG_LEVEL"
 _LOOK = 5.0
+_ARRAY = 1000
+"""Jobs that are submitted at once; Slurm's own limit is 1001 unless a cluster sets another."""
+_TIMEOUTS = 100
+"""How often a run that is out of time is queued again: it goes on each time."""
+_DEFAULTS = {"timeout_min": 240}
 _KNOWN_BY = 600.0
 """Seconds after which Slurm knows every job that it was given: one that it does not know then, it has forgotten."""
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "FINISHED", "INTERRUPTED")
@@ -59,8 +64,9 @@ def on_slurm(
     """
     submitit = _submitit()
     try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster)
-        executor.update_parameters(cpus_per_task=math.ceil(cpus), gpus_per_node=math.ceil(gpus), **parameters)
+        executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_TIMEOUTS)
+        places = {"cpus_per_task": math.ceil(cpus), "gpus_per_node": math.ceil(gpus)}
+        executor.update_parameters(**{**_DEFAULTS, **places, **parameters})
     except (RuntimeError, NameError, ValueError, TypeError) as error:
         raise ConfigError(
             [f"--slurm: {error}; is `sbatch` here, and is `slurm` in the file as submitit wants it?"]
@@ -69,15 +75,22 @@ def on_slurm(
 
     def engine(works: Sequence[Work], *, say: Callable[[str], None], done: Callable[[Work], None]) -> list[Failure]:
         jobs: dict[Any, Work] = {}
+        missing: list[Work] = []
         for work in works:
             job = _submitted(work, lambda number: jobs_of(folder, number))
             if job is None:
-                job = executor.submit(SlurmRun(work, retries))
-                _note(work, job.job_id)
-                say(f"{work.name}: submitted as job {job.job_id}")
+                missing.append(work)
             else:
                 say(f"{work.name}: is job {job.job_id}, {job.state}")
-            jobs[job] = work
+                jobs[job] = work
+        for begin in range(0, len(missing), _ARRAY):
+            part = missing[begin : begin + _ARRAY]
+            with executor.batch():
+                submitted = [executor.submit(SlurmRun(work, retries)) for work in part]
+            for job, work in zip(submitted, part, strict=True):
+                _note(work, job.job_id)
+                say(f"{work.name}: submitted as job {job.job_id}")
+                jobs[job] = work
         failures: list[Failure] = []
         with StopSignal() as stop:
             while jobs and not stop.requested:
