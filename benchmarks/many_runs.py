@@ -1,6 +1,6 @@
 """What ten thousand runs cost in files, bytes and waiting: each method trained once in earnest, then copied to all tasks and seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/many_runs.py --folder /tmp/many         writes benchmarks/results/many_runs.json
+    OMP_NUM_THREADS=1 python benchmarks/many_runs.py --folder /tmp/many         writes benchmarks/results/many_runs*
 
 Ten variants of four policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
 those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn anew so that there is something to
@@ -9,6 +9,7 @@ that a user waits for are timed, each in a process of its own. Their output is a
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from difftori.envs.metaworld import TASKS
 from difftori.sweeps.plan import Sweep, plan
 from difftori.training.versions import versions
 
+RESULTS = Path(__file__).parent / "results"
 TRUE = "reach"
 LARGE = 50_000
 """Bytes from which a file is linked rather than copied."""
@@ -161,9 +163,30 @@ def main() -> None:
         "commands": took,
         "versions": versions("cpu"),
     }
-    place = Path(__file__).parent / "results" / "many_runs.json"
-    place.write_text(json.dumps(result, indent=1) + "\n")
-    print(place.read_text())
+    (RESULTS / "many_runs.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_tables(result)
+
+
+def write_tables(result: dict) -> None:
+    """What the documentation shows of a result: waiting times, and a run's size."""
+    waits = [{"command": name, **{k: f"{v:.0f}" for k, v in took.items()}} for name, took in result["commands"].items()]
+    runs = []
+    for name, found in result["bytes_by_variant"].items():
+        parts = {part: size for part, size in found.items() if part != "entries"}
+        weights = sum(size for part, size in parts.items() if part.endswith(".pt"))
+        whole, checkpoints = sum(parts.values()), parts["checkpoints"]
+        sizes_mb = {
+            "whole": whole,
+            "checkpoints": checkpoints,
+            "weights": weights,
+            "rest": whole - checkpoints - weights,
+        }
+        runs.append({"run": name, **{k: f"{v / 1e6:.2f}" for k, v in sizes_mb.items()}, "entries": found["entries"]})
+    for name, rows in (("waits", waits), ("sizes", runs)):
+        with (RESULTS / f"many_runs_{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
