@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from difftori.training.kinds import known_names
+from tests.soak.trainers import TRAINERS
+
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "reliability.md").read_text()
 
@@ -18,3 +21,7 @@ def test_every_test_that_is_named_exists():
             end = r"\w*" if name.endswith("…") else r"\b"
             assert re.search(rf"def {name.rstrip('…')}{end}\(", file.read_text()), f"{path}::{name}"
     assert named > 30
+
+
+def test_the_long_tests_leave_no_policy_and_no_agent_out():
+    assert sorted(TRAINERS) == known_names()

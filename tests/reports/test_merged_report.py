@@ -157,6 +157,22 @@ def test_what_studies_keep_is_read_too(tmp_path):
     assert best.statistics["mean"].value == pytest.approx(0.673, abs=1e-3)  # as docs/imitation-studies.md says
 
 
+def test_odd_names_and_damaged_records_end_no_report(tmp_path):
+    odd = r"x$\foo$<script>_{"
+    for seed in (0, 1):
+        agent_run(tmp_path / f"odd{seed}", 700.0 + seed, agent=odd, seed=seed, env=f"dmc:{odd}")
+    for name, value in (
+        ("versions.json", []),
+        ("episodes.json", []),
+        ("config.yaml", {"agent": "a", "env": 3, "seed": 0}),
+    ):
+        place = policy_run(tmp_path / name.partition(".")[0], [1.0, 0.0], policy="bc", seed=0)
+        (place / name).write_text(json.dumps(value))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "<script>" not in page
+    assert len(gather([tmp_path]).left_out) == 3
+
+
 def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2

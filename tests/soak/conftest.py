@@ -30,13 +30,18 @@ def pytest_terminal_summary(terminalreporter, config):
     place = config.getoption("--found", default=None)
     if place is None:
         return
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    reports = [
+        report for kind in ("passed", "failed", "error", "skipped") for report in terminalreporter.getreports(kind)
+    ]
     lines = [value for report in reports for name, value in report.user_properties if name == "found"]
-    lines += [{"what": report.nodeid, "times": 1, "result": "FAILED"} for report in reports if report.failed]
+    lines += [{"what": r.nodeid, "times": 1, "result": r.outcome.upper()} for r in reports if r.outcome != "passed"]
     machine = (
         f"{platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     )
     with place.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(({**line, "machine": machine} for line in lines), key=lambda line: line["what"]))
+        writer.writerows(
+            {**line, "machine": machine}
+            for line in sorted(lines, key=lambda line: (line["what"], line.get("trainer", "")))
+        )

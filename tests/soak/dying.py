@@ -1,5 +1,7 @@
-"""`python dying.py SAVE CALL NOTE WORDS…`: difftori with these words, killed at the CALL-th change of the disk in its SAVE-th save, or in
-the next that has so many. CALL 0 kills it after that save, and writes to the file NOTE how many changes there were.
+"""`python dying.py SAVE CALL NOTE WORDS…`: difftori with these words, killed before the CALL-th change of the disk in its
+SAVE-th save, or in the next that has so many. What it was about to do is added to the file NOTE.
+
+CALL 0 kills it after that save, and adds all that it did. What an earlier kill left is cleared away first, and not counted.
 """
 
 import os
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from difftori.cli import main
 from difftori.training import rl
+from difftori.training.checkpoint import Checkpoints
 from difftori.training.run import Run
 
 CHANGES = ("mkdir", "fsync", "rename", "replace", "rmdir", "unlink")
@@ -16,39 +19,57 @@ CHANGES = ("mkdir", "fsync", "rename", "replace", "rmdir", "unlink")
 
 def arm(save: int, call: int, note: Path) -> None:
     """Count saves, and the changes within; a save of an agent's run holds that of its checkpoint."""
-    saves = depth = changes = 0
+    saves = depth = 0
+    done: list[str] = []
+    clearing = False
 
-    def counting(original):
+    def die(last: list[str]) -> None:
+        with note.open("a") as file:
+            file.writelines(f"{name}\n" for name in last)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting(name, original):
         def change(*args, **options):
-            nonlocal changes
-            changes += depth > 0
-            if depth and saves >= save and changes == call:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if depth and not clearing:
+                done.append(name)
+                if saves >= save and len(done) == call:
+                    die([name])
             return original(*args, **options)
 
         return change
 
     def watched(original):
         def saving(*args, **options):
-            nonlocal saves, depth, changes
+            nonlocal saves, depth
             if depth == 0:
-                saves, changes = saves + 1, 0
+                saves += 1
+                done.clear()
             depth += 1
             try:
                 return original(*args, **options)
             finally:
                 depth -= 1
                 if (saves, depth, call) == (save, 0, 0):
-                    number = changes
-                    note.write_text(str(number))
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die(done)
 
         return saving
 
+    def unwatched(original):
+        def clear(*args, **options):
+            nonlocal clearing
+            clearing = True
+            try:
+                return original(*args, **options)
+            finally:
+                clearing = False
+
+        return clear
+
     for name in CHANGES:
-        setattr(os, name, counting(getattr(os, name)))
+        setattr(os, name, counting(name, getattr(os, name)))
     Run.save = watched(Run.save)
     rl._Session.save = watched(rl._Session.save)
+    Checkpoints._sweep = unwatched(Checkpoints._sweep)
 
 
 if __name__ == "__main__":

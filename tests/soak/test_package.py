@@ -1,12 +1,15 @@
 """The package as a user gets it: the wheel in an environment of its own, and its pages in a browser."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -28,6 +31,25 @@ def test_the_wheel_installs_in_a_clean_environment(tmp_path, found):
         told = [python, "-m", "difftori.cli", *words.split()]
         subprocess.run(told, check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
     found("wheel in a clean environment", result="installs, trains, reports")
+
+
+def test_no_training_listens(tmp_path, found):
+    """An agent's, with environments in processes of their own, looked at from its beginning to its end."""
+    words = "train tdmpc --env probe:delayed-reward --preset small --steps 400 --seed-steps 100 --workers async --quiet"
+    training = psutil.Popen([sys.executable, "-m", "difftori.cli", *words.split(), "--out", str(tmp_path / "run")])
+    looks, workers = 0, 0
+    while training.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = [training, *training.children(recursive=True)]
+            workers = max(workers, len(processes) - 1)
+            open_ports = [c for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+            assert not open_ports
+            looks += 1
+        time.sleep(0.2)
+    assert training.returncode == 0
+    assert workers
+    assert looks > 10
+    found("looking for listening sockets while an agent trains", trainer="tdmpc", times=looks, result="none")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -10,6 +10,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -99,6 +100,8 @@ def test_kills_of_runs_and_of_the_driver_lose_nothing(tmp_path, straight, found)
     assert weights(tmp_path / "out") == straight
     assert {standing(run).state for run in runs} == {"finished"}
     begun = {run: (run.folder / "command.txt").read_text() for run in runs}
+    starts = sum(len(text.splitlines()) for text in begun.values())
+    assert 12 <= starts <= 12 + 5, "only what was killed is begun again"
     assert begin(file).wait(120) == 0
     assert {run: (run.folder / "command.txt").read_text() for run in runs} == begun
     same = "12 runs with weights equal to the last bit; the finished sweep repeats nothing"
@@ -112,7 +115,10 @@ def test_on_ray_a_killed_worker_costs_nothing(tmp_path, straight, found):
     driver = begin(file, "--ray", "local")
     one_training(tmp_path / "out")
     time.sleep(4)
-    subprocess.run(["pkill", "-9", "-f", "ray::carry_out"], check=True)
+    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name().startswith("ray::carry_out")]
+    assert workers
+    for worker in workers:
+        worker.kill()
     time.sleep(4)
     os.kill(one_training(tmp_path / "out"), signal.SIGKILL)
     assert driver.wait(600) == 0, file.with_suffix(".log").read_text()

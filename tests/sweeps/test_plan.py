@@ -149,16 +149,16 @@ options = st.dictionaries(
 files = st.fixed_dictionaries(
     {},
     optional={
-        "common": options.map(lambda given: {"train": "bc", "env": "pendulum", **given}) | values,
-        "grid": st.dictionaries(
-            st.sampled_from(["seed", "lr", "env", "hidden"]), st.lists(values, max_size=3), max_size=2
-        )
+        "common": st.just({"train": "bc", "env": "pendulum"})
+        | options.map(lambda given: {"train": "bc", "env": "pendulum", **given})
         | values,
-        "variants": st.lists(options, max_size=3) | values,
-        "retries": values,
-        "cpus": values,
+        "grid": st.just({"seed": [0, 1], "epochs": [2, 3]})
+        | st.dictionaries(st.sampled_from(["seed", "lr", "env", "hidden"]), st.lists(values, max_size=3), max_size=2)
+        | values,
+        "variants": st.just([{"train": "bc"}, {"train": "lstm"}]) | st.lists(options, max_size=3) | values,
+        "retries": st.integers(0, 3) | values,
         "slurm": values,
-        "out": values,
+        "out": st.just("here") | values,
         "comon": values,
     },
 )
@@ -173,6 +173,7 @@ def test_whatever_a_file_holds_the_answer_is_a_plan_or_a_list_of_faults(tmp_path
         runs = plan(read_sweep(tmp_path / "sweep.yaml"))
     except ConfigError as error:
         faults = error.faults
+    assert bool(faults) != bool(runs)
     assert all(type(fault) is str and fault for fault in faults)
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:

@@ -108,9 +108,14 @@ def test_of_many_runs_methods_are_counted_and_only_what_is_urgent_is_named(sweep
     (run, *_) = plan(read_sweep(sweep))
     found = [Standing(run, state, 3, "why") for state in ["finished"] * 50 + ["running"] * 70 + ["failed"] * 2]
     shown = table(found)
-    assert shown[0] == {"run": f"*/{run.folder.parent.name}/*", "": "50 finished, 70 running, 2 failed"}
+    assert shown[0] == {
+        "run": f"*/{run.folder.parent.name}/*",
+        "state": "",
+        "step": "",
+        "": "50 finished, 70 running, 2 failed",
+    }
     assert [line["state"] for line in shown[1:61]] == ["failed"] * 2 + ["running"] * 58
-    assert shown[61:] == [{"run": "… and 12 more", "": "12 running"}]
+    assert shown[61:] == [{"run": "… and 12 more", "state": "", "step": "", "": "12 running"}]
     assert table(found[:60]) == [s.row() for s in found[:60]]
 
 

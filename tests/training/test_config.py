@@ -1,6 +1,8 @@
+import contextlib
+
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_imitation import POLICY, TASK, Outer, Tiny, TinyConfig, tiny_config
@@ -8,7 +10,10 @@ from tiny_imitation import POLICY, TASK, Outer, Tiny, TinyConfig, tiny_config
 from difftori.errors import ConfigError
 from difftori.training.config import TrainConfig, normalised, parse_config, read_yaml, to_yaml
 from difftori.training.options import overlay, read_tokens
+from difftori.training.records import read_config
 
+LAUGHS = "a0: &a0 1\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(12))
+"""Twelve short lines that stand for 8¹² values."""
 GOOD = {"policy": POLICY, "env": TASK}
 
 
@@ -111,7 +116,21 @@ def test_a_configuration_made_in_python_is_checked_too():
 
 
 @pytest.mark.parametrize(
-    "content", ["[1]", "a: [", "\x00", "3", "a: !!python/object/apply:os.system [true]", "a: &b [*b]", "a: {3: 4}"]
+    "content",
+    [
+        "[1]",
+        "a: [",
+        "\x00",
+        "3",
+        "a: !!python/object/apply:os.system [true]",
+        "a: &b [*b]",
+        "a: {3: 4}",
+        "lr: 2024-99-99",
+        "a: !!int x",
+        "a: 0b_",
+        LAUGHS,
+        "[" * 3000,
+    ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
@@ -119,6 +138,21 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
         read_yaml(tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match="absent"):
         read_yaml(tmp_path / "absent")
+
+
+@given(st.text() | st.text("{}[]:-&*!,#'\"|>? \n0aé", max_size=30))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_text_a_file_holds_it_is_a_mapping_or_a_fault(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    for read, place in ((read_yaml, tmp_path / "c.yaml"), (read_config, tmp_path)):
+        with contextlib.suppress(ConfigError):
+            assert isinstance(read(place), dict)
+
+
+def test_a_value_that_is_meant_twice_may_be_written_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &b {lr: 1}\nc: *b\nd: {<<: *b, x: 2}")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": {"lr": 1}, "c": {"lr": 1}, "d": {"lr": 1, "x": 2}}
 
 
 values = st.recursive(

@@ -127,6 +127,24 @@ def test_a_killed_process_goes_on_in_a_new_one(tmp_path, straight):
     assert outcome(out) == straight
 
 
+def test_a_polite_end_in_the_last_validation_is_heard(tmp_path, straight, monkeypatch):
+    validate = Learner.validate
+
+    def last(self, *args):
+        if self.place.epoch == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, *args)
+
+    monkeypatch.setattr(Learner, "validate", last)
+    with pytest.raises(SystemExit) as leaving:
+        train(tiny_config(), tmp_path / "run", progress=False)
+    assert leaving.value.code == 143
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(tiny_config(), tmp_path / "run", progress=False)
+    assert outcome(tmp_path / "run") == straight
+
+
 def test_a_finished_run_is_returned_at_once(tmp_path, monkeypatch):
     summary = train(tiny_config(epochs=1), tmp_path / "run", progress=False)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}

@@ -218,6 +218,28 @@ def test_returns_to_go_are_the_discounted_sum():
     np.testing.assert_allclose(sorted(trial.returns_to_go[: len(rewards)]), sorted(expected), rtol=1e-6)
 
 
+def test_with_a_damaged_episode_the_checkpoint_before_is_used(tmp_path, monkeypatch, caplog):
+    wanted = config(steps=90, save_every=30, eval_every=10_000, settings=QUICK)
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    step, calls = Collector.step, []
+
+    def dies(self, act):
+        calls.append(None)
+        if len(calls) == 80:
+            raise Interrupted
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", dies)
+    with pytest.raises(Interrupted):
+        rl.train(wanted, tmp_path / "hit", progress=False)
+    newest = max((tmp_path / "hit" / "episodes").glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    rl.train(wanted, tmp_path / "hit", progress=False)
+    assert digest(tmp_path / "hit") == digest(tmp_path / "whole")
+    assert "damaged checkpoint passed over" in caplog.text
+    assert len(list((tmp_path / "hit" / "checkpoints").glob("corrupt-step-*"))) == 1
+
+
 def test_a_damaged_or_foreign_run_is_refused(tmp_path):
     rl.train(config(steps=60), tmp_path / "run", progress=False)
     weights = tmp_path / "run" / "agent.pt"
@@ -250,7 +272,19 @@ names = st.sampled_from([*RLConfig.model_fields, "obss", 3, None])
 inner_names = st.sampled_from([*find_agent("difftori").Config.model_fields, "x", 3, None])
 
 
-@given(st.dictionaries(names, values, max_size=4), st.dictionaries(inner_names, values, max_size=3) | values)
+right = st.fixed_dictionaries(
+    {},
+    optional={"steps": st.integers(1, 10**6), "seed": st.integers(0, 9), "obs": st.sampled_from(["state", "pixels"])},
+)
+inner_right = st.fixed_dictionaries(
+    {}, optional={"lr": st.floats(1e-6, 1.0), "pg": st.sampled_from(["off", "replay"]), "horizon": st.integers(1, 5)}
+)
+
+
+@given(
+    right | st.dictionaries(names, values, max_size=4),
+    inner_right | st.dictionaries(inner_names, values, max_size=3) | values,
+)
 @settings(max_examples=100)
 def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top, inner):
     faults, config = [], None

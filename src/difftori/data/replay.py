@@ -25,7 +25,10 @@ _FLOAT = np.dtype(np.float32)
 _OBS_TYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 
-@final
+class DamagedEpisodeError(CheckpointError):
+    """A checkpoint names an episode whose file is missing or damaged."""
+
+
 @dataclass
 class _Kept:
     """A committed episode: the position of its first frame, its steps L, and its file once it has one."""
@@ -268,7 +271,7 @@ class Replay:
     def load(self, folder: Path, state: State) -> None:
         """Make this buffer what it was when `save` returned `state`: the next draw is the same.
 
-        Raises CheckpointError if a file is missing or damaged, or if the buffer was made otherwise (`beta`, storage and
+        Raises DamagedEpisodeError if a file is missing or damaged, CheckpointError if the buffer was made otherwise (`beta`, storage and
         device may differ); this buffer is then empty.
         """
         self._clear()
@@ -282,9 +285,9 @@ class Replay:
             for start, length, name in state["episodes"]:
                 episode = read_episode(folder / name, length, self._frames, self.action_dim + 2)
                 self._write(_Kept(start, length, name), episode)
-        except CheckpointError:
+        except CheckpointError as error:
             self._clear()
-            raise
+            raise DamagedEpisodeError(str(error)) from error
         leaves = np.zeros(self._size)
         leaves[self._live_slots()] = state["priorities"].numpy()
         self._tree.fill(leaves)

@@ -90,7 +90,7 @@ def gather(places: Sequence[Path]) -> Gathered:
     for place in _places(places):
         try:
             found = _from_folder(place) if place.is_dir() else _from_kept(place)
-        except (DifftoriError, OSError, KeyError, TypeError, ValueError) as error:
+        except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             left_out.append((place, str(error) or repr(error)))
             continue
         if found is not None:
@@ -187,6 +187,8 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
     broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
     if broken:
         raise DataError(f"its {', '.join(broken)} is no number")
+    if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
+        raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is none")
     name, base = config.get("agent") or config["policy"], _base(config)
     return Run(
         place=place,

@@ -97,6 +97,7 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(
         {
             "font.size": 9,
+            "text.parse_math": False,  # names are text, whatever they hold
             "axes.titlesize": 10,
             "axes.spines.top": False,
             "axes.spines.right": False,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.sweeps.drive import Engine, tell
-from difftori.sweeps.pool import Failure, Work, beside, run_one
+from difftori.sweeps.pool import Failure, RunsFailedError, Work, beside, run_one
 from difftori.training.checkpoint import replace_file
 from difftori.training.signals import StopSignal
 
@@ -85,8 +85,14 @@ def on_slurm(
                 jobs[job] = work
         for begin in range(0, len(missing), _ARRAY):
             part = missing[begin : begin + _ARRAY]
-            with executor.batch():
-                submitted = [executor.submit(SlurmRun(work, retries)) for work in part]
+            try:
+                with executor.batch():
+                    submitted = [executor.submit(SlurmRun(work, retries)) for work in part]
+            except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+                raise RunsFailedError(
+                    f"Slurm took {begin} of {len(missing)} runs and refused the next ({str(error).strip()}). Where that is a limit "
+                    "on waiting jobs, let these end, or split the sweep's file; the same command submits what is missing"
+                ) from error
             for job, work in zip(submitted, part, strict=True):
                 _note(work, job.job_id)
                 say(f"{work.name}: submitted as job {job.job_id}")

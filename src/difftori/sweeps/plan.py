@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,7 +43,7 @@ class Sweep(BaseModel):
     """Folder of the runs: `OUT/ENV/NAME_OPTIONS/seed-N`."""
     common: dict[str, Any] = {}
     """Options of every run."""
-    grid: dict[str, list[Any]] = {}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Options with the values that they take; every combination is a run."""
     variants: list[dict[str, Any]] = Field([{}], min_length=1)
     """Sets of options; each is combined with the whole grid."""

@@ -225,13 +225,16 @@ def _start(work: Work) -> subprocess.Popen[bytes]:
     """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on. A log is gone on with."""
     work.log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    safe_path = {
+        "PYTHONSAFEPATH": "1"
+    }  # the working directory is searched last, as by the command itself, and not first
     with work.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "difftori.cli", *work.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **threads},
+            env={**os.environ, **threads, **safe_path},
             start_new_session=True,
         )
 

@@ -61,11 +61,13 @@ def table(found: Sequence[Standing]) -> list[dict[str, Any]]:
     methods: dict[str, list[Standing]] = {}
     for s in found:
         methods.setdefault(s.run.folder.parent.name, []).append(s)
-    lines: list[dict[str, Any]] = [{"run": f"*/{name}/*", "": counts(own)} for name, own in methods.items()]
+    lines: list[dict[str, Any]] = [
+        {"run": f"*/{name}/*", "state": "", "step": "", "": counts(own)} for name, own in methods.items()
+    ]
     urgent = sorted((s for s in found if s.state in _URGENT), key=lambda s: _URGENT.index(s.state))
     lines += [s.row() for s in urgent[:_MANY]]
     if len(urgent) > _MANY:
-        lines.append({"run": f"… and {len(urgent) - _MANY} more", "": counts(urgent[_MANY:])})
+        lines.append({"run": f"… and {len(urgent) - _MANY} more", "state": "", "step": "", "": counts(urgent[_MANY:])})
     return lines
 
 

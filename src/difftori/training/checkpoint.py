@@ -122,6 +122,11 @@ class Checkpoints:
             )
         return None
 
+    def set_aside(self, step: int, fault: Exception) -> None:
+        """Rename a checkpoint whose companions are damaged, so that `latest` finds the one before."""
+        where = _quarantine(self.root / f"step-{step}")
+        _log.warning("damaged checkpoint passed over: %s [kept as %s]", fault, where.name)
+
     def best(self) -> Checkpoint:
         """The checkpoint marked best. Raises CheckpointError if none is marked or it is damaged."""
         try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
@@ -15,11 +15,13 @@ from pydantic_core import ErrorDetails
 from difftori.components import find_policy, suggest
 from difftori.errors import ConfigError, DifftoriError
 from difftori.interfaces import PolicyConfig
-from difftori.training.records import read_config
+from difftori.training.records import YAML_FAULTS, read_config
 from difftori.training.tasks import find_task
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_MOST_VALUES = 100_000
 
 
 class TrainConfig(BaseModel, Generic[SettingsT]):
@@ -154,27 +156,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The values of a configuration file. Raises ConfigError if it cannot be read or is no mapping."""
     try:
         values = yaml.load(path.read_text(), _PlainLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except YAML_FAULTS as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
-    try:
-        strange = [name for name in _names(values) if not isinstance(name, str)]
-    except RecursionError as error:
-        raise ConfigError([f"{path}: holds a value that contains itself; write it out without & and *"]) from error
-    if strange:
-        raise ConfigError([f"{path}: {name!r}: is no name; put it in quotes" for name in strange])
+    faults: list[str] = []
+    if _weight(values, {}, faults) > _MOST_VALUES:
+        faults.append(f"stands for more than {_MOST_VALUES} values by & and *; write out what is meant")
+    if faults:
+        raise ConfigError([f"{path}: {fault}" for fault in dict.fromkeys(faults)])
     return values
 
 
-def _names(values: Any) -> Iterator[Any]:
-    """Every name in values, however deep."""
-    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
-    yield from values if isinstance(values, dict) else ()
-    for value in inner:
-        yield from _names(value)
+def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
+    """How many values this stands for, those that a file repeats by reference counted each time; and names that are no text."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES + 1  # until it is known: whoever meets it again inside itself has no end
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str):
+                faults.append(f"{name!r}: is no name; put it in quotes")
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_weight(one, known, faults) for one in inner)
+    return known[id(value)]
 
 
 class _PlainLoader(yaml.SafeLoader):

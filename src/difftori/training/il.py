@@ -108,6 +108,8 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
                 if last or (epoch + 1) % config.save_every == 0:
                     run.save(learner.place.step, _state(learner, task.spec))
                 show(row)
+            if peers.any(stop.requested):  # in the last epoch's end, which is saved
+                stop.leave()
 
         if not peers.leads:
             return {}

@@ -11,8 +11,12 @@ import yaml
 from difftori.errors import ConfigError, DataError
 from difftori.types import Metrics
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+YAML_FAULTS = (OSError, ValueError, RecursionError, yaml.YAMLError)
+"""What reading YAML raises: dates and numbers that are none are ValueErrors, and deep nesting overflows the stack."""
+_QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's takes a fifth of the time, which counts where thousands of runs are read."""
+_SHORT = 4000
+"""Characters up to which it is used: it is not guarded against nesting that is too deep for the stack."""
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -55,8 +59,9 @@ def read_config(path: Path) -> dict:
     """A run's configuration as plain values. Raises ConfigError if there is none or it is no YAML."""
     source = path / "config.yaml"
     try:
-        values = yaml.load(source.read_text(), _LOADER)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = source.read_text()
+        values = yaml.load(text, _QUICK if len(text) <= _SHORT else yaml.SafeLoader)
+    except YAML_FAULTS as error:
         raise ConfigError(
             [f"{source}: no readable configuration ({error}); is {path} the directory of a run?"]
         ) from error

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.components import find_agent
-from difftori.data.replay import Replay, prune
+from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
@@ -95,10 +95,14 @@ class _Session:
         self._eval_env = None
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
-        if (checkpoint := run.restore()) is None:
-            self.collector.begin()
+        while (checkpoint := run.restore()) is not None:
+            try:
+                self._load(checkpoint.state)
+                break
+            except DamagedEpisodeError as error:
+                run.checkpoints.set_aside(checkpoint.step, error)
         else:
-            self._load(checkpoint.state)
+            self.collector.begin()
 
     @property
     def env_steps(self) -> int:
@@ -115,6 +119,8 @@ class _Session:
                     stop.leave()
                 self._look_and_save(show)
                 if self.env_steps >= self.config.steps:
+                    if stop.requested:  # in the last evaluation; all of it is saved
+                        stop.leave()
                     return
             self.deciding = True
             ended: list[Ended] = []
@@ -177,9 +183,10 @@ class _Session:
             self.owed -= 1
             self.updates += 1
             done += 1
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._sums[name] = self._sums.get(name, 0.0) + value
+            sound_metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            passed_over = float(len(sound_metrics) < len(metrics))  # Descent steps by no gradient with NaN
+            for name, value in {**sound_metrics, "non_finite": passed_over}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
             self._sums["updates"] = self._sums.get("updates", 0.0) + 1
         if done and not stop.requested:
             count = self._sums.pop("updates")

@@ -4,12 +4,15 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import difftori
+
+_SIMULATORS = ("mujoco", "dm_control", "metaworld", "gym_pusht", "pymunk", "gymnasium")
 
 
 def versions(device: str) -> dict[str, str | int | None]:
@@ -20,6 +23,7 @@ def versions(device: str) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: version for name in _SIMULATORS if (version := _installed(name)) is not None},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "device": device,
@@ -27,6 +31,13 @@ def versions(device: str) -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "executable": sys.executable,
     }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:
