@@ -16,7 +16,7 @@ from difftori.policies.bc import BC, BCConfig
 from difftori.studies import table8
 from difftori.studies._table8_report import Evaluation, summarise
 from difftori.studies.table8 import Config, output_folder, partial_reasons
-from difftori.training import tasks
+from difftori.training import pendulum_task
 from difftori.types import Plans, States
 
 
@@ -44,7 +44,7 @@ def write_run(folder: Path, *, epochs: int) -> dict[str, float]:
 @pytest.fixture
 def cheap_expert(monkeypatch):
     monkeypatch.setattr(table8, "expert_plans", push_upright)
-    monkeypatch.setattr(tasks, "expert_plans", push_upright)
+    monkeypatch.setattr(pendulum_task, "expert_plans", push_upright)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_no_seed_trains_on_the_starts_that_are_evaluated():
     common = sample_starts(50, np.random.default_rng(table8.COMMON_STREAM))
     for seed in range(table8.MOST_SEEDS):
         test = sample_starts(50, np.random.default_rng((*table8.TEST_STREAM, seed)))
-        for stream in (0, 1):  # as tasks.pendulum_task draws training and validation
+        for stream in (0, 1):  # as pendulum_task draws training and validation
             drawn = sample_starts(50, np.random.default_rng([seed, stream]))
             assert not bool((drawn[:, None] == torch.cat((common, test))).all(-1).any())
     assert torch.equal(sample_starts(50, np.random.default_rng([table8.MOST_SEEDS, 0])), common)

@@ -3,14 +3,18 @@ import torch
 from tiny_imitation import TASK, make
 
 from difftori.errors import ConfigError
-from difftori.training import tasks
-from difftori.training.tasks import TASKS, PendulumTask, find_task, make_task, pendulum_task
+from difftori.training import pendulum_task
+from difftori.training.pendulum_task import PendulumTask
+from difftori.training.pendulum_task import pendulum_task as make_pendulum
+from difftori.training.task_names import TASKS, find_task, make_task
 
 
 @pytest.fixture
 def _idle_expert(monkeypatch):
     """An expert that does nothing: the tests here are of the task, not of the expert."""
-    monkeypatch.setattr(tasks, "expert_plans", lambda problem, starts: torch.zeros(len(starts), problem.horizon, 1))
+    monkeypatch.setattr(
+        pendulum_task, "expert_plans", lambda problem, starts: torch.zeros(len(starts), problem.horizon, 1)
+    )
 
 
 def test_the_dictionary_is_looked_up_first(monkeypatch):
@@ -48,14 +52,14 @@ def test_the_pendulum(name, damping):
 
 @pytest.mark.usefixtures("_idle_expert")
 def test_validation_is_the_same_whatever_the_number_of_training_trajectories():
-    few, many = (pendulum_task(False, seed=1, num_train=n) for n in (5, 50))
+    few, many = (make_pendulum(False, seed=1, num_train=n) for n in (5, 50))
     assert torch.equal(few.validation.obs, many.validation.obs)
     assert not torch.equal(few.train.obs, few.validation.obs[:5])
 
 
 @pytest.mark.usefixtures("_idle_expert")
 def test_the_expert_against_itself_costs_nothing_more_and_starts_are_common():
-    task = pendulum_task(False, seed=1, num_train=2)
+    task = make_pendulum(False, seed=1, num_train=2)
 
     def evaluate(act, seed=0):
         return task.evaluate(act, episodes=6, generator=torch.Generator().manual_seed(seed)).metrics

@@ -30,8 +30,8 @@ from difftori.studies.plots import Curve, Swing, learning_curves, phase_plane, s
 from difftori.studies.statistics import paired_difference
 from difftori.training.config import TrainConfig, parse_config
 from difftori.training.il import load_policy, train
+from difftori.training.pendulum_task import expert_plans
 from difftori.training.records import read_metrics
-from difftori.training.tasks import expert_plans
 from difftori.types import Plans, States, state_obs
 
 Setting = Literal["no-damping", "damping"]

@@ -16,7 +16,7 @@ from difftori.components import find_policy, suggest
 from difftori.errors import ConfigError, DifftoriError
 from difftori.interfaces import PolicyConfig
 from difftori.training.records import YAML_FAULTS, read_config
-from difftori.training.tasks import find_task
+from difftori.training.task_names import find_task
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -28,7 +28,8 @@ from difftori.training.peers import Peers
 from difftori.training.records import read_config, read_summary
 from difftori.training.run import Run, refuse_another, seeded
 from difftori.training.signals import StopSignal
-from difftori.training.tasks import Act, Evaluation, ImitationTask, make_task
+from difftori.training.task_names import make_task
+from difftori.training.tasks import Act, Evaluation, ImitationTask
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
 _log = logging.getLogger(__name__)
