@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import subprocess
@@ -133,6 +134,20 @@ def test_without_slurm_there_is_a_clear_error(sweep, capsys, monkeypatch):
     monkeypatch.setattr(handler, "close", lambda: pytest.fail("importing submitit closed somebody's handler"))
     assert main(["sweep", str(sweep), "--slurm"]) == 2
     assert "--slurm: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
+@needs_submitit
+def test_what_slurm_refuses_is_told(sweep, capsys, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, does in (("srun", "true"), ("sbatch", "echo 'AssocMaxSubmitJobLimit' >&2; exit 1"), ("sacct", "true")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert main(["sweep", str(sweep), "--slurm"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Slurm took 0 of 2 runs and refused the next" in said
+    assert "AssocMaxSubmitJobLimit" in said
 
 
 def test_a_failure_travels_between_machines(sweep):

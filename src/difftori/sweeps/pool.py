@@ -222,19 +222,19 @@ def _forget_failure(work: Work) -> None:
 
 
 def _start(work: Work) -> subprocess.Popen[bytes]:
-    """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on. A log is gone on with."""
+    """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on. A log is gone on with.
+
+    With a safe path the working directory is searched last for modules, as by the command itself, and not first.
+    """
     work.log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    safe_path = {
-        "PYTHONSAFEPATH": "1"
-    }  # the working directory is searched last, as by the command itself, and not first
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with work.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "difftori.cli", *work.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **threads, **safe_path},
+            env={**os.environ, **own},
             start_new_session=True,
         )
 
