@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from difftori.training.checkpoint import weights_digest
 from difftori.training.il import load_policy
+from tests.soak.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,10 +33,7 @@ def finish(out: Path) -> str:
 def test_a_kill_of_all_and_going_on_equals_going_straight(tmp_path, found):
     wanted = finish(tmp_path / "straight")
     killed = start(tmp_path / "killed")
-    until = time.monotonic() + 120
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")))
     for process in (killed, *killed.children(recursive=True)):
         process.send_signal(signal.SIGKILL)
     killed.wait()

@@ -22,6 +22,7 @@ from difftori.training.il import load_policy
 from difftori.training.records import read_config, read_metrics, read_summary
 from difftori.training.run import Run
 from tests.soak.trainers import TRAINERS
+from tests.soak.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -151,9 +152,7 @@ def test_a_polite_end_saves_and_exits_143(name, straight, tmp_path, found):
     folder, ask = straight
     wanted, _ = ask(name)
     process = start(tmp_path / "run", name, folder, save_every=100_000)
-    until = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until((tmp_path / "run" / "metrics.jsonl").exists)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     process.terminate()
     process.communicate(timeout=120)
@@ -171,9 +170,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, 
     folder, ask = straight
     wanted, _ = ask(name)
     process = start(tmp_path / "run", name, folder)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")))
     process.kill()
     process.communicate()
 

@@ -29,6 +29,7 @@ class DamagedEpisodeError(CheckpointError):
     """A checkpoint names an episode whose file is missing or damaged."""
 
 
+@final
 @dataclass
 class _Kept:
     """A committed episode: the position of its first frame, its steps L, and its file once it has one."""

@@ -109,9 +109,7 @@ class Checkpoints:
             try:
                 found = Checkpoint(step, path, _read(path, step))
             except CheckpointError as error:
-                where = _quarantine(path) if repair else path
-                faults.append(f"{error} [kept as {where.name}]")
-                _log.warning("damaged checkpoint passed over: %s", faults[-1])
+                faults.append(_pass_over(error, _quarantine(path) if repair else path))
                 continue
             return found
         damaged = sorted(p.name for p in self.root.glob("corrupt-*"))
@@ -124,8 +122,7 @@ class Checkpoints:
 
     def set_aside(self, step: int, fault: Exception) -> None:
         """Rename a checkpoint whose companions are damaged, so that `latest` finds the one before."""
-        where = _quarantine(self.root / f"step-{step}")
-        _log.warning("damaged checkpoint passed over: %s [kept as %s]", fault, where.name)
+        _pass_over(fault, _quarantine(self.root / f"step-{step}"))
 
     def best(self) -> Checkpoint:
         """The checkpoint marked best. Raises CheckpointError if none is marked or it is damaged."""
@@ -305,6 +302,13 @@ def _fault(path: Path, step: int) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _pass_over(fault: Exception, where: Path) -> str:
+    """Say that a damaged checkpoint is passed over, and return what was said of it."""
+    said = f"{fault} [kept as {where.name}]"
+    _log.warning("damaged checkpoint passed over: %s", said)
+    return said
 
 
 def _quarantine(path: Path) -> Path:
