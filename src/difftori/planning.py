@@ -55,11 +55,11 @@ class ReturnObjective(TrajectoryObjective):
         self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
 
-    def next(self, state: States, action: Actions) -> States:
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a)."""
         return self.dynamics(state, action)
 
-    def stage_cost(self, state: States, action: Actions) -> Rows:
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
         return -self.reward(state, action)
 
@@ -110,7 +110,9 @@ class ActionReturnObjective(ReturnObjective):
             weight = weight * self.discount
         return -(total + weight * self.action_value(state, last))
 
-    def stage_cost(self, state: States, action: Actions) -> Rows:
+    staged = False
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """Refused: it depends on the step."""
         raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
 
@@ -147,11 +149,11 @@ class EnergyObjective(TrajectoryObjective):
         self.dynamics, self.energy = dynamics, energy
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
 
-    def next(self, state: States, action: Actions) -> States:
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a); for H = 1 there is no next state to need."""
         return state if self.dynamics is None else self.dynamics(state, action)
 
-    def stage_cost(self, state: States, action: Actions) -> Rows:
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−f(z, a)."""
         return -self.energy(state, action)
 

@@ -92,10 +92,10 @@ class LQR(TrajectoryObjective):
         self.A, self.B, self.R, self.state = A, B, R, state
         self.horizon, self.action_dim, self.discount = horizon, B.shape[1], 1.0
 
-    def next(self, state, action):
+    def next(self, state, action, t=None):
         return state @ self.A.T + action @ self.B.T
 
-    def stage_cost(self, state, action):
+    def stage_cost(self, state, action, t=None):
         return 0.5 * state.square().sum(-1) + 0.5 * (action @ self.R * action).sum(-1)
 
     def terminal_cost(self, state):
@@ -133,12 +133,12 @@ class Swing(TrajectoryObjective):
         self.physics, self.state = physics, state
         self.horizon, self.action_dim, self.discount = horizon, 1, 0.95
 
-    def next(self, state, action):
+    def next(self, state, action, t=None):
         g, damping = self.physics
         velocity = state[..., 1:] + 0.2 * (g * torch.sin(state[..., :1]) + 2 * action - damping * state[..., 1:])
         return torch.cat([state[..., :1] + 0.2 * velocity, velocity], -1)
 
-    def stage_cost(self, state, action):
+    def stage_cost(self, state, action, t=None):
         return 1 - torch.cos(state[..., 0]) + 0.1 * state[..., 1].square() + 0.1 * action.square().sum(-1)
 
     def terminal_cost(self, state):

@@ -268,10 +268,10 @@ def test_unrolled_ilqr_of_one_time_step(steps, solver):
         discount = 0.9
         gain = torch.tensor(0.7, dtype=F64, requires_grad=True)
 
-        def next(self, state, action):
+        def next(self, state, action, t=None):
             return state + self.gain * torch.sin(action)
 
-        def stage_cost(self, state, action):
+        def stage_cost(self, state, action, t=None):
             return 0.3 * action.square().sum(-1)
 
         def terminal_cost(self, state):

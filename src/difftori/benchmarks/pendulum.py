@@ -45,11 +45,11 @@ class PendulumProblem(TrajectoryObjective, Problem):
     action_dim: int = 1
     discount: float = 1.0
 
-    def next(self, state: States, action: Actions) -> States:
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
         """The pendulum one step later."""
         return pendulum_next(state, action, self.parameters)
 
-    def stage_cost(self, state: States, action: Actions) -> Rows:
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """The quadratic cost of one step."""
         weights, linear = state.new_tensor(GOAL_WEIGHTS), state.new_tensor(_linear())
         return (0.5 * weights * state.square() + linear * state).sum(-1) + 0.5 * TORQUE_WEIGHT * action.square().sum(-1)

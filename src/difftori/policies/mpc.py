@@ -37,11 +37,11 @@ class PendulumObjective(TrajectoryObjective):
         self.parameters, self.quadratic, self.linear = parameters, quadratic, linear
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, 1, 1.0
 
-    def next(self, state: States, action: Actions) -> States:
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
         """One step of the pendulum. The box keeps the torque within its limit, so nothing is clamped here."""
         return pendulum_step(state, action, self.parameters, dt=DT, torque_limit=float("inf"))
 
-    def stage_cost(self, state: States, action: Actions) -> Rows:
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """½ τᵀdiag(q)τ + pᵀτ."""
         pair = torch.cat((state, action), -1)
         return (0.5 * self.quadratic * pair.square() + self.linear * pair).sum(-1)

@@ -10,20 +10,49 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from difftori.errors import SolverError
+
+def loop(body: Callable, carry: tuple[Tensor, ...], steps: tuple[Tensor, ...]):
+    """carry, out = body(carry, (step[i] for step in steps)) for i = 0, 1, …: the last carry, and the outs stacked.
+
+    Eager, a Python loop. Compiled, one loop around one compiled body, so that the time to compile does not grow with
+    the number of steps.
+    """
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.scan import scan
+
+        def apart(carry, step):
+            carry, out = body(carry, step)
+            return _apart(carry), _apart(out)
+
+        return scan(apart, _apart(carry), steps)
+    outs = []
+    for step in zip(*(part.unbind(0) for part in steps), strict=True):
+        carry, out = body(carry, step)
+        outs.append(out)
+    return carry, tuple(torch.stack(part) for part in zip(*outs, strict=True))
+
+
+def _apart(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies in one memory layout: what a scan carries must keep its layout, and may not share memory with its input."""
+    return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
+
 
 # Every new shape, solver and kind of objective is one compilation of the same code; torch's default allows 8.
 _COMPILATIONS = 256
 
 
 @cache
-def _compile(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def _compile(function: Callable, lean: bool) -> Callable:
+    # A C++ wrapper spares a loop of small kernels most of its time; where kernels are large it only compiles longer.
+    options: dict = {"cpp_wrapper": True} if lean else {}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
 
-def compiled_call(function: Callable, *arguments):
-    """function(*arguments), compiled for these shapes at the first such call.
+def compiled_call(function: Callable, *arguments, lean: bool = False):
+    """function(*arguments), compiled for these shapes at the first such call. `lean`: many small kernels, on a CPU.
 
     Raises:
         SolverError: torch.compile cannot trace the solver or the objective.
@@ -38,7 +67,7 @@ def compiled_call(function: Callable, *arguments):
     )
     try:
         with limits:
-            return _compile(function)(*arguments)
+            return _compile(function, lean)(*arguments)
     except FailOnRecompileLimitHit as error:
         raise SolverError(
             f"compile=True: more than {_COMPILATIONS} shapes, each compiled anew; keep the number of rows fixed, or go without it"

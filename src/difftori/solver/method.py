@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,16 +59,23 @@ class Problem:
 
 
 class State(NamedTuple):
-    """Where a solver stands at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first."""
+    """Where a solver stands at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first.
+
+    Solvers of trajectories also give the `states` (B H+1 S) that belong to x, and `distance` (B), an estimate of how far x is
+    from the optimum in units of x.
+    """
 
     cost: Rows
     grad: Points | None
     memory: tuple[Tensor, ...] = ()
+    states: Tensor | None = None
+    distance: Rows | None = None
 
     def detached(self) -> "State":
         """The same without a graph."""
         grad = None if self.grad is None else self.grad.detach()
-        return State(self.cost.detach(), grad, tuple(part.detach() for part in self.memory))
+        states = None if self.states is None else self.states.detach()
+        return State(self.cost.detach(), grad, tuple(part.detach() for part in self.memory), states, self.distance)
 
 
 class Solver(ABC):
@@ -77,6 +84,9 @@ class Solver(ABC):
     Steps never mix rows, never leave the box and never wait for the device. A solver knows nothing of how its solution
     is differentiated: if `problem.create_graph` is set, `step` must simply be made of differentiable operations.
     """
+
+    compiles: ClassVar[Literal["steps", "parts", "no"]] = "steps"
+    """With compile=True: whole steps are traced; or the step compiles parts of itself; or the solver is refused."""
 
     @abstractmethod
     def init(self, problem: Problem, x: Points) -> State:
@@ -105,7 +115,10 @@ def choose_state(mask: Tensor, yes: State, no: State) -> State:
     """The same for whole solver states."""
     grad = None if yes.grad is None or no.grad is None else choose(mask, yes.grad, no.grad)
     memory = tuple(choose(mask, a, b) for a, b in zip(yes.memory, no.memory, strict=True))
-    return State(torch.where(mask, yes.cost, no.cost), grad, memory)
+    states = None if yes.states is None or no.states is None else choose(mask, yes.states, no.states)
+    both = yes.distance is not None and no.distance is not None
+    distance = torch.where(mask, yes.distance, no.distance) if both else None
+    return State(torch.where(mask, yes.cost, no.cost), grad, memory, states, distance)
 
 
 def all_finite(cost: Rows, grad: Points | None) -> Tensor:

@@ -55,24 +55,29 @@ class LeastSquaresObjective(Objective):
 
 
 class TrajectoryObjective(Objective):
-    """Single shooting: Σ_{t<H} γ^t c(s_t, a_t) + γ^H c_H(s_H) with s_{t+1} = next(s_t, a_t), over x = (a_0 … a_{H−1}).
+    """Single shooting: Σ_{t<H} γ^t c(s_t, a_t, t) + γ^H c_H(s_H) with s_{t+1} = next(s_t, a_t, t), over x = (a_0 … a_{H−1}).
 
     `state` (B S) is the start, `horizon` H, `action_dim` A, so n = H·A. The model is unrolled inside the cost, so it is
-    no constraint, and any solver applies; `ILQR` also uses the structure.
+    no constraint, and any solver applies; `ILQR` and the implicit gradient also use the structure.
+
+    `t` is the step as an integer tensor without dimensions: index with it (`reference[t]`) and use `torch.where`, not
+    `if` and not `int(t)`, because derivatives of all steps are computed at once by `torch.func.vmap`.
     """
 
     state: Tensor
     horizon: int
     action_dim: int
     discount: float
+    staged: bool = True
+    """Whether the cost is the sum above. False: one that overrides `cost`, so that its structure must not be used."""
 
     @abstractmethod
-    def next(self, state: States, action: Actions) -> States:
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
         """The state one step later."""
 
     @abstractmethod
-    def stage_cost(self, state: States, action: Actions) -> Rows:
-        """Cost of one step, undiscounted."""
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        """Cost of step t, undiscounted."""
 
     @abstractmethod
     def terminal_cost(self, state: States) -> Rows:
@@ -82,14 +87,25 @@ class TrajectoryObjective(Objective):
         """The variables x (B n) as actions (B H A)."""
         return x.unflatten(-1, (self.horizon, self.action_dim))
 
+    def times(self) -> Tensor:
+        """The steps 0 … H − 1, (H)."""
+        return torch.arange(self.horizon, device=self.state.device)
+
     def cost(self, x: Points) -> Rows:
         """The discounted sum over the rollout."""
         state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
-        for action in self.plan(x).unbind(-2):
-            total = total + weight * self.stage_cost(state, action)
-            state = self.next(state, action)
+        for t, action in zip(self.times().unbind(), self.plan(x).unbind(-2), strict=True):
+            total = total + weight * self.stage_cost(state, action, t)
+            state = self.next(state, action, t)
             weight = weight * self.discount
         return total + weight * self.terminal_cost(state)
+
+    def rollout(self, x: Points) -> Tensor:
+        """The states s_0 … s_H that x leads to, (B H+1 S)."""
+        states = [self.state]
+        for t, action in zip(self.times().unbind(), self.plan(x).unbind(-2), strict=True):
+            states.append(self.next(states[-1], action, t))
+        return torch.stack(states, -2)
 
 
 def as_objective(objective: "Objective | Callable[[Tensor], Tensor]") -> Objective:

@@ -149,7 +149,7 @@ class _Run:
             elif differentiable:
                 progress = self._resume(problem, progress)
             # A generator cannot be traced: steps that draw from one are eager, and their evaluations compiled.
-            if problem.compile and self.history is None and problem.generator is None:
+            if problem.compile and self.solver.compiles == "steps" and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
                 for _ in range(steps):

@@ -1,0 +1,411 @@
+"""Linear-quadratic models of trajectories: linearise along one, and sweep back through it (Riccati).
+
+    min over δa   Σ_t ½ [δs δa] C_t [δs δa]ᵀ + c_t·[δs δa]  + ½ δs_H C_H δs_H + c_H·δs_H,    δs_{t+1} = F_t [δs_t δa_t]
+
+`ILQR` takes its steps from such models, and the implicit gradient solves its linear system by one (kkt.py). S states,
+A actions, N = S + A; rows first, then time. Everything costs O(H).
+
+The sweep works in homogeneous coordinates (δs, 1): value function, linear terms and constants are one symmetric matrix.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.objective import TrajectoryObjective
+from difftori.types import Plans, RowFlags, Rows
+
+
+class LQModel(NamedTuple):
+    """Derivatives along a trajectory, discounts included; rows first.
+
+    `jacobian` F (B H S N); `gradient` (B H N) and `hessian` (B H N N) of the stage costs; `terminal_gradient` (B S),
+    `terminal_hessian` (B S S).
+    """
+
+    jacobian: Tensor
+    gradient: Tensor
+    hessian: Tensor
+    terminal_gradient: Tensor
+    terminal_hessian: Tensor
+
+
+def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQModel:
+    """The model along states (B H+1 S) and actions (B H A): exact Jacobians, gradients and Hessians of the costs.
+
+    Derivatives of all steps are taken at once: a step's share does not grow with the horizon.
+    """
+    size, width = states.shape[-1], states.shape[-1] + plan.shape[-1]
+    state_basis, basis = _basis(states, size), _basis(states, width)
+
+    def at(state: Tensor, action: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pair = torch.cat([state, action], -1)
+        following, pull = _vjp(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
+        jacobian = vmap(lambda v: pull(v)[0])(state_basis)
+        gradient, pull_gradient = _vjp(
+            lambda z: weight * _gradient(lambda y: objective.stage_cost(y[..., :size], y[..., size:], t), z), pair
+        )
+        return jacobian, gradient, vmap(lambda v: pull_gradient(v)[0])(basis)
+
+    weights = _weights(objective, states)
+    jacobian, gradient, hessian = vmap(at, in_dims=(1, 1, 0, 0), out_dims=(2, 1, 2), randomness="same")(
+        states[:, :-1], plan, objective.times(), weights[:-1]
+    )
+    last, pull_last = _vjp(lambda s: weights[-1] * _gradient(objective.terminal_cost, s), states[:, -1])
+    terminal = vmap(lambda v: pull_last(v)[0])(state_basis)
+    # One layout, whoever made them: compiled code is made anew for another.
+    parts = (jacobian.movedim(0, 2), gradient, hessian.movedim(0, 2), last, terminal.movedim(0, 1))
+    return LQModel(*(part.contiguous() for part in parts))
+
+
+def first_order(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> tuple[LQModel, Tensor, Plans]:
+    """The model, the costates (B H+1 S) and the cost's gradient with respect to the actions (B H A)."""
+    model = linearise(objective, states, plan)
+    costate = costates(model)
+    return model, costate, action_gradient(model, costate)
+
+
+def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
+    """The discounted cost of states (B H+1 S) and actions (B H A) as they are, (B)."""
+    weights = _weights(objective, states)
+    stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), out_dims=1, randomness="same")(
+        states[:, :-1], plan, objective.times()
+    )
+    return (stages * weights[:-1]).sum(-1) + weights[-1] * objective.terminal_cost(states[:, -1])
+
+
+def costates(model: LQModel) -> Tensor:
+    """λ_t, the derivative of the cost with respect to s_t with later actions fixed, (B H+1 S)."""
+    size = model.terminal_gradient.shape[-1]
+
+    def back(carry: tuple[Tensor], step: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor], tuple[Tensor]]:
+        (costate,), (transposed, gradient) = carry, step
+        costate = gradient + (transposed @ costate.unsqueeze(-1)).squeeze(-1)
+        return (costate,), (costate,)
+
+    transposed, gradient = model.jacobian[..., :size].transpose(-1, -2), model.gradient[..., :size]
+    steps = (transposed.movedim(1, 0).flip(0), gradient.movedim(1, 0).flip(0))
+    _, (found,) = loop(back, (model.terminal_gradient,), steps)
+    return torch.cat([found.flip(0).movedim(0, 1), model.terminal_gradient.unsqueeze(1)], 1)
+
+
+def action_gradient(model: LQModel, costate: Tensor) -> Plans:
+    """∂J/∂a_t = c_a + F_aᵀ λ_{t+1}, (B H A)."""
+    size = costate.shape[-1]
+    transposed = model.jacobian[..., size:].transpose(-1, -2)
+    return model.gradient[..., size:] + (transposed @ costate[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def with_dynamics_curvature(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, model: LQModel, costate: Tensor
+) -> LQModel:
+    """The same model with λ_{t+1}ᵀ ∂²next added to the Hessians: those of the Lagrangian, exact at a stationary point."""
+    size, width = states.shape[-1], states.shape[-1] + plan.shape[-1]
+    basis = _basis(states, width)
+
+    def at(state: Tensor, action: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        def gradient(pair: Tensor) -> Tensor:
+            _, pull = _vjp(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
+            return pull(weight)[0]
+
+        _, pull = _vjp(gradient, torch.cat([state, action], -1))
+        return vmap(lambda v: pull(v)[0])(basis)
+
+    bends = vmap(at, in_dims=(1, 1, 0, 1), out_dims=2, randomness="same")(
+        states[:, :-1], plan, objective.times(), costate[:, 1:]
+    )
+    return model._replace(hessian=model.hessian + bends.movedim(0, 2))
+
+
+def convexified(model: LQModel, floor: float) -> LQModel:
+    """The same model with every Hessian's eigenvalues raised to `floor` × its row's largest curvature.
+
+    Only the Hessians that need it pay for an eigendecomposition. What is added counts as a constant.
+    """
+    scale = model.hessian.detach().abs().amax((1, 2, 3)).maximum(model.terminal_hessian.detach().abs().amax((1, 2)))
+    least = floor * scale
+    hessian = _convex(model.hessian.flatten(0, 1), least.repeat_interleave(model.hessian.shape[1]))
+    return model._replace(
+        hessian=hessian.view_as(model.hessian), terminal_hessian=_convex(model.terminal_hessian, least)
+    )
+
+
+def _convex(matrices: Tensor, floor: Tensor) -> Tensor:
+    detached = matrices.detach()
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    finite = torch.isfinite(detached).flatten(1).all(-1)
+    _, failed = torch.linalg.cholesky_ex(
+        torch.where(finite[:, None, None], detached, identity) - floor[:, None, None] * identity
+    )
+    rows = ((failed != 0) & finite & torch.isfinite(floor)).nonzero().squeeze(-1)
+    if len(rows) == 0:
+        return matrices
+    values, vectors = torch.linalg.eigh(detached[rows])
+    raised = (values.maximum(floor[rows, None]) - values).unsqueeze(-2)
+    return matrices.index_add(0, rows, (vectors * raised) @ vectors.transpose(-1, -2))
+
+
+class Sweep(NamedTuple):
+    """What a sweep back found.
+
+    `gains` [K_t k_t] (B H A S+1): δa_t = K_t δs_t + α k_t; `slope` (B): the cost's derivative along α at 0 and `bend` (B) its
+    second derivative, by the model; `newton` (B): the largest action that a step of its own curvature alone would move.
+    """
+
+    gains: Tensor
+    slope: Rows
+    bend: Rows
+    newton: Rows
+
+
+def homogeneous(model: LQModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamics (B H S+1 N+1), stage costs (B H N+1 N+1) and the last value (B S+1 S+1), ordered (δs, 1, δa)."""
+    size = model.terminal_gradient.shape[-1]
+    f, g, h = model.jacobian, model.gradient, model.hessian
+    zero = f.new_zeros(*f.shape[:-1], 1)
+    dynamics = torch.cat([f[..., :size], zero, f[..., size:]], -1)
+    constant = f.new_zeros(*f.shape[:2], 1, dynamics.shape[-1])
+    constant[..., size] = 1.0
+    dynamics = torch.cat([dynamics, constant], -2)
+    column = torch.cat([g[..., :size], f.new_zeros(*g.shape[:-1], 1), g[..., size:]], -1).unsqueeze(-1)
+    stage = torch.cat([h[..., :size, :], h.new_zeros(*h.shape[:2], 1, h.shape[-1]), h[..., size:, :]], -2)
+    without = column * torch.ones_like(column).index_fill(-2, torch.tensor([size], device=f.device), 0.0)
+    stage = torch.cat([stage[..., :size], column, stage[..., size:]], -1)
+    stage = torch.cat(
+        [stage[..., :size, :], without.transpose(-1, -2), stage[..., size + 1 :, :]], -2
+    )
+    last = torch.cat([model.terminal_hessian, model.terminal_gradient.unsqueeze(-1)], -1)
+    foot = torch.cat([model.terminal_gradient, torch.zeros_like(model.terminal_gradient[:, :1])], -1)
+    return dynamics, stage, torch.cat([last, foot.unsqueeze(-2)], -2)
+
+
+def sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, compile: bool = False) -> Sweep:
+    """Gains that minimise the model with low ≤ δa_t ≤ high (B H A) on the nominal path, from the last step to the first.
+
+    Feedback acts on the actions that no bound holds. `damping` (B) is relative: diag(H_aa) is multiplied by 1 + damping.
+    """
+    if not compile:
+        return _sweep(model, low, high, damping, False)
+    lean = low.device.type == "cpu"
+    # Bounded actions of more than one dimension take several iterations each; most sweeps need none.
+    several = low.shape[-1] > 1
+    found = compiled_call(_sweep, model, low, high, damping, several, lean=lean)
+    if several and not bool(((found.gains[..., -1] >= low) & (found.gains[..., -1] <= high)).all()):
+        found = compiled_call(_sweep, model, low, high, damping, False, lean=lean)
+    return found
+
+
+def _sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, unbounded: bool) -> Sweep:
+    dynamics, stage, value = homogeneous(model)
+    size = value.shape[-1]
+    identity = torch.eye(size, dtype=stage.dtype, device=stage.device).expand(stage.shape[0], -1, -1)
+
+    def back(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+        (value,), (f, c, low, high) = carry, step
+        q = c + _product(_product(f.transpose(-1, -2), value), f)
+        h, b = q[:, size:, size:], q[:, size:, :size]
+        gain = control(h, b, low, high, damping, unbounded)
+        embed = torch.cat([identity, gain], -2)
+        return (_product(_product(embed.transpose(-1, -2), q), embed),), (gain, b[..., -1], h.diagonal(dim1=-1, dim2=-2))
+
+    steps = tuple(part.movedim(1, 0).flip(0) for part in (dynamics, stage, low, high))
+    (value,), found = loop(back, (value,), steps)
+    gains, linear, curvature = (part.flip(0).movedim(0, 1) for part in found)
+    slope = (gains[..., -1] * linear).sum((1, 2))
+    alone = torch.minimum(torch.maximum(-linear / _positive(curvature), low), high)
+    return Sweep(gains, slope, value[:, -1, -1] - 2 * slope, alone.abs().amax((1, 2)))
+
+
+def control(h: Tensor, b: Tensor, low: Tensor, high: Tensor, damping: Rows, unbounded: bool = False) -> Tensor:
+    """[K k] (B A S+1) of min ½ kᵀh k + b₁ᵀk over low ≤ k ≤ high (B A), by projected Newton; K on the free set."""
+    if h.shape[-1] == 1:
+        wish = -b / _positive(h * (1 + damping)[:, None, None])
+        last = wish[..., -1]
+        k = torch.minimum(torch.maximum(last, low), high)
+        return torch.cat([wish[..., :-1] * (k == last).unsqueeze(-1), k.unsqueeze(-1)], -1)
+    h = h + torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)) * damping[:, None])
+    compiling = torch.compiler.is_compiling()
+    if unbounded or not compiling:
+        wish, sound = _solve(h, -b)
+        if compiling:
+            return wish
+        inside = ((wish[..., -1] >= low) & (wish[..., -1] <= high)).all(-1)
+        if unbounded or bool((inside & sound).all()):
+            return wish
+    return _bounded_control(h, b, low, high)
+
+
+def _solve(h: Tensor, b: Tensor) -> tuple[Tensor, RowFlags]:
+    """h⁻¹ b, and which h (B A A) are positive definite. Compiled, few actions are eliminated in plain arithmetic."""
+    if not torch.compiler.is_compiling() or h.shape[-1] > 6:
+        factor, failed = torch.linalg.cholesky_ex(h)
+        return torch.cholesky_solve(b, factor), failed == 0
+    size = h.shape[-1]
+    rows = [torch.cat([h[:, i], b[:, i]], -1) for i in range(size)]
+    sound = torch.ones_like(h[:, 0, 0], dtype=torch.bool)
+    for i in range(size):
+        pivot = rows[i][:, i : i + 1]
+        sound = sound & (pivot[:, 0] > 0)
+        rows[i] = rows[i] / torch.where(pivot > 0, pivot, 1.0)
+        for j in range(size):
+            if j != i:
+                rows[j] = rows[j] - rows[j][:, i : i + 1] * rows[i]
+    return torch.stack([row[:, size:] for row in rows], 1), sound
+
+
+def _bounded_control(h: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    eps = torch.finfo(h.dtype).eps
+    h = h + eps * h.diagonal(dim1=-1, dim2=-2).amax(-1)[:, None, None] * identity
+    k, right = torch.zeros_like(low), b[..., -1]
+    free = torch.ones_like(k, dtype=torch.bool)
+    compiling = torch.compiler.is_compiling()
+    for _ in range(_QP_ITERATIONS):
+        grad = right + (h @ k.unsqueeze(-1)).squeeze(-1)
+        free = ~(((k <= low) & (grad > 0)) | ((k >= high) & (grad < 0)))
+        move, sound = _solve(_on(free, h, identity), (grad * free).unsqueeze(-1))
+        move = torch.where(sound[:, None], move.squeeze(-1) * free, 0.0)
+        moved = torch.minimum(torch.maximum(k - move, low), high)
+        still = not compiling and bool(((moved - k).abs() <= 4 * eps * k.abs()).all())
+        k = moved
+        if still:
+            break
+    feedback, sound = _solve(_on(free, h, identity), b[..., :-1] * free.unsqueeze(-1))
+    feedback = torch.where(sound[:, None, None], -feedback * free.unsqueeze(-1), 0.0)
+    return torch.cat([feedback, k.unsqueeze(-1)], -1)
+
+
+def _on(free: Tensor, matrix: Tensor, identity: Tensor) -> Tensor:
+    """The matrix on the free set, the identity elsewhere."""
+    return torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), matrix, identity)
+
+
+_QP_ITERATIONS = 8
+
+
+def roll(
+    objective: TrajectoryObjective,
+    states: Tensor,
+    plan: Plans,
+    gains: Tensor,
+    low: Plans,
+    high: Plans,
+    lengths: Tensor,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Closed-loop rollouts a_t = P(a_t + α k_t + K_t(s_t − nominal)) for L lengths α.
+
+    Returns states (L B H+1 S), actions (L B H A) and costs (L B).
+    """
+    if compile:
+        lean = plan.device.type == "cpu"
+        return compiled_call(_roll_all, objective, states, plan, gains, low, high, lengths, lean=lean)
+    return _roll_all(objective, states, plan, gains, low, high, lengths)
+
+
+def _roll_all(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, gains: Tensor, low: Plans, high: Plans, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, rows = len(lengths), plan.shape[0]
+    wish = plan + lengths[:, None, None, None] * gains[..., -1]
+    start = states[:, 0].expand(count, *states[:, 0].shape)
+    others = (states[:, :-1], gains[..., :-1], low, high)
+    folded = None if torch.compiler.is_compiling() else _folded(objective, start, wish[:, :, 0])
+    if folded is None:
+        following, actions = _roll_each(objective, start, wish, others)
+    else:
+        every = tuple(part.repeat(count, *(1,) * (part.dim() - 1)) for part in others)
+        following, actions = _roll(folded, start.flatten(0, 1), wish.flatten(0, 1), every)
+        following, actions = following.unflatten(0, (count, rows)), actions.unflatten(0, (count, rows))
+    found = torch.cat([start.unsqueeze(2), following], 2)
+    return found, actions, vmap(lambda s, a: costs(objective, s, a), randomness="same")(found, actions)
+
+
+def _roll_each(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """Rollouts of L sets of wished actions (L B H A) from (L B S)."""
+
+    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        (state,), (wish, *rest) = carry, step
+        each = vmap(lambda s, w: _follow(objective, s, w, *rest), randomness="same")
+        following, action = each(state, wish)
+        return (following,), (following, action)
+
+    steps = (wish.movedim(2, 0), *(part.movedim(1, 0) for part in others), objective.times())
+    _, (following, actions) = loop(forth, (start,), steps)
+    return following.movedim(0, 2), actions.movedim(0, 2)
+
+
+def _roll(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """One rollout of wished actions (B H A) from (B S)."""
+
+    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        following, action = _follow(objective, *carry, *step)
+        return (following,), (following, action)
+
+    steps = tuple(part.movedim(1, 0) for part in (wish, *others))
+    _, (following, actions) = loop(forth, (start,), (*steps, objective.times()))
+    return following.movedim(0, 1), actions.movedim(0, 1)
+
+
+def _follow(objective, state, wish, nominal, gain, low, high, t) -> tuple[Tensor, Tensor]:
+    """The next state and the action that led there: the wished one, corrected by feedback, within the bounds."""
+    action = wish + (gain @ (state - nominal).unsqueeze(-1)).squeeze(-1)
+    action = torch.minimum(torch.maximum(action, low), high)
+    return objective.next(state, action, t), action
+
+
+def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> TrajectoryObjective | None:
+    """The objective on L·B rows, the same B rows L times, or None where the dynamics cannot take them.
+
+    Dynamics may close over something of each row, which the objective cannot repeat: so they are tried on one step.
+    `vmap` serves any dynamics, at twice the time.
+    """
+    count, rows = state.shape[:2]
+    many = objective.select(torch.arange(rows, device=state.device).repeat(count))
+    if not isinstance(many, TrajectoryObjective):
+        return None
+    t = objective.times()[0]
+    with torch.no_grad():
+        expected = objective.next(state[-1], action[-1], t)
+        try:
+            got = many.next(state.flatten(0, 1), action.flatten(0, 1), t)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        if got.shape != (count * rows, expected.shape[-1]):
+            return None
+        close = torch.isclose(got[-rows:], expected, rtol=1e-3, atol=1e-6, equal_nan=True)
+    return many if bool(close.all()) else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b. Compiled, small matrices are multiplied in plain arithmetic, which the compiler can join with its neighbours."""
+    if torch.compiler.is_compiling() and max(*a.shape[-2:], b.shape[-1]) <= 8:
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+    return a @ b
+
+
+def _positive(curvature: Tensor) -> Tensor:
+    return curvature.abs().clamp_min(torch.finfo(curvature.dtype).tiny ** 0.5)
+
+
+def _basis(like: Tensor, size: int) -> Tensor:
+    """Unit vectors for every row, (size B size)."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    return eye[:, None].expand(size, like.shape[0], size)
+
+
+def _weights(objective: TrajectoryObjective, like: Tensor) -> Tensor:
+    steps = torch.arange(objective.horizon + 1, dtype=like.dtype, device=like.device)
+    return objective.discount**steps
+
+
+def _vjp(function, at: Tensor):
+    return vjp(function, at)
+
+
+def _gradient(function, at: Tensor) -> Tensor:
+    value, pull = vjp(function, at)
+    return pull(torch.ones_like(value))[0]
