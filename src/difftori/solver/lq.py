@@ -58,7 +58,7 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
     terminal = vmap(lambda v: pull_last(v)[0])(state_basis)
     # One layout, whoever made them: compiled code is made anew for another.
     parts = (jacobian.movedim(0, 2), gradient, hessian.movedim(0, 2), last, terminal.movedim(0, 1))
-    return LQModel(*(part.contiguous() for part in parts))
+    return LQModel(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
 
 def first_order(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> tuple[LQModel, Tensor, Plans]:
