@@ -15,7 +15,7 @@ class GradientDescent(Solver):
     """x ← P(x − α∇J), every step taken.
 
     `step_size` α is a number, or a tensor with one element: unrolled, its gradient is that of a learned step length.
-    Smooth in all that it uses, where a line search or a spectral step jumps.
+    α is in units of x² per cost: a cost multiplied by s needs α/s. Smooth in all that it uses, where a line search or a spectral step jumps.
     """
 
     step_size: float | Tensor = field(default=0.1, compare=False)

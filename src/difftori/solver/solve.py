@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
-from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
+from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import checked_cost
@@ -50,8 +50,11 @@ def solve(
         adjoint: how x is differentiated; `Implicit()` unless given.
         box: bounds; none unless given.
         max_steps: steps per row at most. One step is one evaluation of cost and gradient for the first-order solvers.
-        tolerance: a row has converged when no coordinate of its projected gradient is larger; 1e-5 in float32 and 1e-9
-            in float64, relative to 1 + the largest coordinate of the first gradient, unless given.
+        tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length
+            scale; default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest coordinate of the gradient
+            that no bound holds, divided by the curvature that the row's own moves have met; the length scale is half the
+            narrowest range (at most 1) or the largest |x|, whichever is larger. Neither the scale of the cost nor the
+            start matters. 0.0 takes all the steps and skips the estimate, which costs one evaluation a solve.
         keep: return each row's iterate of lowest cost, or its last.
         candidates: (K B n), points that CEM and MPPI score beside their own samples.
         generator: randomness of CEM and MPPI.
@@ -60,7 +63,7 @@ def solve(
         compile: run the steps through `torch.compile` (the first call of each shape takes a minute or more).
 
     Raises:
-        ShapeError, BoxError, ObjectiveError, SolverError: wrong input, before anything is computed with it.
+        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
         NonFiniteError: only with `throw`.
     """
     objective, box = as_objective(objective), _checked_input(x0, box, max_steps, keep, candidates)
@@ -73,7 +76,7 @@ def solve(
     run = _Run(problem, solver, start, tolerance, keep, history)
     differentiated = adjoint.apply(run.iterate, problem, max_steps)
     progress: _Progress = differentiated.iterates.progress
-    status = progress.status(torch.isnan(x0).any(-1), differentiated.convex)
+    status = run.status(progress, torch.isnan(x0).any(-1), differentiated)
     if throw and bool((status == Status.NON_FINITE).any()):
         rows = (status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
         raise NonFiniteError(
@@ -105,14 +108,7 @@ class _Progress:
     done: RowFlags
     failed: RowFlags
     steps: RowCounts
-    goal: Rows
-
-    def status(self, bad_start: RowFlags, convex: RowFlags | None) -> RowCounts:
-        status = torch.where(self.best_norm <= self.goal, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        if convex is not None:
-            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
-        unsound = self.failed | bad_start | ~torch.isfinite(self.best_cost)
-        return torch.where(unsound, int(Status.NON_FINITE), status)
+    curvature: Rows
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -135,7 +131,10 @@ class _Run:
         history: bool,
     ):
         self.problem, self.solver, self.x0 = problem, solver, x0
-        self.tolerance, self.keep = tolerance, keep
+        default = 1e-9 if x0.dtype == torch.float64 else 1e-5
+        self.tolerance, self.keep = default if tolerance is None else tolerance, keep
+        self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
+        self.movable = ~problem.box.fixed(x0)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
     def iterate(
@@ -162,7 +161,8 @@ class _Run:
                     self._advance(progress, x, state, counts=False, past_done=True)
         x = progress.best_x if self.keep == "best" else progress.x
         if self.keep == "last":
-            progress.best_cost, progress.best_norm = progress.state.cost, self._norm(progress.x, progress.state)
+            progress.best_x, progress.best_cost = progress.x, progress.state.cost
+            progress.best_norm = self._norm(progress.x, progress.state)
         usable = torch.isfinite(progress.best_cost.detach()) & torch.isfinite(x.detach()).all(-1)
         return Iterates(x, usable, progress)
 
@@ -177,12 +177,11 @@ class _Run:
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        tolerance = (1e-9 if x.dtype == torch.float64 else 1e-5) if self.tolerance is None else self.tolerance
-        scale = torch.zeros_like(norm) if state.grad is None else state.grad.detach().abs().amax(-1)
-        goal = tolerance * (1 + scale if self.tolerance is None else torch.ones_like(scale))
+        curvature = self._first_curvature(x.detach(), state, norm)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return _Progress(x, state, x, state.cost, norm, norm <= goal, failed, steps, goal)
+        done = self._close(norm, x, curvature)
+        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
@@ -195,7 +194,8 @@ class _Run:
         state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
-        return _Progress(x, state, x, cost, self._norm(x, state), done, progress.failed, progress.steps, progress.goal)
+        norm = self._norm(x, state)
+        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature)
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -205,6 +205,8 @@ class _Run:
         working = ~progress.failed if past_done else ~(progress.done | progress.failed)
         moved = working & finite
         progress.failed = progress.failed | (working & ~finite)
+        if self.tolerance > 0:
+            self._learn_curvature(progress, x.detach(), state, moved)
         progress.x = choose(moved, x, progress.x)
         progress.state = choose_state(moved, state, progress.state)
         norm = self._norm(progress.x, progress.state)
@@ -212,7 +214,7 @@ class _Run:
         progress.best_x = choose(better, progress.x, progress.best_x)
         progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
         progress.best_norm = torch.where(better, norm, progress.best_norm)
-        progress.done = progress.done | (norm <= progress.goal)
+        progress.done = progress.done | self._close(norm, progress.x, progress.curvature)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -233,12 +235,65 @@ class _Run:
             return torch.full_like(state.cost.detach(), float("inf"))
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
 
+    def _close(self, norm: Rows, x: Points, curvature: Rows) -> RowFlags:
+        """Which rows have converged: gradient / curvature, a distance, is small beside the length scale of x."""
+        if self.tolerance == 0:
+            return norm <= 0
+        return norm <= self.tolerance * curvature * self._length(x.detach())
+
+    def _length(self, x: Points) -> Rows:
+        # The largest |x| counts because the gradient is not known better than the rounding of x.
+        return torch.maximum(self.room, _largest(x * self.movable))
+
+    def _first_curvature(self, x: Points, state: State, norm: Rows) -> Rows:
+        """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
+        it is not positive. Without it a start at the optimum could not be told from any other.
+        """
+        if self.tolerance == 0 or state.grad is None:
+            return torch.zeros_like(norm)
+        grad = state.grad.detach()
+        step = torch.finfo(x.dtype).eps ** 0.5 * self._length(x) / torch.where(norm > 0, norm, 1.0)
+        trial = self.problem.project(x - step[:, None] * grad)
+        _, there = self.problem.evaluate(trial)
+        move, bend = trial - x, there - grad
+        curvature = _largest(bend) / _largest(move)
+        sound = ((move * bend).sum(-1) > 0) & torch.isfinite(curvature)
+        return torch.where(sound, curvature, 0.0)
+
+    def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
+        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken; a stray move along a flat direction halves it at most."""
+        if state.grad is None or progress.state.grad is None:
+            return
+        length = _largest(x - progress.x.detach())
+        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / length
+        # A length of zero gives NaN or infinity: nothing was learned.
+        known = torch.maximum(curvature, 0.5 * progress.curvature)
+        progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
+        if not state.memory:
+            # Without a memory, a solver that stands still will do so for ever.
+            progress.done = progress.done | (moved & (length == 0))
+
+    def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
+        """How each row ended."""
+        converged = self._close(progress.best_norm, progress.best_x, progress.curvature)
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        convex, singular = differentiated.convex, differentiated.singular
+        if convex is not None and singular is not None:
+            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
+            status = torch.where(singular, int(Status.ILL_CONDITIONED), status)
+        unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
+        return torch.where(unsound, int(Status.NON_FINITE), status)
+
     def _record(self, x: Points, cost: Rows) -> None:
         if self.history is not None:
             self.history.append((x.detach(), cost.detach()))
 
 
 _CHUNK = 5
+
+
+def _largest(x: Points) -> Rows:
+    return torch.linalg.vector_norm(x, float("inf"), -1)
 
 
 def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int):
