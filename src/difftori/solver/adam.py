@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
@@ -27,6 +28,10 @@ class Adam(Solver):
         unit = torch.linalg.vector_norm(grad, float("inf"), -1)
         unit = torch.where(unit > 0, unit, 1.0)
         return State(cost, grad, (torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(cost), unit))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One step with bias-corrected moments."""

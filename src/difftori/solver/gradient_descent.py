@@ -7,6 +7,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
@@ -32,6 +33,10 @@ class GradientDescent(Solver):
         """Evaluate."""
         cost, grad = problem.evaluate(x)
         return State(cost, grad)
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One step."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.derivatives import row_jacobian
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
-from difftori.solver.objective import LeastSquaresObjective
+from difftori.solver.objective import LeastSquaresObjective, Objective
 from difftori.types import Points, Residuals, Rows
 
 
@@ -60,6 +60,10 @@ class LevenbergMarquardt(Solver):
         assert state.grad is not None
         now = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad), (damping,))
         return choose(taken, trial, x), now
+
+    def compilable(self, objective: Objective) -> bool:
+        """On a single residual; stacked ones are linearised by autograd."""
+        return not isinstance(objective, LeastSquaresObjective)
 
     def _direction(self, problem: Problem, x: Points, state: State, damping: Rows) -> Points:
         assert state.grad is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
 from difftori.solver.newton import Newton
+from difftori.solver.objective import Objective
 from difftori.types import Points, RowFlags, Rows
 
 
@@ -46,6 +47,10 @@ class ProjectedGradient(Solver):
         alpha = self._first_step(problem, x, grad)
         recent = cost.detach().unsqueeze(-1).repeat(1, self.window)
         return State(cost, grad, (_representable(alpha), torch.ones_like(cost.detach()), recent))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def _first_step(self, problem: Problem, x: Points, grad: Points) -> Rows:
         if self.first_step is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
@@ -31,6 +32,10 @@ class CEM(Solver):
     def init(self, problem: Problem, x: Points) -> State:
         """Score the first mean."""
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std),))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """Sample, keep the elites, refit."""
@@ -68,6 +73,10 @@ class MPPI(Solver):
         elites = x.detach().unsqueeze(1).repeat(1, self.elites, 1)
         weights = x.new_full((x.shape[0], self.elites), 1.0 / self.elites)
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std), elites, weights))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """Sample, weight the elites, refit."""

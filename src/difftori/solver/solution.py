@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from difftori.solver.adjoint import Differentiated, Implicit
+from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, State
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
@@ -62,7 +63,7 @@ class Solution:
         """
         if self.stationarity is not None:
             return self.stationarity
-        _, grad = self.problem.evaluate(self.x.detach())
+        _, grad = without_inference_tensors(lambda: self.problem.evaluate(self.x.detach()))
         return self.problem.box.stationarity(self.x.detach(), grad)
 
     @cached_property
@@ -76,7 +77,7 @@ class Solution:
         convex, step = self.differentiated.convex, self.differentiated.newton_step
         x = self.x.detach()
         if convex is None or step is None:
-            factor, grad = Implicit().factor(self.problem, x)
+            factor, grad = without_inference_tensors(lambda: Implicit().factor(self.problem, x))
             convex, step = factor.convex, factor.solve(grad).abs().amax(-1)
         room = self.problem.box.narrowest(x, 2.0).clamp_max(2.0) / 2.0
         return convex & (step <= 2e-2 * room) & self.finite
