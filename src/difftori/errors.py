@@ -6,7 +6,7 @@ class DifftoriError(Exception):
 
 
 class ShapeError(DifftoriError, ValueError):
-    """A tensor has another shape than the one documented."""
+    """A tensor has another shape or type than the one documented."""
 
 
 class BoxError(DifftoriError, ValueError):

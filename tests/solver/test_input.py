@@ -32,9 +32,9 @@ def bowl(x):
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (1.0, -1.0, "low 1 is not below high -1"),
-        (0.5, 0.5, "not below"),
-        (float("nan"), 1.0, "not below"),
+        (1.0, -1.0, "between low 1 and high -1"),
+        (float("nan"), 1.0, "low nan"),
+        (float("inf"), float("inf"), "low inf and high inf"),
         (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]), r"coordinate \(1,\)"),
         (torch.zeros(2), torch.ones(3), "do not broadcast"),
     ],

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 import torch
 
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
 @dataclass(frozen=True)
 class Adam(Solver):
-    """Adam on the variables themselves, projected onto the box after each step (Kingma and Ba, 2015)."""
+    """Adam on the variables themselves, projected onto the box after each step (Kingma and Ba, 2015).
+
+    Differs from paper: `epsilon` is relative to the largest coordinate of the row's first gradient, so that the scale of
+    the cost does not matter.
+    """
 
     lr: float = 0.3
     beta1: float = 0.9
@@ -20,19 +25,26 @@ class Adam(Solver):
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate; both moments start at zero."""
         cost, grad = problem.evaluate(x)
-        return State(cost, grad, (torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(cost)))
+        unit = torch.linalg.vector_norm(grad, float("inf"), -1)
+        unit = torch.where(unit > 0, unit, 1.0)
+        return State(cost, grad, (torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(cost), unit))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One step with bias-corrected moments."""
-        mean, square, count = state.memory
+        mean, square, count, unit = state.memory
         assert state.grad is not None
         count = (count + 1).detach()
-        mean = self.beta1 * mean + (1 - self.beta1) * state.grad
-        square = self.beta2 * square + (1 - self.beta2) * state.grad.square()
+        relative = state.grad / unit[:, None]
+        mean = self.beta1 * mean + (1 - self.beta1) * relative
+        square = self.beta2 * square + (1 - self.beta2) * relative.square()
         mean_hat = mean / (1 - self.beta1**count)[:, None]
         square_hat = square / (1 - self.beta2**count)[:, None]
         # The tiny number inside the root keeps its derivative finite where a gradient is exactly zero.
         root = (square_hat + torch.finfo(x.dtype).tiny).sqrt()
         x = problem.project(x - self.lr * mean_hat / (root + self.epsilon))
         cost, grad = problem.evaluate(x)
-        return x, State(cost, grad, (mean, square, count))
+        return x, State(cost, grad, (mean, square, count, unit))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, choose
-from difftori.solver.newton import Factor, check_linear, conjugate_gradients, factorise
-from difftori.types import Points, RowFlags, Rows
+from difftori.solver.newton import RAISED, Factor, check_linear, conjugate_gradients, factorise
+from difftori.types import PointFlags, Points, RowFlags, Rows
 
 
 class Iterates(NamedTuple):
@@ -32,13 +32,14 @@ class Iterate(Protocol):
 
 class Differentiated(NamedTuple):
     """A differentiable solution. `convex` (B): the Hessian was positive definite on the free set, where that was looked
-    at; `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of the distance to the optimum.
+    at, and `singular` (B), that it could not be told from singular; `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of the distance to the optimum.
     """
 
     x: Points
     iterates: Iterates
     convex: RowFlags | None = None
     newton_step: Rows | None = None
+    singular: RowFlags | None = None
 
 
 class Adjoint(ABC):
@@ -102,16 +103,27 @@ class Implicit(Adjoint):
     means little: `Solution.gradient_valid` says which rows to trust.
 
     `linear`: "dense" factorises the Hessian (n batched Hessian-vector products), "cg" spends at most `products`
-    products in the backward pass. `eigenvalue_floor`: curvatures below this share of the largest one are raised to it
-    (negative ones mirrored, so that a saddle's gradient stays bounded); such rows are flagged `NOT_A_MINIMUM`.
+    products in the backward pass. `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this
+    share of its largest, both after scaling the diagonal to 1; default: 1000 roundings (1e-4 in float32, 2e-13 in
+    float64). Other rows are flagged `NOT_A_MINIMUM` or `ILL_CONDITIONED`, and their gradient is bounded: curvatures below
+    1e-4 of the largest are raised to it and negative ones mirrored.
+
+    `order`: how often the solution can be differentiated. A second derivative with `order=1` raises `SolverError`;
+    `order=2` ("dense" only) makes it right, at the price of a Hessian with a graph, so that memory grows n-fold.
     """
 
     linear: Literal["dense", "cg"] = "dense"
     products: int = 12
-    eigenvalue_floor: float = 1e-4
+    eigenvalue_floor: float | None = None
+    order: Literal[1, 2] = 1
 
     def __post_init__(self):
         check_linear("Implicit", self.linear, self.products, self.eigenvalue_floor)
+        if self.order not in (1, 2) or (self.order == 2 and self.linear == "cg"):
+            raise SolverError(
+                f'Implicit: order={self.order} with linear="{self.linear}" is not available. '
+                'Fix: order 1, order 2 with linear="dense", or Unrolled() for any order.'
+            )
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run without a graph, then attach x = x* − H⁻¹(∇J(x*, θ) − stop(∇J)), whose value is x*."""
@@ -126,39 +138,84 @@ class Implicit(Adjoint):
         part = None if bool(usable.all()) else problem.objective.select(rows)
         if part is not None:
             # Rows without a finite solution stay out of the graph: 0 × NaN would reach the shared parameters.
-            box = problem.box.to(solution)
-            low, high = (torch.as_tensor(bound).to(solution).expand_as(solution)[rows] for bound in (box.low, box.high))
-            good = self._derivative(replace(problem, objective=part, box=type(box)(low, high)), solution[rows])
+            box = problem.box.select(rows, solution)
+            good = self._derivative(replace(problem, objective=part, box=box), solution[rows])
             x = solution.index_copy(0, rows, good.x)
             convex, step = torch.zeros_like(usable), torch.full_like(solution[:, 0], float("inf"))
-            if good.convex is None or good.newton_step is None:
+            if good.convex is None or good.newton_step is None or good.singular is None:
                 return Differentiated(x, result)
             return Differentiated(
-                x, result, convex.index_copy(0, rows, good.convex), step.index_copy(0, rows, good.newton_step)
+                x,
+                result,
+                convex.index_copy(0, rows, good.convex),
+                step.index_copy(0, rows, good.newton_step),
+                convex.index_copy(0, rows, good.singular),
             )
         good = self._derivative(problem, solution)
-        return Differentiated(choose(usable, good.x, solution), result, good.convex, good.newton_step)
+        return Differentiated(choose(usable, good.x, solution), result, good.convex, good.newton_step, good.singular)
 
     def _derivative(self, problem: Problem, solution: Points) -> "_Derivative":
         if self.linear == "cg":
             _, grad = problem.with_graph().evaluate(solution)
             free = ~problem.box.held(solution, grad.detach())
-            return _Derivative(solution + _ImplicitCG.apply(grad, problem, solution, free, self.products), None, None)
+            step = _ImplicitCG.apply(_Once.apply(grad), problem, solution, free, self.products)
+            return _Derivative(solution + step, None, None, None)
         factor, grad = self.factor(problem, solution)
         _, differentiable = problem.with_graph().evaluate(solution)
+        if self.order == 1:
+            differentiable = _Once.apply(differentiable)
         x = solution - factor.solve(differentiable - differentiable.detach())
-        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1))
+        if self.order == 2 and x.requires_grad:
+            x = self._second_order(problem, x, factor.free)
+        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
+
+    def _second_order(self, problem: Problem, x: Points, free: PointFlags) -> Points:
+        """One Newton step N(x, θ) = x − H⁻¹∇J more, with value x. ∂N/∂x is zero at the optimum, so that the missing
+        second derivative of x does not matter, and that of N is the solution's.
+        """
+        _, grad, hessian = problem.with_graph().curvature(x)
+        step = factorise(hessian, free, self.eigenvalue_floor, RAISED).solve(grad)
+        return x - (step - step.detach())
 
     def factor(self, problem: Problem, x: Points) -> tuple[Factor, Points]:
         """The factorised free-set Hessian and the gradient at x; says which rows are strict minima."""
         _, grad, hessian = problem.curvature(x)
-        return factorise(hessian, ~problem.box.held(x, grad), self.eigenvalue_floor), grad
+        return factorise(hessian, ~problem.box.held(x, grad), self.eigenvalue_floor, RAISED), grad
 
 
 class _Derivative(NamedTuple):
     x: Points
     convex: RowFlags | None
     newton_step: Rows | None
+    singular: RowFlags | None
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative says so when it is asked for a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Tensor:
+        (grad,) = ctx.saved_tensors
+        # Zero, but reached by every second derivative with respect to what the gradient of the cost depends on.
+        return outputs[0] + _Refused.apply(grad) if torch.is_grad_enabled() else outputs[0]
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Tensor:
+        raise SolverError(
+            "the second derivative of a solution was asked for, and Implicit(order=1) has only the first. "
+            "Fix: adjoint=Implicit(order=2), or Unrolled()."
+        )
 
 
 class _ImplicitCG(torch.autograd.Function):
@@ -171,8 +228,21 @@ class _ImplicitCG(torch.autograd.Function):
         return torch.zeros_like(grad)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         point, free = ctx.saved_tensors
-        solved = conjugate_gradients(ctx.problem, point, -outputs[0], free, ctx.products)
-        return solved.solution, None, None, None, None
+        return _SolveCG.apply(-outputs[0], ctx.problem, point, free, ctx.products), None, None, None, None
+
+
+class _SolveCG(torch.autograd.Function):
+    """H⁻¹v on the free set, which is linear in v and symmetric: its derivative is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, problem: Problem, point: Tensor, free: Tensor, products: int) -> Tensor:
+        ctx.save_for_backward(point, free)
+        ctx.problem, ctx.products = problem, products
+        return conjugate_gradients(problem, point, v, free, products).solution
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        point, free = ctx.saved_tensors
+        return _SolveCG.apply(outputs[0], ctx.problem, point, free, ctx.products), None, None, None, None

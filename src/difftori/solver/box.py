@@ -1,6 +1,7 @@
 """Bounds on the variables, one pair for each coordinate."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,35 +18,40 @@ class Box:
     """The set low ≤ x ≤ high.
 
     `low` and `high` are numbers, or tensors that broadcast against (B n): (n), (1 n) or (B n). Either may be infinite.
+    Where low equals high the variable is fixed: it keeps that value, has derivative 0, and the others are solved.
 
     `inward` changes the derivative of projecting, and nothing else: exactly, what lies outside has none, so that an unrolled
     solve whose coordinates are held never learns to leave the bound. With it the gradient of a loss passes where
     descending it would bring the coordinate inside. A heuristic, like a straight-through estimator, for `Unrolled`.
 
     Raises:
-        BoxError: where low ≥ high or a bound is NaN, naming the coordinate.
+        BoxError: where low > high, a bound is NaN, or both are the same infinity; the message names the coordinate.
     """
 
     low: Bound = field(default=-1.0)
     high: Bound = field(default=1.0)
     inward: bool = False
+    fixes: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether any variable is fixed."""
 
     def __post_init__(self):
         low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
         try:
-            empty = ~(low < high)  # also catches NaN
+            empty = ~(low <= high) | ((low == high) & torch.isinf(low))  # also catches NaN
         except RuntimeError as error:
             raise BoxError(
                 f"Box: low has shape {tuple(low.shape)} and high {tuple(high.shape)}, which do not broadcast; "
                 "give both one shape, such as (n)."
             ) from error
-        if bool(empty.any()):
+        inverted, fixes = torch.stack([empty.any(), (low == high).any()]).tolist()  # one wait for the device
+        object.__setattr__(self, "fixes", fixes)
+        if inverted:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
             raise BoxError(
-                f"Box: low {low[where].item():g} is not below high {high[where].item():g}"
+                f"Box: no finite number lies between low {low[where].item():g} and high {high[where].item():g}"
                 + (f" at coordinate {where}" if where else "")
-                + "; give low < high everywhere (a variable with no room is not a variable: leave it out)."
+                + ". Fix: give low ≤ high everywhere (low = high fixes a variable)."
             )
 
     def to(self, x: Tensor) -> "Box":
@@ -62,10 +68,17 @@ class Box:
                     f"Box: {name} has shape {tuple(bound.shape)}, which does not broadcast to x (B n) = {tuple(x.shape)}; "
                     "give a number or a tensor (n) or (B n)."
                 )
-        return _Bounds(low, high, self.inward)
+        return _checked(low, high, self)
+
+    def select(self, rows: Tensor, x: Points) -> "Box":
+        """The box of some rows (indices) of x."""
+        low, high = (torch.as_tensor(bound).to(x).expand_as(x)[rows] for bound in (self.low, self.high))
+        return _checked(low, high, self)
 
     def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box, coordinate by coordinate. NaN stays NaN."""
+        if self.fixes:  # first, so that a fixed variable has no derivative
+            x = torch.where(self.fixed(x), torch.as_tensor(self.low).to(x), x)
         if self.inward:
             return _Inward.apply(x, torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
         return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
@@ -75,12 +88,21 @@ class Box:
         return (x >= torch.as_tensor(self.low).to(x) - slack) & (x <= torch.as_tensor(self.high).to(x) + slack)
 
     def held(self, x: Points, grad: Points) -> PointFlags:
-        """Which coordinates the box holds: on a bound, with the descent direction −grad pointing outwards.
+        """Which coordinates the box holds: fixed, or on a bound with the descent direction −grad pointing outwards.
 
-        The other coordinates are the free set, on which a solution is an ordinary stationary point.
+        The other coordinates are the free set, on which a solution is an ordinary stationary point. A coordinate within
+        a few roundings of a bound counts as on it.
         """
-        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
-        return ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0))
+        low, high = self._edges(x)
+        return ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0)) | self.fixed(x)
+
+    def fixed(self, x: PointSets) -> PointSetFlags:
+        """Which coordinates are fixed: low equals high."""
+        return (torch.as_tensor(self.low).to(x) == torch.as_tensor(self.high).to(x)).expand_as(x)
+
+    def _edges(self, x: Points) -> tuple[Tensor, Tensor]:
+        """From where on a coordinate counts as on its lower or upper bound."""
+        return _edges(torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
 
     def projected_gradient(self, x: Points, grad: Points) -> Points:
         """The move x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
@@ -89,8 +111,20 @@ class Box:
         return torch.minimum(torch.maximum(grad, x - high), x - low)
 
     def stationarity(self, x: Points, grad: Points) -> Rows:
-        """Largest coordinate of the projected gradient, per row."""
-        return self.projected_gradient(x, grad).abs().amax(-1)
+        """Largest coordinate of the gradient that no bound holds, per row: zero exactly at a first-order point.
+
+        Unlike the projected gradient it is not cut at the width of the box, so it grows in proportion with the cost.
+        """
+        low, high = self._edges(x)
+        pull = torch.where(x <= low, grad.clamp_max(0), grad)
+        return torch.linalg.vector_norm(torch.where(x >= high, pull.clamp_min(0), pull), float("inf"), -1)
+
+    def narrowest(self, x: Points, unbounded: float) -> Rows:
+        """The narrowest range of each row's variables, (B). An open range counts as `unbounded`, a fixed variable not at all."""
+        width = self.width(x)
+        width = torch.where(torch.isfinite(width), width, unbounded)
+        narrowest = torch.where(self.fixed(x), float("inf"), width).amin(-1)
+        return torch.where(torch.isfinite(narrowest), narrowest, unbounded)
 
     def width(self, x: Points) -> Points:
         """The range high − low, broadcast to x; infinite where a side is open."""
@@ -113,12 +147,34 @@ class _Inward(torch.autograd.Function):
         return torch.where(outwards, 0.0, grad), None, None
 
 
+def _edges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    slack = 4 * torch.finfo(low.dtype).eps
+    # An infinite bound becomes NaN here, and nothing is on it.
+    return low + slack * low.abs(), high - slack * high.abs()
+
+
 @dataclass(frozen=True)
 class _Bounds(Box):
     """A box that has been checked already: tensor bounds, nothing to check again (and nothing to wait for on a GPU)."""
 
     def __post_init__(self):
         pass
+
+    @cached_property
+    def _touching(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.low, Tensor)
+        assert isinstance(self.high, Tensor)
+        return _edges(self.low, self.high)
+
+    def _edges(self, x: Points) -> tuple[Tensor, Tensor]:
+        low, high = self._touching
+        return low.to(x), high.to(x)
+
+
+def _checked(low: Tensor, high: Tensor, like: Box) -> Box:
+    bounds = _Bounds(low, high, like.inward)
+    object.__setattr__(bounds, "fixes", like.fixes)
+    return bounds
 
 
 UNBOUNDED = Box(-float("inf"), float("inf"))

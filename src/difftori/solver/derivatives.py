@@ -41,16 +41,24 @@ def checked_cost(objective: Objective, x: Points) -> Rows:
 
 def check_cost(cost: Any, x: Points) -> Rows:
     """What an objective returned for x, if it is a cost."""
-    if not isinstance(cost, Tensor) or cost.shape != x.shape[:1]:
-        shape = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
+    if not isinstance(cost, Tensor):
         raise ObjectiveError(
-            f"the objective returned {shape} for x {tuple(x.shape)}; it must return one cost per row, shape ({x.shape[0]},). "
+            f"the objective returned a {type(cost).__name__}; it must return a tensor of shape ({x.shape[0]},), one cost per "
+            "row, computed by torch functions: numpy leaves no gradient."
+        )
+    if cost.shape != x.shape[:1]:
+        raise ObjectiveError(
+            f"the objective returned {tuple(cost.shape)} for x {tuple(x.shape)}; it must return one cost per row, shape ({x.shape[0]},). "
             "Sum over the variables, not over the rows: for example `.sum(-1)`."
         )
     if cost.dtype != x.dtype:
         raise ObjectiveError(
             f"the objective returned {cost.dtype} for x in {x.dtype}: the solve would run in a mixture of both. Bring x0 "
             f"and all that the objective uses to one of them, for example x0.to({cost.dtype})."
+        )
+    if cost.device != x.device:
+        raise ObjectiveError(
+            f"the objective returned a cost on {cost.device} for x on {x.device}. Fix: move x0, or what the objective uses."
         )
     return cost
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
@@ -15,7 +16,7 @@ class GradientDescent(Solver):
     """x ← P(x − α∇J), every step taken.
 
     `step_size` α is a number, or a tensor with one element: unrolled, its gradient is that of a learned step length.
-    Smooth in all that it uses, where a line search or a spectral step jumps.
+    α is in units of x² per cost: a cost multiplied by s needs α/s. Smooth in all that it uses, where a line search or a spectral step jumps.
     """
 
     step_size: float | Tensor = field(default=0.1, compare=False)
@@ -32,6 +33,10 @@ class GradientDescent(Solver):
         """Evaluate."""
         cost, grad = problem.evaluate(x)
         return State(cost, grad)
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One step."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.derivatives import row_jacobian
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
-from difftori.solver.objective import LeastSquaresObjective
+from difftori.solver.objective import LeastSquaresObjective, Objective
 from difftori.types import Points, Residuals, Rows
 
 
@@ -16,11 +16,14 @@ from difftori.types import Points, Residuals, Rows
 class LevenbergMarquardt(Solver):
     """Δ = −α(JᵀJ + λI)⁻¹Jᵀr, projected.
 
-    On a `LeastSquaresObjective` r and J are its residuals (the smaller of the n×n and r×r systems is factorised). On any
-    other cost the residual is the single number r = offset + cost = offset − G, whose JᵀJ has rank one, so that the
-    step has the closed form Δ = −α r ∇J/(‖∇J‖² + λ). That is what the authors' release computes with a Cholesky
-    factorisation of n×n (offset 1000, fixed damping, steps never refused). What falls is r², so choose the offset above the
-    largest return: where offset + cost is negative, the step climbs.
+    On a `LeastSquaresObjective` r and J are its residuals (the smaller of the n×n and r×r systems is factorised), and λ is
+    `damping` × mean(diag JᵀJ), so that the scale of the cost does not matter.
+
+    On any other cost the residual is the single number r = offset + cost = offset − G, whose JᵀJ has rank one, so that the
+    step has the closed form Δ = −α r ∇J/(‖∇J‖² + λ) with λ = `damping`. That is what the authors' release computes with a
+    Cholesky factorisation of n×n (offset 1000, fixed damping, steps never refused). What falls is r², so choose the offset
+    above the largest return: where offset + cost is negative, the step climbs. `offset` is in units of the cost and
+    `damping` in those of ‖∇J‖²: a cost multiplied by s needs s × offset and s² × damping.
 
     `adaptive`: a step that does not lower the cost is refused and λ grows by `grow`; otherwise λ shrinks by `shrink`.
     """
@@ -51,16 +54,22 @@ class LevenbergMarquardt(Solver):
         if not self.adaptive:
             return trial, State(cost, grad, (damping,))
         taken = (cost < state.cost) & all_finite(cost, grad)
-        damping = torch.where(taken, damping * self.shrink, damping * self.grow).clamp(1e-12, 1e12)
+        damping = torch.where(taken, damping * self.shrink, damping * self.grow)
+        unit = self.damping if self.damping > 0 else 1.0
+        damping = damping.clamp(1e-12 * unit, 1e12 * unit)
         assert state.grad is not None
         now = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad), (damping,))
         return choose(taken, trial, x), now
+
+    def compilable(self, objective: Objective) -> bool:
+        """On a single residual; stacked ones are linearised by autograd."""
+        return not isinstance(objective, LeastSquaresObjective)
 
     def _direction(self, problem: Problem, x: Points, state: State, damping: Rows) -> Points:
         assert state.grad is not None
         if isinstance(problem.objective, LeastSquaresObjective):
             residual, jacobian = _linearise(problem, x, state.grad)
-            return damped_step(residual, jacobian, damping)
+            return damped_step(residual, jacobian, damping * _mean_square(jacobian))
         residual = self.offset + state.cost
         squared = state.grad.square().sum(-1) + damping
         return -(residual / squared.clamp_min(torch.finfo(x.dtype).tiny))[:, None] * state.grad
@@ -90,8 +99,7 @@ class GaussNewton(Solver):
         """One step, as long as the cost allows."""
         assert state.grad is not None
         residual, jacobian = _linearise(problem, x, state.grad)
-        ridge = self.ridge * jacobian.detach().square().sum((-1, -2)) / x.shape[-1]
-        direction = damped_step(residual, jacobian, ridge)
+        direction = damped_step(residual, jacobian, self.ridge * _mean_square(jacobian.detach()))
         for length in self.lengths:
             trial = problem.project(x + length * direction)
             cost, grad = problem.evaluate(trial)
@@ -116,6 +124,11 @@ def _linearise(problem: Problem, x: Points, grad: Points) -> tuple[Residuals, Te
     return residual, jacobian * free.unsqueeze(-2)
 
 
+def _mean_square(jacobian: Tensor) -> Rows:
+    """mean(diag JᵀJ)."""
+    return jacobian.square().sum((-1, -2)) / jacobian.shape[-1]
+
+
 def damped_step(residual: Residuals, jacobian: Tensor, damping: Rows) -> Points:
     """−(JᵀJ + λI)⁻¹Jᵀr, by whichever of the n×n and the r×r system is the smaller."""
     r, n = jacobian.shape[-2:]
@@ -127,7 +140,10 @@ def damped_step(residual: Residuals, jacobian: Tensor, damping: Rows) -> Points:
     floor = torch.finfo(gram.dtype).eps * gram.detach().diagonal(dim1=-1, dim2=-2).sum(-1)
     tiny = torch.finfo(gram.dtype).tiny
     cholesky, failed = torch.linalg.cholesky_ex(gram + (damping + floor + tiny)[:, None, None] * identity)
-    cholesky = torch.where((failed == 0)[:, None, None], cholesky, identity)
+    # A matrix that cannot be factorised gives way to a bound of it: a gradient step that is short enough.
+    bound = floor / torch.finfo(gram.dtype).eps
+    fallback = (bound + damping.detach() + tiny).sqrt()[:, None, None] * identity
+    cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback)
     rhs = residual.unsqueeze(-1) if wide else transposed @ residual.unsqueeze(-1)
     solved = torch.cholesky_solve(rhs, cholesky)
     return -((transposed @ solved) if wide else solved).squeeze(-1)

@@ -96,6 +96,10 @@ class Solver(ABC):
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One iteration."""
 
+    def compilable(self, objective: Objective) -> bool:
+        """Whether `step` can be traced by torch.compile: it never looks at a number. A solver that can says so."""
+        return False
+
     def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """A last refinement after the iterations, outside the budget of steps; nothing by default."""
         return x, state

@@ -22,14 +22,17 @@ class Newton(Solver):
     Each row takes the longest of `lengths` that lowers its cost, or where rounding hides the decrease, the one that
     lowers its projected gradient. Where none does, because the projection has bent the step, it takes a projected
     gradient step of length 1/‖H‖, and stays if that does not help either. `linear`: "dense" factorises the n×n Hessian
-    (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them. `eigenvalue_floor`:
-    curvatures below this share of the largest one are raised to it (and negative ones mirrored), so that the step
-    descends where the cost is not convex. Under unrolling, what is added to raise a curvature counts as a constant.
+    (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them.
+
+    `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this share of its largest, both after
+    scaling the diagonal to 1; default: 1000 roundings (1e-4 in float32, 2e-13 in float64). In any other row curvatures
+    below 1e-4 of the largest are raised to it, and negative ones mirrored, so that the step descends where the cost is
+    not convex. Under unrolling, what is added to raise a curvature counts as a constant.
     """
 
     linear: Literal["dense", "cg"] = "dense"
     products: int = 12
-    eigenvalue_floor: float = 1e-4
+    eigenvalue_floor: float | None = None
     lengths: tuple[float, ...] = (1.0, 0.25)
 
     def __post_init__(self):
@@ -66,9 +69,12 @@ class Newton(Solver):
         else:
             _, grad, hessian = problem.curvature(x)
             free = ~problem.box.held(x, grad.detach())
-            direction = factorise(hessian, free, self.eigenvalue_floor).solve(-grad * free)
+            direction = factorise(hessian, free, self.eigenvalue_floor, RAISED).solve(-grad * free)
             curvature = hessian.detach().abs().sum(-1).amax(-1)
-        safe = -grad / curvature.clamp_min(torch.finfo(x.dtype).eps)[:, None]
+        # Where there is no curvature, the longest step is 1/eps, whatever the cost's scale.
+        steepest = torch.linalg.vector_norm(grad.detach(), float("inf"), -1)
+        least = (torch.finfo(x.dtype).eps * steepest).clamp_min(torch.finfo(x.dtype).tiny)
+        safe = -grad / torch.maximum(curvature, least)[:, None]
         return [*(length * direction for length in self.lengths), torch.nan_to_num(safe)]
 
 
@@ -99,11 +105,14 @@ class HessianProducts:
 
 
 class Factor(NamedTuple):
-    """A factorised free-set Hessian. `convex` (B): it was positive definite as it stood, without raising anything."""
+    """A factorised free-set Hessian. `convex` (B): it was positive definite as it stood, without raising anything;
+    `singular` (B): its smallest curvature cannot be told from zero in this precision.
+    """
 
     cholesky: Hessians
     free: PointFlags
     convex: RowFlags
+    singular: RowFlags
 
     def solve(self, v: Points) -> Points:
         """H⁻¹ v on the free set, zero on the held coordinates."""
@@ -111,39 +120,58 @@ class Factor(NamedTuple):
         return torch.cholesky_solve(v.unsqueeze(-1), self.cholesky).squeeze(-1) * self.free
 
 
-def factorise(hessian: Hessians, free: PointFlags, floor: float) -> Factor:
-    """Cholesky of the Hessian on the free set, after raising curvatures below `floor` × the largest one to it.
+RAISED = 1e-4
+"""Curvatures of a row that is not strictly convex are raised to this share of its largest: its step stays bounded."""
 
-    Held coordinates get a row and column of the identity. Only rows that need it pay for an eigendecomposition.
+
+def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, raised: float = 0.0) -> Factor:
+    """Cholesky of the Hessian on the free set, and whether it is positive definite as far as the precision can tell.
+
+    The diagonal is first scaled to 1, which takes away what badly scaled variables add to the condition number. A row is
+    convex if its smallest eigenvalue is then above `floor` × the largest (default: 1000 roundings), singular if it lies
+    within that of zero. Eigenvalues of other rows are mirrored where negative and raised to `floor` or `raised`, the
+    larger. Held coordinates get a row and column of the identity; a row without any curvature has no free coordinate.
+    Only rows that need it pay for an eigendecomposition.
     """
-    both = free.unsqueeze(-1) & free.unsqueeze(-2)
+    eps, tiny = torch.finfo(hessian.dtype).eps, torch.finfo(hessian.dtype).tiny
+    floor = 1e3 * eps if floor is None else floor
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    matrix = torch.where(both, 0.5 * (hessian + hessian.transpose(-1, -2)), identity)
-    finite = torch.isfinite(matrix).flatten(1).all(-1)
-    matrix = torch.where(finite[:, None, None], matrix, identity)
-    free_part = torch.where(both, matrix, 0.0).detach()
+    finite = torch.isfinite(hessian).flatten(1).all(-1)
+    both = free.unsqueeze(-1) & free.unsqueeze(-2) & finite[:, None, None]
+    symmetric = torch.where(both, 0.5 * (hessian + hessian.transpose(-1, -2)), 0.0)
+    size = symmetric.detach().abs()
+    flat = (size.amax((-1, -2)) == 0) & free.any(-1) & finite
+    diagonal, largest = size.diagonal(dim1=-1, dim2=-2), size.amax(-1)
+    # A diagonal entry that vanishes beside its row says nothing of the coordinate's scale; the row's largest does.
+    unit = torch.where(diagonal > eps * largest, diagonal, largest).sqrt()
+    unit = torch.where(unit > tiny, unit, 1.0)
+    both = both & ~flat[:, None, None]
+    matrix = torch.where(both, symmetric / unit.unsqueeze(-1) / unit.unsqueeze(-2), identity)
     # The largest eigenvalue lies between a symmetric matrix's largest entry and its largest row sum.
-    scale = free_part.abs().sum(-1).amax(-1)
+    scale = torch.where(both, matrix.detach(), 0.0).abs().sum(-1).amax(-1)
     _, failed = torch.linalg.cholesky_ex(
         matrix.detach() - (floor * scale)[:, None, None] * torch.where(both, identity, 0.0)
     )
-    convex = (failed == 0) & finite
+    convex = (failed == 0) & finite & ~flat
+    singular = flat
     if not bool(convex.all()):
-        rows = (~convex & finite).nonzero().squeeze(-1)
-        matrix = matrix.index_add(0, rows, _raise_curvature(matrix.detach()[rows], both[rows], floor * scale[rows]))
+        rows = (~convex & finite & ~flat).nonzero().squeeze(-1)
+        correction, least = _raise_curvature(matrix.detach()[rows], both[rows], max(floor, raised) * scale[rows])
+        matrix = matrix.index_add(0, rows, correction)
+        singular = singular.index_copy(0, rows, least >= -max(floor, 8 * eps) * scale[rows])
     cholesky, failed = torch.linalg.cholesky_ex(matrix)
     # Rounding can still defeat a raised row (floor 0, float32): it takes a scaled gradient step and is flagged.
-    fallback = identity * scale.clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()[:, None, None]
-    cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback)
-    return Factor(cholesky, free, convex & (failed == 0))
+    fallback = identity * scale.clamp_min(1.0).sqrt()[:, None, None]
+    cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback) * unit.unsqueeze(-1)
+    return Factor(cholesky, free & ~flat[:, None], convex & (failed == 0), singular)
 
 
-def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> Hessians:
-    """What to add so that every curvature λ of the free set becomes max(|λ|, floor)."""
+def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> tuple[Hessians, Rows]:
+    """What to add so that every curvature λ of the free set becomes max(|λ|, floor); and the smallest λ."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = floor.clamp_min(torch.finfo(matrix.dtype).eps)
     correction = torch.maximum(values.abs(), floor[:, None]) - values
-    return (vectors * correction.unsqueeze(-2)) @ vectors.transpose(-1, -2) * both
+    return (vectors * correction.unsqueeze(-2)) @ vectors.transpose(-1, -2) * both, values[:, 0]
 
 
 class ConjugateGradients(NamedTuple):
@@ -186,7 +214,9 @@ def conjugate_gradients(
     problem: Problem, x: Points, rhs: Points, free: PointFlags, max_products: int
 ) -> ConjugateGradients:
     """Solve H w = rhs at x on the free set, without a graph, all rows at once, by at most so many products."""
-    rhs = rhs * free
+    # In units of its largest coordinate, so that no square leaves the range of float32.
+    unit = torch.linalg.vector_norm(rhs * free, float("inf"), -1, keepdim=True)
+    rhs = rhs * free / torch.where(unit > 0, unit, 1.0)
     size = rhs.square().sum(-1)
     goal = (10 * torch.finfo(rhs.dtype).eps) ** 2 * size
     nothing = torch.full_like(size, float("nan"))
@@ -201,7 +231,7 @@ def conjugate_gradients(
             state = compiled_call(_compilable, problem.objective, x.detach(), state, free, count)
         else:
             state = state.proceed(products, free, count)
-    return state
+    return state._replace(solution=unit * state.solution)
 
 
 _COMPILED_PRODUCTS = 4
@@ -215,11 +245,11 @@ def _compilable(
     return state.proceed(lambda v: pullback(v)[0], free, count)
 
 
-def check_linear(owner: str, linear: str, products: int, eigenvalue_floor: float) -> None:
+def check_linear(owner: str, linear: str, products: int, eigenvalue_floor: float | None) -> None:
     """Refuse settings that no linear solve understands."""
     if linear not in ("dense", "cg"):
         raise SolverError(f'{owner}: linear={linear!r} is unknown; use "dense" or "cg".')
     if products < 1:
         raise SolverError(f"{owner}: products={products} leaves no Hessian-vector product; use at least 1.")
-    if not 0 <= eigenvalue_floor < 1:
+    if eigenvalue_floor is not None and not 0 <= eigenvalue_floor < 1:
         raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} must lie in [0, 1).")

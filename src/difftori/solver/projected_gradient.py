@@ -8,6 +8,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
 from difftori.solver.newton import Newton
+from difftori.solver.objective import Objective
 from difftori.types import Points, RowFlags, Rows
 
 
@@ -20,7 +21,7 @@ class ProjectedGradient(Solver):
     "Nonmonotone spectral projected gradient methods on convex sets".
 
     `first_move`: the first step moves the steepest coordinate by this share of its range (or by this much where the box
-    is open), unless `first_step` gives α itself, as suits a cost whose curvature is known. `window`: a trial is compared with the highest of the last so many costs; 1 is monotone, the cost of a row
+    is open), unless `first_step` gives α itself, in units of x² per cost, as suits a cost whose curvature is known. `window`: a trial is compared with the highest of the last so many costs; 1 is monotone, the cost of a row
     never rises; 5 needs fewer steps on ill-conditioned problems. `armijo`: the share of the predicted decrease that a
     trial must reach. `polish`: Newton steps on the free set after the iterations, outside their budget, which turn a good
     solution into an exact one; `polish_with` is their method.
@@ -45,13 +46,16 @@ class ProjectedGradient(Solver):
         cost, grad = problem.evaluate(x)
         alpha = self._first_step(problem, x, grad)
         recent = cost.detach().unsqueeze(-1).repeat(1, self.window)
-        return State(cost, grad, (alpha.clamp(_SHORTEST, _LONGEST), torch.ones_like(cost.detach()), recent))
+        return State(cost, grad, (_representable(alpha), torch.ones_like(cost.detach()), recent))
+
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
 
     def _first_step(self, problem: Problem, x: Points, grad: Points) -> Rows:
         if self.first_step is not None:
             return torch.full_like(grad[:, 0], self.first_step)
-        room = problem.box.width(x)
-        reach = torch.where(torch.isfinite(room), room, torch.ones_like(room)).amin(-1) * self.first_move
+        reach = problem.box.narrowest(x, 1.0) * self.first_move
         steepest = grad.abs().amax(-1)
         # A row that starts where the gradient vanishes needs no first step; 1 is as good as any.
         return torch.where(steepest > 0, reach / steepest.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
@@ -84,17 +88,16 @@ class ProjectedGradient(Solver):
         return x, State(inner.cost, inner.grad, state.memory)
 
 
-_SHORTEST, _LONGEST = 1e-30, 1e10
-
-
 def _spectral(move: Points, bend: Points, alpha: Rows, long: RowFlags) -> Rows:
     """‖s‖²/sᵀy or sᵀy/‖y‖², and a longer step than the last where the curvature along s is not positive."""
+    # αy has the unit of s, so that no square of a gradient leaves the range of float32.
+    bend = alpha.detach()[:, None] * bend
     curvature = (move * bend).sum(-1)
     bends = curvature > torch.finfo(move.dtype).tiny
     # `where` before dividing: the unused branch must stay finite, or its derivative would poison the used one.
     square = torch.where(bends, bend.square().sum(-1), 1.0)
     step = torch.where(long, move.square().sum(-1) / torch.where(bends, curvature, 1.0), curvature / square)
-    return torch.where(bends, step, 4.0 * alpha).clamp(_SHORTEST, _LONGEST)
+    return _representable(torch.where(bends, alpha.detach() * step, 4.0 * alpha))
 
 
 def _shorter(cost: Rows, trial_cost: Tensor, slope: Rows, alpha: Rows) -> Rows:
@@ -102,4 +105,10 @@ def _shorter(cost: Rows, trial_cost: Tensor, slope: Rows, alpha: Rows) -> Rows:
     excess = trial_cost - cost - slope
     sound = torch.isfinite(excess) & (excess > torch.finfo(cost.dtype).tiny)
     shrink = torch.where(sound, -slope / (2.0 * torch.where(sound, excess, 1.0)), 0.1)
-    return (alpha * shrink.clamp(0.1, 0.5)).clamp_min(_SHORTEST)
+    return _representable(alpha * shrink.clamp(0.1, 0.5))
+
+
+def _representable(alpha: Rows) -> Rows:
+    """Neither zero nor infinite; nothing else, for the size of a step depends on the scale of the cost."""
+    tiny = torch.finfo(alpha.dtype).tiny
+    return alpha.clamp(tiny, 1 / tiny)

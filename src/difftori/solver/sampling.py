@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State
+from difftori.solver.objective import Objective
 from difftori.types import Points
 
 
@@ -32,11 +33,15 @@ class CEM(Solver):
         """Score the first mean."""
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std),))
 
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
+
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """Sample, keep the elites, refit."""
         (std,) = state.memory
         elites, _ = _elites(problem, x, std, self.samples, self.elites)
-        mean = elites.mean(1)
+        mean = problem.project(elites.mean(1))  # the mean of equal numbers is rounded
         variance = (elites - mean.unsqueeze(1)).square().mean(1)
         # The tiny number keeps the root's derivative finite where all elites are one point.
         std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp_min(self.min_std)
@@ -48,7 +53,7 @@ class MPPI(Solver):
     """Model predictive path integral control as TD-MPC runs it (Hansen et al., 2022): refit to elites weighted by return.
 
     Per step `samples` points, plus `solve(..., candidates=)` (TD-MPC's 25 policy trajectories); the `elites` best are
-    weighted by exp(`temperature` × (return − best return)); the mean moves by 1 − `momentum` towards their weighted mean;
+    weighted by exp(`temperature` × (return − best return)), so `temperature` is in units of 1/cost; the mean moves by 1 − `momentum` towards their weighted mean;
     their weighted spread, between `min_std` and `std`, is the next one's. After solving, `solution.state.memory` holds
     (std (B n), elites (B E n), weights (B E)), from which TD-MPC samples the plan that it executes.
     """
@@ -69,6 +74,10 @@ class MPPI(Solver):
         weights = x.new_full((x.shape[0], self.elites), 1.0 / self.elites)
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std), elites, weights))
 
+    def compilable(self, objective: Objective) -> bool:
+        """Always."""
+        return True
+
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """Sample, weight the elites, refit."""
         elites, costs = _elites(problem, x, state.memory[0], self.samples, self.elites)
@@ -76,7 +85,7 @@ class MPPI(Solver):
         mean = (weights.unsqueeze(-1) * elites).sum(1)
         variance = (weights.unsqueeze(-1) * (elites - mean.unsqueeze(1)).square()).sum(1)
         std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp(self.min_std, self.std)
-        mean = self.momentum * x + (1 - self.momentum) * mean
+        mean = problem.project(self.momentum * x + (1 - self.momentum) * mean)
         return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std, elites, weights))
 
 

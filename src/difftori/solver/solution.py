@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from difftori.solver.adjoint import Differentiated, Implicit
+from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, State
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
@@ -16,13 +17,17 @@ class Status(IntEnum):
     """How a row ended."""
 
     CONVERGED = 0
-    """The projected gradient is within the tolerance."""
+    """The estimated distance to the optimum is within the tolerance."""
     MAX_STEPS = 1
-    """The budget ended first. Usual, and harmless, for short solves."""
+    """The budget ended first, or rounding allows no further step. Usual, and harmless, for short solves."""
     NON_FINITE = 2
     """NaN or Inf in the cost or its gradient: x is the last good iterate (or the start), not a solution."""
     NOT_A_MINIMUM = 3
-    """The Hessian on the free set, where an adjoint or solver looked at it, is not positive definite."""
+    """The Hessian on the free set, where `Implicit` looked at it, has negative curvature."""
+    ILL_CONDITIONED = 4
+    """The Hessian on the free set, where `Implicit` looked at it, is singular to working precision: x may be a minimum,
+    but its gradient is not determined. Fix: solve in float64, rescale the variables, add a small quadratic term to the
+    cost, or use `ILQR` with its structured gradient for trajectories."""
 
 
 class History(NamedTuple):
@@ -52,13 +57,13 @@ class Solution:
 
     @cached_property
     def grad_norm(self) -> Rows:
-        """Largest coordinate of the projected gradient x − P(x − ∇J), (B): zero at a first-order point.
+        """Largest coordinate of the gradient that no bound holds, (B): zero at a first-order point.
 
         Computed at the first look where the solver (CEM, MPPI) uses no gradients.
         """
         if self.stationarity is not None:
             return self.stationarity
-        _, grad = self.problem.evaluate(self.x.detach())
+        _, grad = without_inference_tensors(lambda: self.problem.evaluate(self.x.detach()))
         return self.problem.box.stationarity(self.x.detach(), grad)
 
     @cached_property
@@ -66,16 +71,15 @@ class Solution:
         """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
 
         The row is finite, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
-        than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2). The Hessian is at hand after `Implicit("dense")`; otherwise
+        than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2; fixed variables do not). The Hessian is at hand after `Implicit("dense")`; otherwise
         the first look at this property computes it, at the price of n batched Hessian-vector products.
         """
         convex, step = self.differentiated.convex, self.differentiated.newton_step
         x = self.x.detach()
         if convex is None or step is None:
-            factor, grad = Implicit().factor(self.problem, x)
+            factor, grad = without_inference_tensors(lambda: Implicit().factor(self.problem, x))
             convex, step = factor.convex, factor.solve(grad).abs().amax(-1)
-        width = self.problem.box.width(x)
-        room = width.clamp_max(2.0).amin(-1) / 2.0
+        room = self.problem.box.narrowest(x, 2.0).clamp_max(2.0) / 2.0
         return convex & (step <= 2e-2 * room) & self.finite
 
     @property

@@ -7,13 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
-from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
+from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
+from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import checked_cost
+from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
-from difftori.solver.objective import Objective, as_objective
+from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.solution import History, Solution, Status
 from difftori.types import Points, RowCounts, RowFlags, Rows
@@ -40,7 +41,7 @@ def solve(
         x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high
 
     Rows never interact, NaN or Inf in one leaves the others as they are, and how each ended is in `Solution.status`.
-    Under `torch.no_grad()`, or where nothing that the objective uses requires a gradient, no graph is built.
+    Under `torch.no_grad()` or `torch.inference_mode()`, or where nothing that the objective uses requires a gradient, no graph is built.
 
     Args:
         objective: an `Objective`, or a callable from x (B n) to the cost (B). Gradients of the solution flow into every
@@ -50,8 +51,11 @@ def solve(
         adjoint: how x is differentiated; `Implicit()` unless given.
         box: bounds; none unless given.
         max_steps: steps per row at most. One step is one evaluation of cost and gradient for the first-order solvers.
-        tolerance: a row has converged when no coordinate of its projected gradient is larger; 1e-5 in float32 and 1e-9
-            in float64, relative to 1 + the largest coordinate of the first gradient, unless given.
+        tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length
+            scale; default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest coordinate of the gradient
+            that no bound holds, divided by the curvature that the row's own moves have met; the length scale is half the
+            narrowest range (at most 1) or the largest |x|, whichever is larger. Neither the scale of the cost nor the
+            start matters. 0.0 takes all the steps and skips the estimate, which costs one evaluation a solve.
         keep: return each row's iterate of lowest cost, or its last.
         candidates: (K B n), points that CEM and MPPI score beside their own samples.
         generator: randomness of CEM and MPPI.
@@ -60,20 +64,40 @@ def solve(
         compile: run the steps through `torch.compile` (the first call of each shape takes a minute or more).
 
     Raises:
-        ShapeError, BoxError, ObjectiveError, SolverError: wrong input, before anything is computed with it.
+        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
         NonFiniteError: only with `throw`.
     """
-    objective, box = as_objective(objective), _checked_input(x0, box, max_steps, keep, candidates)
+    _check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
-    start = box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
-    if not _wants_gradient(objective, start, compile):
+    objective = as_objective(objective)
+    _check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
+
+    def run() -> Solution:
+        bounds = _checked_box(x0, box, candidates)
+        problem = Problem(objective, bounds, False, generator, candidates, compile)
+        return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
+
+    return without_inference_tensors(run)
+
+
+def _solve(
+    problem: Problem,
+    solver: Solver,
+    adjoint: Adjoint,
+    x0: Points,
+    max_steps: int,
+    tolerance: float | None,
+    keep: Literal["best", "last"],
+    history: bool,
+    throw: bool,
+) -> Solution:
+    start = problem.box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
+    if not _wants_gradient(problem.objective, start, problem.compile):
         adjoint = Detached()
-    problem = Problem(objective, box, False, generator, candidates, compile)
     run = _Run(problem, solver, start, tolerance, keep, history)
     differentiated = adjoint.apply(run.iterate, problem, max_steps)
     progress: _Progress = differentiated.iterates.progress
-    status = progress.status(torch.isnan(x0).any(-1), differentiated.convex)
+    status = run.status(progress, torch.isnan(x0).any(-1), differentiated)
     if throw and bool((status == Status.NON_FINITE).any()):
         rows = (status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
         raise NonFiniteError(
@@ -105,14 +129,7 @@ class _Progress:
     done: RowFlags
     failed: RowFlags
     steps: RowCounts
-    goal: Rows
-
-    def status(self, bad_start: RowFlags, convex: RowFlags | None) -> RowCounts:
-        status = torch.where(self.best_norm <= self.goal, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        if convex is not None:
-            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
-        unsound = self.failed | bad_start | ~torch.isfinite(self.best_cost)
-        return torch.where(unsound, int(Status.NON_FINITE), status)
+    curvature: Rows
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -135,7 +152,10 @@ class _Run:
         history: bool,
     ):
         self.problem, self.solver, self.x0 = problem, solver, x0
-        self.tolerance, self.keep = tolerance, keep
+        default = 1e-9 if x0.dtype == torch.float64 else 1e-5
+        self.tolerance, self.keep = default if tolerance is None else tolerance, keep
+        self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
+        self.movable = ~problem.box.fixed(x0)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
     def iterate(
@@ -162,7 +182,8 @@ class _Run:
                     self._advance(progress, x, state, counts=False, past_done=True)
         x = progress.best_x if self.keep == "best" else progress.x
         if self.keep == "last":
-            progress.best_cost, progress.best_norm = progress.state.cost, self._norm(progress.x, progress.state)
+            progress.best_x, progress.best_cost = progress.x, progress.state.cost
+            progress.best_norm = self._norm(progress.x, progress.state)
         usable = torch.isfinite(progress.best_cost.detach()) & torch.isfinite(x.detach()).all(-1)
         return Iterates(x, usable, progress)
 
@@ -177,12 +198,11 @@ class _Run:
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        tolerance = (1e-9 if x.dtype == torch.float64 else 1e-5) if self.tolerance is None else self.tolerance
-        scale = torch.zeros_like(norm) if state.grad is None else state.grad.detach().abs().amax(-1)
-        goal = tolerance * (1 + scale if self.tolerance is None else torch.ones_like(scale))
+        curvature = self._first_curvature(x.detach(), state, norm)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return _Progress(x, state, x, state.cost, norm, norm <= goal, failed, steps, goal)
+        done = self._close(norm, x, curvature)
+        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
@@ -195,7 +215,8 @@ class _Run:
         state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
-        return _Progress(x, state, x, cost, self._norm(x, state), done, progress.failed, progress.steps, progress.goal)
+        norm = self._norm(x, state)
+        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature)
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -205,6 +226,8 @@ class _Run:
         working = ~progress.failed if past_done else ~(progress.done | progress.failed)
         moved = working & finite
         progress.failed = progress.failed | (working & ~finite)
+        if self.tolerance > 0:
+            self._learn_curvature(progress, x.detach(), state, moved)
         progress.x = choose(moved, x, progress.x)
         progress.state = choose_state(moved, state, progress.state)
         norm = self._norm(progress.x, progress.state)
@@ -212,7 +235,7 @@ class _Run:
         progress.best_x = choose(better, progress.x, progress.best_x)
         progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
         progress.best_norm = torch.where(better, norm, progress.best_norm)
-        progress.done = progress.done | (norm <= progress.goal)
+        progress.done = progress.done | self._close(norm, progress.x, progress.curvature)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -233,12 +256,65 @@ class _Run:
             return torch.full_like(state.cost.detach(), float("inf"))
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
 
+    def _close(self, norm: Rows, x: Points, curvature: Rows) -> RowFlags:
+        """Which rows have converged: gradient / curvature, a distance, is small beside the length scale of x."""
+        if self.tolerance == 0:
+            return norm <= 0
+        return norm <= self.tolerance * curvature * self._length(x.detach())
+
+    def _length(self, x: Points) -> Rows:
+        # The largest |x| counts because the gradient is not known better than the rounding of x.
+        return torch.maximum(self.room, _largest(x * self.movable))
+
+    def _first_curvature(self, x: Points, state: State, norm: Rows) -> Rows:
+        """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
+        it is not positive. Without it a start at the optimum could not be told from any other.
+        """
+        if self.tolerance == 0 or state.grad is None:
+            return torch.zeros_like(norm)
+        grad = state.grad.detach()
+        step = torch.finfo(x.dtype).eps ** 0.5 * self._length(x) / torch.where(norm > 0, norm, 1.0)
+        trial = self.problem.project(x - step[:, None] * grad)
+        _, there = self.problem.evaluate(trial)
+        move, bend = trial - x, there - grad
+        curvature = _largest(bend) / _largest(move)
+        sound = ((move * bend).sum(-1) > 0) & torch.isfinite(curvature)
+        return torch.where(sound, curvature, 0.0)
+
+    def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
+        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken; a stray move along a flat direction halves it at most."""
+        if state.grad is None or progress.state.grad is None:
+            return
+        length = _largest(x - progress.x.detach())
+        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / length
+        # A length of zero gives NaN or infinity: nothing was learned.
+        known = torch.maximum(curvature, 0.5 * progress.curvature)
+        progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
+        if not state.memory:
+            # Without a memory, a solver that stands still will do so for ever.
+            progress.done = progress.done | (moved & (length == 0))
+
+    def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
+        """How each row ended."""
+        converged = self._close(progress.best_norm, progress.best_x, progress.curvature)
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        convex, singular = differentiated.convex, differentiated.singular
+        if convex is not None and singular is not None:
+            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
+            status = torch.where(singular, int(Status.ILL_CONDITIONED), status)
+        unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
+        return torch.where(unsound, int(Status.NON_FINITE), status)
+
     def _record(self, x: Points, cost: Rows) -> None:
         if self.history is not None:
             self.history.append((x.detach(), cost.detach()))
 
 
 _CHUNK = 5
+
+
+def _largest(x: Points) -> Rows:
+    return torch.linalg.vector_norm(x, float("inf"), -1)
 
 
 def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int):
@@ -257,26 +333,61 @@ def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
     return compile or start.requires_grad or checked_cost(objective, start).requires_grad
 
 
-def _checked_input(x0: Tensor, box: Box | None, max_steps: int, keep: str, candidates: Tensor | None) -> Box:
-    """The box with bounds shaped for x0, after every check that needs no evaluation."""
+def _check_start(x0: Tensor) -> None:
+    if not isinstance(x0, Tensor):
+        raise ShapeError(
+            f"solve: x0 is a {type(x0).__name__}; it must be a tensor. Fix: torch.as_tensor(x0), and write the cost with "
+            "torch functions."
+        )
+    if x0.dtype not in (torch.float32, torch.float64):
+        why = "too coarse for a solve" if x0.is_floating_point() else "not a real floating-point type"
+        raise ShapeError(
+            f"solve: x0 has dtype {x0.dtype}, which is {why}. Fix: solve in float32 or float64, for example x0.float(), and "
+            "convert the result."
+        )
     if x0.dim() != 2 or x0.shape[1] == 0:
         raise ShapeError(
             f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
             "(one problem: x0[None])."
         )
-    if not x0.is_floating_point():
-        raise ShapeError(f"solve: x0 has dtype {x0.dtype}; give a floating-point start, such as x0.float().")
+
+
+def _check_settings(
+    solver: Solver, objective: Objective, x0: Tensor, max_steps: int, tolerance: float | None, keep: str, compile: bool
+) -> None:
     if max_steps < 0:
         raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
+    if tolerance is not None and not tolerance >= 0:
+        raise SolverError(f"solve: tolerance={tolerance} must be 0 or more.")
     if keep not in ("best", "last"):
         raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
+    if compile and not solver.compilable(objective):
+        raise SolverError(
+            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled: it decides by the numbers "
+            "within a step. Fix: compile=False, or another solver, such as ProjectedGradient()."
+        )
+    if isinstance(objective, TrajectoryObjective) and objective.state.device != x0.device:
+        raise ObjectiveError(
+            f"solve: the objective's state is on {objective.state.device} and x0 on {x0.device}. "
+            "Fix: move one of them, for example x0.to(state.device)."
+        )
+
+
+def _checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
+    """The box with bounds shaped for x0; candidates and the start fit."""
+    if candidates is not None and not isinstance(candidates, Tensor):
+        raise ShapeError(
+            f"solve: candidates are a {type(candidates).__name__}; they must be a tensor (K B n). "
+            "Fix: torch.as_tensor(candidates).to(x0)."
+        )
     if candidates is not None and candidates.shape[1:] != x0.shape:
         raise ShapeError(
             f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
         )
-    if candidates is not None and candidates.dtype != x0.dtype:
+    if candidates is not None and (candidates.dtype, candidates.device) != (x0.dtype, x0.device):
         raise ShapeError(
-            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}; convert one: candidates.to(x0)."
+            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}, on {candidates.device} and {x0.device}; "
+            "convert one: candidates.to(x0)."
         )
     bounds = (UNBOUNDED if box is None else box).to(x0)
     slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
