@@ -8,6 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -174,6 +175,20 @@ class Plan:
 
     actions: Plans
     solution: Solution
+
+    @cached_property
+    def states(self) -> Tensor:
+        """The states s_0 … s_H that the plan leads through, (B H+1 S), differentiable as the actions are.
+
+        `ILQR` computes them with feedback, so they hold for unstable dynamics too; for other solvers the actions are
+        rolled out at the first look.
+        """
+        found = self.solution.differentiated.states
+        if found is not None:
+            return found
+        objective = self.solution.problem.objective
+        assert isinstance(objective, TrajectoryObjective)
+        return objective.rollout(self.actions.flatten(1))
 
     @property
     def value(self) -> Rows:

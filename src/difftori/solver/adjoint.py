@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from difftori.errors import SolverError
+from difftori.solver import kkt
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, conjugate_gradients, factorise
+from difftori.solver.objective import TrajectoryObjective
 from difftori.types import PointFlags, Points, RowFlags, Rows
 
 
 class Iterates(NamedTuple):
-    """Where an iteration has come to: `x` to be returned (B n), `usable` (B): finite, and what `solve` keeps besides."""
+    """Where an iteration has come to: `x` to be returned (B n), `usable` (B): finite, what `solve` keeps besides, and the
+    `states` (B H+1 S) that belong to x where the solver carries them.
+    """
 
     x: Points
     usable: RowFlags
     progress: Any
+    states: Tensor | None = None
 
 
 @runtime_checkable
@@ -33,6 +38,8 @@ class Iterate(Protocol):
 class Differentiated(NamedTuple):
     """A differentiable solution. `convex` (B): the Hessian was positive definite on the free set, where that was looked
     at, and `singular` (B), that it could not be told from singular; `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of the distance to the optimum.
+    `states` (B H+1 S): those of a trajectory, with the same derivative, where the adjoint works on them. `solves`: the
+    linear solves of the backward pass, which know after it which rows they did not solve.
     """
 
     x: Points
@@ -40,6 +47,8 @@ class Differentiated(NamedTuple):
     convex: RowFlags | None = None
     newton_step: Rows | None = None
     singular: RowFlags | None = None
+    states: Tensor | None = None
+    solves: "_CG | None" = None
 
 
 class Adjoint(ABC):
@@ -57,7 +66,7 @@ class Detached(Adjoint):
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run without a graph."""
         result = iterate(max_steps, False)
-        return Differentiated(result.x.detach(), result)
+        return Differentiated(result.x.detach(), result, states=result.states)
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,11 @@ class Implicit(Adjoint):
     at a strict local optimum, whichever solver found it; independent of x0; constant memory. Far from an optimum it
     means little: `Solution.gradient_valid` says which rows to trust.
 
-    `linear`: "dense" factorises the Hessian (n batched Hessian-vector products), "cg" spends at most `products`
-    products in the backward pass. `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this
+    `linear` says how H is solved with. "dense" factorises it (n batched Hessian-vector products). "cg" spends at most
+    `products` products in the backward pass. "riccati", for a `TrajectoryObjective`, solves the optimality conditions of
+    states and actions by one sweep, in time linear in the horizon, and right for unstable dynamics too. "auto", the
+    default, takes the sweep after `ILQR` and where it costs less, else "dense" up to 48 variables and "cg" beyond.
+    `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this
     share of its largest, both after scaling the diagonal to 1; default: 1000 roundings (1e-4 in float32, 2e-13 in
     float64). Other rows are flagged `NOT_A_MINIMUM` or `ILL_CONDITIONED`, and their gradient is bounded: curvatures below
     1e-4 of the largest are raised to it and negative ones mirrored.
@@ -112,14 +124,14 @@ class Implicit(Adjoint):
     `order=2` ("dense" only) makes it right, at the price of a Hessian with a graph, so that memory grows n-fold.
     """
 
-    linear: Literal["dense", "cg"] = "dense"
-    products: int = 12
+    linear: Literal["auto", "dense", "cg", "riccati"] = "auto"
+    products: int | None = None
     eigenvalue_floor: float | None = None
     order: Literal[1, 2] = 1
 
     def __post_init__(self):
-        check_linear("Implicit", self.linear, self.products, self.eigenvalue_floor)
-        if self.order not in (1, 2) or (self.order == 2 and self.linear == "cg"):
+        check_linear("Implicit", self.linear, self.products, self.eigenvalue_floor, ("auto", "dense", "cg", "riccati"))
+        if self.order not in (1, 2) or (self.order == 2 and self.linear in ("cg", "riccati")):
             raise SolverError(
                 f'Implicit: order={self.order} with linear="{self.linear}" is not available. '
                 'Fix: order 1, order 2 with linear="dense", or Unrolled() for any order.'
@@ -128,38 +140,38 @@ class Implicit(Adjoint):
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run without a graph, then attach x = x* − H⁻¹(∇J(x*, θ) − stop(∇J)), whose value is x*."""
         result = iterate(max_steps, False)
-        solution = result.x.detach()
         with torch.enable_grad():
-            return self._attach(problem, solution, result)
+            return self._attach(problem, result)
 
-    def _attach(self, problem: Problem, solution: Points, result: Iterates) -> Differentiated:
-        usable = result.usable
+    def _attach(self, problem: Problem, result: Iterates) -> Differentiated:
+        usable, solution, states = result.usable, result.x.detach(), result.states
         rows = usable.nonzero().squeeze(-1)
         part = None if bool(usable.all()) else problem.objective.select(rows)
-        if part is not None:
-            # Rows without a finite solution stay out of the graph: 0 × NaN would reach the shared parameters.
-            box = problem.box.select(rows, solution)
-            good = self._derivative(replace(problem, objective=part, box=box), solution[rows])
-            x = solution.index_copy(0, rows, good.x)
-            convex, step = torch.zeros_like(usable), torch.full_like(solution[:, 0], float("inf"))
-            if good.convex is None or good.newton_step is None or good.singular is None:
-                return Differentiated(x, result)
-            return Differentiated(
-                x,
-                result,
-                convex.index_copy(0, rows, good.convex),
-                step.index_copy(0, rows, good.newton_step),
-                convex.index_copy(0, rows, good.singular),
-            )
-        good = self._derivative(problem, solution)
-        return Differentiated(choose(usable, good.x, solution), result, good.convex, good.newton_step, good.singular)
+        if part is None:
+            good = self._derivative(problem, solution, states)
+            return good.of(result, choose(usable, good.x, solution))
+        # Rows without a finite solution stay out of the graph: 0 × NaN would reach the shared parameters.
+        box = problem.box.select(rows, solution)
+        states = None if states is None else states[rows]
+        good = self._derivative(replace(problem, objective=part, box=box), solution[rows], states)
+        return good.spread(rows, usable).of(result, solution.index_copy(0, rows, good.x))
 
-    def _derivative(self, problem: Problem, solution: Points) -> "_Derivative":
-        if self.linear == "cg":
+    def _derivative(self, problem: Problem, solution: Points, states: Tensor | None) -> "_Derivative":
+        linear = self.method(problem, solution, states is not None)
+        if linear == "riccati":
+            objective = problem.objective
+            assert isinstance(objective, TrajectoryObjective)
+            if states is None:
+                with torch.no_grad():
+                    states = objective.rollout(solution)
+            found = kkt.differentiate(problem, solution, states, _Once.apply)
+            return _Derivative(found.actions, found.convex, found.newton_step, found.singular, found.states)
+        if linear == "cg":
             _, grad = problem.with_graph().evaluate(solution)
             free = ~problem.box.held(solution, grad.detach())
-            step = _ImplicitCG.apply(_Once.apply(grad), problem, solution, free, self.products)
-            return _Derivative(solution + step, None, None, None)
+            solves = _CG(problem, solution, free, *self._budget(solution))
+            step = _ImplicitCG.apply(_Once.apply(grad), solves)
+            return _Derivative(solution + step, None, None, None, None, solves)
         factor, grad = self.factor(problem, solution)
         _, differentiable = problem.with_graph().evaluate(solution)
         if self.order == 1:
@@ -168,6 +180,44 @@ class Implicit(Adjoint):
         if self.order == 2 and x.requires_grad:
             x = self._second_order(problem, x, factor.free)
         return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
+
+    def method(self, problem: Problem, x: Points, carried: bool) -> str:
+        """How the linear system is solved: "dense", "cg" or "riccati". `carried`: the solver gave the trajectory's states."""
+        objective, n = problem.objective, x.shape[-1]
+        structured = isinstance(objective, TrajectoryObjective) and objective.staged
+        if self.linear == "riccati" and not structured:
+            raise SolverError(
+                f'Implicit: linear="riccati" needs a TrajectoryObjective with stages, not a {type(objective).__name__}. '
+                'Fix: linear="dense" or "cg".'
+            )
+        if self.linear != "auto":
+            return self.linear
+        if self.order == 2:
+            return "dense"
+        if structured:
+            # Products with one step's derivatives that the sweep needs, beside the rollouts' that the dense Hessian needs.
+            size = objective.state.shape[-1]
+            if carried or 3 * size + 2 * objective.action_dim < n:
+                return "riccati"
+        return "dense" if n <= _DENSE else "cg"
+
+    def _budget(self, x: Points) -> tuple[int, float]:
+        """Products at most, and the relative residual at which conjugate gradients stop."""
+        if self.linear == "cg":
+            return 12 if self.products is None else self.products, 10 * torch.finfo(x.dtype).eps
+        products = max(x.shape[-1], _DENSE) if self.products is None else self.products
+        return products, torch.finfo(x.dtype).eps ** 0.5
+
+    def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Rows]:
+        """Which rows are strict minima, (B), and the largest coordinate of H⁻¹∇J, (B), where `apply` did not look."""
+        if self.method(problem, x, False) != "cg" or self.linear == "cg":
+            factor, grad = self.factor(problem, x)
+            return factor.convex, factor.solve(grad).abs().amax(-1)
+        _, grad = problem.evaluate(x)
+        solves = _CG(problem, x, ~problem.box.held(x, grad), *self._budget(x))
+        step = solves(grad)
+        assert solves.unsolved is not None
+        return ~solves.unsolved, step.abs().amax(-1)
 
     def _second_order(self, problem: Problem, x: Points, free: PointFlags) -> Points:
         """One Newton step N(x, θ) = x − H⁻¹∇J more, with value x. ∂N/∂x is zero at the optimum, so that the missing
@@ -183,11 +233,41 @@ class Implicit(Adjoint):
         return factorise(hessian, ~problem.box.held(x, grad), self.eigenvalue_floor, RAISED), grad
 
 
+_DENSE = 48
+"""Up to so many variables "auto" factorises the Hessian."""
+
+
 class _Derivative(NamedTuple):
+    """What `_derivative` found, for all rows or for some."""
+
     x: Points
     convex: RowFlags | None
     newton_step: Rows | None
     singular: RowFlags | None
+    states: Tensor | None = None
+    solves: "_CG | None" = None
+
+    def spread(self, rows: Tensor, usable: RowFlags) -> "_Derivative":
+        """The same for all rows, of which these are some: the others are no minima."""
+
+        def over(part: Tensor | None, other: float) -> Tensor | None:
+            if part is None:
+                return None
+            everywhere = part.new_full((len(usable), *part.shape[1:]), other)
+            return everywhere.index_copy(0, rows, part)
+
+        return _Derivative(
+            self.x,
+            over(self.convex, False),
+            over(self.newton_step, float("inf")),
+            over(self.singular, False),
+            over(self.states, float("nan")),
+            self.solves,
+        )
+
+    def of(self, result: Iterates, x: Points) -> Differentiated:
+        """As an adjoint returns it."""
+        return Differentiated(x, result, self.convex, self.newton_step, self.singular, self.states, self.solves)
 
 
 class _Once(torch.autograd.Function):
@@ -218,31 +298,48 @@ class _Refused(torch.autograd.Function):
         )
 
 
+class _CG:
+    """v ↦ H⁻¹v on the free set at one point. `unsolved` (B): rows that any call so far did not solve, for lack of products
+    or because the curvature was not positive; None before the first call. Rows that are not `usable` are never asked.
+    """
+
+    def __init__(self, problem: Problem, point: Points, free: PointFlags, products: int, tolerance: float):
+        self.problem, self.point, self.free = problem, point, free
+        self.products, self.tolerance = products, tolerance
+        self.unsolved: RowFlags | None = None
+
+    def __call__(self, v: Points) -> Points:
+        solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
+        unsolved = solved.unsolved(_SOLVED)
+        self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
+        return solved.solution
+
+
+_SOLVED = 0.05
+"""A row whose relative residual is larger has not been solved."""
+
+
 class _ImplicitCG(torch.autograd.Function):
     """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, problem: Problem, point: Tensor, free: Tensor, products: int) -> Tensor:
-        ctx.save_for_backward(point, free)
-        ctx.problem, ctx.products = problem, products
+    def forward(ctx: Any, grad: Tensor, solves: _CG) -> Tensor:
+        ctx.solves = solves
         return torch.zeros_like(grad)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        point, free = ctx.saved_tensors
-        return _SolveCG.apply(-outputs[0], ctx.problem, point, free, ctx.products), None, None, None, None
+        return _SolveCG.apply(-outputs[0], ctx.solves), None
 
 
 class _SolveCG(torch.autograd.Function):
-    """H⁻¹v on the free set, which is linear in v and symmetric: its derivative is itself."""
+    """H⁻¹v, which is linear in v and symmetric: its derivative is itself."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, problem: Problem, point: Tensor, free: Tensor, products: int) -> Tensor:
-        ctx.save_for_backward(point, free)
-        ctx.problem, ctx.products = problem, products
-        return conjugate_gradients(problem, point, v, free, products).solution
+    def forward(ctx: Any, v: Tensor, solves: _CG) -> Tensor:
+        ctx.solves = solves
+        return solves(v)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        point, free = ctx.saved_tensors
-        return _SolveCG.apply(outputs[0], ctx.problem, point, free, ctx.products), None, None, None, None
+        return _SolveCG.apply(outputs[0], ctx.solves), None

@@ -1,7 +1,7 @@
 """Box-constrained iLQR (differential dynamic programming) for objectives with a trajectory's structure."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from difftori.errors import ShapeError, SolverError
 from difftori.solver import lq
 from difftori.solver.compiled import compiled_call
 from difftori.solver.method import Problem, Solver, State, choose
-from difftori.solver.objective import TrajectoryObjective
+from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.types import Plans, Points, RowFlags, Rows
 
 
@@ -36,7 +36,11 @@ class ILQR(Solver):
     armijo: float = 0.1
     damping: float = 1e-4
     floor: float = 1e-9
-    compiles: ClassVar[Literal["steps", "parts", "no"]] = "parts"
+    traced_whole: ClassVar[bool] = False
+
+    def compilable(self, objective: Objective) -> bool:
+        """Rollouts, derivatives and sweeps are compiled, each by itself."""
+        return True
 
     def init(self, problem: Problem, x: Points) -> State:
         """Roll out and linearise."""
@@ -47,7 +51,8 @@ class ILQR(Solver):
         _check_shapes(objective, states)
         with torch.set_grad_enabled(problem.create_graph):
             cost = lq.costs(objective, states, plan)
-        return self._state(problem, x, cost, states, torch.zeros_like(cost.detach()))
+        feedback = plan.new_zeros(*plan.shape, states.shape[-1])
+        return self._state(problem, x, cost, states, feedback, torch.zeros_like(cost.detach()))
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One line search along the gains at hand, then linearise and sweep where it ended."""
@@ -62,7 +67,7 @@ class ILQR(Solver):
         cost = torch.where(taken, costs[chosen, rows], state.cost)
         eased = torch.where(memory.damping > self.damping, memory.damping / 10, 0.0)
         damping = torch.where(taken, eased, (memory.damping * 10).clamp(self.damping, 1e8))
-        return x, self._state(problem, x, cost, following, damping)
+        return x, self._state(problem, x, cost, following, memory.gains[..., :-1].contiguous(), damping)
 
     def _choose(self, cost: Rows, costs: Tensor, memory: "_Memory") -> tuple[Tensor, RowFlags]:
         """Which length each row takes, and whether it takes any."""
@@ -80,12 +85,14 @@ class ILQR(Solver):
         found = costs.gather(0, chosen[None])[0]
         return chosen, enough.any(0) | (found < cost - noise)
 
-    def _state(self, problem: Problem, x: Points, cost: Rows, states: Tensor, damping: Rows) -> State:
+    def _state(
+        self, problem: Problem, x: Points, cost: Rows, states: Tensor, feedback: Tensor, damping: Rows
+    ) -> State:
         objective = _trajectory(problem)
         plan = objective.plan(x)
         low, high = _bounds(problem, objective, x)
         with torch.set_grad_enabled(problem.create_graph):
-            model, costate, grad = _call(problem, lq.first_order, objective, states, plan)
+            model, costate, grad = _call(problem, lq.first_order, objective, states, plan, feedback)
             if self.second_order:
                 model = _call(problem, lq.with_dynamics_curvature, objective, states, plan, model, costate)
             swept = lq.sweep(

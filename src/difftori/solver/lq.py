@@ -50,7 +50,7 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
         )
         return jacobian, gradient, vmap(lambda v: pull_gradient(v)[0])(basis)
 
-    weights = _weights(objective, states)
+    weights = discounts(objective, states)
     jacobian, gradient, hessian = vmap(at, in_dims=(1, 1, 0, 0), out_dims=(2, 1, 2), randomness="same")(
         states[:, :-1], plan, objective.times(), weights[:-1]
     )
@@ -61,42 +61,42 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
     return LQModel(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
 
-def first_order(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> tuple[LQModel, Tensor, Plans]:
-    """The model, the costates (B H+1 S) and the cost's gradient with respect to the actions (B H A)."""
+def first_order(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, feedback: Tensor
+) -> tuple[LQModel, Tensor, Plans]:
+    """The model, the costates (B H+1 S) under a feedback (B H A S), and the gradient with respect to the actions (B H A)."""
     model = linearise(objective, states, plan)
-    costate = costates(model)
-    return model, costate, action_gradient(model, costate)
+    return model, *costates(model, feedback)
 
 
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
     """The discounted cost of states (B H+1 S) and actions (B H A) as they are, (B)."""
-    weights = _weights(objective, states)
+    weights = discounts(objective, states)
     stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), out_dims=1, randomness="same")(
         states[:, :-1], plan, objective.times()
     )
     return (stages * weights[:-1]).sum(-1) + weights[-1] * objective.terminal_cost(states[:, -1])
 
 
-def costates(model: LQModel) -> Tensor:
-    """λ_t, the derivative of the cost with respect to s_t with later actions fixed, (B H+1 S)."""
+def costates(model: LQModel, feedback: Tensor) -> tuple[Tensor, Plans]:
+    """λ_t, the cost's derivative with respect to s_t (B H+1 S), and with respect to the actions, c_a + F_aᵀλ_{t+1} (B H A).
+
+    Later actions answer to the state by `feedback` K (B H A S): λ_t = q_s + K_tᵀ q_a. Where the actions are optimal q_a is zero and
+    so the feedback makes no difference, but with it an error dies out on its way back, where without it unstable
+    dynamics multiply it. K = 0 gives the gradient of the open loop.
+    """
     size = model.terminal_gradient.shape[-1]
 
-    def back(carry: tuple[Tensor], step: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor], tuple[Tensor]]:
-        (costate,), (transposed, gradient) = carry, step
-        costate = gradient + (transposed @ costate.unsqueeze(-1)).squeeze(-1)
-        return (costate,), (costate,)
+    def back(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        (costate,), (transposed, gradient, gain) = carry, step
+        q = gradient + times_vector(transposed, costate)
+        costate = q[:, :size] + times_vector(gain.transpose(-1, -2), q[:, size:])
+        return (costate,), (costate, q[:, size:])
 
-    transposed, gradient = model.jacobian[..., :size].transpose(-1, -2), model.gradient[..., :size]
-    steps = (transposed.movedim(1, 0).flip(0), gradient.movedim(1, 0).flip(0))
-    _, (found,) = loop(back, (model.terminal_gradient,), steps)
-    return torch.cat([found.flip(0).movedim(0, 1), model.terminal_gradient.unsqueeze(1)], 1)
-
-
-def action_gradient(model: LQModel, costate: Tensor) -> Plans:
-    """∂J/∂a_t = c_a + F_aᵀ λ_{t+1}, (B H A)."""
-    size = costate.shape[-1]
-    transposed = model.jacobian[..., size:].transpose(-1, -2)
-    return model.gradient[..., size:] + (transposed @ costate[:, 1:].unsqueeze(-1)).squeeze(-1)
+    steps = (model.jacobian.transpose(-1, -2), model.gradient, feedback)
+    _, found = loop(back, (model.terminal_gradient,), tuple(part.movedim(1, 0).flip(0) for part in steps))
+    costate, action = (part.flip(0).movedim(0, 1) for part in found)
+    return torch.cat([costate, model.terminal_gradient.unsqueeze(1)], 1), action
 
 
 def with_dynamics_curvature(
@@ -380,6 +380,11 @@ def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> Tr
     return many if bool(close.all()) else None
 
 
+def times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Matrices (… p q) times vectors (… q)."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b. Compiled, small matrices are multiplied in plain arithmetic, which the compiler can join with its neighbours."""
     if torch.compiler.is_compiling() and max(*a.shape[-2:], b.shape[-1]) <= 8:
@@ -397,7 +402,8 @@ def _basis(like: Tensor, size: int) -> Tensor:
     return eye[:, None].expand(size, like.shape[0], size)
 
 
-def _weights(objective: TrajectoryObjective, like: Tensor) -> Tensor:
+def discounts(objective: TrajectoryObjective, like: Tensor) -> Tensor:
+    """γ^t for t = 0 … H, (H+1)."""
     steps = torch.arange(objective.horizon + 1, dtype=like.dtype, device=like.device)
     return objective.discount**steps
 

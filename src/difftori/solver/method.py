@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,8 +85,8 @@ class Solver(ABC):
     is differentiated: if `problem.create_graph` is set, `step` must simply be made of differentiable operations.
     """
 
-    compiles: ClassVar[Literal["steps", "parts", "no"]] = "steps"
-    """With compile=True: whole steps are traced; or the step compiles parts of itself; or the solver is refused."""
+    traced_whole: ClassVar[bool] = True
+    """With compile=True, whether several steps are traced together. False: a step compiles parts of itself."""
 
     @abstractmethod
     def init(self, problem: Problem, x: Points) -> State:
@@ -97,7 +97,7 @@ class Solver(ABC):
         """One iteration."""
 
     def compilable(self, objective: Objective) -> bool:
-        """Whether `step` can be traced by torch.compile: it never looks at a number. A solver that can says so."""
+        """Whether compile=True can be used: `step` never looks at a number, or compiles parts of itself."""
         return False
 
     def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:

@@ -178,7 +178,8 @@ class ConjugateGradients(NamedTuple):
     """Where the iteration H w = rhs stands, row by row.
 
     `solution` w (B n); `residual` and `direction` (B n); `size` (B), the residual's square, and `goal` (B), where to stop;
-    `active` (B): rows at work; `curvature` (B): rᵀHr/rᵀr of the first direction r = rhs.
+    `active` (B): rows at work; `curvature` (B): rᵀHr/rᵀr of the first direction r = rhs; `positive` (B): no direction so far
+    had negative curvature; `begun` (B): the square of rhs.
     """
 
     solution: Points
@@ -188,6 +189,12 @@ class ConjugateGradients(NamedTuple):
     goal: Rows
     active: RowFlags
     curvature: Rows
+    positive: RowFlags
+    begun: Rows
+
+    def unsolved(self, tolerance: float) -> RowFlags:
+        """Rows that met negative curvature, or whose residual is more than this share of the right-hand side, (B)."""
+        return ~self.positive | (self.size > tolerance**2 * self.begun)
 
     def proceed(self, products: Callable[[Points], Points], free: PointFlags, count: int) -> "ConjugateGradients":
         """`count` products more; a row stops at negative curvature with what it has by then.
@@ -195,11 +202,12 @@ class ConjugateGradients(NamedTuple):
         Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the
         safeguard for rows that are no strict minimum (Steihaug, 1983).
         """
-        w, residual, direction, size, goal, active, first = self
+        w, residual, direction, size, goal, active, first, positive, begun = self
         for _ in range(count):
             image = products(direction) * free
             along = (direction * image).sum(-1)
             first = torch.where(torch.isnan(first), along / size.clamp_min(torch.finfo(size.dtype).tiny), first)
+            positive = positive & (~active | (along > 0))
             active = active & (along > 0)
             length = torch.where(active, size / torch.where(active, along, 1.0), 0.0)[:, None]
             w, residual = w + length * direction, residual - length * image
@@ -207,20 +215,24 @@ class ConjugateGradients(NamedTuple):
             ratio = torch.where(active, new_size / torch.where(size > 0, size, 1.0), 0.0)
             direction, size = residual + ratio[:, None] * direction, new_size
             active = active & (size > goal)
-        return ConjugateGradients(w, residual, direction, size, goal, active, first)
+        return ConjugateGradients(w, residual, direction, size, goal, active, first, positive, begun)
 
 
 def conjugate_gradients(
-    problem: Problem, x: Points, rhs: Points, free: PointFlags, max_products: int
+    problem: Problem, x: Points, rhs: Points, free: PointFlags, max_products: int, tolerance: float | None = None
 ) -> ConjugateGradients:
-    """Solve H w = rhs at x on the free set, without a graph, all rows at once, by at most so many products."""
+    """Solve H w = rhs at x on the free set, without a graph, all rows at once, by at most so many products.
+
+    A row is solved when its residual is `tolerance` of rhs; default: ten roundings.
+    """
     # In units of its largest coordinate, so that no square leaves the range of float32.
     unit = torch.linalg.vector_norm(rhs * free, float("inf"), -1, keepdim=True)
     rhs = rhs * free / torch.where(unit > 0, unit, 1.0)
     size = rhs.square().sum(-1)
-    goal = (10 * torch.finfo(rhs.dtype).eps) ** 2 * size
+    goal = (10 * torch.finfo(rhs.dtype).eps if tolerance is None else tolerance) ** 2 * size
     nothing = torch.full_like(size, float("nan"))
-    state = ConjugateGradients(torch.zeros_like(rhs), rhs, rhs, size, goal, size > 0, nothing)
+    yes = torch.ones_like(size, dtype=torch.bool)
+    state = ConjugateGradients(torch.zeros_like(rhs), rhs, rhs, size, goal, size > 0, nothing, yes, size)
     products = None if problem.compile else HessianProducts(problem, x)
     chunk = _COMPILED_PRODUCTS if products is None else 1
     for done in range(0, max_products, chunk):
@@ -245,11 +257,17 @@ def _compilable(
     return state.proceed(lambda v: pullback(v)[0], free, count)
 
 
-def check_linear(owner: str, linear: str, products: int, eigenvalue_floor: float | None) -> None:
+def check_linear(
+    owner: str,
+    linear: str,
+    products: int | None,
+    eigenvalue_floor: float | None,
+    known: tuple[str, ...] = ("dense", "cg"),
+) -> None:
     """Refuse settings that no linear solve understands."""
-    if linear not in ("dense", "cg"):
-        raise SolverError(f'{owner}: linear={linear!r} is unknown; use "dense" or "cg".')
-    if products < 1:
+    if linear not in known:
+        raise SolverError(f"{owner}: linear={linear!r} is unknown; use one of {', '.join(known)}.")
+    if products is not None and products < 1:
         raise SolverError(f"{owner}: products={products} leaves no Hessian-vector product; use at least 1.")
     if eigenvalue_floor is not None and not 0 <= eigenvalue_floor < 1:
         raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} must lie in [0, 1).")

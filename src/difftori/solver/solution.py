@@ -66,7 +66,7 @@ class Solution:
         _, grad = without_inference_tensors(lambda: self.problem.evaluate(self.x.detach()))
         return self.problem.box.stationarity(self.x.detach(), grad)
 
-    @cached_property
+    @property
     def gradient_valid(self) -> RowFlags:
         """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
 
@@ -74,11 +74,17 @@ class Solution:
         than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2; fixed variables do not). The Hessian is at hand after `Implicit("dense")`; otherwise
         the first look at this property computes it, at the price of n batched Hessian-vector products.
         """
+        solves = self.differentiated.solves
+        if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):
+            return self._near_minimum
+        return self._near_minimum & ~solves.unsolved
+
+    @cached_property
+    def _near_minimum(self) -> RowFlags:
         convex, step = self.differentiated.convex, self.differentiated.newton_step
         x = self.x.detach()
         if convex is None or step is None:
-            factor, grad = without_inference_tensors(lambda: Implicit().factor(self.problem, x))
-            convex, step = factor.convex, factor.solve(grad).abs().amax(-1)
+            convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
         room = self.problem.box.narrowest(x, 2.0).clamp_max(2.0) / 2.0
         return convex & (step <= 2e-2 * room) & self.finite
 

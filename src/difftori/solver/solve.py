@@ -113,7 +113,7 @@ def _solve(
         state=progress.state.detached(),
         problem=problem,
         differentiated=differentiated,
-        stationarity=None if progress.state.grad is None else progress.best_norm.detach(),
+        stationarity=None if progress.state.grad is None or progress.state.distance is not None else progress.best_norm.detach(),
     )
 
 
@@ -130,6 +130,7 @@ class _Progress:
     failed: RowFlags
     steps: RowCounts
     curvature: Rows
+    best_states: Tensor | None = None
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -169,7 +170,7 @@ class _Run:
             elif differentiable:
                 progress = self._resume(problem, progress)
             # A generator cannot be traced: steps that draw from one are eager, and their evaluations compiled.
-            if problem.compile and self.solver.compiles == "steps" and self.history is None and problem.generator is None:
+            if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
                 for _ in range(steps):
@@ -184,8 +185,9 @@ class _Run:
         if self.keep == "last":
             progress.best_x, progress.best_cost = progress.x, progress.state.cost
             progress.best_norm = self._norm(progress.x, progress.state)
+            progress.best_states = progress.state.states
         usable = torch.isfinite(progress.best_cost.detach()) & torch.isfinite(x.detach()).all(-1)
-        return Iterates(x, usable, progress)
+        return Iterates(x, usable, progress, None if differentiable else progress.best_states)
 
     def recorded(self) -> History | None:
         """The iterates so far, if they were asked for."""
@@ -202,7 +204,7 @@ class _Run:
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         done = self._close(norm, x, curvature)
-        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature)
+        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
@@ -210,13 +212,17 @@ class _Run:
         """
         x = progress.x.detach()
         cost, grad = progress.state.cost, progress.state.grad
-        if grad is not None:
-            cost, grad = problem.evaluate(x)
-        state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
+        if progress.state.states is not None:
+            state = self.solver.init(problem, x)
+            cost = state.cost
+        else:
+            if grad is not None:
+                cost, grad = problem.evaluate(x)
+            state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
         norm = self._norm(x, state)
-        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature)
+        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature, state.states)
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -235,6 +241,8 @@ class _Run:
         progress.best_x = choose(better, progress.x, progress.best_x)
         progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
         progress.best_norm = torch.where(better, norm, progress.best_norm)
+        if progress.best_states is not None and progress.state.states is not None:
+            progress.best_states = choose(better, progress.state.states, progress.best_states)
         progress.done = progress.done | self._close(norm, progress.x, progress.curvature)
         if counts:
             progress.steps = progress.steps + working
@@ -252,6 +260,9 @@ class _Run:
             taken += chunk
 
     def _norm(self, x: Points, state: State) -> Rows:
+        """How far from a first-order point: the solver's own estimate of the distance, or the gradient that is not held."""
+        if state.distance is not None:
+            return state.distance.detach()
         if state.grad is None:
             return torch.full_like(state.cost.detach(), float("inf"))
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
@@ -270,6 +281,8 @@ class _Run:
         """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
         it is not positive. Without it a start at the optimum could not be told from any other.
         """
+        if state.distance is not None:
+            return torch.ones_like(norm)
         if self.tolerance == 0 or state.grad is None:
             return torch.zeros_like(norm)
         grad = state.grad.detach()
@@ -283,7 +296,7 @@ class _Run:
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken; a stray move along a flat direction halves it at most."""
-        if state.grad is None or progress.state.grad is None:
+        if state.grad is None or progress.state.grad is None or state.distance is not None:
             return
         length = _largest(x - progress.x.detach())
         curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / length

@@ -1,0 +1,205 @@
+"""The derivative of an optimal trajectory by one more Riccati sweep: the optimality conditions, solved in O(H).
+
+At an optimum the states s, the actions a and the costates λ satisfy, with L = J + Σ λ_{t+1}ᵀ(next(s_t, a_t) − s_{t+1}),
+
+    ∂L/∂s = 0,    ∂L/∂a = 0 on the actions that no bound holds,    next(s_t, a_t) − s_{t+1} = 0,    s_0 = start.
+
+With R these residuals and K their (symmetric) matrix of derivatives, d(s, a, λ)/dθ = −K⁻¹ ∂R/∂θ. A vector-Jacobian product
+is one solve with K, that is one linear-quadratic problem with the exact Hessians of L, the dynamics' second derivatives
+included. No step amplifies the others' errors, so unstable dynamics over long horizons are differentiated to full precision,
+where the dense Hessian of J with respect to the actions has a condition number that grows exponentially with the horizon.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from difftori.solver import lq
+from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.method import Problem, choose
+from difftori.solver.objective import TrajectoryObjective
+from difftori.types import Plans, PointFlags, Points, RowFlags, Rows
+
+
+class TrajectoryDerivative(NamedTuple):
+    """`actions` (B n) and `states` (B H+1 S) with their derivative; `convex`, `singular` (B) and `newton_step` (B) as in
+    `Differentiated`.
+    """
+
+    actions: Points
+    states: Tensor
+    convex: RowFlags
+    singular: RowFlags
+    newton_step: Rows
+
+
+def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Callable[[Tensor], Tensor]) -> TrajectoryDerivative:
+    """Attach the derivative of the optimum to actions x (B n) and states (B H+1 S), both without a graph."""
+    objective = problem.objective
+    assert isinstance(objective, TrajectoryObjective)
+    plan = objective.plan(x)
+    with torch.no_grad():
+        low, high = (objective.plan(torch.as_tensor(b).to(x).expand_as(x)) for b in (problem.box.low, problem.box.high))
+        inside = (plan > low) & (plan < high)
+        model, costate, grad = _call(problem, _exact, objective, states, plan, inside)
+        free = objective.plan(~problem.box.held(x, grad.flatten(1)))
+        factor = factorise(model, free)
+        if not bool(factor.convex.all()):
+            # No minimum: bounded nevertheless, by the model that a solver would step with.
+            raised = lq.convexified(model, _RAISED)
+            model = lq.LQModel(*(choose(factor.convex, own, other) for own, other in zip(model, raised, strict=True)))
+            again = factorise(model, free)
+            factor = again._replace(convex=factor.convex, singular=factor.singular)
+        move, _, _ = factor.solve(torch.zeros_like(states), grad * free)
+    residuals = _call(problem, residual, objective, states, plan, costate)
+    residuals = (*residuals, objective.state)
+    if not any(part.requires_grad for part in residuals):
+        return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
+    residuals = tuple(refuse_second(part) if part.requires_grad else part for part in residuals)
+    actions, states = _Optimum.apply(plan, states, factor, *residuals)
+    return TrajectoryDerivative(
+        actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2))
+    )
+
+
+_RAISED = 1e-4
+
+
+def _exact(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PointFlags
+) -> tuple[lq.LQModel, Tensor, Plans]:
+    """The exact second-order model of L, the costates and the gradient with respect to the actions."""
+    model = lq.linearise(objective, states, plan)
+    # The costates need some feedback, whichever (see lq.costates): that of the costs' curvature alone.
+    costate, grad = lq.costates(model, factorise(model, inside).gain)
+    return lq.with_dynamics_curvature(objective, states, plan, model, costate), costate, grad
+
+
+def residual(objective: TrajectoryObjective, states: Tensor, plan: Plans, costate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """∂L/∂(s, a) of each step (B H N), ∂L/∂s_H (B S) and the next states (B H S) at a fixed point; differentiable in θ."""
+    size = states.shape[-1]
+    weights = lq.discounts(objective, states)
+
+    def at(state: Tensor, action: Tensor, t: Tensor, weight: Tensor, costate: Tensor) -> tuple[Tensor, Tensor]:
+        def lagrangian(pair: Tensor) -> tuple[Tensor, Tensor]:
+            s, a = pair[..., :size], pair[..., size:]
+            following = objective.next(s, a, t)
+            total = weight * objective.stage_cost(s, a, t) + (following * costate).sum(-1)
+            return total.sum(), following
+
+        gradient, following = torch.func.grad(lagrangian, has_aux=True)(torch.cat([state, action], -1))
+        return gradient, following
+
+    stage, following = vmap(at, in_dims=(1, 1, 0, 0, 1), out_dims=1, randomness="same")(
+        states[:, :-1], plan, objective.times(), weights[:-1], costate[:, 1:]
+    )
+    last = torch.func.grad(lambda s: (weights[-1] * objective.terminal_cost(s)).sum())(states[:, -1])
+    return stage, last, following
+
+
+class Factor(NamedTuple):
+    """K, factorised by a sweep back. Rows first, then time.
+
+    `jacobian` F (B H S N); `free` (B H A); `cholesky` (B H A A) of the actions' curvature on the free set; `gain` K (B H A S);
+    `value` V (B H+1 S S). `convex` (B): every curvature was positive definite, so the point is a strict minimum; `singular`
+    (B): one of them could not be told from singular.
+    """
+
+    jacobian: Tensor
+    free: PointFlags
+    cholesky: Tensor
+    gain: Tensor
+    value: Tensor
+    convex: RowFlags
+    singular: RowFlags
+
+    def solve(self, v_states: Tensor, v_actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """K⁻¹(v_s, v_a, 0): for actions (B H A), states (B H+1 S) and the constraints of the dynamics (B H+1 S)."""
+        size = v_states.shape[-1]
+        transposed = self.jacobian.transpose(-1, -2)
+
+        def back(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+            (p,), (ft, v_s, v_a, factor, gain, free) = carry, step
+            q = lq.times_vector(ft, p)
+            q_s, q_a = q[:, :size] - v_s, (q[:, size:] - v_a) * free
+            k = -torch.cholesky_solve(q_a.unsqueeze(-1), factor).squeeze(-1) * free
+            p = q_s + lq.times_vector(gain.transpose(-1, -2), q_a)
+            return (p,), (k, p)
+
+        steps = (transposed, v_states[:, :-1], v_actions, self.cholesky, self.gain, self.free)
+        last = -v_states[:, -1]
+        _, (k, p) = loop(back, (last,), tuple(part.movedim(1, 0).flip(0) for part in steps))
+
+        def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+            (w,), (f, k, gain) = carry, step
+            action = k + lq.times_vector(gain, w)
+            return (lq.times_vector(f, torch.cat([w, action], -1)),), (w, action)
+
+        steps = (self.jacobian.movedim(1, 0), k.flip(0), self.gain.movedim(1, 0))
+        (end,), (w, actions) = loop(forth, (torch.zeros_like(last),), steps)
+        states = torch.cat([w, end.unsqueeze(0)]).movedim(0, 1)
+        linear = torch.cat([p.flip(0), last.unsqueeze(0)]).movedim(0, 1)
+        return actions.movedim(0, 1), states, lq.times_vector(self.value, states) + linear
+
+
+def factorise(model: lq.LQModel, free: PointFlags) -> Factor:
+    """Sweep back through the model on the actions that are free (B H A)."""
+    size, eps = model.terminal_gradient.shape[-1], torch.finfo(model.hessian.dtype).eps
+    identity = torch.eye(free.shape[-1], dtype=model.hessian.dtype, device=free.device)
+
+    def back(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+        (value,), (f, hessian, free) = carry, step
+        q = hessian + f.transpose(-1, -2) @ value @ f
+        h = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), q[:, size:, size:], identity)
+        factor, failed = torch.linalg.cholesky_ex(h)
+        pivot = factor.diagonal(dim1=-1, dim2=-2).square() / h.diagonal(dim1=-1, dim2=-2)
+        sound = (failed == 0) & torch.isfinite(factor).flatten(1).all(-1)
+        factor = torch.where(sound[:, None, None], factor, identity)
+        gain = -torch.cholesky_solve(q[:, size:, :size] * free.unsqueeze(-1), factor) * free.unsqueeze(-1)
+        value = q[:, :size, :size] + q[:, :size, size:] @ gain
+        value = 0.5 * (value + value.transpose(-1, -2))
+        return (value,), (value, factor, gain, sound, torch.where(sound, pivot.amin(-1), 0.0))
+
+    steps = (model.jacobian, model.hessian, free)
+    _, found = loop(back, (model.terminal_hessian,), tuple(part.movedim(1, 0).flip(0) for part in steps))
+    value, cholesky, gain, sound, pivot = (part.flip(0).movedim(0, 1) for part in found)
+    value = torch.cat([value, model.terminal_hessian.unsqueeze(1)], 1)
+    convex = sound.all(-1)
+    near = 1e3 * eps
+    # A failed pivot is singular only where its curvature vanishes; a sweep cannot tell, so it counts as negative.
+    return Factor(model.jacobian, free, cholesky, gain, value, convex, convex & (pivot.amin(-1) < near))
+
+
+class _Optimum(torch.autograd.Function):
+    """Constants in value; the derivative with respect to the residuals is −K⁻¹."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plans,
+        states: Tensor,
+        factor: Factor,
+        stage: Tensor,
+        last: Tensor,
+        following: Tensor,
+        start: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.factor = factor
+        ctx.needed = ctx.needs_input_grad
+        return plan.clone(), states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        v_actions, v_states = outputs
+        actions, states, constraint = ctx.factor.solve(v_states, v_actions)
+        stage = torch.cat([states[:, :-1], actions], -1)
+        return None, None, None, -stage, -states[:, -1], -constraint[:, 1:], -constraint[:, 0]
+
+
+def _call(problem: Problem, function: Callable, *arguments: Any):
+    if problem.compile:
+        return compiled_call(function, *arguments, lean=arguments[1].device.type == "cpu")
+    return function(*arguments)
