@@ -6,6 +6,7 @@
 (Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective: it is no constraint.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
 from difftori.solver import (
+    ILQR,
     Adjoint,
+    AugmentedLagrangian,
     Box,
+    ConstrainedTrajectory,
     Implicit,
+    Multipliers,
     ProjectedGradient,
     Solution,
     Solver,
@@ -29,12 +34,40 @@ from difftori.solver import (
 from difftori.solver.box import Bound
 from difftori.types import Actions, Plans, Points, Rows, States
 
-Dynamics = Callable[[Tensor, Tensor], Tensor]
-"""(state (B S), action (B A)) → next state (B S)."""
-Reward = Callable[[Tensor, Tensor], Tensor]
-"""(state (B S), action (B A)) → (B)."""
+Dynamics = Callable[..., Tensor]
+"""(state (B S), action (B A)) → next state (B S). A third required argument is the step t."""
+Reward = Callable[..., Tensor]
+"""(state (B S), action (B A)) → (B). A third required argument is the step t."""
+Constraint = Callable[..., Tensor]
+"""(state (B S), action (B A)) → (B m), to be ≤ 0. A third required argument is the step t."""
 Value = Callable[[Tensor], Tensor]
 """state (B S) → (B)."""
+
+
+def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function as one of (state, action, t), whether or not it takes the step.
+
+    It takes the step if its third positional argument is required or is called `t`.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built in, without a signature
+        return _Timeless(function)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in kinds]
+    if len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "t"):
+        return function
+    return _Timeless(function)
+
+
+@dataclass(frozen=True)
+class _Timeless:
+    """A function of (state, action) that is also given the step."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.function(state, action)
 
 
 class ReturnObjective(TrajectoryObjective):
@@ -54,15 +87,16 @@ class ReturnObjective(TrajectoryObjective):
         discount: float = 1.0,
     ):
         self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
+        self._next, self._reward = with_time(dynamics), with_time(reward)
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a)."""
-        return self.dynamics(state, action)
+        return self._next(state, action, t)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
-        return -self.reward(state, action)
+        return -self._reward(state, action, t)
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero without a terminal value."""
@@ -105,9 +139,9 @@ class ActionReturnObjective(ReturnObjective):
         """Minus the return; the last action meets Q instead of R."""
         state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
         *actions, last = self.plan(x).unbind(-2)
-        for action in actions:
-            total = total + weight * self.reward(state, action)
-            state = self.dynamics(state, action)
+        for t, action in zip(self.times().unbind(), actions, strict=False):
+            total = total + weight * self._reward(state, action, t)
+            state = self._next(state, action, t)
             weight = weight * self.discount
         return -(total + weight * self.action_value(state, last))
 
@@ -225,6 +259,8 @@ class Planner:
         candidates: Tensor | None = None,
         history: bool = False,
         throw: bool = False,
+        augmented: AugmentedLagrangian | None = None,
+        multipliers: Multipliers | None = None,
     ) -> Plan:
         """Solve from init_actions (B H A), projected onto the box first. `candidates` (K B H A) as for `solve`.
 
@@ -257,6 +293,8 @@ class Planner:
             generator=generator,
             history=history,
             compile=self.compile,
+            augmented=augmented,
+            multipliers=multipliers,
         )
         if throw:
             _raise_if_unsound(solution)
@@ -301,9 +339,13 @@ def plan(
     discount: float = 1.0,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
-    max_steps: int = 50,
+    max_steps: int = 200,
     tolerance: float | None = None,
     compile: bool = False,
+    constraint: Constraint | None = None,
+    terminal_constraint: Value | None = None,
+    augmented: AugmentedLagrangian | None = None,
+    multipliers: Multipliers | None = None,
 ) -> Plan:
     """Trajectory optimisation with known or learned dynamics, differentiable in everything that the callables use.
 
@@ -331,12 +373,15 @@ def plan(
         raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}; give (B H A).")
     _, horizon, action_dim = init_actions.shape
     objective = ReturnObjective(dynamics, reward, terminal_value, state, horizon, action_dim, discount)
+    if constraint is not None or terminal_constraint is not None:
+        stage = None if constraint is None else with_time(constraint)
+        objective = ConstrainedTrajectory(objective, stage, terminal_constraint)
     planner = Planner(
-        ProjectedGradient(window=5, polish=1) if solver is None else solver,
+        ILQR() if solver is None else solver,
         Implicit() if adjoint is None else adjoint,
         Box(low, high),
         max_steps,
         tolerance,
         compile,
     )
-    return planner.plan(objective, init_actions)
+    return planner.plan(objective, init_actions, augmented=augmented, multipliers=multipliers)

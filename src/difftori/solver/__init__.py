@@ -7,8 +7,10 @@ loss(sol.x).backward()
 from difftori.solver import presets
 from difftori.solver.adam import Adam
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
+from difftori.solver.augmented_lagrangian import AugmentedLagrangian
 from difftori.solver.box import Box
 from difftori.solver.check import GradientCheck, check_gradients
+from difftori.solver.constraints import ConstrainedTrajectory, Multipliers
 from difftori.solver.gradient_descent import GradientDescent
 from difftori.solver.ilqr import ILQR
 from difftori.solver.levenberg_marquardt import GaussNewton, LevenbergMarquardt
@@ -26,7 +28,9 @@ __all__ = [
     "MPPI",
     "Adam",
     "Adjoint",
+    "AugmentedLagrangian",
     "Box",
+    "ConstrainedTrajectory",
     "Detached",
     "FunctionObjective",
     "GaussNewton",
@@ -36,6 +40,7 @@ __all__ = [
     "Implicit",
     "LeastSquaresObjective",
     "LevenbergMarquardt",
+    "Multipliers",
     "Newton",
     "Objective",
     "Problem",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import kkt
+from difftori.solver.constraints import Constrained, ConstrainedFunction
+from difftori.solver.derivatives import row_jacobian
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, conjugate_gradients, factorise
 from difftori.solver.objective import TrajectoryObjective
@@ -172,6 +174,8 @@ class Implicit(Adjoint):
             solves = _CG(problem, solution, free, *self._budget(solution))
             step = _ImplicitCG.apply(_Once.apply(grad), solves)
             return _Derivative(solution + step, None, None, None, None, solves)
+        if isinstance(problem.objective, ConstrainedFunction):
+            return self._constrained(problem, problem.objective, solution)
         factor, grad = self.factor(problem, solution)
         _, differentiable = problem.with_graph().evaluate(solution)
         if self.order == 1:
@@ -179,6 +183,25 @@ class Implicit(Adjoint):
         x = solution - factor.solve(differentiable - differentiable.detach())
         if self.order == 2 and x.requires_grad:
             x = self._second_order(problem, x, factor.free)
+        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
+
+    def _constrained(self, problem: Problem, objective: ConstrainedFunction, solution: Points) -> "_Derivative":
+        """The optimality conditions with the active constraints as equations, by multipliers within the linear system."""
+        multipliers = objective.multipliers
+        assert multipliers is not None
+        with torch.no_grad():
+            moved = multipliers.updated(objective.constraints(solution), objective.equality(solution))
+            on = ((moved > 0) | objective.equality(solution)).to(solution.dtype)
+        jacobian = _constraint_jacobian(objective, solution) * on.unsqueeze(-1)
+        weight = _STIFFER * multipliers.weight
+        _, grad, hessian = problem.curvature(solution)
+        extra = (weight - multipliers.weight)[:, None, None]
+        hessian = hessian + extra * (jacobian.transpose(-1, -2) @ jacobian)
+        factor = factorise(hessian, ~problem.box.held(solution, grad), self.eigenvalue_floor, RAISED)
+        plain = replace(problem, objective=objective.lagrangian(moved), create_graph=True)
+        _, residual = plain.evaluate(solution)
+        values = objective.constraints(solution)
+        x = solution + _ImplicitConstrained.apply(_Once.apply(residual), values, factor, jacobian, weight)
         return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
 
     def method(self, problem: Problem, x: Points, carried: bool) -> str:
@@ -190,8 +213,15 @@ class Implicit(Adjoint):
                 f'Implicit: linear="riccati" needs a TrajectoryObjective with stages, not a {type(objective).__name__}. '
                 'Fix: linear="dense" or "cg".'
             )
+        constrained = isinstance(objective, Constrained)
+        if constrained and (self.order == 2 or self.linear == "cg" or (structured and self.linear == "dense")):
+            raise SolverError(
+                f'Implicit: linear="{self.linear}", order={self.order} is not available with constraints. Fix: Implicit().'
+            )
         if self.linear != "auto":
             return self.linear
+        if constrained:
+            return "riccati" if structured else "dense"
         if self.order == 2:
             return "dense"
         if structured:
@@ -296,6 +326,36 @@ class _Refused(torch.autograd.Function):
             "the second derivative of a solution was asked for, and Implicit(order=1) has only the first. "
             "Fix: adjoint=Implicit(order=2), or Unrolled()."
         )
+
+
+def _constraint_jacobian(objective: ConstrainedFunction, x: Points) -> Tensor:
+    """Derivatives (B M n) of the constraints' values (B M)."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        return row_jacobian(objective.constraints(point), point).detach()
+
+
+_ROUNDS = 6
+_STIFFER = 1e3
+"""By how much the weight of active constraints is raised in the linear system, so that few rounds solve it."""
+
+
+class _ImplicitConstrained(torch.autograd.Function):
+    """Value 0; the derivative with respect to the Lagrangian's gradient and the active constraints' values is −K⁻¹."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, values: Tensor, factor: Factor, jacobian: Tensor, weight: Rows) -> Tensor:
+        ctx.factor, ctx.jacobian, ctx.weight = factor, jacobian, weight
+        return torch.zeros_like(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        jacobian, y = ctx.jacobian, torch.zeros_like(ctx.jacobian[..., 0])
+        move = ctx.factor.solve(outputs[0])
+        for _ in range(_ROUNDS):
+            y = y + ctx.weight[:, None] * (jacobian @ move.unsqueeze(-1)).squeeze(-1)
+            move = ctx.factor.solve(outputs[0] - (jacobian.transpose(-1, -2) @ y.unsqueeze(-1)).squeeze(-1))
+        return -move, -y, None, None, None
 
 
 class _CG:

@@ -19,9 +19,10 @@ from torch.func import vmap
 
 from difftori.solver import lq
 from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.constraints import ConstrainedTrajectory
 from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
-from difftori.types import Plans, PointFlags, Points, RowFlags, Rows
+from difftori.types import Plans, PlanFlags, Points, RowFlags, Rows
 
 
 class TrajectoryDerivative(NamedTuple):
@@ -46,6 +47,10 @@ def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Ca
         inside = (plan > low) & (plan < high)
         model, costate, grad = _call(problem, _exact, objective, states, plan, inside)
         free = objective.plan(~problem.box.held(x, grad.flatten(1)))
+        active = None
+        if isinstance(objective, ConstrainedTrajectory):
+            active = _active(objective, x, states)
+            model = active.stiffened(model)
         factor = factorise(model, free)
         if not bool(factor.convex.all()):
             # No minimum: bounded nevertheless, by the model that a solver would step with.
@@ -54,12 +59,16 @@ def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Ca
             again = factorise(model, free)
             factor = again._replace(convex=factor.convex, singular=factor.singular)
         move, _, _ = factor.solve(torch.zeros_like(states), grad * free)
-    residuals = _call(problem, residual, objective, states, plan, costate)
-    residuals = (*residuals, objective.state)
+    lagrangian, values = objective, plan.new_zeros(0)
+    if active is not None:
+        assert isinstance(objective, ConstrainedTrajectory)
+        lagrangian, values = objective.lagrangian(active.multipliers), objective.constraints(x, states)
+    residuals = _call(problem, residual, lagrangian, states, plan, costate)
+    residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
     residuals = tuple(refuse_second(part) if part.requires_grad else part for part in residuals)
-    actions, states = _Optimum.apply(plan, states, factor, *residuals)
+    actions, states = _Optimum.apply(plan, states, factor, active, *residuals)
     return TrajectoryDerivative(
         actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2))
     )
@@ -69,7 +78,7 @@ _RAISED = 1e-4
 
 
 def _exact(
-    objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PointFlags
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
 ) -> tuple[lq.LQModel, Tensor, Plans]:
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
     model = lq.linearise(objective, states, plan)
@@ -109,7 +118,7 @@ class Factor(NamedTuple):
     """
 
     jacobian: Tensor
-    free: PointFlags
+    free: PlanFlags
     cholesky: Tensor
     gain: Tensor
     value: Tensor
@@ -145,7 +154,7 @@ class Factor(NamedTuple):
         return actions.movedim(0, 1), states, lq.times_vector(self.value, states) + linear
 
 
-def factorise(model: lq.LQModel, free: PointFlags) -> Factor:
+def factorise(model: lq.LQModel, free: PlanFlags) -> Factor:
     """Sweep back through the model on the actions that are free (B H A)."""
     size, eps = model.terminal_gradient.shape[-1], torch.finfo(model.hessian.dtype).eps
     identity = torch.eye(free.shape[-1], dtype=model.hessian.dtype, device=free.device)
@@ -173,6 +182,82 @@ def factorise(model: lq.LQModel, free: PointFlags) -> Factor:
     return Factor(model.jacobian, free, cholesky, gain, value, convex, convex & (pivot.amin(-1) < near))
 
 
+class _Active(NamedTuple):
+    """The constraints at the solution: derivatives of the stages' (B H m N) and the last state's (B k S), zero where they are
+    not active; their `multipliers` (B H·m+k), zero there too; and how much `stiffer` (B) they are made in K.
+
+    On directions that keep the active constraints their weight changes nothing, and the others are taken away by a few
+    rounds of multipliers within the linear system, which the weight makes fast.
+    """
+
+    stage: Tensor
+    last: Tensor
+    multipliers: Tensor
+    stiffer: Rows
+    weight: Rows
+
+    def stiffened(self, model: lq.LQModel) -> lq.LQModel:
+        """The model with the active constraints' weight raised."""
+        hessian = model.hessian + self.stiffer[:, None, None, None] * (self.stage.transpose(-1, -2) @ self.stage)
+        last = model.terminal_hessian + self.stiffer[:, None, None] * (self.last.transpose(-1, -2) @ self.last)
+        return model._replace(hessian=hessian, terminal_hessian=last)
+
+    def solve(
+        self, factor: Factor, v_states: Tensor, v_actions: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """As `Factor.solve`, with the active constraints kept; and their multipliers (B H·m+k)."""
+        size, shape = v_states.shape[-1], self.stage.shape[:3]
+        y = torch.zeros_like(self.multipliers)
+        found = factor.solve(v_states, v_actions)
+        for _ in range(_ROUNDS):
+            actions, states, _ = found
+            pair = torch.cat([states[:, :-1], actions], -1)
+            broken = torch.cat(
+                [lq.times_vector(self.stage, pair).flatten(1), lq.times_vector(self.last, states[:, -1])], 1
+            )
+            y = y + self.weight[:, None] * broken
+            count = shape[1] * shape[2]
+            stage, last = y[:, :count].view(shape), y[:, count:]
+            pull = lq.times_vector(self.stage.transpose(-1, -2), stage)
+            end = lq.times_vector(self.last.transpose(-1, -2), last)
+            s = torch.cat([v_states[:, :-1] - pull[..., :size], (v_states[:, -1] - end).unsqueeze(1)], 1)
+            found = factor.solve(s, v_actions - pull[..., size:])
+        return found, y
+
+
+_ROUNDS = 6
+_STIFFER = 1e3
+
+
+def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Active:
+    plan, size = objective.plan(x), states.shape[-1]
+    values = objective.constraints(x, states)
+    multipliers = objective.multipliers
+    assert multipliers is not None
+    moved = multipliers.updated(values, torch.zeros_like(values, dtype=torch.bool))
+    on_stage, on_last = objective.split((moved > 0).to(x.dtype))
+
+    def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+        value, pull = torch.func.vjp(function, at)
+        eye = torch.eye(value.shape[-1], dtype=x.dtype, device=x.device)
+        basis = eye[:, None].expand(value.shape[-1], *value.shape)
+        return vmap(lambda v: pull(v)[0])(basis).movedim(0, 1)
+
+    stage = x.new_zeros(*plan.shape[:2], 0, size + plan.shape[-1])
+    if (constraint := objective.stage) is not None:
+        pairs = torch.cat([states[:, :-1], plan], -1)
+        stage = vmap(
+            lambda pair, t: jacobian(lambda z: constraint(z[..., :size], z[..., size:], t), pair), in_dims=(1, 0), out_dims=1
+        )(pairs, objective.times())
+    last = x.new_zeros(len(x), 0, size)
+    if objective.terminal is not None:
+        last = jacobian(objective.terminal, states[:, -1])
+    stiffer = (_STIFFER - 1) * multipliers.weight
+    return _Active(
+        stage * on_stage.unsqueeze(-1), last * on_last.unsqueeze(-1), moved, stiffer, stiffer + multipliers.weight
+    )
+
+
 class _Optimum(torch.autograd.Function):
     """Constants in value; the derivative with respect to the residuals is −K⁻¹."""
 
@@ -182,21 +267,22 @@ class _Optimum(torch.autograd.Function):
         plan: Plans,
         states: Tensor,
         factor: Factor,
-        stage: Tensor,
-        last: Tensor,
-        following: Tensor,
-        start: Tensor,
+        active: "_Active | None",
+        *residuals: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.factor = factor
-        ctx.needed = ctx.needs_input_grad
+        ctx.factor, ctx.active = factor, active
         return plan.clone(), states.clone()
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         v_actions, v_states = outputs
-        actions, states, constraint = ctx.factor.solve(v_states, v_actions)
+        if ctx.active is None:
+            (actions, states, dynamics), values = ctx.factor.solve(v_states, v_actions), None
+        else:
+            (actions, states, dynamics), values = ctx.active.solve(ctx.factor, v_states, v_actions)
+            values = -values
         stage = torch.cat([states[:, :-1], actions], -1)
-        return None, None, None, -stage, -states[:, -1], -constraint[:, 1:], -constraint[:, 0]
+        return None, None, None, None, -stage, -states[:, -1], -dynamics[:, 1:], -dynamics[:, 0], values
 
 
 def _call(problem: Problem, function: Callable, *arguments: Any):

@@ -5,9 +5,11 @@ from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from difftori.solver.adjoint import Differentiated, Implicit
+from difftori.solver.constraints import Multipliers
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, State
 from difftori.types import Points, RowCounts, RowFlags, Rows
@@ -28,6 +30,10 @@ class Status(IntEnum):
     """The Hessian on the free set, where `Implicit` looked at it, is singular to working precision: x may be a minimum,
     but its gradient is not determined. Fix: solve in float64, rescale the variables, add a small quadratic term to the
     cost, or use `ILQR` with its structured gradient for trajectories."""
+    INFEASIBLE = 5
+    """A constraint is violated by more than the tolerance after the last round: x is the best compromise found. The
+    constraints may contradict each other, or the search is held at a point from which no small move helps. Fix: start
+    elsewhere, allow more rounds, or look at `Solution.violation` for how much is missing."""
 
 
 class History(NamedTuple):
@@ -43,6 +49,7 @@ class Solution:
 
     `x` (B n) is differentiable as its adjoint says; everything else is detached. `cost` (B) at x; `steps` (B) until the
     row converged or the budget ended; `status` (B), values of `Status`. `state` is the solver's own, for those who know it.
+    `multipliers`: those of the constraints, to start a similar problem from.
     """
 
     x: Points
@@ -54,6 +61,13 @@ class Solution:
     problem: Problem
     differentiated: Differentiated
     stationarity: Rows | None
+    multipliers: Multipliers | None = None
+    violated: Rows | None = None
+
+    @property
+    def violation(self) -> Rows:
+        """The largest violation of a constraint, in the constraints' own units, (B); zero without constraints."""
+        return torch.zeros_like(self.cost) if self.violated is None else self.violated
 
     @cached_property
     def grad_norm(self) -> Rows:

@@ -1,7 +1,7 @@
 """`solve`: run a solver on a batch of independent problems and differentiate the result as an adjoint says."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
+from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.compiled import compiled_call
+from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
@@ -35,10 +37,14 @@ def solve(
     history: bool = False,
     throw: bool = False,
     compile: bool = False,
+    inequality: Callable[[Tensor], Tensor] | None = None,
+    equality: Callable[[Tensor], Tensor] | None = None,
+    augmented: AugmentedLagrangian | None = None,
+    multipliers: Multipliers | None = None,
 ) -> Solution:
-    """Minimise B independent problems from x0 (B n) inside a box.
+    """Minimise B independent problems from x0 (B n) inside a box, and under constraints.
 
-        x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high
+        x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high,  g(x, θ) ≤ 0,  h(x, θ) = 0
 
     Rows never interact, NaN or Inf in one leaves the others as they are, and how each ended is in `Solution.status`.
     Under `torch.no_grad()` or `torch.inference_mode()`, or where nothing that the objective uses requires a gradient, no graph is built.
@@ -62,6 +68,10 @@ def solve(
         history: record every iterate in `Solution.history`.
         throw: raise instead of reporting when a row is not finite.
         compile: run the steps through `torch.compile` (the first call of each shape takes a minute or more).
+        inequality, equality: g: (B n) → (B m) and h: (B n) → (B p), differentiable. Solved by rounds of the augmented
+            Lagrangian, each with `max_steps` of its own; the gradient keeps the constraints that are active.
+        augmented: settings of those rounds; default: `AugmentedLagrangian()`.
+        multipliers: of a similar problem (`Solution.multipliers`), to start from.
 
     Raises:
         ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
@@ -70,12 +80,23 @@ def solve(
     _check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
     objective = as_objective(objective)
+    if inequality is not None or equality is not None:
+        objective = ConstrainedFunction(objective, inequality, equality)
     _check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:
         bounds = _checked_box(x0, box, candidates)
         problem = Problem(objective, bounds, False, generator, candidates, compile)
-        return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
+        if not isinstance(objective, Constrained):
+            return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
+
+        def inner(objective: Objective, x: Points, tolerance: float | None) -> Solution:
+            part = replace(problem, objective=objective)
+            return _solve(part, solver, Detached(), x, max_steps, tolerance, keep, False, throw)
+
+        final = _tolerance(tolerance, x0.dtype)
+        wanted = (adjoint or Implicit()) if torch.is_grad_enabled() else Detached()
+        return solve_constrained(problem, inner, wanted, x0, augmented or AugmentedLagrangian(), multipliers, final)
 
     return without_inference_tensors(run)
 
@@ -153,8 +174,7 @@ class _Run:
         history: bool,
     ):
         self.problem, self.solver, self.x0 = problem, solver, x0
-        default = 1e-9 if x0.dtype == torch.float64 else 1e-5
-        self.tolerance, self.keep = default if tolerance is None else tolerance, keep
+        self.tolerance, self.keep = _tolerance(tolerance, x0.dtype), keep
         self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
         self.movable = ~problem.box.fixed(x0)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
@@ -321,6 +341,10 @@ class _Run:
     def _record(self, x: Points, cost: Rows) -> None:
         if self.history is not None:
             self.history.append((x.detach(), cost.detach()))
+
+
+def _tolerance(given: float | None, dtype: torch.dtype) -> float:
+    return (1e-9 if dtype == torch.float64 else 1e-5) if given is None else given
 
 
 _CHUNK = 5

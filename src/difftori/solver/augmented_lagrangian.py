@@ -1,0 +1,199 @@
+"""Constraints beyond bounds, by the augmented Lagrangian: the rounds that move the multipliers.
+
+    min_x J(x)   subject to   g(x) ≤ 0,  h(x) = 0
+
+is solved as a sequence of problems without constraints (Hestenes, 1969; Powell, 1969; Rockafellar, 1973),
+
+    min_x J(x) + Σ_i (max(0, λ_i + ρ g_i(x))² − λ_i²) / 2ρ + Σ_j (ν_j h_j(x) + ρ h_j(x)² / 2),
+
+with λ ← max(0, λ + ρ g) and ν ← ν + ρ h after each. Any solver takes the steps; rows have multipliers λ, ν and a weight ρ of
+their own, and do not interact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from difftori.errors import SolverError
+from difftori.solver import lq
+from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
+from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Multipliers, violation
+from difftori.solver.method import Problem
+from difftori.solver.objective import Objective
+from difftori.solver.solution import Solution, Status
+from difftori.types import Points, Rows
+
+Inner = Callable[[Objective, Points, float | None], Solution]
+"""(objective without constraints, start, tolerance) → solution, not differentiated."""
+
+
+@dataclass(frozen=True)
+class AugmentedLagrangian:
+    """How multipliers are found. `rounds`: solves at most, each with `max_steps` of its own. `weight`: the first ρ, in units
+    that make it independent of the scales of cost and constraints. ρ is multiplied by `growth` where a round did not bring the
+    violation below `progress` × the last. `tolerance`: the largest violation that counts as none, in the constraints'
+    own units; default: 1e-6 in float64 and 1e-4 in float32.
+    """
+
+    rounds: int = 20
+    weight: float = 10.0
+    growth: float = 10.0
+    progress: float = 0.25
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        if self.rounds < 1 or self.weight <= 0 or self.growth <= 1 or not 0 < self.progress < 1:
+            raise SolverError(
+                f"AugmentedLagrangian: rounds={self.rounds} must be ≥ 1, weight={self.weight} > 0, growth={self.growth} > 1 "
+                f"and progress={self.progress} between 0 and 1."
+            )
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        """The largest violation that counts as none."""
+        return (1e-6 if dtype == torch.float64 else 1e-4) if self.tolerance is None else self.tolerance
+
+    def first(self, objective: Constrained, x: Points) -> Multipliers:
+        """Multipliers zero, and weights from the gradients of cost and constraints at x."""
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            cost = objective.plain.cost(point)
+            values = objective.constraints(point, None)
+            worst = values.abs().amax(-1)
+            pull = _slope(cost, point)
+            steepness = _slope(worst, point)
+        weight = self.weight * pull / (steepness * torch.maximum(worst.detach(), steepness))
+        usable = torch.isfinite(weight) & (weight > 0)
+        return Multipliers(torch.zeros_like(values.detach()), torch.where(usable, weight, self.weight))
+
+
+def _slope(of: Rows, x: Points) -> Rows:
+    if not of.requires_grad:
+        return torch.zeros_like(of)
+    (grad,) = torch.autograd.grad(of.sum(), x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(of) if grad is None else grad.abs().amax(-1)
+
+
+
+def solve_constrained(
+    problem: Problem,
+    inner: Inner,
+    adjoint: Adjoint,
+    x0: Points,
+    method: AugmentedLagrangian,
+    multipliers: Multipliers | None,
+    tolerance: float,
+) -> Solution:
+    """Solve, move the multipliers, and solve again, until every row is within the tolerances or the rounds end."""
+    objective = problem.objective
+    assert isinstance(objective, Constrained)
+    if not isinstance(adjoint, Implicit | Detached):
+        raise SolverError(
+            f"solve: {type(adjoint).__name__} cannot differentiate the rounds of multipliers. Fix: Implicit() or Detached()."
+        )
+    x = problem.box.project(torch.nan_to_num(x0.detach()))
+    with torch.no_grad():
+        equality = objective.equality(x)
+    first = method.first(objective, x) if multipliers is None else multipliers
+    _check(first, len(x), len(equality))
+    rounds = _Rounds(objective, equality, method, tolerance, multipliers is not None)
+    state = rounds.run(inner, x, first)
+    return _finish(replace(problem, objective=objective.with_multipliers(state.multipliers)), adjoint, state, method)
+
+
+@dataclass
+class _State:
+    """Where the rounds ended: the last solution, the multipliers that it was solved with, and constraint values there (B M)."""
+
+    solution: Solution
+    multipliers: Multipliers
+    following: Multipliers
+    steps: Tensor
+    values: Tensor
+    violated: Rows
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    objective: Constrained
+    equality: Tensor
+    method: AugmentedLagrangian
+    tolerance: float
+    warm: bool
+
+    def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
+        allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.weight
+        done = torch.zeros_like(x[:, 0], dtype=torch.bool)
+        before, steps = torch.full_like(x[:, 0], torch.inf), 0
+        for count in range(self.method.rounds):
+            # Early rounds need not be exact, because the multipliers are not.
+            tolerance = self.tolerance if self.warm else max(self.tolerance, 1e-3 * 0.01**count)
+            solution = inner(self.objective.with_multipliers(multipliers), x, tolerance)
+            x, steps = solution.x, steps + solution.steps
+            with torch.no_grad():
+                values = self.objective.constraints(x, solution.differentiated.states)
+            following = multipliers.updated(values, self.equality)
+            # How far from feasible and complementary: the multipliers' own move.
+            moved = ((following - multipliers.values).abs() / multipliers.weight[:, None]).amax(-1)
+            lost = ~(solution.finite & torch.isfinite(moved))
+            slow = moved > self.method.progress * before
+            stuck = slow & (multipliers.weight >= heaviest)
+            done = done | lost | stuck | ((moved <= allowed) & (tolerance <= self.tolerance))
+            weight = torch.where(slow & ~done, multipliers.weight * self.method.growth, multipliers.weight)
+            after = Multipliers(torch.where(lost[:, None], multipliers.values, following), weight)
+            if bool(done.all()) or count == self.method.rounds - 1:
+                break
+            # Rows that are done keep their multipliers, so that they stay where they are.
+            kept = done[:, None]
+            multipliers = Multipliers(torch.where(kept, multipliers.values, after.values), weight.minimum(heaviest))
+            before = moved
+        return _State(solution, multipliers, after, steps, values, violation(values, self.equality))
+
+
+_HEAVIEST = 1e8
+"""The weight grows to this many times the first: beyond, rounding would hide the cost."""
+
+
+def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: AugmentedLagrangian) -> Solution:
+    """The solution with its derivative: of the optimality conditions, with the active constraints as equations."""
+    solution = state.solution
+    iterates = Iterates(solution.x.detach(), solution.finite, None, solution.differentiated.states)
+    differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
+    feasible = state.violated <= method.allowed(solution.x.dtype)
+    status = solution.status
+    if differentiated.convex is not None and differentiated.singular is not None:
+        status = torch.where(differentiated.convex, status, int(Status.NOT_A_MINIMUM))
+        status = torch.where(differentiated.singular, int(Status.ILL_CONDITIONED), status)
+    status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
+    status = torch.where(solution.finite, status, int(Status.NON_FINITE))
+    with torch.no_grad():
+        cost = _plain_cost(cast(Constrained, problem.objective), solution)
+    return replace(
+        solution,
+        x=differentiated.x,
+        cost=cost,
+        steps=state.steps,
+        status=status,
+        problem=problem,
+        differentiated=differentiated,
+        multipliers=Multipliers(*(part.detach() for part in state.following)),
+        violated=state.violated,
+    )
+
+
+def _plain_cost(objective: Constrained, solution: Solution) -> Rows:
+    states = solution.differentiated.states
+    if isinstance(objective, ConstrainedTrajectory) and states is not None:
+        return lq.costs(objective.plain, states, objective.plan(solution.x))
+    return objective.plain.cost(solution.x)
+
+
+def _check(multipliers: Multipliers, rows: int, count: int) -> None:
+    if multipliers.values.shape != (rows, count) or multipliers.weight.shape != (rows,):
+        raise SolverError(
+            f"solve: multipliers have values {tuple(multipliers.values.shape)} and weight {tuple(multipliers.weight.shape)}, "
+            f"but there are {rows} rows with {count} constraints. Fix: take them from a solution of the same shape, or None."
+        )
+

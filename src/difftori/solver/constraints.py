@@ -1,0 +1,262 @@
+"""Objectives with constraints beyond bounds: their cost is the augmented Lagrangian at given multipliers (see augmented_lagrangian.py)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ObjectiveError
+from difftori.solver.objective import FunctionObjective, Objective, RowSelection, TrajectoryObjective
+from difftori.types import Actions, Points, Rows, States
+
+
+class Multipliers(NamedTuple):
+    """Where the rounds stand: `values` (B M), one multiplier for each constraint, and the `weight` ρ (B)."""
+
+    values: Tensor
+    weight: Rows
+
+    def select(self, rows: RowSelection) -> "Multipliers":
+        """Those of some rows."""
+        return Multipliers(self.values[rows], self.weight[rows])
+
+    def updated(self, constraints: Tensor, equality: Tensor) -> Tensor:
+        """max(0, λ + ρ g) and ν + ρ h at constraint values (B M); `equality` (M) tells which is which."""
+        moved = self.values + self.weight[:, None] * constraints
+        return torch.where(equality, moved, moved.clamp_min(0))
+
+
+class Constrained(ABC):
+    """What an objective with constraints offers beside its (augmented) cost."""
+
+    multipliers: Multipliers | None
+
+    @property
+    @abstractmethod
+    def plain(self) -> Objective:
+        """The objective without its constraints."""
+
+    @abstractmethod
+    def constraints(self, x: Points, states: Tensor | None) -> Tensor:
+        """All constraint values at x, (B M). `states` (B H+1 S), where they are known."""
+
+    @abstractmethod
+    def equality(self, x: Points) -> Tensor:
+        """Which of the M constraints are equations, (M)."""
+
+    @abstractmethod
+    def lagrangian(self, weights: Tensor) -> Objective:
+        """J + weights·constraints, with weights (B M) fixed."""
+
+    @abstractmethod
+    def with_multipliers(self, multipliers: Multipliers) -> "Objective":
+        """The same with other multipliers."""
+
+
+class ConstrainedFunction(Objective, Constrained):
+    """Any objective with constraints on x: `inequality` g: (B n) → (B m), ≤ 0, and `equality_of` h: (B n) → (B p), = 0."""
+
+    def __init__(
+        self,
+        inner: Objective,
+        inequality: Callable[[Tensor], Tensor] | None,
+        equality: Callable[[Tensor], Tensor] | None,
+        multipliers: Multipliers | None = None,
+    ):
+        self.inner, self.inequality, self.equality_of, self.multipliers = inner, inequality, equality, multipliers
+
+    @property
+    def plain(self) -> Objective:
+        """The objective without its constraints."""
+        return self.inner
+
+    def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
+        """Inequalities, then equations, (B m+p)."""
+        parts = []
+        for name, function in (("inequality", self.inequality), ("equality", self.equality_of)):
+            if function is not None:
+                parts.append(_checked(function(x), x, name))
+        return torch.cat(parts, -1)
+
+    def equality(self, x: Points) -> Tensor:
+        """Inequalities come first."""
+        with torch.no_grad():
+            counts = [0 if f is None else f(x).shape[-1] for f in (self.inequality, self.equality_of)]
+        return torch.arange(sum(counts), device=x.device) >= counts[0]
+
+    def cost(self, x: Points) -> Rows:
+        """The augmented cost."""
+        assert self.multipliers is not None
+        cost, begin = self.inner.cost(x), 0
+        for name, function in (("inequality", self.inequality), ("equality", self.equality_of)):
+            if function is not None:
+                values = _checked(function(x), x, name)
+                here = self.multipliers.values[..., begin : begin + values.shape[-1]]
+                cost = cost + augmentation(values, here, self.multipliers.weight, name == "equality")
+                begin += values.shape[-1]
+        return cost
+
+    def lagrangian(self, weights: Tensor) -> Objective:
+        """J + weights·(g, h), with weights (B m+p) fixed."""
+        return FunctionObjective(lambda x: self.inner.cost(x) + (weights * self.constraints(x)).sum(-1))
+
+    def with_multipliers(self, multipliers: Multipliers) -> "ConstrainedFunction":
+        """The same with other multipliers."""
+        return ConstrainedFunction(self.inner, self.inequality, self.equality_of, multipliers)
+
+    def select(self, rows: RowSelection) -> None:
+        """It cannot be split: the constraints may close over something of each row."""
+
+
+StageConstraint = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(state (B S), action (B A), t) → (B m), ≤ 0."""
+
+
+class ConstrainedTrajectory(TrajectoryObjective, Constrained):
+    """A trajectory objective with `stage` constraints g(s_t, a_t, t) ≤ 0 (B m) for t < H and `terminal` ones of s_H (B k)."""
+
+    def __init__(
+        self,
+        inner: TrajectoryObjective,
+        stage: StageConstraint | None,
+        terminal: Callable[[Tensor], Tensor] | None,
+        multipliers: Multipliers | None = None,
+    ):
+        self.inner, self.stage, self.terminal, self.multipliers = inner, stage, terminal, multipliers
+        self.state, self.horizon, self.action_dim = inner.state, inner.horizon, inner.action_dim
+        self.discount = inner.discount
+
+    @property
+    def plain(self) -> TrajectoryObjective:
+        """The objective without its constraints."""
+        return self.inner
+
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
+        """The inner objective's."""
+        return self.inner.next(state, action, t)
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        """The augmented cost of a step; constraints are not discounted."""
+        cost = self.inner.stage_cost(state, action, t)
+        if self.stage is None:
+            return cost
+        values = _checked(self.stage(state, action, t), state, "constraint")
+        multipliers, _ = self.split()
+        here = multipliers.index_select(1, t.reshape(1)).squeeze(1)
+        added = augmentation(values, here, self._weight)
+        return cost + (added if self.discount == 1.0 else added * self.discount ** (-t))
+
+    def terminal_cost(self, state: States) -> Rows:
+        """The augmented cost of the last state."""
+        cost = self.inner.terminal_cost(state)
+        if self.terminal is None:
+            return cost
+        values = _checked(self.terminal(state), state, "terminal_constraint")
+        _, multipliers = self.split()
+        return cost + augmentation(values, multipliers, self._weight) * self.discount ** (-self.horizon)
+
+    def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
+        """Stage by stage, then the terminal ones, (B H·m+k)."""
+        states = self.inner.rollout(x) if states is None else states
+        plan, parts = self.plan(x), []
+        if self.stage is not None:
+            each = torch.func.vmap(
+                lambda s, a, t: _checked(self.stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0), out_dims=1
+            )
+            parts.append(each(states[:, :-1], plan, self.times()).flatten(1))
+        if self.terminal is not None:
+            parts.append(_checked(self.terminal(states[:, -1]), x, "terminal_constraint"))
+        return torch.cat(parts, -1)
+
+    def equality(self, x: Points) -> Tensor:
+        """None of them."""
+        with torch.no_grad():
+            return torch.zeros_like(self.constraints(x)[0], dtype=torch.bool)
+
+    def split(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Multipliers, or other values (B H·m+k), as those of the stages (B H m) and the terminal ones (B k)."""
+        if values is None:
+            assert self.multipliers is not None
+            values = self.multipliers.values
+        if self.stage is None:
+            return values.new_zeros(len(values), self.horizon, 0), values
+        if self.terminal is None:
+            return values.unflatten(1, (self.horizon, -1)), values[:, :0]
+        with torch.no_grad():
+            last = self.terminal(self.state).shape[-1]
+        return values[:, : values.shape[1] - last].unflatten(1, (self.horizon, -1)), values[:, values.shape[1] - last :]
+
+    @property
+    def _weight(self) -> Rows:
+        assert self.multipliers is not None
+        return self.multipliers.weight
+
+    def with_multipliers(self, multipliers: Multipliers) -> "ConstrainedTrajectory":
+        """The same with other multipliers."""
+        return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers)
+
+    def lagrangian(self, weights: Tensor) -> TrajectoryObjective:
+        """J + weights·g, with weights (B H·m+k) fixed."""
+        return _Lagrangian(self, *self.split(weights))
+
+    def shifted(self, multipliers: Multipliers) -> Multipliers:
+        """Multipliers of the plan one step later, those of the last step repeated."""
+        stage, terminal = self.split(multipliers.values)
+        stage = torch.cat([stage[:, 1:], stage[:, -1:]], 1)
+        return Multipliers(torch.cat([stage.flatten(1), terminal], 1), multipliers.weight)
+
+    def select(self, rows: RowSelection) -> "Objective | None":
+        """Some rows, where the inner objective can be split."""
+        inner = self.inner.select(rows)
+        if not isinstance(inner, TrajectoryObjective):
+            return None
+        multipliers = None if self.multipliers is None else self.multipliers.select(rows)
+        return ConstrainedTrajectory(inner, self.stage, self.terminal, multipliers)
+
+
+class _Lagrangian(TrajectoryObjective):
+    def __init__(self, constrained: ConstrainedTrajectory, stage: Tensor, terminal: Tensor):
+        self.constrained, self.stage, self.terminal = constrained, stage, terminal
+        self.state, self.horizon, self.action_dim = constrained.state, constrained.horizon, constrained.action_dim
+        self.discount = constrained.discount
+
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
+        return self.constrained.inner.next(state, action, t)
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        cost = self.constrained.inner.stage_cost(state, action, t)
+        if self.constrained.stage is None:
+            return cost
+        here = self.stage.index_select(1, t.reshape(1)).squeeze(1)
+        return cost + (here * self.constrained.stage(state, action, t)).sum(-1) * self.discount ** (-t)
+
+    def terminal_cost(self, state: States) -> Rows:
+        cost = self.constrained.inner.terminal_cost(state)
+        if self.constrained.terminal is None:
+            return cost
+        return cost + (self.terminal * self.constrained.terminal(state)).sum(-1) * self.discount ** (-self.horizon)
+
+
+def augmentation(values: Tensor, multipliers: Tensor, weight: Rows, equality: bool = False) -> Rows:
+    """Σ (max(0, λ + ρ g)² − λ²)/2ρ, or Σ (ν h + ρ h²/2), of constraint values (B m), (B)."""
+    moved = multipliers + weight[:, None] * values
+    moved = moved if equality else moved.clamp_min(0)
+    return (moved.square() - multipliers.square()).sum(-1) / (2 * weight)
+
+
+def violation(values: Tensor, equality: Tensor) -> Rows:
+    """The largest violation of each row, (B): max(g, |h|, 0)."""
+    return torch.where(equality, values.abs(), values.clamp_min(0)).amax(-1)
+
+
+def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
+    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[0] != like.shape[0]:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ObjectiveError(
+            f"{name}: returned {shape} for {like.shape[0]} rows; it must return (B m), m values per row that are to be ≤ 0 "
+            f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
+        )
+    return values
+
