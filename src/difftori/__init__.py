@@ -8,15 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from difftori.controller import Controller
     from difftori.planning import EnergyObjective, Plan, Planner, ReturnObjective, plan
 
 __version__ = "0.1.0"
 
-__all__ = ["EnergyObjective", "Plan", "Planner", "ReturnObjective", "__version__", "plan"]
+__all__ = ["Controller", "EnergyObjective", "Plan", "Planner", "ReturnObjective", "__version__", "plan"]
 
 
 def __getattr__(name: str) -> Any:
-    """Names of `difftori.planning`, loaded at their first use: `difftori --help` need not wait for torch."""
+    """The names above, loaded at their first use: `difftori --help` need not wait for torch."""
+    if name == "Controller":
+        return import_module("difftori.controller").Controller
     if name in __all__:
         return getattr(import_module("difftori.planning"), name)
     raise AttributeError(f"module 'difftori' has no attribute {name!r}")

@@ -73,7 +73,8 @@ class _Timeless:
 class ReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
 
-    `state` z_0 (B Z), encoded once, before the solve.
+    `state` z_0 (B Z), encoded once, before the solve. `first_step` is the step t of the first action, for dynamics and
+    rewards that take it.
     """
 
     def __init__(
@@ -85,18 +86,21 @@ class ReturnObjective(TrajectoryObjective):
         horizon: int,
         action_dim: int,
         discount: float = 1.0,
+        first_step: int | Tensor = 0,
     ):
         self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
         self._next, self._reward = with_time(dynamics), with_time(reward)
+        # A tensor, so that compiled code is the same for every step.
+        self.first_step = torch.as_tensor(first_step, device=state.device)
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a)."""
-        return self._next(state, action, t)
+        return self._next(state, action, t + self.first_step)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
-        return -self._reward(state, action, t)
+        return -self._reward(state, action, t + self.first_step)
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero without a terminal value."""
@@ -112,6 +116,7 @@ class ReturnObjective(TrajectoryObjective):
             self.horizon,
             self.action_dim,
             self.discount,
+            self.first_step,
         )
 
 
@@ -140,8 +145,8 @@ class ActionReturnObjective(ReturnObjective):
         state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
         *actions, last = self.plan(x).unbind(-2)
         for t, action in zip(self.times().unbind(), actions, strict=False):
-            total = total + weight * self._reward(state, action, t)
-            state = self._next(state, action, t)
+            total = total + weight * self._reward(state, action, t + self.first_step)
+            state = self._next(state, action, t + self.first_step)
             weight = weight * self.discount
         return -(total + weight * self.action_value(state, last))
 
@@ -327,6 +332,33 @@ def _raise_if_unsound(solution: Solution) -> None:
         )
 
 
+def trajectory_objective(
+    dynamics: Dynamics,
+    reward: Reward,
+    terminal_value: Value | None,
+    state: States,
+    horizon: int,
+    action_dim: int,
+    discount: float = 1.0,
+    constraint: Constraint | None = None,
+    terminal_constraint: Value | None = None,
+    first_step: int = 0,
+) -> ReturnObjective | ConstrainedTrajectory:
+    """Minus the return, under constraints if there are any: what `plan` and `Controller` minimise."""
+    objective = ReturnObjective(
+        dynamics, reward, terminal_value, state, horizon, action_dim, discount, first_step=first_step
+    )
+    if constraint is None and terminal_constraint is None:
+        return objective
+    return ConstrainedTrajectory(
+        objective, None if constraint is None else _later(with_time(constraint), objective.first_step), terminal_constraint
+    )
+
+
+def _later(function: Callable[[Tensor, Tensor, Tensor], Tensor], first: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda state, action, t: function(state, action, t + first)
+
+
 def plan(
     dynamics: Dynamics,
     reward: Reward,
@@ -346,6 +378,7 @@ def plan(
     terminal_constraint: Value | None = None,
     augmented: AugmentedLagrangian | None = None,
     multipliers: Multipliers | None = None,
+    first_step: int = 0,
 ) -> Plan:
     """Trajectory optimisation with known or learned dynamics, differentiable in everything that the callables use.
 
@@ -372,10 +405,18 @@ def plan(
     if init_actions.dim() != 3:
         raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}; give (B H A).")
     _, horizon, action_dim = init_actions.shape
-    objective = ReturnObjective(dynamics, reward, terminal_value, state, horizon, action_dim, discount)
-    if constraint is not None or terminal_constraint is not None:
-        stage = None if constraint is None else with_time(constraint)
-        objective = ConstrainedTrajectory(objective, stage, terminal_constraint)
+    objective = trajectory_objective(
+        dynamics,
+        reward,
+        terminal_value,
+        state,
+        horizon,
+        action_dim,
+        discount,
+        constraint,
+        terminal_constraint,
+        first_step,
+    )
     planner = Planner(
         ILQR() if solver is None else solver,
         Implicit() if adjoint is None else adjoint,

@@ -69,6 +69,10 @@ class ILQR(Solver):
         damping = torch.where(taken, eased, (memory.damping * 10).clamp(self.damping, 1e8))
         return x, self._state(problem, x, cost, following, memory.gains[..., :-1].contiguous(), damping)
 
+    def feedback(self, state: State) -> Tensor:
+        """The feedback K (B H A S) of actions to states, along the trajectory at which a solve ended."""
+        return _Memory(*state.memory).gains[..., :-1]
+
     def _choose(self, cost: Rows, costs: Tensor, memory: "_Memory") -> tuple[Tensor, RowFlags]:
         """Which length each row takes, and whether it takes any."""
         lengths = torch.tensor(self.lengths, dtype=cost.dtype, device=cost.device)[:, None]

@@ -1,0 +1,232 @@
+"""Model predictive control: plan, do the first action, move the plan on by a step, and plan again from there."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ShapeError, SolverError
+from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, trajectory_objective
+from difftori.solver import ILQR, AugmentedLagrangian, Box, ConstrainedTrajectory, Detached, Multipliers, Solver, Status
+from difftori.solver.box import Bound
+from difftori.types import Plans, RowFlags
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of the calls since the last `reset` of all rows: how many, milliseconds and solver steps of each, and how many rows
+    took their action from an earlier plan.
+    """
+
+    calls: int
+    median_ms: float
+    p95_ms: float
+    longest_ms: float
+    median_steps: float
+    fallbacks: int
+
+
+class Controller:
+    """Receding-horizon control of B systems at once: `action = controller(state)`.
+
+        max over a_0 … a_{H−1}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),  s_{t+1} = dynamics(s_t, a_t),
+        subject to  low ≤ a_t ≤ high,  constraint(s_t, a_t) ≤ 0,  terminal_constraint(s_H) ≤ 0
+
+    is solved at every call from the last plan, moved on by one step and corrected by the solver's feedback for the state
+    that was met, and from the constraints' last multipliers. A row whose solve fails (NaN or Inf) takes the action of the
+    last plan that did not; `status` says how each row's last solve ended.
+
+    Functions may take the step as a third argument t, which counts from the last `reset`: `reference[t]`.
+
+    Args:
+        dynamics, reward, terminal_value, constraint, terminal_constraint, discount: as for `difftori.plan`.
+        horizon: H, steps that are planned.
+        action_dim: A.
+        low, high: bounds: numbers, (A) or (H A).
+        init_actions: where a first solve starts, (A) or (H A); default: the middle of the box, or 0.
+        solver: default: `ILQR()`.
+        max_steps: solver steps at most of a call that has a plan to start from.
+        first_steps: of one that has none.
+        tolerance: a solve ends when the estimated distance to the optimum is this small, relative to the action's range.
+        augmented: settings of the constraints; default: at most 3 rounds a call, violations up to 1e-4 allowed.
+        compile: compile rollouts and derivatives (the first call takes some 20 s).
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        reward: Reward,
+        terminal_value: Value | None = None,
+        *,
+        horizon: int,
+        action_dim: int,
+        low: Bound = -1.0,
+        high: Bound = 1.0,
+        constraint: Constraint | None = None,
+        terminal_constraint: Value | None = None,
+        discount: float = 1.0,
+        init_actions: Tensor | float | None = None,
+        solver: Solver | None = None,
+        max_steps: int = 10,
+        first_steps: int = 200,
+        tolerance: float = 1e-4,
+        augmented: AugmentedLagrangian | None = None,
+        compile: bool = False,
+    ):
+        if horizon < 1 or action_dim < 1:
+            raise ShapeError(f"Controller: horizon={horizon} and action_dim={action_dim} must be at least 1.")
+        if max_steps < 1 or first_steps < 1:
+            raise SolverError(f"Controller: max_steps={max_steps} and first_steps={first_steps} must be at least 1.")
+        self._model = (dynamics, reward, terminal_value, constraint, terminal_constraint, discount)
+        self._shape = (horizon, action_dim)
+        self._box, self._first_guess = Box(low, high), init_actions
+        self._solver, self._tolerance, self._compile = ILQR() if solver is None else solver, tolerance, compile
+        self._steps, self._first_steps = max_steps, first_steps
+        self._augmented = AugmentedLagrangian(tolerance=1e-4) if augmented is None else augmented
+        self._warm_rounds = AugmentedLagrangian(
+            min(self._augmented.rounds, 3) if augmented is None else augmented.rounds,
+            self._augmented.weight,
+            self._augmented.growth,
+            self._augmented.progress,
+            self._augmented.tolerance,
+        )
+        self.reset()
+
+    def reset(self, rows: RowFlags | None = None) -> None:
+        """Forget the plans, of all rows or of some (a mask (B)): their next call starts from nothing, at step 0 if all are reset."""
+        if rows is None or self._actions is None:
+            self._actions: Plans | None = None
+            self._multipliers: Multipliers | None = None
+            self._feedback: tuple[Tensor, Tensor] | None = None
+            self._fresh: RowFlags | None = None
+            self.plan: Plan | None = None
+            self.status: Tensor | None = None
+            self.step, self.fallbacks = 0, 0
+            self._ms: deque[float] = deque(maxlen=10_000)
+            self._taken: deque[float] = deque(maxlen=10_000)
+            return
+        rows = torch.as_tensor(rows)
+        if rows.shape != self._actions.shape[:1]:
+            raise ShapeError(f"Controller.reset: rows has shape {tuple(rows.shape)}; give a mask ({len(self._actions)},).")
+        self._fresh = rows if self._fresh is None else self._fresh | rows
+
+    @torch.no_grad()
+    def __call__(self, state: Any) -> Any:
+        """The action for a state: (B S) → (B A), or (S) → (A). Tensors give tensors, arrays give arrays.
+
+        Raises:
+            ShapeError: the state has another number of rows than before, or is not floating point.
+            NonFiniteError: a first solve met NaN or Inf, so that there is no earlier plan to act by.
+        """
+        began = time.perf_counter()
+        given = torch.as_tensor(state)
+        if not given.is_floating_point() or given.dim() not in (1, 2):
+            raise ShapeError(f"Controller: the state is {tuple(given.shape)} {given.dtype}; give floats, (S) or (B S).")
+        states = given if given.dim() == 2 else given[None]
+        if self._actions is not None and len(self._actions) != len(states):
+            raise ShapeError(
+                f"Controller: {len(states)} rows, but the last call had {len(self._actions)}. Fix: reset() before another batch."
+            )
+        plan = self._solve(states)
+        action = plan.actions[:, 0]
+        self._taken.append(float(plan.solution.steps.max()))
+        self._ms.append(1e3 * (time.perf_counter() - began))
+        action = action if given.dim() == 2 else action[0]
+        return action if isinstance(state, Tensor) else action.numpy()
+
+    def timing(self) -> Timing:
+        """How long calls took. The first, which has no plan to start from, counts too."""
+        if not self._ms:
+            return Timing(0, 0.0, 0.0, 0.0, 0.0, 0)
+        ms, steps = torch.tensor(list(self._ms)), torch.tensor(list(self._taken))
+        return Timing(
+            len(ms),
+            float(ms.median()),
+            float(ms.quantile(0.95)),
+            float(ms.max()),
+            float(steps.median()),
+            self.fallbacks,
+        )
+
+    def _solve(self, states: Tensor) -> Plan:
+        dynamics, reward, value, constraint, terminal_constraint, discount = self._model
+        objective = trajectory_objective(
+            dynamics, reward, value, states, *self._shape, discount, constraint, terminal_constraint, self.step
+        )
+        box = self._box
+        fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
+        start = self._start(objective, states, fresh)
+        cold = fresh is not None and bool(fresh.any())
+        planner = Planner(
+            self._solver,
+            Detached(),
+            box,
+            self._first_steps if cold else self._steps,
+            self._tolerance,
+            self._compile,
+        )
+        multipliers = None if cold else self._multipliers
+        augmented = self._augmented if cold else self._warm_rounds
+        plan = planner.plan(objective, start, augmented=augmented, multipliers=multipliers, throw=self._actions is None)
+        lost = plan.solution.status == Status.NON_FINITE
+        actions = plan.actions
+        if bool(lost.any()):
+            self.fallbacks += int(lost.sum())
+            actions = torch.where(lost[:, None, None], start, actions)
+            plan = Plan(actions, plan.solution)
+        self.plan, self.status = plan, plan.solution.status
+        self._move_on(objective, plan, actions)
+        return plan
+
+    def _start(self, objective: Any, states: Tensor, fresh: RowFlags | None) -> Plans:
+        """The last plan, a step later and corrected for the state that was met; for fresh rows the first guess."""
+        guess = self._guess(states)
+        if self._actions is None:
+            return guess
+        actions = self._actions
+        if self._feedback is not None:
+            actions = self._corrected(objective, states, actions)
+        return actions if fresh is None else torch.where(fresh[:, None, None], guess, actions)
+
+    def _guess(self, states: Tensor) -> Plans:
+        shape = (len(states), *self._shape)
+        low, high = (torch.as_tensor(bound).to(states).expand(shape) for bound in (self._box.low, self._box.high))
+        if self._first_guess is not None:
+            first = torch.as_tensor(self._first_guess).to(states).expand(shape)
+        else:
+            middle = (low + high) / 2
+            first = torch.where(torch.isfinite(middle), middle, 0.0)
+        return first.maximum(low).minimum(high)
+
+    def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:
+        """The actions that feedback would take from here; as they were, where that leads to NaN or Inf."""
+        assert self._feedback is not None
+        nominal, gains = self._feedback
+        low, high = (torch.as_tensor(b).to(states).expand(actions.shape) for b in (self._box.low, self._box.high))
+        state, found = states, []
+        for t, now in enumerate(objective.times().unbind()):
+            move = (gains[:, t] @ (state - nominal[:, t]).unsqueeze(-1)).squeeze(-1)
+            action = (actions[:, t] + move).maximum(low[:, t]).minimum(high[:, t])
+            found.append(action)
+            state = objective.next(state, action, now)
+        corrected = torch.stack(found, 1)
+        sound = torch.isfinite(corrected).all((1, 2)) & torch.isfinite(state).all(-1)
+        return torch.where(sound[:, None, None], corrected, actions)
+
+    def _move_on(self, objective: Any, plan: Plan, actions: Plans) -> None:
+        self._actions = torch.cat([actions[:, 1:], actions[:, -1:]], 1)
+        self._fresh = None
+        self.step += 1
+        multipliers = plan.solution.multipliers
+        if multipliers is not None and isinstance(objective, ConstrainedTrajectory):
+            self._multipliers = objective.shifted(multipliers)
+        self._feedback = None
+        gains = self._solver.feedback(plan.solution.state) if isinstance(self._solver, ILQR) else None
+        if gains is not None:
+            sound = torch.isfinite(gains).all(-1).all(-1).all(-1)
+            gains = torch.where(sound[:, None, None, None], gains, 0.0)
+            states = plan.states
+            self._feedback = states[:, 1:], torch.cat([gains[:, 1:], torch.zeros_like(gains[:, :1])], 1)
