@@ -130,6 +130,7 @@ class _Progress:
     failed: RowFlags
     steps: RowCounts
     curvature: Rows
+    length: Rows
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -198,11 +199,12 @@ class _Run:
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        curvature = self._first_curvature(x.detach(), state, norm)
+        length = self._length(x.detach())
+        curvature = self._first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self._close(norm, x, curvature)
-        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature)
+        done = self._close(norm, curvature, length)
+        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
@@ -216,7 +218,9 @@ class _Run:
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
         norm = self._norm(x, state)
-        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature)
+        return _Progress(
+            x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature, progress.length
+        )
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -235,7 +239,7 @@ class _Run:
         progress.best_x = choose(better, progress.x, progress.best_x)
         progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
         progress.best_norm = torch.where(better, norm, progress.best_norm)
-        progress.done = progress.done | self._close(norm, progress.x, progress.curvature)
+        progress.done = progress.done | self._close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -256,24 +260,23 @@ class _Run:
             return torch.full_like(state.cost.detach(), float("inf"))
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
 
-    def _close(self, norm: Rows, x: Points, curvature: Rows) -> RowFlags:
+    def _close(self, norm: Rows, curvature: Rows, length: Rows) -> RowFlags:
         """Which rows have converged: gradient / curvature, a distance, is small beside the length scale of x."""
-        if self.tolerance == 0:
-            return norm <= 0
-        return norm <= self.tolerance * curvature * self._length(x.detach())
+        return norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
 
     def _length(self, x: Points) -> Rows:
+        """The length scale of x: half the narrowest range, or the largest |x|."""
         # The largest |x| counts because the gradient is not known better than the rounding of x.
         return torch.maximum(self.room, _largest(x * self.movable))
 
-    def _first_curvature(self, x: Points, state: State, norm: Rows) -> Rows:
+    def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
         """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
         it is not positive. Without it a start at the optimum could not be told from any other.
         """
         if self.tolerance == 0 or state.grad is None:
             return torch.zeros_like(norm)
         grad = state.grad.detach()
-        step = torch.finfo(x.dtype).eps ** 0.5 * self._length(x) / torch.where(norm > 0, norm, 1.0)
+        step = torch.finfo(x.dtype).eps ** 0.5 * length / torch.where(norm > 0, norm, 1.0)
         trial = self.problem.project(x - step[:, None] * grad)
         _, there = self.problem.evaluate(trial)
         move, bend = trial - x, there - grad
@@ -282,21 +285,25 @@ class _Run:
         return torch.where(sound, curvature, 0.0)
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
-        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken; a stray move along a flat direction halves it at most."""
+        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken. A small move along a flat direction halves it at most; a move
+        of half the length scale or more has left the place where it was met.
+        """
         if state.grad is None or progress.state.grad is None:
             return
-        length = _largest(x - progress.x.detach())
-        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / length
-        # A length of zero gives NaN or infinity: nothing was learned.
-        known = torch.maximum(curvature, 0.5 * progress.curvature)
+        move = _largest(x - progress.x.detach())
+        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / move
+        length = self._length(x)
+        known = torch.maximum(curvature, (0.5 - move / length).clamp_min(0.0) * progress.curvature)
+        # A move of zero gives NaN or infinity: nothing was learned.
         progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
+        progress.length = torch.where(moved, length, progress.length)
         if not state.memory:
             # Without a memory, a solver that stands still will do so for ever.
-            progress.done = progress.done | (moved & (length == 0))
+            progress.done = progress.done | (moved & (move == 0))
 
     def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
         """How each row ended."""
-        converged = self._close(progress.best_norm, progress.best_x, progress.curvature)
+        converged = self._close(progress.best_norm, progress.curvature, self._length(progress.best_x.detach()))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
         convex, singular = differentiated.convex, differentiated.singular
         if convex is not None and singular is not None:
