@@ -52,7 +52,9 @@ def test_strictly_convex_rows_are_valid_and_right(seed, digits, scaling, size, d
     assert float(error) <= 100 * N * condition * torch.finfo(dtype).eps
 
 
-@given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-8, 1.0, 1e10]), dtype=st.sampled_from([torch.float32, F64]))
+@given(
+    seed=st.integers(0, 10_000), size=st.sampled_from([1e-8, 1.0, 1e10]), dtype=st.sampled_from([torch.float32, F64])
+)
 def test_singular_rows_and_saddles_are_told_apart(seed, size, dtype):
     basis = rotation(seed)
     target = torch.full((N,), 0.3, dtype=dtype, requires_grad=True)

@@ -45,7 +45,9 @@ IN_UNITS_OF_THE_COST = {
     "projected-gradient-first-step": lambda s: ProjectedGradient(first_step=0.1 / s),
     "mppi": lambda s: MPPI(samples=32, elites=8, temperature=0.5 / s),
     "lm-offset": lambda s: LevenbergMarquardt(offset=30.0 * s, damping=5.0 * s**2, step_size=0.02),
-    "lm-offset-adaptive": lambda s: LevenbergMarquardt(offset=10.0 * s, damping=0.1 * s**2, step_size=0.5, adaptive=True),
+    "lm-offset-adaptive": lambda s: LevenbergMarquardt(
+        offset=10.0 * s, damping=0.1 * s**2, step_size=0.5, adaptive=True
+    ),
 }
 EVERY = {**SOLVERS, **IN_UNITS_OF_THE_COST}
 
@@ -192,7 +194,9 @@ def test_a_first_gradient_many_orders_too_large_says_nothing():
 @pytest.mark.parametrize("slide", [lambda x: -x, lambda x: -x.log1p(), lambda x: -(1 + x).sqrt(), lambda x: -x * x])
 @pytest.mark.parametrize("solver", [ProjectedGradient(), Newton(), Adam(), GradientDescent(0.5)])
 def test_a_cost_without_a_minimum_never_converges(solver, slide):
-    solution = solve(lambda x: slide(x).sum(-1), torch.ones(1, 1, dtype=torch.float64), solver=solver, adjoint=Detached())
+    solution = solve(
+        lambda x: slide(x).sum(-1), torch.ones(1, 1, dtype=torch.float64), solver=solver, adjoint=Detached()
+    )
     assert not bool(solution.converged.any())
 
 

@@ -7,14 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
+from difftori.errors import NonFiniteError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
-from difftori.solver.box import UNBOUNDED, Box
+from difftori.solver.box import Box
+from difftori.solver.checked import check_settings, check_start, checked_box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
-from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
+from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.solution import History, Solution, Status
 from difftori.types import Points, RowCounts, RowFlags, Rows
@@ -67,13 +68,13 @@ def solve(
         ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
         NonFiniteError: only with `throw`.
     """
-    _check_start(x0)
+    check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
     objective = as_objective(objective)
-    _check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
+    check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:
-        bounds = _checked_box(x0, box, candidates)
+        bounds = checked_box(x0, box, candidates)
         problem = Problem(objective, bounds, False, generator, candidates, compile)
         return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
 
@@ -338,71 +339,3 @@ def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
     if not torch.is_grad_enabled():
         return False
     return compile or start.requires_grad or checked_cost(objective, start).requires_grad
-
-
-def _check_start(x0: Tensor) -> None:
-    if not isinstance(x0, Tensor):
-        raise ShapeError(
-            f"solve: x0 is a {type(x0).__name__}; it must be a tensor. Fix: torch.as_tensor(x0), and write the cost with "
-            "torch functions."
-        )
-    if x0.dtype not in (torch.float32, torch.float64):
-        why = "too coarse for a solve" if x0.is_floating_point() else "not a real floating-point type"
-        raise ShapeError(
-            f"solve: x0 has dtype {x0.dtype}, which is {why}. Fix: solve in float32 or float64, for example x0.float(), and "
-            "convert the result."
-        )
-    if x0.dim() != 2 or x0.shape[1] == 0:
-        raise ShapeError(
-            f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
-            "(one problem: x0[None])."
-        )
-
-
-def _check_settings(
-    solver: Solver, objective: Objective, x0: Tensor, max_steps: int, tolerance: float | None, keep: str, compile: bool
-) -> None:
-    if max_steps < 0:
-        raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
-    if tolerance is not None and not tolerance >= 0:
-        raise SolverError(f"solve: tolerance={tolerance} must be 0 or more.")
-    if keep not in ("best", "last"):
-        raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
-    if compile and not solver.compilable(objective):
-        raise SolverError(
-            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled: it decides by the numbers "
-            "within a step. Fix: compile=False, or another solver, such as ProjectedGradient()."
-        )
-    if isinstance(objective, TrajectoryObjective) and objective.state.device != x0.device:
-        raise ObjectiveError(
-            f"solve: the objective's state is on {objective.state.device} and x0 on {x0.device}. "
-            "Fix: move one of them, for example x0.to(state.device)."
-        )
-
-
-def _checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
-    """The box with bounds shaped for x0; candidates and the start fit."""
-    if candidates is not None and not isinstance(candidates, Tensor):
-        raise ShapeError(
-            f"solve: candidates are a {type(candidates).__name__}; they must be a tensor (K B n). "
-            "Fix: torch.as_tensor(candidates).to(x0)."
-        )
-    if candidates is not None and candidates.shape[1:] != x0.shape:
-        raise ShapeError(
-            f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
-        )
-    if candidates is not None and (candidates.dtype, candidates.device) != (x0.dtype, x0.device):
-        raise ShapeError(
-            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}, on {candidates.device} and {x0.device}; "
-            "convert one: candidates.to(x0)."
-        )
-    bounds = (UNBOUNDED if box is None else box).to(x0)
-    slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
-    outside = ~(bounds.contains(x0.detach(), slack) | torch.isnan(x0.detach()))
-    if bool(outside.any()):
-        row, column = outside.nonzero()[0].tolist()
-        raise BoxError(
-            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box; "
-            "start inside it, for example from box.project(x0)."
-        )
-    return bounds
