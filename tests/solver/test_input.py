@@ -1,5 +1,8 @@
 """Bad input: a typed error that names the value and the mend."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -110,6 +113,51 @@ def test_settings_out_of_range(make):
 def test_solvers_that_need_a_structure(solver):
     with pytest.raises(SolverError, match="needs"):
         solve(bowl, X0, solver=solver)
+
+
+SCRIPT = """
+import numpy, torch
+from difftori.errors import DifftoriError
+from difftori.solver import CEM, ILQR, GaussNewton, LeastSquaresObjective, LevenbergMarquardt, Newton, solve
+x0 = torch.zeros(3, 2)
+def bowl(x):
+    return x.square().sum(-1)
+class Fit(LeastSquaresObjective):
+    def residual(self, x):
+        return x - 1
+def never(x):
+    raise AssertionError("the cost is evaluated before the check")
+for words, call in {
+    "float16. Fix:. float32": lambda: solve(never, x0.half()),
+    "bfloat16. Fix:. float32": lambda: solve(never, x0.bfloat16()),
+    "complex64. Fix:. float32": lambda: solve(never, x0.to(torch.complex64)),
+    "int64. Fix:. float32": lambda: solve(never, x0.long()),
+    "ndarray. Fix:. torch.as_tensor": lambda: solve(never, numpy.zeros((3, 2))),
+    "list. Fix:. torch.as_tensor": lambda: solve(never, [[0.0, 0.0]]),
+    "ndarray. numpy": lambda: solve(lambda x: x.detach().square().sum(-1).numpy(), x0),
+    "candidates. ndarray. torch.as_tensor": lambda: solve(never, x0, solver=CEM(), candidates=numpy.zeros((1, 3, 2))),
+    "meta. Fix:. move": lambda: solve(lambda x: bowl(x).to("meta"), x0),
+    "tolerance": lambda: solve(never, x0, tolerance=-1.0),
+    "Newton. compile=False": lambda: solve(never, x0, solver=Newton(), compile=True),
+    "ILQR. compile=False": lambda: solve(never, x0, solver=ILQR(), compile=True),
+    "GaussNewton. compile=False": lambda: solve(Fit(), x0, solver=GaussNewton(), compile=True),
+    "LevenbergMarquardt. compile=False": lambda: solve(Fit(), x0, solver=LevenbergMarquardt(), compile=True),
+}.items():
+    try:
+        call()
+    except DifftoriError as error:
+        missing = [word for word in words.split(". ") if word not in str(error)]
+        assert not missing, (words, str(error))
+    else:
+        raise AssertionError(words)
+print("refused")
+"""
+
+
+def test_each_unusable_input_is_refused_by_name_before_any_work():
+    """In a process of its own: here, annotations are checked first."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "refused", done.stderr
 
 
 def test_negative_budget():

@@ -58,7 +58,7 @@ class PendulumObjective(TrajectoryObjective):
 def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
     """The optimal torques (B H 1) under the true model and cost, from each start (B 3): box-DDP from zero torque.
 
-    Solved in float64 to a projected gradient of 1e-6; returned in the dtype of `starts`.
+    Solved in float64 to a tolerance of 1e-6; returned in the dtype of `starts`.
     """
     state = starts.double()
     objective = PendulumObjective(

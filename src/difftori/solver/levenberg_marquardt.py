@@ -7,7 +7,8 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.derivatives import row_jacobian
-from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.solver.method import Problem, Solver, State, choose
+from difftori.solver.newton import improves
 from difftori.solver.objective import LeastSquaresObjective, Objective
 from difftori.types import Points, Residuals, Rows
 
@@ -53,7 +54,7 @@ class LevenbergMarquardt(Solver):
         cost, grad = problem.evaluate(trial)
         if not self.adaptive:
             return trial, State(cost, grad, (damping,))
-        taken = (cost < state.cost) & all_finite(cost, grad)
+        taken = improves(problem, x, state, trial, cost, grad)
         damping = torch.where(taken, damping * self.shrink, damping * self.grow)
         unit = self.damping if self.damping > 0 else 1.0
         damping = damping.clamp(1e-12 * unit, 1e12 * unit)
@@ -103,7 +104,7 @@ class GaussNewton(Solver):
         for length in self.lengths:
             trial = problem.project(x + length * direction)
             cost, grad = problem.evaluate(trial)
-            taken = (cost < state.cost) & all_finite(cost, grad)
+            taken = improves(problem, x, state, trial, cost, grad)
             x = choose(taken, trial, x)
             assert state.grad is not None
             state = State(torch.where(taken, cost, state.cost), choose(taken, grad, state.grad))

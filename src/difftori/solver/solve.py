@@ -7,16 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
+from difftori.errors import NonFiniteError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
-from difftori.solver.box import UNBOUNDED, Box
+from difftori.solver.box import Box
+from difftori.solver.checked import check_settings, check_start, checked_box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
-from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
+from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.solution import History, Solution, Status
 from difftori.types import Points, RowCounts, RowFlags, Rows
@@ -77,15 +78,15 @@ def solve(
         ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
         NonFiniteError: only with `throw`.
     """
-    _check_start(x0)
+    check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
     objective = as_objective(objective)
     if inequality is not None or equality is not None:
         objective = ConstrainedFunction(objective, inequality, equality)
-    _check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
+    check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:
-        bounds = _checked_box(x0, box, candidates)
+        bounds = checked_box(x0, box, candidates)
         problem = Problem(objective, bounds, False, generator, candidates, compile)
         if not isinstance(objective, Constrained):
             return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
@@ -151,6 +152,7 @@ class _Progress:
     failed: RowFlags
     steps: RowCounts
     curvature: Rows
+    length: Rows
     best_states: Tensor | None = None
 
 
@@ -220,11 +222,12 @@ class _Run:
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        curvature = self._first_curvature(x.detach(), state, norm)
+        length = self._length(x.detach())
+        curvature = self._first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self._close(norm, x, curvature)
-        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, state.states)
+        done = self._close(norm, curvature, length)
+        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
@@ -242,7 +245,19 @@ class _Run:
         done = torch.zeros_like(progress.done)
         # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
         norm = self._norm(x, state)
-        return _Progress(x, state, x, cost, norm, done, progress.failed, progress.steps, progress.curvature, state.states)
+        return _Progress(
+            x,
+            state,
+            x,
+            cost,
+            norm,
+            done,
+            progress.failed,
+            progress.steps,
+            progress.curvature,
+            progress.length,
+            state.states,
+        )
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
@@ -263,7 +278,7 @@ class _Run:
         progress.best_norm = torch.where(better, norm, progress.best_norm)
         if progress.best_states is not None and progress.state.states is not None:
             progress.best_states = choose(better, progress.state.states, progress.best_states)
-        progress.done = progress.done | self._close(norm, progress.x, progress.curvature)
+        progress.done = progress.done | self._close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -287,17 +302,16 @@ class _Run:
             return torch.full_like(state.cost.detach(), float("inf"))
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
 
-    def _close(self, norm: Rows, x: Points, curvature: Rows) -> RowFlags:
+    def _close(self, norm: Rows, curvature: Rows, length: Rows) -> RowFlags:
         """Which rows have converged: gradient / curvature, a distance, is small beside the length scale of x."""
-        if self.tolerance == 0:
-            return norm <= 0
-        return norm <= self.tolerance * curvature * self._length(x.detach())
+        return norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
 
     def _length(self, x: Points) -> Rows:
+        """The length scale of x: half the narrowest range, or the largest |x|."""
         # The largest |x| counts because the gradient is not known better than the rounding of x.
         return torch.maximum(self.room, _largest(x * self.movable))
 
-    def _first_curvature(self, x: Points, state: State, norm: Rows) -> Rows:
+    def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
         """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
         it is not positive. Without it a start at the optimum could not be told from any other.
         """
@@ -306,7 +320,7 @@ class _Run:
         if self.tolerance == 0 or state.grad is None:
             return torch.zeros_like(norm)
         grad = state.grad.detach()
-        step = torch.finfo(x.dtype).eps ** 0.5 * self._length(x) / torch.where(norm > 0, norm, 1.0)
+        step = torch.finfo(x.dtype).eps ** 0.5 * length / torch.where(norm > 0, norm, 1.0)
         trial = self.problem.project(x - step[:, None] * grad)
         _, there = self.problem.evaluate(trial)
         move, bend = trial - x, there - grad
@@ -315,21 +329,27 @@ class _Run:
         return torch.where(sound, curvature, 0.0)
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
-        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken; a stray move along a flat direction halves it at most."""
+        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken. A small move along a flat direction halves it at most; a move
+        of half the length scale or more has left the place where it was met.
+        """
+        if state.distance is not None:
+            progress.length = torch.where(moved, self._length(x), progress.length)
         if state.grad is None or progress.state.grad is None or state.distance is not None:
             return
-        length = _largest(x - progress.x.detach())
-        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / length
-        # A length of zero gives NaN or infinity: nothing was learned.
-        known = torch.maximum(curvature, 0.5 * progress.curvature)
+        move = _largest(x - progress.x.detach())
+        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / move
+        length = self._length(x)
+        known = torch.maximum(curvature, (0.5 - move / length).clamp_min(0.0) * progress.curvature)
+        # A move of zero gives NaN or infinity: nothing was learned.
         progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
+        progress.length = torch.where(moved, length, progress.length)
         if not state.memory:
             # Without a memory, a solver that stands still will do so for ever.
-            progress.done = progress.done | (moved & (length == 0))
+            progress.done = progress.done | (moved & (move == 0))
 
     def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
         """How each row ended."""
-        converged = self._close(progress.best_norm, progress.best_x, progress.curvature)
+        converged = self._close(progress.best_norm, progress.curvature, self._length(progress.best_x.detach()))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
         convex, singular = differentiated.convex, differentiated.singular
         if convex is not None and singular is not None:
@@ -368,71 +388,3 @@ def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
     if not torch.is_grad_enabled():
         return False
     return compile or start.requires_grad or checked_cost(objective, start).requires_grad
-
-
-def _check_start(x0: Tensor) -> None:
-    if not isinstance(x0, Tensor):
-        raise ShapeError(
-            f"solve: x0 is a {type(x0).__name__}; it must be a tensor. Fix: torch.as_tensor(x0), and write the cost with "
-            "torch functions."
-        )
-    if x0.dtype not in (torch.float32, torch.float64):
-        why = "too coarse for a solve" if x0.is_floating_point() else "not a real floating-point type"
-        raise ShapeError(
-            f"solve: x0 has dtype {x0.dtype}, which is {why}. Fix: solve in float32 or float64, for example x0.float(), and "
-            "convert the result."
-        )
-    if x0.dim() != 2 or x0.shape[1] == 0:
-        raise ShapeError(
-            f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
-            "(one problem: x0[None])."
-        )
-
-
-def _check_settings(
-    solver: Solver, objective: Objective, x0: Tensor, max_steps: int, tolerance: float | None, keep: str, compile: bool
-) -> None:
-    if max_steps < 0:
-        raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
-    if tolerance is not None and not tolerance >= 0:
-        raise SolverError(f"solve: tolerance={tolerance} must be 0 or more.")
-    if keep not in ("best", "last"):
-        raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
-    if compile and not solver.compilable(objective):
-        raise SolverError(
-            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled: it decides by the numbers "
-            "within a step. Fix: compile=False, or another solver, such as ProjectedGradient()."
-        )
-    if isinstance(objective, TrajectoryObjective) and objective.state.device != x0.device:
-        raise ObjectiveError(
-            f"solve: the objective's state is on {objective.state.device} and x0 on {x0.device}. "
-            "Fix: move one of them, for example x0.to(state.device)."
-        )
-
-
-def _checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
-    """The box with bounds shaped for x0; candidates and the start fit."""
-    if candidates is not None and not isinstance(candidates, Tensor):
-        raise ShapeError(
-            f"solve: candidates are a {type(candidates).__name__}; they must be a tensor (K B n). "
-            "Fix: torch.as_tensor(candidates).to(x0)."
-        )
-    if candidates is not None and candidates.shape[1:] != x0.shape:
-        raise ShapeError(
-            f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
-        )
-    if candidates is not None and (candidates.dtype, candidates.device) != (x0.dtype, x0.device):
-        raise ShapeError(
-            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}, on {candidates.device} and {x0.device}; "
-            "convert one: candidates.to(x0)."
-        )
-    bounds = (UNBOUNDED if box is None else box).to(x0)
-    slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
-    outside = ~(bounds.contains(x0.detach(), slack) | torch.isnan(x0.detach()))
-    if bool(outside.any()):
-        row, column = outside.nonzero()[0].tolist()
-        raise BoxError(
-            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box; "
-            "start inside it, for example from box.project(x0)."
-        )
-    return bounds

@@ -1,0 +1,79 @@
+"""What `solve` is given, checked before anything is computed with it. Each message names the value and the fix."""
+
+import torch
+from torch import Tensor
+
+from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
+from difftori.solver.box import UNBOUNDED, Box
+from difftori.solver.method import Solver
+from difftori.solver.objective import Objective, TrajectoryObjective
+
+
+def check_start(x0: Tensor) -> None:
+    """A start that can be solved from: a float32 or float64 tensor (B n)."""
+    if not isinstance(x0, Tensor):
+        raise ShapeError(
+            f"solve: x0 is a {type(x0).__name__}; it must be a tensor. Fix: torch.as_tensor(x0), and write the cost with "
+            "torch functions."
+        )
+    if x0.dtype not in (torch.float32, torch.float64):
+        why = "too coarse for a solve" if x0.is_floating_point() else "not a real floating-point type"
+        raise ShapeError(
+            f"solve: x0 has dtype {x0.dtype}, which is {why}. Fix: solve in float32 or float64, for example x0.float(), and "
+            "convert the result."
+        )
+    if x0.dim() != 2 or x0.shape[1] == 0:
+        raise ShapeError(
+            f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
+            "(one problem: x0[None])."
+        )
+
+
+def check_settings(
+    solver: Solver, objective: Objective, x0: Tensor, max_steps: int, tolerance: float | None, keep: str, compile: bool
+) -> None:
+    """Settings that are in range and fit the solver and the objective."""
+    if max_steps < 0:
+        raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
+    if tolerance is not None and not tolerance >= 0:
+        raise SolverError(f"solve: tolerance={tolerance} must be 0 or more.")
+    if keep not in ("best", "last"):
+        raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
+    if compile and not solver.compilable(objective):
+        raise SolverError(
+            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled: it decides by the numbers "
+            "within a step. Fix: compile=False, or another solver, such as ProjectedGradient()."
+        )
+    if isinstance(objective, TrajectoryObjective) and objective.state.device != x0.device:
+        raise ObjectiveError(
+            f"solve: the objective's state is on {objective.state.device} and x0 on {x0.device}. "
+            "Fix: move one of them, for example x0.to(state.device)."
+        )
+
+
+def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
+    """The box with bounds shaped for x0; candidates and the start fit."""
+    if candidates is not None and not isinstance(candidates, Tensor):
+        raise ShapeError(
+            f"solve: candidates are a {type(candidates).__name__}; they must be a tensor (K B n). "
+            "Fix: torch.as_tensor(candidates).to(x0)."
+        )
+    if candidates is not None and candidates.shape[1:] != x0.shape:
+        raise ShapeError(
+            f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
+        )
+    if candidates is not None and (candidates.dtype, candidates.device) != (x0.dtype, x0.device):
+        raise ShapeError(
+            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}, on {candidates.device} and {x0.device}; "
+            "convert one: candidates.to(x0)."
+        )
+    bounds = (UNBOUNDED if box is None else box).to(x0)
+    slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
+    outside = ~(bounds.contains(x0.detach(), slack) | torch.isnan(x0.detach()))
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise BoxError(
+            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box; "
+            "start inside it, for example from box.project(x0)."
+        )
+    return bounds
