@@ -74,13 +74,15 @@ def test_the_gradient_is_that_of_cold_solves() -> None:
 
 @pytest.mark.parametrize("problem", [CARTPOLE, UNICYCLE], ids=["unconstrained", "constrained"])
 @pytest.mark.parametrize("method", ["ipopt", "fatrop"])
-def test_compiled_functions_give_the_same(problem, method) -> None:
+def test_compiled_functions_give_the_same(problem, method, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     short, parameters = problem.shortened(4), problem.parameters.numpy()
     start, guess = np.array(problem.start), short.init_actions(1)[0].numpy()
     plain, compiled = (
         MultipleShooting(short, method, compile=compile).solve(start, guess, parameters) for compile in (False, True)
     )
     np.testing.assert_allclose(compiled.actions, plain.actions, atol=1e-6)
+    assert not list(tmp_path.iterdir())  # the C code is gone
 
 
 def test_a_quick_run_compares_everything(tmp_path) -> None:

@@ -5,10 +5,12 @@ The equations are those of `control_problems`, written a second time. CasADi is 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from tempfile import gettempdir
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Literal
 
@@ -161,12 +163,21 @@ def _options(method: Method, equality: list[bool], compile: bool, *, warm: bool)
     if method == "fatrop":
         given |= {"structure_detection": "auto", "equality": equality}
     if compile:
-        given |= {
-            "jit": True,
-            "compiler": "shell",
-            "jit_options": {"flags": ["-O2"], "directory": gettempdir() + os.sep},
-        }
+        own_files = {"jit_cleanup": False, "jit_options": {"flags": ["-O2"], "cleanup": False}}  # see _scratch
+        given |= {"jit": True, "compiler": "shell"} | own_files
     return given
+
+
+@contextmanager
+def _scratch() -> Iterator[None]:
+    """Work in a temporary folder: CasADi writes the C code into the current one, and does not always remove it."""
+    before = Path.cwd()
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 @dataclass(frozen=True)
@@ -208,10 +219,11 @@ class MultipleShooting:
         self._constraint = self._ca.Function("constraint", [s, parameters], [inside])
         # Compiled, the programme calls the stage's functions; interpreted, it is faster written out.
         programme, equality = self._programme(self._ca.MX if compile else self._ca.SX)
-        self._cold, self._warm = (
-            self._ca.nlpsol(name, method, programme, _options(method, equality, compile, warm=name == "warm"))
-            for name in ("cold", "warm")
-        )
+        with _scratch():
+            self._cold, self._warm = (
+                self._ca.nlpsol(name, method, programme, _options(method, equality, compile, warm=name == "warm"))
+                for name in ("cold", "warm")
+            )
 
     def _programme(self, kind: Any) -> tuple[dict[str, Symbol], list[bool]]:
         """Variables s_0, a_0, s_1, …, s_H; constraints [gap, start] at stage 0, then [gap, constraint] for each stage."""

@@ -110,7 +110,8 @@ def summarise(
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2:
-        return (values[0],) * 3 if values else (math.nan,) * 3
+        only = values[0] if values else math.nan
+        return only, only, only
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 

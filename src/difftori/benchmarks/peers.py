@@ -225,7 +225,8 @@ class _CartpoleDynamics(nn.Module):
         return torch.func.vmap(torch.func.jacrev(self.forward, argnums=(0, 1)))(state, action)
 
 
-def _with_circle(state: States) -> States:
+def _with_circle(state: Tensor) -> Tensor:
+    """(B 4) → (B 5): the angle as its cosine and sine."""
     position, angle, speed, turning = state.unbind(-1)
     return torch.stack([position, angle.cos(), angle.sin(), speed, turning], -1)
 
