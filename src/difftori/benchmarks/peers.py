@@ -215,7 +215,7 @@ class _CartpoleDynamics(nn.Module):
         super().__init__()
         self.following = problem.functions(parameters).dynamics
 
-    def forward(self, state: States, action: Actions) -> States:
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
         position, cos, sin, speed, turning = state.unbind(-1)
         angle = torch.atan2(sin, cos)
         return _with_circle(self.following(torch.stack([position, angle, speed, turning], -1), action))
@@ -245,7 +245,8 @@ def mpc_cartpole(
     Its quadratic cost states the problem exactly, with the angle on a circle and one more step for the terminal cost. Of
     the settings that were tried, these reach the optimum: 200 iterations, 20 of them without improvement, a line search
     that halves up to 10 times. (With 50 iterations and its default decay of .2 it ends at a cost of 74.) The Jacobians
-    are given: by autograd (GradMethods.AUTO_DIFF) it takes 3 to 4 times as long, and its gradient lacks a term.
+    are given: by autograd (GradMethods.AUTO_DIFF) it takes 3 to 4 times as long. Either way its derivative leaves out the
+    second derivatives of the dynamics: at the optimum, it differs from finite differences by a relative error of .64.
     """
     mpc = _mpc()
     rows, horizon, _ = init_actions.shape
