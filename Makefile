@@ -39,13 +39,14 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 # Theseus asks for pins that no longer resolve and for build tools at run time: hence no dependencies and no isolation.
-peers: $(VENV)/.dev  ## Theseus 0.2.3 and mpc.pytorch 0.0.6, to compare with
+peers: $(VENV)/.dev  ## Theseus 0.2.3, mpc.pytorch 0.0.6 and CasADi 3.8.2, to compare with
 	$(PIP) 'setuptools<81' wheel
 	$(PIP) -r constraints-peers.txt --no-build-isolation --no-deps
 	$(BIN)/python -m pytest -m peers
 
 bench: peers
 	$(BIN)/difftori bench solver
+	$(BIN)/difftori bench control
 
 clean:
 	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Puts committed results into the pages, or says that there are none: pages never hold copies of numbers.
 
 A mark `<!-- results: PATH -->` in a page becomes: for a Markdown file, the file without its title; for a folder, every
-.svg in it; for `PATH.csv | name, other=label`, these columns of the table, with another heading where one is given.
+.svg in it; for one .svg, that figure; for `PATH.csv | name, other=label`, these columns of the table, with another heading where one is given.
 """
 
 import csv
@@ -37,6 +37,8 @@ def _fill(name, columns, up):
         return "\n\n".join(f"![{Path(n).stem.replace('_', ' ')}]({up}{n})" for n in names)
     if not path.exists():
         return ""
+    if path.suffix == ".svg":
+        return f"![{path.stem.replace('_', ' ')}]({up}{name})"
     if columns is None:
         return re.sub(r"\A# .*\n", "", path.read_text(encoding="utf-8"))
     with path.open(newline="", encoding="utf-8") as file:

@@ -1,0 +1,297 @@
+"""Trajectory optimisation of known systems: this library's ILQR beside CasADi (IPOPT, fatrop) and mpc.pytorch.
+
+A cart-pole swings up, a unicycle drives around obstacles, a quadrotor flies to a point. Three things are timed: a solve from
+the first guess (cold), the next solve of a closed loop (warm), and a solve with the gradient of its plan with respect to
+parameters of the dynamics. CasADi solves rows one after the other and differentiates by central differences. All entries run
+interleaved in one process, in rotating order; medians and quartiles in milliseconds. Beside each time: the cost that the
+actions reach and the largest violation of a constraint, by one float64 rollout for all entries.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from difftori.benchmarks.control_casadi import casadi_version
+from difftori.benchmarks.control_entries import ENTRIES, Cell, Entry, Gradient, Outcome, Session, entries
+from difftori.benchmarks.control_problems import PROBLEMS, ControlProblem
+from difftori.benchmarks.control_report import Line, Sample, summarise, table, write_figure, write_raw, write_summary
+from difftori.benchmarks.interleaved import Device, as_in_runs
+from difftori.benchmarks.peers import require_mpc
+from difftori.benchmarks.report import write_provenance
+from difftori.errors import ConfigError, MissingExtraError
+
+
+class Config(BaseModel):
+    """What is compared, how often and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    problems: tuple[Literal["cartpole", "unicycle", "quadrotor"], ...] = ("cartpole", "unicycle", "quadrotor")
+    """Problems to solve."""
+    batches: tuple[PositiveInt, ...] = (1, 64)
+    """Rows that are solved together."""
+    entries: tuple[str, ...] = ()
+    """Names of the entries to measure. Default: all."""
+    repeats: PositiveInt = 9
+    """Interleaved repeats of each cell."""
+    seconds: float = 300.0
+    """No further repeat of a cell begins after this many seconds, once there are three."""
+    warm_steps: PositiveInt = 5
+    """Closed-loop steps timed in each repeat."""
+    loop_steps: PositiveInt = 40
+    """Steps after which the closed loop begins again at the start."""
+    casadi_rows: PositiveInt = 4
+    """Rows of a batch that CasADi solves. Its times are scaled to the whole batch."""
+    max_steps: PositiveInt = 200
+    """Iterations at most, for ILQR and mpc.pytorch."""
+    dtype: Literal["float32", "float64"] = "float64"
+    """Of this library's entries. The others compute in float64."""
+    device: Device = "cpu"
+    """Where this library's entries compute. The others use the CPU."""
+    compile: bool = False
+    """Measure compiled entries too: torch.compile, and CasADi through the C compiler. Each takes minutes to compile."""
+    peers: bool = True
+    """Measure CasADi and mpc.pytorch too (`make peers` installs them)."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    seed: int = Field(0, ge=0)
+    """Of the starts and the closed loop's noise."""
+    out: Path = Path("benchmarks/results")
+    """Folder for `control-raw.csv`, `control-summary.csv`, `control.svg` and `control.json`. `--quick` writes to its subfolder `quick`."""
+    quick: bool = False
+    """Short horizons and few iterations, to check that everything runs. The numbers mean nothing."""
+
+
+def run(config: Config) -> list[dict[str, str]]:
+    """Measure, write the files to `out`, and return the table. The files are rewritten after each cell.
+
+    Raises:
+        MissingExtraError: CasADi or mpc.pytorch is not installed, and `peers` asks for them.
+        ConfigError: `entries` has an unknown name.
+    """
+    if unknown := set(config.entries) - {entry.name for entry in ENTRIES}:
+        known = ", ".join(entry.name for entry in ENTRIES)
+        raise ConfigError([f"entries: {', '.join(sorted(unknown))} unknown. Fix: choose from {known}"])
+    peers = _peers() if config.peers else {}
+    with as_in_runs(config.threads):
+        return _Run(config, peers).measure()
+
+
+def _peers() -> dict[str, str]:
+    try:
+        return {"casadi": casadi_version()} | require_mpc()
+    except MissingExtraError as missing:
+        raise MissingExtraError(f"{missing} Or leave the peers out: difftori bench control --no-peers.") from missing
+
+
+def _cells(config: Config) -> list[Cell]:
+    return [
+        Cell(
+            problem=_sized(PROBLEMS[name], config),
+            batch=batch,
+            dtype={"float32": torch.float32, "float64": torch.float64}[config.dtype],
+            device=config.device,
+            seed=config.seed,
+            casadi_rows=config.casadi_rows,
+            max_steps=2 if config.quick else config.max_steps,
+        )
+        for name in config.problems
+        for batch in ((2,) if config.quick else config.batches)
+    ]
+
+
+def _sized(problem: ControlProblem, config: Config) -> ControlProblem:
+    return problem.shortened(4) if config.quick else problem
+
+
+@dataclass
+class Loop:
+    """The closed loop of one entry: the true system, disturbed, under the first action of each plan.
+
+    Every entry meets the same disturbances. After `length` steps the loop begins again.
+    """
+
+    cell: Cell
+    session: Session
+    first: Outcome
+    length: int
+    costs: list[float] = field(default_factory=list)
+    violations: list[float] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)
+    solved: list[bool] = field(default_factory=list)
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._state, self._last = self.cell.starts[: self.session.rows], self.first
+        self._noise = torch.Generator().manual_seed(self.cell.seed)
+
+    def advance(self) -> Callable[[], None]:
+        """Take one step of the system, and return the solve that follows it, which alone is timed."""
+        if self.taken and self.taken % self.length == 0:
+            self._restart()
+        problem = self.cell.problem
+        dynamics = problem.functions(problem.parameters).dynamics
+        noise = torch.randn(self._state.shape[-1], generator=self._noise, dtype=torch.float64)
+        action = self._last.actions[:, 0].double().cpu()
+        self._state = dynamics(self._state, action) + noise * self._state.new_tensor(problem.noise)
+        self.taken += 1
+        return self._solve
+
+    def _solve(self) -> None:
+        self._last = self.session.warm(self._state, self._last)
+
+    def record(self) -> None:
+        """Note what the last solve reached."""
+        cost, violation, _ = self.cell.problem.rollout(self._state, self._last.actions)
+        self.costs += cost.tolist()
+        self.violations += violation.tolist()
+        self.iterations += self._last.iterations
+        self.solved += self._last.solved
+
+
+@dataclass
+class Measured:
+    """One entry on one cell, as it is measured."""
+
+    entry: Entry
+    session: Session
+    build_ms: float
+    cold: Outcome
+    gradient: Gradient
+    loop: Loop
+
+
+class _Run:
+    """One run's measurements as they come in."""
+
+    def __init__(self, config: Config, peers: dict[str, str]):
+        self.config, self.peers, self.began = config, peers, time.perf_counter()
+        self.samples: list[Sample] = []
+        self.lines: list[Line] = []
+        self.gradients: dict[str, list[float]] = {}
+
+    def measure(self) -> list[dict[str, str]]:
+        """Every cell: a first call of each entry, which enters no median, then interleaved repeats."""
+        cells = _cells(self.config)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=len(cells))
+
+            def say(text: str) -> None:
+                progress.update(task, description=text)
+
+            for index, cell in enumerate(cells):
+                chosen = entries(
+                    cell.problem, peers=self.config.peers, compile=self.config.compile, only=self.config.entries
+                )
+                measured = [self._first(cell, entry, say) for entry in chosen]
+                self._repeat(cell, measured, say)
+                self.lines += self._summary(cell, measured)
+                if self.lines:
+                    self._write(last=index == len(cells) - 1)
+                progress.advance(task)
+        return table(self.lines)
+
+    def _first(self, cell: Cell, entry: Entry, say: Callable[[str], None]) -> Measured:
+        say(f"{cell}: {entry.name}, first call")
+        began = time.perf_counter()
+        session = entry.open(cell)
+        cold = session.cold()
+        build_ms = 1e3 * (time.perf_counter() - began)
+        gradient = session.gradient()
+        self.gradients[f"{cell} {entry.name}"] = gradient.tolist()
+        loop_steps = 2 if self.config.quick else self.config.loop_steps
+        loop = Loop(cell, session, cold, loop_steps)
+        loop.advance()()
+        loop.record()
+        return Measured(entry, session, build_ms, cold, gradient, loop)
+
+    def _repeat(self, cell: Cell, measured: list[Measured], say: Callable[[str], None]) -> None:
+        repeats = min(self.config.repeats, 2) if self.config.quick else self.config.repeats
+        began = time.perf_counter()
+        for repeat in range(repeats):
+            if repeat >= min(3, repeats) and time.perf_counter() - began > self.config.seconds:
+                break
+            shift = repeat % max(len(measured), 1)
+            for each in measured[shift:] + measured[:shift]:
+                if repeat < each.entry.repeats:
+                    say(f"{cell}: {each.entry.name}, {repeat + 1}/{repeats}")
+                    self.samples += self._sample(cell, each, repeat)
+
+    def _sample(self, cell: Cell, each: Measured, repeat: int) -> Iterator[Sample]:
+        scale = cell.batch / each.session.rows
+
+        def sample(part: str, job: Callable[[], object]) -> Sample:
+            if cell.device.startswith("cuda"):
+                torch.cuda.synchronize(cell.device)
+            began = time.perf_counter()
+            job()
+            if cell.device.startswith("cuda"):
+                torch.cuda.synchronize(cell.device)
+            return Sample(str(cell), each.entry.name, part, repeat, 1e3 * (time.perf_counter() - began) * scale)
+
+        yield sample("gradient", each.session.gradient)
+        yield sample("cold", each.session.cold)
+        for _ in range(1 if self.config.quick else self.config.warm_steps):
+            yield sample("warm", each.loop.advance())
+            each.loop.record()
+
+    def _summary(self, cell: Cell, measured: list[Measured]) -> list[Line]:
+        lines: list[Line] = []
+        for each in measured:
+            cost, violation, _ = cell.problem.rollout(cell.starts[: each.session.rows], each.cold.actions)
+            reference = measured[0]
+            alike = reference.session.rows == each.session.rows and bool(
+                (reference.cold.actions - each.cold.actions.double().cpu()).abs().max() < 1e-2
+            )
+            error = _relative(each.gradient, reference.gradient) if alike and each is not reference else float("nan")
+            lines.append(
+                summarise(
+                    cell=cell,
+                    entry=each.entry.name,
+                    rows=each.session.rows,
+                    build_ms=each.build_ms,
+                    samples=[s for s in self.samples if (s.cell, s.entry) == (str(cell), each.entry.name)],
+                    cost=float(cost.mean()),
+                    violation=float(violation.max()),
+                    iterations=_mean(each.cold.iterations),
+                    solved=_mean(each.cold.solved),
+                    warm_cost=_mean(each.loop.costs),
+                    warm_violation=max(each.loop.violations),
+                    warm_iterations=_mean(each.loop.iterations),
+                    warm_solved=_mean(each.loop.solved),
+                    gradient_error=error,
+                    reference=lines[0] if lines else None,
+                )
+            )
+        return lines
+
+    def _write(self, last: bool) -> None:
+        out = self.config.out / "quick" if self.config.quick else self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        write_raw(out / "control-raw.csv", self.samples)
+        write_summary(out / "control-summary.csv", self.lines)
+        write_figure(out / "control.svg", self.lines)
+        settings = self.config.model_dump(mode="json") | {"finished": last, "gradients": self.gradients}
+        seconds = time.perf_counter() - self.began
+        write_provenance(out / "control.json", config=settings, peers=self.peers, seconds=seconds)
+
+
+def _relative(gradient: Gradient, reference: Gradient) -> float:
+    return float(np.linalg.norm(gradient - reference) / np.linalg.norm(reference))
+
+
+def _mean(values: list[int] | list[bool] | list[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")

@@ -1,0 +1,271 @@
+"""What `difftori bench control` compares: this library's planner, CasADi with IPOPT or fatrop, and mpc.pytorch.
+
+An entry opens a session on a cell (a problem at a batch size). A session solves from the first guess, solves the next step
+of a closed loop from its last plan, and solves with the gradient. A new entry is one line of `ENTRIES`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from difftori.benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
+from difftori.benchmarks.control_problems import ControlProblem, Functions
+from difftori.benchmarks.peers import mpc_cartpole
+from difftori.planning import Plan, plan
+from difftori.solver import ILQR, Solver
+from difftori.types import Plans, States
+
+Gradient = Float[np.ndarray, "Z"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem at one batch size, and the dtype and device of this library's entries."""
+
+    problem: ControlProblem
+    batch: int
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    seed: int = 0
+    casadi_rows: int = 4
+    max_steps: int = 200
+
+    def __str__(self) -> str:
+        return f"{self.problem.name} H={self.problem.horizon} B={self.batch}"
+
+    @property
+    def starts(self) -> States:
+        """Where the plans start, float64 on the CPU."""
+        return self.problem.starts(self.batch, self.seed)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Plans (B H A) of the rows that were solved, how many iterations each took, and which the solver calls solved.
+
+    `own` is what the session's next warm solve starts from; no one else looks at it.
+    """
+
+    actions: Plans
+    iterations: list[int]
+    solved: list[bool]
+    own: Any
+
+
+class Session(ABC):
+    """One entry at work on one cell. `rows`: how many rows of the batch it solves; times are scaled by batch / rows."""
+
+    rows: int
+
+    @abstractmethod
+    def cold(self) -> Outcome:
+        """Solve from the starts and the first guess."""
+
+    @abstractmethod
+    def warm(self, states: States, last: Outcome) -> Outcome:
+        """Solve from `states` (rows S), float64 on the CPU, beginning at the last plan one step later."""
+
+    @abstractmethod
+    def gradient(self) -> Gradient:
+        """Solve as `cold` does, and return ∂ Σ_rows loss(plan) / ∂ parameters."""
+
+
+def solve_ours(
+    problem: ControlProblem,
+    functions: Functions,
+    state: States,
+    init_actions: Plans,
+    *,
+    solver: Solver,
+    max_steps: int,
+    compile: bool,
+) -> Plan:
+    """The one place where `difftori.plan` is called. `state` and `init_actions` decide dtype and device."""
+    low, high = init_actions.new_tensor(problem.low), init_actions.new_tensor(problem.high)
+    return plan(
+        functions.dynamics,
+        functions.reward,
+        functions.terminal_value,
+        state,
+        init_actions,
+        low,
+        high,
+        solver=solver,
+        max_steps=max_steps,
+        compile=compile,
+    )
+
+
+def ours_solves(problem: ControlProblem) -> bool:
+    """Whether `solve_ours` can: not yet problems with constraints."""
+    return problem.functions(problem.parameters).constraint is None
+
+
+class OursSession(Session):
+    """`difftori.plan`; the whole batch at once."""
+
+    def __init__(self, cell: Cell, solver: Solver, compile: bool):
+        self._cell, self._solver, self._compile, self.rows = cell, solver, compile, cell.batch
+        to = partial(torch.Tensor.to, device=cell.device, dtype=cell.dtype)
+        self._to, self._parameters = to, to(cell.problem.parameters)
+        self._starts, self._init = to(cell.starts), to(cell.problem.init_actions(cell.batch))
+        self._functions = cell.problem.functions(self._parameters)
+
+    def _solve(self, state: States, init: Plans, functions: Functions) -> Plan:
+        return solve_ours(
+            self._cell.problem,
+            functions,
+            state,
+            init,
+            solver=self._solver,
+            max_steps=self._cell.max_steps,
+            compile=self._compile,
+        )
+
+    def _outcome(self, found: Plan) -> Outcome:
+        solution = found.solution
+        return Outcome(found.actions.detach(), solution.steps.tolist(), solution.converged.tolist(), found)
+
+    def cold(self) -> Outcome:
+        """From the first guess."""
+        return self._outcome(self._solve(self._starts, self._init, self._functions))
+
+    def warm(self, states: States, last: Outcome) -> Outcome:
+        """From the last plan, shifted."""
+        return self._outcome(self._solve(self._to(states), last.own.shifted(), self._functions))
+
+    def gradient(self) -> Gradient:
+        """By the adjoint, with one backward pass."""
+        parameters = self._parameters.clone().requires_grad_()
+        found = self._solve(self._starts, self._init, self._cell.problem.functions(parameters))
+        (grad,) = torch.autograd.grad(self._cell.problem.loss(found.actions).sum(), parameters)
+        return grad.cpu().double().numpy()
+
+
+class CasadiSession(Session):
+    """CasADi, one row after the other; of a batch the first `casadi_rows`."""
+
+    def __init__(self, cell: Cell, method: Method, compile: bool):
+        self._problem, self.rows = cell.problem, min(cell.batch, cell.casadi_rows)
+        self._shooting = MultipleShooting(cell.problem, method, compile=compile)
+        self._starts = cell.starts[: self.rows].numpy()
+        self._init = cell.problem.init_actions(1)[0].numpy()
+        self._parameters = cell.problem.parameters.numpy()
+
+    def _outcome(self, found: list[ShootingSolution]) -> Outcome:
+        actions = torch.from_numpy(np.stack([each.actions for each in found]))
+        return Outcome(actions, [each.iterations for each in found], [each.solved for each in found], found)
+
+    def cold(self) -> Outcome:
+        """From the rollout of the first guess."""
+        return self._outcome([self._shooting.solve(start, self._init, self._parameters) for start in self._starts])
+
+    def warm(self, states: States, last: Outcome) -> Outcome:
+        """From the last solution, shifted, with its multipliers."""
+        rows = zip(last.own, states.numpy(), strict=True)
+        return self._outcome([self._shooting.again(own, s, self._parameters, shifted=True) for own, s in rows])
+
+    def gradient(self) -> Gradient:
+        """By central differences, with two warm solves for each parameter."""
+        total = np.zeros_like(self._parameters)
+        for start in self._starts:
+            base = self._shooting.solve(start, self._init, self._parameters)
+            for i, value in enumerate(self._parameters):
+                step = 1e-4 * (abs(value) or 1.0)
+                moved = np.zeros_like(self._parameters)
+                moved[i] = step
+                up, down = (
+                    self._loss(self._shooting.again(base, start, self._parameters + sign * moved)) for sign in (1, -1)
+                )
+                total[i] += (up - down) / (2 * step)
+        return total
+
+    def _loss(self, found: ShootingSolution) -> float:
+        return float(self._problem.loss(torch.from_numpy(found.actions)))
+
+
+class MpcSession(Session):
+    """mpc.pytorch's iLQR on the cart-pole; the whole batch at once, float64. `peers.mpc_cartpole` says how it is set."""
+
+    def __init__(self, cell: Cell):
+        self._cell, self.rows = cell, cell.batch
+        self._starts, self._init = cell.starts, cell.problem.init_actions(cell.batch)
+        self._parameters = cell.problem.parameters
+
+    def _outcome(self, states: States, init: Plans, iterations: int) -> Outcome:
+        actions = mpc_cartpole(self._cell.problem, states, init, self._parameters, iterations=iterations).detach()
+        shifted = torch.cat([actions[:, 1:], actions[:, -1:]], 1)
+        return Outcome(actions, [], [], shifted)  # it reports neither iterations nor convergence
+
+    def cold(self) -> Outcome:
+        """From the first guess."""
+        return self._outcome(self._starts, self._init, self._cell.max_steps)
+
+    def warm(self, states: States, last: Outcome) -> Outcome:
+        """From the last plan, shifted; 10 iterations."""
+        return self._outcome(states, last.own, min(10, self._cell.max_steps))
+
+    def gradient(self) -> Gradient:
+        """By its own implicit derivative."""
+        parameters, problem = self._parameters.clone().requires_grad_(), self._cell.problem
+        actions = mpc_cartpole(problem, self._starts, self._init, parameters, iterations=self._cell.max_steps)
+        (grad,) = torch.autograd.grad(problem.loss(actions).sum(), parameters)
+        return grad.numpy()
+
+
+def _every(problem: ControlProblem) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to solve. `peer`: someone else's; `compiled`: its functions are compiled first; `repeats`: at most so many."""
+
+    name: str
+    open: Callable[[Cell], Session]
+    solves: Callable[[ControlProblem], bool] = field(default=_every)
+    peer: bool = False
+    compiled: bool = False
+    repeats: int = 1_000_000
+
+
+def _ours(solver: Solver, compile: bool, cell: Cell) -> Session:
+    return OursSession(cell, solver, compile)
+
+
+def _casadi(method: Method, compile: bool, cell: Cell) -> Session:
+    return CasadiSession(cell, method, compile)
+
+
+def _is_cartpole(problem: ControlProblem) -> bool:
+    return problem.name == "cartpole"
+
+
+ENTRIES: tuple[Entry, ...] = (
+    # The ratios and the gradient's error are taken against the first of a cell.
+    Entry("CasADi IPOPT", partial(_casadi, "ipopt", False), peer=True),
+    Entry("CasADi IPOPT compiled", partial(_casadi, "ipopt", True), peer=True, compiled=True),
+    Entry("CasADi fatrop", partial(_casadi, "fatrop", False), peer=True),
+    Entry("CasADi fatrop compiled", partial(_casadi, "fatrop", True), peer=True, compiled=True),
+    Entry("mpc.pytorch", MpcSession, _is_cartpole, peer=True, repeats=1),
+    Entry("ILQR", partial(_ours, ILQR(), False), ours_solves),
+    Entry("ILQR compiled", partial(_ours, ILQR(), True), ours_solves, compiled=True),
+)
+
+
+def entries(problem: ControlProblem, *, peers: bool, compile: bool, only: tuple[str, ...] = ()) -> list[Entry]:
+    """The entries that solve this problem, without the peers or the compiled ones where these are not wanted."""
+    return [
+        entry
+        for entry in ENTRIES
+        if entry.solves(problem)
+        and (peers or not entry.peer)
+        and (compile or not entry.compiled)
+        and (not only or entry.name in only)
+    ]

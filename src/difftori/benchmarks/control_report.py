@@ -1,0 +1,178 @@
+"""Tables and the figure of `difftori bench control`."""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from difftori.benchmarks.control_entries import ENTRIES, Cell
+
+PARTS = ("cold", "warm", "gradient")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call: milliseconds for the whole batch, scaled where fewer rows were solved."""
+
+    cell: str
+    entry: str
+    part: str
+    repeat: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry on one cell.
+
+    Times in milliseconds for the whole batch: median and quartiles. `rows` were solved and timed. `…_ratio`: the
+    reference entry's median divided by this one's. `cost` (mean over rows), `violation` (largest) and `iterations` are
+    those of the cold solve, `warm_…` those over the closed loop's solves. `solved`: the share of rows that the solver
+    itself calls solved. `gradient_error`: relative to the reference entry's gradient, where both plans are the same.
+    """
+
+    problem: str
+    horizon: int
+    batch: int
+    entry: str
+    rows: int
+    first_call_ms: float
+    cold_ms: float
+    cold_q1: float
+    cold_q3: float
+    warm_ms: float
+    warm_q1: float
+    warm_q3: float
+    gradient_ms: float
+    gradient_q1: float
+    gradient_q3: float
+    cold_ratio: float
+    warm_ratio: float
+    gradient_ratio: float
+    cost: float
+    violation: float
+    iterations: float
+    solved: float
+    warm_cost: float
+    warm_violation: float
+    warm_iterations: float
+    warm_solved: float
+    gradient_error: float
+
+
+def summarise(
+    *,
+    cell: Cell,
+    entry: str,
+    rows: int,
+    build_ms: float,
+    samples: Sequence[Sample],
+    cost: float,
+    violation: float,
+    iterations: float,
+    solved: float,
+    warm_cost: float,
+    warm_violation: float,
+    warm_iterations: float,
+    warm_solved: float,
+    gradient_error: float,
+    reference: Line | None,
+) -> Line:
+    """Medians and quartiles of one entry, and its ratios to `reference` (None: it is the reference)."""
+    times: dict[str, float] = {}
+    for part in PARTS:
+        values = [sample.ms for sample in samples if sample.part == part]
+        low, middle, high = _quartiles(values)
+        times |= {f"{part}_q1": low, f"{part}_ms": middle, f"{part}_q3": high}
+        times[f"{part}_ratio"] = 1.0 if reference is None else getattr(reference, f"{part}_ms") / middle
+    return Line(
+        problem=cell.problem.name,
+        horizon=cell.problem.horizon,
+        batch=cell.batch,
+        entry=entry,
+        rows=rows,
+        first_call_ms=build_ms,
+        cost=cost,
+        violation=violation,
+        iterations=iterations,
+        solved=solved,
+        warm_cost=warm_cost,
+        warm_violation=warm_violation,
+        warm_iterations=warm_iterations,
+        warm_solved=warm_solved,
+        gradient_error=gradient_error,
+        **times,
+    )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        only = values[0] if values else math.nan
+        return only, only, only
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def write_raw(path: Path, samples: Sequence[Sample]) -> None:
+    """Every timed call."""
+    rows = [[s.cell, s.entry, s.part, s.repeat, f"{s.ms:.4f}"] for s in samples]
+    _write_csv(path, ["cell", "entry", "part", "repeat", "ms"], rows)
+
+
+def write_summary(path: Path, lines: Sequence[Line]) -> None:
+    """One row for each entry of each cell."""
+    rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in asdict(line).values()] for line in lines]
+    _write_csv(path, [f.name for f in fields(Line)], rows)
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def table(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """The summary as text for a screen; quartiles and ratios are in the CSV."""
+    return [
+        {
+            "problem": f"{line.problem} B={line.batch}",
+            "entry": line.entry,
+            **{f"{part} ms": f"{getattr(line, f'{part}_ms'):.3g}" for part in PARTS},
+            "cost": f"{line.cost:.2f}",
+            "violation": f"{line.violation:.0e}",
+        }
+        for line in lines
+    ]
+
+
+def write_figure(path: Path, lines: Sequence[Line]) -> None:
+    """For each cell: the three times of every entry as bars, with quartiles."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    cells = list(dict.fromkeys((line.problem, line.batch) for line in lines))
+    figure = Figure(figsize=(10, 0.8 + 2.4 * len(cells)), layout="constrained")
+    axes = figure.subplots(len(cells), 1, squeeze=False)[:, 0]
+    order = [entry.name for entry in ENTRIES]
+    for axis, (problem, batch) in zip(axes, cells, strict=True):
+        own = [line for line in lines if (line.problem, line.batch) == (problem, batch)]
+        width = 0.8 / len(own)
+        for index, line in enumerate(own):
+            middles = [getattr(line, f"{part}_ms") for part in PARTS]
+            below = [m - getattr(line, f"{part}_q1") for m, part in zip(middles, PARTS, strict=True)]
+            above = [getattr(line, f"{part}_q3") - m for m, part in zip(middles, PARTS, strict=True)]
+            places = [i + width * (index - (len(own) - 1) / 2) for i in range(len(PARTS))]
+            label = f"{line.entry}: cost {line.cost:.2f}"
+            color = f"C{order.index(line.entry) % 10}"
+            axis.bar(places, middles, 0.9 * width, yerr=[below, above], color=color, label=label)
+        axis.set(yscale="log", ylabel="ms", title=f"{problem}, {batch} {'row' if batch == 1 else 'rows'}")
+        axis.set_xticks(range(len(PARTS)), ["cold solve", "warm closed-loop step", "solve and gradient"])
+        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with rc_context({"svg.hashsalt": "difftori", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
