@@ -139,7 +139,6 @@ for words, call in {
     "meta. Fix:. move": lambda: solve(lambda x: bowl(x).to("meta"), x0),
     "tolerance": lambda: solve(never, x0, tolerance=-1.0),
     "Newton. compile=False": lambda: solve(never, x0, solver=Newton(), compile=True),
-    "ILQR. compile=False": lambda: solve(never, x0, solver=ILQR(), compile=True),
     "GaussNewton. compile=False": lambda: solve(Fit(), x0, solver=GaussNewton(), compile=True),
     "LevenbergMarquardt. compile=False": lambda: solve(Fit(), x0, solver=LevenbergMarquardt(), compile=True),
 }.items():

@@ -129,8 +129,6 @@ def test_each_row_of_a_batch_may_have_its_own_scale(name, dtype):
 @pytest.mark.parametrize("solver", [None, Newton(), ILQR(), ILQR(second_order=True)])
 @pytest.mark.parametrize("scale", ROUNDED)
 def test_plans_do_not_depend_on_the_scale_of_the_reward(scale, solver, dtype):
-    if isinstance(solver, ILQR) and dtype == torch.float32 and scale == 1e-8:
-        pytest.xfail("ILQR adds a regularisation that is not relative to the curvature")
 
     def planned(factor):
         gain = torch.tensor(0.3, dtype=dtype, requires_grad=True)

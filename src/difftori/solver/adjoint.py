@@ -280,7 +280,7 @@ class _Derivative(NamedTuple):
     def spread(self, rows: Tensor, usable: RowFlags) -> "_Derivative":
         """The same for all rows, of which these are some: the others are no minima."""
 
-        def over(part: Tensor | None, other: float) -> Tensor | None:
+        def over(part: Tensor | None, other: float | bool) -> Tensor | None:
             if part is None:
                 return None
             everywhere = part.new_full((len(usable), *part.shape[1:]), other)

@@ -163,9 +163,9 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         plan, parts = self.plan(x), []
         if self.stage is not None:
             each = torch.func.vmap(
-                lambda s, a, t: _checked(self.stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0), out_dims=1
+                lambda s, a, t: _checked(self.stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0)
             )
-            parts.append(each(states[:, :-1], plan, self.times()).flatten(1))
+            parts.append(each(states[:, :-1], plan, self.times()).movedim(0, 1).flatten(1))
         if self.terminal is not None:
             parts.append(_checked(self.terminal(states[:, -1]), x, "terminal_constraint"))
         return torch.cat(parts, -1)

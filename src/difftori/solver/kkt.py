@@ -46,7 +46,7 @@ def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Ca
         low, high = (objective.plan(torch.as_tensor(b).to(x).expand_as(x)) for b in (problem.box.low, problem.box.high))
         inside = (plan > low) & (plan < high)
         model, costate, grad = _call(problem, _exact, objective, states, plan, inside)
-        free = objective.plan(~problem.box.held(x, grad.flatten(1)))
+        free = (~problem.box.held(x, grad.flatten(1))).view_as(plan)
         active = None
         if isinstance(objective, ConstrainedTrajectory):
             active = _active(objective, x, states)
@@ -102,11 +102,12 @@ def residual(objective: TrajectoryObjective, states: Tensor, plan: Plans, costat
         gradient, following = torch.func.grad(lagrangian, has_aux=True)(torch.cat([state, action], -1))
         return gradient, following
 
-    stage, following = vmap(at, in_dims=(1, 1, 0, 0, 1), out_dims=1, randomness="same")(
+    stage, following = vmap(at, in_dims=(1, 1, 0, 0, 1), randomness="same")(
         states[:, :-1], plan, objective.times(), weights[:-1], costate[:, 1:]
     )
     last = torch.func.grad(lambda s: (weights[-1] * objective.terminal_cost(s)).sum())(states[:, -1])
-    return stage, last, following
+    # The time comes first out of vmap, which cannot place it elsewhere where nothing depends on the time.
+    return stage.movedim(0, 1), last, following.movedim(0, 1)
 
 
 class Factor(NamedTuple):
@@ -247,8 +248,8 @@ def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Act
     if (constraint := objective.stage) is not None:
         pairs = torch.cat([states[:, :-1], plan], -1)
         stage = vmap(
-            lambda pair, t: jacobian(lambda z: constraint(z[..., :size], z[..., size:], t), pair), in_dims=(1, 0), out_dims=1
-        )(pairs, objective.times())
+            lambda pair, t: jacobian(lambda z: constraint(z[..., :size], z[..., size:], t), pair), in_dims=(1, 0)
+        )(pairs, objective.times()).movedim(0, 1)
     last = x.new_zeros(len(x), 0, size)
     if objective.terminal is not None:
         last = jacobian(objective.terminal, states[:, -1])

@@ -51,13 +51,13 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
         return jacobian, gradient, vmap(lambda v: pull_gradient(v)[0])(basis)
 
     weights = discounts(objective, states)
-    jacobian, gradient, hessian = vmap(at, in_dims=(1, 1, 0, 0), out_dims=(2, 1, 2), randomness="same")(
+    jacobian, gradient, hessian = vmap(at, in_dims=(1, 1, 0, 0), randomness="same")(
         states[:, :-1], plan, objective.times(), weights[:-1]
     )
     last, pull_last = _vjp(lambda s: weights[-1] * _gradient(objective.terminal_cost, s), states[:, -1])
     terminal = vmap(lambda v: pull_last(v)[0])(state_basis)
     # One layout, whoever made them: compiled code is made anew for another.
-    parts = (jacobian.movedim(0, 2), gradient, hessian.movedim(0, 2), last, terminal.movedim(0, 1))
+    parts = (jacobian.permute(2, 0, 1, 3), gradient.movedim(0, 1), hessian.permute(2, 0, 1, 3), last, terminal.movedim(0, 1))
     return LQModel(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
 
@@ -72,10 +72,10 @@ def first_order(
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
     """The discounted cost of states (B H+1 S) and actions (B H A) as they are, (B)."""
     weights = discounts(objective, states)
-    stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), out_dims=1, randomness="same")(
+    stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), randomness="same")(
         states[:, :-1], plan, objective.times()
     )
-    return (stages * weights[:-1]).sum(-1) + weights[-1] * objective.terminal_cost(states[:, -1])
+    return (stages * weights[:-1, None]).sum(0) + weights[-1] * objective.terminal_cost(states[:, -1])
 
 
 def costates(model: LQModel, feedback: Tensor) -> tuple[Tensor, Plans]:
@@ -114,10 +114,10 @@ def with_dynamics_curvature(
         _, pull = _vjp(gradient, torch.cat([state, action], -1))
         return vmap(lambda v: pull(v)[0])(basis)
 
-    bends = vmap(at, in_dims=(1, 1, 0, 1), out_dims=2, randomness="same")(
+    bends = vmap(at, in_dims=(1, 1, 0, 1), randomness="same")(
         states[:, :-1], plan, objective.times(), costate[:, 1:]
     )
-    return model._replace(hessian=model.hessian + bends.movedim(0, 2))
+    return model._replace(hessian=model.hessian + bends.permute(2, 0, 1, 3))
 
 
 def convexified(model: LQModel, floor: float) -> LQModel:
@@ -152,13 +152,15 @@ class Sweep(NamedTuple):
     """What a sweep back found.
 
     `gains` [K_t k_t] (B H A S+1): δa_t = K_t δs_t + α k_t; `slope` (B): the cost's derivative along α at 0 and `bend` (B) its
-    second derivative, by the model; `newton` (B): the largest action that a step of its own curvature alone would move.
+    second derivative, by the model; `newton` (B): the largest action that a step of its own curvature alone would move;
+    `convex` (B): the curvature of the actions was positive definite at every step.
     """
 
     gains: Tensor
     slope: Rows
     bend: Rows
     newton: Rows
+    convex: RowFlags
 
 
 def homogeneous(model: LQModel) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,35 +209,40 @@ def _sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, unbounded: bo
         (value,), (f, c, low, high) = carry, step
         q = c + _product(_product(f.transpose(-1, -2), value), f)
         h, b = q[:, size:, size:], q[:, size:, :size]
-        gain = control(h, b, low, high, damping, unbounded)
+        gain, sound = control(h, b, low, high, damping, unbounded)
         embed = torch.cat([identity, gain], -2)
-        return (_product(_product(embed.transpose(-1, -2), q), embed),), (gain, b[..., -1], h.diagonal(dim1=-1, dim2=-2))
+        return (_product(_product(embed.transpose(-1, -2), q), embed),), (gain, b[..., -1], h.diagonal(dim1=-1, dim2=-2), sound)
 
+    damping = 1 + damping
     steps = tuple(part.movedim(1, 0).flip(0) for part in (dynamics, stage, low, high))
     (value,), found = loop(back, (value,), steps)
-    gains, linear, curvature = (part.flip(0).movedim(0, 1) for part in found)
+    gains, linear, curvature, convex = (part.flip(0).movedim(0, 1) for part in found)
     slope = (gains[..., -1] * linear).sum((1, 2))
     alone = torch.minimum(torch.maximum(-linear / _positive(curvature), low), high)
-    return Sweep(gains, slope, value[:, -1, -1] - 2 * slope, alone.abs().amax((1, 2)))
+    return Sweep(gains, slope, value[:, -1, -1] - 2 * slope, alone.abs().amax((1, 2)), convex.all(-1))
 
 
-def control(h: Tensor, b: Tensor, low: Tensor, high: Tensor, damping: Rows, unbounded: bool = False) -> Tensor:
-    """[K k] (B A S+1) of min ½ kᵀh k + b₁ᵀk over low ≤ k ≤ high (B A), by projected Newton; K on the free set."""
+def control(
+    h: Tensor, b: Tensor, low: Tensor, high: Tensor, damping: Rows, unbounded: bool = False
+) -> tuple[Tensor, RowFlags]:
+    """[K k] (B A S+1) of min ½ kᵀh k + b₁ᵀk over low ≤ k ≤ high (B A), by projected Newton; K on the free set.
+
+    `damping` (B) multiplies the diagonal of h. Also returned: which h are positive definite (B); the others have no minimum.
+    """
     if h.shape[-1] == 1:
-        wish = -b / _positive(h * (1 + damping)[:, None, None])
-        last = wish[..., -1]
-        k = torch.minimum(torch.maximum(last, low), high)
-        return torch.cat([wish[..., :-1] * (k == last).unsqueeze(-1), k.unsqueeze(-1)], -1)
-    h = h + torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)) * damping[:, None])
-    compiling = torch.compiler.is_compiling()
-    if unbounded or not compiling:
-        wish, sound = _solve(h, -b)
-        if compiling:
-            return wish
+        wish = b / (h * damping[:, None, None]).neg().clamp_max(-(torch.finfo(h.dtype).tiny ** 0.5))
+        last = wish[..., -1:]
+        k = last.clamp(low.unsqueeze(-1), high.unsqueeze(-1))
+        return torch.cat([wish[..., :-1] * (k == last), k], -1), h[:, 0, 0] > 0
+    h = h + torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)) * (damping - 1)[:, None])
+    wish, sound = _solve(h, -b)
+    if unbounded:
+        return wish, sound
+    if not torch.compiler.is_compiling():
         inside = ((wish[..., -1] >= low) & (wish[..., -1] <= high)).all(-1)
-        if unbounded or bool((inside & sound).all()):
-            return wish
-    return _bounded_control(h, b, low, high)
+        if bool((inside & sound).all()):
+            return wish, sound
+    return _bounded_control(h, b, low, high), sound
 
 
 def _solve(h: Tensor, b: Tensor) -> tuple[Tensor, RowFlags]:
@@ -310,10 +317,11 @@ def _roll_all(
     objective: TrajectoryObjective, states: Tensor, plan: Plans, gains: Tensor, low: Plans, high: Plans, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, rows = len(lengths), plan.shape[0]
-    wish = plan + lengths[:, None, None, None] * gains[..., -1]
+    feedback = gains[..., :-1]
+    wish = plan + lengths[:, None, None, None] * gains[..., -1] - times_vector(feedback, states[:, :-1])
     start = states[:, 0].expand(count, *states[:, 0].shape)
-    others = (states[:, :-1], gains[..., :-1], low, high)
-    folded = None if torch.compiler.is_compiling() else _folded(objective, start, wish[:, :, 0])
+    others = (feedback, low, high)
+    folded = None if torch.compiler.is_compiling() else _folded(objective, start, plan[:, 0])
     if folded is None:
         following, actions = _roll_each(objective, start, wish, others)
     else:
@@ -350,10 +358,9 @@ def _roll(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: t
     return following.movedim(0, 1), actions.movedim(0, 1)
 
 
-def _follow(objective, state, wish, nominal, gain, low, high, t) -> tuple[Tensor, Tensor]:
-    """The next state and the action that led there: the wished one, corrected by feedback, within the bounds."""
-    action = wish + (gain @ (state - nominal).unsqueeze(-1)).squeeze(-1)
-    action = torch.minimum(torch.maximum(action, low), high)
+def _follow(objective, state, wish, gain, low, high, t) -> tuple[Tensor, Tensor]:
+    """The next state and the action that led there: a wish plus feedback, within the bounds."""
+    action = torch.baddbmm(wish.unsqueeze(-1), gain, state.unsqueeze(-1)).squeeze(-1).clamp(low, high)
     return objective.next(state, action, t), action
 
 
@@ -369,14 +376,14 @@ def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> Tr
         return None
     t = objective.times()[0]
     with torch.no_grad():
-        expected = objective.next(state[-1], action[-1], t)
+        expected = objective.next(state[0], action, t)
         try:
-            got = many.next(state.flatten(0, 1), action.flatten(0, 1), t)
+            got = many.next(state.flatten(0, 1), action.repeat(count, 1), t)
         except (RuntimeError, ValueError, IndexError):
             return None
         if got.shape != (count * rows, expected.shape[-1]):
             return None
-        close = torch.isclose(got[-rows:], expected, rtol=1e-3, atol=1e-6, equal_nan=True)
+        close = torch.isclose(got.unflatten(0, (count, rows)), expected, rtol=1e-3, atol=1e-6, equal_nan=True)
     return many if bool(close.all()) else None
 
 
