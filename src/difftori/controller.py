@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difftori.errors import ShapeError, SolverError
 from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, trajectory_objective
-from difftori.solver import ILQR, AugmentedLagrangian, Box, ConstrainedTrajectory, Detached, Multipliers, Solver, Status
+from difftori.solver import ILQR, AugmentedLagrangian, Box, ConstrainedTrajectory, Detached, Multipliers, Problem, Solver, Status
 from difftori.solver.box import Bound
 from difftori.types import Plans, RowFlags
 
@@ -160,8 +160,11 @@ class Controller:
         fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
         start = self._start(objective, states, fresh)
         cold = fresh is not None and bool(fresh.any())
+        solver = self._solver
+        if isinstance(solver, ILQR) and not cold:
+            solver = replace(solver, hold=False)
         planner = Planner(
-            self._solver,
+            solver,
             Detached(),
             box,
             self._first_steps if cold else self._steps,
@@ -204,16 +207,11 @@ class Controller:
     def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:
         """The actions that feedback would take from here; as they were, where that leads to NaN or Inf."""
         assert self._feedback is not None
+        assert isinstance(self._solver, ILQR)
         nominal, gains = self._feedback
-        low, high = (torch.as_tensor(b).to(states).expand(actions.shape) for b in (self._box.low, self._box.high))
-        state, found = states, []
-        for t, now in enumerate(objective.times().unbind()):
-            move = (gains[:, t] @ (state - nominal[:, t]).unsqueeze(-1)).squeeze(-1)
-            action = (actions[:, t] + move).maximum(low[:, t]).minimum(high[:, t])
-            found.append(action)
-            state = objective.next(state, action, now)
-        corrected = torch.stack(found, 1)
-        sound = torch.isfinite(corrected).all((1, 2)) & torch.isfinite(state).all(-1)
+        box = Planner(box=self._box).flat_box(actions).to(actions.flatten(1))
+        corrected = self._solver.corrected(objective, Problem(objective, box, compile=self._compile), actions, nominal, gains)
+        sound = torch.isfinite(corrected).all(-1).all(-1)
         return torch.where(sound[:, None, None], corrected, actions)
 
     def _move_on(self, objective: Any, plan: Plan, actions: Plans) -> None:
@@ -229,4 +227,5 @@ class Controller:
             sound = torch.isfinite(gains).all(-1).all(-1).all(-1)
             gains = torch.where(sound[:, None, None, None], gains, 0.0)
             states = plan.states
-            self._feedback = states[:, 1:], torch.cat([gains[:, 1:], torch.zeros_like(gains[:, :1])], 1)
+            nominal = torch.cat([states[:, 1:], states[:, -1:]], 1)
+            self._feedback = nominal, torch.cat([gains[:, 1:], torch.zeros_like(gains[:, :1])], 1)

@@ -284,7 +284,7 @@ class Planner:
                 f"Planner.plan: candidates have shape {tuple(candidates.shape)}, the objective wants (K B H A) with "
                 f"(B H A) = {expected}."
             )
-        box = self._flat_box(init_actions)
+        box = self.flat_box(init_actions)
         solution = solve(
             objective,
             box.project(init_actions.flatten(1)),
@@ -305,7 +305,7 @@ class Planner:
             _raise_if_unsound(solution)
         return Plan(objective.plan(solution.x), solution)
 
-    def _flat_box(self, actions: Plans) -> Box:
+    def flat_box(self, actions: Plans) -> Box:
         """Bounds given as numbers, per action (A), per step (H A) or per row (B H A), for the flat variables (H·A)."""
 
         def flat(bound: Bound, name: str) -> Bound:

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from difftori.errors import SolverError
 
@@ -33,6 +34,15 @@ def loop(body: Callable, carry: tuple[Tensor, ...], steps: tuple[Tensor, ...]):
         carry, out = body(carry, step)
         outs.append(out)
     return carry, tuple(torch.stack(part) for part in zip(*outs, strict=True))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same numbers in the usual layout, dimensions of one element included: another layout is compiled anew."""
+    tensor, strides, step = tensor.contiguous(), [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= size
+    return tensor.as_strided(tensor.shape, strides[::-1])
 
 
 def _apart(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -67,7 +77,7 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
     )
     try:
         with limits:
-            return _compile(function, lean)(*arguments)
+            return _compile(function, lean)(*(tree_map_only(Tensor, _plain, arguments) if lean else arguments))
     except FailOnRecompileLimitHit as error:
         raise SolverError(
             f"compile=True: more than {_COMPILATIONS} shapes, each compiled anew; keep the number of rows fixed, or go without it"

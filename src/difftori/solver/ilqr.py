@@ -27,6 +27,10 @@ class ILQR(Solver):
     sweep finds that problem convex it is used, so that convergence is quadratic; if not, the row goes on as before.
     Without, convergence is linear.
 
+    With `hold` the first step also tries the rollout under the feedback that would hold the first state, and takes it in rows
+    where it costs less than what the line search found: an unstable system that can be balanced is balanced, where the
+    rollout of a first guess falls over and leads to an optimum that swings around.
+
     A step takes the first of `lengths` whose cost falls by at least `armijo` of what the model predicts, and otherwise the best
     one if it falls at all, so the cost never rises. After a step of which no length lowers the cost, the curvature of each
     action is raised by a share: `damping` first, ×10 each time, and less again after an accepted step.
@@ -37,6 +41,7 @@ class ILQR(Solver):
 
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0078125, 0.001)
     second_order: bool = True
+    hold: bool = True
     armijo: float = 0.1
     damping: float = 1e-4
     floor: float = 1e-9
@@ -50,12 +55,17 @@ class ILQR(Solver):
         """Roll out and linearise."""
         objective = _trajectory(problem)
         plan = objective.plan(x)
-        with torch.set_grad_enabled(problem.create_graph):
-            states = objective.rollout(x)
-            cost = lq.costs(objective, states, plan)
+        gains = plan.new_zeros(*plan.shape, objective.state.shape[-1] + 1)
+        if problem.compile and not problem.create_graph:
+            still = objective.state[:, None].expand(-1, plan.shape[1] + 1, -1).contiguous()
+            low, high = _bounds(problem, objective, x)
+            states, _, cost = (part[0] for part in _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high))
+        else:
+            with torch.set_grad_enabled(problem.create_graph):
+                states = objective.rollout(x)
+                cost = lq.costs(objective, states, plan)
         nothing = torch.zeros_like(cost.detach())
-        gains = plan.new_zeros(*plan.shape, states.shape[-1] + 1)
-        begun = _Memory(states, gains, nothing, nothing, nothing, nothing)
+        begun = _Memory(states, gains, nothing, nothing, nothing, nothing, torch.ones_like(nothing))
         return self._state(problem, x, cost, begun)
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
@@ -63,17 +73,21 @@ class ILQR(Solver):
         objective = _trajectory(problem)
         memory = _Memory(*state.memory)
         low, high = _bounds(problem, objective, x)
-        states, plans, costs = _candidates(problem, objective, self.lengths, memory, objective.plan(x), low, high)
-        chosen, taken = self._choose(state.cost.detach(), costs.detach(), memory)
-        rows = torch.arange(x.shape[0], device=x.device)
-        x = choose(taken, plans[chosen, rows].flatten(1), x)
-        cost = torch.where(taken, costs[chosen, rows], state.cost)
-        near = taken & (chosen == 0)
+        along = (memory.states, memory.gains, objective.plan(x), low, high)
+        found, plan, cost, taken, whole = self._search(problem, objective, state.cost.detach(), memory, along)
+        if self.hold and not problem.create_graph and bool(memory.fresh.any()):
+            held_states, held_plan, held_cost = self._held(problem, objective, memory.states, objective.plan(x))
+            better = (memory.fresh > 0) & (held_cost < torch.where(taken, cost, state.cost))
+            found, plan = choose(better, held_states, found), choose(better, held_plan, plan)
+            cost, taken = torch.where(better, held_cost, cost), taken | better
+        x = choose(taken, plan.flatten(1), x)
+        cost = torch.where(taken, cost, state.cost)
         eased = torch.where(memory.damping > self.damping, memory.damping / 10, 0.0)
         memory = memory._replace(
-            states=choose(taken, states[chosen, rows], memory.states),
+            states=choose(taken, found, memory.states),
             damping=torch.where(taken, eased, (memory.damping * 10).clamp(self.damping, 1e8)),
-            near=torch.where(near, 1.0, memory.near),
+            near=torch.where(taken & whole, 1.0, memory.near),
+            fresh=torch.zeros_like(memory.fresh),
         )
         return x, self._state(problem, x, cost, memory)
 
@@ -81,21 +95,72 @@ class ILQR(Solver):
         """The feedback K (B H A S) of actions to states, along the trajectory at which a solve ended."""
         return _Memory(*state.memory).gains[..., :-1]
 
-    def _choose(self, cost: Rows, costs: Tensor, memory: "_Memory") -> tuple[Tensor, RowFlags]:
-        """Which length each row takes, and whether it takes any."""
-        lengths = torch.tensor(self.lengths, dtype=cost.dtype, device=cost.device)[:, None]
+    def corrected(self, objective: TrajectoryObjective, problem: Problem, actions: Plans, nominal: Tensor, feedback: Tensor) -> Plans:
+        """Actions (B H A) that answer by `feedback` (B H A S) to where the objective's start leads beside `nominal` (B H+1 S)."""
+        low, high = _bounds(problem, objective, actions.flatten(1))
+        first = actions[:, 0] + lq.times_vector(feedback[:, 0], objective.state - nominal[:, 0])
+        actions = torch.cat([first.unsqueeze(1), actions[:, 1:]], 1).clamp(low, high)
+        nominal = torch.cat([objective.state.unsqueeze(1), nominal[:, 1:]], 1)
+        gains = torch.cat([feedback, torch.zeros_like(feedback[..., :1])], -1)
+        return _candidates(problem, objective, self.lengths[:_GROUP], nominal, gains, actions, low, high)[1][0]
+
+    def _search(
+        self, problem: Problem, objective: TrajectoryObjective, cost: Rows, memory: "_Memory", along: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Plans, Rows, RowFlags, RowFlags]:
+        """States, actions and cost of the length that each row takes, whether it takes any, and whether a whole one.
+
+        Lengths are tried in groups, all rows and lengths of a group at once, until every row has one.
+        """
+        rows = torch.arange(len(cost), device=cost.device)
+        found: tuple[Tensor, Tensor, Tensor, RowFlags, RowFlags] | None = None
+        for begin in range(0, len(self.lengths), _GROUP):
+            lengths = self.lengths[begin : begin + _GROUP]
+            states, plans, costs = _candidates(problem, objective, lengths, *along)
+            chosen, taken = self._choose(cost, costs.detach(), memory, lengths)
+            whole = (chosen == 0) if begin == 0 else torch.zeros_like(taken)
+            these = (states[chosen, rows], plans[chosen, rows], costs[chosen, rows], taken, whole)
+            if found is None:
+                found = these
+            else:
+                waiting = ~found[3]
+                a, b, c, d, e = (choose(waiting, new, old) for new, old in zip(these, found, strict=True))
+                found = (a, b, c, d, e)
+            if bool(found[3].all()):
+                break
+        assert found is not None
+        return found
+
+    def _choose(
+        self, cost: Rows, costs: Tensor, memory: "_Memory", lengths: tuple[float, ...]
+    ) -> tuple[Tensor, RowFlags]:
+        """Which of a group's lengths each row takes, and whether it takes any."""
+        alphas = torch.tensor(lengths, dtype=cost.dtype, device=cost.device)[:, None]
         costs = torch.where(torch.isfinite(costs), costs, torch.inf)
-        predicted = lengths * memory.slope + 0.5 * lengths.square() * memory.bend
+        predicted = alphas * memory.slope + 0.5 * alphas.square() * memory.bend
         enough = costs <= cost + self.armijo * predicted
         # Where rounding hides the decrease, a whole step is taken as long as nothing is lost: it is near the optimum.
         noise = _NOISE * torch.finfo(cost.dtype).eps * cost.abs()
         hidden = -(memory.slope + 0.5 * memory.bend) <= noise
         enough = enough & ~hidden
-        enough[0] |= hidden & (costs[0] <= cost + noise)
+        if lengths[0] == self.lengths[0]:
+            enough[0] |= hidden & (costs[0] <= cost + noise)
         best = costs.argmin(0)
         chosen = torch.where(enough.any(0), enough.to(torch.int8).argmax(0), best)
         found = costs.gather(0, chosen[None])[0]
         return chosen, enough.any(0) | (found < cost - noise)
+
+    def _held(
+        self, problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans
+    ) -> tuple[Tensor, Plans, Rows]:
+        """The rollout under the feedback that would hold the first state: states, actions and costs (infinite where undefined)."""
+        low, high = _bounds(problem, objective, plan.flatten(1))
+        still = states[:, :1].expand_as(states).contiguous()
+        nothing = torch.zeros_like(plan[:, 0, 0])
+        model = lq.convexified(_call(problem, lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps))
+        gains = lq.sweep(model, low - plan, high - plan, nothing, problem.compile).gains.clone()
+        gains[..., -1] = 0.0
+        found, plans, costs = _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high)
+        return found[0], plans[0], torch.where(torch.isfinite(costs[0]), costs[0], torch.inf)
 
     def _state(self, problem: Problem, x: Points, cost: Rows, memory: "_Memory") -> State:
         """Linearise along the memory's states, with its gains as the feedback, and sweep for new ones."""
@@ -105,18 +170,20 @@ class ILQR(Solver):
         bounds = (low - plan, high - plan, memory.damping, compile)
         feedback = memory.gains[..., :-1].contiguous()
         with torch.set_grad_enabled(problem.create_graph):
-            model, costate, grad = _call(problem, lq.first_order, objective, memory.states, plan, feedback)
-            convex = lq.convexified(model, max(self.floor, 8 * torch.finfo(x.dtype).eps))
-            near = memory.near > 0
-            if self.second_order and bool(near.any()):
+            model = _call(problem, lq.linearise, objective, memory.states, plan)
+            costate, grad = _call(problem, lq.costates, model, feedback)
+            floor = max(self.floor, 8 * torch.finfo(x.dtype).eps)
+            near = memory.near > 0 if self.second_order else torch.zeros_like(memory.near, dtype=torch.bool)
+            if bool(near.any()):
                 exact = _call(problem, lq.with_dynamics_curvature, objective, memory.states, plan, model, costate)
-                swept = lq.sweep(_mixed(near, exact, convex), *bounds)
-                sound = swept.convex & (swept.slope <= 0)
-                if bool((near & ~sound).any()):
-                    memory = memory._replace(near=torch.where(sound, memory.near, 0.0))
-                    swept = lq.sweep(_mixed(near & sound, exact, convex), *bounds)
+                every = bool(near.all())
+                swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor)), *bounds)
+                sound = ~near | (swept.convex & (swept.slope <= 0))
+                memory = memory._replace(near=torch.where(sound, memory.near, 0.0))
+                if not bool(sound.all()):
+                    swept = lq.sweep(_mixed(near & sound, exact, lq.convexified(model, floor)), *bounds)
             else:
-                swept = lq.sweep(convex, *bounds)
+                swept = lq.sweep(lq.convexified(model, floor), *bounds)
         memory = memory._replace(
             gains=swept.gains, slope=swept.slope.detach(), bend=swept.bend.detach(), damping=memory.damping
         )
@@ -129,7 +196,8 @@ def _mixed(rows: RowFlags, yes: lq.LQModel, no: lq.LQModel) -> lq.LQModel:
 
 class _Memory(NamedTuple):
     """Rows first: the trajectory that belongs to x, the gains [K k] along it, the model's slope and bend along them, the
-    damping, and whether the row has taken a whole step since exact curvatures last failed it (1 or 0).
+    damping, whether the row has taken a whole step since exact curvatures last failed it, and whether it has taken none
+    at all (1 or 0).
     """
 
     states: Tensor
@@ -138,16 +206,20 @@ class _Memory(NamedTuple):
     bend: Rows
     damping: Rows
     near: Rows
+    fresh: Rows
 
 
 _NOISE = 64.0
+_GROUP = 4
+"""Lengths that are rolled out together."""
 
 
 def _candidates(
     problem: Problem,
     objective: TrajectoryObjective,
     lengths: tuple[float, ...],
-    memory: _Memory,
+    states: Tensor,
+    gains: Tensor,
     plan: Plans,
     low: Plans,
     high: Plans,
@@ -156,7 +228,7 @@ def _candidates(
     alphas = torch.tensor(lengths, dtype=plan.dtype, device=plan.device)
     compile = problem.compile and not problem.create_graph
     with torch.set_grad_enabled(problem.create_graph):
-        return lq.roll(objective, memory.states, plan, memory.gains, low, high, alphas, compile)
+        return lq.roll(objective, states, plan, gains, low, high, alphas, compile)
 
 
 def _call(problem: Problem, function, *arguments):

@@ -45,7 +45,7 @@ def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Ca
     with torch.no_grad():
         low, high = (objective.plan(torch.as_tensor(b).to(x).expand_as(x)) for b in (problem.box.low, problem.box.high))
         inside = (plan > low) & (plan < high)
-        model, costate, grad = _call(problem, _exact, objective, states, plan, inside)
+        model, costate, grad = _exact(problem, objective, states, plan, inside)
         free = (~problem.box.held(x, grad.flatten(1))).view_as(plan)
         active = None
         if isinstance(objective, ConstrainedTrajectory):
@@ -78,13 +78,23 @@ _RAISED = 1e-4
 
 
 def _exact(
-    objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
+    problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
 ) -> tuple[lq.LQModel, Tensor, Plans]:
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
-    model = lq.linearise(objective, states, plan)
-    # The costates need some feedback, whichever (see lq.costates): that of the costs' curvature alone.
-    costate, grad = lq.costates(model, factorise(model, inside).gain)
-    return lq.with_dynamics_curvature(objective, states, plan, model, costate), costate, grad
+    model = _call(problem, lq.linearise, objective, states, plan)
+    # The costates need some stable feedback, whichever (see lq.costates): that of the costs' curvature alone.
+    feedback = factorise(lq.convexified(model, _FLOOR), inside).gain
+    costate, grad = lq.costates(model, feedback)
+    exact = _call(problem, lq.with_dynamics_curvature, objective, states, plan, model, costate)
+    # A row of NaN or infinity has no derivative; zeros keep it from the others' parameters.
+    finite = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in (*exact, costate, grad)]).all(0)
+    if not bool(finite.all()):
+        exact = lq.LQModel(*(choose(finite, part, torch.zeros_like(part)) for part in exact))
+        costate, grad = (choose(finite, part, torch.zeros_like(part)) for part in (costate, grad))
+    return exact, costate, grad
+
+
+_FLOOR = 1e-9
 
 
 def residual(objective: TrajectoryObjective, states: Tensor, plan: Plans, costate: Tensor) -> tuple[Tensor, Tensor, Tensor]:

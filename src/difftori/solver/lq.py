@@ -56,17 +56,8 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
     )
     last, pull_last = _vjp(lambda s: weights[-1] * _gradient(objective.terminal_cost, s), states[:, -1])
     terminal = vmap(lambda v: pull_last(v)[0])(state_basis)
-    # One layout, whoever made them: compiled code is made anew for another.
     parts = (jacobian.permute(2, 0, 1, 3), gradient.movedim(0, 1), hessian.permute(2, 0, 1, 3), last, terminal.movedim(0, 1))
-    return LQModel(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
-
-
-def first_order(
-    objective: TrajectoryObjective, states: Tensor, plan: Plans, feedback: Tensor
-) -> tuple[LQModel, Tensor, Plans]:
-    """The model, the costates (B H+1 S) under a feedback (B H A S), and the gradient with respect to the actions (B H A)."""
-    model = linearise(objective, states, plan)
-    return model, *costates(model, feedback)
+    return LQModel(*parts)
 
 
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
