@@ -11,7 +11,7 @@ from difftori.planning import ReturnObjective
 from difftori.solver import Box, Detached, Implicit, ProjectedGradient, Unrolled, LevenbergMarquardt, MPPI, compiled, solve
 backend = sys.argv[1]
 compiled._compile = __import__("functools").cache(
-    lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
+    lambda function, lean=False: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
 torch.manual_seed(0)
 net = lambda i, o: torch.nn.Sequential(torch.nn.Linear(i, 16), torch.nn.LayerNorm(16), torch.nn.Tanh(), torch.nn.Linear(16, o)).double()
 dynamics, reward, value = net(7, 5), net(7, 1), net(5, 1)
