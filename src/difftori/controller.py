@@ -10,7 +10,17 @@ from torch import Tensor
 
 from difftori.errors import ShapeError, SolverError
 from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, trajectory_objective
-from difftori.solver import ILQR, AugmentedLagrangian, Box, ConstrainedTrajectory, Detached, Multipliers, Problem, Solver, Status
+from difftori.solver import (
+    ILQR,
+    AugmentedLagrangian,
+    Box,
+    ConstrainedTrajectory,
+    Detached,
+    Multipliers,
+    Problem,
+    Solver,
+    Status,
+)
 from difftori.solver.box import Bound
 from difftori.types import Plans, RowFlags
 
@@ -110,7 +120,9 @@ class Controller:
             return
         rows = torch.as_tensor(rows)
         if rows.shape != self._actions.shape[:1]:
-            raise ShapeError(f"Controller.reset: rows has shape {tuple(rows.shape)}; give a mask ({len(self._actions)},).")
+            raise ShapeError(
+                f"Controller.reset: rows has shape {tuple(rows.shape)}; give a mask ({len(self._actions)},)."
+            )
         self._fresh = rows if self._fresh is None else self._fresh | rows
 
     @torch.no_grad()
@@ -209,8 +221,12 @@ class Controller:
         assert self._feedback is not None
         assert isinstance(self._solver, ILQR)
         nominal, gains = self._feedback
+        if isinstance(objective, ConstrainedTrajectory) and self._multipliers is not None:
+            objective = objective.with_multipliers(self._multipliers)
         box = Planner(box=self._box).flat_box(actions).to(actions.flatten(1))
-        corrected = self._solver.corrected(objective, Problem(objective, box, compile=self._compile), actions, nominal, gains)
+        corrected = self._solver.corrected(
+            objective, Problem(objective, box, compile=self._compile), actions, nominal, gains
+        )
         sound = torch.isfinite(corrected).all(-1).all(-1)
         return torch.where(sound[:, None, None], corrected, actions)
 

@@ -1,13 +1,5 @@
-"""Planning: the return of Eq. 4 and the energy of Eq. 7 as objectives, and the planner that solves them.
+"""Planning: the planner that solves objectives of trajectories (objectives.py), and `plan`, its door for control."""
 
-    RL (Eq. 4):  a(θ) = argmax Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H),   z_{t+1} = d(z_t, a_t)
-    IL (Eq. 7):  a(θ) = argmax Σ_{t<H} γ^t f(z_t, a_t),                z_{t+1} = d(z_t, a_t)
-
-(Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective: it is no constraint.
-"""
-
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -15,7 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import BoxError, NonFiniteError, ShapeError, SolverError
+from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError
+from difftori.objectives import (
+    ActionReturnObjective,
+    Constraint,
+    Dynamics,
+    EnergyObjective,
+    ReturnObjective,
+    Reward,
+    Value,
+    trajectory_objective,
+)
 from difftori.solver import (
     ILQR,
     Adjoint,
@@ -32,180 +34,7 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.box import Bound
-from difftori.types import Actions, Plans, Points, Rows, States
-
-Dynamics = Callable[..., Tensor]
-"""(state (B S), action (B A)) → next state (B S). A third required argument is the step t."""
-Reward = Callable[..., Tensor]
-"""(state (B S), action (B A)) → (B). A third required argument is the step t."""
-Constraint = Callable[..., Tensor]
-"""(state (B S), action (B A)) → (B m), to be ≤ 0. A third required argument is the step t."""
-Value = Callable[[Tensor], Tensor]
-"""state (B S) → (B)."""
-
-
-def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function as one of (state, action, t), whether or not it takes the step.
-
-    It takes the step if its third positional argument is required or is called `t`.
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # built in, without a signature
-        return _Timeless(function)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in parameters if p.kind in kinds]
-    if len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "t"):
-        return function
-    return _Timeless(function)
-
-
-@dataclass(frozen=True)
-class _Timeless:
-    """A function of (state, action) that is also given the step."""
-
-    function: Callable[..., Tensor]
-
-    def __call__(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
-        return self.function(state, action)
-
-
-class ReturnObjective(TrajectoryObjective):
-    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
-
-    `state` z_0 (B Z), encoded once, before the solve. `first_step` is the step t of the first action, for dynamics and
-    rewards that take it.
-    """
-
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        reward: Reward,
-        terminal_value: Value | None,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-        first_step: int | Tensor = 0,
-    ):
-        self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
-        self._next, self._reward = with_time(dynamics), with_time(reward)
-        # A tensor, so that compiled code is the same for every step.
-        self.first_step = torch.as_tensor(first_step, device=state.device)
-        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
-
-    def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """d(z, a)."""
-        return self._next(state, action, t + self.first_step)
-
-    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """−R(z, a)."""
-        return -self._reward(state, action, t + self.first_step)
-
-    def terminal_cost(self, state: States) -> Rows:
-        """−V(z), or zero without a terminal value."""
-        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.terminal_value(state)
-
-    def select(self, rows: Tensor) -> "ReturnObjective":
-        """The same plan from some of the states."""
-        return ReturnObjective(
-            self.dynamics,
-            self.reward,
-            self.terminal_value,
-            self.state[rows],
-            self.horizon,
-            self.action_dim,
-            self.discount,
-            self.first_step,
-        )
-
-
-class ActionReturnObjective(ReturnObjective):
-    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H, a_H)), Eq. 4 as printed: the last action is optimised too.
-
-    `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. Its last step is unlike the
-    others, so ILQR does not apply.
-    """
-
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        reward: Reward,
-        action_value: Reward,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-    ):
-        super().__init__(dynamics, reward, None, state, horizon, action_dim, discount)
-        self.action_value = action_value
-
-    def cost(self, x: Points) -> Rows:
-        """Minus the return; the last action meets Q instead of R."""
-        state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
-        *actions, last = self.plan(x).unbind(-2)
-        for t, action in zip(self.times().unbind(), actions, strict=False):
-            total = total + weight * self._reward(state, action, t + self.first_step)
-            state = self._next(state, action, t + self.first_step)
-            weight = weight * self.discount
-        return -(total + weight * self.action_value(state, last))
-
-    staged = False
-
-    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """Refused: it depends on the step."""
-        raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
-
-    def select(self, rows: Tensor) -> "ActionReturnObjective":
-        """The same plan from some of the states."""
-        return ActionReturnObjective(
-            self.dynamics,
-            self.reward,
-            self.action_value,
-            self.state[rows],
-            self.horizon,
-            self.action_dim,
-            self.discount,
-        )
-
-
-class EnergyObjective(TrajectoryObjective):
-    """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, with no meaning outside the plan.
-
-    `dynamics` may be None for H = 1, where f scores one action or one whole chunk of actions.
-    """
-
-    def __init__(
-        self,
-        dynamics: Dynamics | None,
-        energy: Reward,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-    ):
-        if dynamics is None and horizon != 1:
-            raise ShapeError(f"EnergyObjective: horizon {horizon} needs dynamics; without them the horizon must be 1.")
-        self.dynamics, self.energy = dynamics, energy
-        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
-
-    def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """d(z, a); for H = 1 there is no next state to need."""
-        return state if self.dynamics is None else self.dynamics(state, action)
-
-    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """−f(z, a)."""
-        return -self.energy(state, action)
-
-    def terminal_cost(self, state: States) -> Rows:
-        """Zero."""
-        return torch.zeros_like(state[..., 0])
-
-    def select(self, rows: Tensor) -> "EnergyObjective":
-        """The same plan from some of the states."""
-        return EnergyObjective(
-            self.dynamics, self.energy, self.state[rows], self.horizon, self.action_dim, self.discount
-        )
+from difftori.types import Plans, Rows, States
 
 
 @dataclass(frozen=True)
@@ -332,31 +161,30 @@ def _raise_if_unsound(solution: Solution) -> None:
         )
 
 
-def trajectory_objective(
-    dynamics: Dynamics,
-    reward: Reward,
-    terminal_value: Value | None,
-    state: States,
-    horizon: int,
-    action_dim: int,
-    discount: float = 1.0,
-    constraint: Constraint | None = None,
-    terminal_constraint: Value | None = None,
-    first_step: int = 0,
-) -> ReturnObjective | ConstrainedTrajectory:
-    """Minus the return, under constraints if there are any: what `plan` and `Controller` minimise."""
-    objective = ReturnObjective(
-        dynamics, reward, terminal_value, state, horizon, action_dim, discount, first_step=first_step
-    )
-    if constraint is None and terminal_constraint is None:
-        return objective
-    return ConstrainedTrajectory(
-        objective, None if constraint is None else _later(with_time(constraint), objective.first_step), terminal_constraint
-    )
+_SMALL_STATE = 24
+"""Up to so many state dimensions `plan` takes ILQR by default: it computes derivatives with respect to every one."""
 
 
-def _later(function: Callable[[Tensor, Tensor, Tensor], Tensor], first: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda state, action, t: function(state, action, t + first)
+def _check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
+    """Dynamics and reward return what they should, and can be evaluated at all steps at once."""
+    model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
+    action = state.new_zeros(len(state), objective.action_dim)
+    with torch.no_grad():
+        for name, function, shape in (
+            ("dynamics", model.next, state.shape),
+            ("reward", model.stage_cost, state.shape[:1]),
+        ):
+            got = function(state, action, objective.times()[0])
+            if not isinstance(got, Tensor) or got.shape != shape:
+                found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+                raise ObjectiveError(
+                    f"plan: {name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}; it must "
+                    f"return a tensor {tuple(shape)}. Fix: keep the rows, and index the last dimension: state[..., 0]."
+                )
+            if got.dtype != state.dtype:
+                raise ObjectiveError(
+                    f"plan: {name} returned {got.dtype} for a state in {state.dtype}. Fix: bring both to one precision."
+                )
 
 
 def plan(
@@ -384,6 +212,9 @@ def plan(
 
         max_{a_0 … a_{H−1}}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),   s_{t+1} = dynamics(s_t, a_t)
 
+    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor without dimensions: index
+    with it (`reference[t]`), and use `torch.where`, not `if`.
+
     Args:
         dynamics: (state (B S), action (B A)) → (B S).
         reward: (state (B S), action (B A)) → (B), maximised.
@@ -392,8 +223,13 @@ def plan(
         init_actions: the first guess, (B H A); its shape sets the horizon.
         low, high: action bounds: numbers, (A), (H A) or (B H A).
         discount: γ.
-        solver: `ProjectedGradient(window=5, polish=1)` unless given; `ILQR()` suits smooth known dynamics and long horizons.
-        adjoint: how the plan is differentiated; `Implicit()` unless given.
+        solver: default: `ILQR()` for up to 24 state dimensions, else `ProjectedGradient(window=5, polish=1)`.
+        adjoint: how the plan is differentiated; default: `Implicit()`.
+        constraint: (state (B S), action (B A)) → (B m), to be ≤ 0 at every step t < H. Solved by the augmented Lagrangian;
+            `plan.solution.violation` (B) says how far they are broken, and the gradient keeps those that are active.
+        terminal_constraint: state (B S) → (B k), to be ≤ 0 at s_H.
+        augmented, multipliers: as for `difftori.solver.solve`.
+        first_step: the step t of the first action, for functions that take t.
         max_steps, tolerance, compile: as for `difftori.solver.solve`.
 
     Returns:
@@ -417,8 +253,12 @@ def plan(
         terminal_constraint,
         first_step,
     )
+    _check_model(objective)
+    if solver is None:
+        small = state.shape[-1] <= _SMALL_STATE
+        solver = ILQR() if small else ProjectedGradient(window=5, polish=1)
     planner = Planner(
-        ILQR() if solver is None else solver,
+        solver,
         Implicit() if adjoint is None else adjoint,
         Box(low, high),
         max_steps,
@@ -426,3 +266,18 @@ def plan(
         compile,
     )
     return planner.plan(objective, init_actions, augmented=augmented, multipliers=multipliers)
+
+
+__all__ = [
+    "ActionReturnObjective",
+    "Constraint",
+    "Dynamics",
+    "EnergyObjective",
+    "Plan",
+    "Planner",
+    "ReturnObjective",
+    "Reward",
+    "Value",
+    "plan",
+    "trajectory_objective",
+]

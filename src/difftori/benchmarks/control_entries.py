@@ -6,6 +6,7 @@ of a closed loop from its last plan, and solves with the gradient. A new entry i
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from jaxtyping import Float
 
 from difftori.benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
-from difftori.benchmarks.control_problems import ControlProblem, Functions
+from difftori.benchmarks.control_problems import ControlProblem
 from difftori.benchmarks.peers import mpc_cartpole
-from difftori.planning import Plan, plan
+from difftori.controller import Controller
+from difftori.planning import plan
 from difftori.solver import ILQR, Solver
 from difftori.types import Plans, States
 
@@ -76,39 +78,8 @@ class Session(ABC):
         """Solve as `cold` does, and return ∂ Σ_rows loss(plan) / ∂ parameters."""
 
 
-def solve_ours(
-    problem: ControlProblem,
-    functions: Functions,
-    state: States,
-    init_actions: Plans,
-    *,
-    solver: Solver,
-    max_steps: int,
-    compile: bool,
-) -> Plan:
-    """The one place where `difftori.plan` is called. `state` and `init_actions` decide dtype and device."""
-    low, high = init_actions.new_tensor(problem.low), init_actions.new_tensor(problem.high)
-    return plan(
-        functions.dynamics,
-        functions.reward,
-        functions.terminal_value,
-        state,
-        init_actions,
-        low,
-        high,
-        solver=solver,
-        max_steps=max_steps,
-        compile=compile,
-    )
-
-
-def ours_solves(problem: ControlProblem) -> bool:
-    """Whether `solve_ours` can: not yet problems with constraints."""
-    return problem.functions(problem.parameters).constraint is None
-
-
 class OursSession(Session):
-    """`difftori.plan`; the whole batch at once."""
+    """`difftori.Controller` in the loop and `difftori.plan` for the gradient; the whole batch at once."""
 
     def __init__(self, cell: Cell, solver: Solver, compile: bool):
         self._cell, self._solver, self._compile, self.rows = cell, solver, compile, cell.batch
@@ -116,36 +87,64 @@ class OursSession(Session):
         self._to, self._parameters = to, to(cell.problem.parameters)
         self._starts, self._init = to(cell.starts), to(cell.problem.init_actions(cell.batch))
         self._functions = cell.problem.functions(self._parameters)
+        self._bounds = (self._init.new_tensor(cell.problem.low), self._init.new_tensor(cell.problem.high))
 
-    def _solve(self, state: States, init: Plans, functions: Functions) -> Plan:
-        return solve_ours(
-            self._cell.problem,
-            functions,
-            state,
-            init,
-            solver=self._solver,
-            max_steps=self._cell.max_steps,
-            compile=self._compile,
-        )
-
-    def _outcome(self, found: Plan) -> Outcome:
-        solution = found.solution
-        return Outcome(found.actions.detach(), solution.steps.tolist(), solution.converged.tolist(), found)
+    def _outcome(self, controller: Controller, states: States) -> Outcome:
+        controller(states)
+        assert controller.plan is not None
+        solution = controller.plan.solution
+        return Outcome(controller.plan.actions, solution.steps.tolist(), solution.converged.tolist(), controller)
 
     def cold(self) -> Outcome:
         """From the first guess."""
-        return self._outcome(self._solve(self._starts, self._init, self._functions))
+        functions, (low, high) = self._functions, self._bounds
+        controller = Controller(
+            functions.dynamics,
+            functions.reward,
+            functions.terminal_value,
+            horizon=self._init.shape[1],
+            action_dim=self._init.shape[2],
+            low=low,
+            high=high,
+            constraint=functions.constraint,
+            terminal_constraint=functions.terminal_constraint,
+            init_actions=self._init[0],
+            solver=self._solver,
+            first_steps=self._cell.max_steps,
+            tolerance=TOLERANCE,
+            compile=self._compile,
+        )
+        return self._outcome(controller, self._starts)
 
     def warm(self, states: States, last: Outcome) -> Outcome:
-        """From the last plan, shifted."""
-        return self._outcome(self._solve(self._to(states), last.own.shifted(), self._functions))
+        """From the last plan, moved on by a step. The controller is copied, so that a loop can begin again."""
+        return self._outcome(copy(last.own), self._to(states))
 
     def gradient(self) -> Gradient:
         """By the adjoint, with one backward pass."""
-        parameters = self._parameters.clone().requires_grad_()
-        found = self._solve(self._starts, self._init, self._cell.problem.functions(parameters))
+        parameters, (low, high) = self._parameters.clone().requires_grad_(), self._bounds
+        functions = self._cell.problem.functions(parameters)
+        found = plan(
+            functions.dynamics,
+            functions.reward,
+            functions.terminal_value,
+            self._starts,
+            self._init,
+            low,
+            high,
+            solver=self._solver,
+            max_steps=self._cell.max_steps,
+            tolerance=TOLERANCE,
+            constraint=functions.constraint,
+            terminal_constraint=functions.terminal_constraint,
+            compile=self._compile,
+        )
         (grad,) = torch.autograd.grad(self._cell.problem.loss(found.actions).sum(), parameters)
         return grad.cpu().double().numpy()
+
+
+TOLERANCE = 1e-5
+"""A solve of ours ends when the estimated distance to the optimum is this share of the actions' range."""
 
 
 class CasadiSession(Session):
@@ -254,8 +253,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("CasADi fatrop", partial(_casadi, "fatrop", False), peer=True),
     Entry("CasADi fatrop compiled", partial(_casadi, "fatrop", True), peer=True, compiled=True),
     Entry("mpc.pytorch", MpcSession, _is_cartpole, peer=True, repeats=1),
-    Entry("ILQR", partial(_ours, ILQR(), False), ours_solves),
-    Entry("ILQR compiled", partial(_ours, ILQR(), True), ours_solves, compiled=True),
+    Entry("ILQR", partial(_ours, ILQR(), False)),
+    Entry("ILQR compiled", partial(_ours, ILQR(), True), compiled=True),
 )
 
 

@@ -11,8 +11,9 @@ from difftori.errors import SolverError
 from difftori.solver import kkt
 from difftori.solver.constraints import Constrained, ConstrainedFunction
 from difftori.solver.derivatives import row_jacobian
+from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
-from difftori.solver.newton import RAISED, Factor, check_linear, conjugate_gradients, factorise
+from difftori.solver.newton import RAISED, Factor, check_linear, factorise
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import PointFlags, Points, RowFlags, Rows
 
@@ -50,7 +51,7 @@ class Differentiated(NamedTuple):
     newton_step: Rows | None = None
     singular: RowFlags | None = None
     states: Tensor | None = None
-    solves: "_CG | None" = None
+    solves: InverseProducts | None = None
 
 
 class Adjoint(ABC):
@@ -171,8 +172,8 @@ class Implicit(Adjoint):
         if linear == "cg":
             _, grad = problem.with_graph().evaluate(solution)
             free = ~problem.box.held(solution, grad.detach())
-            solves = _CG(problem, solution, free, *self._budget(solution))
-            step = _ImplicitCG.apply(_Once.apply(grad), solves)
+            solves = InverseProducts(problem, solution, free, *self._budget(solution))
+            step = ImplicitCG.apply(_Once.apply(grad), solves)
             return _Derivative(solution + step, None, None, None, None, solves)
         if isinstance(problem.objective, ConstrainedFunction):
             return self._constrained(problem, problem.objective, solution)
@@ -224,7 +225,7 @@ class Implicit(Adjoint):
             return "riccati" if structured else "dense"
         if self.order == 2:
             return "dense"
-        if structured:
+        if isinstance(objective, TrajectoryObjective) and objective.staged:
             # Products with one step's derivatives that the sweep needs, beside the rollouts' that the dense Hessian needs.
             size = objective.state.shape[-1]
             if carried or 3 * size + 2 * objective.action_dim < n:
@@ -244,7 +245,7 @@ class Implicit(Adjoint):
             factor, grad = self.factor(problem, x)
             return factor.convex, factor.solve(grad).abs().amax(-1)
         _, grad = problem.evaluate(x)
-        solves = _CG(problem, x, ~problem.box.held(x, grad), *self._budget(x))
+        solves = InverseProducts(problem, x, ~problem.box.held(x, grad), *self._budget(x))
         step = solves(grad)
         assert solves.unsolved is not None
         return ~solves.unsolved, step.abs().amax(-1)
@@ -275,7 +276,7 @@ class _Derivative(NamedTuple):
     newton_step: Rows | None
     singular: RowFlags | None
     states: Tensor | None = None
-    solves: "_CG | None" = None
+    solves: InverseProducts | None = None
 
     def spread(self, rows: Tensor, usable: RowFlags) -> "_Derivative":
         """The same for all rows, of which these are some: the others are no minima."""
@@ -356,50 +357,3 @@ class _ImplicitConstrained(torch.autograd.Function):
             y = y + ctx.weight[:, None] * (jacobian @ move.unsqueeze(-1)).squeeze(-1)
             move = ctx.factor.solve(outputs[0] - (jacobian.transpose(-1, -2) @ y.unsqueeze(-1)).squeeze(-1))
         return -move, -y, None, None, None
-
-
-class _CG:
-    """v ↦ H⁻¹v on the free set at one point. `unsolved` (B): rows that any call so far did not solve, for lack of products
-    or because the curvature was not positive; None before the first call. Rows that are not `usable` are never asked.
-    """
-
-    def __init__(self, problem: Problem, point: Points, free: PointFlags, products: int, tolerance: float):
-        self.problem, self.point, self.free = problem, point, free
-        self.products, self.tolerance = products, tolerance
-        self.unsolved: RowFlags | None = None
-
-    def __call__(self, v: Points) -> Points:
-        solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
-        unsolved = solved.unsolved(_SOLVED)
-        self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
-        return solved.solution
-
-
-_SOLVED = 0.05
-"""A row whose relative residual is larger has not been solved."""
-
-
-class _ImplicitCG(torch.autograd.Function):
-    """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, solves: _CG) -> Tensor:
-        ctx.solves = solves
-        return torch.zeros_like(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _SolveCG.apply(-outputs[0], ctx.solves), None
-
-
-class _SolveCG(torch.autograd.Function):
-    """H⁻¹v, which is linear in v and symmetric: its derivative is itself."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, solves: _CG) -> Tensor:
-        ctx.solves = solves
-        return solves(v)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _SolveCG.apply(outputs[0], ctx.solves), None

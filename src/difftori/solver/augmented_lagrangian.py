@@ -76,7 +76,6 @@ def _slope(of: Rows, x: Points) -> Rows:
     return torch.zeros_like(of) if grad is None else grad.abs().amax(-1)
 
 
-
 def solve_constrained(
     problem: Problem,
     inner: Inner,
@@ -126,7 +125,8 @@ class _Rounds:
     def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
         allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.weight
         done = torch.zeros_like(x[:, 0], dtype=torch.bool)
-        before, steps = torch.full_like(x[:, 0], torch.inf), 0
+        before = torch.full_like(x[:, 0], torch.inf)
+        steps = torch.zeros_like(done, dtype=torch.long)
         for count in range(self.method.rounds):
             # Early rounds need not be exact, because the multipliers are not.
             tolerance = self.tolerance if self.warm else max(self.tolerance, 1e-3 * 0.01**count)
@@ -196,4 +196,3 @@ def _check(multipliers: Multipliers, rows: int, count: int) -> None:
             f"solve: multipliers have values {tuple(multipliers.values.shape)} and weight {tuple(multipliers.weight.shape)}, "
             f"but there are {rows} rows with {count} constraints. Fix: take them from a solution of the same shape, or None."
         )
-

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from difftori.errors import SolverError
 
+
 def loop(body: Callable, carry: tuple[Tensor, ...], steps: tuple[Tensor, ...]):
     """carry, out = body(carry, (step[i] for step in steps)) for i = 0, 1, …: the last carry, and the outs stacked.
 

@@ -161,10 +161,8 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         """Stage by stage, then the terminal ones, (B H·m+k)."""
         states = self.inner.rollout(x) if states is None else states
         plan, parts = self.plan(x), []
-        if self.stage is not None:
-            each = torch.func.vmap(
-                lambda s, a, t: _checked(self.stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0)
-            )
+        if (stage := self.stage) is not None:
+            each = torch.func.vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0))
             parts.append(each(states[:, :-1], plan, self.times()).movedim(0, 1).flatten(1))
         if self.terminal is not None:
             parts.append(_checked(self.terminal(states[:, -1]), x, "terminal_constraint"))
@@ -259,4 +257,3 @@ def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
             f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
         )
     return values
-

@@ -5,6 +5,7 @@ torch's `layer_norm`.
 Under `torch.compile` the same quantities come from `torch.func`, which the compiler can trace.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -83,6 +84,18 @@ def _functional_value_and_grad(objective: Objective, x: Points) -> tuple[Rows, P
 
     grad, cost = torch.func.grad(total, has_aux=True)(x)
     return cost, grad
+
+
+def pullback(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The function's value, and v ↦ vᵀ ∂function/∂at. Can be nested, vmapped and compiled."""
+    value, pull = cast(Any, torch.func.vjp(function, at))
+    return value, lambda v: pull(v)[0]
+
+
+def unit_vectors(like: Tensor, size: int) -> Tensor:
+    """A basis for every row, (size B size): one pullback of each gives every row's Jacobian."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    return eye[:, None].expand(size, like.shape[0], size)
 
 
 def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:

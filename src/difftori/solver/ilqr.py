@@ -11,6 +11,7 @@ from difftori.solver import lq
 from difftori.solver.compiled import compiled_call
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
+from difftori.solver.rollout import roll
 from difftori.types import Plans, Points, RowFlags, Rows
 
 
@@ -59,7 +60,10 @@ class ILQR(Solver):
         if problem.compile and not problem.create_graph:
             still = objective.state[:, None].expand(-1, plan.shape[1] + 1, -1).contiguous()
             low, high = _bounds(problem, objective, x)
-            states, _, cost = (part[0] for part in _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high))
+            states, _, cost = (
+                part[0]
+                for part in _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high)
+            )
         else:
             with torch.set_grad_enabled(problem.create_graph):
                 states = objective.rollout(x)
@@ -95,7 +99,9 @@ class ILQR(Solver):
         """The feedback K (B H A S) of actions to states, along the trajectory at which a solve ended."""
         return _Memory(*state.memory).gains[..., :-1]
 
-    def corrected(self, objective: TrajectoryObjective, problem: Problem, actions: Plans, nominal: Tensor, feedback: Tensor) -> Plans:
+    def corrected(
+        self, objective: TrajectoryObjective, problem: Problem, actions: Plans, nominal: Tensor, feedback: Tensor
+    ) -> Plans:
         """Actions (B H A) that answer by `feedback` (B H A S) to where the objective's start leads beside `nominal` (B H+1 S)."""
         low, high = _bounds(problem, objective, actions.flatten(1))
         first = actions[:, 0] + lq.times_vector(feedback[:, 0], objective.state - nominal[:, 0])
@@ -156,7 +162,9 @@ class ILQR(Solver):
         low, high = _bounds(problem, objective, plan.flatten(1))
         still = states[:, :1].expand_as(states).contiguous()
         nothing = torch.zeros_like(plan[:, 0, 0])
-        model = lq.convexified(_call(problem, lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps))
+        model = lq.convexified(
+            _call(problem, lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps)
+        )
         gains = lq.sweep(model, low - plan, high - plan, nothing, problem.compile).gains.clone()
         gains[..., -1] = 0.0
         found, plans, costs = _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high)
@@ -228,7 +236,7 @@ def _candidates(
     alphas = torch.tensor(lengths, dtype=plan.dtype, device=plan.device)
     compile = problem.compile and not problem.create_graph
     with torch.set_grad_enabled(problem.create_graph):
-        return lq.roll(objective, states, plan, gains, low, high, alphas, compile)
+        return roll(objective, states, plan, gains, low, high, alphas, compile)
 
 
 def _call(problem: Problem, function, *arguments):

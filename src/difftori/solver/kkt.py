@@ -20,9 +20,10 @@ from torch.func import vmap
 from difftori.solver import lq
 from difftori.solver.compiled import compiled_call, loop
 from difftori.solver.constraints import ConstrainedTrajectory
+from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
-from difftori.types import Plans, PlanFlags, Points, RowFlags, Rows
+from difftori.types import PlanFlags, Plans, Points, RowFlags, Rows
 
 
 class TrajectoryDerivative(NamedTuple):
@@ -37,7 +38,9 @@ class TrajectoryDerivative(NamedTuple):
     newton_step: Rows
 
 
-def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Callable[[Tensor], Tensor]) -> TrajectoryDerivative:
+def differentiate(
+    problem: Problem, x: Points, states: Tensor, refuse_second: Callable[[Tensor], Tensor]
+) -> TrajectoryDerivative:
     """Attach the derivative of the optimum to actions x (B n) and states (B H+1 S), both without a graph."""
     objective = problem.objective
     assert isinstance(objective, TrajectoryObjective)
@@ -69,9 +72,7 @@ def differentiate(problem: Problem, x: Points, states: Tensor, refuse_second: Ca
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
     residuals = tuple(refuse_second(part) if part.requires_grad else part for part in residuals)
     actions, states = _Optimum.apply(plan, states, factor, active, *residuals)
-    return TrajectoryDerivative(
-        actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2))
-    )
+    return TrajectoryDerivative(actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2)))
 
 
 _RAISED = 1e-4
@@ -97,7 +98,9 @@ def _exact(
 _FLOOR = 1e-9
 
 
-def residual(objective: TrajectoryObjective, states: Tensor, plan: Plans, costate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def residual(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, costate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂(s, a) of each step (B H N), ∂L/∂s_H (B S) and the next states (B H S) at a fixed point; differentiable in θ."""
     size = states.shape[-1]
     weights = lq.discounts(objective, states)
@@ -249,10 +252,8 @@ def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Act
     on_stage, on_last = objective.split((moved > 0).to(x.dtype))
 
     def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-        value, pull = torch.func.vjp(function, at)
-        eye = torch.eye(value.shape[-1], dtype=x.dtype, device=x.device)
-        basis = eye[:, None].expand(value.shape[-1], *value.shape)
-        return vmap(lambda v: pull(v)[0])(basis).movedim(0, 1)
+        value, pull = pullback(function, at)
+        return vmap(pull)(unit_vectors(value, value.shape[-1])).movedim(0, 1)
 
     stage = x.new_zeros(*plan.shape[:2], 0, size + plan.shape[-1])
     if (constraint := objective.stage) is not None:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import Plans, RowFlags, Rows
 
@@ -39,33 +40,37 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
     Derivatives of all steps are taken at once: a step's share does not grow with the horizon.
     """
     size, width = states.shape[-1], states.shape[-1] + plan.shape[-1]
-    state_basis, basis = _basis(states, size), _basis(states, width)
+    state_basis, basis = unit_vectors(states, size), unit_vectors(states, width)
 
     def at(state: Tensor, action: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pair = torch.cat([state, action], -1)
-        following, pull = _vjp(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
-        jacobian = vmap(lambda v: pull(v)[0])(state_basis)
-        gradient, pull_gradient = _vjp(
+        following, pull = pullback(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
+        jacobian = vmap(pull)(state_basis)
+        gradient, pull_gradient = pullback(
             lambda z: weight * _gradient(lambda y: objective.stage_cost(y[..., :size], y[..., size:], t), z), pair
         )
-        return jacobian, gradient, vmap(lambda v: pull_gradient(v)[0])(basis)
+        return jacobian, gradient, vmap(pull_gradient)(basis)
 
     weights = discounts(objective, states)
     jacobian, gradient, hessian = vmap(at, in_dims=(1, 1, 0, 0), randomness="same")(
         states[:, :-1], plan, objective.times(), weights[:-1]
     )
-    last, pull_last = _vjp(lambda s: weights[-1] * _gradient(objective.terminal_cost, s), states[:, -1])
-    terminal = vmap(lambda v: pull_last(v)[0])(state_basis)
-    parts = (jacobian.permute(2, 0, 1, 3), gradient.movedim(0, 1), hessian.permute(2, 0, 1, 3), last, terminal.movedim(0, 1))
+    last, pull_last = pullback(lambda s: weights[-1] * _gradient(objective.terminal_cost, s), states[:, -1])
+    terminal = vmap(pull_last)(state_basis)
+    parts = (
+        jacobian.permute(2, 0, 1, 3),
+        gradient.movedim(0, 1),
+        hessian.permute(2, 0, 1, 3),
+        last,
+        terminal.movedim(0, 1),
+    )
     return LQModel(*parts)
 
 
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
     """The discounted cost of states (B H+1 S) and actions (B H A) as they are, (B)."""
     weights = discounts(objective, states)
-    stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), randomness="same")(
-        states[:, :-1], plan, objective.times()
-    )
+    stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), randomness="same")(states[:, :-1], plan, objective.times())
     return (stages * weights[:-1, None]).sum(0) + weights[-1] * objective.terminal_cost(states[:, -1])
 
 
@@ -95,19 +100,17 @@ def with_dynamics_curvature(
 ) -> LQModel:
     """The same model with λ_{t+1}ᵀ ∂²next added to the Hessians: those of the Lagrangian, exact at a stationary point."""
     size, width = states.shape[-1], states.shape[-1] + plan.shape[-1]
-    basis = _basis(states, width)
+    basis = unit_vectors(states, width)
 
     def at(state: Tensor, action: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         def gradient(pair: Tensor) -> Tensor:
-            _, pull = _vjp(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
-            return pull(weight)[0]
+            _, pull = pullback(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
+            return pull(weight)
 
-        _, pull = _vjp(gradient, torch.cat([state, action], -1))
-        return vmap(lambda v: pull(v)[0])(basis)
+        _, pull = pullback(gradient, torch.cat([state, action], -1))
+        return vmap(pull)(basis)
 
-    bends = vmap(at, in_dims=(1, 1, 0, 1), randomness="same")(
-        states[:, :-1], plan, objective.times(), costate[:, 1:]
-    )
+    bends = vmap(at, in_dims=(1, 1, 0, 1), randomness="same")(states[:, :-1], plan, objective.times(), costate[:, 1:])
     return model._replace(hessian=model.hessian + bends.permute(2, 0, 1, 3))
 
 
@@ -167,9 +170,7 @@ def homogeneous(model: LQModel) -> tuple[Tensor, Tensor, Tensor]:
     stage = torch.cat([h[..., :size, :], h.new_zeros(*h.shape[:2], 1, h.shape[-1]), h[..., size:, :]], -2)
     without = column * torch.ones_like(column).index_fill(-2, torch.tensor([size], device=f.device), 0.0)
     stage = torch.cat([stage[..., :size], column, stage[..., size:]], -1)
-    stage = torch.cat(
-        [stage[..., :size, :], without.transpose(-1, -2), stage[..., size + 1 :, :]], -2
-    )
+    stage = torch.cat([stage[..., :size, :], without.transpose(-1, -2), stage[..., size + 1 :, :]], -2)
     last = torch.cat([model.terminal_hessian, model.terminal_gradient.unsqueeze(-1)], -1)
     foot = torch.cat([model.terminal_gradient, torch.zeros_like(model.terminal_gradient[:, :1])], -1)
     return dynamics, stage, torch.cat([last, foot.unsqueeze(-2)], -2)
@@ -202,7 +203,12 @@ def _sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, unbounded: bo
         h, b = q[:, size:, size:], q[:, size:, :size]
         gain, sound = control(h, b, low, high, damping, unbounded)
         embed = torch.cat([identity, gain], -2)
-        return (_product(_product(embed.transpose(-1, -2), q), embed),), (gain, b[..., -1], h.diagonal(dim1=-1, dim2=-2), sound)
+        return (_product(_product(embed.transpose(-1, -2), q), embed),), (
+            gain,
+            b[..., -1],
+            h.diagonal(dim1=-1, dim2=-2),
+            sound,
+        )
 
     damping = 1 + damping
     steps = tuple(part.movedim(1, 0).flip(0) for part in (dynamics, stage, low, high))
@@ -284,100 +290,6 @@ def _on(free: Tensor, matrix: Tensor, identity: Tensor) -> Tensor:
 _QP_ITERATIONS = 8
 
 
-def roll(
-    objective: TrajectoryObjective,
-    states: Tensor,
-    plan: Plans,
-    gains: Tensor,
-    low: Plans,
-    high: Plans,
-    lengths: Tensor,
-    compile: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-loop rollouts a_t = P(a_t + α k_t + K_t(s_t − nominal)) for L lengths α.
-
-    Returns states (L B H+1 S), actions (L B H A) and costs (L B).
-    """
-    if compile:
-        lean = plan.device.type == "cpu"
-        return compiled_call(_roll_all, objective, states, plan, gains, low, high, lengths, lean=lean)
-    return _roll_all(objective, states, plan, gains, low, high, lengths)
-
-
-def _roll_all(
-    objective: TrajectoryObjective, states: Tensor, plan: Plans, gains: Tensor, low: Plans, high: Plans, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    count, rows = len(lengths), plan.shape[0]
-    feedback = gains[..., :-1]
-    wish = plan + lengths[:, None, None, None] * gains[..., -1] - times_vector(feedback, states[:, :-1])
-    start = states[:, 0].expand(count, *states[:, 0].shape)
-    others = (feedback, low, high)
-    folded = None if torch.compiler.is_compiling() else _folded(objective, start, plan[:, 0])
-    if folded is None:
-        following, actions = _roll_each(objective, start, wish, others)
-    else:
-        every = tuple(part.repeat(count, *(1,) * (part.dim() - 1)) for part in others)
-        following, actions = _roll(folded, start.flatten(0, 1), wish.flatten(0, 1), every)
-        following, actions = following.unflatten(0, (count, rows)), actions.unflatten(0, (count, rows))
-    found = torch.cat([start.unsqueeze(2), following], 2)
-    return found, actions, vmap(lambda s, a: costs(objective, s, a), randomness="same")(found, actions)
-
-
-def _roll_each(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
-    """Rollouts of L sets of wished actions (L B H A) from (L B S)."""
-
-    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
-        (state,), (wish, *rest) = carry, step
-        each = vmap(lambda s, w: _follow(objective, s, w, *rest), randomness="same")
-        following, action = each(state, wish)
-        return (following,), (following, action)
-
-    steps = (wish.movedim(2, 0), *(part.movedim(1, 0) for part in others), objective.times())
-    _, (following, actions) = loop(forth, (start,), steps)
-    return following.movedim(0, 2), actions.movedim(0, 2)
-
-
-def _roll(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
-    """One rollout of wished actions (B H A) from (B S)."""
-
-    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
-        following, action = _follow(objective, *carry, *step)
-        return (following,), (following, action)
-
-    steps = tuple(part.movedim(1, 0) for part in (wish, *others))
-    _, (following, actions) = loop(forth, (start,), (*steps, objective.times()))
-    return following.movedim(0, 1), actions.movedim(0, 1)
-
-
-def _follow(objective, state, wish, gain, low, high, t) -> tuple[Tensor, Tensor]:
-    """The next state and the action that led there: a wish plus feedback, within the bounds."""
-    action = torch.baddbmm(wish.unsqueeze(-1), gain, state.unsqueeze(-1)).squeeze(-1).clamp(low, high)
-    return objective.next(state, action, t), action
-
-
-def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> TrajectoryObjective | None:
-    """The objective on L·B rows, the same B rows L times, or None where the dynamics cannot take them.
-
-    Dynamics may close over something of each row, which the objective cannot repeat: so they are tried on one step.
-    `vmap` serves any dynamics, at twice the time.
-    """
-    count, rows = state.shape[:2]
-    many = objective.select(torch.arange(rows, device=state.device).repeat(count))
-    if not isinstance(many, TrajectoryObjective):
-        return None
-    t = objective.times()[0]
-    with torch.no_grad():
-        expected = objective.next(state[0], action, t)
-        try:
-            got = many.next(state.flatten(0, 1), action.repeat(count, 1), t)
-        except (RuntimeError, ValueError, IndexError):
-            return None
-        if got.shape != (count * rows, expected.shape[-1]):
-            return None
-        close = torch.isclose(got.unflatten(0, (count, rows)), expected, rtol=1e-3, atol=1e-6, equal_nan=True)
-    return many if bool(close.all()) else None
-
-
 def times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """Matrices (… p q) times vectors (… q)."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
@@ -394,22 +306,12 @@ def _positive(curvature: Tensor) -> Tensor:
     return curvature.abs().clamp_min(torch.finfo(curvature.dtype).tiny ** 0.5)
 
 
-def _basis(like: Tensor, size: int) -> Tensor:
-    """Unit vectors for every row, (size B size)."""
-    eye = torch.eye(size, dtype=like.dtype, device=like.device)
-    return eye[:, None].expand(size, like.shape[0], size)
-
-
 def discounts(objective: TrajectoryObjective, like: Tensor) -> Tensor:
     """γ^t for t = 0 … H, (H+1)."""
     steps = torch.arange(objective.horizon + 1, dtype=like.dtype, device=like.device)
     return objective.discount**steps
 
 
-def _vjp(function, at: Tensor):
-    return vjp(function, at)
-
-
 def _gradient(function, at: Tensor) -> Tensor:
-    value, pull = vjp(function, at)
-    return pull(torch.ones_like(value))[0]
+    value, pull = pullback(function, at)
+    return pull(torch.ones_like(value))

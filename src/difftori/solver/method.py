@@ -120,8 +120,7 @@ def choose_state(mask: Tensor, yes: State, no: State) -> State:
     grad = None if yes.grad is None or no.grad is None else choose(mask, yes.grad, no.grad)
     memory = tuple(choose(mask, a, b) for a, b in zip(yes.memory, no.memory, strict=True))
     states = None if yes.states is None or no.states is None else choose(mask, yes.states, no.states)
-    both = yes.distance is not None and no.distance is not None
-    distance = torch.where(mask, yes.distance, no.distance) if both else None
+    distance = None if yes.distance is None or no.distance is None else choose(mask, yes.distance, no.distance)
     return State(torch.where(mask, yes.cost, no.cost), grad, memory, states, distance)
 
 

@@ -1,7 +1,9 @@
 """What is minimised: B independent problems over x (B n), one cost per row."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -106,6 +108,32 @@ class TrajectoryObjective(Objective):
         for t, action in zip(self.times().unbind(), self.plan(x).unbind(-2), strict=True):
             states.append(self.next(states[-1], action, t))
         return torch.stack(states, -2)
+
+
+def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function as one of (state, action, t), whether or not it takes the step.
+
+    It takes the step if its third positional argument is required or is called `t`.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built in, without a signature
+        return _Timeless(function)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in kinds]
+    if len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "t"):
+        return function
+    return _Timeless(function)
+
+
+@dataclass(frozen=True)
+class _Timeless:
+    """A function of (state, action) that is also given the step."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.function(state, action)
 
 
 def as_objective(objective: "Objective | Callable[[Tensor], Tensor]") -> Objective:

@@ -135,7 +135,9 @@ def _solve(
         state=progress.state.detached(),
         problem=problem,
         differentiated=differentiated,
-        stationarity=None if progress.state.grad is None or progress.state.distance is not None else progress.best_norm.detach(),
+        stationarity=None
+        if progress.state.grad is None or progress.state.distance is not None
+        else progress.best_norm.detach(),
     )
 
 

@@ -1,0 +1,195 @@
+"""The return of Eq. 4 and the energy of Eq. 7 as objectives of trajectory optimisation.
+
+    RL (Eq. 4):  a(θ) = argmax Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H),   z_{t+1} = d(z_t, a_t)
+    IL (Eq. 7):  a(θ) = argmax Σ_{t<H} γ^t f(z_t, a_t),                z_{t+1} = d(z_t, a_t)
+
+(Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective: it is no constraint.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from difftori.errors import ShapeError, SolverError
+from difftori.solver import ConstrainedTrajectory, TrajectoryObjective
+from difftori.solver.objective import with_time
+from difftori.types import Actions, Points, Rows, States
+
+Dynamics = Callable[..., Tensor]
+"""(state (B S), action (B A)) → next state (B S). A third required argument is the step t."""
+Reward = Callable[..., Tensor]
+"""(state (B S), action (B A)) → (B). A third required argument is the step t."""
+Constraint = Callable[..., Tensor]
+"""(state (B S), action (B A)) → (B m), to be ≤ 0. A third required argument is the step t."""
+Value = Callable[[Tensor], Tensor]
+"""state (B S) → (B)."""
+
+
+class ReturnObjective(TrajectoryObjective):
+    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
+
+    `state` z_0 (B Z), encoded once, before the solve. `first_step` is the step t of the first action, for dynamics and
+    rewards that take it.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        reward: Reward,
+        terminal_value: Value | None,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+        first_step: int | Tensor = 0,
+    ):
+        self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
+        self._next, self._reward = with_time(dynamics), with_time(reward)
+        # A tensor, so that compiled code is the same for every step.
+        self.first_step = torch.as_tensor(first_step, device=state.device)
+        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
+        """d(z, a)."""
+        return self._next(state, action, t + self.first_step)
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        """−R(z, a)."""
+        return -self._reward(state, action, t + self.first_step)
+
+    def terminal_cost(self, state: States) -> Rows:
+        """−V(z), or zero without a terminal value."""
+        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.terminal_value(state)
+
+    def select(self, rows: Tensor) -> "ReturnObjective":
+        """The same plan from some of the states."""
+        return ReturnObjective(
+            self.dynamics,
+            self.reward,
+            self.terminal_value,
+            self.state[rows],
+            self.horizon,
+            self.action_dim,
+            self.discount,
+            self.first_step,
+        )
+
+
+class ActionReturnObjective(ReturnObjective):
+    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H, a_H)), Eq. 4 as printed: the last action is optimised too.
+
+    `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. Its last step is unlike the
+    others, so ILQR does not apply.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        reward: Reward,
+        action_value: Reward,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+    ):
+        super().__init__(dynamics, reward, None, state, horizon, action_dim, discount)
+        self.action_value = action_value
+
+    def cost(self, x: Points) -> Rows:
+        """Minus the return; the last action meets Q instead of R."""
+        state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
+        *actions, last = self.plan(x).unbind(-2)
+        for t, action in zip(self.times().unbind(), actions, strict=False):
+            total = total + weight * self._reward(state, action, t + self.first_step)
+            state = self._next(state, action, t + self.first_step)
+            weight = weight * self.discount
+        return -(total + weight * self.action_value(state, last))
+
+    staged = False
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        """Refused: it depends on the step."""
+        raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
+
+    def select(self, rows: Tensor) -> "ActionReturnObjective":
+        """The same plan from some of the states."""
+        return ActionReturnObjective(
+            self.dynamics,
+            self.reward,
+            self.action_value,
+            self.state[rows],
+            self.horizon,
+            self.action_dim,
+            self.discount,
+        )
+
+
+class EnergyObjective(TrajectoryObjective):
+    """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, with no meaning outside the plan.
+
+    `dynamics` may be None for H = 1, where f scores one action or one whole chunk of actions.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics | None,
+        energy: Reward,
+        state: States,
+        horizon: int,
+        action_dim: int,
+        discount: float = 1.0,
+    ):
+        if dynamics is None and horizon != 1:
+            raise ShapeError(f"EnergyObjective: horizon {horizon} needs dynamics; without them the horizon must be 1.")
+        self.dynamics, self.energy = dynamics, energy
+        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
+        """d(z, a); for H = 1 there is no next state to need."""
+        return state if self.dynamics is None else self.dynamics(state, action)
+
+    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
+        """−f(z, a)."""
+        return -self.energy(state, action)
+
+    def terminal_cost(self, state: States) -> Rows:
+        """Zero."""
+        return torch.zeros_like(state[..., 0])
+
+    def select(self, rows: Tensor) -> "EnergyObjective":
+        """The same plan from some of the states."""
+        return EnergyObjective(
+            self.dynamics, self.energy, self.state[rows], self.horizon, self.action_dim, self.discount
+        )
+
+
+def trajectory_objective(
+    dynamics: Dynamics,
+    reward: Reward,
+    terminal_value: Value | None,
+    state: States,
+    horizon: int,
+    action_dim: int,
+    discount: float = 1.0,
+    constraint: Constraint | None = None,
+    terminal_constraint: Value | None = None,
+    first_step: int = 0,
+) -> ReturnObjective | ConstrainedTrajectory:
+    """Minus the return, under constraints if there are any: what `plan` and `Controller` minimise."""
+    objective = ReturnObjective(
+        dynamics, reward, terminal_value, state, horizon, action_dim, discount, first_step=first_step
+    )
+    if constraint is None and terminal_constraint is None:
+        return objective
+    return ConstrainedTrajectory(
+        objective,
+        None if constraint is None else _later(with_time(constraint), objective.first_step),
+        terminal_constraint,
+    )
+
+
+def _later(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], first: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda state, action, t: function(state, action, t + first)

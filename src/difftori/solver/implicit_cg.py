@@ -1,0 +1,59 @@
+"""The implicit derivative by conjugate gradients: H⁻¹v without a matrix, and a memory of the rows that it did not solve."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftori.solver.method import Problem
+from difftori.solver.newton import conjugate_gradients
+from difftori.types import PointFlags, Points, RowFlags
+
+
+class InverseProducts:
+    """v ↦ H⁻¹v on the free set at one point. `unsolved` (B): rows that any call so far did not solve, for lack of products
+    or because the curvature was not positive; None before the first call. Rows that are not `usable` are never asked.
+    """
+
+    def __init__(self, problem: Problem, point: Points, free: PointFlags, products: int, tolerance: float):
+        self.problem, self.point, self.free = problem, point, free
+        self.products, self.tolerance = products, tolerance
+        self.unsolved: RowFlags | None = None
+
+    def __call__(self, v: Points) -> Points:
+        solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
+        unsolved = solved.unsolved(SOLVED)
+        self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
+        return solved.solution
+
+
+SOLVED = 0.05
+"""A row whose relative residual is larger has not been solved."""
+
+
+class ImplicitCG(torch.autograd.Function):
+    """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, solves: InverseProducts) -> Tensor:
+        """Zeros."""
+        ctx.solves = solves
+        return torch.zeros_like(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """−H⁻¹v."""
+        return _SolveCG.apply(-outputs[0], ctx.solves), None
+
+
+class _SolveCG(torch.autograd.Function):
+    """H⁻¹v, which is linear in v and symmetric: its derivative is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, solves: InverseProducts) -> Tensor:
+        ctx.solves = solves
+        return solves(v)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return _SolveCG.apply(outputs[0], ctx.solves), None

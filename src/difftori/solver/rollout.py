@@ -1,0 +1,104 @@
+"""Closed-loop rollouts of several step lengths at once: the line search of `ILQR`."""
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.lq import costs, times_vector
+from difftori.solver.objective import TrajectoryObjective
+from difftori.types import Plans
+
+
+def roll(
+    objective: TrajectoryObjective,
+    states: Tensor,
+    plan: Plans,
+    gains: Tensor,
+    low: Plans,
+    high: Plans,
+    lengths: Tensor,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Closed-loop rollouts a_t = P(a_t + α k_t + K_t(s_t − nominal)) for L lengths α.
+
+    Returns states (L B H+1 S), actions (L B H A) and costs (L B).
+    """
+    if compile:
+        lean = plan.device.type == "cpu"
+        return compiled_call(_roll_all, objective, states, plan, gains, low, high, lengths, lean=lean)
+    return _roll_all(objective, states, plan, gains, low, high, lengths)
+
+
+def _roll_all(
+    objective: TrajectoryObjective, states: Tensor, plan: Plans, gains: Tensor, low: Plans, high: Plans, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, rows = len(lengths), plan.shape[0]
+    feedback = gains[..., :-1]
+    wish = plan + lengths[:, None, None, None] * gains[..., -1] - times_vector(feedback, states[:, :-1])
+    start = states[:, 0].expand(count, *states[:, 0].shape)
+    others = (feedback, low, high)
+    folded = None if torch.compiler.is_compiling() else _folded(objective, start, plan[:, 0])
+    if folded is None:
+        following, actions = _roll_each(objective, start, wish, others)
+    else:
+        every = tuple(part.repeat(count, *(1,) * (part.dim() - 1)) for part in others)
+        following, actions = _roll(folded, start.flatten(0, 1), wish.flatten(0, 1), every)
+        following, actions = following.unflatten(0, (count, rows)), actions.unflatten(0, (count, rows))
+    found = torch.cat([start.unsqueeze(2), following], 2)
+    return found, actions, vmap(lambda s, a: costs(objective, s, a), randomness="same")(found, actions)
+
+
+def _roll_each(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """Rollouts of L sets of wished actions (L B H A) from (L B S)."""
+
+    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        (state,), (wish, *rest) = carry, step
+        each = vmap(lambda s, w: _follow(objective, s, w, *rest), randomness="same")
+        following, action = each(state, wish)
+        return (following,), (following, action)
+
+    steps = (wish.movedim(2, 0), *(part.movedim(1, 0) for part in others), objective.times())
+    _, (following, actions) = loop(forth, (start,), steps)
+    return following.movedim(0, 2), actions.movedim(0, 2)
+
+
+def _roll(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """One rollout of wished actions (B H A) from (B S)."""
+
+    def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+        following, action = _follow(objective, *carry, *step)
+        return (following,), (following, action)
+
+    steps = tuple(part.movedim(1, 0) for part in (wish, *others))
+    _, (following, actions) = loop(forth, (start,), (*steps, objective.times()))
+    return following.movedim(0, 1), actions.movedim(0, 1)
+
+
+def _follow(objective, state, wish, gain, low, high, t) -> tuple[Tensor, Tensor]:
+    """The next state and the action that led there: a wish plus feedback, within the bounds."""
+    action = torch.baddbmm(wish.unsqueeze(-1), gain, state.unsqueeze(-1)).squeeze(-1).clamp(low, high)
+    return objective.next(state, action, t), action
+
+
+def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> TrajectoryObjective | None:
+    """The objective on L·B rows, the same B rows L times, or None where the dynamics cannot take them.
+
+    Dynamics may close over something of each row, which the objective cannot repeat: so they are tried on one step.
+    `vmap` serves any dynamics, at twice the time.
+    """
+    count, rows = state.shape[:2]
+    many = objective.select(torch.arange(rows, device=state.device).repeat(count))
+    if not isinstance(many, TrajectoryObjective):
+        return None
+    t = objective.times()[0]
+    with torch.no_grad():
+        expected = objective.next(state[0], action, t)
+        try:
+            got = many.next(state.flatten(0, 1), action.repeat(count, 1), t)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        if got.shape != (count * rows, expected.shape[-1]):
+            return None
+        close = torch.isclose(got.unflatten(0, (count, rows)), expected, rtol=1e-3, atol=1e-6, equal_nan=True)
+    return many if bool(close.all()) else None

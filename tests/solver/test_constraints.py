@@ -1,0 +1,418 @@
+"""Constraints beyond bounds: the augmented Lagrangian's answers, derivatives, statuses and refusals."""
+
+import math
+
+import pytest
+import torch
+
+import difftori
+from difftori.errors import ObjectiveError, SolverError
+from difftori.solver import (
+    AugmentedLagrangian,
+    Box,
+    Implicit,
+    Multipliers,
+    Newton,
+    ProjectedGradient,
+    Status,
+    Truncated,
+    Unrolled,
+    solve,
+)
+
+F64 = torch.float64
+SOLVERS = {"newton": Newton(), "projected-gradient": ProjectedGradient(polish=1)}
+SHARP = AugmentedLagrangian(tolerance=1e-11)
+
+
+class Programme:
+    """½xᵀPx + qᵀx subject to Gx ≤ h and Ax = b, of each row its own; some inequalities active at the solution."""
+
+    def __init__(self, rows=3, n=4, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        root = torch.randn(rows, n, n, generator=generator, dtype=F64)
+        self.P = root @ root.transpose(-1, -2) / n + 0.5 * torch.eye(n, dtype=F64)
+        self.q = 2 * torch.randn(rows, n, generator=generator, dtype=F64)
+        self.G = torch.randn(rows, 3, n, generator=generator, dtype=F64)
+        self.A = torch.randn(rows, 1, n, generator=generator, dtype=F64)
+        inside = 0.3 * torch.randn(rows, n, generator=generator, dtype=F64).clamp(-2, 2)
+        # Feasible at `inside`, and tight enough that the unconstrained optimum is cut off.
+        self.h = times(self.G, inside) + 0.1
+        self.b = times(self.A, inside)
+
+    def solve(self, solver, box=None, q=None, h=None, b=None, rows=slice(None), **settings):
+        q, h, b = (own if given is None else given for own, given in ((self.q, q), (self.h, h), (self.b, b)))
+        return solve(
+            lambda x: (x * (0.5 * times(self.P[rows], x) + q[rows])).sum(-1),
+            torch.zeros_like(self.q[rows]),
+            solver=solver,
+            box=box,
+            max_steps=200,
+            inequality=lambda x: times(self.G[rows], x) - h[rows],
+            equality=lambda x: times(self.A[rows], x) - b[rows],
+            **settings,
+        )
+
+    def optimal(self, x, box, slack=1e-5):
+        """Whether −∇J lies in the cone of the active constraints' gradients (Karush, Kuhn, Tucker), by row."""
+        from scipy.optimize import nnls
+
+        found = []
+        for i in range(len(x)):
+            grad = (self.P[i] @ x[i] + self.q[i]).detach()
+            active = self.G[i][(self.G[i] @ x[i] - self.h[i]).abs() < slack]
+            normals = [active, self.A[i], -self.A[i]]
+            if box is not None:
+                eye = torch.eye(len(grad), dtype=F64)
+                normals += [eye[x[i] > box.high - slack], -eye[x[i] < box.low + slack]]
+            _, residual = nnls(torch.cat(normals).T.numpy(), -grad.numpy())
+            found.append(residual)
+        return torch.tensor(found)
+
+
+def times(matrix, vector):
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("box", [None, Box(-0.6, 0.6)], ids=["free", "box"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_quadratic_programmes(name, box):
+    for seed in range(4):
+        problem = Programme(seed=seed)
+        solution = problem.solve(SOLVERS[name], box)
+        assert solution.converged.all(), (seed, solution.status)
+        assert float(solution.violation.max()) <= 1e-6
+        assert float((times(problem.G, solution.x) - problem.h).max()) <= 1e-6
+        assert float((times(problem.A, solution.x) - problem.b).abs().max()) <= 1e-6
+        assert float(problem.optimal(solution.x, box).max()) < 1e-4
+        exact = (solution.x * (0.5 * times(problem.P, solution.x) + problem.q)).sum(-1)
+        torch.testing.assert_close(solution.cost, exact)
+        inequality = solution.multipliers.values[:, :3]
+        assert (inequality >= 0).all()
+        assert (inequality > 1e-3).any(), "a constraint should be active, or the test says nothing"
+
+
+@pytest.mark.parametrize("box", [None, Box(-0.6, 0.6)], ids=["free", "box"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradient_of_quadratic_programmes(name, box):
+    problem = Programme(seed=1)
+    leaves = [part.clone().requires_grad_() for part in (problem.q, problem.h, problem.b)]
+
+    def x(q, h, b):
+        return problem.solve(SOLVERS[name], box, q, h, b, tolerance=1e-13, augmented=SHARP).x
+
+    assert torch.autograd.gradcheck(x, leaves, eps=1e-5, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradient_reaches_the_constraints_own_parameters(name):
+    """min ½‖x − c‖² on a circle of radius r: x = r c/‖c‖, both for h = 0 and for an active g ≤ 0."""
+    for kind in ("inequality", "equality"):
+        r = torch.tensor([0.5, 0.7], dtype=F64, requires_grad=True)
+        c = torch.tensor([[1.0, 0.5], [-0.9, 0.8]], dtype=F64, requires_grad=True)
+        constraint = {kind: lambda x, r=r: x.square().sum(-1, keepdim=True) - r.square()[:, None]}
+        solution = solve(
+            lambda x, c=c: 0.5 * (x - c).square().sum(-1),
+            torch.full_like(c, 0.1) * torch.sign(c.detach()),
+            solver=SOLVERS[name],
+            tolerance=1e-12,
+            augmented=SHARP,
+            **constraint,
+        )
+        right = r[:, None] * c / c.norm(dim=-1, keepdim=True)
+        assert solution.converged.all()
+        assert solution.gradient_valid.all()
+        torch.testing.assert_close(solution.x, right, rtol=0, atol=1e-8)
+        weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=F64)
+        got = torch.autograd.grad((solution.x * weights).sum(), [r, c])
+        wanted = torch.autograd.grad((right * weights).sum(), [r, c])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_inactive_constraints_change_nothing():
+    problem = Programme()
+    q = problem.q.clone().requires_grad_()
+
+    def cost(x):
+        return (x * (0.5 * times(problem.P, x) + q)).sum(-1)
+
+    start = torch.zeros_like(problem.q)
+    plain = solve(cost, start, solver=Newton())
+    bound = solve(cost, start, solver=Newton(), inequality=lambda x: x - 100.0)
+    torch.testing.assert_close(bound.x, plain.x)
+    assert (bound.multipliers.values == 0).all()
+    assert (bound.violation == 0).all()
+    for a, b in zip(
+        torch.autograd.grad(bound.x[:, 0].sum(), q), torch.autograd.grad(plain.x[:, 0].sum(), q), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_scales_of_cost_and_constraints_do_not_matter(name):
+    problem = Programme(seed=2)
+    wanted = problem.solve(SOLVERS[name])
+    for s, c in [(1e-6, 1.0), (1e6, 1.0), (1.0, 1e-6), (1.0, 1e6), (1e-6, 1e6), (1e6, 1e-6), (1e6, 1e6), (1e-6, 1e-6)]:
+        q = problem.q.clone().requires_grad_()
+        solution = solve(
+            lambda x, s=s, q=q: s * (x * (0.5 * times(problem.P, x) + q)).sum(-1),
+            torch.zeros_like(q),
+            solver=SOLVERS[name],
+            max_steps=200,
+            inequality=lambda x, c=c: c * (times(problem.G, x) - problem.h),
+            equality=lambda x, c=c: c * (times(problem.A, x) - problem.b),
+            # The tolerance is in the constraints' own units.
+            augmented=AugmentedLagrangian(tolerance=1e-6 * c),
+        )
+        assert solution.converged.all(), (s, c, solution.status)
+        torch.testing.assert_close(solution.x, wanted.x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_contradiction_is_reported_in_its_row_only(name):
+    """x ≥ a and x ≤ −a: in the first row a = .5 contradicts itself by .5 at best, in the second a = −.5 does not."""
+    a = torch.tensor([0.5, -0.5], dtype=F64)[:, None]
+    solution = solve(
+        lambda x: (x - 2.0).square().sum(-1),
+        torch.zeros(2, 1, dtype=F64),
+        solver=SOLVERS[name],
+        inequality=lambda x: torch.cat([a - x, x + a], -1),
+    )
+    assert solution.status.tolist() == [Status.INFEASIBLE, Status.CONVERGED]
+    assert float(solution.violation[0]) >= 0.5 - 1e-6
+    assert float(solution.violation[1]) <= 1e-6
+    torch.testing.assert_close(solution.x[1], torch.tensor([0.5], dtype=F64), rtol=0, atol=1e-5)
+    assert torch.isfinite(solution.x).all()
+
+
+def test_a_constraint_that_the_box_forbids_is_infeasible():
+    solution = solve(
+        lambda x: x.square().sum(-1),
+        torch.zeros(1, 2, dtype=F64),
+        box=Box(-1.0, 1.0),
+        solver=Newton(),
+        equality=lambda x: x.sum(-1, keepdim=True) - 3.0,
+    )
+    assert solution.status.tolist() == [Status.INFEASIBLE]
+    torch.testing.assert_close(solution.violation, torch.ones(1, dtype=F64), rtol=0, atol=1e-3)
+
+
+OBSTACLES = torch.tensor([[1.0, 0.15], [1.9, -0.45]], dtype=F64)
+STEP = 0.2
+
+
+def unicycle(state, action):
+    x, y, heading = state.unbind(-1)
+    v, turn = action.unbind(-1)
+    return torch.stack([x + STEP * v * heading.cos(), y + STEP * v * heading.sin(), heading + STEP * turn], -1)
+
+
+def drive(radius, goal, rows=2, horizon=15, warm=None, **settings):
+    """A unicycle from beside the origin to the goal, around obstacles, ending within .02 of the goal's y."""
+    start = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.3, -0.2]], dtype=F64)[:rows]
+
+    def clearance(state, action):
+        return radius.square() - (state[..., None, :2] - OBSTACLES).square().sum(-1)
+
+    init = torch.tensor([1.0, 0.0], dtype=F64).expand(rows, horizon, 2) if warm is None else warm.actions.detach()
+    return difftori.plan(
+        unicycle,
+        lambda s, u: -(0.1 * (s[..., :2] - goal).square().sum(-1) + 0.05 * u.square().sum(-1)),
+        lambda s: -10 * (s[..., :2] - goal).square().sum(-1),
+        start,
+        init,
+        -2.0,
+        2.0,
+        constraint=clearance,
+        terminal_constraint=lambda s: torch.stack([s[..., 1] - goal[1] - 0.02, goal[1] - 0.02 - s[..., 1]], -1),
+        multipliers=None if warm is None else warm.solution.multipliers,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def driven():
+    torch.set_num_threads(1)
+    radius = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    goal = torch.tensor([2.6, 0.1], dtype=F64, requires_grad=True)
+    return radius, goal, drive(radius, goal, tolerance=1e-11, augmented=AugmentedLagrangian(tolerance=1e-9))
+
+
+def test_trajectory_keeps_out_of_obstacles(driven):
+    radius, goal, plan = driven
+    assert plan.solution.converged.all(), plan.solution.status
+    states = plan.states.detach()
+    assert states.shape == (2, 16, 3)
+    for t in range(15):
+        torch.testing.assert_close(unicycle(states[:, t], plan.actions[:, t].detach()), states[:, t + 1])
+    # The constraint covers the steps that have an action; the last state has its own.
+    distance = torch.cdist(states[:, :-1, :2].flatten(0, 1), OBSTACLES)
+    assert float(distance.min()) >= 0.5 - 1e-4
+    assert float(distance.min()) <= 0.5 + 1e-4, "an obstacle should be in the way"
+    assert float((states[:, -1, 1] - goal.detach()[1]).abs().max()) <= 0.02 + 1e-4
+    assert float((states[:, -1, :2] - goal.detach()).norm(dim=-1).max()) < 0.2
+    assert float(plan.actions.abs().max()) <= 2.0
+
+
+def test_trajectory_gradient_against_finite_differences(driven):
+    radius, goal, plan = driven
+    assert plan.solution.gradient_valid.all()
+    generator = torch.Generator().manual_seed(0)
+    on_actions = torch.randn(plan.actions.shape, generator=generator, dtype=F64)
+    on_states = torch.randn(plan.states.shape, generator=generator, dtype=F64)
+
+    def loss(plan):
+        return (plan.actions * on_actions).sum(), (plan.states * on_states).sum()
+
+    got = [torch.autograd.grad(part, [radius, goal], retain_graph=True) for part in loss(plan)]
+    settings = dict(tolerance=1e-11, augmented=AugmentedLagrangian(tolerance=1e-9), warm=plan)
+    eps = 1e-4
+    moves = [(eps, (0.0, 0.0)), (0.0, (eps, 0.0)), (0.0, (0.0, eps))]
+    for i, (dr, dg) in enumerate(moves):
+        with torch.no_grad():
+            shift = torch.tensor(dg, dtype=F64)
+            above, below = drive(radius + dr, goal + shift, **settings), drive(radius - dr, goal - shift, **settings)
+            assert above.solution.converged.all()
+            assert below.solution.converged.all()
+        for part, (up, down) in enumerate(zip(loss(above), loss(below), strict=True)):
+            flat = torch.cat([got[part][0].reshape(1), got[part][1]])
+            torch.testing.assert_close(flat[i], (up - down) / (2 * eps), rtol=1e-4, atol=1e-4)
+
+
+def test_solving_again_from_the_solution_takes_few_steps(driven):
+    radius, goal, plan = driven
+    with torch.no_grad():
+        again = drive(radius, goal, warm=plan)
+        moved = drive(radius + 0.01, goal, warm=plan)
+    assert again.solution.converged.all()
+    assert int(again.solution.steps.max()) <= 3
+    torch.testing.assert_close(again.actions, plan.actions.detach(), rtol=0, atol=1e-5)
+    assert moved.solution.converged.all()
+    assert int(moved.solution.steps.max()) <= int(plan.solution.steps.max()) // 2
+
+
+def test_multipliers_of_a_programme_start_the_next():
+    problem = Programme()
+    first = problem.solve(Newton())
+    again = solve(
+        lambda x: (x * (0.5 * times(problem.P, x) + problem.q)).sum(-1),
+        first.x,
+        solver=Newton(),
+        inequality=lambda x: times(problem.G, x) - problem.h,
+        equality=lambda x: times(problem.A, x) - problem.b,
+        multipliers=first.multipliers,
+    )
+    assert again.converged.all()
+    assert int(again.steps.max()) <= 2 < int(first.steps.max())
+    torch.testing.assert_close(again.x, first.x, rtol=0, atol=1e-6)
+
+
+def test_mistakes_are_named():
+    start = torch.zeros(2, 3, dtype=F64)
+    t = torch.ones((), dtype=F64, requires_grad=True)
+
+    def cost(x):
+        return (x - t).square().sum(-1)
+
+    def bounded(x):
+        return x - 0.5
+
+    with pytest.raises(ObjectiveError, match=r"unsqueeze\(-1\)"):
+        solve(cost, start, inequality=lambda x: x[:, 0] - 0.5)
+    with pytest.raises(ObjectiveError, match="equality"):
+        solve(cost, start, equality=lambda x: x.sum(-1) - 0.5)
+    with pytest.raises(ObjectiveError, match=r"constraint.*unsqueeze\(-1\)"):
+        difftori.plan(
+            lambda s, u: s + u,
+            lambda s, u: -u.square().sum(-1),
+            None,
+            torch.zeros(2, 1, dtype=F64),
+            torch.zeros(2, 4, 1, dtype=F64),
+            constraint=lambda s, u: s[..., 0] - 1.0,
+        )
+    wrong = Multipliers(torch.zeros(2, 2, dtype=F64), torch.ones(2, dtype=F64))
+    with pytest.raises(SolverError, match="multipliers"):
+        solve(cost, start, inequality=bounded, multipliers=wrong)
+    for adjoint in (Unrolled(), Truncated(3)):
+        with pytest.raises(SolverError, match=r"Implicit\(\)"):
+            solve(cost, start, inequality=bounded, adjoint=adjoint)
+    for adjoint in (Implicit(order=2), Implicit(linear="cg")):
+        with pytest.raises(SolverError, match="constraints"):
+            solve(cost, start, inequality=bounded, adjoint=adjoint)
+    with pytest.raises(SolverError, match="rounds"):
+        AugmentedLagrangian(rounds=0)
+    with pytest.raises(SolverError, match="progress"):
+        AugmentedLagrangian(progress=1.5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_rows_do_not_interact(name):
+    problem, order = Programme(), torch.tensor([2, 0, 1])
+    whole = problem.solve(SOLVERS[name])
+    permuted = problem.solve(SOLVERS[name], rows=order)
+    torch.testing.assert_close(permuted.x, whole.x[order], rtol=0, atol=1e-9)
+    assert permuted.status.tolist() == whole.status[order].tolist()
+    alone = problem.solve(SOLVERS[name], rows=order[:1])
+    torch.testing.assert_close(alone.x, whole.x[order[:1]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("where", ["cost", "inequality", "equality"])
+def test_nan_stays_in_its_row(name, where):
+    problem = Programme()
+    whole = problem.solve(SOLVERS[name])
+    parts = {"cost": problem.q, "inequality": problem.h, "equality": problem.b}
+    parts = {key: value.clone() for key, value in parts.items()}
+    parts[where][1] = math.nan
+    q, h, b = parts.values()
+    q.requires_grad_()
+    solution = problem.solve(SOLVERS[name], q=q, h=h, b=b)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    others = torch.tensor([0, 2])
+    torch.testing.assert_close(solution.x[others], whole.x[others], rtol=0, atol=1e-6)
+    (grad,) = torch.autograd.grad(solution.x[others].sum(), q)
+    assert torch.isfinite(grad[others]).all()
+
+
+def test_nan_in_a_trajectory_stays_in_its_row():
+    def solved(state):
+        return difftori.plan(
+            lambda s, u: s + 0.5 * u,
+            lambda s, u: -(s - 1.0).square().sum(-1) - 0.1 * u.square().sum(-1),
+            None,
+            state,
+            torch.zeros(len(state), 5, 1, dtype=F64),
+            constraint=lambda s, u: s - 0.6,
+        )
+
+    state = torch.tensor([[0.0], [math.nan], [0.3]], dtype=F64)
+    plan = solved(state)
+    assert plan.solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    torch.testing.assert_close(plan.actions[[0, 2]], solved(state[[0, 2]]).actions, rtol=0, atol=1e-7)
+    assert float(plan.states[[0, 2], :-1].max()) <= 0.6 + 1e-6
+
+
+def test_without_a_graph_nothing_is_differentiated():
+    problem = Programme()
+    q = problem.q.clone().requires_grad_()
+    with torch.no_grad():
+        bare = problem.solve(Newton(), q=q)
+    assert not bare.x.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(problem.solve(Newton(), q=q).x, bare.x)
+
+
+def test_discount_leaves_the_constraints_multipliers_alone():
+    """Constraints are not discounted: they hold late in a strongly discounted plan as well."""
+    plan = difftori.plan(
+        lambda s, u: s + 0.3 * u,
+        lambda s, u: s[..., 0],
+        None,
+        torch.zeros(1, 1, dtype=F64),
+        torch.zeros(1, 12, 1, dtype=F64),
+        discount=0.5,
+        constraint=lambda s, u: s - 0.7,
+        terminal_constraint=lambda s: s - 0.7,
+    )
+    assert float(plan.states.max()) <= 0.7 + 1e-5
