@@ -21,6 +21,7 @@ class InverseProducts:
         self.unsolved: RowFlags | None = None
 
     def __call__(self, v: Points) -> Points:
+        """H⁻¹v, as far as the products suffice."""
         solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
         unsolved = solved.unsolved(SOLVED)
         self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
