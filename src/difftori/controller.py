@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftori.errors import ShapeError, SolverError
-from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, trajectory_objective
+from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, check_model, trajectory_objective
 from difftori.solver import (
     ILQR,
     AugmentedLagrangian,
@@ -169,6 +169,8 @@ class Controller:
             dynamics, reward, value, states, *self._shape, discount, constraint, terminal_constraint, self.step
         )
         box = self._box
+        if self._actions is None:
+            check_model(objective)
         fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
         start = self._start(objective, states, fresh)
         cold = fresh is not None and bool(fresh.any())

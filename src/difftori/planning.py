@@ -165,8 +165,8 @@ _SMALL_STATE = 24
 """Up to so many state dimensions `plan` takes ILQR by default: it computes derivatives with respect to every one."""
 
 
-def _check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
-    """Dynamics and reward return what they should, and can be evaluated at all steps at once."""
+def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
+    """Raise ObjectiveError unless dynamics and reward return rows of the right shape and precision."""
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
     action = state.new_zeros(len(state), objective.action_dim)
     with torch.no_grad():
@@ -178,12 +178,12 @@ def _check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
             if not isinstance(got, Tensor) or got.shape != shape:
                 found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
                 raise ObjectiveError(
-                    f"plan: {name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}; it must "
+                    f"{name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}; it must "
                     f"return a tensor {tuple(shape)}. Fix: keep the rows, and index the last dimension: state[..., 0]."
                 )
             if got.dtype != state.dtype:
                 raise ObjectiveError(
-                    f"plan: {name} returned {got.dtype} for a state in {state.dtype}. Fix: bring both to one precision."
+                    f"{name} returned {got.dtype} for a state in {state.dtype}. Fix: bring both to one precision."
                 )
 
 
@@ -253,7 +253,7 @@ def plan(
         terminal_constraint,
         first_step,
     )
-    _check_model(objective)
+    check_model(objective)
     if solver is None:
         small = state.shape[-1] <= _SMALL_STATE
         solver = ILQR() if small else ProjectedGradient(window=5, polish=1)
@@ -278,6 +278,7 @@ __all__ = [
     "ReturnObjective",
     "Reward",
     "Value",
+    "check_model",
     "plan",
     "trajectory_objective",
 ]
