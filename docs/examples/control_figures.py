@@ -29,7 +29,7 @@ def time_plot(name, time, rows, events=()):
             axis.axvline(at, color="tab:red", linewidth=1)
             if axis is axes[0]:
                 axis.annotate(
-                    text, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points"
+                    text, (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 5), textcoords="offset points"
                 )
         axis.set_ylabel(label)
         if len(lines) > 1:

@@ -1,4 +1,6 @@
-"""A double integrator, twice: the plan of `difftori.plan` and the Riccati recursion, and both gradients."""
+"""Linear dynamics and quadratic cost: `difftori.plan` against the Riccati recursion, actions and gradients."""
+
+import math
 
 import torch
 
@@ -55,3 +57,23 @@ for solver in (ILQR(), ProjectedGradient(window=5, polish=1)):
 
 plan = difftori.plan(dynamics, reward, final_value, state, guess, low=-5.0, high=5.0)
 print("with |u| <= 5, the first controls:", [round(u, 3) for u in plan.actions[0, :5, 0].tolist()])
+
+# An unstable scalar system s' = 1.5 s + u over 200 steps: without feedback, rounding would grow by 1.5**200 = 2e35.
+a = torch.tensor(1.5, dtype=F64, requires_grad=True)
+p = torch.ones((), dtype=F64)
+for _ in range(200):
+    gain = p * a / (1 + p)
+    p = 1 + a * p * a - a * p * gain
+(expected,) = torch.autograd.grad(-gain, a)  # of the first action from s = 1
+plan = difftori.plan(
+    lambda s, u: a * s + u,
+    lambda s, u: -s[..., 0].square() - u[..., 0].square(),
+    lambda s: -s[..., 0].square(),
+    torch.ones(1, 1, dtype=F64),
+    torch.zeros(1, 200, 1, dtype=F64),
+    low=-math.inf,
+    high=math.inf,
+)
+(found,) = torch.autograd.grad(plan.actions[0, 0, 0], a)
+print(f"unstable, 200 steps: first action differs by {(plan.actions[0, 0, 0] + gain).abs().item():.0e}", end="")
+print(f"  gradient by {((found - expected) / expected).abs().item():.0e} of its size")

@@ -1,5 +1,7 @@
 """Plan the swing-up of a cart-pole over 2.5 s."""
 
+import math
+
 import control_figures
 import torch
 from cartpole import DT, HANGING, cartpole, reward, terminal_value
@@ -19,5 +21,5 @@ states, force = plan.states[0].detach(), plan.actions[0, :, 0].detach()
 control_figures.time_plot(
     "swing_up",
     DT * torch.arange(H + 1),
-    [("angle [rad]", {"angle": states[:, 1]}, (0.0,)), ("force [N]", {"force": force}, (-10.0, 10.0))],
+    [("angle [rad]", {"angle": states[:, 1]}, (2 * math.pi,)), ("force [N]", {"force": force}, (-10.0, 10.0))],
 )

@@ -212,8 +212,8 @@ def plan(
 
         max_{a_0 … a_{H−1}}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),   s_{t+1} = dynamics(s_t, a_t)
 
-    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor without dimensions: index
-    with it (`reference[t]`), and use `torch.where`, not `if`.
+    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor (1): index with it, so that
+    `reference[t]` (1 …) broadcasts against rows, and use `torch.where`, not `if`.
 
     Args:
         dynamics: (state (B S), action (B A)) → (B S).

@@ -62,8 +62,8 @@ class TrajectoryObjective(Objective):
     `state` (B S) is the start, `horizon` H, `action_dim` A, so n = H·A. The model is unrolled inside the cost, so it is
     no constraint, and any solver applies; `ILQR` and the implicit gradient also use the structure.
 
-    `t` is the step as an integer tensor without dimensions: index with it (`reference[t]`) and use `torch.where`, not
-    `if` and not `int(t)`, because derivatives of all steps are computed at once by `torch.func.vmap`.
+    `t` is the step as an integer tensor (1), which broadcasts against rows: `reference[t]` is (1) or (1 S). Use `torch.where`,
+    not `if` and not `int(t)`, because derivatives of all steps are computed at once by `torch.func.vmap`.
     """
 
     state: Tensor
@@ -90,8 +90,8 @@ class TrajectoryObjective(Objective):
         return x.unflatten(-1, (self.horizon, self.action_dim))
 
     def times(self) -> Tensor:
-        """The steps 0 … H − 1, (H)."""
-        return torch.arange(self.horizon, device=self.state.device)
+        """The steps 0 … H − 1, (H 1)."""
+        return torch.arange(self.horizon, device=self.state.device).unsqueeze(-1)
 
     def cost(self, x: Points) -> Rows:
         """The discounted sum over the rollout."""

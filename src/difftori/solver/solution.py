@@ -84,7 +84,7 @@ class Solution:
     def gradient_valid(self) -> RowFlags:
         """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
 
-        The row is finite, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
+        The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
         than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2; fixed variables do not). The Hessian is at hand after `Implicit("dense")`; otherwise
         the first look at this property computes it, at the price of n batched Hessian-vector products.
         """
@@ -100,7 +100,8 @@ class Solution:
         if convex is None or step is None:
             convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
         room = self.problem.box.narrowest(x, 2.0).clamp_max(2.0) / 2.0
-        return convex & (step <= 2e-2 * room) & self.finite
+        feasible = self.status != Status.INFEASIBLE
+        return convex & (step <= 2e-2 * room) & self.finite & feasible
 
     @property
     def converged(self) -> RowFlags:
