@@ -11,7 +11,7 @@ from difftori.solver import compiled
 from tests.agents.test_every_agent import act, build, segment
 backend = sys.argv[1]
 compiled._compile = __import__("functools").cache(
-    lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
+    lambda function, lean=False: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
 traced = []
 call = compiled.torch.compile
 compiled.torch.compile = lambda function, **options: traced.append(function.__qualname__) or call(function, **options)

@@ -336,7 +336,9 @@ class DiffTORI(Refiner):
         return ProjectedGradient(first_step=1.0)
 
     def _adjoint(self) -> Adjoint:
-        return {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="dense")}[self.settings.adjoint]
+        return {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="dense")}[
+            self.settings.adjoint
+        ]
 
     def _from_present(self, plans: Plans) -> PartPlans:
         """The P actions that are planned, of H (B H A)."""

@@ -33,7 +33,7 @@ class Newton(Solver):
     linear: Literal["dense", "cg"] = "dense"
     products: int = 12
     eigenvalue_floor: float | None = None
-    lengths: tuple[float, ...] = (1.0, 0.25)
+    lengths: tuple[float, ...] = (1.0, 0.25, 0.0625, 0.015625)
 
     def __post_init__(self):
         check_linear("Newton", self.linear, self.products, self.eigenvalue_floor)

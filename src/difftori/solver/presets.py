@@ -95,7 +95,7 @@ def accurate() -> Preset:
     On the paper's problem sizes its gradient is that of the optimum on practically all rows (docs/benchmarks.md).
     Where n is small or curvatures lie many orders apart, `Newton()` and `Implicit()`, dense, are the surer choice.
     """
-    polish = Newton(linear="cg", products=12)
+    polish = Newton(linear="cg", products=12, lengths=(1.0, 0.25))
     solver = ProjectedGradient(window=5, polish=2, polish_with=polish)
     return Preset(solver, Implicit(linear="cg", products=16), max_steps=30)
 

@@ -1,6 +1,6 @@
 """Spectral projected gradient: the default solver."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class ProjectedGradient(Solver):
     window: int = 1
     armijo: float = 1e-4
     polish: int = 0
-    polish_with: Newton = field(default_factory=Newton)
+    polish_with: Newton = Newton(lengths=(1.0, 0.25))
 
     def __post_init__(self):
         if self.window < 1 or self.polish < 0 or self.first_move <= 0:

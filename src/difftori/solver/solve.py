@@ -96,7 +96,7 @@ def solve(
             return _solve(part, solver, Detached(), x, max_steps, tolerance, keep, False, throw)
 
         final = _tolerance(tolerance, x0.dtype)
-        wanted = (adjoint or Implicit()) if torch.is_grad_enabled() else Detached()
+        wanted = (adjoint or Implicit()) if compile or _constrained_gradient(objective, x0) else Detached()
         return solve_constrained(problem, inner, wanted, x0, augmented or AugmentedLagrangian(), multipliers, final)
 
     return without_inference_tensors(run)
@@ -380,6 +380,14 @@ def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int
     for _ in range(count):
         x, state = solver.step(problem, x, state)
     return x, state
+
+
+def _constrained_gradient(objective: Constrained, x0: Points) -> bool:
+    """Whether cost or constraints use anything that requires a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    point = x0.detach()
+    return objective.plain.cost(point).requires_grad or objective.constraints(point, None).requires_grad
 
 
 def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
