@@ -47,7 +47,9 @@ def _no_report(monkeypatch):
         pytest.param("difftori", "one-step", 160, 10, ONE | OFF, id="difftori-one-step-off"),
         pytest.param("difftori", "one-step", 90, 5, ONE | PER_EPISODE, id="difftori-one-step-per-episode"),
         pytest.param("tdmpc", "two-step", 500, 10, TWO, id="tdmpc-two-step"),
-        pytest.param("difftori", "two-step", 400, 10, TWO | REPLAY, id="difftori-two-step-replay"),
+        # Seeds differ: after 400 steps seeds 3 to 6 returned .93, .99, .89, .97, and before the solver's tolerances changed
+        # .98, .97, .79, .99; after 600 steps seed 3 returned .98.
+        pytest.param("difftori", "two-step", 600, 10, TWO | REPLAY, id="difftori-two-step-replay"),
         pytest.param("tdmpc", "delayed-reward", 800, 20, DELAYED, id="tdmpc-delayed-reward"),
         pytest.param("difftori", "delayed-reward", 800, 20, DELAYED | OFF, id="difftori-delayed-reward-off"),
     ],
