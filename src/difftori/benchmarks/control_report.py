@@ -1,14 +1,13 @@
 """Tables and the figure of `difftori bench control`."""
 
-import csv
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from difftori.benchmarks.control_entries import ENTRIES, Cell
+from difftori.benchmarks.report import write_csv
 
 PARTS = ("cold", "warm", "gradient")
 
@@ -119,22 +118,13 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def write_raw(path: Path, samples: Sequence[Sample]) -> None:
     """Every timed call."""
     rows = [[s.cell, s.entry, s.part, s.repeat, f"{s.ms:.4f}"] for s in samples]
-    _write_csv(path, ["cell", "entry", "part", "repeat", "ms"], rows)
+    write_csv(path, ["cell", "entry", "part", "repeat", "ms"], rows)
 
 
 def write_summary(path: Path, lines: Sequence[Line]) -> None:
     """One row for each entry of each cell."""
     rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in asdict(line).values()] for line in lines]
-    _write_csv(path, [f.name for f in fields(Line)], rows)
-
-
-def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    partial.replace(path)
+    write_csv(path, [f.name for f in fields(Line)], rows)
 
 
 def table(lines: Sequence[Line]) -> list[dict[str, str]]:

@@ -99,7 +99,7 @@ _TIMES = [f.name for f in fields(Line) if f.name not in ("cell", "entry", "quali
 def write_raw(path: Path, samples: list[Sample]) -> None:
     """Every single run."""
     rows = [[*_cell(s.cell), s.entry, s.repeat, f"{s.forward_ms:.4f}", f"{s.backward_ms:.4f}"] for s in samples]
-    _write_csv(path, ["problem", "horizon", "batch", "entry", "repeat", "forward_ms", "backward_ms"], rows)
+    write_csv(path, ["problem", "horizon", "batch", "entry", "repeat", "forward_ms", "backward_ms"], rows)
 
 
 def write_summary(path: Path, lines: list[Line]) -> None:
@@ -109,7 +109,7 @@ def write_summary(path: Path, lines: list[Line]) -> None:
         times = [getattr(line, name) for name in _TIMES]
         marks = [math.nan if line.quality is None else getattr(line.quality, name) for name in _QUALITY]
         rows.append([*_cell(line.cell), line.entry, *map(_number, times), *map(_number, marks)])
-    _write_csv(path, ["problem", "horizon", "batch", "entry", *_TIMES, *(f"quality_{n}" for n in _QUALITY)], rows)
+    write_csv(path, ["problem", "horizon", "batch", "entry", *_TIMES, *(f"quality_{n}" for n in _QUALITY)], rows)
 
 
 def _cell(cell: Cell) -> list[Any]:
@@ -120,7 +120,8 @@ def _number(value: int | float) -> str:
     return f"{value:.6g}"
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """Write a table whole: an interrupted write leaves the last one."""
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

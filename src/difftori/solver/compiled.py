@@ -1,7 +1,8 @@
 """torch.compile for solves and updates of fixed shape: opt-in. Every iterate equals the eager one up to rounding.
 
 Of a solve, five pieces are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the
-dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py).
+dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py). Of trajectories: rollouts,
+derivatives along them, and sweeps (rollout.py, lq.py, kkt.py).
 What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers: after each chunk.
 Of an agent's update, its losses are (agents/tdmpc.py, agents/difftori.py).
 """
@@ -87,6 +88,6 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SolverError(
             f"compile=True: torch.compile cannot trace this ({reason}). Go without it, or take another solver: "
-            "Newton, GaussNewton, ILQR and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
+            "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
             "If it is none of these, look for .item() or the like in the cost or loss."
         ) from error

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import lq
-from difftori.solver.compiled import compiled_call
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.rollout import roll
@@ -163,7 +162,7 @@ class ILQR(Solver):
         still = states[:, :1].expand_as(states).contiguous()
         nothing = torch.zeros_like(plan[:, 0, 0])
         model = lq.convexified(
-            _call(problem, lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps)
+            problem.call(lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps)
         )
         gains = lq.sweep(model, low - plan, high - plan, nothing, problem.compile).gains.clone()
         gains[..., -1] = 0.0
@@ -178,12 +177,12 @@ class ILQR(Solver):
         bounds = (low - plan, high - plan, memory.damping, compile)
         feedback = memory.gains[..., :-1].contiguous()
         with torch.set_grad_enabled(problem.create_graph):
-            model = _call(problem, lq.linearise, objective, memory.states, plan)
-            costate, grad = _call(problem, lq.costates, model, feedback)
+            model = problem.call(lq.linearise, objective, memory.states, plan)
+            costate, grad = problem.call(lq.costates, model, feedback)
             floor = max(self.floor, 8 * torch.finfo(x.dtype).eps)
             near = memory.near > 0 if self.second_order else torch.zeros_like(memory.near, dtype=torch.bool)
             if bool(near.any()):
-                exact = _call(problem, lq.with_dynamics_curvature, objective, memory.states, plan, model, costate)
+                exact = problem.call(lq.with_dynamics_curvature, objective, memory.states, plan, model, costate)
                 every = bool(near.all())
                 swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor)), *bounds)
                 sound = ~near | (swept.convex & (swept.slope <= 0))
@@ -237,14 +236,6 @@ def _candidates(
     compile = problem.compile and not problem.create_graph
     with torch.set_grad_enabled(problem.create_graph):
         return roll(objective, states, plan, gains, low, high, alphas, compile)
-
-
-def _call(problem: Problem, function, *arguments):
-    if problem.compile and not problem.create_graph:
-        lean = arguments[1].device.type == "cpu"
-        return compiled_call(function, *arguments, lean=lean)
-    with torch.set_grad_enabled(problem.create_graph):
-        return function(*arguments)
 
 
 def _trajectory(problem: Problem) -> TrajectoryObjective:

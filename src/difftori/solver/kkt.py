@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from difftori.solver import lq
-from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.compiled import loop
 from difftori.solver.constraints import ConstrainedTrajectory
 from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.method import Problem, choose
@@ -66,7 +66,7 @@ def differentiate(
     if active is not None:
         assert isinstance(objective, ConstrainedTrajectory)
         lagrangian, values = objective.lagrangian(active.multipliers), objective.constraints(x, states)
-    residuals = _call(problem, residual, lagrangian, states, plan, costate)
+    residuals = problem.call(residual, lagrangian, states, plan, costate)
     residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
@@ -82,11 +82,11 @@ def _exact(
     problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
 ) -> tuple[lq.LQModel, Tensor, Plans]:
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
-    model = _call(problem, lq.linearise, objective, states, plan)
+    model = problem.call(lq.linearise, objective, states, plan)
     # The costates need some stable feedback, whichever (see lq.costates): that of the costs' curvature alone.
     feedback = factorise(lq.convexified(model, _FLOOR), inside).gain
     costate, grad = lq.costates(model, feedback)
-    exact = _call(problem, lq.with_dynamics_curvature, objective, states, plan, model, costate)
+    exact = problem.call(lq.with_dynamics_curvature, objective, states, plan, model, costate)
     # A row of NaN or infinity has no derivative; zeros keep it from the others' parameters.
     finite = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in (*exact, costate, grad)]).all(0)
     if not bool(finite.all()):
@@ -295,9 +295,3 @@ class _Optimum(torch.autograd.Function):
             values = -values
         stage = torch.cat([states[:, :-1], actions], -1)
         return None, None, None, None, -stage, -states[:, -1], -dynamics[:, 1:], -dynamics[:, 0], values
-
-
-def _call(problem: Problem, function: Callable, *arguments: Any):
-    if problem.compile:
-        return compiled_call(function, *arguments, lean=arguments[1].device.type == "cpu")
-    return function(*arguments)

@@ -1,8 +1,9 @@
 """What a solver is: a first state and a step. Everything that solvers share is done for them in `solve`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class Problem:
             if self.compile and not torch.compiler.is_compiling():
                 return compiled_call(costs_of_candidates, self.objective, candidates)
             return costs_of_candidates(self.objective, candidates)
+
+    def call(self, function: Callable, *arguments: Any):
+        """function(*arguments), compiled where evaluations are: for functions of many small kernels on tensors like arguments[1]."""
+        if self.compile and not self.create_graph:
+            return compiled_call(function, *arguments, lean=arguments[1].device.type == "cpu")
+        return function(*arguments)
 
     def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box."""
