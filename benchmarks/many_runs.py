@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 
 from difftori.envs.metaworld import TASKS
-from difftori.sweeps.plan import Sweep, plan
-from difftori.training.versions import versions
+from difftori.experiments.plan import Sweep, plan
+from difftori.runs.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 TRUE = "reach"

@@ -24,7 +24,7 @@ import torch
 
 from difftori.data._sum_tree import SumTree
 from difftori.data.replay import Replay
-from difftori.training.versions import versions
+from difftori.runs.versions import versions
 
 Work = Callable[[], object]
 FRAME, STACK, T, BATCH, EPISODE = (3, 84, 84), 3, 5, 256, 125

@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from difftori.agents.tdmpc import TDMPC, TDMPCConfig
 from difftori.benchmarks.interleaved import as_in_runs, measure, medians
-from difftori.training.versions import versions
+from difftori.runs.versions import versions
 from difftori.types import EnvSpec, Segment
 
 SPEC = EnvSpec("made up", (24,), "float32", 6, 1000, 4)

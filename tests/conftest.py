@@ -1,6 +1,18 @@
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+from difftori.il.config import TrainConfig
+from difftori.il.learner import Learner
+from difftori.il.train import train
+
+sys.path.insert(0, str(Path(__file__).parent / "support" / "out_of_tree"))  # components as a user brings them
 
 settings.register_profile("default", deadline=None, max_examples=10)
 settings.load_profile("default")
@@ -11,3 +23,47 @@ def _quiet_machine():
     """One thread (two contended ones are slower by far), and the same random numbers for each test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], object]], int]:
+    """Run a function in a fork of this process; its exit status, or minus the signal that killed it."""
+
+    def run(function: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                function()
+                status = 0
+            except SystemExit as leaving:
+                status = int(leaving.code or 0)
+            except BaseException as error:  # a child must never return into pytest
+                print(f"child: {error!r}", file=sys.stderr)
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run
+
+
+@pytest.fixture
+def killed_at(in_child) -> Callable[[int, TrainConfig, Path], None]:
+    """Train in a process that kills itself after so many updates."""
+
+    def run(step: int, config: TrainConfig, out: Path) -> None:
+        def die():
+            update = Learner.update
+
+            def mortal(self, batch, generator):
+                update(self, batch, generator)
+                if self.place.step == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Learner.update = mortal
+            train(config, out, progress=False)
+
+        assert in_child(die) == -signal.SIGKILL
+
+    return run

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from difftori import cli, components
+from difftori import cli, registry
 from difftori.errors import NonFiniteError
 
 TINY = [
@@ -29,7 +29,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "training"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "support" / "out_of_tree"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("DIFFTORI_DEBUG", raising=False)
@@ -55,7 +55,7 @@ def test_light_commands_import_nothing_heavy():
     program = (
         "import sys, difftori\nbefore = set(sys.modules)\nfrom difftori.cli import main\n"
         "main(['--version']); main(['--help'])\n"
-        "heavy = {'torch', 'numpy', 'matplotlib', 'pydantic', 'tyro', 'yaml', 'rich', 'difftori.training'}\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'pydantic', 'tyro', 'yaml', 'rich', 'difftori.il', 'difftori.rl'}\n"
         "print('brings', sorted(heavy & (set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -191,10 +191,10 @@ def test_studies_and_benches_are_found_and_run(command, monkeypatch):
     monkeypatch.setattr(
         cli, "module_names", lambda package: {"own-study": f"{package}.own_study", "helper": f"{package}.helper"}
     )
-    monkeypatch.setattr(components, "module_names", cli.module_names)
+    monkeypatch.setattr(registry, "module_names", cli.module_names)
     rows = [{"method": "a", "cost": 1.5}, {"method": "b", "cost": None}]
-    module("difftori.studies.own_study", monkeypatch, Config=Config, run=lambda config: rows * config.seeds)
-    module("difftori.studies.helper", monkeypatch, run=len)
+    module("difftori.experiments.paper.own_study", monkeypatch, Config=Config, run=lambda config: rows * config.seeds)
+    module("difftori.experiments.paper.helper", monkeypatch, run=len)
     module("difftori.benchmarks.own_study", monkeypatch, Config=PlainConfig, run=lambda config: {"ms": config.repeats})
     status, out, err = command("study", "own_study", "--seeds", "2")
     assert status == 0, err
@@ -260,7 +260,7 @@ def test_the_working_directory_is_searched_last(command):
 def test_collecting_ends_with_a_table_and_a_second_time_at_once(command, tmp_path, monkeypatch):
     pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
     (tmp_path / "cli_lab").mkdir()
-    source = Path(__file__).parent / "collection" / "tiny_expert.py"
+    source = Path(__file__).parent / "support" / "out_of_tree" / "tiny_expert.py"
     (tmp_path / "cli_lab" / "arm.py").write_text(source.read_text())
     monkeypatch.syspath_prepend(str(tmp_path))
     name = "cli_lab.arm:demonstrator"

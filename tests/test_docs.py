@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from difftori.training.kinds import known_names
+from difftori.trainers import known_names
 from tests.soak.trainers import TRAINERS
 
 TESTS = Path(__file__).parent

@@ -7,7 +7,7 @@ import difftori
 from difftori import EnergyObjective, Planner, ReturnObjective, plan
 from difftori.errors import BoxError, NonFiniteError, ShapeError
 from difftori.solver import ILQR, MPPI, Box, Detached, ProjectedGradient
-from tests.solver.problems import F64, lqr
+from tests.support.problems import F64, lqr
 
 
 def double_integrator(gain):

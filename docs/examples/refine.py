@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from difftori.data.trajectories import Trajectories
+from difftori.il.refine import refine
 from difftori.policies.difftori import DiffTORIConfig
-from difftori.training.refine import refine
 
 rng = np.random.default_rng(0)
 states = rng.uniform(-1, 1, size=(400, 3))

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from difftori import __version__
-from difftori.components import find_module, module_names, suggest
 from difftori.errors import ConfigError, DifftoriError
+from difftori.registry import find_module, module_names, suggest
 
 _USAGE = """usage: difftori COMMAND …
 
@@ -70,7 +70,7 @@ def _dispatch(words: list[str]) -> int:
         "eval": _eval,
         "sweep": _sweep,
         "report": _report,
-        "study": lambda rest: _module_command("study", "difftori.studies", rest),
+        "study": lambda rest: _module_command("study", "difftori.experiments.paper", rest),
         "bench": lambda rest: _module_command("bench", "difftori.benchmarks", rest),
     }
     if words[0] not in commands:
@@ -136,8 +136,8 @@ def _cores() -> int:
 
 
 def _train(words: list[str]) -> None:
-    from difftori.training.kinds import kind_of, read_options
-    from difftori.training.options import read_tokens
+    from difftori.config import read_tokens
+    from difftori.trainers import kind_of, read_options
 
     named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else None
@@ -154,14 +154,14 @@ def _train(words: list[str]) -> None:
     if faults:
         raise ConfigError(faults)
     if "resume" in own:
-        from difftori.training.records import read_config
+        from difftori.runs.records import read_config
 
         out = Path(own["resume"][0])
         values = read_config(out)
         kind = kind_of(values)
         config = kind.parse(values)
     else:
-        from difftori.training.config import read_yaml
+        from difftori.config import read_yaml
 
         values = read_yaml(Path(own["config"][0])) if "config" in own else {}
         kind, config = read_options(name, values, options, _TRAIN_OPTIONS)
@@ -176,7 +176,7 @@ def _train(words: list[str]) -> None:
 def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
     import tyro
 
-    from difftori.training.kinds import kind_of, known_names
+    from difftori.trainers import kind_of, known_names
 
     if name is None:
         names = ", ".join(known_names())
@@ -222,8 +222,8 @@ def _eval(words: list[str]) -> None:
         raise ConfigError([f"episodes: {options.episodes}: must be at least 1"])
     from rich.console import Console
 
-    from difftori.training.kinds import kind_of
-    from difftori.training.records import read_config
+    from difftori.runs.records import read_config
+    from difftori.trainers import kind_of
 
     kind = kind_of(read_config(options.run))
     given: dict[str, Any] = {"episodes": options.episodes, "device": options.device, "video": options.video}
@@ -263,22 +263,22 @@ def _sweep(words: list[str]) -> None:
         raise ConfigError([f"jobs: {options.jobs}: must be at least 1"])
     if options.slurm and options.ray is not None:
         raise ConfigError(["--ray and --slurm: give one of them"])
-    from difftori.sweeps.plan import plan, read_sweep
-    from difftori.sweeps.pool import report_failures
-    from difftori.sweeps.status import counts, standing, table
+    from difftori.experiments.plan import plan, read_sweep
+    from difftori.experiments.pool import report_failures
+    from difftori.experiments.status import counts, standing, table
 
     sweep = read_sweep(options.file)
     runs = plan(sweep)
     failures = []
     if not options.status:
-        from difftori.sweeps.drive import drive, local
+        from difftori.experiments.sweep import drive, local
 
         if options.ray is not None:
-            from difftori.sweeps.on_ray import on_ray
+            from difftori.experiments.ray_cluster import on_ray
 
             engine = on_ray(options.ray, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries)
         elif options.slurm:
-            from difftori.sweeps.on_slurm import on_slurm
+            from difftori.experiments.slurm import on_slurm
 
             place = sweep.out / "slurm"
             engine = on_slurm(place, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries, parameters=sweep.slurm)
@@ -290,7 +290,7 @@ def _sweep(words: list[str]) -> None:
     _print_table(f"{options.file.name}: {counts(found)}", table(found))
     try:
         if not options.status and any(s.state == "finished" for s in found):
-            from difftori.reports.report import write_report
+            from difftori.experiments.report import write_report
 
             ended = [s.run.folder for s in found if s.state == "finished"]
             print(write_report(ended, sweep.out / "report", title=options.file.stem).page)
@@ -317,14 +317,14 @@ def _report(words: list[str]) -> None:
     options = tyro.cli(Options, prog="difftori report", args=words)
     if not options.runs:
         raise ConfigError(["report: give at least one directory of runs"])
-    from difftori.reports.report import write_report
+    from difftori.experiments.report import write_report
 
     only = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else None
     out = options.out or (Path("report") if only is None else only / "report")
     report = write_report(options.runs, out, title=options.title, reference=options.reference)
     from rich.console import Console
 
-    from difftori.studies.reporting import screen_table
+    from difftori.experiments.reporting import screen_table
 
     console = Console()
     for tables in report.tables:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.compiling import BACKENDS, says_equal
+from tests.support.compiling import BACKENDS, says_equal
 
 SCRIPT = """
 import sys, torch

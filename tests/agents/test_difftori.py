@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from difftori.agents import difftori
-from difftori.components import find_agent
 from difftori.errors import ConfigError
+from difftori.registry import find_agent
 from tests.agents.test_every_agent import STATES, TINY, act, build, segment
 from tests.agents.test_every_agent import lively as lively_agent
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from difftori.agents import find_agents
-from difftori.components import find_agent
 from difftori.errors import ConfigError, NonFiniteError
-from difftori.training.checkpoint import pack, weights_digest
+from difftori.registry import find_agent
+from difftori.runs.checkpoint import pack, weights_digest
 from difftori.types import EnvSpec, Segment
 
 AGENTS = sorted(find_agents())

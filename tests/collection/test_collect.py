@@ -17,7 +17,7 @@ from difftori.collection.attempts import open_attempts
 from difftori.collection.collect import Collection, collect
 from difftori.envs.base import EnvironmentFailed
 from difftori.errors import ConfigError, DataError
-from difftori.training.experience import episode_seed
+from difftori.rl.collector import episode_seed
 
 zarr = pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
 DEMONSTRATOR = "my_lab.tiny_expert:demonstrator"
@@ -30,7 +30,9 @@ def _lab(tmp_path, monkeypatch):
     package = tmp_path / "path" / "my_lab"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "tiny_expert.py").write_text((Path(__file__).parent / "tiny_expert.py").read_text())
+    (package / "tiny_expert.py").write_text(
+        (Path(__file__).parents[1] / "support" / "out_of_tree" / "tiny_expert.py").read_text()
+    )
     for name in [name for name in sys.modules if name.startswith("my_lab")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(package.parent)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_replay import Player, compare, events, make_player, same, seeded
 from scipy.stats import chisquare
+from tests.support.naive_replay import Player, compare, events, make_player, same, seeded
 
 from difftori.data.replay import Replay
 from difftori.errors import ConfigError, DataError, NonFiniteError

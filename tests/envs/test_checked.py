@@ -10,12 +10,12 @@ import pytest
 from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from difftori.components import make_env
 from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, ResetNeededError, WorkerError, env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import record, write_gif
 from difftori.envs.workers import launch
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+from difftori.registry import make_env
 
 
 class TwoPartsError(Exception):

@@ -7,9 +7,9 @@ import pytest
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from difftori.components import module_names
 from difftori.envs.base import ResetNeededError, env_spec
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+from difftori.registry import module_names
 
 MODULES = {name: importlib.import_module(full) for name, full in module_names("difftori.envs").items()}
 CASES = [(name, task) for name, module in MODULES.items() if "make" in vars(module) for task in module.TASKS[:2]]

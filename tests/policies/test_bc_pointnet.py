@@ -8,7 +8,7 @@ import torch
 from difftori.errors import ShapeError
 from difftori.policies.bc_pointnet import BCPointNet, BCPointNetConfig, PointFeatures
 from difftori.types import EntrySpec, TaskSpec
-from tests.policies.specs import CLOUDS, VECTORS, generator, observations
+from tests.support.specs import CLOUDS, VECTORS, generator, observations
 
 
 def policy(spec: TaskSpec = CLOUDS) -> BCPointNet:

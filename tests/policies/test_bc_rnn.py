@@ -8,7 +8,7 @@ from torch import distributions as D
 
 from difftori.policies.bc_rnn import BCRNNGMM, BCRNNGMMConfig, Mixture
 from difftori.types import TaskSpec, Window, state_obs
-from tests.policies.specs import VECTORS, demonstrations, generator, observations
+from tests.support.specs import VECTORS, demonstrations, generator, observations
 
 
 def policy(spec: TaskSpec = VECTORS, **settings) -> BCRNNGMM:

@@ -11,7 +11,7 @@ from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.solver import Box, Detached, presets
 from difftori.types import Plans, TaskSpec, Window, WindowObs
-from tests.policies.specs import (
+from tests.support.specs import (
     SCALE,
     SHIFT,
     SPECS,

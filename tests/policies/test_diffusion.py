@@ -5,13 +5,13 @@ import torch
 from pydantic import ValidationError
 
 from difftori.errors import BoxError, ConfigError
+from difftori.il.learner import Learner
 from difftori.models.diffusion import DDIM, DDPM
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from difftori.policies.dp3 import DP3, DP3Config
-from difftori.training.learner import Learner
 from difftori.types import TaskSpec, Window, state_obs
-from tests.policies.specs import CLOUDS, VECTORS, demonstrations, generator, observations
+from tests.support.specs import CLOUDS, VECTORS, demonstrations, generator, observations
 
 SPEC = TaskSpec.rows(obs_dim=1, action_dim=1, horizon=4, low=(-1.0,), high=(1.0,))
 TINY = {"dims": (16, 32), "step_width": 16}

@@ -16,7 +16,7 @@ from difftori.policies._energy import (
     info_nce,
     uniform,
 )
-from tests.policies.specs import generator
+from tests.support.specs import generator
 
 LOW, HIGH = torch.tensor([-1.0, -0.5]), torch.tensor([1.0, 0.5])
 

@@ -8,7 +8,7 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.policies import find_policies
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import (
+from tests.support.specs import (
     OBS_SCALE,
     OBS_SHIFT,
     SCALE,

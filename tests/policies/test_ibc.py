@@ -9,7 +9,7 @@ from difftori.interfaces import Policy
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.ibc import IBC, IBCConfig
 from difftori.types import Moments, TaskSpec, Window, state_obs
-from tests.policies.specs import VECTORS, demonstrations, generator, observations
+from tests.support.specs import VECTORS, demonstrations, generator, observations
 
 ONE = TaskSpec.rows(obs_dim=1, action_dim=1, horizon=1, low=(-1.0,), high=(1.0,))
 

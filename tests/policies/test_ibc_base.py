@@ -7,7 +7,7 @@ from torch import nn
 from difftori.policies.ibc_base import IBCBase, IBCBaseConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.types import TaskSpec, Window, WindowObs, state_obs
-from tests.policies.specs import VECTORS, demonstrations, generator, observations
+from tests.support.specs import VECTORS, demonstrations, generator, observations
 
 WAYS = ["derivative-free", "gradient"]
 

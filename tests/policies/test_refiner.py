@@ -10,7 +10,7 @@ from difftori.policies.bc import BC, BCConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.policies.residual import Residual, ResidualConfig
 from difftori.types import TaskSpec, Window
-from tests.policies.specs import CLOUDS, SCALE, SHIFT, VECTORS, WITHIN, demonstrations, generator, in_other_units
+from tests.support.specs import CLOUDS, SCALE, SHIFT, VECTORS, WITHIN, demonstrations, generator, in_other_units
 
 
 class Counting:

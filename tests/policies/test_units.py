@@ -6,7 +6,7 @@ import torch
 from difftori.errors import BoxError
 from difftori.policies._units import Units, whole_plans
 from difftori.types import EntrySpec, Moments, TaskSpec
-from tests.policies.specs import VECTORS
+from tests.support.specs import VECTORS
 
 
 def spec(low: float, high: float, moments: Moments | None) -> TaskSpec:

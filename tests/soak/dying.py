@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from difftori.cli import main
-from difftori.training import rl
-from difftori.training.checkpoint import Checkpoints
-from difftori.training.run import Run
+from difftori.rl import train as rl
+from difftori.runs.checkpoint import Checkpoints
+from difftori.runs.run import Run
 
 CHANGES = ("mkdir", "fsync", "rename", "replace", "rmdir", "unlink")
 

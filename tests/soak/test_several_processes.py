@@ -8,8 +8,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from difftori.training.checkpoint import weights_digest
-from difftori.training.il import load_policy
+from difftori.il.train import load_policy
+from difftori.runs.checkpoint import weights_digest
 from tests.soak.waiting import wait_until
 
 pytestmark = [

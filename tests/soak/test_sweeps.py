@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from difftori.sweeps.drive import drive
-from difftori.sweeps.on_slurm import on_slurm
-from difftori.sweeps.plan import plan, read_sweep
-from difftori.sweeps.status import standing
-from difftori.training.checkpoint import weights_digest
-from difftori.training.il import load_policy
+from difftori.experiments.plan import plan, read_sweep
+from difftori.experiments.slurm import on_slurm
+from difftori.experiments.status import standing
+from difftori.experiments.sweep import drive
+from difftori.il.train import load_policy
+from difftori.runs.checkpoint import weights_digest
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from difftori.cli import main
-from difftori.training.checkpoint import Checkpoints, weights_digest
-from difftori.training.il import load_policy
-from difftori.training.records import read_config, read_metrics, read_summary
-from difftori.training.run import Run
+from difftori.il.train import load_policy
+from difftori.runs.checkpoint import Checkpoints, weights_digest
+from difftori.runs.records import read_config, read_metrics, read_summary
+from difftori.runs.run import Run
 from tests.soak.trainers import TRAINERS
 from tests.soak.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-TINY = str(HERE.parent / "training")  # its environment is out of tree
+TINY = str(HERE.parent / "support" / "out_of_tree")  # its environment is out of tree
 KILLS = 10
 # With `--dist loadgroup` one process has all tests of a trainer, and its undisturbed run is made once.
 each_trainer = pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def went_on(out: Path, began: float) -> bool:
 def digest(out: Path) -> str:
     if "policy" in read_config(out):
         return weights_digest(load_policy(out, "last")[0])
-    from difftori.training.rl_evaluation import load_agent
+    from difftori.rl.evaluate import load_agent
 
     return weights_digest(load_agent(out)[0])
 

@@ -7,9 +7,9 @@ from torch import nn
 import difftori
 from difftori.solver import CEM, MPPI, Adam, Box, Implicit, Newton, ProjectedGradient, solve
 from tests.agents.test_every_agent import act, lively, segment
-from tests.policies.specs import VECTORS, generator, observations
 from tests.policies.test_difftori import lively as lively_policy
 from tests.policies.test_difftori import refiner
+from tests.support.specs import VECTORS, generator, observations
 
 MODES = [torch.no_grad, torch.inference_mode]
 

@@ -5,7 +5,7 @@ import torch
 
 from difftori.paper.numbers import paper_settings, paper_tasks
 from difftori.solver import Box, LevenbergMarquardt, Truncated, presets, solve
-from tests.solver.problems import F64, network, quadratic
+from tests.support.problems import F64, network, quadratic
 
 
 def test_reference_rl_has_the_papers_numbers():

@@ -22,7 +22,7 @@ from difftori.solver import (
     TrajectoryObjective,
     solve,
 )
-from tests.solver.problems import CASES, F64, fit, network, quadratic, swing
+from tests.support.problems import CASES, F64, fit, network, quadratic, swing
 
 SOLVERS = {
     "projected-gradient": ProjectedGradient(),

@@ -18,7 +18,7 @@ from difftori.solver import (
     Status,
     solve,
 )
-from tests.solver.problems import F64, lqr, swing
+from tests.support.problems import F64, lqr, swing
 
 SOLVERS = {"ilqr": ILQR(), "projected-gradient": ProjectedGradient(window=5, polish=1)}
 

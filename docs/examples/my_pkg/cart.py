@@ -6,7 +6,7 @@ import torch
 
 import difftori
 from difftori.data.demos import Demos
-from difftori.training.tasks import Evaluation, ImitationTask
+from difftori.il.tasks import Evaluation, ImitationTask
 from difftori.types import TaskSpec, state_obs
 
 H, DT = 10, 0.2

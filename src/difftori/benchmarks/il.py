@@ -15,11 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
-from difftori.components import find_policy
+from difftori.il.learner import Learner
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner
-from difftori.training.learner import Learner
-from difftori.training.run import seeded
+from difftori.registry import find_policy
+from difftori.runs.run import seeded
 from difftori.types import EntrySpec, Moments, Plans, TaskSpec, Window, WindowObs
 
 OBS, ACTIONS = 39, 4

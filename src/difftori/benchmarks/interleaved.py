@@ -15,9 +15,9 @@ from pydantic import AfterValidator, BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
-from difftori.training.config import device_faults
-from difftori.training.run import flush_tiny_numbers
-from difftori.training.versions import versions
+from difftori.config import device_faults
+from difftori.runs.run import flush_tiny_numbers
+from difftori.runs.versions import versions
 
 Key: TypeAlias = tuple[str, str]
 """Contestant and part."""

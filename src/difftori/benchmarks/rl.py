@@ -15,14 +15,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
-from difftori.components import find_agent
 from difftori.data.replay import Replay
 from difftori.envs.base import env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.interfaces import Agent
-from difftori.training.experience import Collector, open_env
-from difftori.training.rl_config import parse_rl_config
-from difftori.training.run import seeded
+from difftori.registry import find_agent
+from difftori.rl.collector import Collector, open_env
+from difftori.rl.config import parse_rl_config
+from difftori.runs.run import seeded
 from difftori.types import EnvSpec
 
 _TRAINED = 30_000

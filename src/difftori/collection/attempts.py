@@ -20,8 +20,8 @@ import numpy as np
 
 from difftori.collection.play import Attempt
 from difftori.errors import ConfigError, DataError
-from difftori.training.checkpoint import replace_file
-from difftori.training.locks import hold
+from difftori.runs.checkpoint import replace_file
+from difftori.runs.locks import hold
 
 _PLAN = "plan.json"
 _HEAD = "_attempt"

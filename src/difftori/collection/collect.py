@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from difftori.collection.attempts import Attempts, close_attempts, open_attempts, read_plan, refuse_other
 from difftori.collection.dataset import need_zarr, read_episodes, read_manifest, write_dataset, write_manifest
 from difftori.collection.play import Attempt, play
-from difftori.components import find_demonstrator
 from difftori.envs.base import numeric_faults
 from difftori.envs.demonstrator import Demonstrator
 from difftori.errors import ConfigError, DataError
-from difftori.training.experience import episode_seed
-from difftori.training.versions import versions
+from difftori.registry import find_demonstrator
+from difftori.rl.collector import episode_seed
+from difftori.runs.versions import versions
 
 SUCCESSES = "success at any step"
 EVERYTHING = "none"

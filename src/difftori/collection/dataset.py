@@ -16,7 +16,7 @@ import numpy as np
 
 from difftori.collection.attempts import writing
 from difftori.errors import DataError, MissingExtraError
-from difftori.training.checkpoint import replace_file
+from difftori.runs.checkpoint import replace_file
 
 _CHUNK = 100
 """Steps in a file."""

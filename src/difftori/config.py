@@ -1,0 +1,226 @@
+"""Configurations from YAML and the command line, as plain values that pydantic validates, with every fault listed at once.
+
+tyro prints the help but stops at the first faulty option; here options only become values (`read_tokens`, `overlay`), and
+`validated` lists the faults of file and command line together.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from difftori.errors import ConfigError
+from difftori.registry import suggest
+from difftori.runs.records import YAML_FAULTS
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_MOST_VALUES = 100_000
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a configuration file. Raises ConfigError if it cannot be read or is no mapping."""
+    try:
+        values = yaml.load(path.read_text(), _PlainLoader)
+    except YAML_FAULTS as error:
+        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
+    faults: list[str] = []
+    if _weight(values, {}, faults) > _MOST_VALUES:
+        faults.append(f"stands for more than {_MOST_VALUES} values by & and *; write out what is meant")
+    if faults:
+        raise ConfigError([f"{path}: {fault}" for fault in dict.fromkeys(faults)])
+    return values
+
+
+def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
+    """How many values this stands for, those that a file repeats by reference counted each time; and names that are no text."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES + 1  # until it is known: whoever meets it again inside itself has no end
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str):
+                faults.append(f"{name!r}: is no name; put it in quotes")
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_weight(one, known, faults) for one in inner)
+    return known[id(value)]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Takes only `true` and `false` for booleans, as YAML 1.2 does: `pg: off` is a word."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def to_yaml(config: BaseModel) -> str:
+    """A configuration as YAML that its parser reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fields_of(model: Any) -> dict[str, Any]:
+    """Names and types of the fields of a pydantic model or a dataclass; empty for anything else."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    if isinstance(model, type) and dataclasses.is_dataclass(model):
+        return {field.name: field.type for field in dataclasses.fields(model)}
+    return {}
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[str]) -> tuple[ModelT | None, list[str]]:
+    """The configuration, or None with a fault for everything that is wrong with the values."""
+    try:
+        return config_type.model_validate(given), []
+    except ValidationError as error:
+        return None, [describe(e, config_type, also) for e in error.errors()]
+
+
+def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[str]) -> str:
+    """One fault: the place, the value, and the mend."""
+    place = [str(part) for part in error["loc"]]
+    shown = ".".join(place)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known(config_type, place[:-1])
+        if len(place) > 1:
+            return f"{shown}: unknown{suggest(place[-1], known)}"
+        inner = _known(config_type, ["settings"]) - known
+        return f"{shown}: unknown{suggest(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
+    if error["type"] == "missing":
+        return f"{shown}: missing; give it a value"
+    value = repr(error["input"])
+    return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}"
+
+
+def _known(model: Any, place: list[str]) -> set[str]:
+    """The names that stand at a place. A part of the place that is no field tells which member of a union was tried."""
+    for part in place:
+        model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
+    return {name for member in alternatives(model) for name in fields_of(member)}
+
+
+def device_faults(name: str) -> list[str]:
+    """What is wrong with the name of a device, if anything."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"device: {name!r} is no device; give cpu, cuda or cuda:N"]
+    if device.type == "cpu":
+        return []
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        return (
+            [] if (device.index or 0) < count else [f"device: {name!r} is not here, {count} CUDA devices are; give cpu"]
+        )
+    return [f"device: {name!r} is not supported; give cpu, cuda or cuda:N"]
+
+
+def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
+    """Options and the words that follow each: `--hidden 64 64 --quick` is {"hidden": ["64", "64"], "quick": []}.
+
+    `--name=value` is allowed too. Raises ConfigError for a word that belongs to no option, or an option given twice.
+    """
+    options: dict[str, list[str]] = {}
+    faults = []
+    words: list[str] | None = None
+    for token in tokens:
+        if token.startswith("--") and len(token) > 2:
+            name, sign, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in options:
+                faults.append(f"--{name.replace('_', '-')}: given twice; give it once")
+            words = options[name] = [value] if sign else []
+        elif words is None:
+            faults.append(f"{token!r}: belongs to no option; write --name {token}")
+        else:
+            words.append(token)
+    if faults:
+        raise ConfigError(faults)
+    return options
+
+
+def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[BaseModel]) -> dict[str, Any]:
+    """`base` with the options laid over it. A name that only the settings have needs no `settings.`.
+
+    Words stay text, which pydantic converts; a list is made where the setting is one. Raises ConfigError for an option
+    without a value.
+    """
+    merged = _copy(base)
+    faults = []
+    for name, words in options.items():
+        path = _resolve(name, config_type)
+        kind, negated = _kind(config_type, path), False
+        if kind is None and path[-1].startswith("no_"):
+            positive = _resolve(".".join([*path[:-1], path[-1].removeprefix("no_")]), config_type)
+            negated = bool in alternatives(_kind(config_type, positive)) and not words
+            path, kind = (positive, bool) if negated else (path, kind)
+        members = alternatives(kind)
+        if not words and kind is not None and bool not in members and not _is_sequence(members):
+            faults.append(f"--{name.replace('_', '-')}: needs a value")
+            continue
+        _put(merged, path, not negated if not words and not _is_sequence(members) else _value(words, members), faults)
+    if faults:
+        raise ConfigError(faults)
+    return merged
+
+
+def _resolve(name: str, config_type: type[BaseModel]) -> list[str]:
+    path = name.split(".")
+    top = fields_of(config_type)
+    if path[0] not in top and path[0].removeprefix("no_") not in top:
+        inner = fields_of(top["settings"])
+        if path[0] in inner or path[0].removeprefix("no_") in inner:
+            return ["settings", *path]
+    return path
+
+
+def _kind(model: Any, path: Sequence[str]) -> Any:
+    """The annotation at a place of the configuration; None if there is no such place."""
+    for part in path:
+        found = [fields_of(member)[part] for member in alternatives(model) if part in fields_of(member)]
+        if not found:
+            return None
+        model = found[0]
+    return model
+
+
+def _is_sequence(members: Sequence[Any]) -> bool:
+    return any((get_origin(member) or member) in (list, tuple, set, frozenset) for member in members)
+
+
+def _value(words: list[str], members: Sequence[Any]) -> Any:
+    if len(words) == 1 and words[0] in ("None", "none", "null") and type(None) in members:
+        return None
+    if _is_sequence(members) or len(words) > 1:
+        return list(words)
+    return words[0]
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any, faults: list[str]) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            faults.append(f"--{'.'.join(path)}: {part} is {inner!r} in the file, which has no settings of its own")
+            return
+        values = inner
+    values[path[-1]] = value
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) if isinstance(value, Mapping) else value for name, value in values.items()}

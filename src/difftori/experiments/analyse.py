@@ -1,0 +1,187 @@
+"""What runs say by each measure: task by task, over tasks, and method against method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from difftori.errors import ConfigError
+from difftori.experiments.gather import Measure, Run
+from difftori.experiments.statistics import (
+    Estimate,
+    improvement_interval,
+    interquartile_mean,
+    mean_of_means,
+    median_of_means,
+    optimality_gap,
+    spread,
+    stratified_interval,
+    student_interval,
+)
+from difftori.rollout import wilson_interval
+
+SEED = 0
+OVER = {
+    "mean": mean_of_means,
+    "median": median_of_means,
+    "iqm": interquartile_mean,
+    "optimality gap": optimality_gap,
+}
+"""Statistics over tasks, of values of which 1 is full; the interquartile mean is rliable's recommendation."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: the mean over seeds with Student's 95 % interval; over all episodes Wilson's, of success."""
+
+    task: str
+    method: str
+    seeds: int
+    episodes: int | None
+    mean: Estimate
+    std: float | None
+    pooled: Estimate | None
+
+
+@dataclass(frozen=True)
+class Over:
+    """A method over the tasks that all methods have, full results counting 1: each with its stratified bootstrap interval."""
+
+    method: str
+    tasks: int
+    runs: int
+    statistics: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Method against reference: `difference` over runs of the same task, seed and episodes; `better` the probability that a run
+    of the method is better than one of the reference. `task` is None over all tasks that both have.
+    """
+
+    task: str | None
+    method: str
+    reference: str
+    runs: int
+    difference: Estimate
+    better: Estimate
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one measure. `scaled` are the values of which 1 is full, by method and common task, if tasks may be averaged."""
+
+    measure: Measure
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    common: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    over: tuple[Over, ...]
+    pairs: tuple[Pair, ...]
+    scaled: dict[str, list[np.ndarray]]
+
+
+def sections(runs: Sequence[Run], reference: str | None = None) -> list[Section]:
+    """One section for each measure that finished runs have; `score` only where it says more than success.
+
+    `reference`: a method that the others are compared with, instead of every pair. ConfigError if nobody has that name.
+    """
+    methods = sorted({run.method for run in runs})
+    if reference is not None and reference not in methods:
+        raise ConfigError([f"reference: no method is {reference!r}; choose one of: {'; '.join(methods)}"])
+    found = []
+    for measure in sorted({m for run in runs for m in run.outcomes}, key=lambda m: m.name):
+        own = [run for run in runs if measure in run.outcomes]
+        if measure.name == "score" and not any(_says_more(run, measure) for run in own):
+            continue
+        found.append(_section(measure, own, reference))
+    return sorted(found, key=lambda section: section.measure.name != "success")
+
+
+def _says_more(run: Run, score: Measure) -> bool:
+    success = next((value for m, value in run.outcomes.items() if m.name == "success"), None)
+    return success is None or success != run.outcomes[score]
+
+
+def _section(measure: Measure, runs: Sequence[Run], reference: str | None) -> Section:
+    tasks, methods = (tuple(sorted({getattr(run, name) for run in runs})) for name in ("task", "method"))
+    by_cell = {
+        (t, m): sorted((r for r in runs if r.task == t and r.method == m), key=lambda r: r.seed)
+        for t in tasks
+        for m in methods
+    }
+    common = tuple(task for task in tasks if all(by_cell[task, method] for method in methods))
+    full = measure.full
+    scaled = {}
+    if full is not None and common:
+        scaled = {m: [_values(by_cell[t, m], measure) / full for t in common] for m in methods}
+    others = list(combinations(methods, 2))
+    if reference is not None and reference in methods:
+        others = [(method, reference) for method in methods if method != reference]
+    pairs = [pair for a, b in others for pair in _pairs(measure, tasks, by_cell, a, b)]
+    cells = tuple(_cell(measure, t, m, found) for (t, m), found in by_cell.items() if found)
+    over = tuple(_over(m, strata) for m, strata in scaled.items())
+    return Section(measure, tasks, methods, common, cells, over, tuple(pairs), scaled)
+
+
+def _values(runs: Sequence[Run], measure: Measure) -> np.ndarray:
+    return np.array([run.outcomes[measure] for run in runs])
+
+
+def _cell(measure: Measure, task: str, method: str, runs: Sequence[Run]) -> Cell:
+    values = _values(runs, measure)
+    episodes = [run.episodes[measure] for run in runs if measure in run.episodes]
+    pooled = None
+    if measure.name == "success" and len(episodes) == len(runs):
+        every = np.concatenate(episodes)
+        pooled = Estimate(float(every.mean()), *wilson_interval(int(every.sum()), len(every)))
+    count = sum(map(len, episodes)) if len(episodes) == len(runs) else None
+    return Cell(task, method, len(runs), count, student_interval(values), spread(values), pooled)
+
+
+def _over(method: str, strata: list[np.ndarray]) -> Over:
+    found = {
+        name: stratified_interval(strata, statistic, np.random.default_rng(SEED)) for name, statistic in OVER.items()
+    }
+    return Over(method, len(strata), sum(map(len, strata)), found)
+
+
+def _pairs(
+    measure: Measure,
+    tasks: Sequence[str],
+    by_cell: dict[tuple[str, str], list[Run]],
+    method: str,
+    reference: str,
+) -> list[Pair]:
+    """On each task with two pairs of runs or more, and over all tasks that have a pair, where these have a common scale."""
+    sign = 1.0 if measure.higher_is_better else -1.0
+    rows, gaps, ours, theirs = [], [], [], []
+    for task in tasks:
+        found = _matched(by_cell[task, method], by_cell[task, reference])
+        if not found:
+            continue
+        gaps.append(np.array([a.outcomes[measure] - b.outcomes[measure] for a, b in found]))
+        ours.append(sign * _values(by_cell[task, method], measure))
+        theirs.append(sign * _values(by_cell[task, reference], measure))
+        if len(found) > 1:
+            better = improvement_interval(ours[-1:], theirs[-1:], np.random.default_rng(SEED))
+            rows.append(Pair(task, method, reference, len(found), student_interval(gaps[-1]), better))
+    if len(gaps) > 1 and measure.full is not None:
+        generator = np.random.default_rng(SEED)
+        difference = stratified_interval(gaps, mean_of_means, generator)
+        better = improvement_interval(ours, theirs, generator)
+        rows.append(Pair(None, method, reference, sum(map(len, gaps)), difference, better))
+    return rows
+
+
+def _matched(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of the same seed that were evaluated in the same episodes; agents', in as many from their common seeds."""
+    by_seed = {run.seed: run for run in theirs}
+    pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
+    count = "eval_episodes"
+    return [
+        (a, b)
+        for a, b in pairs
+        if a.episode_seeds == b.episode_seeds and (a.episode_seeds or a.config.get(count) == b.config.get(count))
+    ]

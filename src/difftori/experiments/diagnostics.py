@@ -1,0 +1,90 @@
+"""What the policy-gradient term had to work with in each run: its critic, its planner, its gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from difftori.experiments.curves import Curves
+from difftori.experiments.records import Record
+from difftori.experiments.reporting import Column, markdown_table, number
+
+_NETWORKS = ("encoder", "dynamics", "reward", "q")
+
+NOTES = """\
+Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of what was seen and done in
+evaluation over the discounted return that followed (after the time limit: as in the episode's second half); `correlation`: of the two within an evaluation. `gain`: Q̃(s, planner) −
+Q̃(s, prior). `free`: share of the first actions' coordinates inside the box; `strict`: of plans near a strict optimum. `PG / Eq. 3`
+and `cosine`: the term's gradient beside that of Eq. 3 on the same batch, the median over the four networks."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One line of `diagnostics.csv`: medians over the evaluations of the second half of a task's runs of one form."""
+
+    task: str
+    method: str
+    runs: int
+    value_over_return: float | None
+    correlation: float
+    gain: float
+    free: float
+    strict: float
+    norm_ratio: float
+    cosine: float
+    label: str
+
+
+def diagnostics(curves: Curves) -> list[Diagnostic]:
+    """One line per task and form, of the runs that logged what is wanted."""
+    found = []
+    for task in curves.tasks:
+        for arm in curves.arms:
+            records = curves.of(task, arm)
+            rows = [row for record in records for row in _late(record) if "diagnosis/gain" in row]
+            if rows:
+                found.append(_median(rows, task=task, method=arm.label, runs=len(records), label=curves.label))
+    return found
+
+
+def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
+    """The same for people."""
+    if not rows:
+        return "No run has logged diagnostics yet."
+    texts = {
+        "Q̃ / return": ["–" if (v := row.value_over_return) is None else number(v, 2) for row in rows],
+        "correlation": [number(row.correlation, 2) for row in rows],
+        "gain": [f"{row.gain:+.3f}" for row in rows],
+        "free": [number(row.free, 2) for row in rows],
+        "strict": [number(row.strict, 2) for row in rows],
+        "PG / Eq. 3": [number(row.norm_ratio, 1) for row in rows],
+        "cosine": [f"{row.cosine:+.2f}" for row in rows],
+    }
+    names = [Column("task", tuple(r.task for r in rows), True), Column("method", tuple(r.method for r in rows), True)]
+    return markdown_table([*names, *(Column(heading, tuple(cells)) for heading, cells in texts.items())])
+
+
+def _late(record: Record) -> list[dict]:
+    half = record.job.config.steps / 2
+    return [row for row in record.rows if row["step"] > half]
+
+
+def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) -> Diagnostic:
+    def of(name: str) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    judged = [(row["judged/obs_q"], row["judged/discounted_return"]) for row in rows if "judged/obs_q" in row]
+    over = [value / followed for value, followed in judged if followed]
+    return Diagnostic(
+        task=task,
+        method=method,
+        runs=runs,
+        value_over_return=float(np.median(over)) if over else None,
+        correlation=float(np.median(of("judged/obs_q_correlation"))),
+        gain=float(np.median(of("diagnosis/gain"))),
+        free=float(np.median(of("diagnosis/free"))),
+        strict=float(np.median(of("diagnosis/valid"))),
+        norm_ratio=float(np.median([value for name in _NETWORKS for value in of(f"diagnosis/ratio/{name}")])),
+        cosine=float(np.median([value for name in _NETWORKS for value in of(f"diagnosis/cosine/{name}")])),
+        label=label,
+    )

@@ -1,0 +1,249 @@
+"""Runs, wherever they come from: their directories, or the small files that studies keep of finished ones."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftori.errors import ConfigError, DataError, DifftoriError
+from difftori.runs.page import MEDIA
+from difftori.runs.records import flat, read_config, read_metrics, read_summary
+
+_FREE = {
+    "agent",
+    "policy",
+    "env",
+    "seed",
+    "data_seed",
+    "demos",
+    "base",
+    "device",
+    "threads",
+    "num_envs",
+    "workers",
+    "save_every",
+    "compile",
+    "settings.preset",
+}
+"""What tells no methods apart: task, seed, data and machine. A preset shows in the settings that it stands for."""
+_SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are compared by. `full` is the value that counts as 1 over tasks; None: tasks are not averaged."""
+
+    name: str
+    full: float | None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left, finished or not. `outcomes` are its final results by measure; `episodes` those of each evaluation
+    episode where they are known, from `episode_seeds`; `curve` its evaluations: steps (k) and values (k).
+    `updates` are those that a finished run made.
+    """
+
+    place: Path
+    task: str
+    method: str
+    seed: int
+    config: Mapping[str, Any]
+    finished: bool
+    outcomes: Mapping[Measure, float]
+    episodes: Mapping[Measure, np.ndarray]
+    episode_seeds: tuple[int, ...]
+    curve: tuple[np.ndarray, np.ndarray]
+    curve_name: str
+    rule: str
+    hardware: str
+    versions: Mapping[str, str]
+    command: str
+    seconds: float | None
+    updates: int | None
+    pictures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All runs, and what could not be read: the place and why."""
+
+    runs: tuple[Run, ...]
+    left_out: tuple[tuple[Path, str], ...]
+
+
+def gather(places: Sequence[Path]) -> Gathered:
+    """Every run in and below `places`, methods named by what tells them apart. ConfigError if there is none.
+
+    Two runs of one method, task and seed are not counted twice: the later one in the order of paths is left out, and named.
+    """
+    missing = [f"{place}: is not there; give directories of runs" for place in places if not place.exists()]
+    if missing:
+        raise ConfigError(missing)
+    runs, left_out = [], []
+    for place in _places(places):
+        try:
+            found = _from_folder(place) if place.is_dir() else _from_kept(place)
+        except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            left_out.append((place, str(error) or repr(error)))
+            continue
+        if found is not None:
+            runs.append(found)
+    named = _named(runs)
+    seen: dict[tuple[str, str, int], Run] = {}
+    for run in named:
+        key = (run.task, run.method, run.seed)
+        if key in seen:
+            left_out.append((run.place, f"the same method, task and seed as {seen[key].place}"))
+        else:
+            seen[key] = run
+    if not seen:
+        said = [f"{place}: {reason}" for place, reason in left_out]
+        raise ConfigError([*said, f"no run is in {', '.join(map(str, places))}; give directories of runs"])
+    return Gathered(tuple(seen.values()), tuple(left_out))
+
+
+def _places(places: Sequence[Path]) -> Iterable[Path]:
+    """Folders of runs and kept files, each once, sorted."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        inside = [place] if place.is_file() else [*place.rglob("config.yaml"), *place.rglob("*.json")]
+        for path in inside:
+            folder = path.parent if path.name == "config.yaml" else None
+            if folder is not None:
+                found.setdefault(folder.resolve(), folder)
+            elif path.suffix == ".json" and (path == place or _is_kept(path)):
+                found.setdefault(path.resolve(), path)
+    return sorted(found.values())
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file is one that a study keeps of a run, told from its first characters."""
+    with path.open("rb") as file:
+        return file.read(40).lstrip(b"{ \n").startswith(b'"config"')
+
+
+def _from_folder(place: Path) -> Run | None:
+    config = read_config(place)
+    if "agent" not in config and "policy" not in config:
+        return None  # another program's
+    finished = (place / "summary.json").exists()
+    versions = json.loads((place / "versions.json").read_bytes())
+    episodes = place / "episodes.json"
+    commands = (place / "command.txt").read_text().splitlines() if (place / "command.txt").exists() else []
+    plain = {
+        "config": config,
+        "summary": read_summary(place) if finished else None,
+        "rows": read_metrics(place),
+        "episodes": json.loads(episodes.read_bytes()) if episodes.exists() else {},
+        "hardware": f"{versions.get('device_name') or versions.get('cpu')}, {versions.get('threads')} thread(s)",
+        "versions": versions,
+        "command": commands[0].partition("  ")[2] if commands else "",
+    }
+    pictures = [path for path in sorted((place / "pictures").glob("*")) if path.suffix in MEDIA]
+    return _run(place, plain, tuple(pictures))
+
+
+def _from_kept(place: Path) -> Run:
+    plain = json.loads(place.read_bytes())
+    summary = {k: math.nan if v is None else v for k, v in plain["summary"].items()}
+    read = {**plain, "summary": summary, "rows": plain.get("evaluations", [])}
+    return _run(place, {"episodes": {}, **read}, ())
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    """What is refined, by its folder: that of `…/bc/seed-0` is `bc`. The same name wherever it is read."""
+    if not config.get("base"):
+        return ""
+    base = Path(config["base"])
+    return base.parent.name if re.fullmatch(r"seed-\d+", base.name) else base.name
+
+
+def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> Run:
+    config, summary = plain["config"], plain["summary"]
+    agent = "agent" in config
+    curve_name = "eval/return" if agent else "validation/error"
+    rows = [row for row in plain["rows"] if row.get(curve_name) is not None]
+    curve = (np.array([row["step"] for row in rows]), np.array([row[curve_name] for row in rows], dtype=float))
+    outcomes: dict[Measure, float] = {}
+    episodes: dict[Measure, np.ndarray] = {}
+    seeds: tuple[int, ...] = ()
+    rule = "last weights" if agent else ""
+    if summary is not None and agent:
+        outcomes[Measure("return", _full_return(config["env"]))] = summary["return"]
+    elif summary is not None:
+        which = "last" if any(name.startswith("last/") and "validation" not in name for name in summary) else "best"
+        rule = "last weights" if which == "last" else "weights of least validation error"
+        outcomes = _outcomes(summary, which)
+        known = plain["episodes"].get(which, {})
+        episodes = {m: np.array(known[m.name], dtype=float) for m in outcomes if m.name in known}
+        seeds = tuple(int(seed) for seed in known.get("seed", ()))
+    broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
+    if broken:
+        raise DataError(f"its {', '.join(broken)} is no number")
+    if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
+        raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is none")
+    name, base = config.get("agent") or config["policy"], _base(config)
+    return Run(
+        place=place,
+        task=f"{config['env']} ({config['obs']})" if config.get("obs") else config["env"],
+        method=f"{name} on {base}" if base else name,
+        seed=config["seed"],
+        config=flat(config),
+        finished=summary is not None,
+        outcomes=outcomes,
+        episodes=episodes,
+        episode_seeds=seeds,
+        curve=curve,
+        curve_name=curve_name,
+        rule=rule,
+        hardware=plain["hardware"],
+        versions={k: str(plain["versions"].get(k)) for k in _SOFTWARE if plain["versions"].get(k)},
+        command=plain["command"],
+        seconds=None if summary is None else summary.get("seconds"),
+        updates=None if summary is None or "updates" not in summary else int(summary["updates"]),
+        pictures=pictures,
+    )
+
+
+def _full_return(env: str) -> float | None:
+    """The most that an episode can return, where the environment's family has such a number."""
+    return {"dmc": 1000.0, "probe": 1.0}.get(env.partition(":")[0])
+
+
+def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
+    known = (Measure("success", 1.0), Measure("score", 1.0), Measure("excess_cost", None, higher_is_better=False))
+    found = {m: summary[f"{which}/{m.name}"] for m in known if f"{which}/{m.name}" in summary}
+    return found or {Measure("validation_error", None, False): summary[f"{which}/validation_error"]}
+
+
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """The runs with methods that say in what settings runs of one name differ, and nothing else."""
+    same: dict[str, list[Run]] = {}
+    for run in runs:
+        same.setdefault(run.method, []).append(run)
+    telling = {method: _telling(found) for method, found in same.items()}
+    named = []
+    for run in runs:
+        keys = [key for key in run.config if key in telling[run.method]]
+        words = [f"{key.removeprefix('settings.')} {_shown(run.config[key])}" for key in keys]
+        named.append(replace(run, method=", ".join([run.method, *words])))
+    return named
+
+
+def _telling(runs: Sequence[Run]) -> set[str]:
+    """The settings in which runs of one name differ."""
+    keys = {key for run in runs for key in run.config} - _FREE
+    return {key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "×".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""How much noise on the base's action in training (σ) serves DiffTORI and the residual: MetaWorld from states, a small base.
+
+The tasks are not among those that Table 1 reports here. Controls: the base, and the base trained as long again, which is what base
+and refiner cost together.
+"""
+
+from pydantic import Field
+
+from difftori.experiments.imitation import Arm, Case, ImitationConfig
+from difftori.experiments.refinement import run_refinement
+from difftori.policies.difftori import DEFAULT_NOISE
+
+TASKS = ("basketball", "peg-insert-side", "stick-pull")
+FULL_SEEDS, FULL_UPDATES, FULL_EPISODES, DEMOS = 5, 1500, 50, 10
+SIGMAS = (0.0, 0.1, 0.3, 0.5, 1.0)
+RESIDUAL_NOISE = 0.5
+"""σ with which the residual was best here; other studies give it to their control."""
+
+
+class Config(ImitationConfig):
+    """What to run."""
+
+    tasks: tuple[str, ...] = Field(TASKS, min_length=1)
+    """Of MetaWorld."""
+    seeds: int = Field(FULL_SEEDS, ge=1)
+    """Seeds 0 … seeds−1, each with demonstrations, held out episodes and weights of its own."""
+    sigmas: tuple[float, ...] = Field(SIGMAS, min_length=1)
+    """In half-widths of the action's range."""
+
+
+def metaworld_case(task: str) -> Case:
+    """A task from states, with ten demonstrations of the packaged expert for each seed."""
+    return Case(f"metaworld:{task}", "state", f"{{demos}}/metaworld.{task}-{{seed}}.zarr", collect=DEMOS)
+
+
+def small_base() -> list[Arm]:
+    """A multilayer perceptron with DiffTORI's learning settings, and the same trained as long again."""
+    settings = {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}
+    return [Arm("base", "bc", settings), Arm("base twice as long", "bc", settings, updates=2)]
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/base_noise`."""
+    refiners = [
+        Arm(f"{name} σ {sigma:g}", policy, {"base_noise": sigma}, base="base")
+        for name, policy in (("residual", "residual"), ("DiffTORI", "difftori-il"))
+        for sigma in config.sigmas
+    ]
+    compared = [(arm.label, reference) for arm in refiners for reference in ("base", "base twice as long")]
+    compared += [(f"DiffTORI σ {sigma:g}", f"residual σ {sigma:g}") for sigma in config.sigmas]
+    if DEFAULT_NOISE in config.sigmas:
+        others = [sigma for sigma in config.sigmas if sigma != DEFAULT_NOISE]
+        compared += [(f"DiffTORI σ {DEFAULT_NOISE:g}", f"residual σ {sigma:g}") for sigma in others]
+    checks = {
+        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
+        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
+        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        "other tasks": set(config.tasks) != set(TASKS),
+        "other σ": set(config.sigmas) != set(SIGMAS),
+    }
+    run_refinement(
+        config,
+        [metaworld_case(task) for task in config.tasks],
+        [*small_base(), *refiners],
+        compared,
+        study="base_noise",
+        title="Noise on the base's action in training",
+        reasons=[reason for reason, holds in checks.items() if holds],
+        budget=f"state-{config.updates}",
+    )

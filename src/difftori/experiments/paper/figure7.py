@@ -1,0 +1,146 @@
+"""Figure 7: the runs of Figure 3 over wall-clock time, and what a decision and an update of DiffTORI cost beside TD-MPC's.
+
+Seconds are those of training without evaluation, of runs without `--compile`, whose seconds would count compilation. Ratios are of runs on the same task, seed and hardware; with `--jobs 1`
+and nothing else running they compare, otherwise load differs between runs. `difftori bench rl` measures the parts
+side by side. The paper: 0.052 s an action against 0.0092 s.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+
+from difftori.experiments.curve_plots import clock_panels
+from difftori.experiments.curve_report import preface, show, write_curves, write_page
+from difftori.experiments.curves import Curves, Record, make_curves, output_folder
+from difftori.experiments.paper.figure3 import ARMS
+from difftori.experiments.plots import save_svg
+from difftori.experiments.pool import report_failures
+from difftori.experiments.reporting import Column, markdown_table, number, write_csv
+from difftori.experiments.runs import StudyConfig
+from difftori.paper.numbers import paper_timings
+
+TITLE = "Figure 7: return against wall-clock time"
+
+
+class Config(StudyConfig):
+    """What to run of Figure 7; its runs are those of Figure 3."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of `timing.csv`: a pair of finished runs of one task and seed. Times in milliseconds, ratios DiffTORI : TD-MPC.
+
+    `action` is acting's time over the decisions after the random ones, `update` sampling's and update's over updates,
+    `step` the whole training's without evaluation over environment steps.
+    """
+
+    task: str
+    seed: int
+    hardware: str
+    same_hardware: bool
+    difftori_action: float
+    tdmpc_action: float
+    action_ratio: float
+    difftori_update: float
+    tdmpc_update: float
+    update_ratio: float
+    difftori_step: float
+    tdmpc_step: float
+    step_ratio: float
+    label: str
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/figure7`. RunsFailedError, after everything is drawn, if runs failed."""
+    console = Console()
+    curves = make_curves(config, ARMS, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
+    out = output_folder(curves, "figure7")
+    summaries, _ = write_curves(curves, out)
+    save_svg(clock_panels(curves, title="evaluation returns"), out / "wall_clock.svg")
+    rows = timings(curves)
+    (out / "timing.csv").unlink(missing_ok=True)
+    if rows:
+        write_csv(out / "timing.csv", rows)
+    write_page(out, TITLE, [preface(curves), _table(rows), _notes()])
+    show(console, curves, summaries, TITLE, out)
+    report_failures(curves.failures)
+
+
+def timings(curves: Curves) -> list[Timing]:
+    """One line for each task and seed that both agents have finished."""
+    rows = []
+    for task in curves.tasks:
+        others = {record.job.seed: record for record in curves.of(task, ARMS[1])}
+        for record in curves.of(task, ARMS[0]):
+            other = others.get(record.job.seed)
+            ours, theirs = _costs(record), None if other is None else _costs(other)
+            if ours is None or theirs is None or other is None:
+                continue
+            action, update, step = (a / b for a, b in zip(ours, theirs, strict=True))
+            rows.append(
+                Timing(
+                    task=task,
+                    seed=record.job.seed,
+                    hardware=record.hardware,
+                    same_hardware=record.hardware == other.hardware,
+                    difftori_action=ours[0],
+                    tdmpc_action=theirs[0],
+                    action_ratio=action,
+                    difftori_update=ours[1],
+                    tdmpc_update=theirs[1],
+                    update_ratio=update,
+                    difftori_step=ours[2],
+                    tdmpc_step=theirs[2],
+                    step_ratio=step,
+                    label=curves.label,
+                )
+            )
+    return rows
+
+
+def _costs(record: Record) -> tuple[float, float, float] | None:
+    """Milliseconds of an action, an update, an environment step; None for an unfinished run, one that only acted at random, or one
+    whose seconds count its compilation.
+    """
+    summary = record.summary
+    if summary is None or record.compiled:
+        return None
+    planned = summary["decisions"] - record.job.config.settings.seed_steps
+    if planned <= 0 or summary["updates"] == 0:
+        return None
+    learning = summary["seconds/sampling"] + summary["seconds/update"]
+    whole = summary["seconds"] - summary["seconds/evaluation"]
+    costs = (summary["seconds/acting"] / planned, learning / summary["updates"], whole / summary["env_steps"])
+    return costs[0] * 1e3, costs[1] * 1e3, costs[2] * 1e3
+
+
+def _table(rows: list[Timing]) -> str:
+    """Means over seeds by task, pairs on the same hardware only."""
+    same = [row for row in rows if row.same_hardware]
+    if not same:
+        return "No task has a finished pair of runs on the same hardware yet."
+    groups = {task: [row for row in same if row.task == task] for task in dict.fromkeys(row.task for row in same)}
+    columns = [Column("task", tuple(groups), left=True)]
+    for part in ("action", "update", "step"):
+        for agent in ("difftori", "tdmpc"):
+            means = [_mean(group, f"{agent}_{part}") for group in groups.values()]
+            columns.append(Column(f"{agent}, ms/{part}", tuple(number(mean, 2) for mean in means)))
+        ratios = [_mean(group, f"{part}_ratio") for group in groups.values()]
+        columns.append(Column("ratio", tuple(number(ratio, 2) for ratio in ratios)))
+    columns.append(Column("pairs", tuple(str(len(group)) for group in groups.values())))
+    return markdown_table(columns)
+
+
+def _mean(group: list[Timing], name: str) -> float:
+    return float(np.mean([getattr(row, name) for row in group]))
+
+
+def _notes() -> str:
+    printed = "; ".join(f"{row.planner}: {1e3 * row.seconds:g} ms on {row.hardware}" for row in paper_timings())
+    return (
+        "`action`: acting over the decisions after the random ones, plans shorter at first as scheduled. `update`: sampling and "
+        "learning on a batch. `step`: the whole training without evaluation over environment steps, policy-gradient steps "
+        "at the end of episodes included. Means over pairs of runs on the same task, seed and hardware. Printed in the "
+        f"paper, per action: {printed}."
+    )

@@ -1,0 +1,88 @@
+"""Table 1: MetaWorld, a base policy, the base with a residual, and the base refined by DiffTORI.
+
+The paper's base is DP3 on point clouds. `--base bc --obs state` and `--base dp3-simple` are for CPUs; they are labelled partial, and the
+paper's numbers beside them are of other policies. DiffTORI with `--reference` is also run as the authors released it.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from difftori.envs.metaworld import PAPER_TASKS
+from difftori.experiments.imitation import FULL_SEEDS, Arm, Case, ImitationConfig
+from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
+from difftori.experiments.refinement import Published, run_refinement
+from difftori.paper.numbers import paper_numbers
+from difftori.policies.difftori import DEFAULT_NOISE
+
+FULL_UPDATES, FULL_EPISODES, DEMOS = 15_000, 50, 10
+BASES: dict[str, tuple[str, dict[str, object]]] = {
+    "dp3": ("dp3", {}),
+    "dp3-simple": ("dp3", {"preset": "simple"}),
+    "bc": ("bc", {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}),
+}
+PAPER = {"base": "dp3", "residual": "residual+dp3", "DiffTORI": "difftori+dp3"}
+
+
+class Config(ImitationConfig):
+    """What to run of Table 1. The defaults are the full study; anything less is labelled `partial` in every output."""
+
+    tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
+    """Of MetaWorld."""
+    obs: Literal["points", "state"] = "points"
+    """What is seen; the paper's are point clouds."""
+    base: Literal["dp3", "dp3-simple", "bc"] = "dp3"
+    """What is refined."""
+    updates: int = Field(FULL_UPDATES, ge=1)
+    """Updates of every training, base and refiner alike."""
+    controls: bool = True
+    """Also the base trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
+    reference: bool = False
+    """Also DiffTORI with the release's solve and settings."""
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/table1`."""
+    policy, settings = BASES[config.base]
+    arms = [Arm("base", policy, settings)]
+    arms += [Arm("base twice as long", policy, settings, updates=2)] if config.controls else []
+    arms += [Arm("residual", "residual", base="base")]
+    arms += [Arm("residual, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")] if config.controls else []
+    noise = {"base_noise": DEFAULT_NOISE} if config.base == "bc" else {}
+    arms += [Arm("DiffTORI", "difftori-il", noise, base="base")]
+    arms += [Arm("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
+    compared = [("DiffTORI", arm.label) for arm in arms if not arm.label.startswith("DiffTORI")]
+    compared += [("residual", "base")]
+    run_refinement(
+        config,
+        [_case(task, config.obs) for task in config.tasks],
+        arms,
+        compared,
+        study="table1",
+        title="Table 1: MetaWorld",
+        reasons=_reasons(config),
+        budget=f"{config.obs}-{config.base}-{config.updates}",
+        published=[
+            Published(p.task, label, p.mean / 100, None if p.std is None else p.std / 100)
+            for p in paper_numbers("table1_metaworld_success_percent")
+            for label, theirs in PAPER.items()
+            if p.method == theirs
+        ],
+    )
+
+
+def _case(task: str, obs: str) -> Case:
+    data = f"{{demos}}/{'' if obs == 'state' else 'points/'}metaworld.{task}-{{seed}}.zarr"
+    return Case(f"metaworld:{task}", obs, data, collect=DEMOS)
+
+
+def _reasons(config: Config) -> list[str]:
+    checks = {
+        f"base {config.base} instead of dp3": config.base != "dp3",
+        "states instead of point clouds": config.obs != "points",
+        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
+        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
+        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        f"{len(set(config.tasks))} of {len(PAPER_TASKS)} tasks": not set(config.tasks) >= set(PAPER_TASKS),
+    }
+    return [reason for reason, holds in checks.items() if holds]

@@ -1,0 +1,59 @@
+"""Table 2, Push-T: three base policies from 206 human demonstrations, and what refines two of them.
+
+The paper's failure rate is most likely 1 − the mean score (the greatest coverage/.95 of an episode), so the score stands beside 1 −
+the paper's number; success, coverage above .95 at any step, beside it.
+"""
+
+from difftori.experiments.imitation import Arm
+from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
+from difftori.experiments.pusht import SMALL, PushTConfig, base, failure_rates, refiner, run_push_t
+
+PAPER = {
+    "ibc": "ibc",
+    "bc-rnn-gmm": "bc-rnn",
+    "residual on bc-rnn-gmm": "residual+bc-rnn",
+    "DiffTORI on bc-rnn-gmm": "difftori+bc-rnn",
+    "diffusion": "diffusion",
+    "ibc on diffusion": "ibc+diffusion",
+    "residual on diffusion": "residual+diffusion",
+    "DiffTORI on diffusion": "difftori+diffusion",
+}
+
+
+class Config(PushTConfig):
+    """What to run of Table 2."""
+
+    controls: bool = True
+    """Also the bases trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/table2`."""
+    arms = [base(config, "ibc")]
+    compared = []
+    for name in ("bc-rnn-gmm", "diffusion"):
+        plain = base(config, name)
+        arms.append(plain)
+        if config.controls:
+            arms.append(Arm(f"{name} twice as long", name, plain.settings, updates=2))
+        if name == "diffusion":
+            small = SMALL["ibc"] if config.sizes == "small" else {}
+            arms.append(refiner(config, f"ibc on {name}", "ibc-base", name, **small))
+        arms.append(refiner(config, f"residual on {name}", "residual", name))
+        arms.append(refiner(config, f"DiffTORI on {name}", "difftori-il", name))
+        if config.controls:
+            noise = {"base_noise": RESIDUAL_NOISE}
+            arms.append(refiner(config, f"residual on {name}, noise", "residual", name, **noise))
+        others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
+        compared += [(f"DiffTORI on {name}", other) for other in others]
+    theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
+    published = {label: theirs[method] for label, method in PAPER.items()}
+    run_push_t(
+        config,
+        arms,
+        compared,
+        study="table2",
+        title="Table 2: Push-T",
+        published=published,
+        further={"without controls": not config.controls},
+    )

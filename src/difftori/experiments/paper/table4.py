@@ -1,0 +1,29 @@
+"""Table 4, Push-T: where DiffTORI's solve starts: at the diffusion policy's actions, at zero, or anywhere. Runs are shared with Table 2."""
+
+from difftori.experiments.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+
+PAPER = {
+    "diffusion": "diffusion",
+    "DiffTORI on diffusion": "difftori+diffusion",
+    "DiffTORI from zero": "difftori+zero-init",
+    "DiffTORI from random": "difftori+random-init",
+}
+
+
+class Config(PushTConfig):
+    """What to run of Table 4."""
+
+
+def run(config: Config) -> None:
+    """Run what is missing, and write `out/table4`."""
+    main = refiner(config, "DiffTORI on diffusion", "difftori-il", "diffusion")
+    starts = [
+        refiner(config, f"DiffTORI from {init}", "difftori-il", "diffusion", init=init) for init in ("zero", "random")
+    ]
+    arms = [base(config, "diffusion"), main, *starts]
+    compared = [(main.label, arm.label) for arm in starts]
+    theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
+    published = {label: theirs[method] for label, method in PAPER.items()}
+    run_push_t(
+        config, arms, compared, study="table4", title="Table 4: where the solve starts", published=published, further={}
+    )

@@ -1,0 +1,197 @@
+"""What a sweep is: a YAML file that names the options that all runs share and those that vary, and the runs that follow.
+
+```yaml
+out: runs/cartpole            # unless given, runs/ and the file's name
+common: {env: dmc:cartpole-swingup, obs: state, preset: small, steps: 20000}
+grid:                         # every combination …
+  seed: [0, 1, 2]
+variants:                     # … of each of these
+  - {train: tdmpc}
+  - {train: difftori, pg: per-episode}
+```
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from difftori.config import read_tokens, read_yaml, validated
+from difftori.errors import ConfigError
+from difftori.experiments.pool import Work, option_words, training
+from difftori.il.config import inherited
+from difftori.runs.records import flat, read_config
+from difftori.runs.run import differences
+from difftori.trainers import read_options
+
+_NAMED_APART = ("train", "env", "seed")
+_SHOWN = 8
+_MACHINE = ("device", "threads")
+
+
+class Sweep(BaseModel):
+    """A sweep as its file gives it. Options are those of `difftori train`; `train` is the policy's or agent's name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    out: Path
+    """Folder of the runs: `OUT/ENV/NAME_OPTIONS/seed-N`."""
+    common: dict[str, Any] = {}
+    """Options of every run."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Options with the values that they take; every combination is a run."""
+    variants: list[dict[str, Any]] = Field([{}], min_length=1)
+    """Sets of options; each is combined with the whole grid."""
+    retries: int = Field(2, ge=0)
+    """How many times a run that dies is taken up again, from its last checkpoint, before it counts as failed."""
+    cpus: float = Field(1.0, gt=0)
+    """Processor cores that a run needs, where an engine places runs."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs that a run needs, where an engine places runs; a fraction lets runs share one (Ray)."""
+    slurm: dict[str, Any] = {}
+    """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a sweep, and the run of the same sweep that it refines, if it does."""
+
+    work: Work
+    folder: Path
+    length: int | None
+    """Steps of an agent, or updates of a policy; None where epochs are counted."""
+    base: "Planned | None"
+
+    @property
+    def depth(self) -> int:
+        """How many runs must have ended before this one, one after the other."""
+        return 0 if self.base is None else 1 + self.base.depth
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep of a file. Raises ConfigError with every fault of its own; `plan` finds those of its runs."""
+    given = {"out": Path("runs") / path.stem, **read_yaml(path)}
+    sweep, faults = validated(Sweep, given, ())
+    if sweep is None:
+        raise ConfigError([f"{path}: {fault}" for fault in faults])
+    return sweep
+
+
+def plan(sweep: Sweep) -> list[Planned]:
+    """Every run. Raises ConfigError with the faults of all of them, each once, and for folders with runs of other settings."""
+    faults, strange = list[str](), list[str]()
+    wishes: dict[Path, dict[str, Any]] = {}
+    combinations = list(_combinations(sweep))
+    varying = _varying(sweep)
+    for options in combinations:
+        folder = sweep.out / _place(options, varying)
+        if folder in wishes:
+            faults.append(f"two runs go to {folder}: {_shown(wishes[folder])} and {_shown(options)}; drop one")
+        wishes[folder] = options
+    filled = {folder: _filled(options, faults) for folder, options in wishes.items()}
+    bases = {str(options["base"]) for options in filled.values() if "base" in options}
+    nowhere = [base for base in bases if Path(base) not in filled and not (Path(base) / "config.yaml").exists()]
+    faults += [f"base: {base} is neither a run of this sweep nor one that is there" for base in sorted(nowhere)]
+    found: dict[Path, Planned] = {}
+    configs: dict[Path, BaseModel] = {}
+    while filled:
+        ready = [folder for folder, options in filled.items() if Path(str(options.get("base"))) not in filled]
+        if not ready:
+            faults.append(f"base: {', '.join(map(str, filled))} refine each other in a circle")
+            break
+        for folder in ready:
+            options = filled.pop(folder)
+            base = Path(str(options["base"])) if "base" in options else None
+            try:
+                configs[folder], words = _read(options, configs.get(base) if base else None, folder)
+                strange += _strange(folder, configs[folder])
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            name = str(folder.relative_to(sweep.out))
+            below = found.get(base) if base else None
+            found[folder] = Planned(training(name, words, folder), folder, _length(configs[folder]), below)
+    if strange:
+        faults += [*strange[:_SHOWN], f"out: {sweep.out} holds runs of other settings; choose another `out`"]
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return [found[folder] for folder in wishes]
+
+
+def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
+    values = itertools.product(*sweep.grid.values())
+    points = [dict(zip(sweep.grid, point, strict=True)) for point in values]
+    common = _flat(sweep.common)
+    return [{**common, **_flat(point), **_flat(variant)} for variant in sweep.variants for point in points]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names, as on the command line."""
+    return {name.replace("-", "_"): value for name, value in flat(values).items()}
+
+
+def _varying(sweep: Sweep) -> list[str]:
+    """Options that the grid or a variant gives, so that folders name them, and still do when the sweep grows."""
+    return list(dict.fromkeys(name for given in (sweep.grid, *sweep.variants) for name in _flat(given)))
+
+
+def _place(options: Mapping[str, Any], varying: Sequence[str]) -> Path:
+    """ENV/NAME_OPTIONS/seed-N of a run, in letters that every file system takes."""
+    own = [f"{name}-{_choice(options, name)}" for name in varying if name in options and name not in _NAMED_APART]
+    parts = (options.get("env", "env"), "_".join([_word(options.get("train")), *own]), f"seed-{options.get('seed', 0)}")
+    return Path(*map(_word, parts))
+
+
+def _choice(options: Mapping[str, Any], name: str) -> str:
+    """A value in a folder's name; of a base, the folder that names its policy."""
+    return _word(Path(str(options[name])).parent.name if name == "base" else options[name])
+
+
+def _word(value: Any) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^\w.+-]+", ".", text, flags=re.ASCII).strip(".") or "none"
+
+
+def _filled(options: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The options with {names} in texts replaced by the run's own values, as folders write them."""
+
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] not in options:
+            faults.append(f"{match[0]} in {match.string!r}: the run has no option {match[1]!r}; give it one")
+        return _word(options.get(match[1]))
+
+    return {k: re.sub(r"\{(\w+)\}", value_of, v) if isinstance(v, str) else v for k, v in options.items()}
+
+
+def _read(options: dict[str, Any], base: BaseModel | None, folder: Path) -> tuple[BaseModel, tuple[str, ...]]:
+    """The configuration that a run has, and the words that begin it. Raises ConfigError with all faults of it."""
+    given = dict(options)
+    component = given.pop("train", None)
+    if not isinstance(component, str):
+        raise ConfigError([f"train: {component!r}: give the name of a policy or an agent"])
+    words = [word for name, value in given.items() for word in option_words(name, value)]
+    below = {} if base is None else inherited(base.model_dump())
+    _, config = read_options(component, below, read_tokens(words))
+    return config, ("train", component, *words, "--out", str(folder), "--quiet")
+
+
+def _strange(folder: Path, config: BaseModel) -> list[str]:
+    """What differs in the run that is in the folder already."""
+    if not (folder / "config.yaml").exists():
+        return []
+    before = read_config(folder)
+    here = config.model_copy(update={name: before.get(name, getattr(config, name)) for name in _MACHINE})
+    return [f"{folder}: {fault}" for fault in differences(before, here)]
+
+
+def _length(config: BaseModel) -> int | None:
+    return getattr(config, "steps", None) or getattr(getattr(config, "settings", None), "updates", None)
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(options), default_flow_style=True, width=10_000).strip()

@@ -1,0 +1,376 @@
+"""`difftori report`: any number of runs as one static page, with the same numbers as CSV and LaTeX beside it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from difftori import __version__
+from difftori.experiments.analyse import OVER, Section, sections
+from difftori.experiments.gather import Gathered, Run, gather
+from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
+from difftori.experiments.reporting import Column, interval, number, plus_minus, write_csv
+from difftori.experiments.statistics import Estimate
+from difftori.runs.checkpoint import replace_file
+from difftori.runs.page import inline, svg_element
+
+_INLINE = 3_000_000
+_PICTURES = 24
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that has been written: its page, and its tables, by caption, of each measure."""
+
+    page: Path
+    tables: list[dict[str, list[Column]]]
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One line of `runs.csv`: a run, finished or not, and the protocol of its result."""
+
+    task: str
+    method: str
+    seed: int
+    finished: bool
+    measure: str | None
+    value: float | None
+    episodes: int | None
+    rule: str
+    budget: str
+    seconds: float | None
+    hardware: str
+    versions: str
+    command: str
+    place: str
+
+
+@dataclass(frozen=True)
+class EstimateLine:
+    """One line of `results.csv` (per task), `aggregates.csv` (over tasks) or `pairs.csv`."""
+
+    measure: str
+    task: str
+    method: str
+    reference: str
+    statistic: str
+    runs: int
+    value: float
+    low: float | None
+    high: float | None
+
+
+def write_report(
+    places: Sequence[Path], out: Path, *, title: str | None = None, reference: str | None = None
+) -> Report:
+    """Write `out/report.html`, `runs.csv`, `results.csv`, `aggregates.csv`, `pairs.csv` and `tables.tex`.
+
+    `reference`: the method that the others are compared with, instead of every pair. ConfigError without runs, or for an
+    unknown reference.
+    """
+    found = gather(places)
+    parts = sections(found.runs, reference)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "runs.csv", [_run_line(run) for run in found.runs])
+    lines = {
+        "results.csv": [line for part in parts for line in _cell_lines(part)],
+        "aggregates.csv": [line for part in parts for line in _over_lines(part)],
+        "pairs.csv": [line for part in parts for line in _pair_lines(part)],
+    }
+    for name, rows in lines.items():
+        if rows:
+            write_csv(out / name, rows)
+        else:
+            (out / name).unlink(missing_ok=True)
+    shown = [_tables(part) for part in parts]
+    replace_file(out / "tables.tex", _latex(shown).encode())
+    page = out / "report.html"
+    name = title or ", ".join(str(place) for place in places)
+    replace_file(page, _render(name, found, parts, shown, out, lines).encode())
+    return Report(page, shown)
+
+
+def _render(
+    title: str,
+    found: Gathered,
+    parts: Sequence[Section],
+    tables: list[dict[str, list[Column]]],
+    out: Path,
+    lines: dict[str, list[EstimateLine]],
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("difftori.experiments", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    methods = sorted({run.method for run in found.runs})
+    curves = [learning_curves(found.runs, name, methods) for name in ("eval/return", "validation/error")]
+    drawn = []
+    for part, by_caption in zip(parts, tables, strict=True):
+        pictures = [over_tasks(part), profiles(part)] if part.over else []
+        drawn.append((part, by_caption, [svg_element(f) for f in (*pictures, against(part)) if f is not None]))
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        version=__version__,
+        total=len(found.runs),
+        finished=sum(run.finished for run in found.runs),
+        warnings=_warnings(found, parts),
+        unfinished=[run for run in found.runs if not run.finished],
+        left_out=found.left_out,
+        sections=drawn,
+        curves=[svg_element(figure) for figure in curves if figure is not None],
+        pictures=_pictures(found.runs, out),
+        protocol=_protocol(found.runs),
+        commands=[(f"{run.method}, {run.task}, seed {run.seed}", run.command) for run in found.runs],
+        files=["runs.csv", *(name for name, rows in lines.items() if rows), "tables.tex"],
+    )
+
+
+def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
+    """What must be known before methods are compared."""
+    said = []
+    counted = [run for run in found.runs if run.config.get("settings.updates") is None]
+    for name, what in (
+        ("steps", "environment steps"),
+        ("settings.updates", "updates"),
+        ("settings.epochs", "epochs"),
+        ("eval_episodes", "episodes"),
+    ):
+        runs = counted if name == "settings.epochs" else found.runs  # where updates are given, they count
+        values = {int(run.config[name]) for run in runs if run.config.get(name) is not None}
+        if len(values) > 1:
+            said.append(
+                f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. The protocol says which has which."
+            )
+    made = {run.updates for run in counted if run.updates is not None and "policy" in run.config}
+    if len(made) > 1:
+        said.append(f"Where epochs are counted, runs made between {min(made)} and {max(made)} updates.")
+    rules = sorted({run.rule for run in found.runs if run.finished})
+    if len(rules) > 1:
+        said.append(f"Results are of different weights: {'; '.join(rules)}.")
+    for part in parts:
+        seeds = {cell.seeds for cell in part.cells}
+        if len(seeds) > 1:
+            said.append(f"{part.measure.name}: between {min(seeds)} and {max(seeds)} seeds on a task.")
+        apart = [task for task in part.tasks if task not in part.common]
+        if apart and len(part.methods) > 1:
+            said.append(f"{part.measure.name}: over tasks, without {', '.join(apart)}, which some methods lack.")
+        sets = {tuple(sorted(run.seed for run in found.runs if run.method == m)) for m in part.methods}
+        if len(seeds) == 1 and len(sets) > 1:
+            said.append(f"{part.measure.name}: methods have runs from different seeds.")
+        if part.measure.full is None and len(part.tasks) > 1:
+            said.append(f"{part.measure.name} has no common scale over tasks: each task stands for itself.")
+    return said
+
+
+def _tables(part: Section) -> dict[str, list[Column]]:
+    """By caption: task by task; over tasks; method against method."""
+    cells = {(cell.task, cell.method): cell for cell in part.cells}
+
+    def shown(task: str, method: str) -> str:
+        cell = cells.get((task, method))
+        if cell is None:
+            return "–"
+        return f"{plus_minus(cell.mean.value, cell.std, _digits(cell.mean.value))} ({cell.seeds})"
+
+    by_task = [
+        Column("task", part.tasks, left=True),
+        *(Column(method, tuple(shown(task, method) for task in part.tasks)) for method in part.methods),
+    ]
+    by_method = [
+        Column("method", part.methods, left=True),
+        *(Column(task, tuple(shown(task, method) for method in part.methods)) for task in part.tasks),
+    ]
+    narrow = by_task if len(part.methods) < len(part.tasks) else by_method
+    found = {f"{_name(part)}, mean ± standard deviation over seeds (how many)": narrow}
+    if part.over:
+        scale = "" if part.measure.full == 1 else f", of {part.measure.full:g}"
+        found[f"over {len(part.common)} task(s){scale}, 95 % stratified bootstrap over seeds"] = [
+            Column("method", tuple(row.method for row in part.over), left=True),
+            *(Column(name, tuple(_bounded(row.statistics[name]) for row in part.over)) for name in OVER),
+            Column("runs", tuple(str(row.runs) for row in part.over)),
+        ]
+    if part.pairs:
+        found["method against method, runs of the same task, seed and episodes"] = [
+            Column("task", tuple(pair.task or "all tasks" for pair in part.pairs), left=True),
+            Column("difference", tuple(f"{pair.method} − {pair.reference}" for pair in part.pairs), left=True),
+            Column("pairs", tuple(str(pair.runs) for pair in part.pairs)),
+            Column("value", tuple(_bounded(pair.difference, signed=True) for pair in part.pairs)),
+            Column("a run is better", tuple(_bounded(pair.better) for pair in part.pairs)),
+        ]
+    return found
+
+
+def _name(part: Section) -> str:
+    """A measure with its scale, which tells the returns of one family of environments from another's."""
+    full = part.measure.full
+    return part.measure.name if full in (None, 1) else f"{part.measure.name} of {full:g}"
+
+
+def _bounded(estimate: Estimate, *, signed: bool = False) -> str:
+    digits = _digits(estimate.value)
+    if math.isinf(estimate.low):
+        return f"{estimate.value:{'+' if signed else ''}.{digits}f} (one seed)"
+    return interval(estimate, digits, signed=signed)
+
+
+def _digits(value: float) -> int:
+    """Decimals that leave about three figures."""
+    return 3 if abs(value) < 2 else 1 if abs(value) < 100 else 0
+
+
+def _latex(tables: Sequence[dict[str, list[Column]]]) -> str:
+    """Every table, for the package booktabs."""
+    parts = ["% Written by difftori report; needs \\usepackage{booktabs}."]
+    for by_caption in tables:
+        for caption, columns in by_caption.items():
+            rows = list(zip(*(column.cells for column in columns), strict=True))
+            parts += [
+                "",
+                f"% {caption}",
+                f"\\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in columns)}}}",
+                "\\toprule",
+                " & ".join(_escaped(column.heading) for column in columns) + " \\\\",
+                "\\midrule",
+                *(" & ".join(map(_escaped, row)) + " \\\\" for row in rows),
+                "\\bottomrule",
+                "\\end{tabular}",
+            ]
+    return "\n".join(parts) + "\n"
+
+
+_LATEX = {"_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$", "{": "\\{", "}": "\\}", "~": "\\textasciitilde{}"}
+_LATEX |= {
+    "^": "\\textasciicircum{}",
+    "\\": "\\textbackslash{}",
+    "±": "$\\pm$",
+    "−": "$-$",
+    "–": "--",
+    "×": "$\\times$",
+}
+_LATEX |= {"σ": "$\\sigma$", "α": "$\\alpha$", "β": "$\\beta$", "γ": "$\\gamma$"}
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def _protocol(runs: Sequence[Run]) -> list[Column]:
+    """One line for each method: what its numbers rest on; what differs between its runs is listed."""
+    methods = sorted({run.method for run in runs})
+
+    def of(take) -> tuple[str, ...]:
+        cells = []
+        for method in methods:
+            values = [take(run) for run in runs if run.method == method]
+            cells.append("; ".join(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or "–")
+        return tuple(cells)
+
+    def median(method: str) -> str:
+        spent = sorted(run.seconds for run in runs if run.method == method and run.seconds is not None)
+        return number(spent[len(spent) // 2], 0) if spent else "–"
+
+    return [
+        Column("method", tuple(methods), left=True),
+        Column("runs, finished", tuple(_count(runs, method) for method in methods)),
+        Column("seeds", tuple(_seeds(runs, method) for method in methods)),
+        Column("evaluation episodes", of(lambda run: run.config.get("eval_episodes"))),
+        Column("weights", of(lambda run: run.rule), left=True),
+        Column("budget", of(_budget), left=True),
+        Column("median s", tuple(median(method) for method in methods)),
+        Column("hardware", of(lambda run: run.hardware), left=True),
+        Column("versions", tuple(_versions([r for r in runs if r.method == m]) for m in methods), left=True),
+    ]
+
+
+def _count(runs: Sequence[Run], method: str) -> str:
+    own = [run.finished for run in runs if run.method == method]
+    return f"{len(own)}, {sum(own)}"
+
+
+def _seeds(runs: Sequence[Run], method: str) -> str:
+    return " ".join(map(str, sorted({run.seed for run in runs if run.method == method})))
+
+
+def _budget(run: Run) -> str:
+    steps, updates = run.config.get("steps"), run.config.get("settings.updates")
+    if steps is not None:
+        return f"{steps} environment steps"
+    if updates is not None:
+        return f"{updates} updates"
+    epochs = f"{run.config.get('settings.epochs')} epochs"
+    return epochs if run.updates is None else f"{epochs}, {run.updates} updates"
+
+
+def _versions(runs: Sequence[Run]) -> str:
+    """Name by name what they ran with; where runs differ, all of it."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in run.versions.items():
+            found.setdefault(name, {})[value[:12]] = None
+    return ", ".join(f"{name} {' or '.join(values)}" for name, values in found.items())
+
+
+def _run_line(run: Run) -> RunLine:
+    measure = next(iter(run.outcomes), None)
+    return RunLine(
+        task=run.task,
+        method=run.method,
+        seed=run.seed,
+        finished=run.finished,
+        measure=None if measure is None else measure.name,
+        value=None if measure is None else run.outcomes[measure],
+        episodes=run.config.get("eval_episodes"),
+        rule=run.rule,
+        budget=_budget(run),
+        seconds=run.seconds,
+        hardware=run.hardware,
+        versions=_versions([run]),
+        command=run.command,
+        place=str(run.place),
+    )
+
+
+def _cell_lines(part: Section) -> list[EstimateLine]:
+    found = []
+    for cell in part.cells:
+        found.append(_line(part, cell.task, cell.method, "", "mean over seeds (Student)", cell.seeds, cell.mean))
+        if cell.pooled is not None:
+            name = f"of {cell.episodes} episodes (Wilson)"
+            found.append(_line(part, cell.task, cell.method, "", name, cell.seeds, cell.pooled))
+    return found
+
+
+def _over_lines(part: Section) -> list[EstimateLine]:
+    return [
+        _line(part, f"{row.tasks} tasks", row.method, "", name, row.runs, estimate)
+        for row in part.over
+        for name, estimate in row.statistics.items()
+    ]
+
+
+def _pair_lines(part: Section) -> list[EstimateLine]:
+    return [
+        _line(part, pair.task or "all tasks", pair.method, pair.reference, name, pair.runs, estimate)
+        for pair in part.pairs
+        for name, estimate in (("paired difference", pair.difference), ("probability of improvement", pair.better))
+    ]
+
+
+def _line(
+    part: Section, task: str, method: str, reference: str, statistic: str, runs: int, estimate: Estimate
+) -> EstimateLine:
+    low, high = (value if math.isfinite(value) else None for value in (estimate.low, estimate.high))
+    return EstimateLine(_name(part), task, method, reference, statistic, runs, estimate.value, low, high)
+
+
+def _pictures(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
+    """What runs have drawn or filmed, one seed of each method and task: inside the page, or by a path if it is large."""
+    found: dict[tuple[str, str, str], tuple[str, str]] = {}
+    for run in runs:
+        for picture in run.pictures:
+            caption = f"{run.method}, {run.task}, seed {run.seed}: {picture.stem}"
+            address = inline(picture) if picture.stat().st_size <= _INLINE else picture.resolve().as_uri()
+            found.setdefault((run.method, run.task, picture.stem), (caption, address))
+    return list(found.values())[:_PICTURES]

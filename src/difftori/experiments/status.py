@@ -1,0 +1,118 @@
+"""How the runs of a sweep stand, told from their folders, whichever machine works on them."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from difftori.errors import DifftoriError
+from difftori.experiments.plan import Planned
+from difftori.experiments.pool import beside
+from difftori.runs.records import read_metrics, read_summary
+
+State = Literal["finished", "running", "failed", "interrupted", "waiting"]
+HEADLINES = ("return", "last/success", "best/success", "last/excess_cost", "best/excess_cost", "last/validation_error")
+"""What a finished run is best known by: the first of these that it has."""
+
+_MANY = 60
+_URGENT = ("failed", "interrupted", "running")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run: its state, how far it is, and a word of explanation."""
+
+    run: Planned
+    state: State
+    step: int | None
+    note: str
+
+    def row(self) -> dict[str, Any]:
+        """For a table."""
+        return {"run": self.run.work.name, "state": self.state, "step": self._progress(), "": self.note}
+
+    def _progress(self) -> str:
+        if self.step is None:
+            return ""
+        return str(self.step) if self.run.length is None else f"{self.step} of {self.run.length}"
+
+
+def standing(run: Planned) -> Standing:
+    """How a run stands. `interrupted`: it was begun, nobody works on it, and it goes on when it is started again."""
+    if run.work.finished:
+        return Standing(run, "finished", _step(run), _headline(run))
+    failed = beside(run.folder, ".failed.json")
+    if run.work.elsewhere:
+        return Standing(run, "running", _step(run), _age(run))
+    if failed.exists():
+        return Standing(run, "failed", _step(run), _reason(failed.read_bytes()))
+    if (run.folder / "config.yaml").exists():
+        return Standing(run, "interrupted", _step(run), _age(run))
+    return Standing(run, "waiting", None, "" if run.base is None else f"refines {run.base.work.name}")
+
+
+def table(found: Sequence[Standing]) -> list[dict[str, Any]]:
+    """A line for each run; of more than 60, one for each method, over tasks and seeds, and the first 60 that are neither
+    finished nor waiting, those that failed on top.
+    """
+    if len(found) <= _MANY:
+        return [s.row() for s in found]
+    methods: dict[str, list[Standing]] = {}
+    for s in found:
+        methods.setdefault(s.run.folder.parent.name, []).append(s)
+    lines: list[dict[str, Any]] = [
+        {"run": f"*/{name}/*", "state": "", "step": "", "": counts(own)} for name, own in methods.items()
+    ]
+    urgent = sorted((s for s in found if s.state in _URGENT), key=lambda s: _URGENT.index(s.state))
+    lines += [s.row() for s in urgent[:_MANY]]
+    if len(urgent) > _MANY:
+        lines.append({"run": f"… and {len(urgent) - _MANY} more", "state": "", "step": "", "": counts(urgent[_MANY:])})
+    return lines
+
+
+def counts(found: Sequence[Standing]) -> str:
+    """How many runs are in which state, in words."""
+    states = ("finished", "running", "failed", "interrupted", "waiting")
+    numbers = {state: sum(s.state == state for s in found) for state in states}
+    return ", ".join(f"{number} {state}" for state, number in numbers.items() if number) or "no runs"
+
+
+def _step(run: Planned) -> int | None:
+    try:
+        rows = read_metrics(run.folder)
+    except DifftoriError:
+        return None
+    return rows[-1]["step"] if rows else None
+
+
+def _age(run: Planned) -> str:
+    rows = run.folder / "metrics.jsonl"
+    if not rows.exists():
+        return "no row yet"
+    seconds = max(0.0, time.time() - rows.stat().st_mtime)
+    shown = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )
+    return f"last row {shown} ago"
+
+
+def _headline(run: Planned) -> str:
+    try:
+        summary = read_summary(run.folder)
+    except DifftoriError as error:
+        return str(error)
+    name = next((name for name in HEADLINES if name in summary), None)
+    return "" if name is None else f"{name} {summary[name]:.4g}"
+
+
+def _reason(note: bytes) -> str:
+    try:
+        plain = json.loads(note)
+        return f"status {plain['status']} on {plain['host']}: {plain['reason']}"
+    except (ValueError, KeyError, TypeError):
+        return "its note cannot be read; see the log beside the folder"

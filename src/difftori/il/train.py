@@ -1,0 +1,348 @@
+"""Imitation: the loop, and the way from a run directory back to a policy."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from difftori.errors import CheckpointError, ConfigError
+from difftori.il.config import TrainConfig, normalised, parse_config
+from difftori.il.distributed import Peers
+from difftori.il.env_task import EVAL_ROWS, Arena
+from difftori.il.learner import Learner, run_length
+from difftori.il.task_names import make_task
+from difftori.il.tasks import Act, Evaluation, ImitationTask
+from difftori.interfaces import Policy, PolicyConfig
+from difftori.policies.refiner import Refiner
+from difftori.registry import find_policy
+from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
+from difftori.runs.records import read_config, read_summary
+from difftori.runs.run import Run, refuse_another, seeded
+from difftori.runs.signals import StopSignal
+from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
+
+_log = logging.getLogger(__name__)
+
+Which: TypeAlias = Literal["best", "last"]
+"""The weights with the least validation error, or those of the last update."""
+
+
+def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
+    """Train a policy by imitation in the directory `out`, and return the run's summary.
+
+    If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
+    bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
+
+    Raises ConfigError (a faulty configuration, or another one in `out`), DataError (faulty demonstrations),
+    CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many updates in a row with NaN or Inf). On
+    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun all processes train
+    this one run (peers.py).
+    """
+    config = normalised(config)
+    if (peers := Peers.of_torchrun(config.device)).count == 1:
+        return _train(config, out, progress, peers)
+    if (out / "summary.json").exists():
+        refuse_another(out, config)
+        return read_summary(out)
+    with peers:
+        if peers.leads:
+            summary = _train(config, out, progress, peers)
+            peers.wait()
+            return summary
+        with tempfile.TemporaryDirectory() as scratch:
+            _train(config, Path(scratch) / "run", False, peers, out)
+        peers.wait()
+        return read_summary(out)
+
+
+def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by: Path | None = None) -> Metrics:
+    """`train` in one process. One that follows, in a directory of its own, goes on from the checkpoints of `led_by`."""
+    settings, device = config.settings, config.device
+    with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
+        if run.finished:
+            return run.summary()
+        task = open_task(config)
+        _keep_base(config, out, peers, led_by)
+        policy = _build(config, task.spec, out)
+        epochs, updates = run_length(settings, len(task.train))
+        learner = Learner(policy, settings, epochs, peers)
+        _warn_of_warmup(settings, updates)
+        noise = run.generator("loss", device)
+        if isinstance(policy, Refiner) and policy.has_base:
+            _ask_base(policy, task, config, out, at_most=updates * settings.batch_size)
+        checkpoint = run.restore()
+        peers.wait()  # whoever leads has repaired its checkpoints
+        if led_by is not None:
+            checkpoint = run.follow(led_by)
+        if checkpoint is not None:
+            learner.load(checkpoint.state["learner"])
+
+        watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
+        with StopSignal() as stop, _bar(epochs, learner.place.epoch, progress) as show:
+            while (epoch := learner.place.epoch) < epochs:
+                batches = task.train.batches(settings.batch_size, seeded(config.seed, f"order of epoch {epoch}"))
+                place = learner.place
+                left = None if settings.updates is None else place.batch + settings.updates - place.step
+                for batch in islice(batches, place.batch, left):
+                    if peers.any(stop.requested):
+                        run.save(learner.place.step, _state(learner, task.spec))
+                        stop.leave()
+                    if peers.count > 1:  # one stream for each process and step needs no saving
+                        noise = seeded(config.seed, f"loss of step {place.step} in process {peers.rank}", device)
+                    learner.update(batch.to(device), noise)
+                row = learner.close_epoch()
+                last = epoch + 1 == epochs
+                if peers.leads and (last or (epoch + 1) % watched == 0):
+                    row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
+                run.log(learner.place.step, row)
+                if last or (epoch + 1) % config.save_every == 0:
+                    run.save(learner.place.step, _state(learner, task.spec))
+                show(row)
+            if peers.any(stop.requested):  # in the last epoch's end, which is saved
+                stop.leave()
+
+        if not peers.leads:
+            return {}
+        export(out, config, learner, task.spec)
+        summary, episodes = summarise(learner, task, config)
+        replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
+        run.finish(summary)
+        return summary
+
+
+def open_task(config: TrainConfig) -> ImitationTask:
+    """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
+    options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
+
+
+def _keep_base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> None:
+    """Copy the base into the run, unless it is there; whoever follows takes the one of whoever leads."""
+    if config.base is None or not issubclass(find_policy(config.policy), Refiner):
+        return
+    if peers.leads and not (out / "base.pt").exists():
+        _copy_base(Path(config.base), out)
+    peers.wait()
+    if led_by is not None:
+        _copy_base(led_by, out, "base.pt")
+
+
+def _copy_base(base: Path, out: Path, name: str = "policy.pt") -> None:
+    """Keep what is refined: the run resumes, and acts, whatever becomes of the base's own."""
+    if not (base / name).exists():
+        raise ConfigError([f"base: {base} is not finished; go on with `difftori train --resume {base}`"])
+    read_weights(base / name)  # raises if it is damaged
+    replace_file(out / "base.pt.sha256", (base / f"{name}.sha256").read_bytes())
+    replace_file(out / "base.pt", (base / name).read_bytes())
+
+
+def _base_of(state: State, config: TrainConfig, place: str) -> Policy:
+    """The policy that another run exported."""
+    of_base = parse_config({**state["config"], "device": config.device, "base": None})
+    return _restored(state, of_base, "last", place)
+
+
+def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
+    if settings.warmup >= updates:
+        _log.warning(
+            "warmup is %d of %d updates: the learning rate never comes to %g; shorten it",
+            settings.warmup,
+            updates,
+            settings.lr,
+        )
+
+
+def _build(config: TrainConfig, spec: TaskSpec, out: Path) -> Policy:
+    """The policy that a run begins with, a refiner on its base, of which the run keeps a copy: `base.pt`."""
+    kind = find_policy(config.policy)
+    if not issubclass(kind, Refiner):
+        if config.base is not None:
+            raise ConfigError([f"base: {config.policy!r} starts from no other policy; leave --base out"])
+        return kind(config.settings, spec).to(config.device)
+    base = None
+    if config.base is not None:
+        base = _base_of(read_weights(out / "base.pt"), config, f"{out}, base")
+    return kind(config.settings, spec, base).to(config.device)
+
+
+_WORTH_KEEPING = 5.0
+"""Seconds that asking a base must take for its answers to be kept."""
+
+
+def _ask_base(policy: Refiner, task: ImitationTask, config: TrainConfig, out: Path, *, at_most: int) -> None:
+    """Prepare a refiner. Answers that took long are kept beside the base, for this run's next start and for other refiners."""
+    if not policy.looks_up(task.train, at_most=at_most):
+        return
+    seen = hashlib.sha256((out / "base.pt.sha256").read_bytes())
+    seen.update(f"{config.seed} {config.device} {config.threads} {policy.base_samples}".encode())
+    for batch in task.train.in_order():
+        for name, values in sorted(batch.obs.items()):
+            seen.update(name.encode() + values.contiguous().numpy().tobytes())
+    place = Path(config.base or out)
+    kept = (place if place.is_dir() else out) / f"base-actions-{seen.hexdigest()[:16]}.pt"
+    if kept.exists():
+        try:
+            policy.prepared = read_weights(kept)["actions"]
+            return
+        except (CheckpointError, KeyError) as error:
+            _log.warning("the base is asked again: %s", error)
+    started = time.perf_counter()
+    generator = seeded(config.seed, "base actions", config.device)
+    policy.prepare(task.train, at_most=at_most, generator=generator)
+    if policy.prepared is not None and time.perf_counter() - started > _WORTH_KEEPING:
+        try:
+            write_weights(kept, {"actions": policy.prepared})
+        except CheckpointError as error:  # another refiner may be writing the same, or the folder be somebody else's
+            _log.warning("what the base answered is not kept: %s", error)
+
+
+def summarise(
+    learner: Learner, task: ImitationTask, config: TrainConfig
+) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
+    """Evaluate the weights that the configuration names, all from the same starts; with the results episode by episode."""
+    place = learner.place
+    summary: Metrics = {
+        "epochs": float(place.epoch),
+        "updates": float(place.step - place.skipped),
+        "skipped": float(place.skipped),
+        "seconds": place.seconds,
+        "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
+        "best_epoch": float(place.best_epoch),
+        "last/validation_error": place.error,
+        "best/validation_error": place.best_error,
+    }
+    which = config.weights or ("both" if config.demos is None else "last")
+    found: dict[str, Evaluation] = {}
+    if which != "best":
+        found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+    if which != "last":
+        if learner.best is not None and (place.best_epoch != place.epoch or "last" not in found):
+            learner.acting.load_state_dict(learner.best)
+            found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+        else:
+            found["best"] = found["last"]
+    for name, result in found.items():
+        summary |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+    return summary, {name: result.episodes for name, result in found.items()}
+
+
+def evaluate(policy: Policy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
+    """The task's own measure of a policy, from starts that are the same for every policy."""
+    act = _seeded_actor(policy, config)
+    return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
+
+
+def evaluate_run(
+    run_dir: Path, *, which: Which | None = None, episodes: int | None = None, device: str = "cpu", video: bool = False
+) -> Metrics:
+    """Evaluate a run's policy again, from as many starts as wished; None takes the run's own number.
+
+    `which` weights: with `demos` the last unless given, else the best. `video`: film the first episode into the run's
+    `pictures/`. An environment is enough: its demonstrations are not read again.
+    """
+    in_env = read_config(run_dir).get("demos") is not None
+    policy, config = load_policy(run_dir, which or ("last" if in_env else "best"), device=device)
+    count = episodes or config.eval_episodes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        if not in_env:
+            if video:
+                raise ConfigError([f"--video: only environments draw pictures, and {config.env} is none"])
+            return evaluate(policy, open_task(config), config, episodes=count).metrics
+        arena = Arena(config.env, config.obs, config.num_envs or EVAL_ROWS, config.workers)
+        if video:
+            arena.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
+        return arena.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
+    finally:
+        torch.set_num_threads(threads)
+
+
+def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
+    """Write `policy.pt`, with the best and the last weights and all that is needed to build the policy, and its sha256.
+
+    A refiner's holds all of its base too, so that it acts when the base's run is gone.
+    """
+    weights = {"policy": learner.acting.state_dict(), "best": learner.best}
+    base = read_weights(out / "base.pt") if config.base is not None else None
+    plain = config.model_dump(mode="json")
+    write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
+
+
+def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[Policy, TrainConfig]:
+    """The policy of a run, ready to act on `device`, and the run's configuration (with that device).
+
+    An unfinished run gives the weights of its newest valid checkpoint. Raises ConfigError if `run_dir` is no run or its
+    policy is unknown, CheckpointError if the weights are absent or damaged.
+    """
+    config = parse_config({**read_config(run_dir), "device": device})
+    state = read_weights(run_dir / "policy.pt")
+    if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
+        state = {**state, "base": read_weights(run_dir / "base.pt")}
+    return _restored(state, config, which, str(run_dir)), config
+
+
+def _restored(state: State, config: TrainConfig, which: Which, place: str) -> Policy:
+    """A policy from what `export` wrote, with its base."""
+    kind = find_policy(config.policy)
+    try:
+        spec = TaskSpec.from_plain(state["spec"])
+        if issubclass(kind, Refiner):
+            below = state.get("base")
+            base = None if below is None else _base_of(below, config, f"{place}, base")
+            policy = kind(config.settings, spec, base)
+        else:
+            policy = kind(config.settings, spec)
+        learner = state["learner"]
+        last = learner.get("average") or learner["policy"]
+        policy.load_state_dict(learner["best"] or last if which == "best" else last)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{place}: its weights do not fit {config.policy!r}: {error}") from error
+    return policy.to(config.device).eval()
+
+
+def _state(learner: Learner, spec: TaskSpec) -> State:
+    return {"learner": learner.state(), "spec": asdict(spec)}
+
+
+def _seeded_actor(policy: Policy, config: TrainConfig) -> Act:
+    """The policy as a task calls it, from the CPU to the CPU, with a generator of its own."""
+    policy.eval()
+    generator = seeded(config.seed, "evaluation: policy", config.device)
+
+    def act(obs: WindowObs) -> Plans:
+        return policy.act(to_device(obs, generator.device), generator=generator).detach().cpu()
+
+    return act
+
+
+@contextmanager
+def _bar(total: int, done: int, progress: bool) -> Iterator:
+    """A progress bar over epochs; yields a function that shows an epoch's row."""
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        line = bar.add_task("train", total=total, completed=done, note="")
+
+        def show(row: Metrics) -> None:
+            names = [n for n in ("train/loss", "validation/error") if n in row]
+            bar.update(line, advance=1, note="  ".join(f"{n} {row[n]:.4g}" for n in names))
+
+        yield show

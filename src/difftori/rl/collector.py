@@ -1,0 +1,272 @@
+"""Acting in a vector of environments, and remembering what came of it."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from difftori.data.replay import Replay
+from difftori.envs.base import EnvironmentRestarted
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.errors import CheckpointError
+from difftori.interfaces import Memory
+from difftori.registry import env_options, make_env
+from difftori.rl.config import RLConfig
+from difftori.runs.checkpoint import State
+from difftori.types import Actions, Observations, RowFlags
+
+ActInRows: TypeAlias = Callable[[Observations, "Memory | None", RowFlags], tuple[Actions, Memory]]
+"""(observations (N *S), memory, first (N)) → actions (N A) and the memory for the next call."""
+
+
+class Ended(NamedTuple):
+    """One episode that has ended: what was seen (L *S), without the last observation, its return, its length in decisions."""
+
+    obs: np.ndarray
+    total: float
+    length: int
+
+
+@dataclass
+class _Row:
+    """One environment's running episode."""
+
+    seed: int
+    obs: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    total: float = 0.0
+
+
+class Collector:
+    """Steps `env`, hands whole episodes to `replay`, and can come back to the middle of one.
+
+    Each episode has a seed of its own, counted up from the run's, so that a resumed run meets the same ones; a running
+    episode is saved as its seed and actions and played again. A failed environment costs the running episodes.
+    """
+
+    def __init__(self, env: CheckedVectorEnv, replay: Replay, seed: int):
+        self.env, self.replay, self.seed = env, replay, seed
+        self.decisions = 0
+        self.episodes = 0
+        self.memory: Memory | None = None
+        self.seconds = {"acting": 0.0, "environment": 0.0}
+        self._rows: list[_Row] = []
+        self._obs = np.zeros(0)
+        self._first = np.zeros(0, dtype=bool)
+
+    def begin(self) -> None:
+        """Begin an episode in every environment."""
+        self.memory = None
+        self._rows = [self._next_episode() for _ in range(self.env.num_envs)]
+        self._obs, _ = self.env.reset(seed=[row.seed for row in self._rows])
+        self._first = np.ones(self.env.num_envs, dtype=bool)
+        for row in range(self.env.num_envs):
+            self.replay.begin(row, self._obs[row])
+
+    def step(self, act: ActInRows) -> list[Ended]:
+        """One decision in every environment; the episodes that ended with it."""
+        began = time.perf_counter()
+        actions, self.memory = act(torch.from_numpy(self._obs), self.memory, torch.from_numpy(self._first))
+        chosen = actions.cpu().numpy()
+        acted = time.perf_counter()
+        self.seconds["acting"] += acted - began
+        try:
+            return self._execute(chosen)
+        except EnvironmentRestarted:
+            self._begin_anew()
+            return []
+        finally:
+            self.seconds["environment"] += time.perf_counter() - acted
+
+    def _execute(self, actions: np.ndarray) -> list[Ended]:
+        following, rewards, terminated, truncated, _ = self.env.step(actions)
+        ends = terminated | truncated
+        ended = []
+        for index, row in enumerate(self._rows):
+            row.obs.append(self._obs[index])
+            row.actions.append(actions[index])
+            row.total += float(rewards[index])
+            self.replay.add(
+                index,
+                actions[index],
+                rewards[index],
+                following[index],
+                terminated=bool(terminated[index]),
+                truncated=bool(truncated[index]),
+            )
+            if ends[index]:
+                ended.append(Ended(np.stack(row.obs), row.total, len(row.actions)))
+        self.decisions += len(self._rows)
+        self._obs, self._first = following, ends
+        if ends.any():
+            try:
+                self._begin_rows(ends)
+            except EnvironmentRestarted:
+                self._begin_anew()
+        return ended
+
+    def _begin_anew(self) -> None:
+        """After a failure: running episodes are lost. It ends when an environment holds, or the budget of restarts is spent."""
+        while True:
+            for row in range(self.env.num_envs):
+                self.replay.drop(row)
+            try:
+                return self.begin()
+            except EnvironmentRestarted:
+                continue
+
+    def _begin_rows(self, ends: np.ndarray) -> None:
+        for index in np.flatnonzero(ends):
+            self._rows[index] = self._next_episode()
+        self._obs, _ = self.env.reset(seed=[row.seed for row in self._rows], options={"reset_mask": ends})
+        for index in np.flatnonzero(ends):
+            self.replay.begin(int(index), self._obs[index])
+
+    def _next_episode(self) -> _Row:
+        self.episodes += 1
+        return _Row(episode_seed(self.seed, "training", self.episodes))
+
+    def state(self) -> State:
+        """Counters, and each running episode as its seed and actions."""
+        rows = [
+            {"seed": row.seed, "actions": torch.from_numpy(np.array(row.actions, dtype=np.float32))}
+            for row in self._rows
+        ]
+        return {
+            "decisions": self.decisions,
+            "episodes": self.episodes,
+            "rows": rows,
+            "memory": self.memory,
+            "obs": torch.from_numpy(self._obs.copy()),
+            "first": torch.from_numpy(self._first.copy()),
+        }
+
+    def load(self, state: State) -> None:
+        """Play the running episodes again. Raises CheckpointError if they come out otherwise.
+
+        All environments step together: the longest episode begins first, and the others when it has come as far as they
+        lack in length. `replay` has been loaded with its partial episodes already.
+        """
+        self.decisions, self.episodes = int(state["decisions"]), int(state["episodes"])
+        self.memory = state["memory"]
+        self._rows = [_Row(int(row["seed"])) for row in state["rows"]]
+        plans = [row["actions"].numpy() for row in state["rows"]]
+        longest = max(len(plan) for plan in plans)
+        seeds: list[int | None] = [row.seed for row in self._rows]
+        obs, _ = self.env.reset(seed=seeds)
+        over = np.zeros(len(plans), dtype=bool)
+        for time_step in range(longest):
+            starting = np.array([longest - len(plan) == time_step and time_step > 0 for plan in plans])
+            if (starting | over).any():
+                obs, _ = self.env.reset(seed=seeds, options={"reset_mask": starting | over})
+            done = [time_step - (longest - len(plan)) for plan in plans]
+            actions = np.stack([plan[k] if k >= 0 else self._idle() for plan, k in zip(plans, done, strict=True)])
+            for row, plan, k, seen in zip(self._rows, plans, done, obs, strict=True):
+                if k >= 0:
+                    row.obs.append(seen)
+                    row.actions.append(plan[k])
+            obs, rewards, terminated, truncated, _ = self.env.step(actions)
+            over = terminated | truncated
+            for row, k, reward in zip(self._rows, done, rewards, strict=True):
+                row.total += float(reward) if k >= 0 else 0.0
+        fresh = np.array([len(plan) == 0 for plan in plans])
+        if longest and (over | fresh).any():
+            obs, _ = self.env.reset(seed=seeds, options={"reset_mask": over | fresh})
+        if not np.array_equal(obs, state["obs"].numpy()):
+            raise CheckpointError(
+                f"{self.env.name}: the running episodes, played again from their seeds, come out otherwise: this "
+                "environment is not deterministic, or of another version; the run cannot be resumed exactly"
+            )
+        self._obs, self._first = obs, state["first"].numpy()
+
+    def _idle(self) -> np.ndarray:
+        return np.zeros(self.env.single_action_space.shape or (), dtype=np.float32)
+
+
+def episode_seed(seed: int, stream: str, index: int) -> int:
+    """A seed for one episode; `stream` keeps training and evaluation apart."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little") >> 1
+
+
+def open_env(config: RLConfig, num_envs: int) -> CheckedVectorEnv:
+    """The environment of a configuration, with the options that it knows and those that differ from the defaults."""
+    defaults = {name: field.default for name, field in RLConfig.model_fields.items()}
+    wishes: dict[str, Any] = {
+        "obs": config.obs,
+        "action_repeat": config.action_repeat,
+        "render": config.render,
+        "workers": config.workers,
+    }
+    known = env_options(config.env)
+    chosen = {name: value for name, value in wishes.items() if name in known or value != defaults[name]}
+    return make_env(config.env, num_envs=num_envs, seed=config.seed, **chosen)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Evaluation episodes: their returns (N) and lengths (N), and what was seen, done and received, one entry per decision.
+
+    `returns_to_go` is the discounted return that followed; after a time limit it goes on with the mean reward of the
+    episode's second half, because values look beyond time limits too.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    obs: np.ndarray
+    actions: np.ndarray
+    returns_to_go: np.ndarray
+
+
+def evaluate(
+    env: CheckedVectorEnv, act: ActInRows, *, seed: int, episodes: int, discount: float, keep_every: int = 10
+) -> Trial:
+    """So many episodes, as many at once as `env` has copies, from seeds that depend on `seed` and their number alone.
+
+    Of every `keep_every`-th decision the discounted return is kept beside what was seen and done, of truncated episodes
+    only from their first half.
+    """
+    returns, lengths = [], []
+    kept: list[tuple[np.ndarray, np.ndarray, float]] = []
+    for start in range(0, episodes, env.num_envs):
+        wanted = min(env.num_envs, episodes - start)
+        seeds: list[int | None] = [episode_seed(seed, "evaluation", start + i) for i in range(env.num_envs)]
+        obs, _ = env.reset(seed=seeds)
+        first, memory = np.ones(env.num_envs, dtype=bool), None
+        going = np.arange(env.num_envs) < wanted
+        tracks: list[list[tuple[np.ndarray, np.ndarray, float]]] = [[] for _ in range(env.num_envs)]
+        while going.any():
+            actions, memory = act(torch.from_numpy(obs), memory, torch.from_numpy(first))
+            chosen = actions.cpu().numpy()
+            following, rewards, terminated, truncated, _ = env.step(chosen)
+            ends = terminated | truncated
+            for row in np.flatnonzero(going):
+                seen = obs[row] if len(tracks[row]) % keep_every == 0 else obs[row][:0]
+                tracks[row].append((seen, chosen[row], float(rewards[row])))
+                if ends[row]:
+                    returns.append(sum(reward for _, _, reward in tracks[row]))
+                    lengths.append(len(tracks[row]))
+                    kept += _returns_to_go(tracks[row], bool(terminated[row]), discount, keep_every)
+            going &= ~ends
+            obs, first = following, ends
+            if ends.any():
+                obs, _ = env.reset(options={"reset_mask": ends})
+    stacked = [np.stack(part) for part in zip(*kept, strict=True)]
+    return Trial(np.array(returns), np.array(lengths), stacked[0], stacked[1], stacked[2].astype(np.float32))
+
+
+def _returns_to_go(
+    track: list[tuple[np.ndarray, np.ndarray, float]], terminated: bool, discount: float, keep_every: int
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    second_half = [reward for _, _, reward in track[len(track) // 2 :]]
+    endless = sum(second_half) / len(second_half) / (1 - discount) if discount < 1 else 0.0
+    total, found = (0.0 if terminated else endless), []
+    for index in reversed(range(len(track))):
+        seen, action, reward = track[index]
+        total = reward + discount * total
+        if index % keep_every == 0 and (terminated or index <= len(track) // 2):
+            found.append((seen, action, total))
+    return found

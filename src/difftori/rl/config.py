@@ -1,0 +1,92 @@
+"""The configuration of a run of reinforcement learning."""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from difftori.config import device_faults, to_yaml, validated
+from difftori.errors import ConfigError
+from difftori.interfaces import AgentConfig
+from difftori.registry import find_agent, find_env
+
+SettingsT = TypeVar("SettingsT", bound=AgentConfig)
+
+
+class RLConfig(BaseModel, Generic[SettingsT]):
+    """All that decides how a run comes out. `settings` are the agent's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    agent: Annotated[str, tyro.conf.Suppress]
+    """An agent's name, or `my_pkg.my_agent:MyAgent`."""
+    env: str = "dmc:cup-catch"
+    """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or `my_pkg.my_env:make`."""
+    obs: Literal["state", "pixels"] = "state"
+    """What is seen: the state, or three stacked frames of 84×84."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Decides the initial weights, the episodes and every draw."""
+    steps: int = Field(100_000, ge=1)
+    """Environment steps; one decision takes `action_repeat` of them."""
+    num_envs: int = Field(1, ge=1)
+    """Environments that are acted in at once, all in one solve."""
+    action_repeat: int | None = Field(None, ge=1)
+    """Environment steps per decision; the paper's for its 15 tasks unless given."""
+    render: Literal["default", "fast", "warp"] = "default"
+    """Picture quality; only `default` compares with the literature."""
+    workers: Literal["sync", "async"] = "sync"
+    """Environments in this process, or one process each."""
+    eval_every: int = Field(20_000, ge=1)
+    """Environment steps between evaluations."""
+    eval_episodes: int = Field(10, ge=1)
+    """Episodes of each, on seeds apart from those of training."""
+    save_every: int = Field(50_000, ge=1)
+    """Environment steps between checkpoints; they are taken at the end of an episode."""
+    capacity: int = Field(1_000_000, ge=1)
+    """Decisions that the replay buffer holds; no more than the run takes."""
+    storage: Literal["memory", "device", "mmap"] = "memory"
+    """Where the replay buffer lies: memory, the device, or a file."""
+    keep_episodes: bool = False
+    """Keep the recorded episodes of a finished run, which resuming needs no longer."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1`, …"""
+    threads: int = Field(1, ge=1, le=1024)
+    """Threads of torch on the CPU; results differ between thread counts."""
+    compile: bool = False
+    """Compile acting and updating (torch.compile): minutes at the first start, seconds later; equal up to rounding."""
+    settings: Annotated[SettingsT, tyro.conf.arg(name="")]
+    """The agent's own settings."""
+
+
+def parse_rl_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> RLConfig:
+    """A configuration from plain values, as YAML gives them. Raises ConfigError with every fault there is."""
+    faults: list[str] = []
+    given = dict(values)
+    given.setdefault("settings", {})
+    config_type: type[RLConfig] = RLConfig[AgentConfig]
+    if isinstance(given.get("agent"), str):
+        try:
+            config_type = RLConfig[find_agent(given["agent"]).Config]
+        except ConfigError as error:
+            # Without the agent its settings cannot be judged; the rest can.
+            faults += error.faults
+            given["settings"] = {}
+    config, found = validated(config_type, given, also)
+    faults += found
+    if isinstance(given.get("env"), str):
+        try:
+            find_env(given["env"])
+        except ConfigError as error:
+            faults += error.faults
+    if isinstance(given.get("device"), str):
+        faults += device_faults(given["device"])
+    if faults or config is None:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return config
+
+
+def normalised(config: RLConfig) -> RLConfig:
+    """The same configuration, checked as one from a file is, and sure to survive being written and read again."""
+    return parse_rl_config(yaml.safe_load(to_yaml(config)))

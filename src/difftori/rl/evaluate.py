@@ -1,0 +1,144 @@
+"""Evaluating an agent of reinforcement learning: while it trains, and from the directory of its run."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from difftori.envs.base import EnvironmentRestarted
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.video import record, write_gif
+from difftori.errors import CheckpointError
+from difftori.interfaces import Agent, Memory
+from difftori.registry import find_agent
+from difftori.rl.collector import ActInRows, Trial, episode_seed, evaluate, open_env
+from difftori.rl.config import RLConfig, parse_rl_config
+from difftori.runs.checkpoint import State, read_weights, write_weights
+from difftori.runs.records import read_config
+from difftori.runs.run import seeded
+from difftori.types import Actions, EnvSpec, Metrics, Observations, RowFlags
+
+_ROWS = 10
+
+
+def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
+    """The environment for so many episodes of evaluation, at most ten at once."""
+    return open_env(config, min(_ROWS, episodes))
+
+
+def evaluate_agent(
+    agent: Agent, env: CheckedVectorEnv, config: RLConfig, decisions: int, episodes: int | None = None
+) -> Trial:
+    """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
+    discount = getattr(agent.config, "discount", 0.99)
+    while True:  # until an evaluation meets no failure, or the budget of restarts is spent
+        act = _deterministic(agent, config, decisions)
+        try:
+            return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
+        except EnvironmentRestarted:
+            continue
+
+
+def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
+    """The agent as evaluation calls it: no exploration, a generator of its own."""
+    generator = seeded(config.seed, "evaluation", config.device)
+
+    def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
+        return agent.act(
+            obs.to(config.device),
+            memory,
+            first=first.to(config.device),
+            step=decisions,
+            explore=False,
+            generator=generator,
+        )
+
+    return act
+
+
+def trial_metrics(trial: Trial) -> Metrics:
+    """Mean and spread of the returns of evaluation episodes."""
+    return {
+        "eval/return": float(trial.returns.mean()),
+        "eval/return_std": float(trial.returns.std()),
+        "eval/length": float(trial.lengths.mean()),
+        "eval/episodes": float(len(trial.returns)),
+    }
+
+
+def write_agent(run_dir: Path, agent: Agent, config: RLConfig, decisions: int) -> None:
+    """Write `agent.pt`, the agent's weights with all that `load_agent` needs to build it, and its sha256."""
+    write_weights(
+        run_dir / "agent.pt",
+        {
+            "agent": agent.state_dict(),
+            "spec": spec_state(agent.spec),
+            "collector": {"decisions": decisions},
+            "config": config.model_dump(mode="json"),
+        },
+    )
+
+
+def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
+    """The agent of a run, ready to act on `device`, its configuration, and how many decisions it had taken.
+
+    An unfinished run gives the weights of its newest valid checkpoint.
+    """
+    config = parse_rl_config({**read_config(run_dir), "device": device})
+    state = read_weights(run_dir / "agent.pt")
+    agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
+    agent.compiles = config.compile
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
+    return agent.eval(), config, int(state["collector"]["decisions"])
+
+
+def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
+    """Evaluate a run's agent again, on as many of the evaluation's seeds as wished; None takes the run's own number.
+
+    `video`: film the first of these episodes into the run's `pictures/`.
+    """
+    agent, config, decisions = load_agent(run_dir, device=device)
+    count = episodes or config.eval_episodes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    env = open_evaluation(config, count)
+    try:
+        if video:
+            film(agent, config, decisions, run_dir / "pictures" / "episode.gif")
+        return trial_metrics(evaluate_agent(agent, env, config, decisions, count))
+    finally:
+        env.close()
+        torch.set_num_threads(threads)
+
+
+def film(agent: Agent, config: RLConfig, decisions: int, path: Path) -> None:
+    """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
+    env = open_env(config, 1)
+    act = _deterministic(agent, config, decisions)
+    memory: Memory | None = None
+
+    def step(obs: np.ndarray) -> np.ndarray:
+        nonlocal memory
+        first = torch.full((len(obs),), memory is None)
+        actions, memory = act(torch.from_numpy(obs), memory, first)
+        return actions.cpu().numpy()
+
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_gif(record(env, step, seed=episode_seed(config.seed, "evaluation", 0)), path)
+    finally:
+        env.close()
+
+
+def spec_state(spec: EnvSpec) -> State:
+    """A specification as plain values."""
+    return {**asdict(spec), "obs_shape": list(spec.obs_shape)}
+
+
+def spec_from(state: State) -> EnvSpec:
+    """What `spec_state` wrote."""
+    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})

@@ -1,0 +1,333 @@
+"""Reinforcement learning: the loop."""
+
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from difftori.data.replay import DamagedEpisodeError, Replay, prune
+from difftori.envs.base import env_spec
+from difftori.errors import CheckpointError
+from difftori.interfaces import Memory
+from difftori.registry import find_agent
+from difftori.rl.collector import Collector, Ended, Trial, open_env
+from difftori.rl.config import RLConfig, normalised
+from difftori.rl.evaluate import evaluate_agent, open_evaluation, spec_state, trial_metrics, write_agent
+from difftori.runs.checkpoint import State
+from difftori.runs.run import Run, seeded
+from difftori.runs.signals import StopSignal
+from difftori.types import Actions, Metrics, Observations, RowFlags
+
+_STACK = 3
+
+
+def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
+    """Train an agent in the directory `out`, and return the run's summary.
+
+    If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
+    bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
+
+    Raises ConfigError (a faulty configuration, or another one in `out`), CheckpointError, NonFiniteError (NaN from the
+    environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
+    or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
+    """
+    config = normalised(config)
+    with Run(out, config, seed=config.seed, threads=config.threads, device=config.device) as run:
+        if run.finished:
+            return run.summary()
+        session = _Session(config, run)
+        try:
+            with StopSignal() as stop, _bar(config.steps, session.env_steps, session.updates, progress) as show:
+                session.run_to_end(stop, show)
+            write_agent(out, session.agent, config, session.collector.decisions)
+            summary = session.summary()
+        finally:
+            session.close()
+        run.finish(summary)
+        if not config.keep_episodes:
+            shutil.rmtree(out / "episodes", ignore_errors=True)
+        return summary
+
+
+class _Session:
+    """Everything that a run has in hand, from the environment to the clock."""
+
+    def __init__(self, config: RLConfig, run: Run):
+        self.config, self.out, self.run = config, run.path, run
+        env = open_env(config, config.num_envs)
+        self.spec = env_spec(env)
+        self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
+        self.agent.compiles = config.compile
+        decisions = -(-config.steps // self.spec.action_repeat)
+        longest = self.spec.max_decisions or decisions
+        pixels = len(self.spec.obs_shape) == 3
+        self.replay = Replay(
+            min(config.capacity, decisions + longest * config.num_envs),
+            obs_shape=self.spec.obs_shape,
+            obs_dtype=self.spec.obs_dtype,
+            action_dim=self.spec.action_dim,
+            length=self.agent.config.horizon,
+            stack=_STACK if pixels else 1,
+            num_rows=config.num_envs,
+            storage=config.storage,
+            folder=run.path if config.storage == "mmap" else None,
+            device=config.device,
+        )
+        self.collector = Collector(env, self.replay, config.seed)
+        self.acting = run.generator("acting", config.device)
+        self.learning = run.generator("learning", config.device)
+        self.sampling = run.generator("sampling")
+        self.updates, self.owed = 0, 0.0
+        self.deciding = False
+        self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
+        self.before = 0.0
+        self.evaluations: list[tuple[int, float]] = []
+        self.saved_at = 0
+        self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are kept
+        self._eval_env = None
+        self._sums: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        while (checkpoint := run.restore()) is not None:
+            try:
+                self._load(checkpoint.state)
+                break
+            except DamagedEpisodeError as error:
+                run.checkpoints.set_aside(checkpoint.step, error)
+        else:
+            self.collector.begin()
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps so far."""
+        return self.collector.decisions * self.spec.action_repeat
+
+    def run_to_end(self, stop: StopSignal, show) -> None:
+        """Decide, remember; after each episode learn what is owed, look, save. A stop in mid-episode goes on there."""
+        while True:
+            if not self.deciding:
+                self._learn(stop)
+                if stop.requested:
+                    self.save()
+                    stop.leave()
+                self._look_and_save(show)
+                if self.env_steps >= self.config.steps:
+                    if stop.requested:  # in the last evaluation; all of it is saved
+                        stop.leave()
+                    return
+            self.deciding = True
+            ended: list[Ended] = []
+            while not ended and not stop.requested and self.env_steps < self.config.steps:
+                ended = self.collector.step(self._act)
+            if not ended and self.env_steps < self.config.steps:
+                self.save()
+                stop.leave()
+            self.deciding = False
+            self._account(ended, show)
+
+    def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
+        """Random for the first decisions, the agent's with exploration afterwards."""
+        decisions, device = self.collector.decisions, self.config.device
+        if decisions < self.agent.config.seed_steps:
+            shape = (len(obs), self.spec.action_dim)
+            return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
+        kept = {name: value.to(device) for name, value in memory.items()} if memory else None
+        return self.agent.act(
+            obs.to(device),
+            kept,
+            first=first.to(device),
+            step=decisions,
+            explore=True,
+            generator=self.acting,
+        )
+
+    def _account(self, ended: list[Ended], show) -> None:
+        """Log the episodes, let the agent learn from them as a whole, and owe the updates of their decisions."""
+        trained = self.updates > 0
+        for episode in ended:
+            row: Metrics = {"train/return": episode.total, "train/length": float(episode.length)}
+            if trained:
+                began = time.perf_counter()
+                row |= {
+                    f"train/{name}": value
+                    for name, value in self.agent.end_episode(
+                        torch.from_numpy(episode.obs).to(self.config.device), generator=self.learning
+                    ).items()
+                }
+                self.seconds["end_episode"] += time.perf_counter() - began
+            self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
+            show(self.env_steps, self.updates, row)
+            self.owed += episode.length * self.agent.config.updates_per_step
+
+    def _learn(self, stop: StopSignal) -> None:
+        """The updates that are owed, once the random decisions are over."""
+        if self.collector.decisions < self.agent.config.seed_steps or not len(self.replay):
+            return
+        done = 0
+        while self.owed >= 1 and not stop.requested:
+            began = time.perf_counter()
+            segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
+            sampled = time.perf_counter()
+            priorities, metrics = self.agent.update(segment, generator=self.learning)
+            sound = priorities.isfinite()
+            self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
+            self.seconds["sampling"] += sampled - began
+            self.seconds["update"] += time.perf_counter() - sampled
+            self.owed -= 1
+            self.updates += 1
+            done += 1
+            sound_metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            passed_over = float(len(sound_metrics) < len(metrics))  # Descent steps by no gradient with NaN
+            for name, value in {**sound_metrics, "non_finite": passed_over}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+        if done and not stop.requested:
+            count = self._sums.pop("updates")
+            self.run.log(
+                self.env_steps,
+                {f"update/{name}": total / count for name, total in self._sums.items()} | {"updates": self.updates},
+            )
+            self._sums = {}
+
+    def _look_and_save(self, show) -> None:
+        if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
+            row = self.look()
+            self.run.log(self.env_steps, row)
+            show(self.env_steps, self.updates, row)
+        if self._due(self.saved_at, self.config.save_every):
+            self.save()
+
+    def _due(self, before: int, every: int) -> bool:
+        """Whether a multiple of `every` has been passed since `before`, or the run has come to its end."""
+        now, last = self.env_steps, self.env_steps >= self.config.steps
+        return now > before and (last or now // every > before // every)
+
+    def look(self) -> Metrics:
+        """Evaluate, and say what the agent has to say about its learning."""
+        began = time.perf_counter()
+        if self._eval_env is None:
+            self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
+        trial = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.decisions)
+        self.evaluations.append((self.env_steps, float(trial.returns.mean())))
+        row = trial_metrics(trial) | self._judged(trial)
+        if self.updates:
+            generator = seeded(self.config.seed, f"diagnosis at {self.env_steps}")
+            segment = self.replay.sample(self.agent.batch_size, generator=generator)
+            noise = seeded(self.config.seed, f"diagnosis at {self.env_steps}", self.config.device)
+            row |= {f"diagnosis/{k}": v for k, v in self.agent.diagnose(segment, generator=noise).items()}
+        self.seconds["evaluation"] += time.perf_counter() - began
+        row |= {f"seconds/{name}": total for name, total in {**self.seconds, **self.collector.seconds}.items()}
+        return row | {"updates": self.updates, "seconds/total": self._elapsed()}
+
+    def _judged(self, trial: Trial) -> Metrics:
+        device = self.config.device
+        parts = (torch.from_numpy(part).to(device) for part in (trial.obs, trial.actions, trial.returns_to_go))
+        return {f"judged/{name}": value for name, value in self.agent.judge(*parts).items()} if self.updates else {}
+
+    def _elapsed(self) -> float:
+        return self.before + time.perf_counter() - self._clock
+
+    # Saving
+
+    def save(self) -> None:
+        """A checkpoint, with the episodes beside it, each written once."""
+        episodes = self.out / "episodes"
+        state = {
+            "agent": self.agent.state_dict(),
+            "training": self.agent.training_state(),
+            "replay": self.replay.save(episodes),
+            "collector": self.collector.state(),
+            "spec": spec_state(self.spec),
+            "updates": self.updates,
+            "owed": self.owed,
+            "deciding": self.deciding,
+            "sums": dict(self._sums),
+            "evaluations": self.evaluations,
+            "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
+        }
+        self.run.save(self.env_steps, state)
+        self.saved_at = self.env_steps
+        self._named.append(state["replay"])
+        if len(self._named) == self._named.maxlen:
+            prune(episodes, self._named)
+
+    def _load(self, state: State) -> None:
+        try:
+            self.agent.load_state_dict(state["agent"])
+            self.agent.load_training_state(state["training"])
+            self.replay.load(self.out / "episodes", state["replay"])
+            self.collector.load(state["collector"])
+            self.updates, self.owed = int(state["updates"]), float(state["owed"])
+            self.deciding = bool(state["deciding"])
+            self._sums = dict(state["sums"])
+            self.evaluations = [tuple(pair) for pair in state["evaluations"]]
+            seconds = dict(state["seconds"])
+        except CheckpointError:
+            raise
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{self.out}: the checkpoint does not fit this agent: {error}") from error
+        self.before = seconds.pop("total")
+        for name, value in seconds.items():
+            (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
+        self.saved_at = self.env_steps
+        self._named.append(state["replay"])
+
+    def summary(self) -> Metrics:
+        """The last evaluation, the mean of all, and what the run took."""
+        returns = [value for _, value in self.evaluations]
+        spent = {**self.seconds, **self.collector.seconds}
+        busy = sum(value for name, value in spent.items() if name != "evaluation")
+        return {
+            "env_steps": float(self.env_steps),
+            "decisions": float(self.collector.decisions),
+            "episodes": float(self.collector.episodes),
+            "updates": float(self.updates),
+            "return": returns[-1],
+            "mean_return": float(np.mean(returns)),
+            "seconds": self._elapsed(),
+            "env_steps_per_second": self.env_steps / max(busy, 1e-9),
+            "updates_per_second": self.updates / max(self.seconds["sampling"] + self.seconds["update"], 1e-9),
+            **{f"seconds/{name}": total for name, total in spent.items()},
+            "parameters": float(sum(p.numel() for p in self.agent.parameters())),
+        }
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.collector.env.close()
+        if self._eval_env is not None:
+            self._eval_env.close()
+
+
+@contextmanager
+def _bar(total: int, done: int, updated: int, progress: bool) -> Iterator:
+    """A progress bar over environment steps, of which `done` were taken, and `updated` updates made, before this start.
+
+    Yields a function that shows environment steps, updates, and a row of metrics.
+    """
+    columns = (
+        TextColumn("environment steps"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    notes: dict[str, str] = {}
+    began = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        line = bar.add_task("train", total=total, completed=done, note="")
+
+        def show(steps: int, updates: int, row: Metrics) -> None:
+            shown = {"train/return": "train", "eval/return": "eval"}
+            notes.update({label: f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row})
+            elapsed = max(time.perf_counter() - began, 1e-9)
+            speed = f"{(steps - done) / elapsed:.0f} steps/s", f"{(updates - updated) / elapsed:.0f} updates/s"
+            bar.update(line, completed=min(steps, total), note="  ".join([*notes.values(), *speed]))
+
+        yield show

@@ -1,0 +1,1 @@
+"""One run's directory: configuration, checkpoints, metrics, locks, signals, its page."""

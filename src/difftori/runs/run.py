@@ -1,0 +1,306 @@
+"""One run: a directory that explains itself, a log, checkpoints, exact resumption. Shared by every trainer.
+
+- `config.yaml`: the whole configuration; `versions.json`: software, machine, source; `command.txt`: one line per start
+- `metrics.jsonl`: one row per `log`, the truth; `tensorboard/`: the same numbers for TensorBoard
+- `checkpoints/`: see checkpoint.py
+- `summary.json`: written last, so it says that the run is finished; `report.html`: all of it on one page
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from difftori.errors import CheckpointError, ConfigError, DataError
+from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
+from difftori.runs.locks import hold
+from difftori.runs.page import render
+from difftori.runs.records import flat, read_config, read_metrics, read_summary
+from difftori.runs.versions import versions
+from difftori.types import Metrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+_RESERVED = ("step", "time", "warning")
+_BEFORE_CONFIG = {"run.lock", "versions.json", "command.txt"}
+
+_log = logging.getLogger(__name__)
+
+
+def seeded(seed: int, name: str, device: str = "cpu") -> torch.Generator:
+    """A generator of its own for each purpose: `name` keeps the streams of one seed apart."""
+    number = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    return torch.Generator(device=device).manual_seed(int.from_bytes(number, "little") >> 1)
+
+
+def flush_tiny_numbers() -> None:
+    """Let numbers below 1e-38 count as 0, until `torch.set_flush_denormal(False)`.
+
+    The processor takes many times as long for them, and weights near zero meet many.
+    """
+    # NumPy measures its number types when first asked, and warns if that is after the switch.
+    _ = str(np.finfo(np.float32)), str(np.finfo(np.float64))
+    torch.set_flush_denormal(True)
+
+
+class Run:
+    """An open run directory. Use it as a context: on leaving, the files close and torch's settings are put back.
+
+    While it is open, torch uses `threads` threads and its global generator is seeded (networks draw their initial
+    weights from it). Everything else draws from `generator(name)`.
+    """
+
+    def __init__(self, path: Path, config: BaseModel, *, seed: int, threads: int, device: str):
+        self.path = path
+        self.seed = seed
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._generators: dict[str, torch.Generator] = {}
+        self._restored: State = {}
+        self._outside = (torch.get_rng_state(), torch.get_num_threads())
+        self._close = contextlib.ExitStack()
+        self._rows: TextIO | None = None
+        self._logged = 0
+        self._board: SummaryWriter | None = None
+        self._purge_from: int | None = None
+        try:
+            self._claim()
+            torch.set_num_threads(threads)
+            flush_tiny_numbers()
+            torch.manual_seed(seed)
+            with _writing(path):
+                _prepare(path, config, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, release the directory, put torch's generator and threads back."""
+        self._close_logs()
+        self._close.close()
+        state, threads = self._outside
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+    def generator(self, name: str, device: str = "cpu") -> torch.Generator:
+        """The generator of that name: made from the seed once, saved with each checkpoint, restored with it."""
+        if name not in self._generators:
+            self._generators[name] = seeded(self.seed, name, device)
+            if name in self._restored:
+                self._generators[name].set_state(self._restored[name])
+        return self._generators[name]
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Append a row. NaN and Inf are written as null, with a `warning` column that says so."""
+        taken = [name for name in metrics if name in _RESERVED]
+        if taken:
+            raise DataError(f"metrics named {', '.join(taken)}: these names are the log's own, choose others")
+        row: dict[str, float | int | str | None] = {"step": step}
+        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row["time"] = round(time.time(), 3)
+        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            row["warning"] = "; ".join(bad)
+            _log.warning("step %d: %s", step, row["warning"])
+        with _writing(self.path):
+            self._append(step, json.dumps(row, allow_nan=False), metrics)
+
+    def save(self, step: int, state: State, *, best: bool = False) -> Path:
+        """Write a checkpoint of `state`, of torch's global generator and of every generator of this run."""
+        if self._rows is not None:
+            os.fsync(self._rows.fileno())
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        own = {
+            "torch": torch.get_rng_state(),
+            "cuda": cuda,
+            "generators": {name: g.get_state() for name, g in self._generators.items()},
+            "threads": torch.get_num_threads(),
+            "rows": self._logged,
+        }
+        return self.checkpoints.save(step, {"run": own, "state": state}, best=best)
+
+    def restore(self) -> Checkpoint | None:
+        """The newest valid checkpoint with the caller's `state`, or None if the run is to start from the beginning.
+
+        Sets all generators back to it and drops the rows that were logged after it. Call it before the first `log`.
+        Raises CheckpointError if there are checkpoints but none is valid; then nothing is changed.
+        """
+        found = self.checkpoints.latest()
+        if found is None:
+            self._drop_rows_after(0)
+            return None
+        try:
+            own, state = found.state["run"], found.state["state"]
+            torch.set_rng_state(own["torch"])
+            if own["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(own["cuda"])
+            self._restored = own["generators"]
+            threads, logged = own["threads"], own["rows"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{found.path}: not a checkpoint of a run ({error!r})") from error
+        for name, generator in self._generators.items():
+            if name in self._restored:
+                generator.set_state(self._restored[name])
+        if threads != torch.get_num_threads():
+            _log.warning(
+                "saved with %d threads, resumed with %d: last bits may differ", threads, torch.get_num_threads()
+            )
+        self._drop_rows_after(logged)
+        self._purge_from = found.step + 1
+        return Checkpoint(found.step, found.path, state)
+
+    def follow(self, other: Path) -> Checkpoint | None:
+        """The newest valid checkpoint of another process's run of the same configuration: the caller's `state` of it."""
+        found = Checkpoints(other / "checkpoints").latest(repair=False)
+        return None if found is None else Checkpoint(found.step, found.path, found.state["state"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` has been called on this directory, by this process or an earlier one."""
+        return (self.path / "summary.json").exists()
+
+    def finish(self, summary: Metrics) -> None:
+        """Write the report, then `summary.json`, which marks the run as finished."""
+        self._close_logs()
+        plain = {name: value if math.isfinite(value) else None for name, value in summary.items()}
+        with _writing(self.path):
+            replace_file(self.path / "report.html", render(self.path, summary).encode())
+            replace_file(self.path / "summary.json", (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode())
+
+    def summary(self) -> Metrics:
+        """What `finish` wrote."""
+        return read_summary(self.path)
+
+    def _claim(self) -> None:
+        """Hold the directory, so that no second process writes into it; the system releases it when we end."""
+        _refuse_strangers(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = self._close.enter_context((self.path / "run.lock").open("a"))
+        except OSError as error:
+            raise ConfigError([f"out: {self.path} cannot be a run directory ({error}); choose another"]) from error
+        try:
+            hold(handle)
+        except BlockingIOError as error:
+            raise ConfigError([f"out: {self.path} is in use by another process; wait, or choose another"]) from error
+
+    def _append(self, step: int, row: str, metrics: Mapping[str, float | int]) -> None:
+        if self._rows is None or self._board is None:
+            from torch.utils.tensorboard.writer import SummaryWriter  # takes half a second; not before it is needed
+
+            self._rows = (self.path / "metrics.jsonl").open("a")
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_from)
+        self._rows.write(row + "\n")
+        self._rows.flush()
+        self._logged += 1
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+
+    def _close_logs(self) -> None:
+        for log in (self._rows, self._board):
+            try:
+                if log is not None:
+                    log.close()
+            except OSError as error:
+                _log.warning("%s: the end of a log is lost (%s)", self.path, error)
+        self._rows = self._board = None
+
+    def _drop_rows_after(self, count: int) -> None:
+        """Keep the first `count` rows, those that were there when the checkpoint was taken."""
+        self._logged = count
+        rows = self.path / "metrics.jsonl"
+        if rows.exists():
+            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path)[:count]]
+            with _writing(self.path):
+                replace_file(rows, "".join(kept).encode())
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into a typed error."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); free space and start the same command again"
+        ) from error
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Keep out of a directory that holds something else than a run, before anything is written there."""
+    if not path.is_dir() or (path / "config.yaml").exists():
+        return
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in _BEFORE_CONFIG and p.suffix != ".tmp")
+    if strangers:
+        raise ConfigError([f"out: {path} is no run directory but holds {', '.join(strangers[:5])}; choose another"])
+
+
+def _prepare(path: Path, config: BaseModel, device: str) -> None:
+    """Compare the configuration with the one that is there, or write it; then note versions and command."""
+    plain = config.model_dump(mode="json")
+    new = not (path / "config.yaml").exists()
+    if not new:
+        refuse_another(path, config)
+    if (path / "summary.json").exists():
+        return
+    record = path / "versions.json"
+    replace_file(record, (json.dumps(_versions(record, device), indent=1) + "\n").encode())
+    with (path / "command.txt").open("a") as commands:
+        commands.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}  {shlex.join(sys.argv)}\n")
+    if new:  # written last: its presence says that the directory is complete
+        replace_file(path / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+
+
+def _versions(record: Path, device: str) -> dict:
+    """Today's versions; those of an earlier start of this run are kept below them, and a change is warned of."""
+    now: dict = dict(versions(device))
+    try:
+        before = dict(json.loads(record.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return now
+    earlier = before.pop("earlier", [])
+    changed = [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        _log.warning("resumed with other versions, so the last bits may differ: %s", "; ".join(changed))
+        earlier = [before, *earlier]
+    return now | ({"earlier": earlier} if earlier else {})
+
+
+def refuse_another(path: Path, config: BaseModel) -> None:
+    """Raise ConfigError, naming the keys, if the run in a directory has another configuration."""
+    if faults := differences(read_config(path), config):
+        raise ConfigError([*faults, f"out: {path} holds a run of another configuration; choose another directory"])
+
+
+def differences(before: dict, config: BaseModel) -> list[str]:
+    """One fault per key whose value differs; a key that the older file lacks counts as its default."""
+    with contextlib.suppress(ValidationError):
+        before = type(config).model_validate(before).model_dump(mode="json")
+    old, new = flat(before), flat(config.model_dump(mode="json"))
+    return [
+        f"{key}: {new.get(key, 'absent')!r} here, {old.get(key, 'absent')!r} in the directory's config.yaml"
+        for key in sorted(old.keys() | new.keys())
+        if repr(old.get(key)) != repr(new.get(key))
+    ]

@@ -1,1 +1,0 @@
-"""Studies: one file per table or figure of the paper, with its runs, its reference numbers and its pictures."""

@@ -1,1 +1,0 @@
-"""Many runs: processes on this machine, on a Ray cluster, on Slurm."""

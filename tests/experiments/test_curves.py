@@ -1,0 +1,383 @@
+"""Studies of reinforcement learning on made-up runs: which runs, what is read, what is compared, what is written."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from tests.support.fabricated import write_run
+
+from difftori.cli import main
+from difftori.config import fields_of, overlay, read_tokens
+from difftori.errors import ConfigError, DataError
+from difftori.experiments import pool
+from difftori.experiments.curve_tables import (
+    ALL_TASKS,
+    OURS,
+    aggregates,
+    block,
+    compared_steps,
+    differences,
+    seed_results,
+    summarise,
+)
+from difftori.experiments.curves import make_curves, output_folder
+from difftori.experiments.diagnostics import diagnostics, diagnostics_table
+from difftori.experiments.paper import figure3, figure5, figure6, figure7
+from difftori.experiments.records import read_record
+from difftori.experiments.runs import TASKS, StudyConfig, partial_reasons, plan_jobs, strange_settings
+from difftori.paper.curves import published_curves
+from difftori.paper.numbers import paper_tasks
+from difftori.trainers import reinforcement
+
+PAIR = figure3.ARMS
+
+
+@pytest.fixture
+def small(tmp_path):
+    def build(config_type=figure3.Config, **values):
+        given = {
+            "tasks": ("cup-catch", "walker-walk"),
+            "seeds": 2,
+            "steps": 50_000,
+            "obs": "state",
+            "budget": 0,
+            "runs": tmp_path / "runs",
+            "out": tmp_path / "out",
+        }
+        return config_type(**(given | values))
+
+    return build
+
+
+def fill(config, arms, ends):
+    """Every run of the study, with the end return that `ends(job)` gives; None leaves it out."""
+    for job in plan_jobs(config, arms):
+        if (end := ends(job)) is not None:
+            write_run(job, end=end)
+
+
+def curves_of(config, arms=PAIR):
+    return make_curves(config, arms, say=lambda text: None)
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_tasks_are_the_papers():
+    assert list(TASKS) == [row.task for row in paper_tasks()]
+
+
+def test_the_defaults_are_the_full_study_and_anything_less_says_why(small):
+    assert partial_reasons(figure3.Config()) == []
+    reasons = partial_reasons(small(preset="compact"))
+    assert reasons == [
+        "states instead of pixels",
+        "preset compact",
+        "50000 of 1000000 steps",
+        "2 of 5 seeds",
+        "2 of 15 tasks",
+    ]
+    assert partial_reasons(figure3.Config(quick=True))[0] == "quick"
+
+
+def test_runs_come_seed_by_seed_and_arms_in_pairs(small):
+    jobs = plan_jobs(small(), PAIR)
+    assert [(job.seed, job.task, job.arm.label) for job in jobs[:5]] == [
+        (0, "cup-catch", "difftori"),
+        (0, "cup-catch", "tdmpc"),
+        (0, "walker-walk", "difftori"),
+        (0, "walker-walk", "tdmpc"),
+        (1, "cup-catch", "difftori"),
+    ]
+    assert len({job.folder for job in jobs}) == len(jobs) == 8
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_command_of_a_run_means_its_configuration(small, quick):
+    arms = [*PAIR, *figure5.FORMS.values(), *figure6.ARMS]
+    for job in plan_jobs(small(quick=quick, seeds=1), arms):
+        kind = reinforcement()
+        _, agent, *options = job.words
+        given = read_tokens(options)
+        assert given.pop("out") == [str(job.folder)]
+        assert given.pop("quiet") == []
+        config_type = kind.config_type(agent)
+        assert set(given) <= set(fields_of(config_type)) | set(fields_of(fields_of(config_type)["settings"]))
+        assert kind.parse(overlay({"agent": agent}, given, config_type)) == job.config
+
+
+def test_figures_share_their_runs(small):
+    default = {job.folder for job in plan_jobs(small(), PAIR)}
+    assert {job.folder for job in plan_jobs(small(), [figure6.WHOLE])} < default
+    forms = [plan_jobs(small(), [arm])[0] for arm in figure5.FORMS.values()]
+    assert len({job.folder for job in forms}) == len(forms)
+    assert sum(job.folder in default for job in forms) == 1
+
+
+def test_a_record_is_read_from_the_log(small):
+    job = plan_jobs(small(), PAIR)[0]
+    assert read_record(job) is None
+    write_run(job, end=500.0)
+    record = read_record(job)
+    assert record is not None
+    assert record.steps.tolist() == [0, 20_000, 40_000, 50_000]
+    assert record.returns.tolist() == pytest.approx([0, 200, 400, 500])
+    assert record.seconds.tolist() == pytest.approx([0, 300, 600, 750])
+    assert record.area == pytest.approx(275)
+    assert (record.at(40_000), record.at(30_000)) == (pytest.approx(400), None)
+    assert record.hardware == "a processor, 1 thread(s), a system"
+
+
+def test_a_late_evaluation_counts_for_its_place_on_the_grid(small):
+    job = plan_jobs(small(), PAIR)[0]
+    write_run(job, end=500.0)
+    log = job.folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"step": 20000', '"step": 20800').replace('"step": 50000', '"step": 50008'))
+    record = read_record(job)
+    assert record is not None
+    assert record.steps.tolist() == [0, 20_000, 40_000, 50_000]
+
+
+def test_a_return_that_is_no_number_is_refused(small):
+    job = plan_jobs(small(), PAIR)[0]
+    write_run(job, end=500.0)
+    log = job.folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"eval/return": 200.0', '"eval/return": null'))
+    with pytest.raises(DataError, match="step 20000"):
+        read_record(job)
+
+
+def test_finished_runs_are_kept_in_small_files_and_drawn_from_them_elsewhere(small, tmp_path):
+    config = small()
+    fill(config, PAIR, lambda job: None if job.seed and job.task == "cup-catch" else 321.0)
+    write_run(plan_jobs(config, PAIR)[4], end=5.0, until=20_000)
+    here = curves_of(config)
+    (tmp_path / "runs").rename(tmp_path / "left behind")
+    elsewhere = curves_of(config)
+    finished = [row for row in seed_results(here) if row.finished]
+    assert len(finished) == 6
+    assert seed_results(elsewhere) == finished
+    kept = plan_jobs(config, PAIR)[0].kept
+    assert kept.stat().st_size < 3500
+    assert plan_jobs(config, PAIR)[0].finished
+
+    write_run(plan_jobs(config, PAIR)[0], end=322.0)
+    with pytest.raises(ConfigError, match=r"different runs of cup-catch, difftori, seed 0: remove the one"):
+        curves_of(config)
+    shutil.rmtree(tmp_path / "runs")
+    text = kept.read_text()
+    kept.write_text(text.replace('"horizon": 5', '"horizon": 4'))
+    with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*seed-0\.json"):
+        curves_of(config)
+    kept.write_text(text[:100])
+    with pytest.raises(DataError, match="no readable run"):
+        curves_of(config)
+
+
+def test_diagnostics_are_medians_of_the_second_half(small):
+    config = small(tasks=("cup-catch",), seeds=2)
+    fill(config, PAIR[:1], lambda job: 10.0)
+    for seed, job in enumerate(plan_jobs(config, PAIR[:1])):
+        log = job.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        for row in rows:
+            if "eval/return" in row and row["step"]:
+                gain = row["step"] / 1000 + seed
+                row |= {"judged/obs_q": gain, "judged/discounted_return": 10.0, "judged/obs_q_correlation": 0.5}
+                row |= {"diagnosis/gain": gain, "diagnosis/free": 0.4, "diagnosis/valid": 0.3}
+                for name, value in (("encoder", 1.0), ("dynamics", 2.0), ("reward", 4.0), ("q", 8.0)):
+                    row |= {f"diagnosis/ratio/{name}": value, f"diagnosis/cosine/{name}": value / 10}
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = diagnostics(curves_of(config, PAIR[:1]))
+    assert (found.task, found.method, found.runs) == ("cup-catch", "difftori", 2)
+    assert found.gain == pytest.approx(45.5)  # of 40, 50 and 41, 51
+    assert found.value_over_return == pytest.approx(4.55)
+    assert (found.correlation, found.free, found.strict) == pytest.approx((0.5, 0.4, 0.3))
+    assert (found.norm_ratio, found.cosine) == pytest.approx((3.0, 0.3))
+    assert "+45.500" in diagnostics_table([found])
+
+
+def test_what_decides_and_what_does_not(small):
+    config = small()
+    job = plan_jobs(config, PAIR)[0]
+    write_run(job, end=1.0)
+    source = job.folder / "config.yaml"
+    text = source.read_text()
+    source.write_text(text.replace("device: cpu", "device: cuda").replace("threads: 1", "threads: 4"))
+    assert strange_settings(job) == []
+    source.write_text(text.replace("discount: 0.99", "discount: 0.9"))
+    assert len(strange_settings(job)) == 1
+    assert "settings.discount: 0.99 wanted, 0.9 in" in strange_settings(job)[0]
+    with pytest.raises(ConfigError, match="choose another"):
+        curves_of(config)
+
+
+def test_without_any_run_nothing_is_drawn(small):
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        curves_of(small())
+
+
+def test_ours_and_published_are_compared_at_the_same_steps_only(small):
+    config = small(tasks=("cup-catch",))
+    fill(config, PAIR, lambda job: {"difftori": 800.0, "tdmpc": 400.0}[job.arm.label] + 10 * job.seed)
+    curves = curves_of(config)
+    published = [curve for curve in published_curves("state") if curve.task == "cup-catch"]
+    assert compared_steps(curves, "cup-catch", published) == [40_000, 50_000]
+    rows = summarise(curves)
+    assert {(row.steps, row.method) for row in rows} == {
+        (40_000, "difftori"),
+        (40_000, "tdmpc"),
+        (40_000, "TD-MPC"),
+        (50_000, "difftori"),
+        (50_000, "tdmpc"),
+    }
+    last = next(row for row in rows if row.steps == 50_000 and row.method == "difftori")
+    assert (last.mean, last.seeds, last.origin) == (805, 2, OURS)
+    # Student, one degree of freedom: 12.706 · (10/√2)/√2
+    assert last.high - last.mean == pytest.approx(12.7062 * 5, rel=1e-4)
+    tdmpc = next(row for row in rows if row.method == "TD-MPC")
+    curve = next(curve for curve in published if curve.method == "TD-MPC")
+    assert tdmpc.mean == pytest.approx(curve.at(40_000).mean())
+    assert (tdmpc.seeds, tdmpc.label) == (5, "published")
+
+
+def test_an_unfinished_run_is_drawn_but_not_averaged_over_tasks(small):
+    config = small()
+    for job in plan_jobs(config, PAIR):
+        stopped = job.task == "walker-walk" and job.arm.label == "tdmpc" and job.seed == 1
+        write_run(job, end=600.0, until=20_000 if stopped else None)
+    curves = curves_of(config)
+    assert curves.reasons[-1] == "7 of 8 runs finished"
+    assert block(curves)[1] == {"cup-catch": [0, 1], "walker-walk": [0]}
+    last = [row for row in aggregates(curves) if row.steps == 50_000 and row.origin == OURS]
+    assert [(row.tasks, row.runs, row.mean) for row in last] == [(2, 3, pytest.approx(0.6))] * 2
+    assert all(row.mean_low is None for row in last)  # one seed of a task has no spread
+    assert [row.finished for row in seed_results(curves)].count(False) == 1
+
+
+def test_published_methods_are_averaged_over_exactly_our_tasks(small):
+    config = small(tasks=("cup-catch", "walker-stand"), steps=100_000)
+    fill(config, PAIR, lambda job: 500.0)
+    methods = {row.method for row in aggregates(curves_of(config)) if row.origin != OURS}
+    assert "TD-MPC2" in methods
+    assert "TD-MPC" not in methods  # it has no curve of walker-stand from states
+
+
+def test_differences_are_paired_by_task_and_seed(small):
+    config = small(figure5.Config, forms=("per-episode",))
+    gain = {("cup-catch", 0): 10.0, ("cup-catch", 1): 20.0, ("walker-walk", 0): 40.0, ("walker-walk", 1): 40.0}
+    arms = [figure5.FORMS["off"], figure5.FORMS["per-episode"]]
+    fill(config, arms, lambda job: 300.0 + 200 * job.seed + (job.arm.label != "off") * gain[job.task, job.seed])
+    rows = [row for row in differences(curves_of(config, arms), arms[0]) if row.measure == "final"]
+    assert [(row.task, row.pairs) for row in rows] == [("cup-catch", 2), ("walker-walk", 2), (ALL_TASKS, 4)]
+    assert [row.value for row in rows] == pytest.approx([15, 40, 27.5])
+    assert (rows[1].low, rows[1].high) == (pytest.approx(40), pytest.approx(40))
+    assert rows[2].low == pytest.approx(25)  # the worst resample takes cup-catch's lower seed twice
+    assert rows[2].high == pytest.approx(30)
+
+
+@pytest.mark.parametrize(
+    ("study", "files"),
+    [
+        (figure3, {"tasks.svg", "all_tasks.svg"}),
+        (figure5, {"tasks.svg", "differences.svg", "differences.csv"}),
+        (figure6, {"tasks.svg", "differences.svg", "differences.csv"}),
+        (figure7, {"wall_clock.svg", "timing.csv"}),
+    ],
+)
+def test_every_output_is_written_and_labelled(study, files, small, capsys):
+    config = small(study.Config)
+    arms = {figure5: [figure5.FORMS[name] for name in figure5.FULL_FORMS], figure6: figure6.ARMS}.get(study, PAIR)
+    fill(config, arms, lambda job: 500.0 + 10 * job.seed + len(job.arm.label))
+    study.run(config)
+    out = config.out / study.__name__.rpartition(".")[2] / "partial" / "state-paper-50000"
+    common = {"seeds.csv", "curves.csv", "summary.csv", "aggregate.csv", "summary.md"}
+    assert {path.name for path in out.iterdir()} == common | files
+    assert "PARTIAL STUDY: states instead of pixels" in (out / "summary.md").read_text()
+    assert all("partial study" in path.read_text() for path in out.glob("*.svg"))
+    seeds = lines(out / "seeds.csv")
+    assert len(seeds) == 4 * len(arms)
+    assert seeds[0]["command"].startswith(
+        "difftori train difftori --env dmc:cup-catch --obs state --steps 50000 --seed 0"
+    )
+    assert len(lines(out / "curves.csv")) == 4 * len(seeds)
+    assert "partial" in capsys.readouterr().out
+
+
+def test_the_same_runs_give_the_same_bytes(small):
+    config = small()
+    fill(config, PAIR, lambda job: 500.0 + 10 * job.seed)
+    figure3.run(config)
+    out = config.out / "figure3" / "partial" / "state-paper-50000"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    figure3.run(config)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_only_the_full_study_takes_the_full_place(small):
+    config = small(tasks=TASKS, seeds=5, steps=1_000_000, obs="pixels", eval_every=500_000)
+    fill(config, PAIR, lambda job: 500.0)
+    curves = curves_of(config)
+    assert curves.reasons == ()
+    assert output_folder(curves, "figure3") == config.out / "figure3"
+    (plan_jobs(config, PAIR)[-1].folder / "summary.json").unlink()
+    plan_jobs(config, PAIR)[-1].kept.unlink()
+    assert output_folder(curves_of(config), "figure3") == config.out / "figure3" / "partial" / "pixels-paper-1000000"
+
+
+def test_times_are_compared_on_the_same_hardware(small):
+    config = small(figure7.Config, tasks=("cup-catch",))
+    for job in plan_jobs(config, PAIR):
+        other = {"cpu": "another"} if job.seed == 1 and job.arm.label == "tdmpc" else {}
+        write_run(job, end=1.0, pace=0.03 if job.arm.label == "difftori" else 0.01, **other)
+    curves = curves_of(config)
+    rows = figure7.timings(curves)
+    assert [row.same_hardware for row in rows] == [True, False]
+    assert (rows[0].difftori_action, rows[0].tdmpc_update) == (pytest.approx(30), pytest.approx(20))
+    assert [rows[0].action_ratio, rows[0].update_ratio, rows[0].step_ratio] == pytest.approx([3, 3, 3])
+    assert rows[0].tdmpc_step == pytest.approx(15)
+
+
+def test_unknown_tasks_and_empty_choices_are_refused():
+    for values in ({"tasks": ("cup",)}, {"tasks": ()}, {"seeds": 0}, {"budget": -1}):
+        with pytest.raises(ValidationError):
+            StudyConfig(**values)
+
+
+def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeypatch):
+    """In this process: a new one takes seconds to import torch."""
+    config = small(quick=True, seeds=1, budget=None)
+    monkeypatch.setattr("difftori.experiments.runs.QUICK_ENVS", ("probe:delayed-reward",))
+    monkeypatch.setattr(figure3, "ARMS", PAIR[1:])
+
+    def start(work, *, again=False):
+        status = main(list(work.words))
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+
+    monkeypatch.setattr(pool, "_start", start)
+    figure3.run(config)
+    out = config.out / "figure3" / "partial" / "quick"
+    first = (out / "curves.csv").read_text()
+    assert np.isfinite([float(row["mean_return"]) for row in lines(out / "curves.csv")]).all()
+    assert {row["finished"] for row in lines(out / "seeds.csv")} == {"True"}
+    capsys.readouterr()
+    figure3.run(config)
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+    assert (out / "curves.csv").read_text() == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", [figure3, figure5, figure6, figure7])
+def test_quick_studies_run_in_processes(study, small):
+    config = small(study.Config, quick=True, seeds=1, jobs=2, budget=None)
+    study.run(config)
+    out = config.out / study.__name__.rpartition(".")[2] / "partial" / "quick"
+    assert {row["finished"] for row in lines(out / "seeds.csv")} == {"True"}

@@ -1,0 +1,217 @@
+"""Reports of made-up runs: which methods there are, what is compared, and that the page fetches nothing."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from difftori.cli import main
+from difftori.errors import ConfigError
+from difftori.experiments.analyse import sections
+from difftori.experiments.gather import gather
+from difftori.experiments.report import write_report
+
+VERSIONS = {"cpu": "a processor", "threads": 1, "difftori": "0", "torch": "2", "device_name": None}
+
+
+def agent_run(place: Path, value: float, *, agent: str, seed: int, env="dmc:cup-catch", steps=1000, **settings) -> Path:
+    """A run by reward, whose return rises to `value`; None leaves it unfinished."""
+    config = {"agent": agent, "env": env, "obs": "state", "steps": steps, "seed": seed, "eval_episodes": 10}
+    rows = [{"step": step, "eval/return": value * step / steps} for step in (0, steps // 2, steps)]
+    return written(place, {**config, "settings": settings}, rows, {"return": value, "seconds": 5.0})
+
+
+def policy_run(place: Path, episodes: list[float], *, policy: str, seed: int, first=100, **more) -> Path:
+    """A run of imitation with these outcomes of its evaluation episodes."""
+    config = {"policy": policy, "env": "metaworld:assembly", "seed": seed, "settings": {"updates": 10}, **more}
+    mean = float(np.mean(episodes))
+    known = {"seed": list(range(first, first + len(episodes))), "success": episodes, "score": episodes}
+    summary = {"last/success": mean, "last/score": mean, "last/validation_error": 0.1, "seconds": 2.0}
+    rows = [{"step": step, "validation/error": 1 / (1 + step)} for step in (5, 10)]
+    return written(place, config, rows, summary, {"last": known})
+
+
+def written(place: Path, config: dict, rows: list, summary: dict, episodes: dict | None = None) -> Path:
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "versions.json").write_text(json.dumps(VERSIONS))
+    (place / "command.txt").write_text(
+        "2026-01-01T00:00:00  difftori train it\n2026-01-02  difftori train --resume it\n"
+    )
+    (place / "summary.json").write_text(json.dumps(summary))
+    if episodes is not None:
+        (place / "episodes.json").write_text(json.dumps(episodes))
+    return place
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """Two agents on two tasks with three seeds; one of two settings."""
+    root = tmp_path / "runs"
+    for seed in range(3):
+        for env, shift in (("dmc:cup-catch", 0), ("dmc:walker-run", -300)):
+            slug = env.replace(":", ".")
+            agent_run(
+                root / slug / f"a{seed}", 700 + shift + seed, agent="difftori", seed=seed, env=env, pg="off", lr=0.1
+            )
+            agent_run(
+                root / slug / f"b{seed}", 900 + shift - seed, agent="difftori", seed=seed, env=env, pg="replay", lr=0.1
+            )
+            agent_run(root / slug / f"c{seed}", 500 + shift, agent="tdmpc", seed=seed, env=env, lr=0.2)
+    return root
+
+
+def test_methods_are_named_by_what_tells_them_apart(reward):
+    found = gather([reward])
+    assert {run.method for run in found.runs} == {"difftori, pg off", "difftori, pg replay", "tdmpc"}
+    assert found.left_out == ()
+    assert found.runs[0].command == "difftori train it"
+
+
+def test_numbers_by_hand(reward):
+    (section,) = sections(gather([reward]).runs)
+    assert section.measure.name == "return"
+    assert section.common == ("dmc:cup-catch (state)", "dmc:walker-run (state)")
+    cells = {(cell.task, cell.method): cell for cell in section.cells}
+    assert cells["dmc:cup-catch (state)", "difftori, pg off"].mean.value == 701
+    over = {row.method: row.statistics for row in section.over}
+    assert over["difftori, pg off"]["mean"].value == pytest.approx((701 + 401) / 2000)
+    assert over["tdmpc"]["optimality gap"].value == pytest.approx(1 - 0.35)
+    pairs = {(pair.task, pair.method, pair.reference): pair for pair in section.pairs}
+    every = pairs[None, "difftori, pg off", "difftori, pg replay"]
+    assert every.runs == 6
+    assert every.difference.value == pytest.approx(np.mean([-200, -198, -196]))
+    assert every.better.value == 0
+    only = sections(gather([reward]).runs, reference="tdmpc")[0].pairs
+    assert {pair.reference for pair in only} == {"tdmpc"}
+    with pytest.raises(ConfigError, match="no method is 'sac'; choose one of: difftori, pg off"):
+        sections(gather([reward]).runs, reference="sac")
+
+
+def test_success_is_paired_by_episodes_and_lower_errors_are_better(tmp_path):
+    policy_run(tmp_path / "a0", [1.0, 1.0, 0.0, 1.0], policy="bc", seed=0)
+    policy_run(tmp_path / "a1", [1.0, 0.0, 0.0, 1.0], policy="bc", seed=1)
+    policy_run(tmp_path / "b0", [0.0, 0.0, 0.0, 1.0], policy="ibc", seed=0)
+    policy_run(tmp_path / "b1", [0.0, 0.0, 0.0, 1.0], policy="ibc", seed=1, first=200)  # other episodes
+    (section,) = sections(gather([tmp_path]).runs)
+    assert section.measure.name == "success"  # and no score, which says the same
+    (cell, _) = section.cells
+    assert (cell.episodes, cell.pooled.value) == (8, 5 / 8)
+    assert section.pairs == ()  # one pair is no pair with a spread
+    policy_run(tmp_path / "c" / "b1", [0.0, 0.0, 0.0, 1.0], policy="ibc", seed=2)
+    policy_run(tmp_path / "c" / "a1", [1.0, 1.0, 1.0, 1.0], policy="bc", seed=2)
+    (pair,) = sections(gather([tmp_path]).runs)[0].pairs
+    assert (pair.runs, pair.difference.value) == (2, pytest.approx((0.5 + 0.75) / 2))
+
+
+def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
+    agent_run(reward / "longer", 800.0, agent="tdmpc", seed=9, steps=2000, lr=0.2)
+    broken = agent_run(reward / "broken", 800.0, agent="tdmpc", seed=7, lr=0.2)
+    (broken / "summary.json").write_text('{"return": null}')
+    twice = agent_run(reward / "twice", 800.0, agent="tdmpc", seed=0, lr=0.2)
+    unfinished = agent_run(reward / "unfinished", 10.0, agent="tdmpc", seed=8, lr=0.2)
+    (unfinished / "summary.json").unlink()
+    (reward / "pictures").mkdir()
+    (twice / "pictures").mkdir()
+    (reward / "dmc.cup-catch" / "a0" / "pictures").mkdir()
+    (reward / "dmc.cup-catch" / "a0" / "pictures" / "episode.gif").write_bytes(b"GIF89a")
+    assert main(["report", str(reward), "--title", "mine <b>"]) == 0
+    page = (reward / "report" / "report.html").read_text()
+    assert "mine &lt;b&gt;" in page
+    assert not re.search(r'(src|href)="https?:', page)
+    assert "default-src" in page
+    assert "<script" not in page
+    for said in (
+        "Runs differ in environment steps: 1000, 2000",
+        "the same method, task and seed",
+        "its return is no number",
+    ):
+        assert said in page
+    assert "Not finished, not counted: 1" in page
+    assert "data:image/gif;base64," in page
+    assert "report.html" in capsys.readouterr().out
+
+    with (reward / "report" / "runs.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["finished"] for line in lines} == {"True", "False"}
+    assert {line["budget"] for line in lines} == {"1000 environment steps", "2000 environment steps"}
+    latex = (reward / "report" / "tables.tex").read_text()
+    assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 3
+    assert "$\\pm$" in latex
+    again = (reward / "report" / "report.html").read_bytes()
+    assert main(["report", str(reward), "--title", "mine <b>"]) == 0
+    assert (reward / "report" / "report.html").read_bytes() == again  # and is not taken for a run itself
+
+
+def test_what_studies_keep_is_read_too(tmp_path):
+    root = Path(__file__).parents[2] / "results" / "runs" / "il" / "base_noise"
+    found = gather([root])
+    assert len(found.runs) == 180
+    section = sections(found.runs, reference="bc, updates 1500")[0]
+    best = next(row for row in section.over if row.method == "difftori-il on base, base_noise 1")
+    assert best.statistics["mean"].value == pytest.approx(0.673, abs=1e-3)  # as docs/imitation-studies.md says
+
+
+def test_odd_names_and_damaged_records_end_no_report(tmp_path):
+    odd = r"x$\foo$<script>_{"
+    for seed in (0, 1):
+        agent_run(tmp_path / f"odd{seed}", 700.0 + seed, agent=odd, seed=seed, env=f"dmc:{odd}")
+    for name, value in (
+        ("versions.json", []),
+        ("episodes.json", []),
+        ("config.yaml", {"agent": "a", "env": 3, "seed": 0}),
+    ):
+        place = policy_run(tmp_path / name.partition(".")[0], [1.0, 0.0], policy="bc", seed=0)
+        (place / name).write_text(json.dumps(value))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "<script>" not in page
+    assert len(gather([tmp_path]).left_out) == 3
+
+
+def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    said = capsys.readouterr().err
+    assert "no run is in" in said
+    assert "is not there" in said
+    written(tmp_path / "bad", {"agent": "tdmpc", "env": "dmc:x", "seed": 0}, [], {"return": 1.0})
+    (tmp_path / "bad" / "versions.json").write_text("[")
+    with pytest.raises(ConfigError, match="bad"):
+        write_report([tmp_path], tmp_path / "report")
+
+
+def test_measures_of_two_scales_stay_apart(tmp_path):
+    for seed in range(2):
+        agent_run(tmp_path / f"a{seed}", 500.0, agent="tdmpc", seed=seed)
+        agent_run(tmp_path / f"b{seed}", 0.5, agent="tdmpc", seed=seed, env="probe:one-step")
+        for env, value in (("gym:A-v1", 5.0), ("gym:B-v1", 5000.0)):
+            agent_run(tmp_path / f"{env}-{seed}".replace(":", "."), value, agent="tdmpc", seed=seed, env=env)
+            agent_run(tmp_path / f"d{env}-{seed}".replace(":", "."), 2 * value, agent="difftori", seed=seed, env=env)
+    report = write_report([tmp_path], tmp_path / "report")
+    named = sorted(next(iter(tables)).partition(",")[0] for tables in report.tables)
+    assert named == ["return", "return", "return of 1000"]
+    gym = next(part for part in sections(gather([tmp_path]).runs) if len(part.tasks) == 2)
+    assert {pair.task for pair in gym.pairs} == {"gym:A-v1 (state)", "gym:B-v1 (state)"}, (
+        "no mean over tasks without a scale"
+    )
+
+
+def test_refiners_are_named_by_the_folder_of_their_base(tmp_path):
+    policy_run(tmp_path / "a", [1.0, 0.0], policy="residual", seed=0, base="runs/x/bc_updates-1500/seed-0")
+    policy_run(tmp_path / "b", [1.0, 0.0], policy="residual", seed=0, base="runs/mine")
+    assert {run.method for run in gather([tmp_path]).runs} == {"residual on bc_updates-1500", "residual on mine"}
+
+
+def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
+    for policy, updates in (("bc", 120), ("residual", 60)):
+        place = policy_run(tmp_path / policy, [1.0, 0.0], policy=policy, seed=0, settings={"epochs": 60})
+        summary = json.loads((place / "summary.json").read_text())
+        (place / "summary.json").write_text(json.dumps({**summary, "updates": updates}))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "runs made between 60 and 120 updates" in page
+    assert "60 epochs, 120 updates" in page

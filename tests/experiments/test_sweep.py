@@ -1,0 +1,157 @@
+"""Sweeps from the command line: what is done stays done, whoever is killed."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from difftori.cli import main
+from difftori.experiments import pool
+from difftori.experiments.plan import plan, read_sweep
+from difftori.experiments.pool import Failure, beside
+from difftori.experiments.status import Standing, counts, standing, table
+from difftori.il.train import load_policy
+from difftori.runs.checkpoint import weights_digest
+
+# Looked for, not imported: its set-up closes every handler of the process, and with absl's the stream that pytest reads.
+needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+
+COMMON = {"env": "pendulum", "epochs": 2, "hidden": [8], "num_train": 4, "eval_episodes": 3}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A file of two policies and what refines the first, and the folder of their runs."""
+    out = tmp_path / "out"
+    variants = [{"train": "residual", "base": f"{out}/{{env}}/bc/seed-{{seed}}"}, {"train": "bc"}]
+    file = tmp_path / "sweep.yaml"
+    common = {name: value for name, value in COMMON.items()}
+    file.write_text(yaml.safe_dump({"out": str(out), "common": common, "grid": {"seed": [0, 1]}, "variants": variants}))
+    return file
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs are trained here, because a new process takes seconds to import torch; the list of what was begun."""
+    begun = []
+
+    def start(work, *, again=False):
+        begun.append(work.name)
+        work.folder.parent.mkdir(parents=True, exist_ok=True)
+        status = main(list(work.command))
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+
+    monkeypatch.setattr(pool, "_start", start)
+    return begun
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """What every run has learned, without the paths that its export names."""
+    found = [path.parent for path in sorted(folder.rglob("policy.pt"))]
+    return {str(run.relative_to(folder)): weights_digest(load_policy(run, "last")[0]) for run in found}
+
+
+def test_a_sweep_runs_bases_first_and_again_repeats_nothing(sweep, in_this_process, capsys):
+    assert main(["sweep", str(sweep), "--status"]) == 0
+    assert "4 waiting" in capsys.readouterr().out
+    assert main(["sweep", str(sweep), "--jobs", "2"]) == 0
+    assert "4 finished" in capsys.readouterr().out
+    assert [name.split("/")[1].split("_")[0] for name in in_this_process] == ["bc", "bc", "residual", "residual"]
+    assert main(["sweep", str(sweep)]) == 0
+    assert len(in_this_process) == 4
+
+
+def test_what_refines_a_run_that_failed_is_not_started_and_the_rest_is(sweep, monkeypatch, in_this_process, capsys):
+    runs = plan(read_sweep(sweep))
+    bad = next(run for run in runs if run.base is None)
+
+    def start(work, *, again=False):
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(work == bad.work)})"])
+
+    monkeypatch.setattr(pool, "_start", start)
+    assert main(["sweep", str(sweep)]) == 1
+    shown = capsys.readouterr()
+    assert "1 run(s) failed" in shown.err
+    assert standing(bad).state == "failed"
+    assert standing(next(run for run in runs if run.base is bad)).state == "waiting"
+
+
+def test_states_are_told_from_folders(sweep):
+    import fcntl
+
+    runs = plan(read_sweep(sweep))
+    run = runs[1]
+    assert counts([standing(run) for run in runs]) == "4 waiting"
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("{}")
+    (run.folder / "metrics.jsonl").write_text('{"step": 7, "time": 1.0}\n')
+    assert (standing(run).state, standing(run).step) == ("interrupted", 7)
+    with (run.folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert standing(run).state == "running"
+    beside(run.folder, ".failed.json").write_text(json.dumps({"status": 1, "host": "here", "reason": "it broke"}))
+    assert standing(run).note == "status 1 on here: it broke"
+    beside(run.folder, ".failed.json").write_text("[")
+    assert "cannot be read" in standing(run).note
+    (run.folder / "summary.json").write_text('{"last/success": 0.5}')
+    assert (standing(run).state, standing(run).note) == ("finished", "last/success 0.5")
+
+
+def test_of_many_runs_methods_are_counted_and_only_what_is_urgent_is_named(sweep):
+    (run, *_) = plan(read_sweep(sweep))
+    found = [Standing(run, state, 3, "why") for state in ["finished"] * 50 + ["running"] * 70 + ["failed"] * 2]
+    shown = table(found)
+    assert shown[0] == {
+        "run": f"*/{run.folder.parent.name}/*",
+        "state": "",
+        "step": "",
+        "": "50 finished, 70 running, 2 failed",
+    }
+    assert [line["state"] for line in shown[1:61]] == ["failed"] * 2 + ["running"] * 58
+    assert shown[61:] == [{"run": "… and 12 more", "state": "", "step": "", "": "12 running"}]
+    assert table(found[:60]) == [s.row() for s in found[:60]]
+
+
+def test_one_engine_at_a_time(sweep, capsys):
+    assert main(["sweep", str(sweep), "--slurm", "--ray", "auto"]) == 2
+    assert main(["sweep", str(sweep), "--jobs", "0"]) == 2
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
+@needs_submitit
+def test_without_slurm_there_is_a_clear_error(sweep, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "submitit"]:
+        monkeypatch.delitem(sys.modules, name)
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(handler, "close", lambda: pytest.fail("importing submitit closed somebody's handler"))
+    assert main(["sweep", str(sweep), "--slurm"]) == 2
+    assert "--slurm: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
+@needs_submitit
+def test_what_slurm_refuses_is_told(sweep, capsys, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, does in (("srun", "true"), ("sbatch", "echo 'AssocMaxSubmitJobLimit' >&2; exit 1"), ("sacct", "true")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert main(["sweep", str(sweep), "--slurm"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Slurm took 0 of 2 runs and refused the next" in said
+    assert "AssocMaxSubmitJobLimit" in said
+
+
+def test_a_failure_travels_between_machines(sweep):
+    """Engines send work and outcome as pickles of their own."""
+    (run, *_) = plan(read_sweep(sweep))
+    failure = Failure(run.work, 1, "it broke")
+    assert pickle.loads(pickle.dumps(failure)) == failure

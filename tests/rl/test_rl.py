@@ -1,0 +1,298 @@
+"""The loop of reinforcement learning: it stops, resumes exactly, survives failures, and says what is wrong."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difftori.data.replay import Replay
+from difftori.envs.base import EnvironmentRestarted
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.errors import CheckpointError, ConfigError, NonFiniteError
+from difftori.registry import find_agent, make_env
+from difftori.rl import train as rl
+from difftori.rl.collector import Collector, episode_seed, evaluate
+from difftori.rl.config import RLConfig, normalised, parse_rl_config
+from difftori.rl.evaluate import evaluate_run, load_agent
+from difftori.runs.checkpoint import weights_digest
+from difftori.runs.records import read_metrics
+
+TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2, "samples": 16}
+TINY |= {"elites": 4, "prior_samples": 2, "iterations": 2, "seed_steps": 40, "schedule_steps": 200}
+
+
+def config(agent="difftori", env="probe:one-step", steps=200, settings=None, **values):
+    values = {"eval_every": 100, "eval_episodes": 3, "save_every": 50, "seed": 1, **values}
+    return parse_rl_config({"agent": agent, "env": env, "steps": steps, **values, "settings": TINY | (settings or {})})
+
+
+def digest(run_dir: Path) -> str:
+    agent, _, _ = load_agent(run_dir)
+    return weights_digest(agent)
+
+
+QUICK = {"updates_per_step": 0.04, "plan_steps": 1, "horizon": 1, "pg_steps": 1}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("env", "num_envs"), [("probe:delayed-reward", 1), ("gym:Pendulum-v1", 2)])
+def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, tmp_path, monkeypatch):
+    steps = 90 if num_envs == 1 else 800
+    wanted = config(env=env, num_envs=num_envs, steps=steps, save_every=30, eval_every=10_000, settings=QUICK)
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    update, calls = Collector.step, []
+
+    def dies(self, act):
+        calls.append(None)
+        if len(calls) in (steps // 2 // num_envs, int(steps * 0.8) // num_envs):
+            raise Interrupted
+        return update(self, act)
+
+    monkeypatch.setattr(Collector, "step", dies)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            rl.train(wanted, tmp_path / "killed", progress=False)
+    summary = rl.train(wanted, tmp_path / "killed", progress=False)
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+    assert summary["updates"] == rl.train(wanted, tmp_path / "whole", progress=False)["updates"]
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith(("time", "seconds"))} for row in read_metrics(tmp_path / n)]
+        for n in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatch):
+    wanted = config(
+        env="gym:Pendulum-v1", num_envs=3, steps=900, save_every=10_000, settings={"updates_per_step": 0.05}
+    )
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    step, calls = Collector.step, []
+
+    def raises_a_flag(self, act):
+        calls.append(None)
+        if len(calls) == 70:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", raises_a_flag)
+    with pytest.raises(SystemExit) as ended:
+        rl.train(wanted, tmp_path / "stopped", progress=False)
+    assert ended.value.code == 143
+    rl.train(wanted, tmp_path / "stopped", progress=False)
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("agent", ["difftori", "tdmpc"])
+def test_a_signal_just_after_the_random_decisions_changes_nothing(agent, tmp_path, monkeypatch):
+    wanted = config(agent, env="probe:delayed-reward", steps=48, save_every=10_000, settings={"seed_steps": 20})
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    step, calls = Collector.step, []
+
+    def raises_a_flag(self, act):
+        calls.append(None)
+        if len(calls) == 22:  # decision 22 of episodes of 8: in the middle, and past the 20 random ones
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", raises_a_flag)
+    with pytest.raises(SystemExit):
+        rl.train(wanted, tmp_path / "stopped", progress=False)
+    rl.train(wanted, tmp_path / "stopped", progress=False)
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+    rows = [[row["step"] for row in read_metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
+def test_divergence_skips_some_updates_and_then_names_the_networks(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"10 updates in a row, in the gradients of \w+"):
+        rl.train(config("tdmpc", settings={"lr": 1e25}), tmp_path, progress=False)
+
+
+def test_an_evaluation_begins_again_when_an_environment_fails(tmp_path, monkeypatch):
+    rl.train(config(steps=60), tmp_path, progress=False)
+    expected = evaluate_run(tmp_path)
+    step, calls = CheckedVectorEnv.step, []
+
+    def fails_once(self, actions):
+        calls.append(None)
+        if len(calls) == 2:
+            self._begun[:] = self._running[:] = False
+            raise EnvironmentRestarted("all copies were made anew", restarts=1)
+        return step(self, actions)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+    assert evaluate_run(tmp_path) == expected
+
+
+def test_episodes_of_unequal_age_are_played_again():
+    env = make_env("gym:Pendulum-v1", num_envs=3, seed=0)
+    replay = Replay(2000, obs_shape=(3,), obs_dtype="float32", action_dim=1, length=2, num_rows=3)
+    collector = Collector(env, replay, 0)
+    collector.begin()
+    g = torch.Generator().manual_seed(0)
+
+    def act(obs, memory, first):
+        return 2 * torch.rand(3, 1, generator=g) - 1, {}
+
+    for _ in range(30):
+        collector.step(act)
+    replay.drop(1)
+    collector._begin_rows(np.array([False, True, False]))
+    for _ in range(11):
+        collector.step(act)
+    replay.drop(2)
+    collector._begin_rows(np.array([False, False, True]))
+    state = collector.state()
+    other = Collector(make_env("gym:Pendulum-v1", num_envs=3, seed=9), replay, 0)
+    other.load(state)
+    assert [len(row["actions"]) for row in state["rows"]] == [41, 11, 0]
+    assert np.array_equal(other._obs, collector._obs)
+    assert [row.total for row in other._rows] == [row.total for row in collector._rows]
+    state["obs"] += 1e-3
+    with pytest.raises(CheckpointError, match="come out otherwise"):
+        Collector(make_env("gym:Pendulum-v1", num_envs=3, seed=9), replay, 0).load(state)
+
+
+def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
+    step, calls = CheckedVectorEnv.step, []
+
+    def fails_once(self, actions):
+        calls.append(None)
+        if len(calls) == 60:
+            self._begun[:] = self._running[:] = False
+            raise EnvironmentRestarted("all copies were made anew", restarts=1)
+        return step(self, actions)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+    summary = rl.train(config(env="probe:delayed-reward", steps=120, eval_every=1000), tmp_path, progress=False)
+    assert summary["env_steps"] >= 120
+    assert all(
+        row.get("train/length", 5) == rows_length(tmp_path) for row in read_metrics(tmp_path) if "train/length" in row
+    )
+
+
+def rows_length(path: Path) -> float:
+    return next(row["train/length"] for row in read_metrics(path) if "train/length" in row)
+
+
+def test_evaluation_repeats_itself(tmp_path):
+    rl.train(config(steps=100), tmp_path, progress=False)
+    assert evaluate_run(tmp_path, episodes=4) == evaluate_run(tmp_path, episodes=4)
+    rows = [row for row in read_metrics(tmp_path) if "eval/return" in row]
+    assert [row["step"] for row in rows] == [0, 100]
+    again = evaluate_run(tmp_path)
+    assert again["eval/return"] == rows[-1]["eval/return"]
+    assert (tmp_path / "report.html").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["env_steps"] == 100
+
+
+def test_evaluation_seeds_are_not_those_of_training():
+    training = {episode_seed(1, "training", i) for i in range(2000)}
+    evaluation = {episode_seed(1, "evaluation", i) for i in range(100)}
+    assert not training & evaluation
+
+
+def test_returns_to_go_are_the_discounted_sum():
+    env = make_env("probe:delayed-reward", num_envs=2, seed=0)
+    rewards = []
+    step = env.step
+
+    def watched(actions):
+        result = step(actions)
+        rewards.append(result[1][0])
+        return result
+
+    env.step = watched
+    trial = evaluate(env, lambda o, m, f: (torch.zeros(2, 1), {}), seed=0, episodes=2, discount=0.5, keep_every=1)
+    expected = [sum(0.5 ** (k - t) * r for k, r in enumerate(rewards) if k >= t) for t in range(len(rewards))]
+    np.testing.assert_allclose(sorted(trial.returns_to_go[: len(rewards)]), sorted(expected), rtol=1e-6)
+
+
+def test_with_a_damaged_episode_the_checkpoint_before_is_used(tmp_path, monkeypatch, caplog):
+    wanted = config(steps=90, save_every=30, eval_every=10_000, settings=QUICK)
+    rl.train(wanted, tmp_path / "whole", progress=False)
+    step, calls = Collector.step, []
+
+    def dies(self, act):
+        calls.append(None)
+        if len(calls) == 80:
+            raise Interrupted
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", dies)
+    with pytest.raises(Interrupted):
+        rl.train(wanted, tmp_path / "hit", progress=False)
+    newest = max((tmp_path / "hit" / "episodes").glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    rl.train(wanted, tmp_path / "hit", progress=False)
+    assert digest(tmp_path / "hit") == digest(tmp_path / "whole")
+    assert "damaged checkpoint passed over" in caplog.text
+    assert len(list((tmp_path / "hit" / "checkpoints").glob("corrupt-step-*"))) == 1
+
+
+def test_a_damaged_or_foreign_run_is_refused(tmp_path):
+    rl.train(config(steps=60), tmp_path / "run", progress=False)
+    weights = tmp_path / "run" / "agent.pt"
+    weights.write_bytes(weights.read_bytes()[:-10] + b"0123456789")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_agent(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another configuration"):
+        rl.train(config(steps=60, seed=2), tmp_path / "run", progress=False)
+
+
+def test_every_fault_of_a_configuration_is_listed():
+    with pytest.raises(ConfigError) as caught:
+        parse_rl_config({"agent": "tdmpcc", "env": "dmv:cheetah-run", "steps": 0, "obss": "pixels"})
+    text = "\n".join(caught.value.faults)
+    for part in ("perhaps you meant 'tdmpc'", "dmv:cheetah-run", "steps", "perhaps you meant 'obs'"):
+        assert part in text
+    with pytest.raises(ConfigError) as caught:
+        parse_rl_config({"agent": "tdmpc", "env": "dmc:cheeta-run", "steps": 0})
+    text = "\n".join(caught.value.faults)
+    assert "perhaps you meant 'cheetah-run'" in text
+    assert "steps" in text
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from([*RLConfig.model_fields, "obss", 3, None])
+inner_names = st.sampled_from([*find_agent("difftori").Config.model_fields, "x", 3, None])
+
+
+right = st.fixed_dictionaries(
+    {},
+    optional={"steps": st.integers(1, 10**6), "seed": st.integers(0, 9), "obs": st.sampled_from(["state", "pixels"])},
+)
+inner_right = st.fixed_dictionaries(
+    {}, optional={"lr": st.floats(1e-6, 1.0), "pg": st.sampled_from(["off", "replay"]), "horizon": st.integers(1, 5)}
+)
+
+
+@given(
+    right | st.dictionaries(names, values, max_size=4),
+    inner_right | st.dictionaries(inner_names, values, max_size=3) | values,
+)
+@settings(max_examples=100)
+def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top, inner):
+    faults, config = [], None
+    try:
+        config = parse_rl_config({"agent": "difftori", "env": "probe:one-step", "settings": inner, **top})
+    except ConfigError as error:
+        faults = error.faults
+    assert bool(faults) == (config is None)
+    assert all(type(fault) is str and fault for fault in faults)
+    if config is not None:
+        assert normalised(config) == config

@@ -1,0 +1,105 @@
+"""Executing policies of imitation: plans, histories, episodes from their seeds."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_env.reach import ENV, STEPS, Reach, expert
+
+from difftori.errors import ConfigError
+from difftori.registry import make_env
+from difftori.rollout import follow, named, play, wilson_interval
+from difftori.types import EntrySpec, TaskSpec
+
+
+def spec(observe=2, horizon=5, execute=3) -> TaskSpec:
+    return TaskSpec({"state": EntrySpec((2,))}, 2, horizon, (-1.0, -1.0), (1.0, 1.0), observe, execute)
+
+
+def homing(task: TaskSpec, seen: list | None = None):
+    """Plans the way home from the last observation, and keeps what it was shown."""
+
+    def act(obs):
+        if seen is not None:
+            seen.append(obs["state"].clone())
+        place, plan = obs["state"][:, -1].numpy().astype(np.float64), []
+        for _ in range(task.execute):
+            plan.append(expert(place))
+            place = place + plan[-1] / 3
+        whole = torch.full((len(place), task.horizon, 2), 99.0)  # nothing but the present may be executed
+        whole[:, task.present] = torch.tensor(np.stack(plan, 1), dtype=torch.float32)
+        return whole
+
+    return act
+
+
+def idle(task: TaskSpec):
+    return lambda obs: torch.zeros(len(obs["state"]), task.horizon, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_episodes_do_not_depend_on_how_many_are_played_at_once(rows):
+    env = make_env(ENV, num_envs=rows, seed=0)
+    played = play(env, homing(spec()), spec(), range(7, 12))
+    alone = [play(make_env(ENV, num_envs=1, seed=3), homing(spec()), spec(), [seed])[0] for seed in range(7, 12)]
+    assert played == alone
+    assert all(episode.success for episode in played)
+    assert len({episode.length for episode in played}) > 1, "they end at different times, which is what is tested"
+
+
+def test_an_episode_is_that_of_its_seed_and_ends_with_success_or_time():
+    (won,) = play(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
+    env = Reach()
+    place = env.reset(seed=5)[0]
+    needed = 1
+    while not env.step(expert(place))[-1]["success"]:
+        place, needed = env.seen(), needed + 1
+    assert (won.seed, won.success, won.length) == (5, True, needed)
+    (lost,) = play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
+    away = float(np.linalg.norm(Reach().reset(seed=5)[0]))
+    assert (lost.success, lost.length) == (False, STEPS)
+    assert lost.total == pytest.approx(-STEPS * away, rel=1e-5)
+    assert lost.score == pytest.approx(1 - away, rel=1e-5)
+
+
+def test_the_first_observation_stands_for_those_before_it_and_then_come_the_last_ones():
+    shown: list[torch.Tensor] = []
+    task = spec(observe=3, horizon=6, execute=1)
+    play(make_env(ENV, num_envs=1, seed=0), homing(task, shown), task, [5])
+    first = torch.tensor(Reach().reset(seed=5)[0])
+    assert torch.equal(shown[0][0], first.expand(3, 2))
+    assert torch.equal(shown[1][0, :2], first.expand(2, 2)), "a step later, two of three are the first"
+    assert not torch.equal(shown[1][0, 2], first)
+
+
+def test_following_a_policy_alone_is_playing_it():
+    env = make_env(ENV, num_envs=1, seed=0)
+    step = follow(homing(spec()), spec())
+    seen, _ = env.reset(seed=[5])
+    length, over = 0, False
+    while not over:
+        seen, _, _, _, info = env.step(step(seen))
+        length, over = length + 1, bool(info["success"][0])
+    (played,) = play(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
+    assert played.length == length < STEPS
+
+
+def test_an_environment_that_does_not_tell_of_success_is_refused(monkeypatch):
+    step = Reach.step
+    monkeypatch.setattr(Reach, "step", lambda self, action: (*step(self, action)[:4], {}))
+    with pytest.raises(ConfigError, match="does not say `success`"):
+        play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
+
+
+def test_pictures_come_with_their_channels_last():
+    pictures = np.zeros((4, 3, 8, 9), np.uint8)
+    assert named({"image": pictures})["image"].shape == (4, 8, 9, 3)
+    assert named(np.zeros((4, 5)))["state"].shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # from Wilson's formula, as published tables have it to three digits
+    [(8, 10, 0.490, 0.943), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (50, 100, 0.404, 0.596)],
+)
+def test_wilsons_interval(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-4)
