@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from difftori.agents.losses import model_loss
 from difftori.agents.tdmpc import TDMPC, TDMPCConfig
 from difftori.benchmarks.interleaved import as_in_runs, measure, medians
 from difftori.runs.versions import versions
 from difftori.types import EnvSpec, Segment
 
 SPEC = EnvSpec("made up", (24,), "float32", 6, 1000, 4)
+
+
+def td_loss(agent: TDMPC, segment: Segment, noise: Tensor) -> Tensor:
+    """Eq. 3 of one agent."""
+    return model_loss(agent.model, agent.target, segment, segment.obs, noise, agent.settings.coefficients()).total
 
 
 class Loss(nn.Module):
@@ -35,7 +41,7 @@ class Loss(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         """`noise` (T B A) → the loss."""
-        return TDMPC.model_loss(self.agent, self.segment, self.segment.obs, noise).total
+        return td_loss(self.agent, self.segment, noise)
 
 
 def contestants(preset: str, count: int, device: str) -> dict[str, Callable[[], object]]:
@@ -56,7 +62,7 @@ def contestants(preset: str, count: int, device: str) -> dict[str, Callable[[], 
 
     def separate() -> None:
         for agent, drawn in zip(agents, noise, strict=True):
-            agent.descent.gradient(TDMPC.model_loss(agent, segment, segment.obs, drawn).total)
+            agent.optimizer.gradient(td_loss(agent, segment, drawn))
 
     return {"separate": separate, "stacked": lambda: stacked(moving, still, noise)}
 

@@ -12,7 +12,10 @@ from difftori.il.config import TrainConfig
 from difftori.il.learner import Learner
 from difftori.il.train import train
 
-sys.path.insert(0, str(Path(__file__).parent / "support" / "out_of_tree"))  # components as a user brings them
+OUT_OF_TREE = str(Path(__file__).parent / "support" / "out_of_tree")
+"""Components as a user brings them, importable here and in processes that tests start."""
+sys.path.insert(0, OUT_OF_TREE)
+os.environ["PYTHONPATH"] = os.pathsep.join([OUT_OF_TREE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 settings.register_profile("default", deadline=None, max_examples=10)
 settings.load_profile("default")

@@ -199,8 +199,8 @@ class Agent(nn.Module, ABC):
         """Named numbers about what is being learned, at each evaluation; nothing unless an agent has some."""
         return {}
 
-    def judge(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
-        """Its own estimate of value beside the discounted returns (N) that followed (obs, action) in evaluation."""
+    def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
+        """The estimated value of (obs, action) of an evaluation (N) beside the discounted returns that followed."""
         return {}
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """Planning: the planner that solves objectives of trajectories (objectives.py), and `plan`, its door for control."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -24,8 +25,10 @@ from difftori.solver import (
     AugmentedLagrangian,
     Box,
     ConstrainedTrajectory,
+    Detached,
     Implicit,
     Multipliers,
+    Objective,
     ProjectedGradient,
     Solution,
     Solver,
@@ -34,7 +37,8 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.box import Bound
-from difftori.types import Plans, Rows, States
+from difftori.solver.objective import ClampedObjective, as_objective
+from difftori.types import Plans, Points, Rows, States
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,45 @@ class Planner:
     tolerance: float | None = None
     compile: bool = False
     keep: Literal["best", "last"] = "best"
+    clamp_in_cost: bool = False
+    """The authors' release clamps x inside the cost: coordinates outside the box have no gradient and stay there, so
+    that the result may lie outside."""
+
+    def acting(self) -> "Planner":
+        """The same planner without a derivative, which keeps the best iterate."""
+        return replace(self, adjoint=Detached(), keep="best")
+
+    def solve(
+        self,
+        objective: Objective | Callable[[Tensor], Tensor],
+        x0: Points,
+        *,
+        generator: torch.Generator | None = None,
+        candidates: Tensor | None = None,
+        history: bool = False,
+        augmented: AugmentedLagrangian | None = None,
+        multipliers: Multipliers | None = None,
+    ) -> Solution:
+        """`difftori.solver.solve` with these settings, for any objective over x (B n); the box bounds x."""
+        box = self.box
+        if self.clamp_in_cost:
+            objective, box = ClampedObjective(as_objective(objective), box.to(x0)), None
+        return solve(
+            objective,
+            x0,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            box=box,
+            max_steps=self.max_steps,
+            tolerance=self.tolerance,
+            keep=self.keep,
+            candidates=candidates,
+            generator=generator,
+            history=history,
+            compile=self.compile,
+            augmented=augmented,
+            multipliers=multipliers,
+        )
 
     def plan(
         self,
@@ -114,19 +157,12 @@ class Planner:
                 f"(B H A) = {expected}."
             )
         box = self.flat_box(init_actions)
-        solution = solve(
+        solution = replace(self, box=box).solve(
             objective,
             box.project(init_actions.flatten(1)),
-            solver=self.solver,
-            adjoint=self.adjoint,
-            box=box,
-            max_steps=self.max_steps,
-            tolerance=self.tolerance,
-            keep=self.keep,
             candidates=None if candidates is None else candidates.flatten(2),
             generator=generator,
             history=history,
-            compile=self.compile,
             augmented=augmented,
             multipliers=multipliers,
         )

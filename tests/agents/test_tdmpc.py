@@ -2,6 +2,7 @@
 
 import torch
 
+from difftori.agents.losses import model_loss, prior_loss
 from tests.agents.test_every_agent import act, build, segment
 
 
@@ -14,11 +15,10 @@ def test_the_loss_is_equation_3_written_out():
     batch.terminated[1, 2] = True
     batch.mask[2, 3] = 0
     batch.weights[:] = torch.rand(8, generator=g)
-    loss = agent.loss(batch, batch.obs, torch.Generator().manual_seed(5))
     model, target, s = agent.model, agent.target, agent.settings
-    noise = torch.Generator().manual_seed(5)
-    drawn = torch.randn(batch.actions.shape, generator=noise)
-    all_next = model.prior(model.encode(batch.obs[1:]), (s.std_end * drawn).clamp(-0.3, 0.3))
+    noise = (s.std_end * torch.randn(batch.actions.shape, generator=g)).clamp(-0.3, 0.3)
+    loss = model_loss(model, target, batch, batch.obs, noise, s.coefficients())
+    all_next = model.prior(model.encode(batch.obs[1:]), noise)
     total = 0.0
     for row in range(8):
         z = model.encode(batch.obs[0, row])
@@ -37,10 +37,10 @@ def test_the_loss_is_equation_3_written_out():
 
 
 def test_schedules_run_from_start_to_end():
-    agent = build("tdmpc", horizon=5)
-    assert [agent.plan_horizon(step) for step in (0, 12_500, 25_000, 99_999)] == [1, 3, 5, 5]
-    assert agent.exploration(0) == 0.5
-    assert abs(agent.exploration(25_000) - 0.05) < 1e-12
+    settings = build("tdmpc", horizon=5).settings
+    assert [settings.plan_horizon(step) for step in (0, 12_500, 25_000, 99_999)] == [1, 3, 5, 5]
+    assert settings.exploration_std(0) == 0.5
+    assert abs(settings.exploration_std(25_000) - 0.05) < 1e-12
 
 
 def test_the_target_follows_slowly():
@@ -56,9 +56,11 @@ def test_the_target_follows_slowly():
 def test_the_prior_learns_without_moving_the_model():
     agent = build("tdmpc")
     agent.model.critics.members[0][-1].weight.data.normal_()
+    latents = torch.randn(4, 8, 8)
+    loss = prior_loss(agent.model, latents, torch.zeros(4, 8, 2), 0.5)
     critics = [p.clone() for p in agent.model.critics.parameters()]
     policy = [p.clone() for p in agent.model.policy.parameters()]
-    agent._update_prior(torch.randn(4, 8, 8), torch.Generator().manual_seed(0))
+    agent.prior_optimizer.step(agent.prior_optimizer.gradient(loss))
     assert all(torch.equal(a, b) for a, b in zip(critics, agent.model.critics.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(policy, agent.model.policy.parameters(), strict=True))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from difftori import presets
 from difftori.benchmarks import entries as table
 from difftori.benchmarks.entries import Cell, Entry, Setup, build, entries
 from difftori.benchmarks.problems import imitation_problem, latent_problem
@@ -17,7 +18,6 @@ from difftori.benchmarks.report import summarise
 from difftori.benchmarks.solver import Config, run
 from difftori.benchmarks.timing import Sample, time_cell
 from difftori.errors import ConfigError, MissingExtraError
-from difftori.solver import presets
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_an_exact_gradient_is_recognised(setup: Setup) -> None:
 
 def test_a_wrong_gradient_is_recognised(setup: Setup) -> None:
     def minus(problem, generator):
-        x = presets.accurate().solve(problem, problem.x0, box=problem.box).x
+        x = presets.accurate(problem.box).solve(problem, problem.x0).x
         return 2 * x.detach() - x
 
     quality = measure_quality(Cell("imitation", 1, 4), Entry("minus", minus), setup)

@@ -118,9 +118,8 @@ def test_a_killed_process_goes_on_in_a_new_one(tmp_path, straight):
     config = tiny_config(trap="kill", trap_at=(8,), trap_file=str(tmp_path / "sprung"))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     out = tmp_path / "run"
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "difftori.cli", "train", "--config", "config.yaml", "--out", "run", "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == -signal.SIGKILL
     assert "command.txt" in os.listdir(out)
     assert cli.main(["train", "--resume", str(out), "--quiet"]) == 0

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from difftori import presets
 from difftori.errors import BoxError, ConfigError
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
-from difftori.solver import Box, Detached, presets
+from difftori.solver import Box, Detached
 from difftori.types import Plans, TaskSpec, Window, WindowObs
 from tests.support.specs import (
     SCALE,
@@ -203,7 +204,7 @@ def test_the_reference_is_the_releases_solve():
     def cost(x):
         return -policy.score(torch.cat((state, sample, x), -1)).squeeze(-1)
 
-    expected = presets.reference_il().acting().solve(cost, start.flatten(1), box=Box(-1.0, 1.0)).x
+    expected = presets.reference_il(box=Box(-1.0, 1.0)).acting().solve(cost, start.flatten(1)).x
     plan = policy.plan(state, sample, start, start, Detached())
     assert policy.settings.max_steps == 100
     torch.testing.assert_close(plan.actions.flatten(1), expected)

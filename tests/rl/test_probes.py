@@ -22,7 +22,7 @@ from difftori.rl.config import parse_rl_config
 
 BAR = 0.96
 SMALL = {"horizon": 1, "lr": 5e-3, "ema": 0.3, "value_coef": 0.5, "batch_size": 128}
-SMALL |= {"samples": 64, "elites": 8, "prior_samples": 4, "iterations": 2}
+MPPI = {"samples": 64, "elites": 8, "prior_samples": 4, "iterations": 2}
 ONE = {"width": 64, "encoder_width": 64, "latent_dim": 6, "seed_steps": 100, "schedule_steps": 100}
 ONE |= {"updates_per_step": 0.5}
 TWO = {**ONE, "width": 128, "encoder_width": 128, "seed_steps": 200, "schedule_steps": 200}
@@ -57,6 +57,7 @@ def _no_report(monkeypatch):
 def test_solves(agent, task, steps, num_envs, settings, tmp_path):
     values = {"agent": agent, "env": f"probe:{task}", "steps": steps, "num_envs": num_envs, "seed": 3}
     values |= {"eval_episodes": 20, "eval_every": 10_000, "save_every": 10_000, "settings": SMALL | settings}
+    values["settings"] |= MPPI if agent == "tdmpc" else {}
     summary = rl.train(parse_rl_config(values), tmp_path, progress=False)
     assert summary["updates"] == pytest.approx(steps * settings["updates_per_step"], abs=1)
     assert summary["return"] > BAR

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from difftori import presets
 from difftori.errors import BoxError, NonFiniteError, ObjectiveError, ShapeError, SolverError
 from difftori.solver import (
     CEM,
@@ -21,7 +22,6 @@ from difftori.solver import (
     Truncated,
     Unrolled,
     check_gradients,
-    presets,
     solve,
 )
 

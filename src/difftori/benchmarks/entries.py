@@ -1,12 +1,13 @@
 """What is compared: cells (a problem at a size) and entries (a way to solve it). A new entry is one line of a table."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from difftori import presets
 from difftori.benchmarks.peers import mpc_pendulum, theseus_lm, theseus_lm_flattened
 from difftori.benchmarks.pendulum import PendulumProblem, pendulum_problem, quadratic_cost
 from difftori.benchmarks.problems import (
@@ -18,20 +19,17 @@ from difftori.benchmarks.problems import (
     latent_problem,
 )
 from difftori.errors import ConfigError
+from difftori.planning import Planner
 from difftori.solver import (
     ILQR,
     MPPI,
     Adjoint,
     Detached,
     Implicit,
-    LevenbergMarquardt,
     ProjectedGradient,
     Solver,
-    Truncated,
-    presets,
     solve,
 )
-from difftori.solver.presets import Preset
 from difftori.types import Points
 
 
@@ -95,8 +93,8 @@ class Entry:
     largest: int = 1_000_000
 
 
-def _preset(preset: Preset, problem: Problem, generator: torch.Generator, *, compile: bool = False) -> Points:
-    return preset.solve(problem, problem.x0, box=problem.box, generator=generator, compile=compile).x
+def _planner(planner: Planner, problem: Problem, generator: torch.Generator, *, compile: bool = False) -> Points:
+    return replace(planner, box=problem.box, compile=compile).solve(problem, problem.x0, generator=generator).x
 
 
 def _ours(
@@ -152,7 +150,7 @@ def _mpc(analytic: bool, problem: Problem, generator: torch.Generator) -> Points
 
 
 def _reference_il(problem: Problem, generator: torch.Generator, *, compile: bool = False) -> Points:
-    return _preset(presets.reference_il(problem.x0.shape[0]), problem, generator, compile=compile)
+    return _planner(presets.reference_il(problem.x0.shape[0]), problem, generator, compile=compile)
 
 
 def _both(name: str, run: Callable[..., Points]) -> tuple[Entry, Entry]:
@@ -160,14 +158,14 @@ def _both(name: str, run: Callable[..., Points]) -> tuple[Entry, Entry]:
 
 
 _RELEASE = presets.reference_rl("cheetah-run")
-_FAST, _ACCURATE = partial(_preset, presets.fast()), partial(_preset, presets.accurate())
-_SHORT = Preset(LevenbergMarquardt(offset=1000.0, step_size=3e-5, damping=0.01 * 128), Truncated(5), 10, "last", 0.0)
+_FAST, _ACCURATE = partial(_planner, presets.fast()), partial(_planner, presets.accurate())
+_SHORT = replace(presets.reference_il(), max_steps=10)
 
 ENTRIES: dict[str, tuple[Entry, ...]] = {
     # The first of each is what the ratios are taken against.
     "latent": (
         Entry("Theseus LM 100", _theseus, peer=True),
-        *_both("closed-form LM 100", partial(_preset, _RELEASE)),
+        *_both("closed-form LM 100", partial(_planner, _RELEASE)),
         *_both("fast", _FAST),
         *_both("accurate", _ACCURATE),
         Entry("MPPI 525x6", _tdmpc, gradient=False, largest=32),
@@ -176,7 +174,7 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry("Theseus LM 100 (one problem)", partial(_theseus_imitation, 100), peer=True),
         Entry("Theseus LM 10 (one problem)", partial(_theseus_imitation, 10), peer=True),
         *_both("closed-form LM 100", _reference_il),
-        Entry("closed-form LM 10", partial(_preset, _SHORT)),
+        Entry("closed-form LM 10", partial(_planner, _SHORT)),
         *_both("fast", _FAST),
         *_both("accurate", _ACCURATE),
     ),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from difftori.errors import DataError
 from difftori.experiments.pool import option_words
 from difftori.rl.config import RLConfig, parse_rl_config
-from difftori.runs.records import read_config
+from difftori.runs.records import read_config, without_retired
 
 Task = Literal[
     "cartpole-swingup-sparse",
@@ -40,13 +40,10 @@ _QUICK: dict[str, Any] = {
     "encoder_width": 16,
     "batch_size": 16,
     "horizon": 2,
-    "samples": 8,
-    "elites": 4,
-    "prior_samples": 2,
-    "iterations": 1,
     "seed_steps": 20,
     "updates_per_step": 0.25,
 }
+_QUICK_MPPI: dict[str, Any] = {"samples": 8, "elites": 4, "prior_samples": 2, "iterations": 1}
 _FREE = {"device", "threads", "compile", "workers", "storage", "save_every", "keep_episodes"}
 """Keys of a run's configuration that do not decide what is compared: where and how it computed."""
 
@@ -188,7 +185,7 @@ def strange_settings(job: Job) -> list[str]:
     if (job.folder / "config.yaml").exists():
         found[job.folder] = read_config(job.folder)
     if job.kept.exists():
-        found[job.kept] = read_kept(job.kept)["config"]
+        found[job.kept] = without_retired(read_kept(job.kept)["config"])
     wanted, faults = _flat(job.config), []
     for place, values in found.items():
         try:
@@ -217,7 +214,8 @@ def read_kept(path: Path) -> dict[str, Any]:
 
 
 def _job(config: StudyConfig, task: str, arm: Arm, seed: int) -> Job:
-    settings: dict[str, Any] = {**(_QUICK if config.quick else {"preset": config.preset}), **arm.settings}
+    quick = {**_QUICK, **(_QUICK_MPPI if arm.agent == "tdmpc" else {})}
+    settings: dict[str, Any] = {**(quick if config.quick else {"preset": config.preset}), **arm.settings}
     values: dict[str, Any] = {
         "env": task if config.quick else f"dmc:{task}",
         "obs": "state" if config.quick else config.obs,

@@ -65,7 +65,7 @@ class WorldModel(nn.Module):
         """Q_k(z, a): (… Z), (… A) → (K …)."""
         return self.critics(latent, action)
 
-    def least_q(self, latent: AnyLatents, action: AnyActions) -> AnyValues:
+    def min_q(self, latent: AnyLatents, action: AnyActions) -> AnyValues:
         """min_k Q_k(z, a): (… Z), (… A) → (…)."""
         return self.critics(latent, action).amin(0)
 
@@ -81,7 +81,7 @@ class WorldModel(nn.Module):
 
     def value(self, latent: AnyLatents) -> AnyValues:
         """min_k Q_k(z, π(z)): (… Z) → (…)."""
-        return self.least_q(latent, self.prior(latent))
+        return self.min_q(latent, self.prior(latent))
 
     def rollout(self, latent: AnyLatents, noise: AnyPlans) -> AnyPlans:
         """The prior's own actions over H steps of the model, with `noise` (… H A): (… Z) → (… H A)."""

@@ -1,5 +1,6 @@
 """DiffTORI for imitation: a policy that is an optimiser over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -7,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftori import presets
 from difftori.errors import ConfigError
 from difftori.models.nets import mlp, noise_like, quiet
 from difftori.models.pictures import Pictures
@@ -25,7 +27,6 @@ from difftori.solver import (
     Solver,
     Truncated,
     Unrolled,
-    presets,
 )
 from difftori.types import (
     Actions,
@@ -320,11 +321,8 @@ class DiffTORI(Refiner):
     def _planner(self, adjoint: Adjoint) -> Planner:
         box = Box(-1.0, 1.0, inward=self.settings.inward)
         if self.settings.solver == "reference":
-            preset = presets.reference_il()
-            used = adjoint if isinstance(adjoint, Detached) else preset.adjoint
-            # The release executes the best iterate and puts its loss on the last one.
-            kept: Literal["best", "last"] = "best" if isinstance(adjoint, Detached) else "last"
-            return Planner(preset.solver, used, box, self.settings.max_steps, tolerance=0.0, keep=kept)
+            release = replace(presets.reference_il(box=box), max_steps=self.settings.max_steps)
+            return release.acting() if isinstance(adjoint, Detached) else release
         keep: Literal["best", "last"] = "last" if self.settings.solver == "gradient" else "best"
         return Planner(self._solver(), adjoint, box, self.settings.max_steps, tolerance=0.0, keep=keep)
 

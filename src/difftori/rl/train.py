@@ -216,7 +216,7 @@ class _Session:
             self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
         trial = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.decisions)
         self.evaluations.append((self.env_steps, float(trial.returns.mean())))
-        row = trial_metrics(trial) | self._judged(trial)
+        row = trial_metrics(trial) | self._value_calibration(trial)
         if self.updates:
             generator = seeded(self.config.seed, f"diagnosis at {self.env_steps}")
             segment = self.replay.sample(self.agent.batch_size, generator=generator)
@@ -226,10 +226,14 @@ class _Session:
         row |= {f"seconds/{name}": total for name, total in {**self.seconds, **self.collector.seconds}.items()}
         return row | {"updates": self.updates, "seconds/total": self._elapsed()}
 
-    def _judged(self, trial: Trial) -> Metrics:
+    def _value_calibration(self, trial: Trial) -> Metrics:
         device = self.config.device
         parts = (torch.from_numpy(part).to(device) for part in (trial.obs, trial.actions, trial.returns_to_go))
-        return {f"judged/{name}": value for name, value in self.agent.judge(*parts).items()} if self.updates else {}
+        return (
+            {f"judged/{name}": value for name, value in self.agent.value_calibration(*parts).items()}
+            if self.updates
+            else {}
+        )
 
     def _elapsed(self) -> float:
         return self.before + time.perf_counter() - self._clock

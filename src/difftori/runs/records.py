@@ -18,6 +18,15 @@ _QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SHORT = 4000
 """Characters up to which it is used: it is not guarded against nesting that is too deep for the stack."""
 
+ANY_VALUE = object()
+RETIRED: dict[str, dict[str, object]] = {
+    "difftori": {
+        **dict.fromkeys(("samples", "prior_samples", "iterations", "elites", "temperature", "momentum"), ANY_VALUE),
+        "obs_q_lambda": 0.0,
+    }
+}
+"""Settings that earlier versions wrote although the agent does not use them, and those whose only use was this value."""
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a run's `metrics.jsonl`. A last line that a kill cut short is left out; DataError for any other fault."""
@@ -67,4 +76,14 @@ def read_config(path: Path) -> dict:
         ) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{source}: holds no mapping of names to values; restore it, or use another directory"])
-    return values
+    return without_retired(values)
+
+
+def without_retired(config: dict) -> dict:
+    """A run's configuration without settings that earlier versions wrote and that had no effect on the run."""
+    settings = config.get("settings")
+    retired = RETIRED.get(str(config.get("agent") or config.get("policy")), {})
+    if not isinstance(settings, dict) or not retired:
+        return config
+    kept = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
+    return {**config, "settings": kept}

@@ -4,7 +4,6 @@ sol = solve(objective, x0, solver=ProjectedGradient(), adjoint=Implicit(), box=B
 loss(sol.x).backward()
 """
 
-from difftori.solver import presets
 from difftori.solver.adam import Adam
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian
@@ -53,6 +52,5 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "check_gradients",
-    "presets",
     "solve",
 ]

@@ -91,3 +91,8 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
             "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
             "If it is none of these, look for .item() or the like in the cost or loss."
         ) from error
+
+
+def maybe_compiled(compile: bool, function: Callable, *arguments):
+    """function(*arguments), compiled or not."""
+    return compiled_call(function, *arguments) if compile else function(*arguments)

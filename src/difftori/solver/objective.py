@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difftori.errors import ShapeError
+from difftori.solver.box import Box
 from difftori.types import Actions, Plans, Points, Residuals, Rows, States
 
 RowSelection = Tensor
@@ -108,6 +109,25 @@ class TrajectoryObjective(Objective):
         for t, action in zip(self.times().unbind(), self.plan(x).unbind(-2), strict=True):
             states.append(self.next(states[-1], action, t))
         return torch.stack(states, -2)
+
+
+class ClampedObjective(Objective):
+    """Another objective at the nearest point of the box: bounds as the release has them."""
+
+    def __init__(self, inner: Objective, box: Box):
+        self.inner, self.box = inner, box
+
+    def cost(self, x: Points) -> Rows:
+        """The inner cost at clamp(x)."""
+        return self.inner.cost(
+            torch.clamp(x, torch.as_tensor(self.box.low).to(x), torch.as_tensor(self.box.high).to(x))
+        )
+
+    def select(self, rows: RowSelection) -> "Objective | None":
+        """Some rows, where the inner objective can be split and the bounds are the same for all of them."""
+        inner = self.inner.select(rows)
+        shared = all(torch.as_tensor(bound).dim() < 2 for bound in (self.box.low, self.box.high))
+        return ClampedObjective(inner, self.box) if inner is not None and shared else None
 
 
 def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from difftori import presets
 from difftori.paper.numbers import paper_settings, paper_tasks
-from difftori.solver import Box, LevenbergMarquardt, Truncated, presets, solve
+from difftori.solver import Box, LevenbergMarquardt, Truncated, solve
 from tests.support.problems import F64, network, quadratic
 
 
@@ -24,7 +25,7 @@ def test_reference_rl_has_the_papers_numbers():
 def test_reference_keeps_the_releases_clamp_inside_the_cost():
     """A coordinate that left the box has no gradient any more and stays outside."""
     case = quadratic(scale=50.0)
-    solution = presets.reference_rl("walker-walk").solve(case.objective, case.x0, box=Box(-0.01, 0.01))
+    solution = presets.reference_rl("walker-walk", Box(-0.01, 0.01)).solve(case.objective, case.x0)
     outside = solution.x.abs() > 0.01
     assert bool(outside.any())
     x = solution.x.detach().requires_grad_()
@@ -52,19 +53,20 @@ def test_reference_il_is_one_problem_per_batch_where_gradients_are_of_one_size()
     torch.testing.assert_close(alone.x.detach(), x, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", [presets.fast(), presets.accurate()])
+@pytest.mark.parametrize("preset", [presets.fast, presets.accurate])
 def test_our_presets_stay_inside_and_differentiate(preset):
     case = network()
-    solution = preset.solve(case.objective, case.x0, box=case.box)
+    planner = preset(case.box)
+    solution = planner.solve(case.objective, case.x0)
     assert bool(case.box.contains(solution.x).all())
     grads = torch.autograd.grad(solution.x.sum(), case.leaves, allow_unused=True)
     assert all(g is None or bool(torch.isfinite(g).all()) for g in grads)
-    assert not preset.acting().solve(case.objective, case.x0, box=case.box).x.requires_grad
+    assert not planner.acting().solve(case.objective, case.x0).x.requires_grad
 
 
 def test_accurate_is_accurate():
     case = network()
-    solution = presets.accurate().solve(case.objective, case.x0, box=case.box)
+    solution = presets.accurate(case.box).solve(case.objective, case.x0)
     long = solve(case.objective, case.x0, box=case.box, solver=presets.accurate().solver, max_steps=300)
     assert bool(solution.gradient_valid.all())
     torch.testing.assert_close(solution.x, long.x, rtol=0, atol=1e-6)

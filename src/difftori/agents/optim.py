@@ -1,4 +1,4 @@
-"""One guarded Adam step on named networks: what every update of an agent ends with."""
+"""What every update ends with: a guarded Adam step on named networks, and the soft update of their targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,14 +9,14 @@ from difftori.errors import CheckpointError, NonFiniteError
 from difftori.types import Scalar
 
 MAX_SKIPS = 10
-"""So many steps in a row may be passed over for NaN or Inf before training stops."""
+"""Consecutive steps that are skipped for NaN or Inf before training stops."""
 
 
-class Descent:
+class GuardedOptimizer:
     """Adam over `networks`, with the gradient's norm clipped over all of them together.
 
-    A gradient or loss that is not finite leaves every weight as it is and is counted; `MAX_SKIPS` in a row raise
-    NonFiniteError with the networks' names. Gradients go nowhere else: other tensors that the loss used keep theirs.
+    A step whose gradient is not finite is skipped and counted: weights and Adam's state stay as they are. `MAX_SKIPS`
+    consecutive skips raise NonFiniteError with the networks' names. Only the parameters of `networks` receive gradients.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], lr: float, clip_norm: float):
@@ -24,21 +24,21 @@ class Descent:
         self.parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.clip_norm = clip_norm
         self.adam = torch.optim.Adam(self.parameters, lr=lr, fused=True)
-        self.skipped, self.in_a_row = 0, 0
+        self.skipped, self.consecutive_skips = 0, 0
 
     def gradient(self, loss: Scalar, *, retain_graph: bool = False) -> list[Tensor]:
         """∂loss/∂parameters, zero where the loss does not depend on one."""
         return list(torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, materialize_grads=True))
 
     def step(self, gradient: Sequence[Tensor]) -> float:
-        """Clip and step; the norm before clipping, NaN or Inf if the step was passed over."""
+        """Clip and step. Returns the norm before clipping, NaN or Inf if the step was skipped."""
         norm = torch.nn.utils.get_total_norm(gradient)
         if not bool(norm.isfinite()):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row >= MAX_SKIPS:
-                raise NonFiniteError(self._blame(gradient))
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+            if self.consecutive_skips >= MAX_SKIPS:
+                raise NonFiniteError(self._describe(gradient))
             return norm.item()
-        self.in_a_row = 0
+        self.consecutive_skips = 0
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -54,27 +54,27 @@ class Descent:
             for name, network in self.networks.items()
         }
 
-    def state(self) -> dict:
-        """All of it but the networks, for a checkpoint."""
-        return {"adam": self.adam.state_dict(), "skipped": self.skipped, "in_a_row": self.in_a_row}
+    def state_dict(self) -> dict:
+        """Adam's state and the counters, without the networks, for a checkpoint."""
+        return {"adam": self.adam.state_dict(), "skipped": self.skipped, "in_a_row": self.consecutive_skips}
 
-    def load(self, state: dict) -> None:
-        """Put a saved state back. Raises CheckpointError if it is of other networks."""
+    def load_state_dict(self, state: dict) -> None:
+        """Restore a saved state. Raises CheckpointError if it belongs to other networks."""
         try:
             self.adam.load_state_dict(state["adam"])
-            self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+            self.skipped, self.consecutive_skips = int(state["skipped"]), int(state["in_a_row"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"the optimiser's checkpoint does not fit these networks: {error}") from error
 
-    def _blame(self, gradient: Sequence[Tensor]) -> str:
+    def _describe(self, gradient: Sequence[Tensor]) -> str:
         broken = [name for name, part in self.by_network(gradient).items() if not bool(part.isfinite().all())]
         return (
-            f"NaN or Inf in {MAX_SKIPS} updates in a row, in the gradients of {', '.join(broken) or 'none alone'}. The "
-            "weights are those of the last good update: lower lr, or look at the rewards and observations"
+            f"NaN or Inf in {MAX_SKIPS} consecutive updates, in the gradients of {', '.join(broken) or 'no single network'}. The "
+            "weights are those of the last good update. Fix: lower lr, or check the rewards and observations."
         )
 
 
 @torch.no_grad()
-def follow(targets: Iterable[Tensor], sources: Iterable[Tensor], rate: float) -> None:
+def soft_update(targets: Iterable[Tensor], sources: Iterable[Tensor], rate: float) -> None:
     """θ⁻ ← (1 − rate)·θ⁻ + rate·θ (Polyak averaging)."""
     torch._foreach_lerp_(list(targets), list(sources), rate)  # noqa: SLF001 (one fused call for all of them)

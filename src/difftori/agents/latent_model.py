@@ -1,0 +1,135 @@
+"""What agents that plan in TD-MPC's latent model share: its settings, its networks, and their schedules."""
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from difftori.agents.losses import ModelCoefficients
+from difftori.interfaces import AgentConfig
+from difftori.models.encoders import Precision, make_encoder, random_shift
+from difftori.models.world_model import WorldModel
+from difftori.types import EnvSpec
+
+_PIXELS, _STATE = {"lr": 3e-4, "batch_size": 256}, {"lr": 1e-3, "batch_size": 512}
+_MAX_SHIFT = 4
+
+# For two CPU cores. What it costs in return is measured in docs/reinforcement.md.
+COMPACT: dict[str, Any] = {
+    "latent_dim": 50,
+    "width": 128,
+    "encoder_width": 128,
+    "batch_size": 128,
+    "horizon": 3,
+    "seed_steps": 1000,
+    "schedule_steps": 10_000,
+}
+# For comparing variants of one agent by many runs on two CPU cores.
+SMALL: dict[str, Any] = {**COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64}
+# A latent too narrow for the observations, so that it matters what the model is trained for: objective mismatch.
+NARROW: dict[str, Any] = {**SMALL, "latent_dim": 4}
+
+
+class LatentModelConfig(AgentConfig):
+    """Settings of TD-MPC's latent model; the defaults are the paper's (docs/reinforcement.md lists their source)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {},
+        "compact": COMPACT,
+        "small": SMALL,
+        "narrow": NARROW,
+    }
+
+    batch_size: int | None = Field(None, ge=1)
+    """Segments per update. Default: 256 from pixels, 512 from states."""
+    latent_dim: int = Field(50, ge=1)
+    """Size Z of the latent state."""
+    width: int = Field(512, ge=1)
+    """Hidden layers' width, except the encoder's."""
+    encoder_width: int = Field(256, ge=1)
+    """Hidden layer's width of the state encoder."""
+    channels: int = Field(32, ge=1)
+    """Channels of the pixel encoder's convolutions."""
+    precision: Precision = "float32"
+    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits."""
+    lr: float | None = Field(None, gt=0)
+    """Learning rate. Default: 3e-4 from pixels, 1e-3 from states."""
+    discount: float = Field(0.99, gt=0, le=1)
+    """Discount γ per agent step."""
+    rho: float = Field(0.5, gt=0, le=1)
+    """ρ of Eq. 3: the loss t steps into the segment weighs ρ^t."""
+    consistency_coef: float = Field(2.0, ge=0)
+    """Weight c_3 of the latent dynamics' loss."""
+    reward_coef: float = Field(0.5, ge=0)
+    """Weight c_1 of the reward's loss."""
+    value_coef: float = Field(0.1, ge=0)
+    """Weight c_2 of the action values' loss."""
+    clip_norm: float = Field(10.0, gt=0)
+    """Largest norm of a gradient; longer ones are scaled down to it."""
+    ema: float = Field(0.01, gt=0, le=1)
+    """Rate of the target networks' soft update."""
+    ema_every: int = Field(2, ge=1)
+    """Updates between soft updates of the target networks."""
+    std_start: float = Field(0.5, ge=0)
+    """Standard deviation of exploration at the first agent step."""
+    std_end: float = Field(0.05, ge=0)
+    """Standard deviation of exploration after `schedule_steps`, reached linearly; also that of π's noise in the losses."""
+    horizon_start: int = Field(1, ge=1)
+    """Planning horizon at the first agent step; it grows linearly to `horizon` over `schedule_steps`."""
+    schedule_steps: int = Field(25_000, ge=0)
+    """Agent steps over which the exploration falls and the planning horizon grows."""
+
+    def plan_horizon(self, step: int) -> int:
+        """The planning horizon H after `step` agent steps."""
+        return min(self.horizon, int(self._scheduled(self.horizon_start, self.horizon, step)))
+
+    def exploration_std(self, step: int) -> float:
+        """Standard deviation of exploration after `step` agent steps."""
+        return self._scheduled(self.std_start, self.std_end, step)
+
+    def coefficients(self) -> ModelCoefficients:
+        """What Eq. 3 is weighted by."""
+        return ModelCoefficients(self.discount, self.rho, self.reward_coef, self.value_coef, self.consistency_coef)
+
+    def learning(self, spec: EnvSpec) -> tuple[float, int]:
+        """Learning rate and batch size, those of the observation type where none are given."""
+        default = _PIXELS if from_pixels(spec) else _STATE
+        return self.lr or default["lr"], self.batch_size or int(default["batch_size"])
+
+    def _scheduled(self, start: float, end: float, step: int) -> float:
+        share = min(1.0, step / self.schedule_steps) if self.schedule_steps else 1.0
+        return start + share * (end - start)
+
+
+def from_pixels(spec: EnvSpec) -> bool:
+    """Whether observations are images."""
+    return len(spec.obs_shape) == 3
+
+
+def build_encoder(config: LatentModelConfig, spec: EnvSpec) -> nn.Module:
+    """An encoder of the environment's observations, (… *S) → (… Z)."""
+    return make_encoder(
+        spec.obs_shape,
+        hidden=config.encoder_width,
+        channels=config.channels,
+        latent_dim=config.latent_dim,
+        precision=config.precision,
+    )
+
+
+def build_model(config: LatentModelConfig, spec: EnvSpec) -> WorldModel:
+    """Encoder, latent dynamics, reward, critics and policy prior."""
+    return WorldModel(build_encoder(config, spec), spec.action_dim, latent_dim=config.latent_dim, width=config.width)
+
+
+def trained_by_model_loss(model: WorldModel) -> dict[str, nn.Module]:
+    """The networks that Eq. 3 trains: all but the policy prior."""
+    return {"encoder": model.encoder, "dynamics": model.dynamics, "reward": model.reward_head, "q": model.critics}
+
+
+def augmented(obs: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (T+1 B C H W) shifted at random, each time step by itself; states as they are."""
+    if obs.dim() < 5:
+        return obs
+    return random_shift(obs.flatten(0, 1), _MAX_SHIFT, generator).unflatten(0, obs.shape[:2])

@@ -1,0 +1,117 @@
+"""Losses that agents share: the latent model's (Eq. 3), those of critics of observations, and the policy prior's.
+
+A segment has T steps of B rows; latents are (T+1 B Z), observations (T+1 B *S). Step t weighs ρ^t, padded steps weigh
+nothing, each row's terms are bounded by `CEILING`, and losses that train the model are divided by T, as in TD-MPC's release.
+Source: Hansen, Wang and Su (2022), Eqs. 7–12; Wan et al. (2024), Eqs. 3 and 6.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.models.world_model import WorldModel
+from difftori.types import Rows, Scalar, Segment
+
+CEILING = 1e4
+"""Bound of each row's terms and priorities."""
+
+
+class ModelCoefficients(NamedTuple):
+    """γ, ρ, and the weights c_1 (reward), c_2 (value) and c_3 (consistency) of Eq. 3."""
+
+    discount: float
+    rho: float
+    reward: float
+    value: float
+    consistency: float
+
+
+class ModelLoss(NamedTuple):
+    """Eq. 3 on a batch: the scalar, new priorities (B), the latents (T+1 B Z) without a graph, and scalars to log."""
+
+    total: Scalar
+    priorities: Rows
+    latents: Tensor
+    metrics: dict[str, Scalar]
+
+
+def model_loss(
+    model: WorldModel, target: WorldModel, segment: Segment, obs: Tensor, noise: Tensor, c: ModelCoefficients
+) -> ModelLoss:
+    """Eq. 3: Σ_t ρ^t (c_1‖R − r‖² + c_2‖Q − (r + γ Q⁻(z', π(z')))‖² + c_3‖d(z, a) − h⁻(s')‖²), the weighted mean over rows.
+
+    `noise` (T B A) is added to π's action in the target.
+    """
+    target_latents, target_values = model_targets(model, target, segment, obs[1:], noise, c.discount)
+    latents = [model.encode(obs[0])]
+    for action in segment.actions:
+        latents.append(model.next(latents[-1], action))
+    path = torch.stack(latents)
+    weight = step_weights(segment, c.rho)
+    q = model.q(path[:-1], segment.actions)
+    consistency = (weight * (path[1:] - target_latents).square().mean(-1)).sum(0)
+    reward = (weight * (model.reward(path[:-1], segment.actions) - segment.rewards).square()).sum(0)
+    errors = q - target_values
+    value = (weight * errors.square().sum(0)).sum(0)
+    rows = (
+        c.consistency * consistency.clamp(max=CEILING)
+        + c.reward * reward.clamp(max=CEILING)
+        + c.value * value.clamp(max=CEILING)
+    )
+    total = (rows * segment.weights).mean() / len(segment.actions)
+    priorities = (weight * errors.detach().abs().sum(0)).sum(0).clamp(max=CEILING)
+    metrics = {
+        "consistency_loss": consistency.mean(),
+        "reward_loss": reward.mean(),
+        "value_loss": value.mean(),
+        "q": q.mean(),
+    }
+    return ModelLoss(total, priorities, path.detach(), {name: m.detach() for name, m in metrics.items()})
+
+
+@torch.no_grad()
+def model_targets(
+    model: WorldModel, target: WorldModel, segment: Segment, next_obs: Tensor, noise: Tensor, discount: float
+) -> tuple[Tensor, Tensor]:
+    """h⁻(s') (T B Z) and r + γ min Q⁻(h(s'), π(h(s'))) (T B), without the second term after a terminated step."""
+    latents, online = target.encode(next_obs), model.encode(next_obs)
+    action = model.prior(online, noise)
+    not_done = (~segment.terminated).float()
+    return latents, segment.rewards + discount * not_done * target.min_q(online, action)
+
+
+def critic_loss(
+    critics: Callable[[Tensor, Tensor], Tensor],
+    target: Callable[[Tensor, Tensor], Tensor],
+    segment: Segment,
+    obs: Tensor,
+    next_action: Tensor,
+    discount: float,
+    rho: float,
+    coef: float,
+) -> Scalar:
+    """coef · Σ_t ρ^t Σ_k (Q_k(o, a) − (r + γ min Q⁻(o', a')))², the weighted mean over rows.
+
+    `critics` and `target`: (… *S), (… A) → (K …). `next_action` a' (T B A).
+    """
+    with torch.no_grad():
+        not_done = (~segment.terminated).float()
+        values = segment.rewards + discount * not_done * target(obs[1:], next_action).amin(0)
+    errors = (critics(obs[:-1], segment.actions) - values).square().sum(0)
+    rows = (step_weights(segment, rho) * errors).sum(0).clamp(max=CEILING)
+    return coef * (rows * segment.weights).mean() / len(segment.actions)
+
+
+def prior_loss(model: WorldModel, latents: Tensor, noise: Tensor, rho: float) -> Scalar:
+    """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over rows; `latents` (T+1 B Z) learn nothing, `noise` (T+1 B A) is π's."""
+    powers = rho ** torch.arange(len(latents), device=latents.device)
+    action = model.prior(latents, noise)
+    return -(powers * model.min_q(latents, action).mean(-1)).sum()
+
+
+def step_weights(segment: Segment, rho: float) -> Tensor:
+    """ρ^t, zero for padding, (T B)."""
+    powers = rho ** torch.arange(len(segment.actions), device=segment.mask.device)
+    return powers[:, None] * segment.mask
