@@ -143,13 +143,13 @@ class AgentConfig(Settings):
     batch_size: int | None = Field(None, ge=1)
     """Slices per update; the agent's own number unless given."""
     seed_steps: int = Field(5000, ge=0)
-    """Random decisions before the first update; then as many updates at once."""
+    """Random agent steps before the first update; as many updates follow at once."""
     updates_per_step: float = Field(1.0, gt=0)
-    """Updates per decision afterwards; they are done at the end of an episode."""
+    """Updates per agent step afterwards; they are made at the end of an episode."""
 
 
 Memory: TypeAlias = dict[str, Tensor]
-"""What an agent keeps from one decision to the next, rows first: the plan that warm-starts the next solve."""
+"""What an agent keeps from one agent step to the next, rows first: the plan that warm-starts the next solve."""
 
 
 class Agent(nn.Module, ABC):
@@ -183,7 +183,7 @@ class Agent(nn.Module, ABC):
     ) -> tuple[Actions, "Memory"]:
         """One action per environment, (B A) in [−1, 1], without a graph, and what to hand in with the next observation.
 
-        `first` (B): rows whose episode begins with `obs`, so that `memory` does not hold for them. `step`: the decisions
+        `first` (B): rows whose episode begins with `obs`, so that `memory` does not hold for them. `step`: agent steps
         taken so far in training, for schedules. `explore`: with exploration noise.
         """
 

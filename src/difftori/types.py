@@ -128,7 +128,7 @@ class EnvSpec:
     """What an agent must know of an environment to be built.
 
     `obs_shape` (*S) and `obs_dtype` ("uint8", "float32", …) of one row; `action_dim` A, each in [−1, 1]; `max_episode_steps` counts steps of the
-    underlying environment, of which one decision takes `action_repeat`, and is None where nothing is promised.
+    underlying environment, of which one agent step takes `action_repeat`, and is None where nothing is promised.
     """
 
     name: str
@@ -139,7 +139,7 @@ class EnvSpec:
     action_repeat: int
 
     @property
-    def max_decisions(self) -> int | None:
+    def max_agent_steps(self) -> int | None:
         """Calls of `step` in the longest episode, ⌈max_episode_steps / action_repeat⌉."""
         return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
 

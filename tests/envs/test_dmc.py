@@ -69,7 +69,7 @@ def test_a_slip_of_the_pen_gets_a_suggestion():
 def test_the_papers_tasks_run_with_its_action_repeat(make, task, repeat):
     env = make(task)
     spec = env_spec(env)
-    assert (spec.action_repeat, spec.max_episode_steps, spec.max_decisions) == (repeat, 1000, 1000 // repeat)
+    assert (spec.action_repeat, spec.max_episode_steps, spec.max_agent_steps) == (repeat, 1000, 1000 // repeat)
     assert (spec.obs_dtype, len(spec.obs_shape)) == ("float32", 1)
     env.reset()
     assert env.step(env.action_space.sample())[0].shape == (1, *spec.obs_shape)

@@ -62,7 +62,7 @@ def test_actions_are_rescaled_and_rewards_of_repeats_summed(registered):
 
 def test_time_limits_truncate_and_stand_in_the_spec(registered):
     env = make(registered(UNIT, UNIT, max_episode_steps=5), num_envs=1, seed=0, action_repeat=2)
-    assert (env_spec(env).max_episode_steps, env_spec(env).max_decisions, env_spec(env).action_repeat) == (5, 3, 2)
+    assert (env_spec(env).max_episode_steps, env_spec(env).max_agent_steps, env_spec(env).action_repeat) == (5, 3, 2)
     env.reset()
     flags = [env.step(np.zeros((1, 2)))[2:4] for _ in range(3)]
     assert [(bool(a[0]), bool(b[0])) for a, b in flags] == [(False, False), (False, False), (False, True)]

@@ -56,7 +56,7 @@ def test_single_environments_pass_gymnasiums_check(task):
 
 def test_the_spec_counts_steps_and_decisions():
     env = make("delayed-reward", num_envs=1, seed=0, action_repeat=3)
-    assert (env_spec(env).max_episode_steps, env_spec(env).max_decisions) == (8, 3)
+    assert (env_spec(env).max_episode_steps, env_spec(env).max_agent_steps) == (8, 3)
     env.reset()
     assert [bool(env.step(np.zeros((1, 1)))[2][0]) for _ in range(3)] == [False, False, True]
 

@@ -215,9 +215,9 @@ def test_returns_to_go_are_the_discounted_sum():
         return result
 
     env.step = watched
-    trial = evaluate(env, lambda o, m, f: (torch.zeros(2, 1), {}), seed=0, episodes=2, discount=0.5, keep_every=1)
+    result = evaluate(env, lambda o, m, f: (torch.zeros(2, 1), {}), seed=0, episodes=2, discount=0.5, keep_every=1)
     expected = [sum(0.5 ** (k - t) * r for k, r in enumerate(rewards) if k >= t) for t in range(len(rewards))]
-    np.testing.assert_allclose(sorted(trial.returns_to_go[: len(rewards)]), sorted(expected), rtol=1e-6)
+    np.testing.assert_allclose(sorted(result.returns_to_go[: len(rewards)]), sorted(expected), rtol=1e-6)
 
 
 def test_with_a_damaged_episode_the_checkpoint_before_is_used(tmp_path, monkeypatch, caplog):

@@ -115,7 +115,7 @@ def _parts(
     """What is timed, by contestant and part, and the milliseconds of one environment step by all copies."""
     first_agent = next(iter(agents.values()))
     replay = Replay(
-        config.episodes * config.num_envs * (spec.max_decisions or 1000) + 1,
+        config.episodes * config.num_envs * (spec.max_agent_steps or 1000) + 1,
         obs_shape=spec.obs_shape,
         obs_dtype=spec.obs_dtype,
         action_dim=spec.action_dim,
@@ -154,7 +154,7 @@ def _parts(
         if getattr(agent.config, "pg", "off").startswith("per-"):
             update()  # before the first update an episode teaches nothing
             parts[name, "end_episode"] = end_episode
-    step = 1e3 * collector.seconds["environment"] / max(collector.decisions // config.num_envs, 1)
+    step = 1e3 * collector.seconds["environment"] / max(collector.agent_steps // config.num_envs, 1)
     return parts, step
 
 
@@ -165,7 +165,7 @@ def _table(
     rows: list[dict[str, Any]] = []
     for name, agent in agents.items():
         act, update, sample = (median[name, part] for part in ("act", "update", "sample"))
-        length = 1000 if agent.spec.max_decisions is None else agent.spec.max_decisions
+        length = 1000 if agent.spec.max_agent_steps is None else agent.spec.max_agent_steps
         episode = median.get((name, "end_episode"), 0.0) / length
         learning = agent.config.updates_per_step * (sample + update) + episode
         total = (act + environment) / config.num_envs + learning

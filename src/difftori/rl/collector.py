@@ -19,12 +19,12 @@ from difftori.rl.config import RLConfig
 from difftori.runs.checkpoint import State
 from difftori.types import Actions, Observations, RowFlags
 
-ActInRows: TypeAlias = Callable[[Observations, "Memory | None", RowFlags], tuple[Actions, Memory]]
+ActInEnvs: TypeAlias = Callable[[Observations, "Memory | None", RowFlags], tuple[Actions, Memory]]
 """(observations (N *S), memory, first (N)) → actions (N A) and the memory for the next call."""
 
 
-class Ended(NamedTuple):
-    """One episode that has ended: what was seen (L *S), without the last observation, its return, its length in decisions."""
+class EpisodeSummary(NamedTuple):
+    """One episode that has ended: what was seen (L *S), without the last observation, its return, its length in agent steps."""
 
     obs: np.ndarray
     total: float
@@ -50,7 +50,7 @@ class Collector:
 
     def __init__(self, env: CheckedVectorEnv, replay: Replay, seed: int):
         self.env, self.replay, self.seed = env, replay, seed
-        self.decisions = 0
+        self.agent_steps = 0
         self.episodes = 0
         self.memory: Memory | None = None
         self.seconds = {"acting": 0.0, "environment": 0.0}
@@ -67,8 +67,8 @@ class Collector:
         for row in range(self.env.num_envs):
             self.replay.begin(row, self._obs[row])
 
-    def step(self, act: ActInRows) -> list[Ended]:
-        """One decision in every environment; the episodes that ended with it."""
+    def step(self, act: ActInEnvs) -> list[EpisodeSummary]:
+        """One agent step in every environment. Returns the episodes that ended with it."""
         began = time.perf_counter()
         actions, self.memory = act(torch.from_numpy(self._obs), self.memory, torch.from_numpy(self._first))
         chosen = actions.cpu().numpy()
@@ -77,13 +77,13 @@ class Collector:
         try:
             return self._execute(chosen)
         except EnvironmentRestarted:
-            self._begin_anew()
+            self._restart()
             return []
         finally:
             self.seconds["environment"] += time.perf_counter() - acted
 
-    def _execute(self, actions: np.ndarray) -> list[Ended]:
-        following, rewards, terminated, truncated, _ = self.env.step(actions)
+    def _execute(self, actions: np.ndarray) -> list[EpisodeSummary]:
+        next_obs, rewards, terminated, truncated, _ = self.env.step(actions)
         ends = terminated | truncated
         ended = []
         for index, row in enumerate(self._rows):
@@ -94,22 +94,22 @@ class Collector:
                 index,
                 actions[index],
                 rewards[index],
-                following[index],
+                next_obs[index],
                 terminated=bool(terminated[index]),
                 truncated=bool(truncated[index]),
             )
             if ends[index]:
-                ended.append(Ended(np.stack(row.obs), row.total, len(row.actions)))
-        self.decisions += len(self._rows)
-        self._obs, self._first = following, ends
+                ended.append(EpisodeSummary(np.stack(row.obs), row.total, len(row.actions)))
+        self.agent_steps += len(self._rows)
+        self._obs, self._first = next_obs, ends
         if ends.any():
             try:
                 self._begin_rows(ends)
             except EnvironmentRestarted:
-                self._begin_anew()
+                self._restart()
         return ended
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         """After a failure: running episodes are lost. It ends when an environment holds, or the budget of restarts is spent."""
         while True:
             for row in range(self.env.num_envs):
@@ -137,7 +137,7 @@ class Collector:
             for row in self._rows
         ]
         return {
-            "decisions": self.decisions,
+            "decisions": self.agent_steps,
             "episodes": self.episodes,
             "rows": rows,
             "memory": self.memory,
@@ -151,7 +151,7 @@ class Collector:
         All environments step together: the longest episode begins first, and the others when it has come as far as they
         lack in length. `replay` has been loaded with its partial episodes already.
         """
-        self.decisions, self.episodes = int(state["decisions"]), int(state["episodes"])
+        self.agent_steps, self.episodes = int(state["decisions"]), int(state["episodes"])
         self.memory = state["memory"]
         self._rows = [_Row(int(row["seed"])) for row in state["rows"]]
         plans = [row["actions"].numpy() for row in state["rows"]]
@@ -207,8 +207,8 @@ def open_env(config: RLConfig, num_envs: int) -> CheckedVectorEnv:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Evaluation episodes: their returns (N) and lengths (N), and what was seen, done and received, one entry per decision.
+class EvalResult:
+    """Evaluation episodes: their returns (N) and lengths (N), and what was seen, done and received, one entry per agent step.
 
     `returns_to_go` is the discounted return that followed; after a time limit it goes on with the mean reward of the
     episode's second half, because values look beyond time limits too.
@@ -222,11 +222,11 @@ class Trial:
 
 
 def evaluate(
-    env: CheckedVectorEnv, act: ActInRows, *, seed: int, episodes: int, discount: float, keep_every: int = 10
-) -> Trial:
+    env: CheckedVectorEnv, act: ActInEnvs, *, seed: int, episodes: int, discount: float, keep_every: int = 10
+) -> EvalResult:
     """So many episodes, as many at once as `env` has copies, from seeds that depend on `seed` and their number alone.
 
-    Of every `keep_every`-th decision the discounted return is kept beside what was seen and done, of truncated episodes
+    Of every `keep_every`-th agent step the discounted return is kept beside what was seen and done, of truncated episodes
     only from their first half.
     """
     returns, lengths = [], []
@@ -241,7 +241,7 @@ def evaluate(
         while going.any():
             actions, memory = act(torch.from_numpy(obs), memory, torch.from_numpy(first))
             chosen = actions.cpu().numpy()
-            following, rewards, terminated, truncated, _ = env.step(chosen)
+            next_obs, rewards, terminated, truncated, _ = env.step(chosen)
             ends = terminated | truncated
             for row in np.flatnonzero(going):
                 seen = obs[row] if len(tracks[row]) % keep_every == 0 else obs[row][:0]
@@ -251,11 +251,11 @@ def evaluate(
                     lengths.append(len(tracks[row]))
                     kept += _returns_to_go(tracks[row], bool(terminated[row]), discount, keep_every)
             going &= ~ends
-            obs, first = following, ends
+            obs, first = next_obs, ends
             if ends.any():
                 obs, _ = env.reset(options={"reset_mask": ends})
     stacked = [np.stack(part) for part in zip(*kept, strict=True)]
-    return Trial(np.array(returns), np.array(lengths), stacked[0], stacked[1], stacked[2].astype(np.float32))
+    return EvalResult(np.array(returns), np.array(lengths), stacked[0], stacked[1], stacked[2].astype(np.float32))
 
 
 def _returns_to_go(

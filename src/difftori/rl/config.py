@@ -16,7 +16,7 @@ SettingsT = TypeVar("SettingsT", bound=AgentConfig)
 
 
 class RLConfig(BaseModel, Generic[SettingsT]):
-    """All that decides how a run comes out. `settings` are the agent's own."""
+    """Everything that determines the result of a run. `settings` are those of the agent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -25,37 +25,38 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     env: str = "dmc:cup-catch"
     """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or `my_pkg.my_env:make`."""
     obs: Literal["state", "pixels"] = "state"
-    """What is seen: the state, or three stacked frames of 84×84."""
+    """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
     seed: int = Field(0, ge=0, lt=2**62)
-    """Decides the initial weights, the episodes and every draw."""
+    """Seed of the initial weights, the episodes and all sampling."""
     steps: int = Field(100_000, ge=1)
-    """Environment steps; one decision takes `action_repeat` of them."""
+    """Environment steps; one agent step takes `action_repeat` of them."""
     num_envs: int = Field(1, ge=1)
-    """Environments that are acted in at once, all in one solve."""
+    """Environments that run in parallel, with one solve for all of them."""
     action_repeat: int | None = Field(None, ge=1)
-    """Environment steps per decision; the paper's for its 15 tasks unless given."""
+    """Environment steps per agent step; default: the paper's for its 15 tasks, else 2."""
     render: Literal["default", "fast", "warp"] = "default"
-    """Picture quality; only `default` compares with the literature."""
+    """Rendering of images. Only `default` is comparable with published results."""
     workers: Literal["sync", "async"] = "sync"
-    """Environments in this process, or one process each."""
+    """`sync`: environments in this process. `async`: one process for each."""
     eval_every: int = Field(20_000, ge=1)
     """Environment steps between evaluations."""
     eval_episodes: int = Field(10, ge=1)
-    """Episodes of each, on seeds apart from those of training."""
+    """Episodes of an evaluation, on seeds that training does not use."""
     save_every: int = Field(50_000, ge=1)
     """Environment steps between checkpoints; they are taken at the end of an episode."""
     capacity: int = Field(1_000_000, ge=1)
-    """Decisions that the replay buffer holds; no more than the run takes."""
+    """Agent steps that the replay buffer holds, at most those of the run."""
     storage: Literal["memory", "device", "mmap"] = "memory"
-    """Where the replay buffer lies: memory, the device, or a file."""
+    """Where the replay buffer is stored: main memory, the device, or a memory-mapped file."""
     keep_episodes: bool = False
-    """Keep the recorded episodes of a finished run, which resuming needs no longer."""
+    """Keep the recorded episodes of a finished run; only an unfinished one needs them."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
     """Threads of torch on the CPU; results differ between thread counts."""
     compile: bool = False
-    """Compile acting and updating (torch.compile): minutes at the first start, seconds later; equal up to rounding."""
+    """Compile acting and updating with torch.compile. Takes minutes at the first start, seconds later. Results are equal up
+    to rounding."""
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
     """The agent's own settings."""
 

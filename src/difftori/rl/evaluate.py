@@ -12,7 +12,7 @@ from difftori.envs.video import record, write_gif
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
 from difftori.registry import find_agent
-from difftori.rl.collector import ActInRows, Trial, episode_seed, evaluate, open_env
+from difftori.rl.collector import ActInEnvs, EvalResult, episode_seed, evaluate, open_env
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.records import read_config
@@ -23,25 +23,25 @@ _ROWS = 10
 
 
 def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
-    """The environment for so many episodes of evaluation, at most ten at once."""
+    """The environments that evaluate this many episodes, at most ten at once."""
     return open_env(config, min(_ROWS, episodes))
 
 
 def evaluate_agent(
-    agent: Agent, env: CheckedVectorEnv, config: RLConfig, decisions: int, episodes: int | None = None
-) -> Trial:
+    agent: Agent, env: CheckedVectorEnv, config: RLConfig, agent_steps: int, episodes: int | None = None
+) -> EvalResult:
     """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
     discount = getattr(agent.config, "discount", 0.99)
-    while True:  # until an evaluation meets no failure, or the budget of restarts is spent
-        act = _deterministic(agent, config, decisions)
+    while True:  # until an evaluation meets no failure, or the restarts are used up
+        act = _deterministic(agent, config, agent_steps)
         try:
             return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
         except EnvironmentRestarted:
             continue
 
 
-def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
-    """The agent as evaluation calls it: no exploration, a generator of its own."""
+def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> ActInEnvs:
+    """The agent without exploration, with a generator for evaluation."""
     generator = seeded(config.seed, "evaluation", config.device)
 
     def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
@@ -49,7 +49,7 @@ def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
             obs.to(config.device),
             memory,
             first=first.to(config.device),
-            step=decisions,
+            step=agent_steps,
             explore=False,
             generator=generator,
         )
@@ -57,31 +57,31 @@ def _deterministic(agent: Agent, config: RLConfig, decisions: int) -> ActInRows:
     return act
 
 
-def trial_metrics(trial: Trial) -> Metrics:
+def eval_metrics(result: EvalResult) -> Metrics:
     """Mean and spread of the returns of evaluation episodes."""
     return {
-        "eval/return": float(trial.returns.mean()),
-        "eval/return_std": float(trial.returns.std()),
-        "eval/length": float(trial.lengths.mean()),
-        "eval/episodes": float(len(trial.returns)),
+        "eval/return": float(result.returns.mean()),
+        "eval/return_std": float(result.returns.std()),
+        "eval/length": float(result.lengths.mean()),
+        "eval/episodes": float(len(result.returns)),
     }
 
 
-def write_agent(run_dir: Path, agent: Agent, config: RLConfig, decisions: int) -> None:
+def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int) -> None:
     """Write `agent.pt`, the agent's weights with all that `load_agent` needs to build it, and its sha256."""
     write_weights(
         run_dir / "agent.pt",
         {
             "agent": agent.state_dict(),
             "spec": spec_state(agent.spec),
-            "collector": {"decisions": decisions},
+            "collector": {"decisions": agent_steps},
             "config": config.model_dump(mode="json"),
         },
     )
 
 
 def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
-    """The agent of a run, ready to act on `device`, its configuration, and how many decisions it had taken.
+    """The agent of a run, ready to act on `device`, its configuration, and how many agent steps it had taken.
 
     An unfinished run gives the weights of its newest valid checkpoint.
     """
@@ -97,28 +97,28 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
 
 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
-    """Evaluate a run's agent again, on as many of the evaluation's seeds as wished; None takes the run's own number.
+    """Evaluate a run's agent again on `episodes` of the evaluation's seeds. Default: the run's `eval_episodes`.
 
     `video`: film the first of these episodes into the run's `pictures/`.
     """
-    agent, config, decisions = load_agent(run_dir, device=device)
+    agent, config, agent_steps = load_agent(run_dir, device=device)
     count = episodes or config.eval_episodes
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     env = open_evaluation(config, count)
     try:
         if video:
-            film(agent, config, decisions, run_dir / "pictures" / "episode.gif")
-        return trial_metrics(evaluate_agent(agent, env, config, decisions, count))
+            film(agent, config, agent_steps, run_dir / "pictures" / "episode.gif")
+        return eval_metrics(evaluate_agent(agent, env, config, agent_steps, count))
     finally:
         env.close()
         torch.set_num_threads(threads)
 
 
-def film(agent: Agent, config: RLConfig, decisions: int, path: Path) -> None:
+def film(agent: Agent, config: RLConfig, agent_steps: int, path: Path) -> None:
     """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
     env = open_env(config, 1)
-    act = _deterministic(agent, config, decisions)
+    act = _deterministic(agent, config, agent_steps)
     memory: Memory | None = None
 
     def step(obs: np.ndarray) -> np.ndarray:
@@ -140,5 +140,5 @@ def spec_state(spec: EnvSpec) -> State:
 
 
 def spec_from(state: State) -> EnvSpec:
-    """What `spec_state` wrote."""
+    """The specification that `spec_state` wrote."""
     return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})

@@ -1,4 +1,4 @@
-"""Reinforcement learning: the loop."""
+"""The training loop of reinforcement learning."""
 
 import math
 import shutil
@@ -18,9 +18,9 @@ from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
 from difftori.registry import find_agent
-from difftori.rl.collector import Collector, Ended, Trial, open_env
+from difftori.rl.collector import Collector, EpisodeSummary, EvalResult, open_env
 from difftori.rl.config import RLConfig, normalised
-from difftori.rl.evaluate import evaluate_agent, open_evaluation, spec_state, trial_metrics, write_agent
+from difftori.rl.evaluate import eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
 from difftori.runs.checkpoint import State
 from difftori.runs.run import Run, seeded
 from difftori.runs.signals import StopSignal
@@ -32,8 +32,8 @@ _STACK = 3
 def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
     """Train an agent in the directory `out`, and return the run's summary.
 
-    If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
-    bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
+    If `out` holds an unfinished run of the same configuration, it is resumed from its last checkpoint, on the CPU with
+    results identical to the last bit; if it holds a finished one, its summary is returned at once.
 
     Raises ConfigError (a faulty configuration, or another one in `out`), CheckpointError, NonFiniteError (NaN from the
     environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
@@ -47,7 +47,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
         try:
             with StopSignal() as stop, _bar(config.steps, session.env_steps, session.updates, progress) as show:
                 session.run_to_end(stop, show)
-            write_agent(out, session.agent, config, session.collector.decisions)
+            write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
         finally:
             session.close()
@@ -58,7 +58,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
 
 
 class _Session:
-    """Everything that a run has in hand, from the environment to the clock."""
+    """What a run holds: environment, agent, replay buffer, generators, counters."""
 
     def __init__(self, config: RLConfig, run: Run):
         self.config, self.out, self.run = config, run.path, run
@@ -66,11 +66,11 @@ class _Session:
         self.spec = env_spec(env)
         self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
-        decisions = -(-config.steps // self.spec.action_repeat)
-        longest = self.spec.max_decisions or decisions
+        agent_steps = -(-config.steps // self.spec.action_repeat)
+        longest = self.spec.max_agent_steps or agent_steps
         pixels = len(self.spec.obs_shape) == 3
         self.replay = Replay(
-            min(config.capacity, decisions + longest * config.num_envs),
+            min(config.capacity, agent_steps + longest * config.num_envs),
             obs_shape=self.spec.obs_shape,
             obs_dtype=self.spec.obs_dtype,
             action_dim=self.spec.action_dim,
@@ -85,7 +85,7 @@ class _Session:
         self.acting = run.generator("acting", config.device)
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
-        self.updates, self.owed = 0, 0.0
+        self.updates, self.updates_due = 0, 0.0
         self.deciding = False
         self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
@@ -107,23 +107,23 @@ class _Session:
     @property
     def env_steps(self) -> int:
         """Environment steps so far."""
-        return self.collector.decisions * self.spec.action_repeat
+        return self.collector.agent_steps * self.spec.action_repeat
 
     def run_to_end(self, stop: StopSignal, show) -> None:
-        """Decide, remember; after each episode learn what is owed, look, save. A stop in mid-episode goes on there."""
+        """Collect an episode, make the updates that are due, evaluate, save, until all steps are taken. Resumes within an episode."""
         while True:
             if not self.deciding:
                 self._learn(stop)
                 if stop.requested:
                     self.save()
                     stop.leave()
-                self._look_and_save(show)
+                self._evaluate_and_save(show)
                 if self.env_steps >= self.config.steps:
                     if stop.requested:  # in the last evaluation; all of it is saved
                         stop.leave()
                     return
             self.deciding = True
-            ended: list[Ended] = []
+            ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
                 ended = self.collector.step(self._act)
             if not ended and self.env_steps < self.config.steps:
@@ -133,9 +133,9 @@ class _Session:
             self._account(ended, show)
 
     def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
-        """Random for the first decisions, the agent's with exploration afterwards."""
-        decisions, device = self.collector.decisions, self.config.device
-        if decisions < self.agent.config.seed_steps:
+        """Random actions for the first agent steps, the agent's with exploration afterwards."""
+        step, device = self.collector.agent_steps, self.config.device
+        if step < self.agent.config.seed_steps:
             shape = (len(obs), self.spec.action_dim)
             return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
         kept = {name: value.to(device) for name, value in memory.items()} if memory else None
@@ -143,13 +143,13 @@ class _Session:
             obs.to(device),
             kept,
             first=first.to(device),
-            step=decisions,
+            step=step,
             explore=True,
             generator=self.acting,
         )
 
-    def _account(self, ended: list[Ended], show) -> None:
-        """Log the episodes, let the agent learn from them as a whole, and owe the updates of their decisions."""
+    def _account(self, ended: list[EpisodeSummary], show) -> None:
+        """Log the episodes, let the agent learn from each as a whole, and count the updates that are due for them."""
         trained = self.updates > 0
         for episode in ended:
             row: Metrics = {"train/return": episode.total, "train/length": float(episode.length)}
@@ -164,14 +164,14 @@ class _Session:
                 self.seconds["end_episode"] += time.perf_counter() - began
             self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
             show(self.env_steps, self.updates, row)
-            self.owed += episode.length * self.agent.config.updates_per_step
+            self.updates_due += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
-        """The updates that are owed, once the random decisions are over."""
-        if self.collector.decisions < self.agent.config.seed_steps or not len(self.replay):
+        """Make the updates that are due, once the random agent steps are over."""
+        if self.collector.agent_steps < self.agent.config.seed_steps or not len(self.replay):
             return
         done = 0
-        while self.owed >= 1 and not stop.requested:
+        while self.updates_due >= 1 and not stop.requested:
             began = time.perf_counter()
             segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
             sampled = time.perf_counter()
@@ -180,12 +180,12 @@ class _Session:
             self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
             self.seconds["sampling"] += sampled - began
             self.seconds["update"] += time.perf_counter() - sampled
-            self.owed -= 1
+            self.updates_due -= 1
             self.updates += 1
             done += 1
-            sound_metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            passed_over = float(len(sound_metrics) < len(metrics))  # Descent steps by no gradient with NaN
-            for name, value in {**sound_metrics, "non_finite": passed_over}.items():
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            skipped = float(len(finite) < len(metrics))  # GuardedOptimizer skips such steps
+            for name, value in {**finite, "non_finite": skipped}.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
             self._sums["updates"] = self._sums.get("updates", 0.0) + 1
         if done and not stop.requested:
@@ -196,9 +196,9 @@ class _Session:
             )
             self._sums = {}
 
-    def _look_and_save(self, show) -> None:
+    def _evaluate_and_save(self, show) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
-            row = self.look()
+            row = self.evaluate()
             self.run.log(self.env_steps, row)
             show(self.env_steps, self.updates, row)
         if self._due(self.saved_at, self.config.save_every):
@@ -209,14 +209,14 @@ class _Session:
         now, last = self.env_steps, self.env_steps >= self.config.steps
         return now > before and (last or now // every > before // every)
 
-    def look(self) -> Metrics:
-        """Evaluate, and say what the agent has to say about its learning."""
+    def evaluate(self) -> Metrics:
+        """Evaluate the agent, with its diagnostics."""
         began = time.perf_counter()
         if self._eval_env is None:
             self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
-        trial = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.decisions)
-        self.evaluations.append((self.env_steps, float(trial.returns.mean())))
-        row = trial_metrics(trial) | self._value_calibration(trial)
+        result = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.agent_steps)
+        self.evaluations.append((self.env_steps, float(result.returns.mean())))
+        row = eval_metrics(result) | self._value_calibration(result)
         if self.updates:
             generator = seeded(self.config.seed, f"diagnosis at {self.env_steps}")
             segment = self.replay.sample(self.agent.batch_size, generator=generator)
@@ -226,9 +226,9 @@ class _Session:
         row |= {f"seconds/{name}": total for name, total in {**self.seconds, **self.collector.seconds}.items()}
         return row | {"updates": self.updates, "seconds/total": self._elapsed()}
 
-    def _value_calibration(self, trial: Trial) -> Metrics:
+    def _value_calibration(self, result: EvalResult) -> Metrics:
         device = self.config.device
-        parts = (torch.from_numpy(part).to(device) for part in (trial.obs, trial.actions, trial.returns_to_go))
+        parts = (torch.from_numpy(part).to(device) for part in (result.obs, result.actions, result.returns_to_go))
         return (
             {f"judged/{name}": value for name, value in self.agent.value_calibration(*parts).items()}
             if self.updates
@@ -241,7 +241,7 @@ class _Session:
     # Saving
 
     def save(self) -> None:
-        """A checkpoint, with the episodes beside it, each written once."""
+        """Write a checkpoint; the episodes beside it are written once each."""
         episodes = self.out / "episodes"
         state = {
             "agent": self.agent.state_dict(),
@@ -250,7 +250,7 @@ class _Session:
             "collector": self.collector.state(),
             "spec": spec_state(self.spec),
             "updates": self.updates,
-            "owed": self.owed,
+            "updates_due": self.updates_due,
             "deciding": self.deciding,
             "sums": dict(self._sums),
             "evaluations": self.evaluations,
@@ -268,7 +268,7 @@ class _Session:
             self.agent.load_training_state(state["training"])
             self.replay.load(self.out / "episodes", state["replay"])
             self.collector.load(state["collector"])
-            self.updates, self.owed = int(state["updates"]), float(state["owed"])
+            self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.deciding = bool(state["deciding"])
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
@@ -284,13 +284,13 @@ class _Session:
         self._named.append(state["replay"])
 
     def summary(self) -> Metrics:
-        """The last evaluation, the mean of all, and what the run took."""
+        """The last evaluation, the mean of all evaluations, counts and times."""
         returns = [value for _, value in self.evaluations]
         spent = {**self.seconds, **self.collector.seconds}
         busy = sum(value for name, value in spent.items() if name != "evaluation")
         return {
             "env_steps": float(self.env_steps),
-            "decisions": float(self.collector.decisions),
+            "decisions": float(self.collector.agent_steps),
             "episodes": float(self.collector.episodes),
             "updates": float(self.updates),
             "return": returns[-1],
