@@ -12,7 +12,7 @@ A result that does not exist is replaced by a sentence that says so.
 
 import csv
 import re
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _output(words):
-    with redirect_stdout(StringIO()) as text, redirect_stderr(text):
+    with redirect_stdout(StringIO()) as text, redirect_stderr(text), suppress(SystemExit):
         main(words)
     return f"```console\n$ difftori {' '.join(words)}\n{text.getvalue().rstrip()}\n```"
 
