@@ -1,14 +1,24 @@
-"""Puts committed results into the pages, or says that there are none: pages never hold copies of numbers.
+"""Inserts committed results and command output into the pages, so that no page holds a copy of them.
 
-A mark `<!-- results: PATH -->` in a page becomes: for a Markdown file, the file without its title; for a folder, every
-.svg in it; for one .svg, that figure; for `PATH.csv | name, other=label`, these columns of the table, with another heading where one is given.
+| mark | becomes |
+|---|---|
+| `<!-- results: FILE.md -->` | the file without its title |
+| `<!-- results: FOLDER -->`, `<!-- results: FILE.svg -->` | the figures of the folder, or that figure |
+| `<!-- results: FILE.csv \\| name, other=label -->` | these columns of the table, `other` under the heading `label` |
+| `<!-- output: difftori … -->` | the command with its output |
+
+A result that does not exist is replaced by a sentence that says so.
 """
 
 import csv
 import re
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 
 from mkdocs.structure.files import File
+
+from difftori.cli import main
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("results", "benchmarks/results")
@@ -16,24 +26,31 @@ ABSENT = "*There are no results of this kind in the repository yet.*"
 
 
 def on_files(files, config):
-    """Publish the pictures, which lie outside docs/."""
+    """Publish the figures, which are outside docs/."""
     for folder in FOLDERS:
-        for picture in sorted((ROOT / folder).rglob("*.svg")):
-            uri = picture.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, uri, abs_src_path=str(picture)))
+        for figure in sorted((ROOT / folder).rglob("*.svg")):
+            uri = figure.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, uri, abs_src_path=str(figure)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fill the marks in."""
+    """Replace the marks."""
     up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"<!-- output: difftori (.+?) -->", lambda m: _output(m[1].split()), markdown)
     return re.sub(r"<!-- results: ([^|>]+?)(?: \| ([^>]+?))? -->", lambda m: _fill(m[1], m[2], up) or ABSENT, markdown)
+
+
+def _output(words):
+    with redirect_stdout(StringIO()) as text, redirect_stderr(text), suppress(SystemExit):
+        main(words)
+    return f"```console\n$ difftori {' '.join(words)}\n{text.getvalue().rstrip()}\n```"
 
 
 def _fill(name, columns, up):
     path = ROOT / name
     if path.is_dir():
-        names = [picture.relative_to(ROOT).as_posix() for picture in sorted(path.glob("*.svg"))]
+        names = [figure.relative_to(ROOT).as_posix() for figure in sorted(path.glob("*.svg"))]
         return "\n\n".join(f"![{Path(n).stem.replace('_', ' ')}]({up}{n})" for n in names)
     if not path.exists():
         return ""
