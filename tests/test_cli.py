@@ -263,7 +263,7 @@ def test_collecting_ends_with_a_table_and_a_second_time_at_once(command, tmp_pat
     source = Path(__file__).parent / "support" / "out_of_tree" / "tiny_expert.py"
     (tmp_path / "cli_lab" / "arm.py").write_text(source.read_text())
     monkeypatch.syspath_prepend(str(tmp_path))
-    name = "cli_lab.arm:demonstrator"
+    name = "cli_lab.arm:FAMILY"
     words = ["collect", "--env", name, "--episodes", "2", "--workers", "1", "--out", "here", "--quiet"]
     for played in ("2", "0"):
         status, out, err = command(*words)
@@ -286,7 +286,7 @@ def test_collecting_ends_with_a_table_and_a_second_time_at_once(command, tmp_pat
         ([], "env"),
     ],
 )
-def test_a_faulty_wish_to_collect_ends_with_status_2(command, words, message):
+def test_an_invalid_request_to_collect_ends_with_status_2(command, words, message):
     status, _, err = command("collect", *words, "--quiet")
     assert status == 2
     assert message in err

@@ -84,38 +84,38 @@ def _collect(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Let scripted experts play, and keep what they did: OUT/ENV-SEED.zarr with a manifest beside it.
+        """Collect demonstrations from scripted experts: a data set OUT/ENV-SEED.zarr and its manifest OUT/ENV-SEED.json.
 
-        Stopped at any time, the same command goes on where it was.
+        Re-run the same command to resume an interrupted collection.
         """
 
         env: tuple[str, ...]
-        """`metaworld:assembly`, several of them, or `my_pkg.my_env:demonstrator`."""
+        """Environments with a scripted expert: `metaworld:assembly`, several of them, or `my_env:FAMILY`."""
         episodes: int = 10
-        """Episodes to keep, of each."""
+        """Number of episodes to keep for each environment."""
         out: Path = Path("demos")
-        """Folder for the data sets."""
+        """Folder to write the data sets to."""
         seed: int = 0
-        """Decides the episodes' seeds."""
+        """The seed of each episode follows from this number and the number of the episode."""
         obs: str | None = None
-        """What is recorded beside the states: `points` (MetaWorld's default), or `state` for nothing more."""
+        """Observation type to record. MetaWorld: `points` (the default) records point clouds and states, `state` only states."""
         workers: int | None = None
-        """Processes; as many as there are cores unless given. The result does not depend on it."""
+        """Number of worker processes, default: one per core. The result does not depend on it."""
         keep_failures: bool = False
-        """Keep every episode, and not only those that succeeded at any step."""
+        """Keep every episode, instead of only those that succeeded at any step."""
         max_tries: int | None = None
-        """Give up after so many episodes; ten for each that is wanted unless given."""
+        """Stop with an error after so many episodes, default: ten for each one requested."""
         quiet: bool = False
         """No progress bar."""
 
     options = tyro.cli(Options, prog="difftori collect", args=words)
     if not options.env:
         raise ConfigError(["--env: needs at least one value"])
-    from difftori.collection.collect import Collection, collect
+    from difftori.collection.collect import CollectRequest, collect
 
     rows = []
     for env in options.env:
-        wish = Collection(
+        request = CollectRequest(
             env=env,
             out=options.out,
             episodes=options.episodes,
@@ -125,7 +125,7 @@ def _collect(words: list[str]) -> None:
             keep_failures=options.keep_failures,
             max_tries=options.max_tries,
         )
-        rows.append(collect(wish, progress=not options.quiet))
+        rows.append(collect(request, progress=not options.quiet))
     _print_table("collected", rows if len(rows) > 1 else [{"": name, "value": v} for name, v in rows[0].items()])
 
 

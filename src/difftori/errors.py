@@ -1,4 +1,7 @@
-"""Typed errors. Each message names the value at fault, where it was met, and the mend."""
+"""Typed errors. Each message names the value at fault, where it was met, and the fix."""
+
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 class DifftoriError(Exception):
@@ -43,3 +46,16 @@ class DataError(DifftoriError, ValueError):
 
 class MissingExtraError(DifftoriError, ImportError):
     """An optional dependency is absent; the message names the extra that installs it."""
+
+
+def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
+    """The end of an error message: the nearest known name, or all of them when none is near.
+
+    `written` says how to write some of the names, where that is not the name itself.
+    """
+    names = sorted(known)
+    labels = {name: name for name in names} | dict(written or {})
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if near:
+        return f"; perhaps you meant {labels[near[0]]!r}"
+    return f"; known: {', '.join(labels[name] for name in names)}" if names else "; none is known"

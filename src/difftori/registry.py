@@ -1,39 +1,26 @@
-"""Finds what a name means: policies, environments, studies and benches of this package, or `my_pkg.my_module:Name` of a user's own.
+"""Finds what a name means: policies, environments, studies and benches of this package, or `my_pkg.my_module:Name` in your own code.
 
 Nothing is registered. A component is found because its file lies in the package that is walked.
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
-    from difftori.envs.demonstrator import Demonstrator
+    from difftori.envs.family import EnvFamily, ResolvedEnv
     from difftori.interfaces import Agent, Policy
 
 
 Component = TypeVar("Component")
-
-
-def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
-    """The end of an error message: the nearest known name, or all of them when none is near.
-
-    `written` says how to write some of the names, where that is not the name itself.
-    """
-    names = sorted(known)
-    shown = {name: name for name in names} | dict(written or {})
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if near:
-        return f"; perhaps you meant {shown[near[0]]!r}"
-    return f"; known: {', '.join(shown[name] for name in names)}" if names else "; none is known"
 
 
 def module_names(package: str) -> dict[str, str]:
@@ -49,7 +36,7 @@ def module_names(package: str) -> dict[str, str]:
 
 
 def find_module(name: str, package: str, kind: str) -> ModuleType:
-    """The module that `name` means: one of `package`, or, with a dot in the name, a user's own.
+    """The module that `name` means: one of `package`, or, with a dot in the name, your own.
 
     Raises ConfigError with a suggestion if there is none.
     """
@@ -72,94 +59,59 @@ def load(reference: str) -> object:
     return names[attribute]
 
 
-def make_env(name: str, *, num_envs: int, seed: int, **options: object) -> "CheckedVectorEnv":
-    """The environment to learn from that `name` means, checked: NaN, out-of-range actions, failures (see the class).
+def make_env(name: str, *, num_envs: int, seed: int, **options: Any) -> "CheckedVectorEnv":
+    """`num_envs` checked copies of the environment that `name` refers to (see `resolve_env`).
 
-    `dmc:cheetah-run`, `gym:Pendulum-v1`, `probe:two-step`: a module of `difftori.envs` and what its `make` calls a
-    task. `my_pkg.my_env:make`: a function of one's own, `make(task, *, num_envs, seed, ...) -> VectorEnv`, which gets
-    the task "". `options` (obs, action_repeat, render, workers, …) are those that this `make` has. Raises `ConfigError`
-    for an unknown name or option, and what `make` raises.
+    `options` are those of `difftori.envs.family.ResolvedEnv.make` (workers, timeout, restarts, unit_actions) and of the
+    environment's builder (obs, action_repeat, …). Raises `ConfigError` for an unknown name or option, and what the
+    builder raises.
     """
-    from gymnasium.vector import VectorEnv
-
-    from difftori.envs.checked import CheckedVectorEnv
-
-    make, task = find_env(name)
-    known = env_options(name)
-    faults = [
-        f"env: {name!r} takes no option {option!r}{suggest(option, known)}" for option in set(options) - set(known)
-    ]
-    if faults:
-        raise ConfigError(faults)
-
-    def build() -> VectorEnv:
-        env = make(task, num_envs=num_envs, seed=seed, **options)
-        if not isinstance(env, VectorEnv):
-            raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.vector.VectorEnv"])
-        return env
-
-    env = build()
-    return env if isinstance(env, CheckedVectorEnv) else CheckedVectorEnv(env, build, name=name, seed=seed)
+    return resolve_env(name).make(num_envs=num_envs, seed=seed, **options)
 
 
-def env_options(name: str) -> list[str]:
-    """The keyword options of an environment's `make`."""
-    make, _ = find_env(name)
-    return [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def resolve_env(name: str) -> "ResolvedEnv":
+    """The environment family and task that `name` refers to. Raises `ConfigError` if there is none.
 
-
-def find_env(name: str) -> tuple[Callable[..., object], str]:
-    """The function that makes an environment of that name, and the task to give it; ConfigError if there is none.
-
-    A module whose tasks are a list says by a function `full_name(task)` which one is meant, or raises ConfigError.
+    `dmc:cheetah-run`, `gym:Pendulum-v1`, `pusht`: a module of `difftori.envs` and one of its tasks (default: the first).
+    `my_module:MyEnv`: a name in your own module, which is an `EnvFamily`, a `gymnasium.Env` class, or a function that
+    builds an environment; `my_module:MyEnv:task` gives it a task.
     """
-    prefix, _, task = name.partition(":")
-    if "." in prefix:
-        maker = load(name)
-        if not callable(maker):
-            raise ConfigError([f"env: {name!r} is a {type(maker).__name__}, not a function that makes an environment"])
-        return maker, ""
-    modules = _env_modules()
-    makers = {short: members["make"] for short, members in modules.items() if "make" in members}
-    if prefix not in makers:
-        raise ConfigError([f"env: {name!r} is unknown{_suggest_env(prefix, makers)} (or give my_pkg.my_env:make)"])
-    if "full_name" in modules[prefix]:
-        modules[prefix]["full_name"](task)
-    return makers[prefix], task
+    from difftori.envs.family import ResolvedEnv, family_of
+
+    prefix, _, rest = name.partition(":")
+    family = _built_in_family(prefix)
+    if family is not None:
+        task = family.task_name(rest, env=prefix)
+        return ResolvedEnv(f"{prefix}:{task}", family, task)
+    member, _, task = rest.partition(":")
+    if not member.isidentifier() or not ("." in prefix or _importable(prefix)):
+        written = {known: f"{known}:…" for known in env_families()}
+        raise ConfigError(
+            [
+                f"env: {name!r} is unknown{suggest(prefix, written, written)} (or give my_module:MyEnv, your own environment)"
+            ]
+        )
+    reference = f"{prefix}:{member}"
+    family = family_of(load(reference), reference)
+    task = family.task_name(task, env=reference)
+    return ResolvedEnv(f"{reference}:{task}" if task else reference, family, task)
 
 
-def find_demonstrator(name: str) -> tuple[Callable[..., "Demonstrator"], str, str]:
-    """The function that makes an expert with its environment, the task to give it, and the name written in full.
-
-    `metaworld:assembly`, or `my_pkg.my_env:demonstrator`, a function as `difftori.envs.demonstrator` describes it.
-    ConfigError if there is none, or the environment has no expert.
-    """
-    prefix, _, task = name.partition(":")
-    if "." in prefix:
-        maker = load(name)
-        if not callable(maker):
-            raise ConfigError([f"env: {name!r} is a {type(maker).__name__}, not a function that makes a demonstrator"])
-        return cast(Callable[..., "Demonstrator"], maker), "", name
-    modules = _env_modules()
-    offering = {short: members["demonstrator"] for short, members in modules.items() if "demonstrator" in members}
-    if prefix not in offering:
-        known = ", ".join(f"{short}:…" for short in offering)
-        if "make" in modules.get(prefix, {}):
-            raise ConfigError([f"env: {name!r} has no scripted expert; these have: {known}"])
-        own = "(or give my_pkg.my_env:demonstrator)"
-        raise ConfigError([f"env: {name!r} is unknown{_suggest_env(prefix, offering)} {own}"])
-    full = modules[prefix]["full_name"](task) if "full_name" in modules[prefix] else task
-    return offering[prefix], full, f"{prefix}:{full}"
+def env_families() -> dict[str, "EnvFamily"]:
+    """Every environment family of `difftori.envs`, by the name of its module."""
+    found = {name: _built_in_family(name) for name in module_names("difftori.envs")}
+    return {name: family for name, family in found.items() if family is not None}
 
 
-def _env_modules() -> dict[str, dict[str, Any]]:
-    """What the modules of `difftori.envs` define, by their short names."""
-    return {short: vars(importlib.import_module(full)) for short, full in module_names("difftori.envs").items()}
+def _built_in_family(name: str) -> "EnvFamily | None":
+    """The `FAMILY` of that module of `difftori.envs`; None if there is no such module or it defines none."""
+    module = module_names("difftori.envs").get(name)
+    return None if module is None else vars(importlib.import_module(module)).get("FAMILY")
 
 
-def _suggest_env(prefix: str, known: Iterable[str]) -> str:
-    names = list(known)
-    return suggest(prefix, names, {short: f"{short}:…" for short in names})
+def _importable(module: str) -> bool:
+    """Whether there is a top-level module of that name."""
+    return module.isidentifier() and (module in sys.modules or importlib.util.find_spec(module) is not None)
 
 
 def find_policy(name: str) -> type["Policy"]:
@@ -179,7 +131,7 @@ def find_agent(name: str) -> type["Agent"]:
 
 
 def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[Component]]]) -> type[Component]:
-    """A class of this library by its name, or a user's own by reference."""
+    """A class of this library by its name, or your own by reference."""
     kind = base.__name__.lower()
     if ":" in name:
         member = load(name)

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difftori.collection.attempts import open_attempts
-from difftori.collection.collect import Collection, collect
+from difftori.collection.collect import CollectRequest, collect
+from difftori.collection.episode_log import open_log
 from difftori.envs.base import EnvironmentFailed
 from difftori.errors import ConfigError, DataError
 from difftori.rl.collector import episode_seed
 
 zarr = pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
-DEMONSTRATOR = "my_lab.tiny_expert:demonstrator"
-FILES = "my_lab.tiny_expert.demonstrator-0"
+ENV = "my_lab.tiny_expert:FAMILY"
+FILES = "my_lab.tiny_expert.FAMILY-0"
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +39,18 @@ def _lab(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def wish(tmp_path) -> Collection:
-    return Collection(env=DEMONSTRATOR, out=tmp_path / "demos", episodes=5)
+def collect_request(tmp_path) -> CollectRequest:
+    return CollectRequest(env=ENV, out=tmp_path / "demos", episodes=5)
 
 
-def gather(wish: Collection) -> dict:
-    return collect(wish, progress=False)
+def gather(collect_request: CollectRequest) -> dict:
+    return collect(collect_request, progress=False)
 
 
-def content(wish: Collection) -> tuple[dict[str, np.ndarray], dict]:
+def content(collect_request: CollectRequest) -> tuple[dict[str, np.ndarray], dict]:
     """All arrays of the data set, and its manifest."""
-    root = zarr.open_group(wish.out / f"{FILES}.zarr", mode="r")
-    manifest = json.loads((wish.out / f"{FILES}.json").read_text())
+    root = zarr.open_group(collect_request.out / f"{FILES}.zarr", mode="r")
+    manifest = json.loads((collect_request.out / f"{FILES}.json").read_text())
     assert dict(root.attrs) == manifest
     arrays = {name: array[:] for name, array in root["data"].arrays()}
     return arrays | {"ends": root["meta/episode_ends"][:]}, manifest
@@ -68,9 +68,9 @@ def seeds(count: int) -> list[int]:
     return [episode_seed(0, "demonstrations", index) for index in range(count)]
 
 
-def test_the_first_successes_are_kept_as_dp3_lays_them_out(wish):
-    summary = gather(replace(wish, obs="picture"))
-    arrays, manifest = content(wish)
+def test_the_first_successes_are_kept_as_dp3_lays_them_out(collect_request):
+    summary = gather(replace(collect_request, obs="image"))
+    arrays, manifest = content(collect_request)
     good = [seed for seed in seeds(30) if seed % 3][:5]
     lengths = [3 + seed % 4 for seed in good]
     assert arrays["ends"].tolist() == np.cumsum(lengths).tolist()
@@ -88,12 +88,12 @@ def test_the_first_successes_are_kept_as_dp3_lays_them_out(wish):
     assert (manifest["filter"], manifest["success_rate"]) == ("success at any step", 5 / tried)
     assert (summary["episodes"], summary["tried"], summary["played_now"]) == (5, tried, tried)
     assert manifest["versions"] == {"numpy": np.__version__, "no-such-package": None}
-    assert not list(wish.out.glob("*.attempts"))
+    assert not list(collect_request.out.glob("*.attempts"))
 
 
-def test_actions_are_stored_as_executed(wish):
-    gather(wish)
-    arrays, _ = content(wish)
+def test_actions_are_stored_as_executed(collect_request):
+    gather(collect_request)
+    arrays, _ = content(collect_request)
     begin = 0
     for end in arrays["ends"]:
         states, actions = arrays["state"][begin:end], arrays["action"][begin:end]
@@ -103,50 +103,50 @@ def test_actions_are_stored_as_executed(wish):
     assert np.abs(arrays["action"]).max() == 1
 
 
-def test_failures_are_kept_when_asked_for(wish):
-    gather(replace(wish, keep_failures=True))
-    arrays, manifest = content(wish)
+def test_failures_are_kept_when_asked_for(collect_request):
+    gather(replace(collect_request, keep_failures=True))
+    arrays, manifest = content(collect_request)
     assert len(arrays["ends"]) == len(manifest["tried"]) == 5
     assert manifest["filter"] == "none"
     assert not all(row["first_success"] for row in manifest["tried"])
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_what_comes_out_does_not_depend_on_the_workers(wish, tmp_path, workers):
-    gather(wish)
-    other = replace(wish, out=tmp_path / "other", workers=workers)
+def test_what_comes_out_does_not_depend_on_the_workers(collect_request, tmp_path, workers):
+    gather(collect_request)
+    other = replace(collect_request, out=tmp_path / "other", workers=workers)
     gather(other)
-    assert same(content(wish), content(other))
+    assert same(content(collect_request), content(other))
 
 
-def test_a_data_set_that_has_enough_is_left_alone_and_another_grows(wish, tmp_path):
-    gather(replace(wish, episodes=2))
-    before = content(wish)
-    assert gather(replace(wish, episodes=1))["played_now"] == 0
-    assert same(before, content(wish))
-    played = gather(wish)["played_now"]
-    straight = replace(wish, out=tmp_path / "straight")
+def test_a_data_set_that_has_enough_is_left_alone_and_another_grows(collect_request, tmp_path):
+    gather(replace(collect_request, episodes=2))
+    before = content(collect_request)
+    assert gather(replace(collect_request, episodes=1))["played_now"] == 0
+    assert same(before, content(collect_request))
+    played = gather(collect_request)["played_now"]
+    straight = replace(collect_request, out=tmp_path / "straight")
     assert played == gather(straight)["played_now"] - len(before[1]["tried"])
-    assert same(content(wish), content(straight))
+    assert same(content(collect_request), content(straight))
 
 
-def test_a_failing_environment_costs_the_running_episodes_only(wish, tmp_path, monkeypatch):
-    gather(wish)
+def test_a_failing_environment_costs_the_running_episodes_only(collect_request, tmp_path, monkeypatch):
+    gather(collect_request)
     trouble = tmp_path / "trouble"
     trouble.touch()
     monkeypatch.setenv("TINY_EXPERT_TROUBLE", str(trouble))
-    other = replace(wish, out=tmp_path / "other")
+    other = replace(collect_request, out=tmp_path / "other")
     gather(other)
     assert not trouble.exists()
-    assert same(content(wish), content(other))
+    assert same(content(collect_request), content(other))
 
 
-def test_an_environment_that_keeps_failing_ends_it_and_what_was_played_stays(wish, monkeypatch):
+def test_an_environment_that_keeps_failing_ends_it_and_what_was_played_stays(collect_request, monkeypatch):
     from difftori.collection import collect as module
 
     with pytest.raises(DataError, match="wanted"):
-        gather(replace(wish, max_tries=5))
-    kept = sorted(path.name for path in (wish.out / f"{FILES}.attempts").glob("*.npz"))
+        gather(replace(collect_request, max_tries=5))
+    kept = sorted(path.name for path in (collect_request.out / f"{FILES}.attempts").glob("*.npz"))
 
     def failing(*args):
         raise EnvironmentFailed("beyond mending")
@@ -155,46 +155,46 @@ def test_an_environment_that_keeps_failing_ends_it_and_what_was_played_stays(wis
     with monkeypatch.context() as patch:
         patch.setattr(module, "play", failing)
         with pytest.raises(EnvironmentFailed):
-            gather(wish)
-    assert sorted(path.name for path in (wish.out / f"{FILES}.attempts").glob("*.npz")) == kept
-    gather(wish)
-    assert content(wish)[1]["episodes"] == 5
+            gather(collect_request)
+    assert sorted(path.name for path in (collect_request.out / f"{FILES}.attempts").glob("*.npz")) == kept
+    gather(collect_request)
+    assert content(collect_request)[1]["episodes"] == 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_costs_the_running_episodes_only(wish, tmp_path, monkeypatch):
+def test_a_kill_costs_the_running_episodes_only(collect_request, tmp_path, monkeypatch):
     """SIGKILL while episodes are played, twice; then on to the same data set."""
-    folder = wish.out / f"{FILES}.attempts"
+    folder = collect_request.out / f"{FILES}.attempts"
     monkeypatch.setenv("TINY_EXPERT_SLOW", "0.05")
     for wanted in (1, 3):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):  # a child must never return into pytest
-                gather(wish)
+                gather(collect_request)
             os._exit(0)
         limit = time.monotonic() + 60
         while len(list(folder.glob("*.npz"))) < wanted and time.monotonic() < limit:
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert not (wish.out / f"{FILES}.zarr").exists()
+        assert not (collect_request.out / f"{FILES}.zarr").exists()
     monkeypatch.delenv("TINY_EXPERT_SLOW")
     played_before = len(list(folder.glob("*.npz")))
-    straight = replace(wish, out=tmp_path / "straight")
+    straight = replace(collect_request, out=tmp_path / "straight")
     gather(straight)
-    assert gather(wish)["played_now"] == len(content(straight)[1]["tried"]) - played_before
-    assert same(content(wish), content(straight))
+    assert gather(collect_request)["played_now"] == len(content(straight)[1]["tried"]) - played_before
+    assert same(content(collect_request), content(straight))
 
 
-@pytest.mark.parametrize("phase", ["write_dataset", "write_manifest", "close_attempts"])
+@pytest.mark.parametrize("phase", ["write_dataset", "write_manifest", "remove_log"])
 @pytest.mark.parametrize("episodes_before", [0, 2])
-def test_an_end_in_any_phase_of_finishing_loses_nothing(wish, tmp_path, monkeypatch, phase, episodes_before):
+def test_an_end_in_any_phase_of_finishing_loses_nothing(collect_request, tmp_path, monkeypatch, phase, episodes_before):
     from difftori.collection import collect as module
 
-    straight = replace(wish, out=tmp_path / "straight")
+    straight = replace(collect_request, out=tmp_path / "straight")
     gather(straight)
     if episodes_before:
-        gather(replace(wish, episodes=episodes_before))
+        gather(replace(collect_request, episodes=episodes_before))
 
     def end(*args):
         raise KeyboardInterrupt
@@ -202,76 +202,76 @@ def test_an_end_in_any_phase_of_finishing_loses_nothing(wish, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(module, phase, end)
         with pytest.raises(KeyboardInterrupt):
-            gather(wish)
-    assert gather(wish)["played_now"] == 0
-    assert same(content(wish), content(straight))
+            gather(collect_request)
+    assert gather(collect_request)["played_now"] == 0
+    assert same(content(collect_request), content(straight))
 
 
 @pytest.mark.parametrize("damage", [b"", b"rubbish"])
-def test_a_damaged_attempt_is_played_again(wish, tmp_path, damage, caplog):
-    straight = replace(wish, out=tmp_path / "straight")
+def test_a_damaged_episode_is_played_again(collect_request, tmp_path, damage, caplog):
+    straight = replace(collect_request, out=tmp_path / "straight")
     gather(straight)
     with pytest.raises(DataError, match=r"of the first 5 episodes succeeded, and 5 are wanted.*--max-tries"):
-        gather(replace(wish, max_tries=5))
-    (wish.out / f"{FILES}.attempts" / "000001.npz").write_bytes(damage)
-    gather(wish)
+        gather(replace(collect_request, max_tries=5))
+    (collect_request.out / f"{FILES}.attempts" / "000001.npz").write_bytes(damage)
+    gather(collect_request)
     assert "000001.npz: damaged" in caplog.text
-    assert same(content(wish), content(straight))
+    assert same(content(collect_request), content(straight))
 
 
-def test_a_flipped_byte_is_noticed(wish, caplog):
+def test_a_flipped_byte_is_noticed(collect_request, caplog):
     with pytest.raises(DataError):
-        gather(replace(wish, max_tries=5))
-    path = wish.out / f"{FILES}.attempts" / "000000.npz"
+        gather(replace(collect_request, max_tries=5))
+    path = collect_request.out / f"{FILES}.attempts" / "000000.npz"
     actions = np.load(path)["action"].tobytes()
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(actions)] ^= 1
     path.write_bytes(damaged)
-    gather(wish)
+    gather(collect_request)
     assert f"{path.name}: damaged" in caplog.text
 
 
-def test_another_collection_in_that_place_is_refused(wish):
-    gather(wish)
-    with pytest.raises(ConfigError, match="obs: 'picture' here, 'state' there"):
-        gather(replace(wish, obs="picture"))
-    begun = replace(wish, out=wish.out / "begun")
+def test_another_collection_in_that_place_is_refused(collect_request):
+    gather(collect_request)
+    with pytest.raises(ConfigError, match="obs: 'image' here, 'state' there"):
+        gather(replace(collect_request, obs="image"))
+    begun = replace(collect_request, out=collect_request.out / "begun")
     with pytest.raises(DataError):
         gather(replace(begun, max_tries=5))
     with pytest.raises(ConfigError, match="filter: 'none' here, 'success at any step' there"):
         gather(replace(begun, keep_failures=True))
-    (wish.out / f"{FILES}.json").unlink()
+    (collect_request.out / f"{FILES}.json").unlink()
     with pytest.raises(ConfigError, match=r"is there without .*json; move it away"):
-        gather(wish)
+        gather(collect_request)
 
 
-def test_a_collection_in_use_is_refused(wish):
+def test_a_collection_in_use_is_refused(collect_request):
     pytest.importorskip("fcntl")
-    with open_attempts(wish.out / f"{FILES}.attempts", {}, iter(())), pytest.raises(ConfigError, match="in use"):
-        gather(wish)
+    with open_log(collect_request.out / f"{FILES}.attempts", {}, iter(())), pytest.raises(ConfigError, match="in use"):
+        gather(collect_request)
 
 
-def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(wish, tmp_path, monkeypatch):
-    from difftori.collection import attempts, dataset
+def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(collect_request, tmp_path, monkeypatch):
+    from difftori.collection import dataset, episode_log
 
-    straight = replace(wish, out=tmp_path / "straight")
+    straight = replace(collect_request, out=tmp_path / "straight")
     gather(straight)
-    gather(replace(wish, episodes=2))
-    before = content(wish)
+    gather(replace(collect_request, episodes=2))
+    before = content(collect_request)
 
     def full(*args, **named):
         raise OSError(28, "No space left on device")
 
     zarr_module, _ = dataset.need_zarr()
-    for module, name in ((attempts, "replace_file"), (zarr_module, "create_group"), (dataset, "replace_file")):
+    for module, name in ((episode_log, "replace_file"), (zarr_module, "create_group"), (dataset, "replace_file")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(DataError, match=r"No space left on device\); free space"):
-                gather(wish)
+                gather(collect_request)
         if module is not dataset:
-            assert same(content(wish), before)
-    gather(wish)
-    assert same(content(wish), content(straight))
+            assert same(content(collect_request), before)
+    gather(collect_request)
+    assert same(content(collect_request), content(straight))
 
 
 @pytest.mark.parametrize(
@@ -280,28 +280,28 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(wish, tmp_path, 
         ("metaworlt:assembly", "'metaworlt:assembly' is unknown; perhaps you meant 'metaworld:…'"),
         ("metaworld:asembly", "perhaps you meant 'assembly'"),
         ("pusht", "'pusht' has no scripted expert; these have: metaworld:…"),
-        ("my_lab.tiny_expert:demonstratr", "perhaps you meant 'demonstrator'"),
-        ("my_lab.tiny_expert:TROUBLE", "is a str, not a function"),
+        ("my_lab.tiny_expert:FAMILI", "perhaps you meant 'FAMILY'"),
+        ("my_lab.tiny_expert:TROUBLE", "is a str; give a gymnasium.Env class"),
     ],
 )
-def test_names_that_mean_nothing_are_refused_with_a_suggestion(wish, name, message):
+def test_names_that_mean_nothing_are_refused_with_a_suggestion(collect_request, name, message):
     with pytest.raises(ConfigError, match=message):
-        gather(replace(wish, env=name))
+        gather(replace(collect_request, env=name))
 
 
-def test_every_fault_is_listed(wish):
+def test_every_fault_is_listed(collect_request):
     with pytest.raises(ConfigError) as caught:
-        gather(replace(wish, episodes=0, workers=0, seed=-1, max_tries=0))
+        gather(replace(collect_request, episodes=0, workers=0, seed=-1, max_tries=0))
     assert len(caught.value.faults) == 4
     with pytest.raises(ConfigError, match="max_tries is 3, but 5"):
-        gather(replace(wish, max_tries=3))
+        gather(replace(collect_request, max_tries=3))
     with pytest.raises(ConfigError, match="obs is 'smell'"):
-        gather(replace(wish, obs="smell"))
+        gather(replace(collect_request, obs="smell"))
 
 
-def test_an_environment_that_does_not_tell_success_is_refused(wish):
+def test_an_environment_that_does_not_tell_success_is_refused(collect_request):
     with pytest.raises(ConfigError, match='its info has no "success"'):
-        gather(replace(wish, env="my_lab.tiny_expert:silent"))
+        gather(replace(collect_request, env="my_lab.tiny_expert:SILENT"))
 
 
 @pytest.mark.slow
@@ -309,13 +309,13 @@ def test_an_environment_that_does_not_tell_success_is_refused(wish):
 def test_metaworld_demonstrations_replay_to_the_same_success(tmp_path, workers):
     if importlib.util.find_spec("metaworld") is None:
         pytest.skip("needs the extra: pip install 'difftori[metaworld]'")
-    from difftori.envs import metaworld
+    from difftori.registry import make_env
 
-    wish = Collection(env="metaworld:reach", out=tmp_path, episodes=2, workers=workers)
-    gather(wish)
+    collect_request = CollectRequest(env="metaworld:reach", out=tmp_path, episodes=2, workers=workers)
+    gather(collect_request)
     root = zarr.open_group(tmp_path / "metaworld.reach-0.zarr", mode="r")
     rows = [row for row in json.loads((tmp_path / "metaworld.reach-0.json").read_text())["tried"] if row["kept"]]
-    env = metaworld.make("reach", num_envs=1, seed=0)
+    env = make_env("metaworld:reach", num_envs=1, seed=0)
     for episode, row in enumerate(rows):
         state, _ = env.reset(seed=[row["seed"]])
         for step in range(200 * episode, 200 * (episode + 1)):

@@ -68,7 +68,7 @@ class Troubled(gymnasium.Env):
 
 
 class Named(gymnasium.Env):
-    """Shows a picture and a number by name; the number is NaN after an action above 0.9."""
+    """Shows a image and a number by name; the number is NaN after an action above 0.9."""
 
     observation_space = Dict({"image": Box(0, 255, (3, 2, 2), np.uint8), "height": Box(-9.0, 9.0, (1,), np.float32)})
     action_space = Box(-1.0, 1.0, (1,), np.float32)
@@ -268,16 +268,19 @@ def own(task: str, *, num_envs: int, seed: int, what: str = "nothing", mode=Auto
     return SyncVectorEnv([partial(Troubled, what)] * num_envs, autoreset_mode=mode)
 
 
+autoreset = partial(own, mode=AutoresetMode.NEXT_STEP)
+
+
 def not_an_env(task: str, *, num_envs: int, seed: int):
     return 3
 
 
 @pytest.fixture
 def own_package(tmp_path, monkeypatch):
-    """A package `robots.arm` on sys.path with this file's `own` and `not_an_env` in it."""
+    """A package `robots.arm` on sys.path with this file's `own`, `autoreset` and `not_an_env` in it."""
     (tmp_path / "robots").mkdir()
     (tmp_path / "robots" / "__init__.py").touch()
-    (tmp_path / "robots" / "arm.py").write_text(f"from {__name__} import not_an_env, own\nnumber = 3\n")
+    (tmp_path / "robots" / "arm.py").write_text(f"from {__name__} import autoreset, not_an_env, own\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     return "robots.arm"
 
@@ -306,11 +309,11 @@ def test_the_door_wraps_a_users_environment_and_restarts_it(own_package):
     [
         ("dcm:cheetah-run", {}, "'dcm:cheetah-run' is unknown; perhaps you meant 'dmc:…'"),
         ("probe:three-step", {}, "'three-step' is unknown.*perhaps you meant"),
-        ("probe:one-step", {"obss": "state"}, "takes no option 'obss'; perhaps you meant 'obs'"),
-        ("pendulum:damped", {}, "NEXT_STEP.*to learn from it"),
+        ("gym:Pendulum-v1", {"obss": "state"}, "takes no option 'obss'; perhaps you meant 'obs'"),
+        ("robots.arm:autoreset", {}, "NEXT_STEP.*make it with AutoresetMode.DISABLED"),
         ("robots.arm:owl", {}, "perhaps you meant 'own'"),
-        ("robots.arm:number", {}, "is a int, not a function"),
-        ("robots.arm:not_an_env", {}, "made a int, not a gymnasium"),
+        ("robots.arm:number", {}, "is a int; give a gymnasium.Env class"),
+        ("robots.arm:not_an_env", {}, "made a int, not a gymnasium.vector.VectorEnv"),
         ("no.such.module:make", {}, "no module"),
     ],
 )

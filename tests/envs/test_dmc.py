@@ -1,4 +1,4 @@
-"""DeepMind Control: names, states, pictures. Needs the extra `dmc`; pictures need OpenGL."""
+"""DeepMind Control: names, states, images. Needs the extra `dmc`; images need OpenGL."""
 
 import warnings
 
@@ -10,6 +10,7 @@ from difftori.envs import dmc
 from difftori.envs.base import RenderingError, env_spec
 from difftori.errors import ConfigError
 from difftori.paper.numbers import paper_tasks
+from difftori.registry import make_env
 
 pytest.importorskip("dm_control", reason="the extra dmc is not installed: pip install 'difftori[dmc]'")
 PAPER = [(task.task, task.action_repeat) for task in paper_tasks()]
@@ -17,12 +18,12 @@ PAPER = [(task.task, task.action_repeat) for task in paper_tasks()]
 
 @pytest.fixture
 def make():
-    """`dmc.make` that closes what it made, and skips where no picture can be drawn."""
+    """`make_env` that closes what it made, and skips where no image can be drawn."""
     opened = []
 
     def build(task: str, **options):
         try:
-            opened.append(dmc.make(task, **{"num_envs": 1, "seed": 0, **options}))
+            opened.append(make_env(f"dmc:{task}", **{"num_envs": 1, "seed": 0, **options}))
         except RenderingError as error:
             pytest.skip(f"no OpenGL here: {error}")
         return opened[-1]
@@ -40,7 +41,7 @@ def frames(env) -> np.ndarray:
 
 
 def test_every_task_of_the_suite_but_lqr_has_a_name():
-    theirs = {(domain, task) for domain, task in dmc._suite(needs_pictures=False).ALL_TASKS if domain != "lqr"}
+    theirs = {(domain, task) for domain, task in dmc._suite(needs_images=False).ALL_TASKS if domain != "lqr"}
     assert set(dmc.PARTS.values()) == theirs
     assert len(dmc.PARTS) == len(theirs) == 49
 
@@ -62,7 +63,7 @@ def test_names_are_read_with_tolerance(written, meant):
 
 def test_a_slip_of_the_pen_gets_a_suggestion():
     with pytest.raises(ConfigError, match="'chetah-run' is unknown.*perhaps you meant 'cheetah-run'"):
-        dmc.make("chetah-run", num_envs=1, seed=0)
+        make_env("dmc:chetah-run", num_envs=1, seed=0)
 
 
 @pytest.mark.parametrize(("task", "repeat"), PAPER)
@@ -109,7 +110,7 @@ def test_the_single_environment_passes_gymnasiums_check():
 
 
 def test_states_and_summed_rewards_are_dm_controls(make):
-    suite = dmc._suite(needs_pictures=False)
+    suite = dmc._suite(needs_images=False)
     env = make("walker-walk", action_repeat=3)
     env.reset(seed=[4])
     reference = suite.load("walker", "walk", task_kwargs={"random": 0})
@@ -142,7 +143,7 @@ def test_truncation_after_a_thousand_steps_and_no_termination(make):
     assert not any(terminated[0] for terminated, _ in ends)
 
 
-def test_pictures_are_stacked_newest_last_and_the_first_stands_for_those_before(make):
+def test_images_are_stacked_newest_last_and_the_first_stands_for_those_before(make):
     env = make("cheetah-run", obs="pixels", num_envs=2)
     assert env.observation_space.shape == (2, 9, 84, 84)
     first, _ = env.reset()
@@ -156,7 +157,7 @@ def test_pictures_are_stacked_newest_last_and_the_first_stands_for_those_before(
     assert not np.array_equal(third[:, 6:], second[:, 6:])
 
 
-def test_pictures_of_an_episode_are_repeated_by_its_seed(make):
+def test_images_of_an_episode_are_repeated_by_its_seed(make):
     first, second = (make("cartpole-swingup", obs="pixels", seed=seed) for seed in (1, 2))
     assert np.array_equal(first.reset(seed=[9])[0], second.reset(seed=[9])[0])
     for _ in range(3):
@@ -164,7 +165,7 @@ def test_pictures_of_an_episode_are_repeated_by_its_seed(make):
         assert np.array_equal(first.step(action)[0], second.step(action)[0])
 
 
-def test_fast_pictures_differ_a_little_and_states_not_at_all(make):
+def test_fast_images_differ_a_little_and_states_not_at_all(make):
     default, fast = (make("cheetah-run", obs="pixels", render=render) for render in ("default", "fast"))
     one, other = (env.reset(seed=[1])[0].astype(float) for env in (default, fast))
     assert 0 < np.abs(one - other).mean() < 5
@@ -182,18 +183,18 @@ def test_films_are_larger_frames_of_the_same_state(make):
 
 def test_warp_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="mujoco-warp needs a newer MuJoCo"):
-        dmc.make("cheetah-run", num_envs=1, seed=0, obs="pixels", render="warp")
+        make_env("dmc:cheetah-run", num_envs=1, seed=0, obs="pixels", render="warp")
 
 
 def test_every_fault_is_listed():
     with pytest.raises(ConfigError) as caught:
-        dmc.make("cheetah-run", num_envs=1, seed=0, obs="sound", render="slow", action_repeat=0)
+        make_env("dmc:cheetah-run", num_envs=1, seed=0, obs="sound", render="slow", action_repeat=0)
     assert len(caught.value.faults) == 3
 
 
 def test_without_opengl_the_message_names_the_packages(monkeypatch):
-    dmc._suite(needs_pictures=False)
+    dmc._suite(needs_images=False)
     monkeypatch.setenv("MUJOCO_GL", "off")
     with pytest.raises(RenderingError, match="apt-get install libegl1"):
-        dmc.make("cheetah-run", num_envs=1, seed=0, obs="pixels")
-    dmc.make("cheetah-run", num_envs=1, seed=0).close()
+        make_env("dmc:cheetah-run", num_envs=1, seed=0, obs="pixels")
+    make_env("dmc:cheetah-run", num_envs=1, seed=0).close()

@@ -1,18 +1,19 @@
 """What every environment must do. The package is walked: a new file is tested without being named here."""
 
-import importlib
+import inspect
 
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
-from difftori.envs.base import ResetNeededError, env_spec
+from difftori.envs.base import RenderingError, ResetNeededError, env_spec
+from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
-from difftori.registry import module_names
+from difftori.registry import env_families, make_env, resolve_env
 
-MODULES = {name: importlib.import_module(full) for name, full in module_names("difftori.envs").items()}
-CASES = [(name, task) for name, module in MODULES.items() if "make" in vars(module) for task in module.TASKS[:2]]
+FAMILIES = env_families()
+CASES = [(name, task) for name, family in FAMILIES.items() for task in family.tasks[:2]]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: ":".join(case))
@@ -21,9 +22,9 @@ def build(request):
     name, task = request.param
     opened = []
 
-    def make(num_envs: int = 2, seed: int = 0) -> VectorEnv:
+    def make(num_envs: int = 2, seed: int = 0) -> CheckedVectorEnv:
         try:
-            opened.append(MODULES[name].make(task, num_envs=num_envs, seed=seed))
+            opened.append(make_env(f"{name}:{task}", num_envs=num_envs, seed=seed))
         except MissingExtraError as error:
             pytest.skip(str(error))
         return opened[-1]
@@ -33,16 +34,16 @@ def build(request):
         env.close()
 
 
-def advance(env: VectorEnv, actions: np.ndarray) -> tuple:
-    """What `step` returns, except that ended rows are reset where the environment leaves that to its caller."""
+def advance(env: CheckedVectorEnv, actions: np.ndarray) -> tuple:
+    """What `step` returns, except that ended rows are reset."""
     observations, rewards, terminated, truncated, info = env.step(actions)
     ended = terminated | truncated
-    if env.metadata["autoreset_mode"] is AutoresetMode.DISABLED and ended.any():
+    if ended.any():
         observations, _ = env.reset(options={"reset_mask": ended})
     return observations, rewards, terminated, truncated, info
 
 
-def play(env: VectorEnv, steps: int, *, seed: int | None = None) -> list[np.ndarray]:
+def play(env: CheckedVectorEnv, steps: int, *, seed: int | None = None) -> list[np.ndarray]:
     """Observations, rewards and flags of a seeded random walk."""
     env.action_space.seed(5)
     seen = [env.reset(seed=seed)[0]]
@@ -73,8 +74,14 @@ def test_spaces_hold_what_is_returned(build):
         assert isinstance(info, dict)
 
 
-def test_the_autoreset_mode_is_stated(build):
-    assert isinstance(build().metadata["autoreset_mode"], AutoresetMode)
+def test_rows_are_reset_by_the_caller(build):
+    assert build().metadata["autoreset_mode"] is AutoresetMode.DISABLED
+
+
+def test_actions_lie_between_minus_one_and_one(build):
+    space = build().single_action_space
+    assert (space.low == -1).all()
+    assert (space.high == 1).all()
 
 
 def test_equal_seeds_give_equal_episodes_and_others_differ(build):
@@ -107,27 +114,8 @@ def test_returned_arrays_are_not_overwritten_by_later_steps(build):
     assert all(np.array_equal(array, copy) for array, copy in zip(kept, copies, strict=False))
 
 
-def test_episodes_end_and_the_next_step_begins_anew(build):
+def test_ended_rows_wait_for_their_reset_and_the_others_go_on(build):
     env = build(2)
-    if env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP:
-        pytest.skip("another autoreset mode")
-    env.reset()
-    for _ in range(1100):
-        last, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        if (terminated | truncated).any():
-            break
-    ended = terminated | truncated
-    assert ended.any(), "no episode ended within 1100 steps"
-    observations, rewards, terminated, truncated, _ = env.step(env.action_space.sample())
-    assert (rewards[ended] == 0).all()
-    assert not (terminated | truncated)[ended].any()
-    assert not np.array_equal(observations[ended], last[ended])
-
-
-def test_without_autoreset_ended_rows_wait_for_their_reset_and_the_others_go_on(build):
-    env = build(2)
-    if env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
-        pytest.skip("another autoreset mode")
     env.reset()
     for step in range(1100):
         last, _, terminated, truncated, _ = env.step(env.action_space.sample())
@@ -147,8 +135,6 @@ def test_without_autoreset_ended_rows_wait_for_their_reset_and_the_others_go_on(
 
 def test_an_episode_is_replayed_from_its_seed_and_its_actions_whatever_came_before(build):
     env, twin = build(2, seed=1), build(2, seed=2)
-    if env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
-        pytest.skip("another autoreset mode")
     play(env, 5)
     rows = np.array([False, True])
     env.reset(seed=[0, 0])
@@ -202,7 +188,24 @@ def test_actions_outside_the_box_act_as_clipped(build):
     assert np.array_equal(env.step(wild)[0], twin.step(twin.action_space.high)[0])
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_unknown_tasks_are_refused_with_the_known_ones(name):
-    with pytest.raises(ConfigError, match=MODULES[name].TASKS[0]):
-        MODULES[name].make("no-such-task", num_envs=1, seed=0)
+    with pytest.raises(ConfigError, match=FAMILIES[name].tasks[0]):
+        make_env(f"{name}:no-such-task", num_envs=1, seed=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_record_names_its_first_task_and_options_with_defaults(name):
+    env = resolve_env(name)
+    assert (env.name, env.task) == (f"{name}:{FAMILIES[name].tasks[0]}",) + FAMILIES[name].tasks[:1]
+    assert inspect.Parameter.empty not in env.options.values()
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.recorded])
+def test_the_record_maps_demonstrations_to_the_observation_types_that_the_builder_has(name):
+    assert "obs" in resolve_env(name).options
+    for obs in FAMILIES[name].recorded:
+        try:
+            make_env(name, num_envs=1, seed=0, obs=obs).close()
+        except (MissingExtraError, RenderingError) as error:
+            pytest.skip(str(error))

@@ -10,7 +10,9 @@ from difftori.envs import metaworld
 from difftori.envs.base import RenderingError, env_spec
 from difftori.envs.metaworld_camera import HIGH, LOW, TILT
 from difftori.envs.point_cloud import tilt
+from difftori.envs.workers import launch
 from difftori.errors import ConfigError, MissingExtraError
+from difftori.registry import make_env, resolve_env
 
 needs_metaworld = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="needs the extra: pip install 'difftori[metaworld]'"
@@ -19,11 +21,11 @@ needs_metaworld = pytest.mark.skipif(
 
 @pytest.fixture
 def make():
-    """`metaworld.make` that closes what it made, and skips where no picture can be drawn."""
+    """`make_env` that closes what it made, and skips where no image can be drawn."""
     opened = []
 
     def build(task: str, **options):
-        opened.append(metaworld.make(task, **{"num_envs": 1, "seed": 0, **options}))
+        opened.append(make_env(f"metaworld:{task}", **{"num_envs": 1, "seed": 0, **options}))
         if options.get("obs") == "points":
             shown(opened[-1].reset)
         return opened[-1]
@@ -59,7 +61,7 @@ def distance(cloud: np.ndarray, point: np.ndarray) -> float:
 
 @needs_metaworld
 def test_tasks_are_metaworlds_and_the_papers_come_first():
-    known = metaworld.import_drawing("metaworld.env_dict", needs_pictures=False).ALL_V3_ENVIRONMENTS
+    known = metaworld.import_drawing("metaworld.env_dict", needs_images=False).ALL_V3_ENVIRONMENTS
     assert {f"{task}-v3" for task in metaworld.TASKS} == set(known)
     assert len(metaworld.TASKS) == 50
     assert len(metaworld.PAPER_TASKS) == 22
@@ -72,7 +74,7 @@ def test_names_are_read_with_tolerance(written):
 
 def test_a_slip_of_the_pen_gets_a_suggestion():
     with pytest.raises(ConfigError, match="'asembly' is unknown.*perhaps you meant 'assembly'"):
-        metaworld.make("asembly", num_envs=1, seed=0)
+        make_env("metaworld:asembly", num_envs=1, seed=0)
 
 
 @needs_metaworld
@@ -83,7 +85,7 @@ def test_the_single_environment_passes_gymnasiums_check():
 
 @needs_metaworld
 def test_states_and_rewards_are_metaworlds_whatever_came_before(make):
-    known = metaworld.import_drawing("metaworld.env_dict", needs_pictures=False)
+    known = metaworld.import_drawing("metaworld.env_dict", needs_images=False)
     reference = known.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE["push-v3-goal-observable"](seed=1)
     reference._freeze_rand_vec, reference.seeded_rand_vec = False, True
     reference.seed(11)
@@ -115,14 +117,15 @@ def test_each_episode_has_a_goal_of_its_own_and_time_is_up_after_200_steps(make)
 
 @needs_metaworld
 def test_the_expert_succeeds_and_a_success_that_is_undone_stays_one():
-    demonstrator = metaworld.demonstrator("stick-push", num_envs=2, seed=0, obs="state")
-    seen, info = demonstrator.env.reset(seed=[0, 1])
+    expert = metaworld.expert("stick-push", obs="state")
+    env = launch(expert.build, name="stick-push", num_envs=2, seed=0)
+    seen, info = env.reset(seed=[0, 1])
     assert not info["success"].any()
     told, momentary = [], []
     for _ in range(200):
-        seen, _, _, truncated, info = demonstrator.env.step(np.clip(demonstrator.act(seen), -1, 1))
+        seen, _, _, truncated, info = env.step(np.clip(expert.act(seen), -1, 1))
         told.append(info["success"].copy())
-        workers = demonstrator.env._env._workers
+        workers = env._env._workers
         momentary.append(
             [w._env._env.evaluate_state(w._env._env._last_stable_obs, np.zeros(4))[1]["success"] for w in workers]
         )
@@ -130,21 +133,20 @@ def test_the_expert_succeeds_and_a_success_that_is_undone_stays_one():
     assert np.array_equal(told, np.logical_or.accumulate(np.array(momentary) > 0))
     assert told[-1].all()
     assert (np.array(momentary)[-1] == 0).any()
-    demonstrator.env.close()
+    env.close()
 
 
 @needs_metaworld
 def test_a_demonstration_shows_what_dp3_stores():
-    demonstrator = metaworld.demonstrator("reach", num_envs=1, seed=0, obs="state")
-    seen, _ = demonstrator.env.reset()
-    assert {stored: seen[name].shape for stored, name in demonstrator.arrays.items()} == {
+    expert = metaworld.expert("reach", obs="state")
+    env = launch(expert.build, name="reach", num_envs=1, seed=0)
+    seen, _ = env.reset()
+    assert {stored: seen[name].shape for stored, name in expert.arrays.items()} == {
         "state": (1, 9),
         "full_state": (1, 39),
     }
-    with_points = metaworld.demonstrator("reach", num_envs=1, seed=0)
-    assert set(with_points.arrays) == {"state", "full_state", "point_cloud"}
-    for one in (demonstrator, with_points):
-        one.env.close()
+    env.close()
+    assert set(metaworld.expert("reach").arrays) == {"state", "full_state", "point_cloud"}
 
 
 @needs_metaworld
@@ -189,7 +191,7 @@ def test_goal_markers_are_drawn_where_the_goal_is(make, steps):
 @needs_metaworld
 def test_drawing_changes_nothing_else(make):
     blind = make("assembly")
-    seeing = metaworld.demonstrator("assembly", num_envs=1, seed=0).env
+    seeing = launch(metaworld.expert("assembly").build, name="assembly", num_envs=1, seed=0)
     state, seen = blind.reset(seed=[4])[0], shown(lambda: seeing.reset(seed=[4]))[0]
     for _ in range(5):
         assert np.array_equal(state, seen["state"])
@@ -212,16 +214,17 @@ def test_films_are_larger_upright_frames(make):
 
 def test_every_fault_is_listed():
     with pytest.raises(ConfigError) as caught:
-        metaworld.make("reach", num_envs=1, seed=0, obs="sound", max_steps=501)
+        make_env("metaworld:reach", num_envs=1, seed=0, obs="sound", max_steps=501)
     assert len(caught.value.faults) == 2
     with pytest.raises(ConfigError, match="sound"):
-        metaworld.demonstrator("reach", num_envs=1, seed=0, obs="sound")
+        metaworld.expert("reach", obs="sound")
 
 
 def test_a_missing_extra_is_named(monkeypatch):
+    env = resolve_env("metaworld:reach")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"difftori\[metaworld\]"):
-        metaworld.make("reach", num_envs=1, seed=0)
+        env.make(num_envs=1, seed=0)
 
 
 @needs_metaworld

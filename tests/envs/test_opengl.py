@@ -37,7 +37,7 @@ def drawn(first: str = "", **environment: str) -> subprocess.CompletedProcess:
 @needs_mujoco
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a screen")
 def test_a_drawer_is_freed_quietly_when_python_ends():
-    done = drawn("opengl.import_drawing('mujoco', needs_pictures=True)")
+    done = drawn("opengl.import_drawing('mujoco', needs_images=True)")
     if "refused" in done.stdout:
         pytest.skip(done.stdout)
     assert (done.stdout, done.stderr) == ("drew (8, 8, 3)\n", "")

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from difftori.envs.pendulum import (
     TASKS,
     PendulumParameters,
-    make,
     pendulum,
     pendulum_cost,
     pendulum_step,
     sample_starts,
 )
 from difftori.errors import ConfigError, ShapeError
+from difftori.registry import make_env
 
 
 def state(angle: float, velocity: float) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_unknown_task_is_refused():
 
 
 def test_environment_repeats_the_pure_functions():
-    env = make("damped", num_envs=3, seed=1)
+    env = make_env("pendulum:damped", num_envs=3, seed=1, unit_actions=False)
     observations, _ = env.reset()
     actions = np.array([[0.5], [-3.0], [2.0]])
     after, rewards, terminated, truncated, info = env.step(actions)
@@ -192,21 +192,23 @@ def test_environment_repeats_the_pure_functions():
 
 
 def test_clipped_actions_are_counted_over_the_episode_and_forgotten_after_it():
-    env = make("", num_envs=1, seed=0, max_steps=3)
-    env.reset()
-    counts = [env.step(np.full((1, 1), 9.0))[4]["clipped"].item() for _ in range(5)]
-    assert counts == [1, 2, 3, 0, 1]
+    env = make_env("pendulum", num_envs=1, seed=0, max_steps=3)
+    counts = []
+    for _ in range(2):
+        counts.append(env.reset()[1]["clipped"].item())
+        counts += [env.step(np.full((1, 1), 9.0))[4]["clipped"].item() for _ in range(3)]
+    assert counts == [0, 1, 2, 3] * 2
 
 
 @pytest.mark.parametrize("values", [{"num_envs": 0}, {"max_steps": 0}])
 def test_make_refuses_empty_environments(values):
     with pytest.raises(ConfigError, match="at least 1"):
-        make("", **({"num_envs": 2, "seed": 0} | values))
+        make_env("pendulum", **({"num_envs": 2, "seed": 0} | values))
 
 
 def test_reset_refuses_options():
     with pytest.raises(ConfigError, match="low"):
-        make("", num_envs=1, seed=0).reset(options={"low": 1})
+        make_env("pendulum", num_envs=1, seed=0).reset(options={"low": 1})
 
 
 @pytest.fixture

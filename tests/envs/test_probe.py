@@ -5,13 +5,14 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from difftori.envs.base import env_spec
-from difftori.envs.probe import OPTIMAL_RETURN, RANDOM_RETURN, STEPS, TASKS, ProbeEnv, make, optimal_action
+from difftori.envs.probe import OPTIMAL_RETURN, RANDOM_RETURN, STEPS, TASKS, ProbeEnv, optimal_action
 from difftori.errors import ConfigError
+from difftori.registry import make_env
 
 
 def returns(task: str, act, *, rows: int, seed: int = 0) -> np.ndarray:
     """Undiscounted returns of one episode per row."""
-    env = make(task, num_envs=rows, seed=seed)
+    env = make_env(f"probe:{task}", num_envs=rows, seed=seed)
     observations, _ = env.reset()
     total = np.zeros(rows)
     for step in range(STEPS[task]):
@@ -55,12 +56,12 @@ def test_single_environments_pass_gymnasiums_check(task):
 
 
 def test_the_spec_counts_steps_and_decisions():
-    env = make("delayed-reward", num_envs=1, seed=0, action_repeat=3)
+    env = make_env("probe:delayed-reward", num_envs=1, seed=0, action_repeat=3)
     assert (env_spec(env).max_episode_steps, env_spec(env).max_agent_steps) == (8, 3)
     env.reset()
     assert [bool(env.step(np.zeros((1, 1)))[2][0]) for _ in range(3)] == [False, False, True]
 
 
-def test_pictures_are_refused():
-    with pytest.raises(ConfigError, match="'pixels'"):
-        make("one-step", num_envs=1, seed=0, obs="pixels")
+def test_images_are_refused():
+    with pytest.raises(ConfigError, match="takes no option 'obs'"):
+        make_env("probe:one-step", num_envs=1, seed=0, obs="pixels")

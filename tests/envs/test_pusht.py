@@ -1,4 +1,4 @@
-"""Push-T: starts, metrics, pictures, and replay of what people did. Needs the extra `pusht`."""
+"""Push-T: starts, metrics, images, and replay of what people did. Needs the extra `pusht`."""
 
 import importlib.util
 from pathlib import Path
@@ -10,6 +10,7 @@ from gymnasium.utils.env_checker import check_env
 from difftori.envs import pusht
 from difftori.envs.base import env_spec
 from difftori.errors import ConfigError, MissingExtraError
+from difftori.registry import make_env, resolve_env
 
 needs_pusht = pytest.mark.skipif(
     importlib.util.find_spec("gym_pusht") is None, reason="needs the extra: pip install 'difftori[pusht]'"
@@ -20,7 +21,7 @@ NEAR_GOAL = [100.0, 100.0, 256.0, 256.0, np.pi / 4]
 
 
 def made(num_envs: int = 1, **options):
-    return pusht.make("", num_envs=num_envs, seed=0, **options)
+    return make_env("pusht", num_envs=num_envs, seed=0, **options)
 
 
 def started(env, state) -> np.ndarray:
@@ -48,8 +49,8 @@ def test_starts_are_those_of_diffusion_policys_evaluation():
 
 @needs_pusht
 def test_a_state_that_is_asked_for_is_the_one_that_is_set():
-    wish = np.array([120.0, 400.0, 300.0, 200.0, 2.5])
-    assert np.allclose(started(made(), wish)[0], wish, atol=1e-4)
+    requested = np.array([120.0, 400.0, 300.0, 200.0, 2.5])
+    assert np.allclose(started(made(), requested)[0], requested, atol=1e-4)
 
 
 @needs_pusht
@@ -107,7 +108,7 @@ def test_time_is_up_after_the_steps_that_are_allowed():
 
 
 @needs_pusht
-def test_pictures_come_stacked_for_agents_and_named_for_imitation():
+def test_images_come_stacked_for_agents_and_named_for_imitation():
     stacked, named = made(obs="pixels"), made(obs="image")
     first, seen = started(stacked, NEAR_GOAL), started(named, NEAR_GOAL)
     assert (first.shape, first.dtype) == ((1, 9, 96, 96), np.uint8)
@@ -138,18 +139,19 @@ def test_what_people_did_is_replayed_within_a_pixel():
         for action, following in zip(actions[:-1] / 256.0 - 1.0, states[1:], strict=True):
             seen = env.step(action[None])[0][0]
             assert np.abs(seen - following)[:4].max() < 1.0
-    picture = started(made(obs="image"), data["data/state"][1000])["image"][0]
+    image = started(made(obs="image"), data["data/state"][1000])["image"][0]
     theirs = data["data/img"][1000].transpose(2, 0, 1)
-    assert np.abs(picture - theirs).mean() < 1.0
+    assert np.abs(image - theirs).mean() < 1.0
 
 
 def test_every_fault_is_listed():
     with pytest.raises(ConfigError) as caught:
-        pusht.make("", num_envs=1, seed=0, obs="sound", max_steps=0)
+        made(obs="sound", max_steps=0)
     assert len(caught.value.faults) == 2
 
 
 def test_a_missing_extra_is_named(monkeypatch):
+    env = resolve_env("pusht")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"difftori\[pusht\]"):
-        made()
+        env.make(num_envs=1, seed=0)

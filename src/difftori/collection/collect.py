@@ -1,6 +1,5 @@
-"""Collecting so many episodes of an expert, whatever interrupts it."""
+"""Collects a given number of episodes from a scripted expert. An interrupted collection can be resumed."""
 
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from difftori.collection.attempts import Attempts, close_attempts, open_attempts, read_plan, refuse_other
 from difftori.collection.dataset import need_zarr, read_episodes, read_manifest, write_dataset, write_manifest
-from difftori.collection.play import Attempt, play
+from difftori.collection.episode_log import EpisodeLog, open_log, read_plan, refuse_other, remove_log
+from difftori.collection.play import ExpertEpisode, play
 from difftori.envs.base import numeric_faults
-from difftori.envs.demonstrator import Demonstrator
+from difftori.envs.family import Expert, ResolvedEnv
+from difftori.envs.workers import launch
 from difftori.errors import ConfigError, DataError
-from difftori.registry import find_demonstrator
+from difftori.registry import env_families, resolve_env
 from difftori.rl.collector import episode_seed
 from difftori.runs.versions import versions
 
@@ -29,13 +29,13 @@ _MACHINE = ("difftori", "git_commit", "python", "numpy", "platform", "cpu")
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What is wanted: `episodes` of the expert of `env`, into `out`/NAME.zarr with NAME = ENV-SEED.
+class CollectRequest:
+    """Collect `episodes` episodes of the expert of `env` into `out`/NAME.zarr, where NAME is ENV-SEED.
 
-    Episodes are numbered, and the seed of each follows from `seed` and its number; the first that succeed are kept, or the
-    first ones if `keep_failures`. So what comes out does not depend on `workers`, the processes, or on interruptions.
-    `obs` None is what the environment's demonstrator has as its default. After `max_tries` episodes collecting gives up;
-    None allows ten for each that is wanted.
+    Episodes are numbered, and the seed of each follows from `seed` and its number. The first episodes that succeed are
+    kept, or the first ones if `keep_failures`, so the data set does not depend on `workers` (processes) or interruptions.
+    `obs`: observation type, default: the expert's. `max_tries`: raise `DataError` after so many episodes, default: ten for
+    each one requested.
     """
 
     env: str
@@ -49,52 +49,62 @@ class Collection:
 
     @property
     def tries(self) -> int:
-        """Episodes that may be played."""
+        """The greatest number of episodes to play."""
         return 10 * self.episodes if self.max_tries is None else self.max_tries
 
 
-def collect(wish: Collection, *, progress: bool = True) -> dict[str, Any]:
-    """Collect, or go on where an earlier process was stopped, and return what there is then.
+def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]:
+    """Collect, or resume a collection that was interrupted, and return a summary.
 
-    A data set that has enough episodes is left as it is; one that has too few is added to. Raises `ConfigError` (a faulty
-    wish, another collection in that place), `DataError` (too few successes, damaged or unwritable files),
+    A data set with enough episodes is left as it is; one with too few is extended. Raises `ConfigError` (an invalid
+    request, or another collection in that place), `DataError` (too few successes, damaged or unwritable files),
     `MissingExtraError`, and what the environment raises.
     """
-    maker, task, name = find_demonstrator(wish.env)
-    _refuse_faults(wish)
+    env = _with_expert(request.env)
+    _refuse_faults(request)
     need_zarr()
-    obs = wish.obs or inspect.signature(maker).parameters["obs"].default
-    plan = {"env": name, "obs": obs, "seed": wish.seed, "filter": EVERYTHING if wish.keep_failures else SUCCESSES}
-    path = wish.out / f"{name.replace(':', '.')}-{wish.seed}.zarr"
+    name, obs = env.name, env.expert_obs if request.obs is None else request.obs
+    plan = {"env": name, "obs": obs, "seed": request.seed, "filter": EVERYTHING if request.keep_failures else SUCCESSES}
+    path = request.out / f"{name.replace(':', '.')}-{request.seed}.zarr"
     folder, beside = path.with_suffix(".attempts"), path.with_suffix(".json")
     finished = _finished(path, folder, beside)
     if finished is not None:
         refuse_other({key: finished.get(key) for key in plan}, plan, beside)
-        if finished["episodes"] >= wish.episodes:
+        if finished["episodes"] >= request.episodes:
             return _summary(path, finished, played=0, seconds=0.0)
-    workers = min(wish.workers, wish.episodes)
+    workers = min(request.workers, request.episodes)
     kind = "async" if workers > 1 else "sync"
     began = time.monotonic()
-    demonstrator = maker(task, num_envs=workers, seed=wish.seed, obs=obs, workers=kind)
-    with closing(demonstrator.env):
-        plan["versions"] = _versions(demonstrator)
+    expert = env.make_expert(obs)
+    copies = launch(expert.build, name=name, num_envs=workers, seed=request.seed, workers=kind)
+    with closing(copies):
+        plan["versions"] = _versions(expert)
         if finished is not None:
             refuse_other({key: finished.get(key) for key in plan}, plan, beside)
         earlier = _earlier(path, finished) if finished is not None else iter(())
-        with open_attempts(folder, plan, earlier) as attempts:
-            with _bar(name, wish.episodes, progress) as show:
-                played = _play_until_enough(wish, demonstrator, attempts, show)
-            chosen, tried = _kept(wish, attempts)
-            manifest = _manifest(plan, attempts, chosen, tried)
-            lengths = [attempts[index].steps for index in chosen]
-            write_dataset(path, lengths, lambda episode: attempts.load(chosen[episode]), manifest)
+        with open_log(folder, plan, earlier) as log:
+            with _bar(name, request.episodes, progress) as show:
+                played = _play_until_enough(request, play(copies, expert, _missing(request, log)), log, show)
+            chosen, tried = _kept(request, log)
+            manifest = _manifest(plan, log, chosen, tried)
+            lengths = [log[index].steps for index in chosen]
+            write_dataset(path, lengths, lambda episode: log.load(chosen[episode]), manifest)
             write_manifest(beside, manifest)
-            close_attempts(folder)
+            remove_log(folder)
     return _summary(path, manifest, played=played, seconds=time.monotonic() - began)
 
 
+def _with_expert(name: str) -> ResolvedEnv:
+    """The environment of that name. Raises `ConfigError` if there is none, or if it has no scripted expert."""
+    env = resolve_env(name)
+    if env.family.expert is None:
+        known = ", ".join(f"{family}:…" for family, record in env_families().items() if record.expert is not None)
+        raise ConfigError([f"env: {name!r} has no scripted expert; these have: {known}"])
+    return env
+
+
 def _finished(path: Path, folder: Path, beside: Path) -> dict[str, Any] | None:
-    """The manifest of a data set that is whole. `ConfigError` for one that was not collected, and must not be lost."""
+    """The manifest of a complete data set, or None. `ConfigError` if the data set there has no manifest, so as not to lose it."""
     if not path.exists() or read_plan(folder) is not None:
         return None
     manifest = read_manifest(beside)
@@ -104,49 +114,54 @@ def _finished(path: Path, folder: Path, beside: Path) -> dict[str, Any] | None:
 
 
 def _play_until_enough(
-    wish: Collection, demonstrator: Demonstrator, attempts: Attempts, show: Callable[[int, int], None]
+    request: CollectRequest, episodes: Iterator[ExpertEpisode], log: EpisodeLog, show: Callable[[int, int], None]
 ) -> int:
-    """Play and record what is missing; how many episodes that took. Raises `DataError` when too many have failed."""
-    missing = (index for index in itertools.count() if index not in attempts)
-    episodes = play(demonstrator, ((index, episode_seed(wish.seed, "demonstrations", index)) for index in missing))
+    """Play and record the missing episodes, and return how many were played. Raises `DataError` if too many failed."""
     played = 0
     while True:
-        kept, tried = _kept(wish, attempts)
+        kept, tried = _kept(request, log)
         show(len(kept), tried)
-        if len(kept) == wish.episodes:
+        if len(kept) == request.episodes:
             return played
-        if tried >= wish.tries:
+        if tried >= request.tries:
             raise DataError(
-                f"{wish.env}: {len(kept)} of the first {tried} episodes succeeded, and {wish.episodes} are wanted; allow "
-                "more by --max-tries, or take them all by --keep-failures"
+                f"{request.env}: {len(kept)} of the first {tried} episodes succeeded, and {request.episodes} are wanted; raise "
+                "--max-tries, or keep them all with --keep-failures"
             )
-        attempt = next(episodes)
+        episode = next(episodes)
         played += 1
-        attempts.record(attempt if attempt.success or wish.keep_failures else replace(attempt, arrays={}))
+        log.record(episode if episode.success or request.keep_failures else replace(episode, arrays={}))
 
 
-def _kept(wish: Collection, attempts: Attempts) -> tuple[list[int], int]:
-    """The numbers of the episodes that are kept, and of how many the first ones: up to the last wanted or a missing one."""
+def _missing(request: CollectRequest, log: EpisodeLog) -> Iterator[tuple[int, int]]:
+    """The numbers and seeds of the episodes that are not in the log, without end."""
+    for index in itertools.count():
+        if index not in log:
+            yield index, episode_seed(request.seed, "demonstrations", index)
+
+
+def _kept(request: CollectRequest, log: EpisodeLog) -> tuple[list[int], int]:
+    """The numbers of the kept episodes, and how many episodes were examined for them, in order, up to a missing one."""
     kept: list[int] = []
     tried = 0
-    while len(kept) < wish.episodes and tried in attempts:
-        if wish.keep_failures or attempts[tried].success:
+    while len(kept) < request.episodes and tried in log:
+        if request.keep_failures or log[tried].success:
             kept.append(tried)
         tried += 1
     return kept, tried
 
 
-def _manifest(plan: dict[str, Any], attempts: Attempts, chosen: list[int], tried: int) -> dict[str, Any]:
-    """What is told beside the data, the same whatever happened on the way, but for the machine in `made_with`."""
-    heads = [attempts[index] for index in range(tried)]
+def _manifest(plan: dict[str, Any], log: EpisodeLog, chosen: list[int], tried: int) -> dict[str, Any]:
+    """The description of the data set. Only `made_with`, the machine, depends on how it was collected."""
+    heads = [log[index] for index in range(tried)]
     machine = versions("cpu")
     return {
         **plan,
         "episodes": len(chosen),
-        "steps": sum(attempts[index].steps for index in chosen),
+        "steps": sum(log[index].steps for index in chosen),
         "success_rate": sum(head.success for head in heads) / tried,
         "actions": "clipped to [-1, 1], as executed",
-        "arrays": {name: [str(v.dtype), *v.shape[1:]] for name, v in sorted(attempts.load(chosen[0]).items())},
+        "arrays": {name: [str(v.dtype), *v.shape[1:]] for name, v in sorted(log.load(chosen[0]).items())},
         "tried": [
             {
                 "number": head.index,
@@ -161,17 +176,17 @@ def _manifest(plan: dict[str, Any], attempts: Attempts, chosen: list[int], tried
     }
 
 
-def _earlier(path: Path, manifest: dict[str, Any]) -> Iterator[Attempt]:
-    """The attempts from which a finished data set was made."""
+def _earlier(path: Path, manifest: dict[str, Any]) -> Iterator[ExpertEpisode]:
+    """The episodes from which a finished data set was made."""
     stored = read_episodes(path)
     for row in manifest["tried"]:
         arrays = next(stored) if row["kept"] else {}
-        yield Attempt(row["number"], row["seed"], row["steps"], row["first_success"], arrays)
+        yield ExpertEpisode(row["number"], row["seed"], row["steps"], row["first_success"], arrays)
 
 
-def _versions(demonstrator: Demonstrator) -> dict[str, str | None]:
+def _versions(expert: Expert) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for package in demonstrator.packages:
+    for package in expert.packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -179,12 +194,14 @@ def _versions(demonstrator: Demonstrator) -> dict[str, str | None]:
     return found
 
 
-def _refuse_faults(wish: Collection) -> None:
-    faults = numeric_faults(episodes=wish.episodes, workers=wish.workers, max_tries=wish.max_tries)
-    if wish.seed < 0:
-        faults.append(f"seed is {wish.seed}; give 0 or more")
-    if wish.max_tries is not None and wish.max_tries < wish.episodes:
-        faults.append(f"max_tries is {wish.max_tries}, but {wish.episodes} episodes are wanted; allow at least as many")
+def _refuse_faults(request: CollectRequest) -> None:
+    faults = numeric_faults(episodes=request.episodes, workers=request.workers, max_tries=request.max_tries)
+    if request.seed < 0:
+        faults.append(f"seed is {request.seed}; give 0 or more")
+    if request.max_tries is not None and request.max_tries < request.episodes:
+        faults.append(
+            f"max_tries is {request.max_tries}, but {request.episodes} episodes are wanted; allow at least as many"
+        )
     if faults:
         raise ConfigError(faults)
 

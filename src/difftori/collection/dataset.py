@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from difftori.collection.attempts import writing
+from difftori.collection.episode_log import writing
 from difftori.errors import DataError, MissingExtraError
 from difftori.runs.checkpoint import replace_file
 

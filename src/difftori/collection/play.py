@@ -1,4 +1,4 @@
-"""An expert plays episodes, several at once."""
+"""Plays episodes with a scripted expert, several at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,15 +7,16 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from difftori.envs.base import EnvironmentRestarted
-from difftori.envs.demonstrator import Demonstrator
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.family import Expert
 from difftori.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One episode of T steps: its number and seed, the step after which it first counted as done (None: never).
+class ExpertEpisode:
+    """One episode of T steps: its number and seed, and the step after which it first succeeded (None: never).
 
-    `arrays` (T …) holds what was seen before each step, by its name in the data set, and `action` (T A) as executed.
+    `arrays` (T …) holds the observation before each step, by its name in the data set, and `action` (T A) as executed.
     """
 
     index: int
@@ -45,20 +46,19 @@ class _Track:
     def restart(self) -> None:
         self.first_success, self.seen = None, {}
 
-    def ended(self) -> Attempt:
+    def ended(self) -> ExpertEpisode:
         arrays = {name: np.stack(values) for name, values in self.seen.items()}
-        return Attempt(self.index, self.seed, len(arrays["action"]), self.first_success, arrays)
+        return ExpertEpisode(self.index, self.seed, len(arrays["action"]), self.first_success, arrays)
 
 
-def play(demonstrator: Demonstrator, wanted: Iterator[tuple[int, int]]) -> Iterator[Attempt]:
-    """The episodes of `wanted`, pairs of number and seed without end, as they end; the caller stops asking.
+def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]]) -> Iterator[ExpertEpisode]:
+    """Yield the episodes of `wanted`, an endless iterator of numbers and seeds, as they end.
 
-    All rows of the environment play at once, so episodes may come out of order. What is executed is the expert's action
-    clipped to the box. A copy that fails costs the running episodes, which are played again from their start.
+    All rows of the environment play at once, so episodes may come out of order. The expert's actions are clipped to the
+    action space. After a failed environment is restarted, the running episodes are played again from their start.
 
-    Raises `ConfigError` for an environment that does not say whether it succeeded, and what the environment raises.
+    Raises `ConfigError` if `info` has no `success`, and what the environment raises.
     """
-    env = demonstrator.env
     box = env.action_space
     assert isinstance(box, Box)
     tracks = [_Track(*next(wanted)) for _ in range(env.num_envs)]
@@ -70,7 +70,7 @@ def play(demonstrator: Demonstrator, wanted: Iterator[tuple[int, int]]) -> Itera
                 seeds = [track.seed for track in tracks]
                 observations, _ = env.reset(seed=seeds, options={"reset_mask": fresh})
                 fresh[:] = False
-            actions = np.clip(demonstrator.act(observations), box.low, box.high).astype(box.dtype)
+            actions = np.clip(expert.act(observations), box.low, box.high).astype(box.dtype)
             following, _, terminated, truncated, info = env.step(actions)
         except EnvironmentRestarted:
             for track in tracks:
@@ -78,9 +78,13 @@ def play(demonstrator: Demonstrator, wanted: Iterator[tuple[int, int]]) -> Itera
             fresh[:] = True
             continue
         if "success" not in info:
-            raise ConfigError([f'{env.name}: its info has no "success", so nobody knows which episodes to keep'])
+            raise ConfigError(
+                [
+                    f'{env.name}: its info has no "success", so it is unknown which episodes to keep. Fix: report it in every step'
+                ]
+            )
         for row, track in enumerate(tracks):
-            for stored, name in demonstrator.arrays.items():
+            for stored, name in expert.arrays.items():
                 track.note(stored, observations[name][row])
             track.note("action", actions[row])
             if track.first_success is None and info["success"][row]:

@@ -1,19 +1,4 @@
-"""What every environment module offers, and the checks that all of them share.
-
-A module of this package is an environment when it has
-
-    TASKS: tuple[str, ...]                                   names for `make`; the first one is the default
-    make(task, *, num_envs, seed) -> gymnasium.vector.VectorEnv     "" stands for the default task
-
-It may offer more, for instance a pure dynamics function. Heavy packages are imported inside `make`, which raises
-`MissingExtraError` with the extra's name when they are absent. Conformance tests walk the package, so a new file is
-tested without being asked.
-
-An environment to learn from states `AutoresetMode.DISABLED`, bounds its actions by ±1, and is returned by
-`difftori.envs.workers.launch`, which brings the checks of `difftori.envs.checked`. Its observations are one array, or
-several by name: agents of reinforcement take one array, policies of imitation may take a picture or a point cloud beside
-the robot's own state. `obs` chooses, and each choice has one or the other.
-"""
+"""What all environments share: observation types, errors, metadata, and small checks of arguments."""
 
 import difflib
 from collections.abc import Sequence
@@ -29,7 +14,7 @@ if TYPE_CHECKING:
     from difftori.types import EnvSpec
 
 Observation: TypeAlias = np.ndarray | dict[str, np.ndarray]
-"""What is seen of one copy, or with a leading dimension of all: one array, or several by name."""
+"""The observation of one environment, or batched over all of them: one array, or several named arrays."""
 
 OBSERVE = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked with the newest at the end."""
@@ -38,7 +23,7 @@ WORKERS = ("sync", "async")
 
 
 class RenderingError(DifftoriError, RuntimeError):
-    """No picture can be drawn: the OpenGL libraries or the device are missing. The message names the packages."""
+    """No image can be drawn: the OpenGL libraries or the device are missing. The message names the packages."""
 
 
 class WorkerError(DifftoriError, RuntimeError):
@@ -83,6 +68,8 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         )
     if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
         raise ConfigError([f"spaces {observations} and {actions}: give Box observations and flat Box actions"])
+    if len(observations.shape) == 3 and observations.shape[0] > observations.shape[2] <= 4:
+        raise ConfigError([f"observations {observations}: images with the channels last; put the channels first"])
     return EnvSpec(
         name=str(env.metadata.get("name", type(env).__name__)),
         obs_shape=observations.shape,
@@ -160,7 +147,7 @@ def rescaled(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
 
 
 class FrameStack:
-    """The last `count` frames as one picture (count·C, height, width), the newest at the end."""
+    """The last `count` frames as one image (count·C, height, width), the newest at the end."""
 
     def __init__(self, count: int):
         self.count = count

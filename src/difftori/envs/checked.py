@@ -43,20 +43,20 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         self.budget = restarts
         self._build = build
         self._env = env
-        mode = self._env.metadata.get("autoreset_mode")
-        if mode is not AutoresetMode.DISABLED or not isinstance(self._env.action_space, Box):
+        mode, actions = self._env.metadata.get("autoreset_mode"), self._env.action_space
+        if mode is not AutoresetMode.DISABLED or not isinstance(actions, Box):
             self._env.close()
             raise ConfigError(
                 [
-                    f"{name}: autoreset mode {mode}, actions {self._env.action_space}; to learn from it, make it with "
-                    "AutoresetMode.DISABLED and Box actions (difftori.envs.workers.launch does)"
+                    f"{name}: autoreset mode {mode}, actions {actions}; make it with AutoresetMode.DISABLED and Box actions, "
+                    "or return a single environment, of which the library makes copies"
                 ]
             )
         self.num_envs = self._env.num_envs
         self.single_observation_space = self._env.single_observation_space
         self.single_action_space = self._env.single_action_space
         self.observation_space = self._env.observation_space
-        self.action_space: Box = self._env.action_space
+        self.action_space: Box = actions
         self.metadata = {**self._env.metadata, "name": name}
         self.render_mode = self._env.render_mode
         self._seeds = np.random.default_rng(seed)

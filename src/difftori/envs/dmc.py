@@ -1,4 +1,4 @@
-"""DeepMind Control (Tassa et al. 2018, arXiv 1801.00690), from states or from pictures.
+"""DeepMind Control (Tassa et al. 2018, arXiv 1801.00690), from states or from images.
 
 A task is named `domain-task`, as in `cheetah-run`; underscores and capitals may stand for hyphens and small letters,
 and `cup-catch` is the paper's name of `ball-in-cup-catch`. `lqr` is left out: its actions have no bounds. Rewards of
@@ -6,7 +6,6 @@ repeated steps are summed; episodes are truncated after 1000 steps and terminate
 """
 
 import importlib.util
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +23,8 @@ from difftori.envs.base import (
     numeric_faults,
     rescaled,
 )
-from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.family import EnvFamily
 from difftori.envs.opengl import HELP, import_drawing
-from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.paper.numbers import paper_tasks
 
@@ -60,7 +58,7 @@ ACTION_REPEAT = {ALIASES.get(task.task, task.task): task.action_repeat for task 
 """The paper's, for its 15 tasks; `OTHER_REPEAT` for the others."""
 OTHER_REPEAT = 2
 FRAMES = 3
-PICTURE = 84
+IMAGE_SIZE = 84
 VIDEO = (240, 320)
 """Height and width of `render`'s frames."""
 
@@ -72,11 +70,21 @@ def full_name(task: str) -> str:
 
 
 class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One task with actions in [−1, 1]^A; see `make`. An episode is determined by the seed of its reset and its actions."""
+    """One task with actions in [−1, 1]^A. The seed of a reset and the actions determine the episode.
 
-    def __init__(self, task: str, *, obs: str, action_repeat: int, render: str):
+    `obs`: `state`, all observations of the task as float32 (S), or `pixels`, three RGB frames of 84×84 from camera 0
+    (quadruped: 2) as uint8 (9, 84, 84). `action_repeat`: default: the paper's, or 2 for tasks that it does not name.
+    `render="fast"` has shadows of lower resolution and no antialiasing: several times faster, but the images differ, so
+    results are not comparable.
+
+    Raises `ConfigError`, `MissingExtraError` (extra `dmc`), `RenderingError` (no OpenGL).
+    """
+
+    def __init__(self, task: str, *, obs: str = "state", action_repeat: int | None = None, render: str = "default"):
+        _refuse_options(obs, action_repeat, render)
         domain, name = PARTS[task]
-        suite = _suite(needs_pictures=obs == "pixels" or task == "quadruped-escape")
+        self._repeat = action_repeat or ACTION_REPEAT.get(task, OTHER_REPEAT)
+        suite = _suite(needs_images=obs == "pixels" or task == "quadruped-escape")
         # The task draws all its randomness from this object, which `reset` seeds. It is seeded here too because a few
         # tasks draw parts of their model, which must be the same in all copies.
         self._random = np.random.RandomState(0)
@@ -86,13 +94,12 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             quality.shadowsize, quality.offsamples = 512, 0
         self._camera = 2 if domain == "quadruped" else 0
         self._frames = FrameStack(FRAMES) if obs == "pixels" else None
-        self._repeat = action_repeat
         bounds = self._env.action_spec()
         self._low, self._high = bounds.minimum, bounds.maximum
         self.action_space = Box(-1.0, 1.0, bounds.shape, np.float32)
         if obs == "pixels":
-            self.observation_space = Box(0, 255, (3 * FRAMES, PICTURE, PICTURE), np.uint8)
-            self._picture(PICTURE, PICTURE)
+            self.observation_space = Box(0, 255, (3 * FRAMES, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+            self._render_image(IMAGE_SIZE, IMAGE_SIZE)
         else:
             size = sum(int(np.prod(spec.shape)) for spec in self._env.observation_spec().values())
             self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
@@ -100,8 +107,8 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.metadata = episode_metadata(
             f"dmc:{task}",
             max_episode_steps=EPISODE_STEPS,
-            action_repeat=action_repeat,
-            fps=1.0 / (self._env.control_timestep() * action_repeat),
+            action_repeat=self._repeat,
+            fps=1.0 / (self._env.control_timestep() * self._repeat),
         )
 
     def reset(
@@ -116,7 +123,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         observation = self._env.reset().observation
         if self._frames is None:
             return _flat(observation), {}
-        return self._frames.restart(self._picture(PICTURE, PICTURE)), {}
+        return self._frames.restart(self._render_image(IMAGE_SIZE, IMAGE_SIZE)), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take the action (A) `action_repeat` times, or until the episode ends."""
@@ -131,46 +138,28 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if self._frames is None:
             observation = _flat(now.observation)
         else:
-            observation = self._frames.push(self._picture(PICTURE, PICTURE))
+            observation = self._frames.push(self._render_image(IMAGE_SIZE, IMAGE_SIZE))
         return observation, reward, terminated, now.last() and not terminated, {}
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A frame (240, 320, 3) uint8 for a film. `RenderingError` without OpenGL."""
-        return self._picture(*VIDEO)
+        return self._render_image(*VIDEO)
 
     def close(self) -> None:
         """Free the simulator and its OpenGL context."""
         self._env.close()
 
-    def _picture(self, height: int, width: int) -> np.ndarray:
+    def _render_image(self, height: int, width: int) -> np.ndarray:
         try:
             return self._env.physics.render(height, width, camera_id=self._camera)
         except RuntimeError as error:
-            raise RenderingError(f"no picture can be drawn ({error}): {HELP}") from error
+            raise RenderingError(f"no image can be drawn ({error}): {HELP}") from error
 
 
-def make(
-    task: str,
-    *,
-    num_envs: int,
-    seed: int,
-    obs: str = "state",
-    action_repeat: int | None = None,
-    render: str = "default",
-    workers: str = "sync",
-    timeout: float = TIMEOUT,
-    restarts: int = 3,
-) -> CheckedVectorEnv:
-    """`num_envs` copies of one task, "" for `cheetah-run`.
+FAMILY = EnvFamily(build=DmcEnv, tasks=TASKS, full_name=full_name)
 
-    `obs`: `state`, all of the task's observations as float32 (S), or `pixels`, three RGB frames of 84×84 from camera 0
-    (quadruped: 2) as uint8 (9, 84, 84). `action_repeat`: None for the paper's (2 for tasks that it does not name).
-    `render="fast"` has shadows of lower resolution and no antialiasing: several times faster, but other pictures, so
-    results are not comparable. The other arguments are `difftori.envs.workers.launch`'s.
 
-    Raises `ConfigError`, `MissingExtraError` (extra `dmc`), `RenderingError` (no OpenGL).
-    """
-    name = full_name(task)
+def _refuse_options(obs: str, action_repeat: int | None, render: str) -> None:
     faults = numeric_faults(action_repeat=action_repeat)
     faults += choice_fault("obs", obs, OBSERVE) + choice_fault("render", render, ("default", "fast", "warp"))
     if render == "warp":
@@ -180,11 +169,6 @@ def make(
         )
     if faults:
         raise ConfigError(faults)
-    repeat = action_repeat or ACTION_REPEAT.get(name, OTHER_REPEAT)
-    build = partial(DmcEnv, name, obs=obs, action_repeat=repeat, render=render)
-    return launch(
-        build, name=f"dmc:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout, restarts=restarts
-    )
 
 
 def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
@@ -192,8 +176,8 @@ def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([np.ravel(value) for value in observation.values()], dtype=np.float32, casting="same_kind")
 
 
-def _suite(*, needs_pictures: bool) -> ModuleType:
+def _suite(*, needs_images: bool) -> ModuleType:
     """dm_control's suite, drawing headless by EGL unless MUJOCO_GL says otherwise, or not at all where EGL is missing."""
     if importlib.util.find_spec("dm_control") is None:
         raise MissingExtraError("DeepMind Control needs the extra `dmc`: pip install 'difftori[dmc]'")
-    return import_drawing("dm_control.suite", needs_pictures=needs_pictures)
+    return import_drawing("dm_control.suite", needs_images=needs_images)

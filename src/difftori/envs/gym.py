@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -10,17 +9,8 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box
 
-from difftori.envs.base import (
-    OBSERVE,
-    FrameStack,
-    RenderingError,
-    choice_fault,
-    episode_metadata,
-    numeric_faults,
-    rescaled,
-)
-from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.workers import TIMEOUT, launch
+from difftori.envs.base import OBSERVE, FrameStack, RenderingError, choice_fault, episode_metadata, numeric_faults
+from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, MissingExtraError
 
 TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
@@ -29,21 +19,27 @@ FRAMES = 3
 
 
 class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One registered environment with actions in [−1, 1]^A and flat float32 or stacked picture observations."""
+    """One registered environment with flat float32 observations, or stacked images.
 
-    def __init__(self, identifier: str, *, obs: str, action_repeat: int):
-        self._env = _registered(identifier)
-        faults = _space_faults(self._env, obs)
-        if faults:
+    `task`: its id; `my_module:Id-v0` imports the module that registers it. `obs`: `state` for Box observations, flattened
+    to float32 (S), or `pixels` for those that are images themselves (height, width, C) uint8, the last three stacked,
+    channels first. `action_repeat`: steps per action, default: 1.
+
+    Raises `ConfigError` for an unknown id and for observations of another kind, and `MissingExtraError` where the
+    environment needs a package that is not installed.
+    """
+
+    def __init__(self, task: str, *, obs: str = "state", action_repeat: int | None = None):
+        if faults := numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, OBSERVE):
+            raise ConfigError(faults)
+        self._env = _registered(task)
+        observations = self._env.observation_space
+        if fault := _observation_fault(observations, obs):
             self._env.close()
-            raise ConfigError([f"gym:{identifier}: {fault}" for fault in faults])
-        observations, actions = self._env.observation_space, self._env.action_space
+            raise ConfigError([f"gym:{task}: {fault}"])
         assert isinstance(observations, Box)
-        assert isinstance(actions, Box)
-        self._repeat = action_repeat
-        self._low, self._high = (bound.astype(np.float64).ravel() for bound in (actions.low, actions.high))
-        self._action_shape, self._action_dtype = actions.shape, actions.dtype
-        self.action_space = Box(-1.0, 1.0, (self._low.size,), np.float32)
+        self._repeat = action_repeat or 1
+        self.action_space = self._env.action_space
         if obs == "pixels":
             height, width, channels = observations.shape
             self._frames = FrameStack(FRAMES)
@@ -56,10 +52,8 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self.observation_space = Box(low, high, dtype=np.float32)
         self.render_mode = self._env.render_mode
         limit = self._env.spec.max_episode_steps if self._env.spec else None
-        fps = self._env.metadata.get("render_fps", 30) / action_repeat
-        self.metadata = episode_metadata(
-            f"gym:{identifier}", max_episode_steps=limit, action_repeat=action_repeat, fps=fps
-        )
+        fps = self._env.metadata.get("render_fps", 30) / self._repeat
+        self.metadata = episode_metadata(f"gym:{task}", max_episode_steps=limit, action_repeat=self._repeat, fps=fps)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -72,11 +66,10 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._frames.restart(np.asarray(observation)), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Take the action (A) `action_repeat` times, or until the episode ends; rewards are summed."""
-        executed = rescaled(action, self._low, self._high).reshape(self._action_shape).astype(self._action_dtype)
+        """Take the action `action_repeat` times, or until the episode ends; rewards are summed."""
         total = 0.0
         for _ in range(self._repeat):
-            observation, reward, terminated, truncated, info = self._env.step(executed)
+            observation, reward, terminated, truncated, info = self._env.step(action)
             total += float(reward)
             if terminated or truncated:
                 break
@@ -101,42 +94,12 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.asarray(observation, dtype=np.float32).ravel()
 
 
-def make(
-    task: str,
-    *,
-    num_envs: int,
-    seed: int,
-    obs: str = "state",
-    action_repeat: int | None = None,
-    render: str = "default",
-    workers: str = "sync",
-    timeout: float = TIMEOUT,
-    restarts: int = 3,
-) -> CheckedVectorEnv:
-    """`num_envs` copies of the environment registered as `task`, "" for `Pendulum-v1`.
+def full_name(task: str) -> str:
+    """The id `task`; "" is the first of `TASKS`. Any id of the registry is a task."""
+    return task or TASKS[0]
 
-    `obs`: `state` for Box observations, flattened to float32 (S); `pixels` for those that are pictures themselves
-    (height, width, C) uint8, the last three stacked, channels first. `action_repeat`: None is 1. `render` must be
-    `default`. The other arguments are `difftori.envs.workers.launch`'s.
 
-    Raises `ConfigError`: unknown id, discrete or unbounded actions, dictionary observations; `MissingExtraError` where
-    the environment needs a package that is not installed.
-    """
-    identifier = task or TASKS[0]
-    faults = numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, OBSERVE)
-    faults += choice_fault("render", render, ("default",))
-    if faults:
-        raise ConfigError(faults)
-    build = partial(GymEnv, identifier, obs=obs, action_repeat=action_repeat or 1)
-    return launch(
-        build,
-        name=f"gym:{identifier}",
-        num_envs=num_envs,
-        seed=seed,
-        workers=workers,
-        timeout=timeout,
-        restarts=restarts,
-    )
+FAMILY = EnvFamily(build=GymEnv, tasks=TASKS, full_name=full_name)
 
 
 def _registered(identifier: str) -> gymnasium.Env:
@@ -169,18 +132,10 @@ def _registered(identifier: str) -> gymnasium.Env:
         raise ConfigError([f"gym:{identifier}: {error} Known without further packages: {', '.join(TASKS)}"]) from error
 
 
-def _space_faults(env: gymnasium.Env, obs: str) -> list[str]:
-    """What keeps this environment from being learnt by continuous control."""
-    actions, observations = env.action_space, env.observation_space
-    faults = []
-    if not isinstance(actions, Box) or not actions.shape or 0 in actions.shape:
-        faults.append(f"its actions are {actions}; only a Box of at least one number can be planned")
-    elif not actions.is_bounded():
-        faults.append(
-            f"its actions {actions} have no bounds that ±1 could stand for; bound them by a wrapper of your own"
-        )
+def _observation_fault(observations: gymnasium.Space, obs: str) -> str | None:
+    """Why these observations do not fit the option `obs`."""
     if not isinstance(observations, Box):
-        faults.append(f"its observations are {observations}; flatten them to a Box, as FlattenObservation does")
-    elif (observations.dtype == np.uint8 and len(observations.shape) == 3) != (obs == "pixels"):
-        faults.append(f"its observations are {observations}; obs='{obs}' does not fit them, the other choice does")
-    return faults
+        return f"its observations are {observations}; flatten them to a Box, as FlattenObservation does"
+    if (observations.dtype == np.uint8 and len(observations.shape) == 3) != (obs == "pixels"):
+        return f"its observations are {observations}; obs='{obs}' does not fit them, the other choice does"
+    return None

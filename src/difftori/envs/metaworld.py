@@ -20,11 +20,9 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
-from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.demonstrator import Demonstrator
+from difftori.envs.family import EnvFamily, Expert
 from difftori.envs.metaworld_camera import POINTS, Camera
 from difftori.envs.opengl import import_drawing
-from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.paper.numbers import paper_numbers
 
@@ -74,12 +72,10 @@ SPACES = {
     "point_cloud": Box(-np.inf, np.inf, (POINTS, 3), np.float32),
 }
 POINT_PARTS = ("point_cloud", "agent_pos")
-WINDOW = (2, 4, 3)
-"""Observations seen, actions predicted and executed by policies of imitation, as in DP3."""
 ARRAYS = {"state": "agent_pos", "full_state": "state", "point_cloud": "point_cloud"}
-"""DP3's names of what is recorded, and ours."""
+"""DP3's names of the recorded arrays, and the names of the observations."""
 RECORDED = {"state": ("full_state",), "points": ("point_cloud", "state")}
-"""What of a collection, or of DP3's data sets, each `obs` is made of."""
+"""For each `obs`, the arrays of a collection or of DP3's data sets that it is made from."""
 
 
 def full_name(task: str) -> str:
@@ -95,7 +91,7 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
     """
 
     def __init__(self, task: str, *, parts: tuple[str, ...] | None, max_steps: int):
-        self._env = _simulation(task, needs_pictures=parts is not None and "point_cloud" in parts)
+        self._env = _simulation(task, needs_images=parts is not None and "point_cloud" in parts)
         self._camera = Camera(self._env)
         self._parts = parts
         self._max_steps = max_steps
@@ -131,7 +127,7 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A frame (240, 240, 3) uint8 for a film. `RenderingError` without OpenGL."""
-        return self._camera.picture()
+        return self._camera.image()
 
     def close(self) -> None:
         """Free the simulator and its OpenGL contexts."""
@@ -153,70 +149,56 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
         return np.concatenate([self._env.get_endeff_pos(), *fingers]).astype(np.float32)
 
 
-def make(
-    task: str,
-    *,
-    num_envs: int,
-    seed: int,
-    obs: str = "state",
-    max_steps: int = EPISODE_STEPS,
-    workers: str = "sync",
-    timeout: float = TIMEOUT,
-    restarts: int = 3,
-) -> CheckedVectorEnv:
-    """`num_envs` copies of one task, "" for `soccer`.
+def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> MetaworldEnv:
+    """One task. `obs`: `state`, float32 (39), or `points`, `point_cloud` (512 3) and `agent_pos` (9), both float32.
 
-    `obs`: `state`, float32 (39), or `points`, by name: `point_cloud` (512 3) and `agent_pos` (9), both float32.
-    `max_steps`: where an episode is truncated, at most 500. The other arguments are `difftori.envs.workers.launch`'s.
-
-    Raises `ConfigError`, `MissingExtraError` (extra `metaworld`), `RenderingError` (no OpenGL).
+    `max_steps`: the step after which an episode is truncated, at most 500. Raises `ConfigError`, `MissingExtraError`
+    (extra `metaworld`), `RenderingError` (no OpenGL).
     """
-    name = full_name(task)
     faults = choice_fault("obs", obs, OBSERVE) + numeric_faults(max_steps=max_steps)
     if max_steps > STEP_LIMIT:
         faults.append(f"max_steps is {max_steps}; MetaWorld allows {STEP_LIMIT} at most")
     if faults:
         raise ConfigError(faults)
-    build = partial(MetaworldEnv, name, parts=POINT_PARTS if obs == "points" else None, max_steps=max_steps)
-    return launch(
-        build,
-        name=f"metaworld:{name}",
-        num_envs=num_envs,
-        seed=seed,
-        workers=workers,
-        timeout=timeout,
-        restarts=restarts,
-    )
+    return MetaworldEnv(task, parts=POINT_PARTS if obs == "points" else None, max_steps=max_steps)
 
 
-def shown(stored: dict[str, np.ndarray], actions: np.ndarray, obs: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Recorded steps (T …) as `make` shows them, from DP3's names to ours; actions clipped to ±1, as they are executed."""
+def from_recorded(
+    stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Observations (T, …) under their own names, and the actions clipped to ±1, as they are executed."""
     return {ARRAYS[name]: stored[name] for name in RECORDED[obs]}, np.clip(actions, -1.0, 1.0)
 
 
-def demonstrator(
-    task: str, *, num_envs: int, seed: int, obs: str = "points", workers: str = "sync", timeout: float = TIMEOUT
-) -> Demonstrator:
-    """The task with the expert that MetaWorld's authors scripted for it, which sees the whole state.
+def expert(task: str, *, obs: str = "points") -> Expert:
+    """The expert that MetaWorld's authors scripted for the task, which reads the whole state.
 
     Recorded are DP3's `state` (9), the robot's own, and `full_state` (39), and with `obs="points"` `point_cloud` (512 3).
-    Raises what `make` does.
     """
-    name = full_name(task)
     faults = choice_fault("obs", obs, OBSERVE)
     if faults:
         raise ConfigError(faults)
-    recorded = {stored: seen for stored, seen in ARRAYS.items() if obs == "points" or seen != "point_cloud"}
-    build = partial(MetaworldEnv, name, parts=tuple(recorded.values()), max_steps=EPISODE_STEPS)
-    env = launch(build, name=f"metaworld:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout)
-    return Demonstrator(env, _expert(name), recorded, ("metaworld", "mujoco", "gymnasium", "fpsample"))
+    recorded = {stored: part for stored, part in ARRAYS.items() if obs == "points" or part != "point_cloud"}
+    build_one = partial(MetaworldEnv, task, parts=tuple(recorded.values()), max_steps=EPISODE_STEPS)
+    return Expert(build_one, _script(task), recorded, ("metaworld", "mujoco", "gymnasium", "fpsample"))
 
 
-def _simulation(task: str, *, needs_pictures: bool) -> Any:
+FAMILY = EnvFamily(
+    build=build,
+    tasks=TASKS,
+    full_name=full_name,
+    expert=expert,
+    window=(2, 4, 3),  # as in DP3
+    recorded=RECORDED,
+    from_recorded=from_recorded,
+)
+
+
+def _simulation(task: str, *, needs_images: bool) -> Any:
     """MetaWorld's own environment, with the goal in its state and a new goal in every episode."""
     if importlib.util.find_spec("metaworld") is None:
         raise MissingExtraError("MetaWorld needs the extra `metaworld`: pip install 'difftori[metaworld]'")
-    known = import_drawing("metaworld.env_dict", needs_pictures=needs_pictures).ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+    known = import_drawing("metaworld.env_dict", needs_images=needs_images).ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
     # The seed only keeps the making from NumPy's global generator; episodes are seeded by `reset`.
     simulation = known[f"{task}-v3-goal-observable"](seed=0)
     # Otherwise every episode had the goal of the first, or one from NumPy's global generator.
@@ -224,9 +206,9 @@ def _simulation(task: str, *, needs_pictures: bool) -> Any:
     return simulation
 
 
-def _expert(task: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def _script(task: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """The script of MetaWorld's authors: observations by name to actions (num_envs 4), not yet clipped."""
-    known = import_drawing("metaworld.policies", needs_pictures=False).ENV_POLICY_MAP
+    known = import_drawing("metaworld.policies", needs_images=False).ENV_POLICY_MAP
     script = known[f"{task}-v3"]()
 
     def act(observations: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How DP3 looks at MetaWorld: one camera's depth picture as a cloud of 512 points (Ze et al. 2024, arXiv 2403.03954).
+"""How DP3 looks at MetaWorld: one camera's depth image as a cloud of 512 points (Ze et al. 2024, arXiv 2403.03954).
 
 The camera `corner2` stands at `POSITION` and keeps its own direction. Points stay in its frame, tilted by fixed angles so
 that z is vertical: z is the world's height − 0.8 m. The crop removes the table, whose top is at −0.795, and what is beyond.
@@ -25,11 +25,11 @@ TILT = (61.4, -7.0)
 LOW = np.array([-0.5, -1.5, -0.795])
 HIGH = np.array([1.0, -0.4, 100.0])
 VIDEO = 240
-"""Pixels along a side of `picture`."""
+"""Pixels along a side of `image`."""
 
 
 class Camera:
-    """Draws one MetaWorld simulation; OpenGL is asked for when the first picture is."""
+    """Draws one MetaWorld simulation; OpenGL is asked for when the first image is."""
 
     def __init__(self, simulation: Any):
         self._simulation = simulation
@@ -47,7 +47,7 @@ class Camera:
 
         Only where things are is computed, so that the physics stay MetaWorld's to the last bit.
         """
-        mujoco = import_drawing("mujoco", needs_pictures=False)
+        mujoco = import_drawing("mujoco", needs_images=False)
         mujoco.mj_kinematics(self._simulation.model, self._simulation.data)
         mujoco.mj_camlight(self._simulation.model, self._simulation.data)
 
@@ -59,7 +59,7 @@ class Camera:
         depth = self._drawn(self._depth)
         return farthest_points(cropped(depth.reshape(-1, 1) * self._rays, LOW, HIGH), POINTS)
 
-    def picture(self) -> np.ndarray:
+    def image(self) -> np.ndarray:
         """The scene (240, 240, 3) uint8, turned upright: the camera is mounted upside down."""
         if self._film is None:
             self._film = renderer(self._simulation.model, VIDEO, VIDEO)

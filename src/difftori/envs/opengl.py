@@ -17,10 +17,10 @@ OFF = ("disable", "disabled", "off", "false", "0")
 """What MUJOCO_GL may say so that nothing is drawn."""
 
 
-def import_drawing(module: str, *, needs_pictures: bool) -> ModuleType:
+def import_drawing(module: str, *, needs_images: bool) -> ModuleType:
     """Import a module that imports MuJoCo: by EGL unless MUJOCO_GL says otherwise, or without OpenGL where it is missing.
 
-    Raises `RenderingError` if the backend that was asked for does not work, or if there is none and pictures are needed.
+    Raises `RenderingError` if the backend that was asked for does not work, or if there is none and images are needed.
     """
     asked = os.environ.get("MUJOCO_GL")
     if asked is None and sys.platform == "linux":
@@ -34,23 +34,23 @@ def import_drawing(module: str, *, needs_pictures: bool) -> ModuleType:
         os.environ["MUJOCO_GL"] = "disable"
         os.environ.pop("PYOPENGL_PLATFORM", None)
         found = importlib.import_module(module)
-    if needs_pictures and os.environ.get("MUJOCO_GL") in OFF:
-        raise RenderingError(f"MUJOCO_GL={os.environ['MUJOCO_GL']}, so no picture can be drawn: {HELP}")
+    if needs_images and os.environ.get("MUJOCO_GL") in OFF:
+        raise RenderingError(f"MUJOCO_GL={os.environ['MUJOCO_GL']}, so no image can be drawn: {HELP}")
     return found
 
 
 def renderer(model: Any, height: int, width: int) -> Any:
     """A `mujoco.Renderer` without shadows and reflections, which is freed at the latest when Python ends.
 
-    Raises `RenderingError` where no picture can be drawn.
+    Raises `RenderingError` where no image can be drawn.
     """
-    mujoco = import_drawing("mujoco", needs_pictures=True)
+    mujoco = import_drawing("mujoco", needs_images=True)
     _refuse_windows(mujoco)
     try:
         made = mujoco.Renderer(model, height, width)
     except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
         # With MUJOCO_GL=disable there is no context to ask for, an AttributeError.
-        raise RenderingError(f"no picture can be drawn ({error}): {HELP}, before Python starts") from error
+        raise RenderingError(f"no image can be drawn ({error}): {HELP}, before Python starts") from error
     made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     # Freed by the collector after OpenGL has gone, it would complain.

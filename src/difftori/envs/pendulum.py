@@ -12,15 +12,15 @@ hangs straight down. The numbers equal `mpc.env_dx.pendulum` of mpc==0.0.6 (a te
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from jaxtyping import Float
 from torch import Tensor
 
-from difftori.envs.base import chosen_task, clip_actions
+from difftori.envs.base import chosen_task, episode_metadata, numeric_faults
+from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, ShapeError
 from difftori.types import Plans, Rows, Scalar, TaskSpec
 
@@ -149,87 +149,49 @@ def pendulum(task: str) -> Pendulum:
     return Pendulum()
 
 
-class PendulumVectorEnv(VectorEnv):
-    """Many pendulums at once, stepped as one batch; reward is minus the true cost of the state left and the torque.
+class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A pendulum whose reward is minus the true cost of the state left and the torque.
 
-    Observations (num_envs 3) float32, actions (num_envs 1). Nothing terminates; an episode is truncated after
-    `max_steps`, and the next `step` ignores that row's action and returns its new start with reward 0 (next-step
-    autoreset). `info["clipped"]` (num_envs) counts the actions of the running episode that were cut to the box.
+    Observation (cos θ, sin θ, θ̇) float32; action: the torque (1). An episode never terminates, and is truncated after
+    `max_steps` steps (default: 200, which is 10 s).
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
-
-    def __init__(self, problem: Pendulum, *, name: str, num_envs: int, seed: int, max_steps: int):
-        self.problem = problem
-        self.name = name
-        self.num_envs = num_envs
-        self.max_steps = max_steps
+    def __init__(self, task: str, *, max_steps: int = 200):
+        if faults := numeric_faults(max_steps=max_steps):
+            raise ConfigError(faults)
+        self.problem = pendulum(task)
+        self.metadata = {
+            **episode_metadata(f"pendulum:{task}", max_episode_steps=max_steps, action_repeat=1, fps=1 / DT),
+            "render_modes": [],
+        }
         reach = np.array([1.0, 1.0, np.inf], dtype=np.float32)
-        limit = problem.torque_limit
-        self.single_observation_space = Box(-reach, reach, dtype=np.float32)
-        self.single_action_space = Box(-limit, limit, shape=(1,), dtype=np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._first_seed = seed
-        self._state = torch.zeros(num_envs, 3, dtype=torch.float64)
-        self._elapsed = np.zeros(num_envs, dtype=np.int64)
-        self._clipped = np.zeros(num_envs, dtype=np.int64)
-        self._ended = np.zeros(num_envs, dtype=bool)
-        self._steps = 0
+        limit = self.problem.torque_limit
+        self.observation_space = Box(-reach, reach, dtype=np.float32)
+        self.action_space = Box(-limit, limit, shape=(1,), dtype=np.float32)
+        self._max_steps, self._steps = max_steps, 0
+        self._state = torch.zeros(1, 3, dtype=torch.float64)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """New starts for all rows. Without a seed the first reset uses `make`'s and later ones continue its stream."""
-        if options:
-            raise ConfigError(
-                [f"{self.name}: reset options {sorted(options)} are unknown; this environment takes none"]
-            )
-        if seed is None and self._np_random is None:
-            seed = self._first_seed
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """A new start, drawn as by `sample_starts`. There are no options."""
         super().reset(seed=seed)
-        self._restart(np.ones(self.num_envs, dtype=bool))
+        if options:
+            raise ConfigError([f"pendulum: reset options {sorted(options)} are unknown; this environment takes none"])
+        self._state = sample_starts(1, self.np_random, dtype=torch.float64)
         self._steps = 0
-        return self._observations(), {"clipped": self._clipped.copy()}
+        return self._observation(), {}
 
-    def step(self, actions: np.ndarray):
-        """One step of every row; see the class. `NonFiniteError` or `ShapeError` leave the environment unchanged."""
-        executed, cut = clip_actions(actions, self._box(), env=self.name, step=self._steps)
-        self._steps += 1
-        torque = torch.as_tensor(executed)
-        rewards = -pendulum_cost(self._state[:, None], torque[:, None]).numpy()
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One step of `pendulum_step`."""
+        torque = torch.as_tensor(action, dtype=torch.float64)[None]
+        reward = -float(pendulum_cost(self._state[:, None], torque[:, None]))
         self._state = self.problem.step(self._state, torque)
-        self._elapsed += 1
-        self._clipped += cut[:, 0]
-        fresh = self._ended
-        rewards[fresh] = 0.0
-        self._restart(fresh)
-        truncated = self._elapsed >= self.max_steps
-        self._ended = truncated
-        terminated = np.zeros(self.num_envs, dtype=bool)
-        return self._observations(), rewards, terminated, truncated.copy(), {"clipped": self._clipped.copy()}
+        self._steps += 1
+        return self._observation(), reward, False, self._steps >= self._max_steps, {}
 
-    def _box(self) -> Box:
-        assert isinstance(self.action_space, Box)
-        return self.action_space
-
-    def _restart(self, rows: np.ndarray) -> None:
-        """Give the flagged rows new starts and forget their episodes."""
-        self._state[torch.as_tensor(rows)] = sample_starts(int(rows.sum()), self.np_random, dtype=torch.float64)
-        self._elapsed[rows] = 0
-        self._clipped[rows] = 0
-        self._ended = np.zeros(self.num_envs, dtype=bool)
-
-    def _observations(self) -> np.ndarray:
-        return self._state.numpy().astype(np.float32)
+    def _observation(self) -> np.ndarray:
+        return self._state[0].numpy().astype(np.float32)
 
 
-def make(task: str, *, num_envs: int, seed: int, max_steps: int = 200) -> PendulumVectorEnv:
-    """`num_envs` pendulums of one of `TASKS`, truncated after `max_steps` (10 s by default)."""
-    faults = [
-        f"{name} is {value}; give at least 1"
-        for name, value in (("num_envs", num_envs), ("max_steps", max_steps))
-        if value < 1
-    ]
-    if faults:
-        raise ConfigError(faults)
-    name = f"pendulum:{chosen_task(task, TASKS, env='pendulum')}"
-    return PendulumVectorEnv(pendulum(task), name=name, num_envs=num_envs, seed=seed, max_steps=max_steps)
+FAMILY = EnvFamily(build=PendulumEnv, tasks=TASKS)

@@ -1,4 +1,4 @@
-"""From a depth picture to a point cloud of fixed size, as DP3 makes it (Ze et al. 2024, arXiv 2403.03954).
+"""From a depth image to a point cloud of fixed size, as DP3 makes it (Ze et al. 2024, arXiv 2403.03954).
 
 A camera sees along −z, with x to the right and y up. For a pixel in column u and row v of h rows and w columns, whose
 depth along the axis is d, with the focal length f = (h/2)/tan(fovy/2) in pixels:

@@ -11,21 +11,14 @@ One action a in [−1, 1]; episodes terminate (never truncate) after a fixed num
                     8 steps, all reward on the last: the value must travel farther than a plan of 5 steps sees
 """
 
-from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from difftori.envs.base import (
-    choice_fault,
-    chosen_task,
-    episode_metadata,
-    numeric_faults,
-)
-from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.workers import TIMEOUT, launch
+from difftori.envs.base import episode_metadata, numeric_faults
+from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError
 
 STEPS = {"one-step": 1, "two-step": 2, "delayed-reward": 8}
@@ -55,21 +48,18 @@ def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
     return first / 2
 
 
-def full_name(task: str) -> str:
-    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
-    return chosen_task(task, TASKS, env="probe")
-
-
 class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One of `TASKS`; the head of this file has the equations."""
+    """One of `TASKS`; the head of this file has the equations. `action_repeat`: steps per action, default: 1."""
 
-    def __init__(self, task: str, *, action_repeat: int):
+    def __init__(self, task: str, *, action_repeat: int | None = None):
+        if faults := numeric_faults(action_repeat=action_repeat):
+            raise ConfigError(faults)
         self._task = task
-        self._repeat = action_repeat
+        self._repeat = action_repeat or 1
         self.observation_space = Box(-2.0, 2.0, (SIZES[task],), np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
         self.metadata = {
-            **episode_metadata(f"probe:{task}", max_episode_steps=STEPS[task], action_repeat=action_repeat),
+            **episode_metadata(f"probe:{task}", max_episode_steps=STEPS[task], action_repeat=self._repeat),
             "render_modes": [],
         }
         self._start = 0.0
@@ -123,28 +113,4 @@ class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.array(values, dtype=np.float32)
 
 
-def make(
-    task: str,
-    *,
-    num_envs: int,
-    seed: int,
-    obs: str = "state",
-    action_repeat: int | None = None,
-    render: str = "default",
-    workers: str = "sync",
-    timeout: float = TIMEOUT,
-    restarts: int = 3,
-) -> CheckedVectorEnv:
-    """`num_envs` copies of one of `TASKS`, "" for `one-step`; from states only, `action_repeat` None is 1.
-
-    The other arguments are `difftori.envs.workers.launch`'s. Raises `ConfigError`.
-    """
-    name = full_name(task)
-    faults = numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, ("state",))
-    faults += choice_fault("render", render, ("default",))
-    if faults:
-        raise ConfigError(faults)
-    build = partial(ProbeEnv, name, action_repeat=action_repeat or 1)
-    return launch(
-        build, name=f"probe:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout, restarts=restarts
-    )
+FAMILY = EnvFamily(build=ProbeEnv, tasks=TASKS)

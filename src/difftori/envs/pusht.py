@@ -16,7 +16,6 @@ rightly, so that recorded episodes can be replayed.
 import importlib.util
 import os
 import warnings
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -27,50 +26,52 @@ from difftori.envs.base import (
     FrameStack,
     Observation,
     choice_fault,
-    chosen_task,
     episode_metadata,
     numeric_faults,
     rescaled,
 )
-from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.workers import TIMEOUT, launch
+from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, MissingExtraError
 
-TASKS = ("push-t",)
 OBSERVE = ("state", "pose", "pixels", "image")
 EPISODE_STEPS = 300
 TEST_SEED = 100_000
 """The first evaluation seed of Diffusion Policy."""
 PLANE = 512.0
 """Pixels along a side; actions and states live in them."""
-PICTURE = 96
+IMAGE_SIZE = 96
 VIDEO = 240
 FRAMES = 3
 FPS = 10.0
 APART = (50.0, 50.0, 256.0, 256.0, 0.0)
 """A state in which nothing touches, from which any other is set."""
-WINDOW = (2, 16, 8)
-"""Observations seen, actions predicted and executed by policies of imitation, as in Diffusion Policy."""
-RECORDED = {"state": ("state",), "pose": ("state",), "image": ("img", "state")}
-"""What of Diffusion Policy's data set each `obs` is made of."""
 
 
 class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
-    """One board; see the head of this file and `make`. An episode is determined by its seed, or state, and actions."""
+    """One board; see the head of this file. The seed or the state of a reset and the actions determine the episode.
 
-    def __init__(self, *, obs: str, max_steps: int):
-        self._env = _board(pictures=obs in ("pixels", "image"))
+    `obs`: `state`, float32 (5), in pixels and radians; `pose`, the same (6) with the angle's cosine and sine; `pixels`,
+    the last three images of 96×96 as uint8 (9, 96, 96); `image`, a dictionary of the last image `image` (3, 96, 96) uint8
+    and the agent's position `agent_pos` (2) float32 in pixels. `max_steps`: the step after which an episode is truncated.
+
+    Raises `ConfigError` and `MissingExtraError` (extra `pusht`).
+    """
+
+    def __init__(self, *, obs: str = "state", max_steps: int = EPISODE_STEPS):
+        if faults := numeric_faults(max_steps=max_steps) + choice_fault("obs", obs, OBSERVE):
+            raise ConfigError(faults)
+        self._env = _board(images=obs in ("pixels", "image"))
         self._obs = obs
         self._frames = FrameStack(FRAMES)
         self._max_steps = max_steps
         self._steps, self._score, self._success = 0, 0.0, False
         self.action_space = Box(-1.0, 1.0, (2,), np.float32)
-        picture = Box(0, 255, (3, PICTURE, PICTURE), np.uint8)
+        image = Box(0, 255, (3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
         self.observation_space = {
             "state": Box(-np.inf, np.inf, (5,), np.float32),
             "pose": Box(-np.inf, np.inf, (6,), np.float32),
-            "pixels": Box(0, 255, (3 * FRAMES, PICTURE, PICTURE), np.uint8),
-            "image": Dict({"image": picture, "agent_pos": Box(-np.inf, np.inf, (2,), np.float32)}),
+            "pixels": Box(0, 255, (3 * FRAMES, IMAGE_SIZE, IMAGE_SIZE), np.uint8),
+            "image": Dict({"image": image, "agent_pos": Box(-np.inf, np.inf, (2,), np.float32)}),
         }[obs]
         self.render_mode = "rgb_array"
         self.metadata = episode_metadata("pusht:push-t", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
@@ -80,7 +81,7 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> tuple[Observation, dict[str, Any]]:
         """A new episode, from the seed or from `options["reset_to_state"]` (5), a state as observations give it."""
         super().reset(seed=seed)
-        state = _wished_state(options)
+        state = _requested_state(options)
         if state is not None:
             self._env.reset(options={"reset_to_state": np.array(APART)})
             self._place(state)
@@ -117,7 +118,7 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
         self._env.space.step(self._env.dt)
 
     def _observation(self, seen: np.ndarray, *, first: bool) -> Observation:
-        """What `obs` names, from what the board shows: its state (5), or a picture (96, 96, 3) without the cross."""
+        """What `obs` names, from what the board shows: its state (5), or an image (96, 96, 3) without the cross."""
         if self._obs == "state":
             return seen.astype(np.float32)
         if self._obs == "pose":
@@ -133,8 +134,10 @@ def pose(state: np.ndarray) -> np.ndarray:
     return np.concatenate([state[..., :4], np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
 
-def shown(stored: dict[str, np.ndarray], actions: np.ndarray, obs: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Recorded steps (T …) as `make` shows them, from Diffusion Policy's names and units to ours."""
+def from_recorded(
+    stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Observations and actions (T, …) of the environment, from the arrays of Diffusion Policy's data set."""
     entries = {
         "state": lambda: {"state": stored["state"]},
         "pose": lambda: {"state": pose(stored["state"])},
@@ -151,42 +154,18 @@ def diffusion_policy_start(seed: int) -> np.ndarray:
     return np.array([*agent, *block, draw.randn() * 2 * np.pi - np.pi])
 
 
-def full_name(task: str) -> str:
-    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
-    return chosen_task(task, TASKS, env="pusht")
+FAMILY = EnvFamily(
+    build=PushTEnv,
+    tasks=("push-t",),
+    # As in Diffusion Policy, whose data set holds these arrays.
+    window=(2, 16, 8),
+    recorded={"state": ("state",), "pose": ("state",), "image": ("img", "state")},
+    from_recorded=from_recorded,
+)
 
 
-def make(
-    task: str,
-    *,
-    num_envs: int,
-    seed: int,
-    obs: str = "state",
-    max_steps: int = EPISODE_STEPS,
-    workers: str = "sync",
-    timeout: float = TIMEOUT,
-    restarts: int = 3,
-) -> CheckedVectorEnv:
-    """`num_envs` boards; `task` is "" or `push-t`.
-
-    `obs`: `state`, float32 (5), in pixels and radians; `pose`, the same (6) with the angle's cosine and sine; `pixels`, the last three pictures of 96×96 as uint8 (9, 96, 96);
-    `image`, by name: the last picture `image` (3, 96, 96) uint8 and the agent's position `agent_pos` (2) float32 in
-    pixels. `max_steps`: where an episode is truncated. The other arguments are `difftori.envs.workers.launch`'s.
-
-    Raises `ConfigError` and `MissingExtraError` (extra `pusht`).
-    """
-    name = full_name(task)
-    faults = numeric_faults(max_steps=max_steps) + choice_fault("obs", obs, OBSERVE)
-    if faults:
-        raise ConfigError(faults)
-    build = partial(PushTEnv, obs=obs, max_steps=max_steps)
-    return launch(
-        build, name=f"pusht:{name}", num_envs=num_envs, seed=seed, workers=workers, timeout=timeout, restarts=restarts
-    )
-
-
-def _board(*, pictures: bool) -> Any:
-    """gym-pusht's environment, which shows its state or pictures; imported without greetings."""
+def _board(*, images: bool) -> Any:
+    """gym-pusht's environment, which shows its state or images; imported without greetings."""
     if importlib.util.find_spec("gym_pusht") is None:
         raise MissingExtraError("Push-T needs the extra `pusht`: pip install 'difftori[pusht]'")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -195,26 +174,28 @@ def _board(*, pictures: bool) -> Any:
         warnings.filterwarnings("ignore", "pkg_resources is deprecated")
         from gym_pusht.envs.pusht import PushTEnv as Board
     return Board(
-        obs_type="pixels" if pictures else "state",
-        observation_width=PICTURE,
-        observation_height=PICTURE,
+        obs_type="pixels" if images else "state",
+        observation_width=IMAGE_SIZE,
+        observation_height=IMAGE_SIZE,
         visualization_width=VIDEO,
         visualization_height=VIDEO,
     )
 
 
-def _wished_state(options: dict[str, Any] | None) -> np.ndarray | None:
+def _requested_state(options: dict[str, Any] | None) -> np.ndarray | None:
     """What `reset_to_state` asks for, (5) finite numbers, or None. `ConfigError` for anything else."""
     rest = dict(options or {})
-    wish = rest.pop("reset_to_state", None)
+    requested = rest.pop("reset_to_state", None)
     if rest:
         raise ConfigError([f"pusht: reset options {sorted(rest)} are unknown; there is reset_to_state"])
-    if wish is None:
+    if requested is None:
         return None
     try:
-        state = np.asarray(wish, dtype=np.float64)
+        state = np.asarray(requested, dtype=np.float64)
     except (TypeError, ValueError):
         state = np.empty(0)
     if state.shape != (5,) or not np.isfinite(state).all():
-        raise ConfigError([f"pusht: reset_to_state is {wish!r}; give five finite numbers: agent x y, block x y, angle"])
+        raise ConfigError(
+            [f"pusht: reset_to_state is {requested!r}; give five finite numbers: agent x y, block x y, angle"]
+        )
     return state

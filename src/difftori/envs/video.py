@@ -44,9 +44,9 @@ def write_gif(recording: Recording, path: Path) -> None:
     """Write the film as an endless GIF. It knows hundredths of a second, and readers no less than two of them."""
     from PIL import Image
 
-    pictures = [Image.fromarray(frame) for frame in recording.frames]
+    images = [Image.fromarray(frame) for frame in recording.frames]
     duration = max(20, round(100 / recording.fps) * 10)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
 def _frame(env: VectorEnv) -> np.ndarray:

@@ -183,7 +183,8 @@ _SPEAKING: dict[str, Callable[[str], DifftoriError]] = {
 def _execute(env: gymnasium.Env, command: str, values: tuple) -> Any:
     """One request to one environment."""
     if command == "spaces":
-        return env.observation_space, env.action_space, dict(env.metadata), env.render_mode
+        limit = {} if env.spec is None else {"max_episode_steps": env.spec.max_episode_steps}
+        return env.observation_space, env.action_space, limit | env.metadata, env.render_mode
     if command == "reset":
         return env.reset(seed=values[0], options=values[1])
     if command == "step":

@@ -1,13 +1,8 @@
 """An environment and recorded demonstrations of it as an imitation task: `--env pusht --demos PATH`."""
 
-import inspect
 import logging
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +14,11 @@ from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.family import EnvFamily
 from difftori.envs.video import record, write_gif
 from difftori.errors import ConfigError
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.registry import find_env, make_env
+from difftori.registry import make_env, resolve_env
 from difftori.rollout import Episode, follow, named, play, wilson_interval
 from difftori.runs.run import seeded
 from difftori.types import TaskSpec
@@ -76,7 +72,8 @@ class Arena:
         """So many of it."""
         options = {"obs": self.obs, "workers": self.workers}
         given = {name: value for name, value in options.items() if value is not None}
-        return make_env(self.env, num_envs=num_envs, seed=TEST_SEED, **given)
+        # Recorded actions are in the environment's own units.
+        return make_env(self.env, num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,8 @@ def env_task(
     environment's option; `observe`, `horizon` and `execute` are O, H, and the actions executed of a plan.
     Raises ConfigError, DataError for data that do not fit the environment.
     """
-    module = imitation_env(name)
-    own: tuple[int, int, int] = vars(module).get("WINDOW", WINDOW)
+    resolved = resolve_env(name)
+    own = resolved.family.window or WINDOW
     observe = own[0] if observe is None else observe
     horizon = own[1] if horizon is None else horizon
     execute = own[2] if execute is None else execute
@@ -123,7 +120,8 @@ def env_task(
         seen = {key: values.shape[1:] for key, values in named(env.reset(seed=TEST_SEED)[0]).items()}
     finally:
         env.close()
-    whole = _recorded(find_demos(demos, _log.warning), module, obs or _default_obs(name), seen, len(low))
+    shown_obs = obs or str(resolved.options.get("obs", ""))
+    whole = _recorded(find_demos(demos, _log.warning), resolved.family, shown_obs, seen, len(low))
     train, validation = whole.split(VALIDATION, seeded(seed, "held out episodes"))
     if num_train is not None:
         if num_train > len(train):
@@ -137,31 +135,17 @@ def env_task(
     return EnvTask(spec, sets[0], sets[1], arena)
 
 
-def imitation_env(name: str) -> ModuleType:
-    """The module of the environment of that name. ConfigError if there is none."""
-    make, _ = find_env(name)
-    return sys.modules[make.__module__]
-
-
-def _default_obs(name: str) -> str:
-    """What the environment's option `obs` is unless given."""
-    make, _ = find_env(name)
-    parameter = inspect.signature(make).parameters.get("obs")
-    return "" if parameter is None else str(parameter.default)
-
-
 def _recorded(
-    path: Path, module: ModuleType, obs: str, seen: dict[str, tuple[int, ...]], action_dim: int
+    path: Path, family: EnvFamily, obs: str, seen: dict[str, tuple[int, ...]], action_dim: int
 ) -> Trajectories:
-    """The demonstrations as the environment shows them. An environment without `shown` calls them by the same names."""
-    recorded: dict[str, tuple[str, ...]] = vars(module).get("RECORDED", {obs: tuple(seen)})
+    """The demonstrations as the environment shows them. By default they have the same names."""
+    recorded = family.recorded or {obs: tuple(seen)}
     if obs not in recorded:
         raise ConfigError([f"obs: {obs!r} cannot be imitated here; choose one of {', '.join(recorded)}"])
     stored = read_demos(path, {name: name for name in recorded[obs]})
-    shown: Callable[..., Any] | None = vars(module).get("shown")
-    if shown is not None:
+    if family.from_recorded is not None:
         arrays = {name: values.numpy() for name, values in stored.obs.items()}
-        obs_arrays, actions = shown(arrays, stored.actions.numpy(), obs)
+        obs_arrays, actions = family.from_recorded(arrays, stored.actions.numpy(), obs)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in obs_arrays.items()}
         actions = torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32))
         stored = replace(stored, obs=tensors, actions=actions)

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any, cast
 
 from difftori.errors import ConfigError
-from difftori.il.env_task import env_task, imitation_env
+from difftori.il.env_task import env_task
 from difftori.il.pendulum_task import pendulum_task
 from difftori.il.tasks import ImitationTask, TaskFactory
-from difftori.registry import load, module_names, suggest
+from difftori.registry import env_families, load, resolve_env, suggest
 
 TASKS: dict[str, TaskFactory] = {
     "pendulum": partial(pendulum_task, False),
@@ -21,14 +21,14 @@ def find_task(name: str, *, demos: bool = False) -> TaskFactory:
     `my_pkg.my_task:make` refers to. ConfigError if there is none.
     """
     if demos:
-        imitation_env(name)
+        resolve_env(name)
         return partial(env_task, name)
     if name in TASKS:
         return TASKS[name]
     family, colon, _ = name.partition(":")
-    if family in module_names("difftori.envs") and family not in {known.partition(":")[0] for known in TASKS}:
+    if family in env_families() and family not in {known.partition(":")[0] for known in TASKS}:
         raise ConfigError([f"demos: {name!r} is imitated from demonstrations; name them by --demos PATH"])
-    if not colon or family in module_names("difftori.envs"):
+    if not colon or family in env_families():
         raise ConfigError([f"env: {name!r} is unknown{suggest(name, TASKS)} (or give my_pkg.my_task:make)"])
     factory = load(name)
     if not callable(factory):

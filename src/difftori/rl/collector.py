@@ -14,7 +14,7 @@ from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
-from difftori.registry import env_options, make_env
+from difftori.registry import resolve_env
 from difftori.rl.config import RLConfig
 from difftori.runs.checkpoint import State
 from difftori.types import Actions, Observations, RowFlags
@@ -195,15 +195,11 @@ def episode_seed(seed: int, stream: str, index: int) -> int:
 def open_env(config: RLConfig, num_envs: int) -> CheckedVectorEnv:
     """The environment of a configuration, with the options that it knows and those that differ from the defaults."""
     defaults = {name: field.default for name, field in RLConfig.model_fields.items()}
-    wishes: dict[str, Any] = {
-        "obs": config.obs,
-        "action_repeat": config.action_repeat,
-        "render": config.render,
-        "workers": config.workers,
-    }
-    known = env_options(config.env)
-    chosen = {name: value for name, value in wishes.items() if name in known or value != defaults[name]}
-    return make_env(config.env, num_envs=num_envs, seed=config.seed, **chosen)
+    requested: dict[str, Any] = {"obs": config.obs, "action_repeat": config.action_repeat, "render": config.render}
+    env = resolve_env(config.env)
+    known = env.options
+    options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
+    return env.make(num_envs=num_envs, seed=config.seed, workers=config.workers, **options)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from difftori.config import device_faults, to_yaml, validated
 from difftori.errors import ConfigError
 from difftori.interfaces import AgentConfig
-from difftori.registry import find_agent, find_env
+from difftori.registry import find_agent, resolve_env
 
 SettingsT = TypeVar("SettingsT", bound=AgentConfig)
 
@@ -23,7 +23,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     agent: Annotated[str, tyro.conf.Suppress]
     """An agent's name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
-    """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or `my_pkg.my_env:make`."""
+    """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own: `my_env:MyEnv`."""
     obs: Literal["state", "pixels"] = "state"
     """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
     seed: int = Field(0, ge=0, lt=2**62)
@@ -78,7 +78,7 @@ def parse_rl_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> R
     faults += found
     if isinstance(given.get("env"), str):
         try:
-            find_env(given["env"])
+            resolve_env(given["env"])
         except ConfigError as error:
             faults += error.faults
     if isinstance(given.get("device"), str):

@@ -11,8 +11,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import choice_fault
-from difftori.envs.demonstrator import Demonstrator
-from difftori.envs.workers import launch
+from difftori.envs.family import EnvFamily, Expert
 from difftori.errors import ConfigError
 
 TROUBLE = "TINY_EXPERT_TROUBLE"
@@ -25,7 +24,7 @@ class Tiny(gymnasium.Env):
     """A number that the action is added to; 3 to 6 steps; two seeds of three succeed, in the second step."""
 
     action_space = Box(-1.0, 1.0, (2,), np.float32)
-    observation_space = Dict({"state": Box(-9, 9, (2,), np.float32), "picture": Box(0, 255, (3, 2), np.uint8)})
+    observation_space = Dict({"state": Box(-9, 9, (2,), np.float32), "view": Box(0, 255, (3, 2), np.uint8)})
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -35,7 +34,7 @@ class Tiny(gymnasium.Env):
         return self.seen(), {"success": False}
 
     def seen(self) -> dict[str, Any]:
-        return {"state": self.state.copy(), "picture": np.full((3, 2), self.time, np.uint8)}
+        return {"state": self.state.copy(), "view": np.full((3, 2), self.time, np.uint8)}
 
     def step(self, action):
         assert action in self.action_space
@@ -57,19 +56,17 @@ class Silent(Tiny):
         return *super().step(action)[:4], {}
 
 
-def expert(observations: dict[str, np.ndarray]) -> np.ndarray:
+def act(observations: dict[str, np.ndarray]) -> np.ndarray:
     """Asks for more than the box allows."""
     return 3.0 * observations["state"]
 
 
-def demonstrator(
-    task: str, *, num_envs: int, seed: int, obs: str = "state", workers: str = "sync", kind: type[Tiny] = Tiny
-) -> Demonstrator:
-    if faults := choice_fault("obs", obs, ("state", "picture")):
+def expert(*, obs: str = "state", build: type[Tiny] = Tiny) -> Expert:
+    if faults := choice_fault("obs", obs, ("state", "image")):
         raise ConfigError(faults)
-    arrays = {"state": "state"} | ({"image": "picture"} if obs == "picture" else {})
-    env = launch(kind, name="tiny", num_envs=num_envs, seed=seed, workers=workers)
-    return Demonstrator(env, expert, arrays, ("numpy", "no-such-package"))
+    arrays = {"state": "state"} | ({"image": "view"} if obs == "image" else {})
+    return Expert(build, act, arrays, ("numpy", "no-such-package"))
 
 
-silent = partial(demonstrator, kind=Silent)
+FAMILY = EnvFamily(build=Tiny, expert=expert)
+SILENT = EnvFamily(build=Silent, expert=partial(expert, build=Silent))

@@ -1,6 +1,5 @@
 """An environment that plays in microseconds, with demonstrations of it: `tiny_env.reach:make`."""
 
-from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -11,7 +10,6 @@ from gymnasium.spaces import Box, Dict
 from difftori.data.formats import write_zarr
 from difftori.data.trajectories import Trajectories
 from difftori.envs.base import choice_fault, episode_metadata
-from difftori.envs.workers import launch
 from difftori.errors import ConfigError
 
 ENV = "tiny_env.reach:make"
@@ -54,10 +52,10 @@ class Reach(gymnasium.Env):
         return np.zeros((8, 8, 3), np.uint8)
 
 
-def make(task, *, num_envs, seed, obs="state", workers="sync"):
+def make(*, obs="state"):
     if faults := choice_fault("obs", obs, ("state", "points")):
         raise ConfigError(faults)
-    return launch(partial(Reach, obs == "points"), name="reach", num_envs=num_envs, seed=seed, workers=workers)
+    return Reach(points=obs == "points")
 
 
 def cloud_around(place):

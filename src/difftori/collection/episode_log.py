@@ -1,7 +1,7 @@
-"""The folder of a collection under way: a plan, and one file for each episode that was played to its end.
+"""The folder of a collection in progress: a plan, and one file for each finished episode.
 
-`plan.json` says what is collected, and is the last to come when the folder is set up and the first to go when the data
-set is written. Every file is there whole or not at all, so a kill costs the running episodes only.
+`plan.json` says what is collected. It is written last when the folder is set up, and removed first once the data set is
+written. Every file is written atomically, so a killed process loses only the running episodes.
 """
 
 import io
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from difftori.collection.play import Attempt
+from difftori.collection.play import ExpertEpisode
 from difftori.errors import ConfigError, DataError
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.locks import hold
@@ -32,12 +32,12 @@ _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib
 _log = logging.getLogger(__name__)
 
 
-class Attempts:
-    """Attempts by number, in `folder`. Use `open_attempts`."""
+class EpisodeLog:
+    """The episodes played so far, by number, in `folder`. Use `open_log`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._known: dict[int, Attempt] = {}
+        self._known: dict[int, ExpertEpisode] = {}
         for path in sorted(folder.glob("*.npz")):
             head = _head(path)
             if head is None:
@@ -49,22 +49,22 @@ class Attempts:
     def __contains__(self, index: int) -> bool:
         return index in self._known
 
-    def __getitem__(self, index: int) -> Attempt:
-        """What is known of it, without its arrays."""
+    def __getitem__(self, index: int) -> ExpertEpisode:
+        """The episode without its arrays."""
         return self._known[index]
 
-    def record(self, attempt: Attempt) -> None:
-        """Write it. Raises `DataError` if the disk is full or gone."""
-        first = -1 if attempt.first_success is None else attempt.first_success
+    def record(self, episode: ExpertEpisode) -> None:
+        """Write the episode to disk. Raises `DataError` if the disk is full or gone."""
+        first = -1 if episode.first_success is None else episode.first_success
         content = io.BytesIO()
-        head = np.array([attempt.index, attempt.seed, attempt.steps, first], dtype=np.int64)
-        np.savez(content, **{_HEAD: head}, **attempt.arrays)
+        head = np.array([episode.index, episode.seed, episode.steps, first], dtype=np.int64)
+        np.savez(content, **{_HEAD: head}, **episode.arrays)
         with writing(self.folder):
-            replace_file(self._path(attempt.index), content.getvalue())
-        self._known[attempt.index] = replace(attempt, arrays={})
+            replace_file(self._path(episode.index), content.getvalue())
+        self._known[episode.index] = replace(episode, arrays={})
 
     def load(self, index: int) -> dict[str, np.ndarray]:
-        """Its arrays (T …). Raises `DataError` if they have become unreadable."""
+        """The arrays (T …) of an episode. Raises `DataError` if its file cannot be read."""
         try:
             with np.load(self._path(index), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files if name != _HEAD}
@@ -76,8 +76,8 @@ class Attempts:
 
 
 @contextmanager
-def open_attempts(folder: Path, plan: Mapping[str, Any], kept: Iterator[Attempt]) -> Iterator[Attempts]:
-    """The attempts of this plan in `folder`, which no other process uses meanwhile; a new one begins with `kept`.
+def open_log(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode]) -> Iterator[EpisodeLog]:
+    """The log of this plan in `folder`, locked against other processes. A new log begins with the episodes `kept`.
 
     Raises `ConfigError` if the folder holds another plan's or is in use, and `DataError` if it cannot be written.
     """
@@ -92,21 +92,21 @@ def open_attempts(folder: Path, plan: Mapping[str, Any], kept: Iterator[Attempt]
         before = read_plan(folder)
         if before is not None:
             refuse_other(before, plan, folder)
-            yield Attempts(folder)
+            yield EpisodeLog(folder)
             return
         with writing(folder):
             for path in folder.glob("*.npz"):
                 path.unlink()
-        attempts = Attempts(folder)
-        for attempt in kept:
-            attempts.record(attempt)
+        log = EpisodeLog(folder)
+        for episode in kept:
+            log.record(episode)
         with writing(folder):
             replace_file(folder / _PLAN, (json.dumps(plan, indent=1) + "\n").encode())
-        yield attempts
+        yield log
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan in a folder, or None where nothing is under way."""
+    """The plan in a folder, or None if no collection is in progress."""
     try:
         plan = json.loads((folder / _PLAN).read_bytes())
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], place: Path)
         raise ConfigError([*faults, f"out: {place} is another collection; choose another --out, or remove it"])
 
 
-def close_attempts(folder: Path) -> None:
+def remove_log(folder: Path) -> None:
     """Remove the folder of a collection that has become a data set."""
     (folder / _PLAN).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -135,15 +135,15 @@ def close_attempts(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusals into a `DataError`."""
+    """Turn an `OSError` into a `DataError`."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); free space, or choose another --out") from error
 
 
-def _head(path: Path) -> Attempt | None:
-    """What is known of an attempt, or None if its file is damaged anywhere."""
+def _head(path: Path) -> ExpertEpisode | None:
+    """The episode of a file, without its arrays, or None if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -152,4 +152,4 @@ def _head(path: Path) -> Attempt | None:
             index, seed, steps, first = (int(number) for number in archive[_HEAD])
     except _UNREADABLE:
         return None
-    return Attempt(index, seed, steps, None if first < 0 else first, {})
+    return ExpertEpisode(index, seed, steps, None if first < 0 else first, {})

@@ -1,0 +1,224 @@
+"""What an environment file supplies, and how the library turns it into a checked vector environment.
+
+A module of this package is an environment if it defines `FAMILY`, for instance
+
+    FAMILY = EnvFamily(build=MyEnv, tasks=("reach", "push"))
+
+where `MyEnv` is an ordinary `gymnasium.Env`. The library adds the rest: copies in this process or in worker processes,
+checks for NaN and ranges, episode seeds, and restarts. Your own module can define an `EnvFamily` too, or only the class.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
+
+from difftori.envs.base import chosen_task
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.spaces import float32_observations, unit_actions
+from difftori.envs.workers import TIMEOUT, launch
+from difftori.errors import ConfigError, suggest
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+"""Named arrays, each with the same leading dimension."""
+
+FILLED = ("task", "seed", "render_mode", "num_envs")
+"""Parameters of a builder that the library fills in; the others are the environment's options."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A scripted expert and the environment it acts in.
+
+    `build` makes one environment with named observations, whose `info["success"]` says whether the episode has succeeded
+    so far. `act` maps batched observations to actions (num_envs, A), which are clipped to the action space. `arrays` maps
+    each name in the data set to the observation that is stored under it. The versions of `packages` are recorded.
+    """
+
+    build: Callable[[], gymnasium.Env]
+    act: Callable[[Arrays], np.ndarray]
+    arrays: Mapping[str, str]
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EnvFamily:
+    """How to build the environments of one family, and what training needs to know about them. Only `build` is required."""
+
+    build: Callable[..., gymnasium.Env | VectorEnv]
+    """A `gymnasium.Env` class, or a function that returns one environment. The library fills in the parameters `task`,
+    `seed` and `render_mode` where the function has them; its other parameters are options, checked by name. A function
+    with a parameter `num_envs` returns a `VectorEnv` without autoreset instead."""
+    tasks: tuple[str, ...] = ("",)
+    """Names of the tasks; the first is the default."""
+    full_name: Callable[[str], str] | None = None
+    """Maps what the user wrote to the name of a task, or raises `ConfigError`. Default: the name must be in `tasks`."""
+    expert: Callable[..., Expert] | None = None
+    """Makes the scripted expert for `difftori collect`. Parameters: `task` and `obs`, each optional."""
+    window: tuple[int, int, int] | None = None
+    """Observations seen, actions predicted and actions executed by imitation policies. Default: (2, 16, 8)."""
+    recorded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each observation type `obs`, the arrays of a data set that it is made from. Default: the observation's own."""
+    from_recorded: Callable[[Arrays, np.ndarray, str], tuple[Arrays, np.ndarray]] | None = None
+    """Maps recorded arrays (T, …), recorded actions (T, A) and `obs` to observations and actions of the environment.
+    Default: they are the same."""
+
+    def task_name(self, task: str, *, env: str) -> str:
+        """The name of the task that `task` refers to; "" is the default task. Raises `ConfigError` if there is none."""
+        if self.full_name is not None:
+            return self.full_name(task)
+        if task and self.tasks == ("",):
+            raise ConfigError([f"env: {env!r} takes no task, so remove {task!r}"])
+        return chosen_task(task, self.tasks, env=env)
+
+
+def family_of(member: object, name: str) -> EnvFamily:
+    """`member` if it is an `EnvFamily`, else the family of a `gymnasium.Env` class or of a function that builds one."""
+    if isinstance(member, EnvFamily):
+        return member
+    if not callable(member) or (inspect.isclass(member) and not issubclass(member, gymnasium.Env)):
+        kind = member.__name__ if inspect.isclass(member) else type(member).__name__
+        raise ConfigError(
+            [f"env: {name!r} is a {kind}; give a gymnasium.Env class, a function that returns one, or an EnvFamily"]
+        )
+    build = cast(Callable[..., gymnasium.Env | VectorEnv], member)
+    return EnvFamily(build, full_name=str if "task" in _parameters(build, name) else None)
+
+
+@dataclass(frozen=True)
+class ResolvedEnv:
+    """One task of an environment family. `name` is its full name, such as `dmc:ball-in-cup-catch`."""
+
+    name: str
+    family: EnvFamily
+    task: str
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The builder's options and their defaults (`inspect.Parameter.empty` if an option is required)."""
+        parameters = _parameters(self.family.build, self.name)
+        return {name: parameter.default for name, parameter in parameters.items() if name not in FILLED}
+
+    def make(
+        self,
+        *,
+        num_envs: int,
+        seed: int,
+        workers: str = "sync",
+        timeout: float = TIMEOUT,
+        restarts: int = 3,
+        unit_actions: bool = True,
+        **options: object,
+    ) -> CheckedVectorEnv:
+        """`num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
+
+        `unit_actions` maps actions in [−1, 1] to the environment's own bounds, as agents need it; False leaves the actions
+        as they are. Raises `ConfigError`, and what the builder raises.
+        """
+        build = self.family.build
+        if self._vector and workers != "sync":
+            options = {**options, "workers": workers}
+        self._refuse_unknown(options)
+        arguments = _filled(build, self, seed, num_envs) | options
+        if not self._vector:
+            build_one = partial(_build, build, arguments, self.name, unit_actions)
+            return launch(
+                build_one,
+                name=self.name,
+                num_envs=num_envs,
+                seed=seed,
+                workers=workers,
+                timeout=timeout,
+                restarts=restarts,
+            )
+        build_all = partial(_build_vector, build, arguments, self.name, unit_actions)
+        env = build_all()
+        if isinstance(env, CheckedVectorEnv):
+            return env
+        return CheckedVectorEnv(env, build_all, name=self.name, seed=seed, restarts=restarts)
+
+    @property
+    def expert_obs(self) -> str:
+        """The default of the expert's parameter `obs`, or "" if it has none."""
+        assert self.family.expert is not None
+        parameter = _parameters(self.family.expert, self.name).get("obs")
+        return "" if parameter is None else str(parameter.default)
+
+    def make_expert(self, obs: str) -> Expert:
+        """The family's expert for this task, with the observation type `obs`."""
+        assert self.family.expert is not None
+        given = {"task": self.task, "obs": obs}
+        names = _parameters(self.family.expert, self.name)
+        return self.family.expert(**{name: value for name, value in given.items() if name in names})
+
+    @property
+    def _vector(self) -> bool:
+        """Whether the builder makes a vector environment itself."""
+        return "num_envs" in _parameters(self.family.build, self.name)
+
+    def _refuse_unknown(self, given: Mapping[str, object]) -> None:
+        known = [*self.options, *([] if self._vector else ("workers", "timeout", "restarts"))]
+        faults = [
+            f"env: {self.name!r} takes no option {name!r}{suggest(name, known)}" for name in given if name not in known
+        ]
+        faults += [
+            f"env: {self.name!r} needs the option {name!r}"
+            for name, default in self.options.items()
+            if default is inspect.Parameter.empty and name not in given
+        ]
+        if faults:
+            raise ConfigError(faults)
+
+
+def _filled(build: Callable[..., object], env: ResolvedEnv, seed: int, num_envs: int) -> dict[str, object]:
+    """The arguments among `FILLED` that the builder has."""
+    parameters = _parameters(build, env.name)
+    values = {"task": env.task, "seed": seed, "num_envs": num_envs, "render_mode": "rgb_array"}
+    if not env.task and "task" in parameters and parameters["task"].default is not inspect.Parameter.empty:
+        del values["task"]
+    if (
+        inspect.isclass(build)
+        and issubclass(build, gymnasium.Env)
+        and "rgb_array" not in build.metadata.get("render_modes", ())
+    ):
+        del values["render_mode"]
+    return {name: value for name, value in values.items() if name in parameters}
+
+
+def _parameters(build: Callable[..., object], name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a builder that can be given by name."""
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except ValueError as error:
+        raise ConfigError([f"env: {name!r} is not a function that builds an environment ({error})"]) from error
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name: parameter for parameter in parameters if parameter.kind in by_name}
+
+
+def _build(build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool) -> gymnasium.Env:
+    """One environment, with the spaces that the library works with. Runs in the worker's process."""
+    env = build(**arguments)
+    if not isinstance(env, gymnasium.Env):
+        fix = "; give the function the parameter num_envs" if isinstance(env, VectorEnv) else ""
+        raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.Env{fix}"])
+    env = float32_observations(env, name=name)
+    return unit_actions(env, name=name) if unit else env
+
+
+def _build_vector(build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool) -> VectorEnv:
+    """The vector environment that a builder with the parameter `num_envs` makes."""
+    env = build(**arguments)
+    if not isinstance(env, VectorEnv):
+        fix = "; remove the parameter num_envs" if isinstance(env, gymnasium.Env) else ""
+        raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.vector.VectorEnv{fix}"])
+    actions = env.single_action_space
+    if unit and isinstance(actions, Box) and not (np.all(actions.low == -1) and np.all(actions.high == 1)):
+        env.close()
+        raise ConfigError([f"{name}: its actions are {actions}; scale them to ±1, or return a single environment"])
+    return env
