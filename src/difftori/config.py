@@ -65,11 +65,6 @@ class _PlainLoader(yaml.SafeLoader):
     }
 
 
-def to_yaml(config: BaseModel) -> str:
-    """A configuration as YAML that its parser reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def fields_of(model: Any) -> dict[str, Any]:
     """Names and types of the fields of a pydantic model or a dataclass; empty for anything else."""
     if isinstance(model, type) and issubclass(model, BaseModel):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from difftori.config import overlay, read_tokens, to_yaml
+from difftori.config import overlay, read_tokens
 from difftori.data.download import PUBLIC
 from difftori.experiments import imitation, pusht
 from difftori.experiments.imitation import Case
@@ -12,6 +12,7 @@ from difftori.il.config import TrainConfig, normalised, parse_config
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.difftori import DEFAULT_NOISE, DiffTORI, DiffTORIConfig
 from difftori.registry import find_policy
+from difftori.runs.records import to_yaml
 from difftori.types import TaskSpec
 
 

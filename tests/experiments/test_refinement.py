@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difftori.config import overlay, read_tokens, to_yaml
+from difftori.config import overlay, read_tokens
 from difftori.errors import ConfigError, DataError
 from difftori.experiments import imitation
 from difftori.experiments.imitation import (
@@ -24,6 +24,7 @@ from difftori.experiments.imitation import (
 from difftori.experiments.paper import base_noise
 from difftori.experiments.pool import Failure
 from difftori.experiments.refinement import ALL, Published, differences, run_refinement, summaries, table
+from difftori.runs.records import to_yaml
 from difftori.trainers import kind_of
 
 CASES = [Case("metaworld:reach", "state", "{demos}/reach-{seed}.zarr"), Case("pusht", "pose", "{demos}/push.zarr")]

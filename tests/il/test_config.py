@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_imitation import POLICY, TASK, Outer, Tiny, TinyConfig, tiny_config
 
-from difftori.config import overlay, read_tokens, read_yaml, to_yaml
+from difftori.config import overlay, read_tokens, read_yaml
 from difftori.errors import ConfigError
 from difftori.il.config import TrainConfig, normalised, parse_config
-from difftori.runs.records import read_config
+from difftori.runs.records import read_config, to_yaml
 
 LAUGHS = "a0: &a0 1\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(12))
 """Twelve short lines that stand for 8¹² values."""

@@ -10,13 +10,12 @@ import torch
 from tiny_imitation import Alternating, Tiny, make, tiny_config
 
 from difftori import cli
-from difftori.config import to_yaml
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.il.learner import Learner, make_optimizer, validation_error
 from difftori.il.train import evaluate_run, load_policy, train
 from difftori.runs import run
 from difftori.runs.checkpoint import weights_digest
-from difftori.runs.records import read_metrics
+from difftori.runs.records import read_metrics, to_yaml
 from difftori.types import state_obs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +19,10 @@ from difftori.errors import CheckpointError, ConfigError, NonFiniteError
 from difftori.registry import find_agent, make_env
 from difftori.rl import train as rl
 from difftori.rl.collector import Collector, episode_seed, evaluate
-from difftori.rl.config import RLConfig, normalised, parse_rl_config
+from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rl.evaluate import evaluate_run, load_agent
 from difftori.runs.checkpoint import weights_digest
-from difftori.runs.records import read_metrics
+from difftori.runs.records import read_metrics, to_yaml
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2}
 TINY |= {"seed_steps": 40, "schedule_steps": 200}
@@ -297,4 +298,4 @@ def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top
     assert bool(faults) == (config is None)
     assert all(type(fault) is str and fault for fault in faults)
     if config is not None:
-        assert normalised(config) == config
+        assert parse_rl_config(yaml.safe_load(to_yaml(config))) == config

@@ -2,8 +2,8 @@
 
 import json
 
-from difftori.config import to_yaml
 from difftori.experiments.runs import Job
+from difftori.runs.records import to_yaml
 
 
 def write_run(job: Job, *, end: float, until: int | None = None, pace: float = 0.01, **versions: str) -> None:

@@ -8,12 +8,12 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difftori.config import describe, device_faults, to_yaml, validated
+from difftori.config import describe, device_faults, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.task_names import find_task
 from difftori.interfaces import PolicyConfig
 from difftori.registry import find_policy
-from difftori.runs.records import read_config
+from difftori.runs.records import read_config, to_yaml
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
 ModelT = TypeVar("ModelT", bound=BaseModel)

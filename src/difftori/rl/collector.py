@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
-from difftori.registry import resolve_env
-from difftori.rl.config import RLConfig
 from difftori.runs.checkpoint import State
 from difftori.types import Actions, Observations, RowFlags
 
@@ -190,16 +188,6 @@ class Collector:
 def episode_seed(seed: int, stream: str, index: int) -> int:
     """A seed for one episode; `stream` keeps training and evaluation apart."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little") >> 1
-
-
-def open_env(config: RLConfig, num_envs: int) -> CheckedVectorEnv:
-    """The environment of a configuration, with the options that it knows and those that differ from the defaults."""
-    defaults = {name: field.default for name, field in RLConfig.model_fields.items()}
-    requested: dict[str, Any] = {"obs": config.obs, "action_repeat": config.action_repeat, "render": config.render}
-    env = resolve_env(config.env)
-    known = env.options
-    options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
-    return env.make(num_envs=num_envs, seed=config.seed, workers=config.workers, **options)
 
 
 @dataclass(frozen=True)

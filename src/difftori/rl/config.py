@@ -1,15 +1,17 @@
 """The configuration of a run of reinforcement learning."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from difftori.config import device_faults, to_yaml, validated
+from difftori.config import device_faults, validated
+from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.family import ResolvedEnv
 from difftori.errors import ConfigError
-from difftori.interfaces import AgentConfig
+from difftori.interfaces import Agent, AgentConfig
 from difftori.registry import find_agent, resolve_env
 
 SettingsT = TypeVar("SettingsT", bound=AgentConfig)
@@ -60,34 +62,47 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
     """The agent's own settings."""
 
+    @cached_property
+    def agent_type(self) -> type[Agent]:
+        """The agent's class. Raises ConfigError if there is none of that name."""
+        return find_agent(self.agent)
+
+    @cached_property
+    def environment(self) -> ResolvedEnv:
+        """The environment family and task. Raises ConfigError if there is none of that name."""
+        return resolve_env(self.env)
+
+    def open_env(self, num_envs: int) -> CheckedVectorEnv:
+        """`num_envs` copies of the environment, with the options that it has and those that differ from the defaults."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        requested: dict[str, Any] = {"obs": self.obs, "action_repeat": self.action_repeat, "render": self.render}
+        known = self.environment.options
+        options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
+        return self.environment.make(num_envs=num_envs, seed=self.seed, workers=self.workers, **options)
+
 
 def parse_rl_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> RLConfig:
-    """A configuration from plain values, as YAML gives them. Raises ConfigError with every fault there is."""
+    """A configuration from plain values, as YAML gives them, with its agent and environment resolved.
+
+    `also` names further options to suggest for a misspelt one. Raises ConfigError that lists every error.
+    """
     faults: list[str] = []
-    given = dict(values)
-    given.setdefault("settings", {})
-    config_type: type[RLConfig] = RLConfig[AgentConfig]
-    if isinstance(given.get("agent"), str):
-        try:
-            config_type = RLConfig[find_agent(given["agent"]).Config]
-        except ConfigError as error:
-            # Without the agent its settings cannot be judged; the rest can.
-            faults += error.faults
-            given["settings"] = {}
-    config, found = validated(config_type, given, also)
+    given = {"settings": {}, **values}
+    resolved: dict[str, Any] = {}
+    for key, name, find in (("agent", "agent_type", find_agent), ("env", "environment", resolve_env)):
+        if isinstance(given.get(key, RLConfig.model_fields[key].default), str):
+            try:
+                resolved[name] = find(given.get(key, RLConfig.model_fields[key].default))
+            except ConfigError as error:
+                faults += error.faults
+    agent = resolved.get("agent_type")
+    if agent is None:
+        given["settings"] = {}  # without the agent its settings cannot be checked; the rest can
+    config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
-    if isinstance(given.get("env"), str):
-        try:
-            resolve_env(given["env"])
-        except ConfigError as error:
-            faults += error.faults
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
+    vars(config).update(resolved)
     return config
-
-
-def normalised(config: RLConfig) -> RLConfig:
-    """The same configuration, checked as one from a file is, and sure to survive being written and read again."""
-    return parse_rl_config(yaml.safe_load(to_yaml(config)))

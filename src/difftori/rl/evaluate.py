@@ -11,8 +11,7 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import record, write_gif
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
-from difftori.registry import find_agent
-from difftori.rl.collector import ActInEnvs, EvalResult, episode_seed, evaluate, open_env
+from difftori.rl.collector import ActInEnvs, EvalResult, episode_seed, evaluate
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.records import read_config
@@ -24,7 +23,7 @@ _ROWS = 10
 
 def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
     """The environments that evaluate this many episodes, at most ten at once."""
-    return open_env(config, min(_ROWS, episodes))
+    return config.open_env(min(_ROWS, episodes))
 
 
 def evaluate_agent(
@@ -87,7 +86,7 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
     """
     config = parse_rl_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "agent.pt")
-    agent = find_agent(config.agent)(config.settings, spec_from(state["spec"])).to(device)
+    agent = config.agent_type(config.settings, spec_from(state["spec"])).to(device)
     agent.compiles = config.compile
     try:
         agent.load_state_dict(state["agent"])
@@ -117,7 +116,7 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
 
 def film(agent: Agent, config: RLConfig, agent_steps: int, path: Path) -> None:
     """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
-    env = open_env(config, 1)
+    env = config.open_env(1)
     act = _deterministic(agent, config, agent_steps)
     memory: Memory | None = None
 

@@ -17,9 +17,8 @@ from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
-from difftori.registry import find_agent
-from difftori.rl.collector import Collector, EpisodeSummary, EvalResult, open_env
-from difftori.rl.config import RLConfig, normalised
+from difftori.rl.collector import Collector, EpisodeSummary, EvalResult
+from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
 from difftori.runs.checkpoint import State
 from difftori.runs.run import Run, seeded
@@ -39,7 +38,6 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
     environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
     or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
     """
-    config = normalised(config)
     with Run(out, config, seed=config.seed, threads=config.threads, device=config.device) as run:
         if run.finished:
             return run.summary()
@@ -62,9 +60,9 @@ class _Session:
 
     def __init__(self, config: RLConfig, run: Run):
         self.config, self.out, self.run = config, run.path, run
-        env = open_env(config, config.num_envs)
+        env = config.open_env(config.num_envs)
         self.spec = env_spec(env)
-        self.agent = find_agent(config.agent)(config.settings, self.spec).to(config.device)
+        self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)
         longest = self.spec.max_agent_steps or agent_steps

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from difftori.errors import ConfigError, DataError
 from difftori.types import Metrics
@@ -77,6 +78,11 @@ def read_config(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ConfigError([f"{source}: holds no mapping of names to values; restore it, or use another directory"])
     return without_retired(values)
+
+
+def to_yaml(config: BaseModel) -> str:
+    """A configuration as YAML that its parser reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def without_retired(config: dict) -> dict:

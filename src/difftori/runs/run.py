@@ -29,7 +29,7 @@ from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
 from difftori.runs.locks import hold
 from difftori.runs.page import render
-from difftori.runs.records import flat, read_config, read_metrics, read_summary
+from difftori.runs.records import flat, read_config, read_metrics, read_summary, to_yaml
 from difftori.runs.versions import versions
 from difftori.types import Metrics
 
@@ -259,7 +259,9 @@ def _refuse_strangers(path: Path) -> None:
 
 def _prepare(path: Path, config: BaseModel, device: str) -> None:
     """Compare the configuration with the one that is there, or write it; then note versions and command."""
-    plain = config.model_dump(mode="json")
+    text = to_yaml(config)
+    if (again := type(config).model_validate(yaml.safe_load(text))) != config:
+        raise ConfigError([f"config: {config!r} reads back from YAML as {again!r}. Fix: use types that YAML keeps."])
     new = not (path / "config.yaml").exists()
     if not new:
         refuse_another(path, config)
@@ -270,7 +272,7 @@ def _prepare(path: Path, config: BaseModel, device: str) -> None:
     with (path / "command.txt").open("a") as commands:
         commands.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}  {shlex.join(sys.argv)}\n")
     if new:  # written last: its presence says that the directory is complete
-        replace_file(path / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+        replace_file(path / "config.yaml", text.encode())
 
 
 def _versions(record: Path, device: str) -> dict:
