@@ -10,6 +10,7 @@ import csv
 import statistics
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from difftori.objectives import ReturnObjective
 from difftori.solver import Box, Implicit, ProjectedGradient, solve
 
 ROWS, LATENT, ACTIONS = 16, 50, 6
+LINEAR: tuple[Literal["auto", "dense", "cg"], ...] = ("auto", "dense", "cg")
 
 
 def main() -> None:
@@ -44,10 +46,10 @@ def main() -> None:
             0.99,
         )
         start = torch.zeros(ROWS, horizon * ACTIONS)
-        times: dict[str, list[float]] = {name: [] for name in ("auto", "dense", "cg")}
+        times: dict[str, list[float]] = {name: [] for name in LINEAR}
         valid: dict[str, float] = {}
         for repeat in range(arguments.repeats + 1):
-            for name in times:
+            for name in LINEAR:
                 began = time.perf_counter()
                 found = solve(
                     objective,

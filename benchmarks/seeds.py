@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from benchmarks.measuring import as_in_runs, measure, medians
 from difftori.agents.tdmpc import TDMPC, TDMPCConfig
-from difftori.benchmarks.interleaved import as_in_runs, measure, medians
 from difftori.runs.versions import versions
 from difftori.types import EnvSpec, Segment
 

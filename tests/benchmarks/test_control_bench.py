@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftori.benchmarks.control import Config, Loop, run
-from difftori.benchmarks.control_entries import Cell, Outcome, Session, entries
-from difftori.benchmarks.control_problems import CARTPOLE, HOVER, PROBLEMS, QUADROTOR, UNICYCLE
-from difftori.benchmarks.control_report import Sample, summarise
+from benchmarks.control import Config, Loop, run
+from benchmarks.control_entries import Cell, Outcome, Session, entries
+from benchmarks.control_problems import CARTPOLE, HOVER, PROBLEMS, QUADROTOR, UNICYCLE
+from benchmarks.control_report import Sample, summarise
 from difftori.errors import ConfigError, MissingExtraError
 
 F64 = torch.float64

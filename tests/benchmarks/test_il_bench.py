@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from difftori.benchmarks.il import REFINERS, Config, run
+from benchmarks.il import REFINERS, Config, run
 
 
 def test_it_measures_an_update_and_an_action_of_every_contestant(tmp_path):

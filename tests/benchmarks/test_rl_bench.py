@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from difftori.benchmarks.rl import CONTESTANTS, Config, run
+from benchmarks.rl import CONTESTANTS, Config, run
 
 
 def test_it_measures_every_part_of_every_contestant(tmp_path):

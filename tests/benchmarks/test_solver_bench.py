@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftori.benchmarks import entries as table
-from difftori.benchmarks.entries import Cell, Entry, Setup, build, entries
-from difftori.benchmarks.problems import imitation_problem, latent_problem
-from difftori.benchmarks.quality import measure_quality
-from difftori.benchmarks.report import summarise
-from difftori.benchmarks.solver import Config, run
-from difftori.benchmarks.timing import Sample, time_cell
+from benchmarks import solver_entries as table
+from benchmarks.solver import Config, run
+from benchmarks.solver_entries import Cell, Entry, Setup, build, entries
+from benchmarks.solver_problems import imitation_problem, latent_problem
+from benchmarks.solver_quality import measure_quality
+from benchmarks.solver_report import summarise
+from benchmarks.solver_timing import Sample, time_cell
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.solver import presets
 

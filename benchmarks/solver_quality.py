@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Setup, build
-from difftori.benchmarks.problems import Problem
-from difftori.benchmarks.timing import functional
+from benchmarks.solver_entries import Cell, Entry, Setup, build
+from benchmarks.solver_problems import Problem
+from benchmarks.solver_timing import functional
 from difftori.solver import Implicit, Newton, ProjectedGradient, solve
 from difftori.types import Points, RowFlags, Rows
 

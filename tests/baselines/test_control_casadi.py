@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from difftori.benchmarks.control import Config, run
-from difftori.benchmarks.control_casadi import MultipleShooting, symbols
-from difftori.benchmarks.control_entries import CasadiSession, Cell
-from difftori.benchmarks.control_problems import CARTPOLE, PROBLEMS, QUADROTOR, UNICYCLE
+from benchmarks.control import Config, run
+from benchmarks.control_casadi import MultipleShooting, symbols
+from benchmarks.control_entries import CasadiSession, Cell
+from benchmarks.control_problems import CARTPOLE, PROBLEMS, QUADROTOR, UNICYCLE
 
 pytestmark = pytest.mark.peers
 ca = pytest.importorskip("casadi", reason="CasADi is absent: run `make peers`")

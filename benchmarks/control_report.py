@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from difftori.benchmarks.control_entries import ENTRIES, Cell
-from difftori.benchmarks.report import write_csv
+from benchmarks.control_entries import ENTRIES, Cell
+from benchmarks.solver_report import write_csv
 
 PARTS = ("cold", "warm", "gradient")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difftori.benchmarks.peers import mpc_pendulum, require_peers, theseus_lm, theseus_lm_flattened
-from difftori.benchmarks.pendulum import pendulum_next, pendulum_problem, quadratic_cost
+from benchmarks.baselines import mpc_pendulum, require_peers, theseus_lm, theseus_lm_flattened
+from benchmarks.solver_pendulum import pendulum_next, pendulum_problem, quadratic_cost
 from difftori.solver import ILQR, Implicit, LevenbergMarquardt, ProjectedGradient, Truncated, solve
 
 pytestmark = pytest.mark.peers
@@ -175,7 +175,7 @@ def test_our_pendulum_gradient_is_that_of_finite_differences():
 
 @needs_mpc
 def test_the_jacobian_given_to_mpc_is_that_of_the_pendulum():
-    from difftori.benchmarks.peers import _PendulumDynamics
+    from benchmarks.baselines import _PendulumDynamics
 
     problem = pendulum_problem(3, F64)
     dynamics = _PendulumDynamics(problem.context)

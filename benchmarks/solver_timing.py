@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Setup, build, entry
-from difftori.benchmarks.problems import Problem
+from benchmarks.solver_entries import Cell, Entry, Setup, build, entry
+from benchmarks.solver_problems import Problem
 from difftori.errors import DifftoriError
+
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def peak_megabytes(cell: Cell, contestant: Entry, setup: Setup) -> float:
     }
     # A fixed threshold: large tensors always go back to the system when freed, so that peaks are comparable.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "difftori.benchmarks.timing", json.dumps(request)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.solver_timing", json.dumps(request)]
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DifftoriError(f"memory of {contestant.name} on {cell}: the process failed: {done.stderr[-2000:]}")
     return float(done.stdout.strip().splitlines()[-1])

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from difftori.benchmarks.entries import ENTRIES, Cell
-from difftori.benchmarks.quality import Quality
-from difftori.benchmarks.timing import Sample
+from benchmarks.solver_entries import ENTRIES, Cell
+from benchmarks.solver_quality import Quality
+from benchmarks.solver_timing import Sample
 
 
 @dataclass(frozen=True)

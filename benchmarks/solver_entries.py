@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from difftori.benchmarks.peers import mpc_pendulum, theseus_lm, theseus_lm_flattened
-from difftori.benchmarks.pendulum import PendulumProblem, pendulum_problem, quadratic_cost
-from difftori.benchmarks.problems import (
+from benchmarks.baselines import mpc_pendulum, theseus_lm, theseus_lm_flattened
+from benchmarks.solver_pendulum import PendulumProblem, pendulum_problem, quadratic_cost
+from benchmarks.solver_problems import (
     ImitationProblem,
     LatentProblem,
     Problem,

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.benchmarks.control_problems import ControlProblem
-from difftori.benchmarks.pendulum import TIME_STEP, TORQUE, pendulum_next
+from benchmarks.control_problems import ControlProblem
+from benchmarks.solver_pendulum import TIME_STEP, TORQUE, pendulum_next
 from difftori.errors import MissingExtraError
 from difftori.types import Actions, Plans, Points, Rows, States
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.benchmarks.fitting import (
+from benchmarks.solver_networks import (
     ACTIONS,
     CHUNK,
     CHUNK_CONTEXT,

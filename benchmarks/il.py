@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
+from benchmarks.measuring import Device, Key, as_in_runs, measure, medians, write
 from difftori.il.learner import Learner
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner

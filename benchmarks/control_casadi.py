@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from difftori.benchmarks.control_problems import (
+from benchmarks.control_problems import (
     ARM,
     DRAG,
     GRAVITY,

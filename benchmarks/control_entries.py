@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from difftori.benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
-from difftori.benchmarks.control_problems import ControlProblem
-from difftori.benchmarks.peers import mpc_cartpole
+from benchmarks.baselines import mpc_cartpole
+from benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
+from benchmarks.control_problems import ControlProblem
 from difftori.controller import Controller
 from difftori.planning import plan
 from difftori.solver import ILQR, Solver

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from difftori.benchmarks import report
-from difftori.benchmarks.entries import Cell, Entry, Setup, entries
-from difftori.benchmarks.peers import require_peers
-from difftori.benchmarks.problems import Start
-from difftori.benchmarks.quality import Quality, measure_quality
-from difftori.benchmarks.timing import Sample, peak_megabytes, time_cell
+from benchmarks import solver_report as report
+from benchmarks.baselines import require_peers
+from benchmarks.solver_entries import Cell, Entry, Setup, entries
+from benchmarks.solver_problems import Start
+from benchmarks.solver_quality import Quality, measure_quality
+from benchmarks.solver_timing import Sample, peak_megabytes, time_cell
 
 
 class Config(BaseModel):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
+from benchmarks.measuring import Device, Key, as_in_runs, measure, medians, write
 from difftori.data.replay import Replay
 from difftori.envs.base import env_spec
 from difftori.envs.checked import CheckedVectorEnv

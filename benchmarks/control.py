@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from difftori.benchmarks.control_casadi import casadi_version
-from difftori.benchmarks.control_entries import ENTRIES, Cell, Entry, Gradient, Outcome, Session, entries
-from difftori.benchmarks.control_problems import PROBLEMS, ControlProblem
-from difftori.benchmarks.control_report import Line, Sample, summarise, table, write_figure, write_raw, write_summary
-from difftori.benchmarks.interleaved import Device, as_in_runs
-from difftori.benchmarks.peers import require_mpc
-from difftori.benchmarks.report import write_provenance
+from benchmarks.baselines import require_mpc
+from benchmarks.control_casadi import casadi_version
+from benchmarks.control_entries import ENTRIES, Cell, Entry, Gradient, Outcome, Session, entries
+from benchmarks.control_problems import PROBLEMS, ControlProblem
+from benchmarks.control_report import Line, Sample, summarise, table, write_figure, write_raw, write_summary
+from benchmarks.measuring import Device, as_in_runs
+from benchmarks.solver_report import write_provenance
 from difftori.errors import ConfigError, MissingExtraError
 
 
