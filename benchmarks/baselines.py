@@ -1,7 +1,7 @@
-"""Adapters to the peers, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
+"""Adapters to the baselines, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
 
-Nothing here is imported by the library proper, and the peers are imported inside functions only: `make peers` installs
-them. Each adapter gives the peer its own recommended settings; what differs from them is said where it differs.
+Nothing here is imported by the library proper, and the baselines are imported inside functions only: `make baselines` installs
+them. Each adapter gives the baseline its own recommended settings; what differs from them is said where it differs.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ def _theseus() -> ModuleType:
             warnings.simplefilter("ignore")
             import theseus  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
-        raise MissingExtraError(f"Theseus is not installed ({missing}): run `make peers`.") from missing
+        raise MissingExtraError(f"Theseus is not installed ({missing}): run `make baselines`.") from missing
     return theseus
 
 
-def require_peers() -> dict[str, str]:
-    """The versions of both peers, or a `MissingExtraError` that says how to install what is missing."""
+def require_baselines() -> dict[str, str]:
+    """The versions of both baselines, or a `MissingExtraError` that says how to install what is missing."""
     _theseus()
     return {"theseus-ai": version("theseus-ai")} | require_mpc()
 
@@ -137,7 +137,7 @@ def _mpc() -> ModuleType:
             warnings.simplefilter("ignore")
             from mpc import mpc, util  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
-        raise MissingExtraError(f"mpc.pytorch is not installed ({missing}): run `make peers`.") from missing
+        raise MissingExtraError(f"mpc.pytorch is not installed ({missing}): run `make baselines`.") from missing
     util.bdiag = torch.diag_embed
     return mpc
 

@@ -1,26 +1,24 @@
-"""Parts of contestants timed side by side: each repeat runs every part once, in rotating order."""
+"""Measures methods side by side: each repeat runs every method once, in rotating order."""
 
-import csv
-import json
-import os
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from difftori.config import device_faults
 from difftori.runs.run import flush_tiny_numbers
-from difftori.runs.versions import versions
 
-Key: TypeAlias = tuple[str, str]
-"""Contestant and part."""
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+Job: TypeAlias = Callable[[], object]
 
 
 def _there(name: str) -> str:
@@ -33,9 +31,18 @@ Device: TypeAlias = Annotated[str, AfterValidator(_there)]
 """Where something computes, as torch names it."""
 
 
+@dataclass(frozen=True)
+class Method:
+    """A policy or agent with some settings, under the name that the table shows."""
+
+    name: str
+    component: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 @contextmanager
 def as_in_runs(threads: int) -> Iterator[None]:
-    """So many threads of torch, and numbers below 1e-38 count as zero, as `difftori train` has them."""
+    """Use `threads` threads of torch and flush numbers below 1e-38 to zero, as `difftori train` does."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     flush_tiny_numbers()
@@ -46,50 +53,65 @@ def as_in_runs(threads: int) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def measure(parts: Mapping[Key, Callable[[], object]], *, repeats: int, device: str) -> dict[Key, list[float]]:
-    """Milliseconds of each part, `repeats` times; the first call of each, with what it compiles or loads, is not counted."""
+@contextmanager
+def progress_bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A progress bar on stderr: a function that sets its text, and one that advances it by one of `total`."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
+
+
+def interleaved(items: Sequence[Item], repeats: int, seconds: float = math.inf) -> Iterator[tuple[int, Item]]:
+    """(repeat, item) for every item in each repeat, in rotating order.
+
+    After three repeats, none begins once `seconds` have passed.
+    """
+    began = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat >= 3 and time.perf_counter() - began > seconds:
+            return
+        shift = repeat % max(len(items), 1)
+        for item in (*items[shift:], *items[:shift]):
+            yield repeat, item
+
+
+def measure(parts: Mapping[Key, Job], *, repeats: int, device: str = "cpu") -> dict[Key, list[float]]:
+    """Milliseconds of each part, interleaved. The first call of each, which may compile or load something, is not counted."""
     for job in parts.values():
         job()
     samples: dict[Key, list[float]] = {key: [] for key in parts}
-    keys = list(parts)
-    with Progress(BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-        for repeat in progress.track(range(repeats)):
-            shift = repeat % len(keys)
-            for key in keys[shift:] + keys[:shift]:
-                samples[key].append(_milliseconds(parts[key], device))
+    with progress_bar(repeats * len(parts)) as (_, advance):
+        for _, key in interleaved(list(parts), repeats):
+            samples[key].append(milliseconds(parts[key], device))
+            advance()
     return samples
 
 
+def milliseconds(job: Job, device: str = "cpu") -> float:
+    """How long a call takes, with everything that it queues on a CUDA device."""
+    _synchronise(device)
+    began = time.perf_counter()
+    job()
+    _synchronise(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 def medians(samples: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
-    """Of each part."""
+    """The median of each part."""
     return {key: statistics.median(values) for key, values in samples.items()}
 
 
-def write(
-    stem: Path,
-    config: BaseModel,
-    device: str,
-    rows: Sequence[Mapping[str, Any]],
-    samples: Mapping[Key, Sequence[float]],
-) -> None:
-    """The table as `stem`.csv; what was measured, on what machine and by which settings, as `stem`.json."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if isinstance(v, str) else f"{v:.5g}" for k, v in row.items()} for row in rows)
-    record = {
-        "config": config.model_dump(mode="json"),
-        "versions": versions(device),
-        "load_average": os.getloadavg(),
-        "raw_ms": {f"{name}: {part}": [round(v, 4) for v in values] for (name, part), values in samples.items()},
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _milliseconds(job: Callable[[], object], device: str) -> float:
-    began = time.perf_counter()
-    job()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - began)
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile; NaN without values, or where one is NaN."""
+    if not values or any(math.isnan(value) for value in values):
+        return math.nan, math.nan, math.nan
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
