@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from difftori.trainers import known_names
-from tests.soak.trainers import TRAINERS
+from tests.support.trainers import TRAINERS
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "reliability.md").read_text()

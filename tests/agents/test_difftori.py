@@ -9,10 +9,9 @@ import torch
 from difftori.agents import difftori
 from difftori.errors import ConfigError
 from difftori.registry import find_agent
-from tests.agents.test_every_agent import STATES, TINY, act, build, segment
-from tests.agents.test_every_agent import lively as lively_agent
+from tests.support.agents import STATES, TINY, act, build, randomised, segment
 
-lively = partial(lively_agent, "difftori")
+lively = partial(randomised, "difftori")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.agents.test_every_agent import act, build, segment
+from tests.support.agents import act, build, segment
 
 
 def test_the_loss_is_equation_3_written_out():
