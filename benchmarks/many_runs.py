@@ -1,7 +1,7 @@
 """What ten thousand runs cost in files, bytes and waiting: each method trained once in earnest, then copied to all tasks and seeds.
 
 Ten variants of four policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
-those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn anew so that there is something to
+those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn again so that there is something to
 analyse, weights and checkpoints as hard links, since nothing that is measured here reads them. Then the commands
 that a user waits for are timed, each in a process of its own. Their output is about invented successes: it is thrown away.
 """

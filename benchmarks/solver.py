@@ -64,7 +64,7 @@ class Config(BaseModel):
 def run(config: Config) -> list[dict[str, str]]:
     """Measure, write `solver-raw.csv`, `solver-summary.csv`, `solver.svg` and `solver.json` to `out`, and return the table.
 
-    The files are written anew after each cell, so that an interrupted run leaves what it has measured.
+    The files are rewritten after each cell, so an interrupted run leaves what it has measured.
     """
     baselines = require_baselines() if config.baselines else {}
     with as_in_runs(config.threads):

@@ -34,7 +34,7 @@ Start = Literal["cold", "prior"]
 
 
 class Problem(Objective):
-    """B problems that a benchmark can pose anew at other contexts; `x0` (B n) is where solves begin."""
+    """B problems that a benchmark can pose again at other contexts; `x0` (B n) is where solves begin."""
 
     x0: Points
 
