@@ -22,6 +22,7 @@ from difftori.solver import (
     Implicit,
     ProjectedGradient,
     Solution,
+    TrajectoryObjective,
     Truncated,
     Unrolled,
     presets,
@@ -202,7 +203,7 @@ class DiffTORI(TDMPC):
         plan = planner.plan(objective, start)
         return plan.actions, plan.solution
 
-    def objective(self, latent: Latents, horizon: int) -> ReturnObjective:
+    def objective(self, latent: Latents, horizon: int) -> TrajectoryObjective:
         """Eq. 4, with π(z_H) or with a_H; R with its correction where there is one."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         reward = model.reward if self.correction is None else self._corrected_reward

@@ -15,7 +15,7 @@ from difftori.interfaces import Agent, AgentConfig, Memory
 from difftori.models.encoders import Precision, make_encoder, random_shift
 from difftori.models.world_model import WorldModel, action_noise
 from difftori.planning import Planner, ReturnObjective
-from difftori.solver import MPPI, Box, Detached
+from difftori.solver import MPPI, Box, Detached, TrajectoryObjective
 from difftori.solver.compiled import compiled_call
 from difftori.types import (
     Actions,
@@ -201,7 +201,7 @@ class TDMPC(Agent):
             action = action + std.reshape(shape)[:, 0] * noise
         return action.clamp(-1.0, 1.0), {"plan": self._padded(plan.actions)}
 
-    def objective(self, latent: Latents, horizon: int) -> ReturnObjective:
+    def objective(self, latent: Latents, horizon: int) -> TrajectoryObjective:
         """Σ_{t<H} γ^t R(z_t, a_t) + γ^H min Q(z_H, π(z_H)) from `latent` (B Z)."""
         model = self.model
         return ReturnObjective(
