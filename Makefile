@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak lint docs peers bench clean
+.PHONY: demo test test-slow soak lint docs baselines bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -39,12 +39,12 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 # Theseus asks for pins that no longer resolve and for build tools at run time: hence no dependencies and no isolation.
-peers: $(VENV)/.dev  ## Theseus 0.2.3, mpc.pytorch 0.0.6 and CasADi 3.8.2, to compare with
+baselines: $(VENV)/.dev  ## Theseus 0.2.3, mpc.pytorch 0.0.6 and CasADi 3.8.2, to compare with
 	$(PIP) 'setuptools<81' wheel
-	$(PIP) -r constraints-peers.txt --no-build-isolation --no-deps
-	$(BIN)/python -m pytest -m peers
+	$(PIP) -r constraints-baselines.txt --no-build-isolation --no-deps
+	$(BIN)/python -m pytest -m baselines
 
-bench: peers
+bench: baselines
 	$(BIN)/difftori bench solver
 	$(BIN)/difftori bench control
 

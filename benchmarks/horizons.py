@@ -1,39 +1,50 @@
 """How the default gradient grows with the horizon: solve and differentiate a latent plan, by each way to solve the linear system.
 
-Networks of the paper's sizes (latent 50, 512-512), 6 actions, 16 rows, float32, one thread; medians of interleaved repeats.
-
-    python benchmarks/horizons.py --horizons 5 10 20 40 --repeats 5
+Networks of the paper's sizes (latent 50, 512-512), 6 actions, 16 rows, float32; medians of interleaved repeats.
 """
 
-import argparse
-import csv
-import statistics
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from benchmarks.measuring import as_in_runs, measure, medians
+from benchmarks.records import RESULTS, as_text, write_csv
+from difftori.models.nets import mlp
 from difftori.objectives import ReturnObjective
-from difftori.solver import Box, Implicit, ProjectedGradient, solve
+from difftori.solver import Box, Implicit, ProjectedGradient, Solution, solve
 
 ROWS, LATENT, ACTIONS = 16, 50, 6
+LINEAR: tuple[Literal["auto", "dense", "cg"], ...] = ("auto", "dense", "cg")
 
 
-def main() -> None:
-    """Measure and write benchmarks/results/horizons.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--horizons", type=int, nargs="+", default=[5, 10, 20, 40])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/horizons.csv"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    horizons: tuple[PositiveInt, ...] = (5, 10, 20, 40)
+    """Steps of the plan."""
+    repeats: PositiveInt = 5
+    """Interleaved repeats."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    out: Path = RESULTS
+    """Folder for `horizons.csv`."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure, write `horizons.csv` to `out`, and return the table."""
     torch.manual_seed(0)
-    dynamics, reward, value = _mlp(LATENT), _mlp(1), _mlp(1, LATENT)
+    joint = LATENT + ACTIONS
+    dynamics, reward, value = (
+        mlp((inputs, 512, 512, outputs), torch.nn.ELU) for inputs, outputs in ((joint, LATENT), (joint, 1), (LATENT, 1))
+    )
     parameters = [p for net in (dynamics, reward, value) for p in net.parameters()]
-    state = torch.randn(ROWS, LATENT)
-    rows = []
-    for horizon in arguments.horizons:
+    state, rows = torch.randn(ROWS, LATENT), []
+    for horizon in config.horizons:
         objective = ReturnObjective(
             lambda s, a: torch.tanh(dynamics(torch.cat([s, a], -1))),
             lambda s, a: reward(torch.cat([s, a], -1))[..., 0] - 0.5 * a.square().sum(-1),
@@ -43,47 +54,30 @@ def main() -> None:
             ACTIONS,
             0.99,
         )
-        start = torch.zeros(ROWS, horizon * ACTIONS)
-        times: dict[str, list[float]] = {name: [] for name in ("auto", "dense", "cg")}
-        valid: dict[str, float] = {}
-        for repeat in range(arguments.repeats + 1):
-            for name in times:
-                began = time.perf_counter()
-                found = solve(
-                    objective,
-                    start,
-                    solver=ProjectedGradient(window=5),
-                    adjoint=Implicit(linear=name),
-                    box=Box(-1.0, 1.0),
-                    max_steps=10,
-                    tolerance=0.0,
-                )
-                torch.autograd.grad(found.x.square().sum(), parameters, allow_unused=True)
-                if repeat:
-                    times[name].append(1e3 * (time.perf_counter() - began))
-                else:
-                    valid[name] = float(found.gradient_valid.float().mean())
-        for name, samples in times.items():
-            rows.append(
-                {
-                    "horizon": horizon,
-                    "linear": name,
-                    "median_ms": f"{statistics.median(samples):.1f}",
-                    "valid_rows": f"{valid[name]:.2f}",
-                    "raw_ms": " ".join(f"{ms:.1f}" for ms in samples),
-                }
-            )
-            print(rows[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        parts = {linear: partial(_differentiate, objective, linear, parameters) for linear in LINEAR}
+        with as_in_runs(config.threads):
+            samples = measure(parts, repeats=config.repeats)
+            valid = {linear: part().gradient_valid.float().mean().item() for linear, part in parts.items()}
+        median = medians(samples)
+        for linear, raw in samples.items():
+            times = {"median_ms": f"{median[linear]:.1f}", "valid_rows": f"{valid[linear]:.2f}"}
+            raw_ms = " ".join(f"{ms:.1f}" for ms in raw)
+            rows.append({"horizon": horizon, "linear": linear, **times, "raw_ms": raw_ms})
+    write_csv(config.out / "horizons.csv", rows)
+    return as_text(rows)
 
 
-def _mlp(outputs: int, inputs: int = LATENT + ACTIONS) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, 512), nn.ELU(), nn.Linear(512, 512), nn.ELU(), nn.Linear(512, outputs))
-
-
-if __name__ == "__main__":
-    main()
+def _differentiate(
+    objective: ReturnObjective, linear: Literal["auto", "dense", "cg"], parameters: list[torch.nn.Parameter]
+) -> Solution:
+    found = solve(
+        objective,
+        torch.zeros(ROWS, objective.horizon * ACTIONS),
+        solver=ProjectedGradient(window=5),
+        adjoint=Implicit(linear=linear),
+        box=Box(-1.0, 1.0),
+        max_steps=10,
+        tolerance=0.0,
+    )
+    torch.autograd.grad(found.x.square().sum(), parameters, allow_unused=True)
+    return found

@@ -1,15 +1,11 @@
 """What ten thousand runs cost in files, bytes and waiting: each method trained once in earnest, then copied to all tasks and seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/many_runs.py --folder /tmp/many         writes benchmarks/results/many_runs*
-
 Ten variants of four policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
-those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn anew so that there is something to
+those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn again so that there is something to
 analyse, weights and checkpoints as hard links, since nothing that is measured here reads them. Then the commands
 that a user waits for are timed, each in a process of its own. Their output is about invented successes: it is thrown away.
 """
 
-import argparse
-import csv
 import json
 import os
 import shutil
@@ -18,17 +14,17 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from benchmarks.records import RESULTS, write_csv, write_record
 from difftori.envs.metaworld import TASKS
 from difftori.experiments.plan import Sweep, plan
-from difftori.runs.versions import versions
 
-RESULTS = Path(__file__).parent / "results"
 TRUE = "reach"
 LARGE = 50_000
 """Bytes from which a file is linked rather than copied."""
@@ -43,6 +39,59 @@ VARIANTS = [
     {"train": "residual", "base": BASE, "base_noise": 0.3},
     *({"train": "difftori-il", "base": BASE, "base_noise": noise} for noise in (0.0, 0.3, 1.0)),
 ]
+
+
+class Config(BaseModel):
+    """How many runs, and where."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    folder: Path
+    """An empty folder for the runs, on a disk with some GB to spare."""
+    tasks: PositiveInt = 50
+    """Tasks of MetaWorld."""
+    seeds: PositiveInt = 20
+    """Seeds for each task."""
+    out: Path = RESULTS
+    """Folder for `many_runs.json`, `many_runs_waits.csv` and `many_runs_sizes.csv`."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Train, copy, time, write the files to `out`, and return the waiting times."""
+    folder = config.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [TRUE, *(task for task in TASKS if task != TRUE)][: config.tasks]
+    collect = f"collect --env metaworld:{TRUE} --obs state --episodes 10 --out {folder / 'demos'}"
+    timed(collect.split(), folder / "collect.log")
+    timed(["sweep", str(sweep_file(folder, [TRUE], 1))], folder / "train.log")
+    agent = folder / "agent" / "tdmpc, 10000 steps" / "seed-0"
+    steps = "--env dmc:cheetah-run --obs state --preset small --steps 10000 --action-repeat 4 --eval-every 5000"
+    timed(
+        ["train", "tdmpc", *steps.split(), "--eval-episodes", "2", "--out", str(agent), "--quiet"], folder / "agent.log"
+    )
+    true = [agent, *(run for run in sorted(folder.glob(f"runs/metaworld.{TRUE}/*/seed-0")) if run.is_dir())]
+    by_variant = {run.parent.name: sizes(run) for run in true}
+    whole = sweep_file(folder, tasks, config.seeds)
+    spread_out(folder, whole)
+    against = ["report", str(folder / "runs"), "--reference", "diffusion", "--out", str(folder / "against")]
+    report = ["report", str(folder / "runs"), "--out", str(folder / "report")]
+    took = {
+        "sweep --status": timed(["sweep", str(whole), "--status"], folder / "status.log"),
+        "report --reference diffusion": timed(against, folder / "against.log"),
+        "report": timed(report, folder / "report.log"),
+        "sweep, finished": timed(["sweep", str(whole)], folder / "again.log"),
+    }
+    found = {
+        "runs": config.tasks * config.seeds * len(VARIANTS),
+        "bytes_by_variant": by_variant,
+        "page_bytes": (folder / "report" / "report.html").stat().st_size,
+        "commands": took,
+    }
+    write_record(config.out / "many_runs.json", found, config=config.model_dump(mode="json"))
+    waits = [{"command": name, **{k: f"{v:.0f}" for k, v in used.items()}} for name, used in took.items()]
+    write_csv(config.out / "many_runs_waits.csv", waits)
+    write_csv(config.out / "many_runs_sizes.csv", [size_row(name, found) for name, found in by_variant.items()])
+    return waits
 
 
 def sweep_file(folder: Path, tasks: Sequence[str], seeds: int) -> Path:
@@ -124,70 +173,10 @@ def sizes(run: Path) -> dict[str, int]:
     return dict(found)
 
 
-def main() -> None:
-    """Train, copy, time, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty one on a disk with some GB to spare")
-    parser.add_argument("--tasks", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=20)
-    args = parser.parse_args()
-    folder = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = [TRUE, *(task for task in TASKS if task != TRUE)][: args.tasks]
-    collect = f"collect --env metaworld:{TRUE} --obs state --episodes 10 --out {folder / 'demos'}"
-    timed(collect.split(), folder / "collect.log")
-    timed(["sweep", str(sweep_file(folder, [TRUE], 1))], folder / "train.log")
-    agent = folder / "agent" / "tdmpc, 10000 steps" / "seed-0"
-    steps = "--env dmc:cheetah-run --obs state --preset small --steps 10000 --action-repeat 4 --eval-every 5000"
-    timed(
-        ["train", "tdmpc", *steps.split(), "--eval-episodes", "2", "--out", str(agent), "--quiet"], folder / "agent.log"
-    )
-    true = [agent, *(run for run in sorted(folder.glob(f"runs/metaworld.{TRUE}/*/seed-0")) if run.is_dir())]
-    by_variant = {run.parent.name: sizes(run) for run in true}
-    whole = sweep_file(folder, tasks, args.seeds)
-    spread_out(folder, whole)
-    took = {
-        "sweep --status": timed(["sweep", str(whole), "--status"], folder / "status.log"),
-        "report --reference diffusion": timed(
-            ["report", str(folder / "runs"), "--reference", "diffusion", "--out", str(folder / "against")],
-            folder / "against.log",
-        ),
-        "report": timed(["report", str(folder / "runs"), "--out", str(folder / "report")], folder / "report.log"),
-        "sweep, finished": timed(["sweep", str(whole)], folder / "again.log"),
-    }
-    result = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "runs": args.tasks * args.seeds * len(VARIANTS),
-        "bytes_by_variant": by_variant,
-        "page_bytes": (folder / "report" / "report.html").stat().st_size,
-        "commands": took,
-        "versions": versions("cpu"),
-    }
-    (RESULTS / "many_runs.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_tables(result)
-
-
-def write_tables(result: dict) -> None:
-    """What the documentation shows of a result: waiting times, and a run's size."""
-    waits = [{"command": name, **{k: f"{v:.0f}" for k, v in took.items()}} for name, took in result["commands"].items()]
-    runs = []
-    for name, found in result["bytes_by_variant"].items():
-        parts = {part: size for part, size in found.items() if part != "entries"}
-        weights = sum(size for part, size in parts.items() if part.endswith(".pt"))
-        whole, checkpoints = sum(parts.values()), parts["checkpoints"]
-        sizes_mb = {
-            "whole": whole,
-            "checkpoints": checkpoints,
-            "weights": weights,
-            "rest": whole - checkpoints - weights,
-        }
-        runs.append({"run": name, **{k: f"{v / 1e6:.2f}" for k, v in sizes_mb.items()}, "entries": found["entries"]})
-    for name, rows in (("waits", waits), ("sizes", runs)):
-        with (RESULTS / f"many_runs_{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
+def size_row(name: str, found: dict[str, int]) -> dict[str, Any]:
+    """A run's size in MB: whole, and by kind of file."""
+    parts = {part: size for part, size in found.items() if part != "entries"}
+    weights = sum(size for part, size in parts.items() if part.endswith(".pt"))
+    whole, checkpoints = sum(parts.values()), parts["checkpoints"]
+    sizes_mb = {"whole": whole, "checkpoints": checkpoints, "weights": weights, "rest": whole - checkpoints - weights}
+    return {"run": name, **{k: f"{v / 1e6:.2f}" for k, v in sizes_mb.items()}, "entries": found["entries"]}

@@ -1,51 +1,68 @@
 """Time and memory of the replay buffer, beside the plain way of doing the same in numpy, interleaved in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/replay.py                 writes benchmarks/results/replay.json
-
-Pixels: 100,000 steps in episodes of 125, slices of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU.
+Pixels: 100,000 steps in episodes of 125, segments of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU.
 The plain way indexes the same frames once per stacked observation, into new memory, and draws by numpy's `choice`; one
 copy of as many bytes, already in order, is the floor. Drawing and updating are also timed alone, over a million
 priorities, beside one cumulative sum with a binary search.
 """
 
-import argparse
-import json
 import os
-import re
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from benchmarks.measuring import Job, as_in_runs, measure, quartiles
+from benchmarks.records import RESULTS, as_text, write_record
 from difftori.data._sum_tree import SumTree
 from difftori.data.replay import Replay
-from difftori.runs.versions import versions
 
-Work = Callable[[], object]
 FRAME, STACK, T, BATCH, EPISODE = (3, 84, 84), 3, 5, 256, 125
 
 
-def interleaved(works: dict[str, Work], repeats: int) -> dict[str, dict]:
-    """Milliseconds of each work, all of them once per repeat, after three unmeasured ones."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 3):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if repeat >= 3:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: summary(values) for name, values in times.items()}
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    repeats: PositiveInt = 50
+    """Interleaved repeats."""
+    steps: PositiveInt = 100_000
+    """Pixel steps that are held. Ten times as many state steps and priorities."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    out: Path = RESULTS
+    """Folder for `replay.json`."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure, write `replay.json` to `out`, and return the table."""
+    load = {"load_average_before": os.getloadavg()}
+    with as_in_runs(config.threads):
+        results = {
+            "tree": tree(10 * config.repeats, 10 * config.steps),
+            "states": states(config.repeats, 10 * config.steps),
+            "pixels": pixels(config.repeats, config.steps),
+        }
+    write_record(config.out / "replay.json", load | results, config=config.model_dump(mode="json"))
+    times = {(part, name): found for part, result in results.items() for name, found in result["times"].items()}
+    return as_text([{"part": part, "work": name, "ms": found["median_ms"]} for (part, name), found in times.items()])
 
 
 def summary(milliseconds: list[float]) -> dict:
     """Median, quartiles and the raw numbers."""
-    low, middle, high = np.quantile(milliseconds, [0.25, 0.5, 0.75]).tolist()
+    low, middle, high = quartiles(milliseconds)
     return {"median_ms": middle, "quartiles_ms": [low, high], "raw_ms": [round(value, 5) for value in milliseconds]}
+
+
+def timed(works: dict[str, Job], repeats: int) -> dict[str, dict]:
+    """Milliseconds of each work, interleaved."""
+    return {name: summary(values) for name, values in measure(works, repeats=repeats).items()}
 
 
 def rss() -> int:
@@ -93,7 +110,7 @@ def pixels(repeats: int, steps: int) -> dict:
         replay.update_priorities(segment.index, segment.weights)
 
     block, target = frames[: BATCH * (T + STACK)], np.empty((BATCH * (T + STACK), *FRAME), np.uint8)
-    times = interleaved(
+    times = timed(
         {
             "sample": lambda: replay.sample(BATCH, generator=generator),
             "sample and update": update,
@@ -141,12 +158,12 @@ def states(repeats: int, steps: int) -> dict:
         segment = replay.sample(512, generator=generator)
         replay.update_priorities(segment.index, segment.weights)
 
-    works: dict[str, Work] = {
+    works: dict[str, Job] = {
         "sample": lambda: replay.sample(512, generator=generator),
         "sample and update": update,
         "record an episode of 1000, overwriting one": lambda: record(replay, pool, 1000),
     }
-    return {"steps": len(replay), "times": interleaved(works, repeats)}
+    return {"steps": len(replay), "times": timed(works, repeats)}
 
 
 def tree(repeats: int, size: int) -> dict:
@@ -160,45 +177,14 @@ def tree(repeats: int, size: int) -> dict:
     def plain() -> np.ndarray:
         return np.searchsorted(np.cumsum(leaves), rng.random(BATCH) * total)
 
-    works: dict[str, Work] = {
+    works: dict[str, Job] = {
         "draw": lambda: ours.find(rng.random(BATCH) * ours.total),
         "update": lambda: ours.set(index, values),
         "plain draw": plain,
     }
-    times = interleaved(works, repeats)
+    times = timed(works, repeats)
     return {
         "size": size,
         "times": times,
         "plain_over_ours": times["plain draw"]["median_ms"] / times["draw"]["median_ms"],
     }
-
-
-def main() -> None:
-    """Measure all of it and write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=100_000, help="pixel steps held; a tenth of the states held")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/replay.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    written = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    load = os.getloadavg()
-    results = {
-        "tree": tree(10 * options.repeats, 10 * options.steps),
-        "states": states(options.repeats, 10 * options.steps),
-        "pixels": pixels(options.repeats, options.steps),
-    }
-    about = {"written": written, "versions": versions("cpu"), "cores": os.cpu_count()}
-    about["load_average_before_and_after"] = [load, os.getloadavg()]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(about | results, indent=1)
-    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
-    options.out.write_text(flat + "\n")
-    for part, result in results.items():
-        for name, times in result["times"].items():
-            print(f"{part:8} {name:45} {times['median_ms']:10.3f} ms")
-    print({part: {k: v for k, v in result.items() if k != "times"} for part, result in results.items()})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,27 +1,22 @@
 """Several agents in one process: their gradients of Eq. 3 one after another, or all at once by vmap over stacked weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/seeds.py                  writes benchmarks/results/seeds.json
-
-It decides whether seeds are worth stacking, beside `--jobs`, which runs each in a process of its own. Interleaved medians, one
-thread, states of 24 numbers, 6 actions, presets compact and small.
+It decides whether seeds are worth stacking, beside `--jobs`, which runs each in a process of its own. Interleaved medians,
+states of 24 numbers, 6 actions, presets compact and small.
 """
 
-import argparse
 import copy
-import json
-import os
-from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from benchmarks.measuring import Device, Job, as_in_runs, measure, medians
+from benchmarks.records import RESULTS, as_text, write_record
 from difftori.agents.losses import model_loss
 from difftori.agents.tdmpc import TDMPC, TDMPCConfig
-from difftori.benchmarks.interleaved import as_in_runs, measure, medians
-from difftori.runs.versions import versions
 from difftori.types import EnvSpec, Segment
 
 SPEC = EnvSpec("made up", (24,), "float32", 6, 1000, 4)
@@ -30,6 +25,34 @@ SPEC = EnvSpec("made up", (24,), "float32", 6, 1000, 4)
 def td_loss(agent: TDMPC, segment: Segment, noise: Tensor) -> Tensor:
     """Eq. 3 of one agent."""
     return model_loss(agent.model, agent.target, segment, segment.obs, noise, agent.settings.coefficients()).total
+
+
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    repeats: PositiveInt = 15
+    """Interleaved repeats."""
+    device: Device = "cpu"
+    """Where the agents compute."""
+    threads: PositiveInt = 1
+    """Threads of torch."""
+    out: Path = RESULTS
+    """Folder for `seeds.json`."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Measure, write `seeds.json` to `out`, and return the table."""
+    rows: list[dict[str, Any]] = []
+    with as_in_runs(config.threads):
+        for preset in ("small", "compact"):
+            for count in (1, 4, 8):
+                times = measure(methods(preset, count, config.device), repeats=config.repeats, device=config.device)
+                raw = {name: [round(value, 4) for value in values] for name, values in times.items()}
+                rows.append({"preset": preset, "agents": count, "median_ms": medians(times), "raw_ms": raw})
+    write_record(config.out / "seeds.json", {"rows": rows}, config=config.model_dump(mode="json"), device=config.device)
+    return as_text([{"preset": row["preset"], "agents": row["agents"], **row["median_ms"]} for row in rows])
 
 
 class Loss(nn.Module):
@@ -44,7 +67,7 @@ class Loss(nn.Module):
         return td_loss(self.agent, self.segment, noise)
 
 
-def contestants(preset: str, count: int, device: str) -> dict[str, Callable[[], object]]:
+def methods(preset: str, count: int, device: str) -> dict[str, Job]:
     """Both ways for `count` agents of a preset."""
     config = TDMPCConfig.model_validate({"preset": preset})
     agents = []
@@ -68,7 +91,7 @@ def contestants(preset: str, count: int, device: str) -> dict[str, Callable[[], 
 
 
 def made_up(steps: int, rows: int, device: str) -> Segment:
-    """A random slice."""
+    """A random segment."""
     generator = torch.Generator().manual_seed(0)
     return Segment(
         torch.randn(steps + 1, rows, *SPEC.obs_shape, generator=generator),
@@ -79,34 +102,3 @@ def made_up(steps: int, rows: int, device: str) -> Segment:
         torch.ones(rows),
         torch.arange(rows),
     ).to(device)
-
-
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "seeds.json")
-    options = parser.parse_args()
-    rows = []
-    with as_in_runs(1):
-        for preset in ("small", "compact"):
-            for count in (1, 4, 8):
-                works = contestants(preset, count, options.device)
-                parts = {(name, "gradient"): work for name, work in works.items()}
-                times = measure(parts, repeats=options.repeats, device=options.device)
-                found = {name: value for (name, _), value in medians(times).items()}
-                raw = {name: [round(value, 4) for value in values] for (name, _), values in times.items()}
-                rows.append({"preset": preset, "agents": count, "median_ms": found, "raw_ms": raw})
-                print(preset, count, {name: round(value, 2) for name, value in found.items()}, flush=True)
-    record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(options.device),
-        "load_average": os.getloadavg(),
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -195,7 +195,7 @@ def test_studies_and_benches_are_found_and_run(command, monkeypatch):
     rows = [{"method": "a", "cost": 1.5}, {"method": "b", "cost": None}]
     module("difftori.experiments.paper.own_study", monkeypatch, Config=Config, run=lambda config: rows * config.seeds)
     module("difftori.experiments.paper.helper", monkeypatch, run=len)
-    module("difftori.benchmarks.own_study", monkeypatch, Config=PlainConfig, run=lambda config: {"ms": config.repeats})
+    module("benchmarks.own_study", monkeypatch, Config=PlainConfig, run=lambda config: {"ms": config.repeats})
     status, out, err = command("study", "own_study", "--seeds", "2")
     assert status == 0, err
     assert out.count("1.5") == 2
@@ -247,6 +247,23 @@ def test_every_module_of_the_packages_can_be_listed(command):
         status, out, err = command(kind, "--help")
         assert status == 0, err
         assert "names: " in out
+
+
+def test_benchmarks_are_found_in_a_checkout_only(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "site-packages" / "difftori" / "registry.py"))
+    for words in ([], ["--help"], ["solver"]):
+        status, _, err = command("bench", *words)
+        assert status == 2
+        assert "source checkout" in err
+        assert "Fix:" in err
+    module("own.bench", monkeypatch, Config=PlainConfig, run=lambda config: {"ms": config.repeats})
+    module("own", monkeypatch)
+    assert command("bench", "own.bench")[0] == 0
+    (tmp_path / "src" / "difftori").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path / "benchmarks" / "results")
+    assert registry.source_checkout() == tmp_path
 
 
 def test_the_working_directory_is_searched_last(command):

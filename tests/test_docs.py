@@ -15,7 +15,7 @@ from difftori.cli import main
 from difftori.policies import find_policies
 from difftori.solver import Adjoint, Solver, Status
 from difftori.trainers import known_names
-from tests.soak.trainers import TRAINERS
+from tests.support.trainers import TRAINERS
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from difftori import __version__
 from difftori.errors import ConfigError, DifftoriError
-from difftori.registry import find_module, module_names, suggest
+from difftori.registry import find_module, module_names, source_checkout, suggest
 
 _USAGE = """usage: difftori COMMAND …
 
@@ -27,7 +27,7 @@ _USAGE = """usage: difftori COMMAND …
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]   train many: tasks × seeds × options
   report DIR… [--out DIR]       any number of runs on one page, with intervals and protocol
   study NAME …                  make a table or figure of the paper anew
-  bench NAME …                  measure speed and precision
+  bench NAME …                  measure speed and precision (in a source checkout)
   --version, --help
 
 `difftori COMMAND --help` tells more. DIFFTORI_DEBUG=1 shows where an error came from.
@@ -71,7 +71,7 @@ def _dispatch(words: list[str]) -> int:
         "sweep": _sweep,
         "report": _report,
         "study": lambda rest: _module_command("study", "difftori.experiments.paper", rest),
-        "bench": lambda rest: _module_command("bench", "difftori.benchmarks", rest),
+        "bench": _bench,
     }
     if words[0] not in commands:
         raise ConfigError([f"{words[0]!r} is not a command{suggest(words[0], commands)}; see difftori --help"])
@@ -344,6 +344,13 @@ def _run_bar(total: int, finished: int) -> Iterator[tuple[Callable[[str], None],
     with Progress(*columns, console=Console(stderr=True)) as bar:
         line = bar.add_task("runs", total=total, completed=finished)
         yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
+
+
+def _bench(words: list[str]) -> None:
+    """Run a benchmark of the source checkout, or a module of the user's own, whose name has a dot."""
+    if not words or "." not in words[0]:
+        sys.path.insert(0, str(source_checkout()))
+    _module_command("bench", "benchmarks", words)
 
 
 def _module_command(kind: str, package: str, words: list[str]) -> None:

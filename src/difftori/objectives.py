@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ Value = Callable[[Tensor], Tensor]
 """state (B S) → (B)."""
 
 
+@dataclass(frozen=True, eq=False)
 class ReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
 
@@ -33,30 +35,27 @@ class ReturnObjective(TrajectoryObjective):
     rewards that take it.
     """
 
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        reward: Reward,
-        terminal_value: Value | None,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-        first_step: int | Tensor = 0,
-    ):
-        self.dynamics, self.reward, self.terminal_value = dynamics, reward, terminal_value
-        self._next, self._reward = with_time(dynamics), with_time(reward)
+    dynamics: Dynamics
+    reward: Reward
+    terminal_value: Value | None
+    state: States
+    horizon: int
+    action_dim: int
+    discount: float = 1.0
+    first_step: int | Tensor = 0
+
+    def __post_init__(self):
+        _accept_time(self)
         # A tensor, so that compiled code is the same for every step.
-        self.first_step = torch.as_tensor(first_step, device=state.device)
-        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+        object.__setattr__(self, "first_step", torch.as_tensor(self.first_step, device=self.state.device))
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a)."""
-        return self._next(state, action, t + self.first_step)
+        return self.dynamics(state, action, t + self.first_step)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
-        return -self._reward(state, action, t + self.first_step)
+        return -self.reward(state, action, t + self.first_step)
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero without a terminal value."""
@@ -64,86 +63,75 @@ class ReturnObjective(TrajectoryObjective):
 
     def select(self, rows: Tensor) -> "ReturnObjective":
         """The same plan from some of the states."""
-        return ReturnObjective(
-            self.dynamics,
-            self.reward,
-            self.terminal_value,
-            self.state[rows],
-            self.horizon,
-            self.action_dim,
-            self.discount,
-            self.first_step,
-        )
+        return replace(self, state=self.state[rows])
 
 
-class ActionReturnObjective(ReturnObjective):
+@dataclass(frozen=True, eq=False)
+class ActionReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H, a_H)), Eq. 4 as printed: the last action is optimised too.
 
     `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. Its last step is unlike the
     others, so ILQR does not apply.
     """
 
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        reward: Reward,
-        action_value: Reward,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-    ):
-        super().__init__(dynamics, reward, None, state, horizon, action_dim, discount)
-        self.action_value = action_value
+    dynamics: Dynamics
+    reward: Reward
+    action_value: Reward
+    state: States
+    horizon: int
+    action_dim: int
+    discount: float = 1.0
+    staged = False
+
+    def __post_init__(self):
+        _accept_time(self)
 
     def cost(self, x: Points) -> Rows:
         """Minus the return; the last action meets Q instead of R."""
         state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
         *actions, last = self.plan(x).unbind(-2)
         for t, action in zip(self.times().unbind(), actions, strict=False):
-            total = total + weight * self._reward(state, action, t + self.first_step)
-            state = self._next(state, action, t + self.first_step)
+            total = total + weight * self.reward(state, action, t)
+            state = self.dynamics(state, action, t)
             weight = weight * self.discount
         return -(total + weight * self.action_value(state, last))
 
-    staged = False
+    def next(self, state: States, action: Actions, t: Tensor) -> States:
+        """d(z, a)."""
+        return self.dynamics(state, action, t)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """Refused: it depends on the step."""
         raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
 
+    def terminal_cost(self, state: States) -> Rows:
+        """Zero."""
+        return torch.zeros_like(state[..., 0])
+
     def select(self, rows: Tensor) -> "ActionReturnObjective":
         """The same plan from some of the states."""
-        return ActionReturnObjective(
-            self.dynamics,
-            self.reward,
-            self.action_value,
-            self.state[rows],
-            self.horizon,
-            self.action_dim,
-            self.discount,
-        )
+        return replace(self, state=self.state[rows])
 
 
+@dataclass(frozen=True, eq=False)
 class EnergyObjective(TrajectoryObjective):
     """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, with no meaning outside the plan.
 
     `dynamics` may be None for H = 1, where f scores one action or one whole chunk of actions.
     """
 
-    def __init__(
-        self,
-        dynamics: Dynamics | None,
-        energy: Reward,
-        state: States,
-        horizon: int,
-        action_dim: int,
-        discount: float = 1.0,
-    ):
-        if dynamics is None and horizon != 1:
-            raise ShapeError(f"EnergyObjective: horizon {horizon} needs dynamics; without them the horizon must be 1.")
-        self.dynamics, self.energy = dynamics, energy
-        self.state, self.horizon, self.action_dim, self.discount = state, horizon, action_dim, discount
+    dynamics: Dynamics | None
+    energy: Reward
+    state: States
+    horizon: int
+    action_dim: int
+    discount: float = 1.0
+
+    def __post_init__(self):
+        if self.dynamics is None and self.horizon != 1:
+            raise ShapeError(
+                f"EnergyObjective: horizon {self.horizon} needs dynamics; without them the horizon must be 1."
+            )
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a); for H = 1 there is no next state to need."""
@@ -159,9 +147,12 @@ class EnergyObjective(TrajectoryObjective):
 
     def select(self, rows: Tensor) -> "EnergyObjective":
         """The same plan from some of the states."""
-        return EnergyObjective(
-            self.dynamics, self.energy, self.state[rows], self.horizon, self.action_dim, self.discount
-        )
+        return replace(self, state=self.state[rows])
+
+
+def _accept_time(objective: ReturnObjective | ActionReturnObjective) -> None:
+    object.__setattr__(objective, "dynamics", with_time(objective.dynamics))
+    object.__setattr__(objective, "reward", with_time(objective.reward))
 
 
 def trajectory_objective(
@@ -190,6 +181,6 @@ def trajectory_objective(
 
 
 def _later(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor], first: Tensor
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], first: int | Tensor
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda state, action, t: function(state, action, t + first)

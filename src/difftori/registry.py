@@ -1,4 +1,4 @@
-"""Finds what a name means: policies, environments, studies and benches of this package, or `my_pkg.my_module:Name` in your own code.
+"""Finds what a name means: policies, environments, and studies of this package, or `my_pkg.my_module:Name` in your own code.
 
 Nothing is registered. A component is found because its file lies in the package that is walked.
 """
@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +34,23 @@ def module_names(package: str) -> dict[str, str]:
         return {}
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
     return {m.name.replace("_", "-"): f"{package}.{m.name}" for m in found if not m.name.startswith("_")}
+
+
+def source_checkout() -> Path:
+    """The source checkout: the one that this package is imported from, or the current directory or one of its parents.
+
+    Raises ConfigError if there is none: an installed package has no benchmarks.
+    """
+    here = Path.cwd()
+    for folder in (Path(__file__).parents[2], here, *here.parents):
+        if (folder / "src" / "difftori").is_dir() and (folder / "benchmarks" / "__init__.py").is_file():
+            return folder
+    raise ConfigError(
+        [
+            "bench: the benchmarks are in the source checkout, not in the installed package. "
+            "Fix: run the command in a checkout, or name a module of your own: difftori bench my_pkg.my_bench"
+        ]
+    )
 
 
 def find_module(name: str, package: str, kind: str) -> ModuleType:

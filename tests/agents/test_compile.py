@@ -8,7 +8,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from difftori.solver import compiled
-from tests.agents.test_every_agent import act, build, segment
+from tests.support.agents import act, build, segment
 backend = sys.argv[1]
 compiled._compile = __import__("functools").cache(
     lambda function, lean=False: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))

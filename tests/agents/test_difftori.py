@@ -10,10 +10,9 @@ from difftori.agents import difftori
 from difftori.errors import ConfigError
 from difftori.registry import find_agent
 from difftori.solver import Detached
-from tests.agents.test_every_agent import STATES, TINY, act, build, segment
-from tests.agents.test_every_agent import lively as lively_agent
+from tests.support.agents import STATES, TINY, act, build, randomised, segment
 
-lively = partial(lively_agent, "difftori")
+lively = partial(randomised, "difftori")
 SIZES = {name: value for name, value in TINY.items() if name not in ("samples", "elites")}
 
 

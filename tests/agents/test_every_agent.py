@@ -7,50 +7,9 @@ from difftori.agents import find_agents
 from difftori.errors import ConfigError, NonFiniteError
 from difftori.registry import find_agent
 from difftori.runs.checkpoint import pack, weights_digest
-from difftori.types import EnvSpec, Segment
+from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
 
 AGENTS = sorted(find_agents())
-STATES = EnvSpec("probe:tiny", (5,), "float32", 2, 100, 1)
-PIXELS = EnvSpec("probe:pictures", (9, 84, 84), "uint8", 2, 100, 1)
-TINY = {"width": 16, "encoder_width": 16, "latent_dim": 8, "batch_size": 8, "horizon": 3, "samples": 16, "elites": 4}
-
-
-def build(name: str, spec: EnvSpec = STATES, **settings):
-    torch.manual_seed(0)
-    kind = find_agent(name)
-    tiny = {n: v for n, v in {**TINY, "prior_samples": 2, "channels": 4}.items() if n in kind.Config.model_fields}
-    return kind(kind.Config(**{**tiny, **settings}), spec)
-
-
-def lively(name: str, spec: EnvSpec = STATES, **settings):
-    """An agent of random weights throughout: freshly built, its last layers are zeros, and nothing depends on anything."""
-    agent = build(name, spec, **{"schedule_steps": 0, **settings})
-    g = torch.Generator().manual_seed(7)
-    for parameter in agent.parameters():
-        parameter.data.normal_(std=0.3, generator=g)
-    return agent
-
-
-def segment(spec: EnvSpec = STATES, *, steps: int = 3, rows: int = 8, seed: int = 0) -> Segment:
-    g = torch.Generator().manual_seed(seed)
-    shape = (steps + 1, rows, *spec.obs_shape)
-    pixels = spec.obs_dtype == "uint8"
-    obs = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8) if pixels else torch.randn(shape, generator=g)
-    return Segment(
-        obs,
-        2 * torch.rand(steps, rows, spec.action_dim, generator=g) - 1,
-        torch.rand(steps, rows, generator=g),
-        torch.zeros(steps, rows, dtype=torch.bool),
-        torch.ones(steps, rows),
-        torch.ones(rows),
-        torch.arange(rows),
-    )
-
-
-def act(agent, obs, memory=None, *, first=None, step=30_000, explore=False, seed=0):
-    first = torch.ones(len(obs), dtype=torch.bool) if first is None else first
-    generator = torch.Generator().manual_seed(seed)
-    return agent.act(obs, memory, first=first, step=step, explore=explore, generator=generator)
 
 
 @pytest.mark.parametrize("name", AGENTS)
@@ -82,7 +41,7 @@ WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_row_acts_alone_as_in_company(name, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda weights, count, **options: weights.topk(count, 1).indices)
-    agent = lively(name, **UNDRAWN.get(name, {})).double()
+    agent = randomised(name, **UNDRAWN.get(name, {})).double()
     obs, later = segment().obs[:2, :5].double()
     together, memory = act(agent, obs)
     again, _ = act(agent, later, memory, first=torch.zeros(5, dtype=torch.bool))
@@ -99,7 +58,7 @@ def test_a_row_acts_alone_as_in_company(name, monkeypatch):
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("explore", [False, True])
 def test_what_others_see_is_nothing_to_a_row(name, explore):
-    agent = lively(name).double()
+    agent = randomised(name).double()
     obs, others = segment().obs[0].double(), segment(seed=1).obs[0].double()
     before, _ = act(agent, obs, explore=explore)
     assert varied(before)
@@ -118,7 +77,7 @@ def varied(actions: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(("name", "settings"), [*WITH_MEMORY, ("difftori", {"init": "prior"})])
 def test_a_first_row_forgets_the_last_episode(name, settings):
-    agent = lively(name, **settings)
+    agent = randomised(name, **settings)
     obs, earlier = segment().obs[0], segment().obs[1]
     _, memory = act(agent, earlier)
     fresh, _ = act(agent, obs)
@@ -128,7 +87,7 @@ def test_a_first_row_forgets_the_last_episode(name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), WITH_MEMORY)
 def test_each_row_forgets_or_goes_on_by_its_own_flag(name, settings):
-    agent = lively(name, **settings)
+    agent = randomised(name, **settings)
     obs, earlier = segment().obs[0], segment().obs[1]
     _, memory = act(agent, earlier)
     fresh, _ = act(agent, obs)

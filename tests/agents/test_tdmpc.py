@@ -3,7 +3,7 @@
 import torch
 
 from difftori.agents.losses import model_loss, prior_loss
-from tests.agents.test_every_agent import act, build, segment
+from tests.support.agents import act, build, segment
 
 
 def test_the_loss_is_equation_3_written_out():

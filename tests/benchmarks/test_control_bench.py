@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftori.benchmarks.control import Config, Loop, run
-from difftori.benchmarks.control_entries import Cell, Outcome, Session, entries
-from difftori.benchmarks.control_problems import CARTPOLE, HOVER, PROBLEMS, QUADROTOR, UNICYCLE
-from difftori.benchmarks.control_report import Sample, summarise
+from benchmarks.control import Config, Loop, run
+from benchmarks.control_entries import Cell, Outcome, Session, entries
+from benchmarks.control_problems import CARTPOLE, HOVER, PROBLEMS, QUADROTOR, UNICYCLE
+from benchmarks.control_report import Line, Sample, summarise
 from difftori.errors import ConfigError, MissingExtraError
 
 F64 = torch.float64
 
 
 def test_a_quick_run_writes_its_files(tmp_path: Path) -> None:
-    rows = run(Config(quick=True, peers=False, repeats=1, out=tmp_path))
+    rows = run(Config(quick=True, baselines=False, repeats=1, out=tmp_path))
     assert list(dict.fromkeys(row["problem"] for row in rows)) == [f"{name} B=2" for name in PROBLEMS]
     out = tmp_path / "quick"
     with (out / "control-summary.csv").open() as file:
@@ -35,23 +35,23 @@ def test_a_quick_run_writes_its_files(tmp_path: Path) -> None:
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_missing_peer_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_baseline_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "casadi", None)
-    with pytest.raises(MissingExtraError, match=r"difftori\[peers\].*--no-peers"):
+    with pytest.raises(MissingExtraError, match=r"difftori\[baselines\].*--no-baselines"):
         run(Config(quick=True, out=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CasADi IPOPT"):
-        run(Config(entries=("SNOPT",), peers=False, out=tmp_path))
+        run(Config(entries=("SNOPT",), baselines=False, out=tmp_path))
 
 
 def test_entries_are_chosen_by_what_is_wanted() -> None:
-    assert not any(entry.peer or entry.compiled for entry in entries(CARTPOLE, peers=False, compile=False))
-    assert "mpc.pytorch" not in [entry.name for entry in entries(UNICYCLE, peers=True, compile=True)]
-    (only,) = entries(QUADROTOR, peers=True, compile=False, only=("CasADi IPOPT",))
-    assert only.peer
+    assert not any(entry.baseline or entry.compiled for entry in entries(CARTPOLE, baselines=False, compile=False))
+    assert "mpc.pytorch" not in [entry.name for entry in entries(UNICYCLE, baselines=True, compile=True)]
+    (only,) = entries(QUADROTOR, baselines=True, compile=False, only=("CasADi IPOPT",))
+    assert only.baseline
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
@@ -118,12 +118,13 @@ def test_a_rollout_reports_cost_violation_and_states() -> None:
 
 def test_times_of_part_of_a_batch_are_compared_as_they_are_and_ratios_are_of_medians() -> None:
     cell = Cell(CARTPOLE, 2)
-    rest = dict.fromkeys(("iterations", "solved", "warm_cost", "warm_violation"), 0.0)
+    rest = {"problem": "cartpole", "horizon": 50, "batch": 2, "rows": 1, "first_call_ms": 1.0}
+    rest |= dict.fromkeys(("iterations", "solved", "warm_cost", "warm_violation"), 0.0)
     rest |= dict.fromkeys(("warm_iterations", "warm_solved", "gradient_error", "cost", "violation"), 0.0)
 
     def line(name: str, ms: list[float], reference):
         samples = [Sample(str(cell), name, part, i, v) for part in ("cold", "warm") for i, v in enumerate(ms)]
-        return summarise(cell=cell, entry=name, rows=1, build_ms=1.0, samples=samples, reference=reference, **rest)
+        return Line(entry=name, **rest, **summarise(samples, reference))
 
     first = line("one", [10.0, 30.0, 20.0], None)
     second = line("two", [5.0], first)

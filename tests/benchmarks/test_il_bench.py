@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from difftori.benchmarks.il import REFINERS, Config, run
+from benchmarks.il import REFINERS, Config, run
 
 
-def test_it_measures_an_update_and_an_action_of_every_contestant(tmp_path):
+def test_it_measures_an_update_and_an_action_of_every_method(tmp_path):
     rows = run(Config(repeats=1, out=tmp_path))
-    assert [row["contestant"] for row in rows] == ["bc", *(each.name for each in REFINERS)]
+    assert [row["method"] for row in rows] == ["bc", *(each.name for each in REFINERS)]
     with (tmp_path / "il-bc.csv").open() as file:
         base, *others = list(csv.DictReader(file))
     assert float(base["update_ratio"]) == float(base["act_ratio"]) == 1

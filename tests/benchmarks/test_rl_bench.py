@@ -5,18 +5,18 @@ import json
 
 import pytest
 
-from difftori.benchmarks.rl import CONTESTANTS, Config, run
+from benchmarks.rl import METHODS, Config, run
 
 
-def test_it_measures_every_part_of_every_contestant(tmp_path):
+def test_it_measures_every_part_of_every_method(tmp_path):
     rows = run(Config(env="probe:delayed-reward", preset="compact", repeats=2, out=tmp_path))
-    assert [row["contestant"] for row in rows] == [c.name for c in CONTESTANTS]
+    assert [row["method"] for row in rows] == [c.name for c in METHODS]
     with (tmp_path / "rl-state-compact.csv").open() as file:
         written = list(csv.DictReader(file))
     for row in written:
         assert float(row["act_ms"]) > 0
         assert float(row["update_ms"]) > 0
-        assert (float(row["episode_ms"]) > 0) == ("per-episode" in row["contestant"])
+        assert (float(row["episode_ms"]) > 0) == ("per-episode" in row["method"])
     first, last = written[0], written[-1]
     assert float(last["act_ratio"]) == pytest.approx(float(last["act_ms"]) / float(first["act_ms"]), rel=1e-3)
     assert float(first["training_ratio"]) == 1

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.solver import Config, run
+from benchmarks.solver_entries import Cell, Entry, Setup, build, entries, find_entry
+from benchmarks.solver_problems import imitation_problem, latent_problem
+from benchmarks.solver_quality import measure_quality
+from benchmarks.solver_report import summarise
+from benchmarks.solver_timing import Sample, time_cell
 from difftori import presets
-from difftori.benchmarks import entries as table
-from difftori.benchmarks.entries import Cell, Entry, Setup, build, entries
-from difftori.benchmarks.problems import imitation_problem, latent_problem
-from difftori.benchmarks.quality import measure_quality
-from difftori.benchmarks.report import summarise
-from difftori.benchmarks.solver import Config, run
-from difftori.benchmarks.timing import Sample, time_cell
 from difftori.errors import ConfigError, MissingExtraError
 
 
@@ -35,7 +34,7 @@ def test_a_quick_run_writes_its_files(tmp_path: Path, cache: Path) -> None:
         problems=("imitation", "pendulum"),
         repeats=1,
         quick=True,
-        peers=False,
+        baselines=False,
         compile=False,
         memory=False,
         out=tmp_path,
@@ -54,7 +53,7 @@ def test_a_quick_run_writes_its_files(tmp_path: Path, cache: Path) -> None:
     assert all(float(row["forward_ms"]) > 0 for row in raw)
     assert "<svg" in (out / "solver.svg").read_text()
     record = json.loads((out / "solver.json").read_text())
-    assert record["threads"] == 1
+    assert record["versions"]["threads"] == 1
     assert record["config"]["finished"]
     assert record["versions"]["torch"] == torch.__version__
     assert not list(out.glob("*.tmp"))
@@ -63,7 +62,7 @@ def test_a_quick_run_writes_its_files(tmp_path: Path, cache: Path) -> None:
 def test_entries_take_turns_at_being_first(setup: Setup) -> None:
     order = []
 
-    def contestant(name: str) -> Entry:
+    def made_up(name: str) -> Entry:
         def solve(problem, generator):
             order.append(name)
             return problem.x0 + problem.context.sum()
@@ -71,9 +70,9 @@ def test_entries_take_turns_at_being_first(setup: Setup) -> None:
         return Entry(name, solve)
 
     names = ["one", "two", "three"]
-    everyone = [contestant(name) for name in names]
+    everyone = [made_up(name) for name in names]
     cell = Cell("pendulum", 3, 2)
-    samples = time_cell(cell, everyone, setup, repeats=4, seconds=0.0, advance=lambda text: None)
+    samples = time_cell(cell, everyone, setup, repeats=4, seconds=0.0, say=lambda text: None)
     assert order == [*names, *names, "two", "three", "one", "three", "one", "two"]  # first calls, then three repeats
     assert [sample.repeat for sample in samples] == [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3
 
@@ -122,7 +121,7 @@ def test_the_clamp_in_the_cost_kills_the_gradient_outside(cache: Path) -> None:
 
 def test_an_exact_gradient_is_recognised(setup: Setup) -> None:
     """Our accurate preset on the chunk score: the truth, made by other means, agrees with it."""
-    quality = measure_quality(Cell("imitation", 1, 4), table.entry("imitation", "accurate"), setup)
+    quality = measure_quality(Cell("imitation", 1, 4), find_entry("imitation", "accurate"), setup)
     assert quality.compared > 0
     assert quality.cosine > 0.999
     assert quality.relative_error < 1e-3
@@ -142,17 +141,17 @@ def test_a_wrong_gradient_is_recognised(setup: Setup) -> None:
 
 def test_entries_are_chosen_by_what_is_wanted() -> None:
     cell = Cell("latent", 1, 256)
-    names = [entry.name for entry in entries(cell, peers=False, compile=False)]
+    names = [entry.name for entry in entries(cell, baselines=False, compile=False)]
     assert "MPPI 525x6" not in names  # too large
     assert not any("Theseus" in name or "compiled" in name for name in names)
-    assert entries(cell, peers=True, compile=True)[0].peer  # the reference of the ratios
+    assert entries(cell, baselines=True, compile=True)[0].baseline  # the reference of the ratios
     with pytest.raises(ConfigError, match="fast"):
-        table.entry("latent", "slow")
+        find_entry("latent", "slow")
 
 
-def test_a_missing_peer_names_the_target_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_baseline_names_the_target_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "theseus", None)
-    with pytest.raises(MissingExtraError, match="make peers"):
+    with pytest.raises(MissingExtraError, match="make baselines"):
         run(Config(quick=True, out=tmp_path, cache=tmp_path))
     assert not list(tmp_path.iterdir())
 

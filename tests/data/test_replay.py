@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tests.support.naive_replay import Player, compare, events, make_player, same, seeded
 
 from difftori.data.replay import Replay
 from difftori.errors import ConfigError, DataError, NonFiniteError
+from tests.support.naive_replay import Player, compare, events, make_player, same, seeded
 
 NAN = float("nan")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.naive_replay import compare, events, make_player, same, seeded
 
 from difftori.data import _episodes
 from difftori.data.replay import prune
 from difftori.errors import CheckpointError
 from difftori.runs.checkpoint import pack, unpack
+from tests.support.naive_replay import compare, events, make_player, same, seeded
 
 
 class Canary:

@@ -219,13 +219,13 @@ def mpc_modules():
     before = dict(mpl.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("mpc", reason="mpc.pytorch is not installed: make peers")
+        pytest.importorskip("mpc", reason="mpc.pytorch is not installed: make baselines")
         modules = importlib.import_module("mpc.env_dx.pendulum"), importlib.import_module("mpc.mpc")
         yield modules
         mpl.rcParams.update(before)
 
 
-@pytest.mark.peers
+@pytest.mark.baselines
 @pytest.mark.parametrize("task", TASKS)
 def test_dynamics_and_cost_equal_mpc_pytorch(task, mpc_modules):
     dynamics, solver = mpc_modules

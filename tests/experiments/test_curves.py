@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tests.support.fabricated import write_run
 
 from difftori.cli import main
 from difftori.config import fields_of, overlay, read_tokens
@@ -34,6 +33,7 @@ from difftori.experiments.runs import TASKS, StudyConfig, partial_reasons, plan_
 from difftori.paper.curves import published_curves
 from difftori.paper.numbers import paper_tasks
 from difftori.trainers import reinforcement
+from tests.support.fabricated import write_run
 
 PAIR = figure3.ARMS
 

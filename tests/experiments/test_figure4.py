@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.specs import VECTORS, observations
 
 from difftori.errors import ConfigError
 from difftori.experiments.paper import figure4
 from difftori.experiments.paper.figure4 import draw, landscapes
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
+from tests.support.specs import VECTORS, observations
 
 
 def refiner(**settings) -> DiffTORI:

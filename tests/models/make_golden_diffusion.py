@@ -1,9 +1,7 @@
 """Writes golden_diffusion.json anew: what Hugging Face diffusers computes, for test_diffusion.py to compare with.
 
-    python -m venv /tmp/golden && /tmp/golden/bin/pip install diffusers==0.42.1 torch
-    cd tests/models && /tmp/golden/bin/python make_golden_diffusion.py
-
-The network is a formula, and so is the noise: nothing depends on a generator of random numbers.
+python -m venv /tmp/golden && /tmp/golden/bin/pip install diffusers==0.42.1 torch
+PYTHONPATH=. /tmp/golden/bin/python tests/models/make_golden_diffusion.py
 """
 
 import json
@@ -11,19 +9,7 @@ from pathlib import Path
 
 import torch
 
-STEPS = 100
-SHAPE = (2, 4, 3)
-
-
-def said(x, step):
-    """What the "network" says at a step."""
-    return 0.9 * torch.tanh(0.7 * x + torch.sin(torch.tensor(0.1 * step)))
-
-
-def noise(number):
-    """The noise of a step, and with −1 that to start from."""
-    count = torch.arange(24, dtype=torch.float64).reshape(SHAPE)
-    return (1.4 * torch.sin(12.9898 * (count + 1) + 78.233 * (number + 2))).float()
+from tests.support.diffusion import STEPS, noise, predicted
 
 
 def main():
@@ -38,7 +24,7 @@ def main():
         "diffusers": __version__,
         "signal": ddpm.alphas_cumprod.tolist(),
         "noised_at": at,
-        "noised": [ddpm.add_noise(0.5 * said(noise(k), k), noise(k), torch.tensor([k, k])).tolist() for k in at],
+        "noised": [ddpm.add_noise(0.5 * predicted(noise(k), k), noise(k), torch.tensor([k, k])).tolist() for k in at],
     }
     fresh = {}
     scheduling_ddpm.randn_tensor = lambda *_, **__: fresh["now"]
@@ -49,7 +35,7 @@ def main():
         now = noise(-1)
         for step in ddpm.timesteps.tolist():
             fresh["now"] = noise(step)
-            now = ddpm.step(said(now, step), step, now).prev_sample
+            now = ddpm.step(predicted(now, step), step, now).prev_sample
             x.append(now.tolist())
         found[f"ddpm {prediction} {STEPS}"] = x[::9]
         for count in (10, 16, 100):
@@ -57,7 +43,7 @@ def main():
             ddim.set_timesteps(count)
             now = noise(-1)
             for step in ddim.timesteps.tolist():
-                now = ddim.step(said(now, step), step, now, eta=0.0).prev_sample
+                now = ddim.step(predicted(now, step), step, now, eta=0.0).prev_sample
             found[f"ddim {prediction} {count}"] = now.tolist()
     Path(__file__).with_name("golden_diffusion.json").write_text(json.dumps(found, indent=None) + "\n")
 

@@ -8,13 +8,13 @@ import torch
 
 from difftori.errors import ConfigError
 from difftori.models.diffusion import DDIM, DDPM, NoiseSchedule, denoise, squared_cosine
-from tests.models.make_golden_diffusion import SHAPE, STEPS, noise, said
+from tests.support.diffusion import SHAPE, STEPS, noise, predicted
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_diffusion.json").read_text())
 
 
 def formula(x, step):
-    return said(x, int(step[0]))
+    return predicted(x, int(step[0]))
 
 
 def golden(name) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_the_schedule_is_the_one_of_diffusers():
 def test_noise_is_added_alike():
     schedule = NoiseSchedule(STEPS)
     for step, expected in zip(GOLDEN["noised_at"], GOLDEN["noised"], strict=True):
-        found = schedule.noised(0.5 * said(noise(step), step), noise(step), torch.full((2,), step))
+        found = schedule.noised(0.5 * predicted(noise(step), step), noise(step), torch.full((2,), step))
         assert torch.allclose(found, torch.tensor(expected), atol=1e-6)
 
 
@@ -39,7 +39,7 @@ def test_noise_is_added_alike():
 def test_every_step_of_ddpm_is_that_of_diffusers(prediction):
     schedule, sampler, x, found = NoiseSchedule(STEPS, prediction), DDPM(), noise(-1), []
     for step, before in sampler.pairs(STEPS):
-        clean, estimated = schedule.estimate(x, said(x, step), step)
+        clean, estimated = schedule.estimate(x, predicted(x, step), step)
         x = sampler.back(x, clean, estimated, noise(step), schedule.at(step), schedule.at(before))
         found.append(x)
     assert torch.allclose(torch.stack(found[::9]), golden(f"ddpm {prediction} {STEPS}"), atol=2e-5)
@@ -59,7 +59,7 @@ def test_ddpm_draws_fresh_noise_from_the_generator_but_none_at_the_end():
     found = denoise(formula, schedule, DDPM(), noise(-1), generator=generator)
     again, x = torch.Generator().manual_seed(3), noise(-1)
     for step in (4, 3, 2, 1, 0):
-        clean, estimated = schedule.estimate(x, said(x, step), step)
+        clean, estimated = schedule.estimate(x, predicted(x, step), step)
         fresh = torch.randn(SHAPE, generator=again) if step else torch.full(SHAPE, 1e6)
         x = DDPM().back(x, clean, estimated, fresh, schedule.at(step), schedule.at(step - 1))
     assert torch.equal(found, x)

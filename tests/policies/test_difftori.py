@@ -12,6 +12,7 @@ from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.refiner import FunctionBase
 from difftori.solver import Box, Detached
 from difftori.types import Plans, TaskSpec, Window, WindowObs
+from tests.support.policies import SMALL, constant_base, enlarged, refiner
 from tests.support.specs import (
     SCALE,
     SHIFT,
@@ -24,28 +25,6 @@ from tests.support.specs import (
     in_other_units,
     observations,
 )
-
-SMALL = {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4}
-
-
-def still(obs: WindowObs) -> Plans:
-    """A base that always does the same."""
-    rows = len(next(iter(obs.values())))
-    return torch.linspace(-0.5, 0.5, VECTORS.horizon)[None, :, None].expand(rows, -1, VECTORS.action_dim).clone()
-
-
-def refiner(spec: TaskSpec = VECTORS, **settings) -> DiffTORI:
-    torch.manual_seed(0)
-    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), spec, FunctionBase(still))
-
-
-def lively(policy: DiffTORI) -> DiffTORI:
-    """Larger weights, so that the solve goes somewhere."""
-    with torch.no_grad():
-        for parameter in (*policy.score.parameters(), *policy.encoder.parameters()):
-            parameter.mul_(2.0)
-        policy.score[-1].weight.mul_(10.0)
-    return policy
 
 
 def test_a_box_without_bounds_is_refused():
@@ -82,8 +61,8 @@ def test_a_base_that_is_not_needed_is_not_asked():
 def test_only_what_is_planned_is_changed(spec):
     """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
     obs = observations(VECTORS, 3)
-    quiet, loud = refiner(spec), lively(refiner(spec))
-    whole = still(obs)
+    quiet, loud = refiner(spec), enlarged(refiner(spec))
+    whole = constant_base(obs)
     assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.1)
     acted = loud.act(obs, generator=generator())
     present = VECTORS.present
@@ -96,7 +75,7 @@ def test_only_what_is_planned_is_changed(spec):
 @pytest.mark.parametrize("anchor", ["none", "middle", "base"])
 def test_the_objective_is_eq_7(decision, anchor):
     """The planner's value of its plan, written out: Σ f(z_t, a_t) − ½k‖a_t − c_t‖² with z_{t+1} = z_t + MLP(z_t, a_t)."""
-    policy = lively(refiner(decision=decision, anchor=anchor, curvature=0.7))
+    policy = enlarged(refiner(decision=decision, anchor=anchor, curvature=0.7))
     if policy.dynamics is not None:
         torch.nn.init.normal_(policy.dynamics[-1].weight, std=0.3)
     state = policy.encode(policy.units.obs(observations(VECTORS, 3)))
@@ -130,14 +109,14 @@ def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
     """In training alone; what it has learned from is a base that lies inside of the data's range."""
     spec = in_other_units(WITHIN["vectors"])
     scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
-    base = FunctionBase(lambda obs: still(obs) * scale + shift)
+    base = FunctionBase(lambda obs: constant_base(obs) * scale + shift)
     policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec, base)
     starts, solve = [], policy.plan
     monkeypatch.setattr(policy, "plan", lambda *args, **named: (starts.append(args[2]), solve(*args, **named))[1])
     batch = demonstrations(VECTORS, 500)
     policy.loss(batch, generator=generator())
     policy.act(batch.obs, generator=generator())
-    trained, acted = (start - still(batch.obs)[:, VECTORS.present] for start in starts)
+    trained, acted = (start - constant_base(batch.obs)[:, VECTORS.present] for start in starts)
     assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
     assert trained.mean().abs() <= 0.05 * sigma + 1e-6
     assert acted.abs().max() < 1e-5
@@ -146,10 +125,10 @@ def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
 @pytest.mark.parametrize("decision", ["chunk", "step"])
 def test_the_loss_is_differentiated_through_the_solve(decision):
     """Against finite differences in float64, for the score, the encoder, the posterior and the length of the steps."""
-    policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1, step_size=0.1)).double()
+    policy = enlarged(refiner(decision=decision, anchor="base", base_noise=0.1, step_size=0.1)).double()
     batch = demonstrations(VECTORS, 4)
     batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
-    policy._base.base = FunctionBase(lambda obs: still(obs).double())  # noqa: SLF001
+    policy._base.base = FunctionBase(lambda obs: constant_base(obs).double())  # noqa: SLF001
 
     def loss() -> torch.Tensor:
         return policy.loss(batch, generator=generator(3))[0]
@@ -182,11 +161,11 @@ def test_the_divergence_is_the_normals():
 
 
 def test_of_several_samples_the_plan_of_highest_value_is_kept():
-    policy = lively(refiner(act_latent="sample", act_samples=6))
+    policy = enlarged(refiner(act_latent="sample", act_samples=6))
     obs = observations(VECTORS, 3)
     acted = policy.act(obs, generator=generator(7))
     state = policy.encode(policy.units.obs(obs))
-    base = still(obs)[:, VECTORS.present]
+    base = constant_base(obs)[:, VECTORS.present]
     samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
     plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
     best = torch.stack([plan.value for plan in plans]).argmax(0)
@@ -196,10 +175,10 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
 
 
 def test_the_reference_is_the_releases_solve():
-    policy = lively(refiner(preset="reference"))
+    policy = enlarged(refiner(preset="reference"))
     obs = observations(VECTORS, 3)
     state = policy.encode(policy.units.obs(obs))
-    start, sample = still(obs)[:, VECTORS.present], torch.zeros(3, 4)
+    start, sample = constant_base(obs)[:, VECTORS.present], torch.zeros(3, 4)
 
     def cost(x):
         return -policy.score(torch.cat((state, sample, x), -1)).squeeze(-1)
@@ -249,7 +228,7 @@ def test_it_learns_to_mend_its_base():
         optimizer.step()
     present = VECTORS.present
     error = (policy.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
-    assert error < 0.1 * (still(batch.obs) - batch.actions)[:, present].square().mean()
+    assert error < 0.1 * (constant_base(batch.obs) - batch.actions)[:, present].square().mean()
     assert metrics["start_mse"] > 0
 
 

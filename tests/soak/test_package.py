@@ -7,6 +7,7 @@ import sys
 import time
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import psutil
@@ -24,6 +25,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def test_the_wheel_installs_in_a_clean_environment(tmp_path, found):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("difftori-*.whl")
+    assert {name.partition("/")[0].split("-")[0] for name in ZipFile(wheel).namelist()} == {"difftori"}
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel], check=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from difftori.il.train import load_policy
 from difftori.runs.checkpoint import weights_digest
-from tests.soak.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,8 +21,8 @@ from difftori.il.train import load_policy
 from difftori.runs.checkpoint import Checkpoints, weights_digest
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.runs.run import Run
-from tests.soak.trainers import TRAINERS
-from tests.soak.waiting import wait_until
+from tests.support.trainers import TRAINERS
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

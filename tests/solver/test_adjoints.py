@@ -22,8 +22,8 @@ from difftori.solver import (
     check_gradients,
     solve,
 )
-from tests.solver.test_solvers import SECOND_ORDER, SOLVERS, applies
 from tests.support.problems import CASES, F64, Network, lqr, network, quadratic, swing
+from tests.support.solvers import SECOND_ORDER, SOLVERS, applies
 
 # Solvers that come to an optimum slowly: tried on one problem, with a loose tolerance.
 SLOW = {"adam", "gradient-descent", "lm-adaptive", "lm-fixed"}

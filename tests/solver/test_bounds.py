@@ -5,8 +5,8 @@ import torch
 
 import difftori
 from difftori.solver import Box, Detached, Implicit, LeastSquaresObjective, Unrolled, solve
-from tests.solver.test_solvers import SOLVERS, STACKED
 from tests.support.problems import F64, swing
+from tests.support.solvers import SOLVERS, STACKED
 
 
 class Chain(LeastSquaresObjective):

@@ -6,9 +6,8 @@ from torch import nn
 
 import difftori
 from difftori.solver import CEM, MPPI, Adam, Box, Implicit, Newton, ProjectedGradient, solve
-from tests.agents.test_every_agent import act, lively, segment
-from tests.policies.test_difftori import lively as lively_policy
-from tests.policies.test_difftori import refiner
+from tests.support.agents import act, randomised, segment
+from tests.support.policies import enlarged, refiner
 from tests.support.specs import VECTORS, generator, observations
 
 MODES = [torch.no_grad, torch.inference_mode]
@@ -71,7 +70,7 @@ def test_plans_are_the_same():
 
 
 def test_a_policy_acts_the_same():
-    policy = lively_policy(refiner()).eval()
+    policy = enlarged(refiner()).eval()
     found = []
     for mode in MODES:
         with mode():
@@ -83,7 +82,7 @@ def test_a_policy_acts_the_same():
 def test_an_agent_acts_the_same(name):
     found = []
     for mode in MODES:
-        agent = lively(name)
+        agent = randomised(name)
         with mode():
             found.append(act(agent, segment().obs[0])[0])
     assert torch.equal(*found)

@@ -22,7 +22,16 @@ from difftori.errors import CheckpointError, ConfigError, SolverError
 from difftori.interfaces import Agent, Memory
 from difftori.models.world_model import Critics, WorldModel, action_noise
 from difftori.planning import ActionReturnObjective, Plan, Planner, ReturnObjective
-from difftori.solver import Adjoint, Box, Detached, Implicit, ProjectedGradient, Truncated, Unrolled
+from difftori.solver import (
+    Adjoint,
+    Box,
+    Detached,
+    Implicit,
+    ProjectedGradient,
+    TrajectoryObjective,
+    Truncated,
+    Unrolled,
+)
 from difftori.solver.compiled import maybe_compiled
 from difftori.types import (
     Actions,
@@ -276,7 +285,7 @@ class DiffTORI(Agent):
             planner = Planner(ProjectedGradient(), adjoint, _BOX, steps, tolerance=0.0, compile=self.compiles)
         return planner.plan(self.objective(latent, horizon), start)
 
-    def objective(self, latent: Latents, horizon: int) -> ReturnObjective | ActionReturnObjective:
+    def objective(self, latent: Latents, horizon: int) -> TrajectoryObjective:
         """Eq. 4 from `latent` (B Z), with π(z_H) or with a_H in the terminal value."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         if self.settings.terminal == "prior":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import kkt
-from difftori.solver.constraints import Constrained, ConstrainedFunction
+from difftori.solver.constraints import STIFFER, Constrained, ConstrainedFunction, keep_active
 from difftori.solver.derivatives import row_jacobian
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
@@ -194,7 +194,7 @@ class Implicit(Adjoint):
             moved = multipliers.updated(objective.constraints(solution), objective.equality(solution))
             on = ((moved > 0) | objective.equality(solution)).to(solution.dtype)
         jacobian = _constraint_jacobian(objective, solution) * on.unsqueeze(-1)
-        weight = _STIFFER * multipliers.weight
+        weight = STIFFER * multipliers.weight
         _, grad, hessian = problem.curvature(solution)
         extra = (weight - multipliers.weight)[:, None, None]
         hessian = hessian + extra * (jacobian.transpose(-1, -2) @ jacobian)
@@ -336,11 +336,6 @@ def _constraint_jacobian(objective: ConstrainedFunction, x: Points) -> Tensor:
         return row_jacobian(objective.constraints(point), point).detach()
 
 
-_ROUNDS = 6
-_STIFFER = 1e3
-"""By how much the weight of active constraints is raised in the linear system, so that few rounds solve it."""
-
-
 class _ImplicitConstrained(torch.autograd.Function):
     """Value 0; the derivative with respect to the Lagrangian's gradient and the active constraints' values is −K⁻¹."""
 
@@ -351,9 +346,11 @@ class _ImplicitConstrained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        jacobian, y = ctx.jacobian, torch.zeros_like(ctx.jacobian[..., 0])
-        move = ctx.factor.solve(outputs[0])
-        for _ in range(_ROUNDS):
-            y = y + ctx.weight[:, None] * (jacobian @ move.unsqueeze(-1)).squeeze(-1)
-            move = ctx.factor.solve(outputs[0] - (jacobian.transpose(-1, -2) @ y.unsqueeze(-1)).squeeze(-1))
+        jacobian = ctx.jacobian
+        move, y = keep_active(
+            lambda y: ctx.factor.solve(outputs[0] - (jacobian.transpose(-1, -2) @ y.unsqueeze(-1)).squeeze(-1)),
+            lambda move: (jacobian @ move.unsqueeze(-1)).squeeze(-1),
+            torch.zeros_like(jacobian[..., 0]),
+            ctx.weight,
+        )
         return -move, -y, None, None, None

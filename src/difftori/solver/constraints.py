@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from difftori.errors import ObjectiveError
 from difftori.solver.objective import FunctionObjective, Objective, RowSelection, TrajectoryObjective
 from difftori.types import Actions, Points, Rows, States
+
+Found = TypeVar("Found")
 
 
 class Multipliers(NamedTuple):
@@ -115,7 +117,10 @@ StageConstraint = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ConstrainedTrajectory(TrajectoryObjective, Constrained):
-    """A trajectory objective with `stage` constraints g(s_t, a_t, t) ≤ 0 (B m) for t < H and `terminal` ones of s_H (B k)."""
+    """A trajectory objective with `stage` constraints g(s_t, a_t, t) ≤ 0 (B m) for t < H and `terminal` ones of s_H (B k).
+
+    `linear`: the cost is the Lagrangian J + λ·g, without the augmentation.
+    """
 
     def __init__(
         self,
@@ -123,8 +128,10 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         stage: StageConstraint | None,
         terminal: Callable[[Tensor], Tensor] | None,
         multipliers: Multipliers | None = None,
+        linear: bool = False,
     ):
-        self.inner, self.stage, self.terminal, self.multipliers = inner, stage, terminal, multipliers
+        self.inner, self.stage, self.terminal = inner, stage, terminal
+        self.multipliers, self.linear = multipliers, linear
         self.state, self.horizon, self.action_dim = inner.state, inner.horizon, inner.action_dim
         self.discount = inner.discount
 
@@ -143,9 +150,9 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         if self.stage is None:
             return cost
         values = _checked(self.stage(state, action, t), state, "constraint")
-        multipliers, _ = self.split()
-        here = multipliers.index_select(1, t.reshape(1)).squeeze(1)
-        added = augmentation(values, here, self._weight)
+        count = values.shape[-1]
+        stages = self._given.values[:, : self.horizon * count].unflatten(1, (self.horizon, count))
+        added = self._added(values, stages.index_select(1, t.reshape(1)).squeeze(1))
         return cost + (added if self.discount == 1.0 else added * self.discount ** (-t))
 
     def terminal_cost(self, state: States) -> Rows:
@@ -154,8 +161,9 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         if self.terminal is None:
             return cost
         values = _checked(self.terminal(state), state, "terminal_constraint")
-        _, multipliers = self.split()
-        return cost + augmentation(values, multipliers, self._weight) * self.discount ** (-self.horizon)
+        multipliers = self._given.values
+        last = multipliers[:, multipliers.shape[1] - values.shape[-1] :]
+        return cost + self._added(values, last) * self.discount ** (-self.horizon)
 
     def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
         """Stage by stage, then the terminal ones, (B H·m+k)."""
@@ -173,11 +181,8 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         with torch.no_grad():
             return torch.zeros_like(self.constraints(x)[0], dtype=torch.bool)
 
-    def split(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Multipliers, or other values (B H·m+k), as those of the stages (B H m) and the terminal ones (B k)."""
-        if values is None:
-            assert self.multipliers is not None
-            values = self.multipliers.values
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (B H·m+k) as those of the stages (B H m) and the terminal ones (B k)."""
         if self.stage is None:
             return values.new_zeros(len(values), self.horizon, 0), values
         if self.terminal is None:
@@ -186,18 +191,22 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
             last = self.terminal(self.state).shape[-1]
         return values[:, : values.shape[1] - last].unflatten(1, (self.horizon, -1)), values[:, values.shape[1] - last :]
 
+    def _added(self, values: Tensor, multipliers: Tensor) -> Rows:
+        return (multipliers * values).sum(-1) if self.linear else augmentation(values, multipliers, self._given.weight)
+
     @property
-    def _weight(self) -> Rows:
+    def _given(self) -> Multipliers:
         assert self.multipliers is not None
-        return self.multipliers.weight
+        return self.multipliers
 
     def with_multipliers(self, multipliers: Multipliers) -> "ConstrainedTrajectory":
         """The same with other multipliers."""
-        return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers)
+        return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers, self.linear)
 
     def lagrangian(self, weights: Tensor) -> TrajectoryObjective:
         """J + weights·g, with weights (B H·m+k) fixed."""
-        return _Lagrangian(self, *self.split(weights))
+        multipliers = self._given._replace(values=weights)
+        return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers, linear=True)
 
     def shifted(self, multipliers: Multipliers) -> Multipliers:
         """Multipliers of the plan one step later, those of the last step repeated."""
@@ -211,30 +220,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         if not isinstance(inner, TrajectoryObjective):
             return None
         multipliers = None if self.multipliers is None else self.multipliers.select(rows)
-        return ConstrainedTrajectory(inner, self.stage, self.terminal, multipliers)
-
-
-class _Lagrangian(TrajectoryObjective):
-    def __init__(self, constrained: ConstrainedTrajectory, stage: Tensor, terminal: Tensor):
-        self.constrained, self.stage, self.terminal = constrained, stage, terminal
-        self.state, self.horizon, self.action_dim = constrained.state, constrained.horizon, constrained.action_dim
-        self.discount = constrained.discount
-
-    def next(self, state: States, action: Actions, t: Tensor) -> States:
-        return self.constrained.inner.next(state, action, t)
-
-    def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        cost = self.constrained.inner.stage_cost(state, action, t)
-        if self.constrained.stage is None:
-            return cost
-        here = self.stage.index_select(1, t.reshape(1)).squeeze(1)
-        return cost + (here * self.constrained.stage(state, action, t)).sum(-1) * self.discount ** (-t)
-
-    def terminal_cost(self, state: States) -> Rows:
-        cost = self.constrained.inner.terminal_cost(state)
-        if self.constrained.terminal is None:
-            return cost
-        return cost + (self.terminal * self.constrained.terminal(state)).sum(-1) * self.discount ** (-self.horizon)
+        return ConstrainedTrajectory(inner, self.stage, self.terminal, multipliers, self.linear)
 
 
 def augmentation(values: Tensor, multipliers: Tensor, weight: Rows, equality: bool = False) -> Rows:
@@ -257,3 +243,21 @@ def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
             f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
         )
     return values
+
+
+STIFFER = 1e3
+"""How many times heavier active constraints become in the linear system of a derivative, so that few rounds keep them."""
+
+
+def keep_active(
+    solve: Callable[[Tensor], Found], broken: Callable[[Found], Tensor], multipliers: Tensor, weight: Rows
+) -> tuple[Found, Tensor]:
+    """Solve K d = v with J d = 0 for active constraints, by six rounds of multipliers y (B M): d and y.
+
+    `solve` gives K⁻¹(v − Jᵀy), and `broken` J d (B M). K already holds the constraints with `weight` (B).
+    """
+    found = solve(multipliers)
+    for _ in range(6):
+        multipliers = multipliers + weight[:, None] * broken(found)
+        found = solve(multipliers)
+    return found, multipliers

@@ -19,7 +19,7 @@ from torch.func import vmap
 
 from difftori.solver import lq
 from difftori.solver.compiled import loop
-from difftori.solver.constraints import ConstrainedTrajectory
+from difftori.solver.constraints import STIFFER, ConstrainedTrajectory, keep_active
 from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
@@ -221,26 +221,20 @@ class _Active(NamedTuple):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """As `Factor.solve`, with the active constraints kept; and their multipliers (B H·m+k)."""
         size, shape = v_states.shape[-1], self.stage.shape[:3]
-        y = torch.zeros_like(self.multipliers)
-        found = factor.solve(v_states, v_actions)
-        for _ in range(_ROUNDS):
-            actions, states, _ = found
-            pair = torch.cat([states[:, :-1], actions], -1)
-            broken = torch.cat(
-                [lq.times_vector(self.stage, pair).flatten(1), lq.times_vector(self.last, states[:, -1])], 1
-            )
-            y = y + self.weight[:, None] * broken
-            count = shape[1] * shape[2]
-            stage, last = y[:, :count].view(shape), y[:, count:]
-            pull = lq.times_vector(self.stage.transpose(-1, -2), stage)
-            end = lq.times_vector(self.last.transpose(-1, -2), last)
+        count = shape[1] * shape[2]
+
+        def solve(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pull = lq.times_vector(self.stage.transpose(-1, -2), y[:, :count].view(shape))
+            end = lq.times_vector(self.last.transpose(-1, -2), y[:, count:])
             s = torch.cat([v_states[:, :-1] - pull[..., :size], (v_states[:, -1] - end).unsqueeze(1)], 1)
-            found = factor.solve(s, v_actions - pull[..., size:])
-        return found, y
+            return factor.solve(s, v_actions - pull[..., size:])
 
+        def broken(found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            actions, states, _ = found
+            stage = lq.times_vector(self.stage, torch.cat([states[:, :-1], actions], -1))
+            return torch.cat([stage.flatten(1), lq.times_vector(self.last, states[:, -1])], 1)
 
-_ROUNDS = 6
-_STIFFER = 1e3
+        return keep_active(solve, broken, torch.zeros_like(self.multipliers), self.weight)
 
 
 def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Active:
@@ -264,7 +258,7 @@ def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Act
     last = x.new_zeros(len(x), 0, size)
     if objective.terminal is not None:
         last = jacobian(objective.terminal, states[:, -1])
-    stiffer = (_STIFFER - 1) * multipliers.weight
+    stiffer = (STIFFER - 1) * multipliers.weight
     return _Active(
         stage * on_stage.unsqueeze(-1), last * on_last.unsqueeze(-1), moved, stiffer, stiffer + multipliers.weight
     )

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from demo_files import ENDS, Canary, assert_same, tiny
 
 from difftori.data.formats import read_demos, write_lerobot
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError
+from tests.support.demo_files import ENDS, Canary, assert_same, tiny
 
 STEPS = ENDS[-1]
 DATA = "data/chunk-000/file-000.parquet"

@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from demo_files import tiny
 
 from difftori.data.formats import read_demos, write_lerobot, write_zarr
 from difftori.data.normalize import fit_normalizer
 from difftori.data.windows import Windows
 from difftori.errors import DataError, MissingExtraError
+from tests.support.demo_files import tiny
 
 PUSHT = Path(__file__).parents[3].parent / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
 

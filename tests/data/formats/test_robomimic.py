@@ -5,10 +5,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from demo_files import Canary, assert_same, tiny
 
 from difftori.data.formats import read_demos
 from difftori.errors import DataError
+from tests.support.demo_files import Canary, assert_same, tiny
 
 ENDS = [2 * number + 2 for number in range(12)]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from demo_files import ENDS, Canary, assert_same, tiny
 
 from difftori.data.formats import read_demos, write_zarr
 from difftori.errors import DataError
+from tests.support.demo_files import ENDS, Canary, assert_same, tiny
 
 STEPS = ENDS[-1]
 

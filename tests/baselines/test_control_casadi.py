@@ -1,16 +1,16 @@
-"""The control problems in CasADi are those in torch, and multiple shooting solves them (`make peers` installs CasADi)."""
+"""The control problems in CasADi are those in torch, and multiple shooting solves them (`make baselines` installs CasADi)."""
 
 import numpy as np
 import pytest
 import torch
 
-from difftori.benchmarks.control import Config, run
-from difftori.benchmarks.control_casadi import MultipleShooting, symbols
-from difftori.benchmarks.control_entries import CasadiSession, Cell
-from difftori.benchmarks.control_problems import CARTPOLE, PROBLEMS, QUADROTOR, UNICYCLE
+from benchmarks.control import Config, run
+from benchmarks.control_casadi import MultipleShooting, symbols
+from benchmarks.control_entries import CasadiSession, Cell
+from benchmarks.control_problems import CARTPOLE, PROBLEMS, QUADROTOR, UNICYCLE
 
-pytestmark = pytest.mark.peers
-ca = pytest.importorskip("casadi", reason="CasADi is absent: run `make peers`")
+pytestmark = pytest.mark.baselines
+ca = pytest.importorskip("casadi", reason="CasADi is absent: run `make baselines`")
 
 COSTS = {"cartpole": 47.01338, "unicycle": 24.60120, "quadrotor": 23.56501}
 
@@ -86,6 +86,6 @@ def test_compiled_functions_give_the_same(problem, method, tmp_path, monkeypatch
 
 
 def test_a_quick_run_compares_everything(tmp_path) -> None:
-    pytest.importorskip("mpc", reason="mpc.pytorch is absent: run `make peers`")
+    pytest.importorskip("mpc", reason="mpc.pytorch is absent: run `make baselines`")
     rows = run(Config(problems=("cartpole",), quick=True, repeats=1, out=tmp_path))
     assert [row["entry"] for row in rows][:3] == ["CasADi IPOPT", "CasADi fatrop", "mpc.pytorch"]

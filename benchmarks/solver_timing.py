@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Setup, build, entry
-from difftori.benchmarks.problems import Problem
+from benchmarks.measuring import interleaved
+from benchmarks.solver_entries import Cell, Entry, Setup, build, find_entry
+from benchmarks.solver_problems import Problem
 from difftori.errors import DifftoriError
+
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -59,38 +62,33 @@ def time_once(entry: Entry, problem: Problem, weights: Tensor, cell: Cell, repea
 
 def time_cell(
     cell: Cell,
-    contestants: list[Entry],
+    entries: list[Entry],
     setup: Setup,
     *,
     repeats: int,
     seconds: float,
-    advance: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Sample]:
     """Every entry `repeats` times, interleaved; fewer (3 at least) where the budget of seconds ends before.
 
-    In float32. Parameters require gradients, as they do in training. `advance` is told what was just run.
+    In float32. Parameters require gradients, as they do in training. `say` is called with what runs next.
     """
     problem = build(cell, torch.float32, setup)
     for parameter in problem.weights():
         parameter.requires_grad_(True)
     weights = functional(problem)
     samples = []
-    for contestant in contestants:
-        advance(f"{cell}: {contestant.name}, first call")
-        samples.append(time_once(contestant, problem, weights, cell, -1))
-    began = time.perf_counter()
-    for repeat in range(repeats):
-        if repeat >= min(3, repeats) and time.perf_counter() - began > seconds:
-            break
-        shift = repeat % max(len(contestants), 1)
-        for contestant in contestants[shift:] + contestants[:shift]:
-            advance(f"{cell}: {contestant.name}, {repeat + 1}/{repeats}")
-            gc.collect()
-            samples.append(time_once(contestant, problem, weights, cell, repeat))
+    for entry in entries:
+        say(f"{cell}: {entry.name}, first call")
+        samples.append(time_once(entry, problem, weights, cell, -1))
+    for repeat, entry in interleaved(entries, repeats, seconds):
+        say(f"{cell}: {entry.name}, {repeat + 1}/{repeats}")
+        gc.collect()
+        samples.append(time_once(entry, problem, weights, cell, repeat))
     return samples
 
 
-def peak_megabytes(cell: Cell, contestant: Entry, setup: Setup) -> float:
+def peak_megabytes(cell: Cell, entry: Entry, setup: Setup) -> float:
     """How far the resident memory grows above its level before, over one solve and backward, in a fresh process.
 
     The process runs the same entry once before, so that what it imports, compiles and caches is not counted, then
@@ -98,16 +96,16 @@ def peak_megabytes(cell: Cell, contestant: Entry, setup: Setup) -> float:
     """
     request = {
         "cell": [cell.problem, cell.horizon, cell.batch],
-        "entry": contestant.name,
+        "entry": entry.name,
         "setup": [str(setup.cache.resolve()), setup.start, setup.fit_steps, setup.seed],
         "threads": torch.get_num_threads(),
     }
     # A fixed threshold: large tensors always go back to the system when freed, so that peaks are comparable.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "difftori.benchmarks.timing", json.dumps(request)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.solver_timing", json.dumps(request)]
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise DifftoriError(f"memory of {contestant.name} on {cell}: the process failed: {done.stderr[-2000:]}")
+        raise DifftoriError(f"memory of {entry.name} on {cell}: the process failed: {done.stderr[-2000:]}")
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -119,15 +117,15 @@ def _own_peak(request: dict) -> float:
     problem = build(cell, torch.float32, setup)
     for parameter in problem.weights():
         parameter.requires_grad_(True)
-    contestant, weights = entry(cell.problem, request["entry"]), functional(problem)
-    time_once(contestant, problem, weights, cell, -1)
+    entry, weights = find_entry(cell.problem, request["entry"]), functional(problem)
+    time_once(entry, problem, weights, cell, -1)
     gc.collect()
     if sys.platform != "linux":
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)
     before = _status_megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    time_once(contestant, problem, weights, cell, 0)
+    time_once(entry, problem, weights, cell, 0)
     return _status_megabytes("VmHWM") - before
 
 

@@ -1,4 +1,4 @@
-"""Our solvers against Theseus 0.2.3 and mpc.pytorch 0.0.6 (`make peers` installs them)."""
+"""Our solvers against Theseus 0.2.3 and mpc.pytorch 0.0.6 (`make baselines` installs them)."""
 
 import importlib.util
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difftori.benchmarks.peers import mpc_pendulum, require_peers, theseus_lm, theseus_lm_flattened
-from difftori.benchmarks.pendulum import pendulum_next, pendulum_problem, quadratic_cost
+from benchmarks.baselines import mpc_pendulum, require_baselines, theseus_lm, theseus_lm_flattened
+from benchmarks.solver_pendulum import pendulum_next, pendulum_problem, quadratic_cost
 from difftori.solver import ILQR, Implicit, LevenbergMarquardt, ProjectedGradient, Truncated, solve
 
-pytestmark = pytest.mark.peers
+pytestmark = pytest.mark.baselines
 
 F64 = torch.float64
 needs_theseus = pytest.mark.skipif(
-    importlib.util.find_spec("theseus") is None, reason="Theseus is absent: run `make peers`"
+    importlib.util.find_spec("theseus") is None, reason="Theseus is absent: run `make baselines`"
 )
 needs_mpc = pytest.mark.skipif(
-    importlib.util.find_spec("mpc") is None, reason="mpc.pytorch is absent: run `make peers`"
+    importlib.util.find_spec("mpc") is None, reason="mpc.pytorch is absent: run `make baselines`"
 )
 
 
@@ -48,8 +48,8 @@ class _Task:
 
 @needs_mpc
 @needs_theseus
-def test_the_peers_are_the_versions_that_were_measured():
-    assert require_peers() == {"theseus-ai": "0.2.3", "mpc": "0.0.6"}
+def test_the_baselines_are_the_versions_that_were_measured():
+    assert require_baselines() == {"theseus-ai": "0.2.3", "mpc": "0.0.6"}
 
 
 @needs_theseus
@@ -169,13 +169,13 @@ def test_our_pendulum_gradient_is_that_of_finite_differences():
         torch.testing.assert_close(grad[:, index], numeric, rtol=1e-4, atol=1e-5)
     theirs = problem.context.clone().requires_grad_()
     x = mpc_pendulum(problem.state, theirs, *quadratic_cost(problem.state), horizon=12)
-    (peer,) = torch.autograd.grad((x * weights).sum(), theirs)
-    assert bool(torch.isfinite(peer).all())
+    (baseline,) = torch.autograd.grad((x * weights).sum(), theirs)
+    assert bool(torch.isfinite(baseline).all())
 
 
 @needs_mpc
 def test_the_jacobian_given_to_mpc_is_that_of_the_pendulum():
-    from difftori.benchmarks.peers import _PendulumDynamics
+    from benchmarks.baselines import _PendulumDynamics
 
     problem = pendulum_problem(3, F64)
     dynamics = _PendulumDynamics(problem.context)

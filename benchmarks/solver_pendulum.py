@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.benchmarks.problems import Problem
+from benchmarks.solver_problems import Problem
 from difftori.solver import Box, TrajectoryObjective
 from difftori.types import Actions, Points, Rows, States
 

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from difftori.benchmarks import report
-from difftori.benchmarks.entries import Cell, Entry, Setup, entries
-from difftori.benchmarks.peers import require_peers
-from difftori.benchmarks.problems import Start
-from difftori.benchmarks.quality import Quality, measure_quality
-from difftori.benchmarks.timing import Sample, peak_megabytes, time_cell
+from benchmarks import solver_report as report
+from benchmarks.baselines import require_baselines
+from benchmarks.measuring import as_in_runs, progress_bar
+from benchmarks.records import RESULTS, write_record
+from benchmarks.solver_entries import Cell, Entry, Setup, entries
+from benchmarks.solver_problems import Start
+from benchmarks.solver_quality import Quality, measure_quality
+from benchmarks.solver_timing import Sample, peak_megabytes, time_cell
 
 
 class Config(BaseModel):
@@ -46,16 +45,16 @@ class Config(BaseModel):
     """Where latent solves begin: at zero, or at the policy prior's rollout."""
     compile: bool = True
     """Measure the torch.compile'd entries too; each takes a minute or more to compile, for each size."""
-    peers: bool = True
-    """Measure Theseus and mpc.pytorch too (`make peers` installs them)."""
+    baselines: bool = True
+    """Measure Theseus and mpc.pytorch too (`make baselines` installs them)."""
     memory: bool = True
     """Measure peak memory too, at each problem's largest batch, in a process of its own for each entry."""
     threads: PositiveInt = 1
     """Threads of torch."""
     seed: int = 0
     """Of the networks and the states."""
-    out: Path = Path("benchmarks/results")
-    """Where the tables, the picture and the record of hardware and versions go; those of `--quick` into its `quick`."""
+    out: Path = RESULTS
+    """Where the tables, the figure and the record of hardware and versions go. `--quick` writes to its subfolder `quick`."""
     cache: Path = Path("runs/benchmark-cache")
     """Where the fitted networks are kept between runs."""
     quick: bool = False
@@ -65,16 +64,11 @@ class Config(BaseModel):
 def run(config: Config) -> list[dict[str, str]]:
     """Measure, write `solver-raw.csv`, `solver-summary.csv`, `solver.svg` and `solver.json` to `out`, and return the table.
 
-    The files are written anew after each cell, so that an interrupted run leaves what it has measured.
+    The files are rewritten after each cell, so an interrupted run leaves what it has measured.
     """
-    peers = require_peers() if config.peers else {}
-    began = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        return _Run(config, peers, began).measure()
-    finally:
-        torch.set_num_threads(threads)
+    baselines = require_baselines() if config.baselines else {}
+    with as_in_runs(config.threads):
+        return _Run(config, baselines).measure()
 
 
 def _cells(config: Config) -> list[Cell]:
@@ -91,8 +85,8 @@ def _cells(config: Config) -> list[Cell]:
 class _Run:
     """One run's measurements as they come in."""
 
-    def __init__(self, config: Config, peers: dict[str, str], began: float):
-        self.config, self.peers, self.began = config, peers, began
+    def __init__(self, config: Config, baselines: dict[str, str]):
+        self.config, self.baselines, self.began = config, baselines, time.perf_counter()
         self.setup = Setup(config.cache, config.start, 20 if config.quick else 500, config.seed)
         self.repeats = min(config.repeats, 2) if config.quick else config.repeats
         self.rows = min(config.rows, 2) if config.quick else config.rows
@@ -103,46 +97,39 @@ class _Run:
     def measure(self) -> list[dict[str, str]]:
         """Every cell: quality first where the problem is new, then time, then memory at its largest batch."""
         cells = _cells(self.config)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=len(cells))
-
-            def say(text: str) -> None:
-                progress.update(task, description=text)
-
+        with progress_bar(len(cells)) as (say, advance):
             for index, cell in enumerate(cells):
-                contestants = entries(cell, peers=self.config.peers, compile=self.config.compile)
+                chosen = entries(cell, baselines=self.config.baselines, compile=self.config.compile)
                 same = [c for c in cells if (c.problem, c.horizon) == (cell.problem, cell.horizon)]
                 if cell == same[0]:
-                    self._measure_quality(cell, contestants, say)
+                    self._measure_quality(cell, chosen, say)
                 self.samples += time_cell(
-                    cell, contestants, self.setup, repeats=self.repeats, seconds=self.config.seconds, advance=say
+                    cell, chosen, self.setup, repeats=self.repeats, seconds=self.config.seconds, say=say
                 )
                 if self.config.memory and cell == max(same, key=lambda c: c.batch):
-                    for contestant in contestants:
-                        say(f"{cell}: {contestant.name}, memory")
-                        self.memory[cell, contestant.name] = peak_megabytes(cell, contestant, self.setup)
+                    for entry in chosen:
+                        say(f"{cell}: {entry.name}, memory")
+                        self.memory[cell, entry.name] = peak_megabytes(cell, entry, self.setup)
                 lines = self._write(last=index == len(cells) - 1)
-                progress.advance(task)
+                advance()
         return report.table(lines)
 
-    def _measure_quality(self, cell: Cell, contestants: list[Entry], say: Callable[[str], None]) -> None:
+    def _measure_quality(self, cell: Cell, chosen: list[Entry], say: Callable[[str], None]) -> None:
         """Of the eager entries; a compiled entry computes the same as its eager twin, up to rounding."""
         sized = Cell(cell.problem, cell.horizon, self.rows)
-        for contestant in contestants:
-            if not contestant.compiled:
-                say(f"{sized}: {contestant.name}, quality")
+        for entry in chosen:
+            if not entry.compiled:
+                say(f"{sized}: {entry.name}, quality")
                 steps = 20 if self.config.quick else 200
-                self.quality.append(measure_quality(sized, contestant, self.setup, steps=steps))
+                self.quality.append(measure_quality(sized, entry, self.setup, steps=steps))
 
     def _write(self, last: bool) -> list[report.Line]:
         out = self.config.out / "quick" if self.config.quick else self.config.out
-        out.mkdir(parents=True, exist_ok=True)
         lines = report.summarise(self.samples, self.memory, self.quality)
         report.write_raw(out / "solver-raw.csv", self.samples)
         report.write_summary(out / "solver-summary.csv", lines)
-        report.write_picture(out / "solver.svg", lines)
+        report.write_plots(out / "solver.svg", lines)
         settings = self.config.model_dump(mode="json") | {"finished": last}
-        seconds = time.perf_counter() - self.began
-        report.write_provenance(out / "solver.json", config=settings, peers=self.peers, seconds=seconds)
+        seconds = {"seconds": round(time.perf_counter() - self.began, 1)}
+        write_record(out / "solver.json", seconds, config=settings, baselines=self.baselines)
         return lines

@@ -1,12 +1,10 @@
 """Where the time of reinforcement learning goes: deciding, stepping, sampling and updating, DiffTORI beside TD-MPC.
 
-All parts of all contestants run in turn, in rotating order; medians and quartiles in milliseconds, on `threads` threads.
+All parts of all methods run in turn, in rotating order; medians in milliseconds, on `threads` threads.
 Networks are freshly initialised and the replay buffer holds random episodes of the environment, which changes no time: every
 solve takes its full number of steps. The environment's own step is measured once, for it is the same for all.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +12,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
+from benchmarks.measuring import Device, Job, Method, as_in_runs, measure, medians
+from benchmarks.records import RESULTS, as_text, raw_ms, write_csv, write_record
 from difftori.data.replay import Replay
 from difftori.envs.base import env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.interfaces import Agent
 from difftori.registry import find_agent
-from difftori.rl.collector import Collector, open_env
+from difftori.rl.collector import Collector
 from difftori.rl.config import parse_rl_config
 from difftori.runs.run import seeded
 from difftori.types import EnvSpec
@@ -54,24 +53,15 @@ class Config(BaseModel):
     """Agents compiled, as `difftori train --compile` has them."""
     seed: int = Field(0, ge=0)
     """Of the networks and the episodes."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
     """Where `rl-OBS-PRESET.csv` and `.json` go (`rl-OBS-PRESET-compiled`)."""
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """An agent with some settings, under the name that the table shows."""
-
-    name: str
-    agent: str
-    settings: dict[str, Any]
-
-
-CONTESTANTS = (
-    Contestant("tdmpc", "tdmpc", {}),
-    Contestant("difftori pg=off", "difftori", {"pg": "off"}),
-    Contestant("difftori pg=per-episode", "difftori", {"pg": "per-episode"}),
-    Contestant("difftori pg=replay", "difftori", {"pg": "replay"}),
+METHODS = (
+    Method("tdmpc", "tdmpc"),
+    Method("difftori pg=off", "difftori", {"pg": "off"}),
+    Method("difftori pg=per-episode", "difftori", {"pg": "per-episode"}),
+    Method("difftori pg=replay", "difftori", {"pg": "replay"}),
 )
 
 
@@ -86,33 +76,35 @@ def _measure(config: Config) -> list[dict[str, Any]]:
     base = parse_rl_config(
         {"agent": "tdmpc", "env": config.env, "obs": config.obs, "seed": config.seed, "settings": settings}
     )
-    env = open_env(base, config.num_envs)
+    env = base.open_env(config.num_envs)
     try:
         spec = env_spec(env)
-        agents = {c.name: _agent(c, spec, config) for c in CONTESTANTS}
+        agents = {each.name: _agent(each, spec, config) for each in METHODS}
         parts, seconds_of_step = _parts(agents, env, spec, config)
     finally:
         env.close()
     samples = measure(parts, repeats=config.repeats, device=config.device)
     rows = _table(medians(samples), seconds_of_step, agents, config)
-    name = f"rl-{config.obs}-{config.preset}{'-compiled' if config.compile else ''}"
-    write(config.out / name, config, config.device, rows, samples)
-    shown = ("contestant", "act_ms", "update_ms", "episode_ms", "decision_ms", "training_ratio")
-    return [{n: row[n] if isinstance(row[n], str) else f"{row[n]:.3g}" for n in shown} for row in rows]
+    stem = config.out / f"rl-{config.obs}-{config.preset}{'-compiled' if config.compile else ''}"
+    write_csv(stem.with_suffix(".csv"), rows)
+    record = {"raw_ms": raw_ms(samples)}
+    write_record(stem.with_suffix(".json"), record, config=config.model_dump(mode="json"), device=config.device)
+    shown = ("method", "act_ms", "update_ms", "episode_ms", "decision_ms", "training_ratio")
+    return as_text([{name: row[name] for name in shown} for row in rows])
 
 
-def _agent(contestant: Contestant, spec: EnvSpec, config: Config) -> Agent:
+def _agent(method: Method, spec: EnvSpec, config: Config) -> Agent:
     torch.manual_seed(config.seed)
-    kind = find_agent(contestant.agent)
-    agent = kind(kind.Config(**{"preset": config.preset, **contestant.settings}), spec).to(config.device)
+    kind = find_agent(method.component)
+    agent = kind(kind.Config(**{"preset": config.preset, **method.settings}), spec).to(config.device)
     agent.compiles = config.compile
     return agent
 
 
 def _parts(
     agents: dict[str, Agent], env: CheckedVectorEnv, spec: EnvSpec, config: Config
-) -> tuple[dict[Key, Callable[[], object]], float]:
-    """What is timed, by contestant and part, and the milliseconds of one environment step by all copies."""
+) -> tuple[dict[tuple[str, str], Job], float]:
+    """What is timed, by method and part, and the milliseconds of one environment step by all copies."""
     first_agent = next(iter(agents.values()))
     replay = Replay(
         config.episodes * config.num_envs * (spec.max_agent_steps or 1000) + 1,
@@ -134,7 +126,7 @@ def _parts(
     obs = torch.from_numpy(np.stack([e.obs[0] for e in (ended * config.num_envs)[: config.num_envs]])).to(config.device)
     first = torch.ones(config.num_envs, dtype=torch.bool, device=config.device)
     sampling, learning = seeded(0, "sampling"), seeded(0, "learning", config.device)
-    parts: dict[Key, Callable[[], object]] = {}
+    parts: dict[tuple[str, str], Job] = {}
     for name, agent in agents.items():
         segment = replay.sample(agent.batch_size, generator=sampling)
 
@@ -159,9 +151,9 @@ def _parts(
 
 
 def _table(
-    median: dict[Key, float], environment: float, agents: dict[str, Agent], config: Config
+    median: dict[tuple[str, str], float], environment: float, agents: dict[str, Agent], config: Config
 ) -> list[dict[str, Any]]:
-    """One row per contestant. `decision ms`: everything that one decision of one environment costs in training."""
+    """One row per method. `decision ms`: everything that one decision of one environment costs in training."""
     rows: list[dict[str, Any]] = []
     for name, agent in agents.items():
         act, update, sample = (median[name, part] for part in ("act", "update", "sample"))
@@ -171,7 +163,7 @@ def _table(
         total = (act + environment) / config.num_envs + learning
         rows.append(
             {
-                "contestant": name,
+                "method": name,
                 "act_ms": act,
                 "environment_ms": environment,
                 "sample_ms": sample,

@@ -13,17 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.benchmarks.fitting import (
+from benchmarks.solver_networks import (
     ACTIONS,
     CHUNK,
     CHUNK_CONTEXT,
+    DISCOUNT,
     ChunkScore,
-    LatentNetworks,
     Teacher,
     cached,
     fit_chunk_score,
-    fit_networks,
+    fit_world_model,
+    world_model,
 )
+from difftori.models.world_model import WorldModel
+from difftori.objectives import ReturnObjective
 from difftori.solver import Box, Objective
 from difftori.types import Latents, Points, Rows
 
@@ -31,7 +34,7 @@ Start = Literal["cold", "prior"]
 
 
 class Problem(Objective):
-    """B problems that a benchmark can pose anew at other contexts; `x0` (B n) is where solves begin."""
+    """B problems that a benchmark can pose again at other contexts; `x0` (B n) is where solves begin."""
 
     x0: Points
 
@@ -62,7 +65,7 @@ class LatentProblem(Problem):
     inside the cost, so that a coordinate outside the box has no gradient.
     """
 
-    networks: LatentNetworks
+    model: WorldModel
     horizon: int
     clamp: bool
     z0: Latents
@@ -73,8 +76,9 @@ class LatentProblem(Problem):
         return self.cost_from(x, self.z0)
 
     def cost_from(self, x: Points, context: Latents) -> Rows:
-        """The same from other states: what a peer that maps over the rows itself needs."""
-        return -self.networks.returns(x, context, horizon=self.horizon, clamp=self.clamp)
+        """The same from other states: what a baseline that maps over the rows itself needs."""
+        model, x = self.model, x.clamp(-1.0, 1.0) if self.clamp else x
+        return ReturnObjective(model.next, model.reward, model.value, context, self.horizon, ACTIONS, DISCOUNT).cost(x)
 
     def select(self, rows: Tensor) -> "LatentProblem":
         """Some of the rows."""
@@ -96,7 +100,7 @@ class LatentProblem(Problem):
 
     def weights(self) -> list[nn.Parameter]:
         """What training would update besides: every network's parameters."""
-        return list(self.networks.parameters())
+        return list(self.model.parameters())
 
 
 @dataclass(frozen=True)
@@ -156,18 +160,19 @@ def latent_problem(
     """
 
     def fit() -> dict[str, Tensor]:
-        return fit_networks(seed, steps=fit_steps).state_dict()
+        return fit_world_model(seed, steps=fit_steps).state_dict()
 
-    networks = LatentNetworks()
-    networks.load_state_dict(cached(cache, f"latent-seed{seed}-steps{fit_steps}", fit))
-    networks = networks.to(dtype).eval().requires_grad_(False)
+    model = world_model()
+    model.load_state_dict(cached(cache, f"latent-seed{seed}-steps{fit_steps}", fit))
+    model = model.to(dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     teacher = Teacher(generator)
     generator.manual_seed(seed + 1_000_003)
     z0 = teacher.states(batch).to(dtype)
     with torch.no_grad():
-        x0 = networks.rollout(z0, horizon) if start == "prior" else z0.new_zeros(batch, horizon * ACTIONS)
-    return LatentProblem(networks=networks, horizon=horizon, clamp=clamp, z0=z0, x0=x0)
+        still = z0.new_zeros(batch, horizon, ACTIONS)
+        x0 = (model.rollout(z0, noise=still) if start == "prior" else still).flatten(1)
+    return LatentProblem(model=model, horizon=horizon, clamp=clamp, z0=z0, x0=x0)
 
 
 def imitation_problem(

@@ -10,23 +10,21 @@ actions reach and the largest violation of a constraint, by one float64 rollout 
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from difftori.benchmarks.control_casadi import casadi_version
-from difftori.benchmarks.control_entries import ENTRIES, Cell, Entry, Gradient, Outcome, Session, entries
-from difftori.benchmarks.control_problems import PROBLEMS, ControlProblem
-from difftori.benchmarks.control_report import Line, Sample, summarise, table, write_figure, write_raw, write_summary
-from difftori.benchmarks.interleaved import Device, as_in_runs
-from difftori.benchmarks.peers import require_mpc
-from difftori.benchmarks.report import write_provenance
+from benchmarks.baselines import require_mpc
+from benchmarks.control_casadi import casadi_version
+from benchmarks.control_entries import ENTRIES, Cell, Entry, Gradient, Outcome, Session, entries
+from benchmarks.control_problems import PROBLEMS, ControlProblem
+from benchmarks.control_report import Line, Sample, summarise, table, write_plots, write_raw
+from benchmarks.measuring import Device, as_in_runs, interleaved, milliseconds, progress_bar
+from benchmarks.records import RESULTS, write_csv, write_record
 from difftori.errors import ConfigError, MissingExtraError
 
 
@@ -59,13 +57,13 @@ class Config(BaseModel):
     """Where this library's entries compute. The others use the CPU."""
     compile: bool = False
     """Measure compiled entries too: torch.compile, and CasADi through the C compiler. Each takes minutes to compile."""
-    peers: bool = True
-    """Measure CasADi and mpc.pytorch too (`make peers` installs them)."""
+    baselines: bool = True
+    """Measure CasADi and mpc.pytorch too (`make baselines` installs them)."""
     threads: PositiveInt = 1
     """Threads of torch."""
     seed: int = Field(0, ge=0)
     """Of the starts and the closed loop's noise."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
     """Folder for `control-raw.csv`, `control-summary.csv`, `control.svg` and `control.json`. `--quick` writes to its subfolder `quick`."""
     quick: bool = False
     """Short horizons and few iterations, to check that everything runs. The numbers mean nothing."""
@@ -75,22 +73,24 @@ def run(config: Config) -> list[dict[str, str]]:
     """Measure, write the files to `out`, and return the table. The files are rewritten after each cell.
 
     Raises:
-        MissingExtraError: CasADi or mpc.pytorch is not installed, and `peers` asks for them.
+        MissingExtraError: CasADi or mpc.pytorch is not installed, and `baselines` asks for them.
         ConfigError: `entries` has an unknown name.
     """
     if unknown := set(config.entries) - {entry.name for entry in ENTRIES}:
         known = ", ".join(entry.name for entry in ENTRIES)
         raise ConfigError([f"entries: {', '.join(sorted(unknown))} unknown. Fix: choose from {known}"])
-    peers = _peers() if config.peers else {}
+    baselines = _baselines() if config.baselines else {}
     with as_in_runs(config.threads):
-        return _Run(config, peers).measure()
+        return _Run(config, baselines).measure()
 
 
-def _peers() -> dict[str, str]:
+def _baselines() -> dict[str, str]:
     try:
         return {"casadi": casadi_version()} | require_mpc()
     except MissingExtraError as missing:
-        raise MissingExtraError(f"{missing} Or leave the peers out: difftori bench control --no-peers.") from missing
+        raise MissingExtraError(
+            f"{missing} Or leave the baselines out: difftori bench control --no-baselines."
+        ) from missing
 
 
 def _cells(config: Config) -> list[Cell]:
@@ -176,8 +176,8 @@ class Measured:
 class _Run:
     """One run's measurements as they come in."""
 
-    def __init__(self, config: Config, peers: dict[str, str]):
-        self.config, self.peers, self.began = config, peers, time.perf_counter()
+    def __init__(self, config: Config, baselines: dict[str, str]):
+        self.config, self.baselines, self.began = config, baselines, time.perf_counter()
         self.samples: list[Sample] = []
         self.lines: list[Line] = []
         self.gradients: dict[str, list[float]] = {}
@@ -185,23 +185,17 @@ class _Run:
     def measure(self) -> list[dict[str, str]]:
         """Every cell: a first call of each entry, which enters no median, then interleaved repeats."""
         cells = _cells(self.config)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=len(cells))
-
-            def say(text: str) -> None:
-                progress.update(task, description=text)
-
+        with progress_bar(len(cells)) as (say, advance):
             for index, cell in enumerate(cells):
                 chosen = entries(
-                    cell.problem, peers=self.config.peers, compile=self.config.compile, only=self.config.entries
+                    cell.problem, baselines=self.config.baselines, compile=self.config.compile, only=self.config.entries
                 )
                 measured = [self._first(cell, entry, say) for entry in chosen]
                 self._repeat(cell, measured, say)
                 self.lines += self._summary(cell, measured)
                 if self.lines:
                     self._write(last=index == len(cells) - 1)
-                progress.advance(task)
+                advance()
         return table(self.lines)
 
     def _first(self, cell: Cell, entry: Entry, say: Callable[[str], None]) -> Measured:
@@ -220,27 +214,16 @@ class _Run:
 
     def _repeat(self, cell: Cell, measured: list[Measured], say: Callable[[str], None]) -> None:
         repeats = min(self.config.repeats, 2) if self.config.quick else self.config.repeats
-        began = time.perf_counter()
-        for repeat in range(repeats):
-            if repeat >= min(3, repeats) and time.perf_counter() - began > self.config.seconds:
-                break
-            shift = repeat % max(len(measured), 1)
-            for each in measured[shift:] + measured[:shift]:
-                if repeat < each.entry.repeats:
-                    say(f"{cell}: {each.entry.name}, {repeat + 1}/{repeats}")
-                    self.samples += self._sample(cell, each, repeat)
+        for repeat, each in interleaved(measured, repeats, self.config.seconds):
+            if repeat < each.entry.repeats:
+                say(f"{cell}: {each.entry.name}, {repeat + 1}/{repeats}")
+                self.samples += self._sample(cell, each, repeat)
 
     def _sample(self, cell: Cell, each: Measured, repeat: int) -> Iterator[Sample]:
         scale = cell.batch / each.session.rows
 
         def sample(part: str, job: Callable[[], object]) -> Sample:
-            if cell.device.startswith("cuda"):
-                torch.cuda.synchronize(cell.device)
-            began = time.perf_counter()
-            job()
-            if cell.device.startswith("cuda"):
-                torch.cuda.synchronize(cell.device)
-            return Sample(str(cell), each.entry.name, part, repeat, 1e3 * (time.perf_counter() - began) * scale)
+            return Sample(str(cell), each.entry.name, part, repeat, milliseconds(job, cell.device) * scale)
 
         yield sample("gradient", each.session.gradient)
         yield sample("cold", each.session.cold)
@@ -256,14 +239,16 @@ class _Run:
             alike = reference.session.rows == each.session.rows and bool(
                 (reference.cold.actions - each.cold.actions.double().cpu()).abs().max() < 1e-2
             )
+            samples = [s for s in self.samples if (s.cell, s.entry) == (str(cell), each.entry.name)]
             error = _relative(each.gradient, reference.gradient) if alike and each is not reference else float("nan")
             lines.append(
-                summarise(
-                    cell=cell,
+                Line(
+                    problem=cell.problem.name,
+                    horizon=cell.problem.horizon,
+                    batch=cell.batch,
                     entry=each.entry.name,
                     rows=each.session.rows,
-                    build_ms=each.build_ms,
-                    samples=[s for s in self.samples if (s.cell, s.entry) == (str(cell), each.entry.name)],
+                    first_call_ms=each.build_ms,
                     cost=float(cost.mean()),
                     violation=float(violation.max()),
                     iterations=_mean(each.cold.iterations),
@@ -273,20 +258,19 @@ class _Run:
                     warm_iterations=_mean(each.loop.iterations),
                     warm_solved=_mean(each.loop.solved),
                     gradient_error=error,
-                    reference=lines[0] if lines else None,
+                    **summarise(samples, lines[0] if lines else None),
                 )
             )
         return lines
 
     def _write(self, last: bool) -> None:
         out = self.config.out / "quick" if self.config.quick else self.config.out
-        out.mkdir(parents=True, exist_ok=True)
         write_raw(out / "control-raw.csv", self.samples)
-        write_summary(out / "control-summary.csv", self.lines)
-        write_figure(out / "control.svg", self.lines)
-        settings = self.config.model_dump(mode="json") | {"finished": last, "gradients": self.gradients}
-        seconds = time.perf_counter() - self.began
-        write_provenance(out / "control.json", config=settings, peers=self.peers, seconds=seconds)
+        write_csv(out / "control-summary.csv", [asdict(line) for line in self.lines])
+        write_plots(out / "control.svg", self.lines)
+        settings = self.config.model_dump(mode="json") | {"finished": last}
+        found = {"seconds": round(time.perf_counter() - self.began, 1), "gradients": self.gradients}
+        write_record(out / "control.json", found, config=settings, device=self.config.device, baselines=self.baselines)
 
 
 def _relative(gradient: Gradient, reference: Gradient) -> float:

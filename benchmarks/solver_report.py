@@ -1,26 +1,16 @@
-"""Tables, picture and provenance of a comparison: CSV, SVG and JSON."""
+"""Tables and plots of `difftori bench solver`."""
 
-import csv
-import json
 import math
-import os
-import platform
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from difftori.benchmarks.entries import ENTRIES, Cell
-from difftori.benchmarks.quality import Quality
-from difftori.benchmarks.timing import Sample
+from benchmarks.measuring import quartiles
+from benchmarks.records import write_csv, write_figure
+from benchmarks.solver_entries import ENTRIES, Cell
+from benchmarks.solver_quality import Quality
+from benchmarks.solver_timing import Sample
 
 
 @dataclass(frozen=True)
@@ -50,9 +40,7 @@ def summarise(samples: list[Sample], memory: Mapping[tuple[Cell, str], float], q
     for cell, name in dict.fromkeys((sample.cell, sample.entry) for sample in samples):
         own = [s for s in samples if (s.cell, s.entry) == (cell, name)]
         timed = [s for s in own if s.repeat >= 0]
-        forward, backward = _quartiles(s.forward_ms for s in timed), _quartiles(s.backward_ms for s in timed)
-        reference = next((line for line in lines if line.cell == cell), None)
-        of_reference = _total(reference, math.isnan(backward[1])) if reference else math.nan
+        forward, backward = quartiles([s.forward_ms for s in timed]), quartiles([s.backward_ms for s in timed])
         line = Line(
             cell=cell,
             entry=name,
@@ -64,12 +52,13 @@ def summarise(samples: list[Sample], memory: Mapping[tuple[Cell, str], float], q
             backward_ms=backward[1],
             backward_q1=backward[0],
             backward_q3=backward[2],
-            speedup=math.nan,
+            speedup=1.0,
             peak_mb=memory.get((cell, name), math.nan),
             quality=_quality_of(cell, name, quality),
         )
-        speedup = of_reference / _total(line, math.isnan(line.backward_ms)) if reference else 1.0
-        lines.append(Line(**{**{f.name: getattr(line, f.name) for f in fields(line)}, "speedup": speedup}))
+        reference = next((line for line in lines if line.cell == cell), line)
+        forward_only = math.isnan(line.backward_ms)
+        lines.append(replace(line, speedup=_total(reference, forward_only) / _total(line, forward_only)))
     return lines
 
 
@@ -82,55 +71,30 @@ def _quality_of(cell: Cell, name: str, quality: list[Quality]) -> Quality | None
     return same[0] if same else None
 
 
-def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
-    found = sorted(values)
-    if not found or any(math.isnan(value) for value in found):
-        return math.nan, math.nan, math.nan
-    if len(found) == 1:
-        return found[0], found[0], found[0]
-    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-    return low, middle, high
-
-
 _QUALITY = [f.name for f in fields(Quality) if f.name not in ("cell", "entry")]
 _TIMES = [f.name for f in fields(Line) if f.name not in ("cell", "entry", "quality")]
 
 
-def write_raw(path: Path, samples: list[Sample]) -> None:
+def write_raw(path: Path, samples: Sequence[Sample]) -> None:
     """Every single run."""
-    rows = [[*_cell(s.cell), s.entry, s.repeat, f"{s.forward_ms:.4f}", f"{s.backward_ms:.4f}"] for s in samples]
-    write_csv(path, ["problem", "horizon", "batch", "entry", "repeat", "forward_ms", "backward_ms"], rows)
+    rows = []
+    for s in samples:
+        times = {"forward_ms": f"{s.forward_ms:.4f}", "backward_ms": f"{s.backward_ms:.4f}"}
+        rows.append({**asdict(s.cell), "entry": s.entry, "repeat": s.repeat, **times})
+    write_csv(path, rows)
 
 
-def write_summary(path: Path, lines: list[Line]) -> None:
+def write_summary(path: Path, lines: Sequence[Line]) -> None:
     """Medians, quartiles, ratios, memory, and beside them the quality of the same entry on the same problem."""
     rows = []
     for line in lines:
-        times = [getattr(line, name) for name in _TIMES]
-        marks = [math.nan if line.quality is None else getattr(line.quality, name) for name in _QUALITY]
-        rows.append([*_cell(line.cell), line.entry, *map(_number, times), *map(_number, marks)])
-    write_csv(path, ["problem", "horizon", "batch", "entry", *_TIMES, *(f"quality_{n}" for n in _QUALITY)], rows)
+        times = {name: getattr(line, name) for name in _TIMES}
+        quality = {f"quality_{name}": getattr(line.quality, name, math.nan) for name in _QUALITY}
+        rows.append({**asdict(line.cell), "entry": line.entry, **times, **quality})
+    write_csv(path, rows)
 
 
-def _cell(cell: Cell) -> list[Any]:
-    return [cell.problem, cell.horizon, cell.batch]
-
-
-def _number(value: int | float) -> str:
-    return f"{value:.6g}"
-
-
-def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    """Write a table whole: an interrupted write leaves the last one."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def table(lines: list[Line]) -> list[dict[str, str]]:
+def table(lines: Sequence[Line]) -> list[dict[str, str]]:
     """The summary as text for a screen of 80 columns; memory and errors are in the CSV."""
     return [
         {
@@ -160,9 +124,8 @@ def _short(value: float, digits: int = 1) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}f}"
 
 
-def write_picture(path: Path, lines: list[Line]) -> None:
+def write_plots(path: Path, lines: Sequence[Line]) -> None:
     """For each problem: time over batch size, the objective reached over time, and the gradient's cosine over time."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     problems = list(dict.fromkeys((line.cell.problem, line.cell.horizon) for line in lines))
@@ -171,8 +134,7 @@ def write_picture(path: Path, lines: list[Line]) -> None:
     for row, (problem, horizon) in zip(axes, problems, strict=True):
         chosen = [line for line in lines if (line.cell.problem, line.cell.horizon) == (problem, horizon)]
         _draw(row, f"{problem}, H={horizon}", chosen)
-    with rc_context({"svg.hashsalt": "difftori", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    write_figure(path, figure)
 
 
 def _draw(row: Any, title: str, lines: list[Line]) -> None:
@@ -195,46 +157,3 @@ def _draw(row: Any, title: str, lines: list[Line]) -> None:
     row[2].set(
         xscale="log", xlabel=f"ms at {largest} rows, or the most measured", ylabel="cosine with the true gradient"
     )
-
-
-def write_provenance(path: Path, *, config: dict[str, Any], peers: dict[str, str], seconds: float) -> None:
-    """Hardware, versions, threads, settings and command: what is needed to judge the numbers, and to make them anew."""
-    packages = ("difftori", "torch", "numpy", "matplotlib")
-    record = {
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": ["difftori", *sys.argv[1:]] if Path(sys.argv[0]).name == "difftori" else sys.argv,
-        "config": config,
-        "seconds": round(seconds, 1),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average_at_the_end": [round(load, 2) for load in psutil.getloadavg()],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages} | peers,
-        "commit": _commit(),
-    }
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(path)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None

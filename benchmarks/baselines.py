@@ -1,7 +1,7 @@
-"""Adapters to the peers, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
+"""Adapters to the baselines, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
 
-Nothing here is imported by the library proper, and the peers are imported inside functions only: `make peers` installs
-them. Each adapter gives the peer its own recommended settings; what differs from them is said where it differs.
+Nothing here is imported by the library proper, and the baselines are imported inside functions only: `make baselines` installs
+them. Each adapter gives the baseline its own recommended settings; what differs from them is said where it differs.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.benchmarks.control_problems import ControlProblem
-from difftori.benchmarks.pendulum import TIME_STEP, TORQUE, pendulum_next
+from benchmarks.control_problems import ControlProblem
+from benchmarks.solver_pendulum import TIME_STEP, TORQUE, pendulum_next
 from difftori.errors import MissingExtraError
 from difftori.types import Actions, Plans, Points, Rows, States
 
@@ -32,12 +32,12 @@ def _theseus() -> ModuleType:
             warnings.simplefilter("ignore")
             import theseus  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
-        raise MissingExtraError(f"Theseus is not installed ({missing}): run `make peers`.") from missing
+        raise MissingExtraError(f"Theseus is not installed ({missing}). Fix: make baselines.") from missing
     return theseus
 
 
-def require_peers() -> dict[str, str]:
-    """The versions of both peers, or a `MissingExtraError` that says how to install what is missing."""
+def require_baselines() -> dict[str, str]:
+    """The versions of both baselines, or a `MissingExtraError` that says how to install what is missing."""
     _theseus()
     return {"theseus-ai": version("theseus-ai")} | require_mpc()
 
@@ -131,13 +131,13 @@ def theseus_lm_flattened(
 
 
 def _mpc() -> ModuleType:
-    """mpc.pytorch's module, with the one function mended that today's torch refuses (a mask of bytes)."""
+    """mpc.pytorch's module, with one function patched that current torch refuses (a mask of bytes)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from mpc import mpc, util  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
-        raise MissingExtraError(f"mpc.pytorch is not installed ({missing}): run `make peers`.") from missing
+        raise MissingExtraError(f"mpc.pytorch is not installed ({missing}). Fix: make baselines.") from missing
     util.bdiag = torch.diag_embed
     return mpc
 
@@ -159,12 +159,12 @@ class _PendulumDynamics(nn.Module):
         """∂next/∂state (B 3 3) and ∂next/∂action (B 3 1)."""
         gravity, mass, length = self._rows(state).unbind(-1)
         cos, sin, _ = state.unbind(-1)
-        following = self.forward(state, action)
+        next_state = self.forward(state, action)
         square = cos.square() + sin.square()
         zero, one = torch.zeros_like(cos), torch.ones_like(cos)
         speed = torch.stack([zero, TIME_STEP * 1.5 * gravity / length, one, TIME_STEP * 3.0 / (mass * length**2)], -1)
         angle = torch.stack([-sin / square, cos / square, zero, zero], -1) + TIME_STEP * speed
-        jacobian = torch.stack([-following[:, 1:2] * angle, following[:, :1] * angle, speed], 1)
+        jacobian = torch.stack([-next_state[:, 1:2] * angle, next_state[:, :1] * angle, speed], 1)
         return jacobian[:, :, :3], jacobian[:, :, 3:]
 
 
@@ -213,12 +213,12 @@ class _CartpoleDynamics(nn.Module):
 
     def __init__(self, problem: ControlProblem, parameters: Tensor):
         super().__init__()
-        self.following = problem.functions(parameters).dynamics
+        self.dynamics = problem.functions(parameters).dynamics
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         position, cos, sin, speed, turning = state.unbind(-1)
         angle = torch.atan2(sin, cos)
-        return _with_circle(self.following(torch.stack([position, angle, speed, turning], -1), action))
+        return _with_circle(self.dynamics(torch.stack([position, angle, speed, turning], -1), action))
 
     def grad_input(self, state: States, action: Actions) -> tuple[Tensor, Tensor]:
         """∂next/∂state (B 5 5) and ∂next/∂action (B 5 1), themselves differentiable in the parameters."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from difftori import presets
-from difftori.benchmarks.peers import mpc_pendulum, theseus_lm, theseus_lm_flattened
-from difftori.benchmarks.pendulum import PendulumProblem, pendulum_problem, quadratic_cost
-from difftori.benchmarks.problems import (
+from benchmarks.baselines import mpc_pendulum, theseus_lm, theseus_lm_flattened
+from benchmarks.solver_networks import ACTIONS
+from benchmarks.solver_pendulum import PendulumProblem, pendulum_problem, quadratic_cost
+from benchmarks.solver_problems import (
     ImitationProblem,
     LatentProblem,
     Problem,
@@ -18,6 +18,7 @@ from difftori.benchmarks.problems import (
     imitation_problem,
     latent_problem,
 )
+from difftori import presets
 from difftori.errors import ConfigError
 from difftori.planning import Planner
 from difftori.solver import (
@@ -80,14 +81,14 @@ Solve = Callable[[Problem, torch.Generator], Points]
 
 @dataclass(frozen=True)
 class Entry:
-    """A way to solve a problem. `peer`: someone else's; `compiled`: through torch.compile; `gradient`: it has one.
+    """A way to solve a problem. `baseline`: someone else's; `compiled`: through torch.compile; `gradient`: it has one.
 
     `largest`: batches beyond it are left out, where a run would take minutes and grow in proportion anyway.
     """
 
     name: str
     solve: Solve
-    peer: bool = False
+    baseline: bool = False
     compiled: bool = False
     gradient: bool = True
     largest: int = 1_000_000
@@ -116,9 +117,10 @@ def _tdmpc(problem: Problem, generator: torch.Generator) -> Points:
     """MPPI as TD-MPC runs it: 512 samples and 25 noisy rollouts of the prior, 6 iterations."""
     assert isinstance(problem, LatentProblem)
     with torch.no_grad():
-        repeated = problem.z0.repeat(25, 1)
-        rollouts = problem.networks.rollout(repeated, problem.horizon, noise=0.05, generator=generator)
-        candidates = rollouts.reshape(25, *problem.x0.shape)
+        latent = problem.z0.repeat(25, 1)
+        shape = (len(latent), problem.horizon, ACTIONS)
+        noise = 0.05 * torch.randn(shape, generator=generator, dtype=latent.dtype)
+        candidates = problem.model.rollout(latent, noise).reshape(25, *problem.x0.shape)
     return solve(
         problem,
         problem.x0,
@@ -164,23 +166,23 @@ _SHORT = replace(presets.reference_il(), max_steps=10)
 ENTRIES: dict[str, tuple[Entry, ...]] = {
     # The first of each is what the ratios are taken against.
     "latent": (
-        Entry("Theseus LM 100", _theseus, peer=True),
+        Entry("Theseus LM 100", _theseus, baseline=True),
         *_both("closed-form LM 100", partial(_planner, _RELEASE)),
         *_both("fast", _FAST),
         *_both("accurate", _ACCURATE),
         Entry("MPPI 525x6", _tdmpc, gradient=False, largest=32),
     ),
     "imitation": (
-        Entry("Theseus LM 100 (one problem)", partial(_theseus_imitation, 100), peer=True),
-        Entry("Theseus LM 10 (one problem)", partial(_theseus_imitation, 10), peer=True),
+        Entry("Theseus LM 100 (one problem)", partial(_theseus_imitation, 100), baseline=True),
+        Entry("Theseus LM 10 (one problem)", partial(_theseus_imitation, 10), baseline=True),
         *_both("closed-form LM 100", _reference_il),
         Entry("closed-form LM 10", partial(_planner, _SHORT)),
         *_both("fast", _FAST),
         *_both("accurate", _ACCURATE),
     ),
     "pendulum": (
-        Entry("mpc.pytorch", partial(_mpc, False), peer=True),
-        Entry("mpc.pytorch + Jacobian", partial(_mpc, True), peer=True),
+        Entry("mpc.pytorch", partial(_mpc, False), baseline=True),
+        Entry("mpc.pytorch + Jacobian", partial(_mpc, True), baseline=True),
         Entry("ILQR", partial(_ours, ILQR(), Implicit(), 50)),
         Entry("ILQR second order", partial(_ours, ILQR(second_order=True), Implicit(), 50)),
         *_both("spectral 60", partial(_ours, ProjectedGradient(), Implicit(), 60)),
@@ -189,16 +191,16 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
 }
 
 
-def entries(cell: Cell, *, peers: bool, compile: bool) -> list[Entry]:
-    """The entries of a cell, without the peers or the compiled ones where these are not wanted."""
+def entries(cell: Cell, *, baselines: bool, compile: bool) -> list[Entry]:
+    """The entries of a cell, without the baselines or the compiled ones where these are not wanted."""
     return [
         entry
         for entry in ENTRIES[cell.problem]
-        if (peers or not entry.peer) and (compile or not entry.compiled) and cell.batch <= entry.largest
+        if (baselines or not entry.baseline) and (compile or not entry.compiled) and cell.batch <= entry.largest
     ]
 
 
-def entry(problem: str, name: str) -> Entry:
+def find_entry(problem: str, name: str) -> Entry:
     """One entry by its name."""
     found = [candidate for candidate in ENTRIES[problem] if candidate.name == name]
     if not found:

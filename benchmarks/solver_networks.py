@@ -1,18 +1,20 @@
-"""The networks that benchmark problems are made of, at the paper's sizes, and fitted to small random teachers.
+"""The world model and the chunk score of the benchmark's problems, at the paper's sizes, fitted to small random teachers.
 
 They are not random: the landscape of an untrained network has no structure that a planner could find.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftori.types import Actions, Latents, Points, Rows
+from difftori.models.nets import mlp
+from difftori.models.world_model import WorldModel
+from difftori.types import Actions, Latents, Rows
 
 LATENT = 50
 ACTIONS = 6
@@ -21,70 +23,7 @@ DISCOUNT = 0.99
 CHUNK = 16
 CHUNK_CONTEXT = 256 + 64
 
-_VERSION = 1  # of the recipe: a change of the teacher or of the fit makes old caches unreadable
-
-
-def _mlp(inputs: int, outputs: int, width: int = WIDTH) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ELU(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, outputs)
-    )
-
-
-def _critic() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(LATENT + ACTIONS, WIDTH),
-        nn.LayerNorm(WIDTH),
-        nn.Tanh(),
-        nn.Linear(WIDTH, WIDTH),
-        nn.ELU(),
-        nn.Linear(WIDTH, 1),
-    )
-
-
-class LatentNetworks(nn.Module):
-    """Dynamics d(z,a), reward R(z,a), twin critics Q(z,a) and the prior π(z), at the paper's sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.dynamics = _mlp(LATENT + ACTIONS, LATENT)
-        self.reward = _mlp(LATENT + ACTIONS, 1)
-        self.critics = nn.ModuleList([_critic(), _critic()])
-        self.prior = _mlp(LATENT, ACTIONS)
-
-    def act(self, z: Latents) -> Actions:
-        """π(z) without noise, in [−1, 1]."""
-        return torch.tanh(self.prior(z))
-
-    def value(self, z: Latents, a: Actions) -> Rows:
-        """min(Q1, Q2)(z, a)."""
-        za = torch.cat([z, a], -1)
-        return torch.minimum(self.critics[0](za), self.critics[1](za)).squeeze(-1)
-
-    def returns(self, x: Points, z0: Latents, *, horizon: int, clamp: bool) -> Rows:
-        """Σ_{t<H} γ^t R(z_t, a_t) + γ^H min(Q1,Q2)(z_H, π(z_H)): Eq. 4 with the release's terminal value."""
-        actions = x.reshape(x.shape[0], horizon, ACTIONS)
-        actions = actions.clamp(-1.0, 1.0) if clamp else actions
-        z = z0
-        total = x.new_zeros(x.shape[0])
-        for t in range(horizon):
-            za = torch.cat([z, actions[:, t]], -1)
-            total = total + DISCOUNT**t * self.reward(za).squeeze(-1)
-            z = self.dynamics(za)
-        return total + DISCOUNT**horizon * self.value(z, self.act(z))
-
-    def rollout(
-        self, z0: Latents, horizon: int, noise: float = 0.0, generator: torch.Generator | None = None
-    ) -> Points:
-        """The prior's own actions over the horizon, (B H·A): the usual start of a solve. `noise`: its spread."""
-        z, actions = z0, []
-        for _ in range(horizon):
-            action = self.act(z)
-            if noise > 0:
-                shift = noise * torch.randn(action.shape, generator=generator, dtype=z.dtype)
-                action = (action + shift).clamp(-1.0, 1.0)
-            actions.append(action)
-            z = self.dynamics(torch.cat([z, actions[-1]], -1))
-        return torch.cat(actions, -1)
+_VERSION = 2  # of the recipe: a change of the teacher or of the fit makes old caches unreadable
 
 
 class Teacher:
@@ -135,16 +74,23 @@ class Teacher:
         return z
 
 
-def fit_networks(seed: int, *, steps: int = 500, batch: int = 256) -> LatentNetworks:
-    """Networks fitted to a random teacher: dynamics, reward and critics by regression, then the prior by ascent on Q.
+def world_model() -> WorldModel:
+    """An unfitted world model at the paper's sizes; its states are latents already."""
+    return WorldModel(nn.Identity(), ACTIONS, latent_dim=LATENT, width=WIDTH)
+
+
+def fit_world_model(seed: int, *, steps: int = 500, batch: int = 256) -> WorldModel:
+    """A world model fitted to a random teacher: dynamics, reward and critics by regression, then the prior by ascent on Q.
 
     About 40 s on one thread with the defaults. Same seed, same machine, same networks.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher = Teacher(generator)
     with torch.random.fork_rng(devices=[]):
+        model = world_model()
         torch.manual_seed(seed)
-        networks = LatentNetworks()
+        for module in _in_order(model):  # PyTorch's initialisation: the committed results began with it
+            module.reset_parameters()
     z_all = teacher.states(64 * batch)
     a_all = 1.2 * (2 * torch.rand(64 * batch, ACTIONS, generator=generator) - 1)
     next_all, reward_all, value_all = (
@@ -152,32 +98,39 @@ def fit_networks(seed: int, *, steps: int = 500, batch: int = 256) -> LatentNetw
         teacher.reward(z_all, a_all),
         teacher.value(z_all, a_all),
     )
-    for critic in networks.critics:
+    for critic in model.critics.members:
         *_, last = critic.children()
         assert isinstance(last, nn.Linear)
         last.bias.data.fill_(float(value_all.mean()))
-    fitted = [*networks.dynamics.parameters(), *networks.reward.parameters(), *networks.critics.parameters()]
+    fitted = [*model.dynamics.parameters(), *model.reward_head.parameters(), *model.critics.parameters()]
     adam = torch.optim.Adam(fitted, lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):
         rows = torch.randint(len(z_all), (batch,), generator=generator)
-        za = torch.cat([z_all[rows], a_all[rows]], -1)
-        loss = (networks.dynamics(za) - next_all[rows]).square().mean()
-        loss = loss + 10 * (networks.reward(za).squeeze(-1) - reward_all[rows]).square().mean()
-        for critic in networks.critics:
-            loss = loss + (critic(za).squeeze(-1) - value_all[rows]).square().mean()
+        z, a = z_all[rows], a_all[rows]
+        loss = (model.next(z, a) - next_all[rows]).square().mean()
+        loss = loss + 10 * (model.reward(z, a) - reward_all[rows]).square().mean()
+        for q in model.q(z, a):
+            loss = loss + (q - value_all[rows]).square().mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
         schedule.step()
-    adam = torch.optim.Adam(networks.prior.parameters(), lr=1e-3)
+    adam = torch.optim.Adam(model.policy.parameters(), lr=1e-3)
     for _ in range(steps // 5):
         z = z_all[torch.randint(len(z_all), (batch,), generator=generator)]
-        loss = -networks.value(z, networks.act(z)).mean()
+        loss = -model.value(z).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
-    return networks.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _in_order(model: WorldModel) -> Iterator[nn.Linear | nn.LayerNorm]:
+    for network in (model.dynamics, model.reward_head, *model.critics.members, model.policy):
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                yield module
 
 
 class ChunkScore(nn.Module):
@@ -185,7 +138,7 @@ class ChunkScore(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = _mlp(CHUNK_CONTEXT + CHUNK, 1, width=256)
+        self.net = mlp((CHUNK_CONTEXT + CHUNK, 256, 256, 1), nn.ELU)
 
     def forward(self, x: Float[Tensor, "B n"], z: Float[Tensor, "B Z"]) -> Rows:
         """The score of each row's chunk."""

@@ -1,7 +1,7 @@
 """The problems of `difftori bench control` in CasADi, solved by multiple shooting with IPOPT or fatrop.
 
 The equations are those of `control_problems`, written a second time. CasADi is imported inside functions only:
-`pip install 'difftori[peers]'`.
+`pip install 'difftori[baselines]'`.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from difftori.benchmarks.control_problems import (
+from benchmarks.control_problems import (
     ARM,
     DRAG,
     GRAVITY,
@@ -40,7 +40,7 @@ def casadi() -> ModuleType:
         import casadi  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
         raise MissingExtraError(
-            f"CasADi is not installed ({missing}). Fix: pip install 'difftori[peers]', or make peers."
+            f"CasADi is not installed ({missing}). Fix: pip install 'difftori[baselines]', or make baselines."
         ) from missing
     return casadi
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from difftori.benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
-from difftori.benchmarks.control_problems import ControlProblem
-from difftori.benchmarks.peers import mpc_cartpole
+from benchmarks.baselines import mpc_cartpole
+from benchmarks.control_casadi import Method, MultipleShooting, ShootingSolution
+from benchmarks.control_problems import ControlProblem
 from difftori.controller import Controller
 from difftori.planning import plan
 from difftori.solver import ILQR, Solver
@@ -190,7 +190,7 @@ class CasadiSession(Session):
 
 
 class MpcSession(Session):
-    """mpc.pytorch's iLQR on the cart-pole; the whole batch at once, float64. `peers.mpc_cartpole` says how it is set."""
+    """mpc.pytorch's iLQR on the cart-pole; the whole batch at once, float64. `baselines.mpc_cartpole` says how it is set."""
 
     def __init__(self, cell: Cell):
         self._cell, self.rows = cell, cell.batch
@@ -224,12 +224,12 @@ def _every(problem: ControlProblem) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """A way to solve. `peer`: someone else's; `compiled`: its functions are compiled first; `repeats`: at most so many."""
+    """A way to solve. `baseline`: someone else's; `compiled`: its functions are compiled first; `repeats`: at most so many."""
 
     name: str
     open: Callable[[Cell], Session]
     solves: Callable[[ControlProblem], bool] = field(default=_every)
-    peer: bool = False
+    baseline: bool = False
     compiled: bool = False
     repeats: int = 1_000_000
 
@@ -248,23 +248,23 @@ def _is_cartpole(problem: ControlProblem) -> bool:
 
 ENTRIES: tuple[Entry, ...] = (
     # The ratios and the gradient's error are taken against the first of a cell.
-    Entry("CasADi IPOPT", partial(_casadi, "ipopt", False), peer=True),
-    Entry("CasADi IPOPT compiled", partial(_casadi, "ipopt", True), peer=True, compiled=True),
-    Entry("CasADi fatrop", partial(_casadi, "fatrop", False), peer=True),
-    Entry("CasADi fatrop compiled", partial(_casadi, "fatrop", True), peer=True, compiled=True),
-    Entry("mpc.pytorch", MpcSession, _is_cartpole, peer=True, repeats=1),
+    Entry("CasADi IPOPT", partial(_casadi, "ipopt", False), baseline=True),
+    Entry("CasADi IPOPT compiled", partial(_casadi, "ipopt", True), baseline=True, compiled=True),
+    Entry("CasADi fatrop", partial(_casadi, "fatrop", False), baseline=True),
+    Entry("CasADi fatrop compiled", partial(_casadi, "fatrop", True), baseline=True, compiled=True),
+    Entry("mpc.pytorch", MpcSession, _is_cartpole, baseline=True, repeats=1),
     Entry("ILQR", partial(_ours, ILQR(), False)),
     Entry("ILQR compiled", partial(_ours, ILQR(), True), compiled=True),
 )
 
 
-def entries(problem: ControlProblem, *, peers: bool, compile: bool, only: tuple[str, ...] = ()) -> list[Entry]:
-    """The entries that solve this problem, without the peers or the compiled ones where these are not wanted."""
+def entries(problem: ControlProblem, *, baselines: bool, compile: bool, only: tuple[str, ...] = ()) -> list[Entry]:
+    """The entries that solve this problem, without the baselines or the compiled ones where these are not wanted."""
     return [
         entry
         for entry in ENTRIES
         if entry.solves(problem)
-        and (peers or not entry.peer)
+        and (baselines or not entry.baseline)
         and (compile or not entry.compiled)
         and (not only or entry.name in only)
     ]

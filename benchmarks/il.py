@@ -1,20 +1,21 @@
 """What refining costs: an update and an action of the base, and of each refiner on top of it.
 
-All parts of all contestants run in turn, in rotating order; medians in milliseconds, on `threads` threads. The task is made up, of
+All parts of all methods run in turn, in rotating order; medians in milliseconds, on `threads` threads. The task is made up, of
 the sizes of MetaWorld's states: two observations of 39 numbers, plans of 4 actions of 4 numbers, 3 executed. Networks are freshly
 initialised, which changes no time: every solve takes its full number of steps. What a refiner costs is without its base when it
 learns (its base's actions are looked up) and with it when it acts.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from difftori.benchmarks.interleaved import Device, Key, as_in_runs, measure, medians, write
+from benchmarks.measuring import Device, Job, Method, as_in_runs, measure, medians
+from benchmarks.records import RESULTS, as_text, raw_ms, write_csv, write_record
 from difftori.il.learner import Learner
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner
@@ -42,25 +43,16 @@ class Config(BaseModel):
     """Threads of torch."""
     seed: int = Field(0, ge=0)
     """Of the networks and the made up data."""
-    out: Path = Path("benchmarks/results")
+    out: Path = RESULTS
     """Where `il-BASE.csv` and `.json` go."""
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A policy with some settings, under the name that the table shows."""
-
-    name: str
-    policy: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 REFINERS = (
-    Contestant("residual", "residual"),
-    Contestant("ibc from base, small", "ibc-base", {"preset": "small"}),
-    Contestant("DiffTORI", "difftori-il"),
-    Contestant("DiffTORI, spectral", "difftori-il", {"solver": "spectral"}),
-    Contestant("DiffTORI, release", "difftori-il", {"preset": "reference", "batch_size": 64}),
+    Method("residual", "residual"),
+    Method("ibc from base, small", "ibc-base", {"preset": "small"}),
+    Method("DiffTORI", "difftori-il"),
+    Method("DiffTORI, spectral", "difftori-il", {"solver": "spectral"}),
+    Method("DiffTORI, release", "difftori-il", {"preset": "reference", "batch_size": 64}),
 )
 
 
@@ -71,7 +63,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     median = medians(samples)
     rows = [
         {
-            "contestant": name,
+            "method": name,
             "update_ms": median[name, "update"],
             "act_ms": median[name, "act"],
             "update_ratio": median[name, "update"] / median[config.base, "update"],
@@ -80,17 +72,20 @@ def run(config: Config) -> list[dict[str, Any]]:
         for name, part in median
         if part == "act"
     ]
-    write(config.out / f"il-{config.base}", config, config.device, rows, samples)
-    return [{k: v if isinstance(v, str) else f"{v:.3g}" for k, v in row.items()} for row in rows]
+    stem = config.out / f"il-{config.base}"
+    write_csv(stem.with_suffix(".csv"), rows)
+    record = {"raw_ms": raw_ms(samples)}
+    write_record(stem.with_suffix(".json"), record, config=config.model_dump(mode="json"), device=config.device)
+    return as_text(rows)
 
 
-def _parts(config: Config) -> dict[Key, Callable[[], object]]:
-    """What is timed, by contestant and part."""
+def _parts(config: Config) -> dict[tuple[str, str], Job]:
+    """What is timed, by method and part."""
     spec, settings = made_up_task(), {"hidden": (256, 256)} if config.base == "bc" else {"preset": "small"}
-    base = _policy(Contestant(config.base, config.base, {**settings, "batch_size": 64}), spec, None, config)
+    base = _policy(Method(config.base, config.base, {**settings, "batch_size": 64}), spec, None, config)
     policies = {config.base: base}
     policies |= {each.name: _policy(each, spec, base, config) for each in REFINERS}
-    parts: dict[Key, Callable[[], object]] = {}
+    parts: dict[tuple[str, str], Job] = {}
     obs = windows(spec, config.rows, config.seed, config.device).obs
     for name, policy in policies.items():
         batch = windows(spec, policy.config.batch_size, config.seed, config.device)
@@ -108,10 +103,10 @@ def _parts(config: Config) -> dict[Key, Callable[[], object]]:
     return parts
 
 
-def _policy(contestant: Contestant, spec: TaskSpec, base: Policy | None, config: Config) -> Policy:
+def _policy(method: Method, spec: TaskSpec, base: Policy | None, config: Config) -> Policy:
     torch.manual_seed(config.seed)
-    kind = find_policy(contestant.policy)
-    settings: Any = kind.Config.model_validate(contestant.settings)
+    kind = find_policy(method.component)
+    settings: Any = kind.Config.model_validate(method.settings)
     return (kind(settings, spec, base) if issubclass(kind, Refiner) else kind(settings, spec)).to(config.device)
 
 

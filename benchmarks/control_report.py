@@ -1,13 +1,12 @@
 """Tables and the figure of `difftori bench control`."""
 
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from difftori.benchmarks.control_entries import ENTRIES, Cell
-from difftori.benchmarks.report import write_csv
+from benchmarks.control_entries import ENTRIES
+from benchmarks.measuring import quartiles
+from benchmarks.records import write_csv, write_figure
 
 PARTS = ("cold", "warm", "gradient")
 
@@ -62,69 +61,19 @@ class Line:
     gradient_error: float
 
 
-def summarise(
-    *,
-    cell: Cell,
-    entry: str,
-    rows: int,
-    build_ms: float,
-    samples: Sequence[Sample],
-    cost: float,
-    violation: float,
-    iterations: float,
-    solved: float,
-    warm_cost: float,
-    warm_violation: float,
-    warm_iterations: float,
-    warm_solved: float,
-    gradient_error: float,
-    reference: Line | None,
-) -> Line:
-    """Medians and quartiles of one entry, and its ratios to `reference` (None: it is the reference)."""
+def summarise(samples: Sequence[Sample], reference: Line | None) -> dict[str, float]:
+    """Median, quartiles and ratio to `reference` (None: it is the reference) of each part, named as fields of `Line`."""
     times: dict[str, float] = {}
     for part in PARTS:
-        values = [sample.ms for sample in samples if sample.part == part]
-        low, middle, high = _quartiles(values)
+        low, middle, high = quartiles([sample.ms for sample in samples if sample.part == part])
         times |= {f"{part}_q1": low, f"{part}_ms": middle, f"{part}_q3": high}
         times[f"{part}_ratio"] = 1.0 if reference is None else getattr(reference, f"{part}_ms") / middle
-    return Line(
-        problem=cell.problem.name,
-        horizon=cell.problem.horizon,
-        batch=cell.batch,
-        entry=entry,
-        rows=rows,
-        first_call_ms=build_ms,
-        cost=cost,
-        violation=violation,
-        iterations=iterations,
-        solved=solved,
-        warm_cost=warm_cost,
-        warm_violation=warm_violation,
-        warm_iterations=warm_iterations,
-        warm_solved=warm_solved,
-        gradient_error=gradient_error,
-        **times,
-    )
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        only = values[0] if values else math.nan
-        return only, only, only
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    return times
 
 
 def write_raw(path: Path, samples: Sequence[Sample]) -> None:
     """Every timed call."""
-    rows = [[s.cell, s.entry, s.part, s.repeat, f"{s.ms:.4f}"] for s in samples]
-    write_csv(path, ["cell", "entry", "part", "repeat", "ms"], rows)
-
-
-def write_summary(path: Path, lines: Sequence[Line]) -> None:
-    """One row for each entry of each cell."""
-    rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in asdict(line).values()] for line in lines]
-    write_csv(path, [f.name for f in fields(Line)], rows)
+    write_csv(path, [asdict(sample) | {"ms": f"{sample.ms:.4f}"} for sample in samples])
 
 
 def table(lines: Sequence[Line]) -> list[dict[str, str]]:
@@ -141,9 +90,8 @@ def table(lines: Sequence[Line]) -> list[dict[str, str]]:
     ]
 
 
-def write_figure(path: Path, lines: Sequence[Line]) -> None:
+def write_plots(path: Path, lines: Sequence[Line]) -> None:
     """For each cell: the three times of every entry as bars, with quartiles."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     cells = list(dict.fromkeys((line.problem, line.batch) for line in lines))
@@ -164,5 +112,4 @@ def write_figure(path: Path, lines: Sequence[Line]) -> None:
         axis.set(yscale="log", ylabel="ms", title=f"{problem}, {batch} {'row' if batch == 1 else 'rows'}")
         axis.set_xticks(range(len(PARTS)), ["cold solve", "warm closed-loop step", "solve and gradient"])
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with rc_context({"svg.hashsalt": "difftori", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    write_figure(path, figure)

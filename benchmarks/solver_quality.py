@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difftori.benchmarks.entries import Cell, Entry, Setup, build
-from difftori.benchmarks.problems import Problem
-from difftori.benchmarks.timing import functional
+from benchmarks.solver_entries import Cell, Entry, Setup, build
+from benchmarks.solver_problems import Problem
+from benchmarks.solver_timing import functional
 from difftori.solver import Implicit, Newton, ProjectedGradient, solve
 from difftori.types import Points, RowFlags, Rows
 
@@ -40,7 +40,7 @@ class Quality:
     relative_error: float = math.nan
 
 
-def measure_quality(cell: Cell, contestant: Entry, setup: Setup, *, steps: int = 200) -> Quality:
+def measure_quality(cell: Cell, entry: Entry, setup: Setup, *, steps: int = 200) -> Quality:
     """Solve the cell's problems with one entry and compare.
 
     What is differentiated is wᵀx(c), x the solution as returned, c the row's context (z0, or the pendulum's g, m, l) and
@@ -51,20 +51,20 @@ def measure_quality(cell: Cell, contestant: Entry, setup: Setup, *, steps: int =
     problem = build(cell, torch.float64, setup)
     weights = functional(problem, seed=1)
     context = problem.context.detach().clone().requires_grad_()
-    x = contestant.solve(problem.at(context), torch.Generator().manual_seed(0))
+    x = entry.solve(problem.at(context), torch.Generator().manual_seed(0))
     answer = problem.box.project(x.detach())
     truth, known, optimum = _truth(problem, answer, weights, steps)
     with torch.no_grad():
         quality = Quality(
             cell=cell,
-            entry=contestant.name,
+            entry=entry.name,
             rows=len(answer),
             start=-problem.cost(problem.x0).mean().item(),
             reached=-problem.cost(answer).mean().item(),
             optimum=-problem.cost(optimum).mean().item(),
             inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
         )
-    if not contestant.gradient:
+    if not entry.gradient:
         return quality
     (found,) = torch.autograd.grad((x * weights).sum(), context)
     return _compare(quality, found, truth, known)
