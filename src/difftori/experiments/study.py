@@ -196,8 +196,8 @@ def run_study(
         )
 
     def keep(run: StudyRun) -> None:
-        record = _read(run)
-        if file is not None and record is not None and run.key not in records:
+        record = None if file is None or run.key in records else _read(run)
+        if file is not None and record is not None:
             file.append(run.key, record)
 
     for run in runs:
