@@ -190,10 +190,12 @@ def stratified_interval(
     """
     if not strata:
         raise ShapeError("a stratified interval needs at least one stratum (task), not none")
+    strata = [_checked(stratum) for stratum in strata]
+    value = float(statistic(strata))
     if min(len(stratum) for stratum in strata) == 1:
-        return Estimate(float(statistic([_checked(stratum) for stratum in strata])), -np.inf, np.inf)
-    value, low, high = stratified_band(strata, statistic, generator, confidence=confidence, resamples=resamples)
-    return Estimate(float(value), float(low), float(high))
+        return Estimate(value, -np.inf, np.inf)
+    low, high = _ends(statistic(_resampled(strata, generator, resamples)), confidence)
+    return Estimate(value, float(low), float(high))
 
 
 def _resampled(strata: Strata, generator: np.random.Generator, resamples: int) -> list[np.ndarray]:

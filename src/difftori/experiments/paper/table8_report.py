@@ -17,6 +17,7 @@ from difftori.experiments.tables import (
     plus_minus,
     screen_table,
     write_csv,
+    write_page,
 )
 from difftori.paper.numbers import PaperNumber, paper_numbers
 
