@@ -88,14 +88,7 @@ def on_slurm(
                 jobs[job] = run
         for begin in range(0, len(missing), _ARRAY):
             part = missing[begin : begin + _ARRAY]
-            try:
-                with executor.batch():
-                    submitted = [executor.submit(SlurmRun(run, retries)) for run in part]
-            except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-                raise RunsFailedError(
-                    f"Slurm took {begin} of {len(missing)} runs and refused the next ({str(error).strip()}). Where that is a limit "
-                    "on waiting jobs, let these end, or split the sweep's file; re-run the same command to submit what is missing"
-                ) from error
+            submitted = _submit(submitit, executor, part, retries, f"{begin} of {len(missing)}")
             for job, run in zip(submitted, part, strict=True):
                 _note(run, job.job_id)
                 say(f"{run.name}: submitted as job {job.job_id}")
@@ -113,6 +106,19 @@ def on_slurm(
         return failures
 
     return engine
+
+
+def _submit(submitit: ModuleType, executor: Any, runs: Sequence[RunSpec], retries: int, taken: str) -> list[Any]:
+    """Submit the runs as one array of jobs. RunsFailedError if Slurm refuses."""
+    try:
+        with executor.batch():
+            submitted = [executor.submit(SlurmRun(run, retries)) for run in runs]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise RunsFailedError(
+            f"Slurm took {taken} runs and refused the next ({str(error).strip()}). Where that is a limit "
+            "on waiting jobs, let these end, or split the sweep's file; re-run the same command to submit what is missing"
+        ) from error
+    return submitted
 
 
 def _submitit() -> ModuleType:
