@@ -126,10 +126,10 @@ def spread_out(folder: Path, path: Path) -> None:
     """Give every run of the sweep the directory of its variant's only true run."""
     sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
     runs = plan(sweep)
-    true = {run.folder.parent.name: run.folder for run in runs if run.work.finished}
+    true = {run.folder.parent.name: run.folder for run in runs if run.finished}
     generator = np.random.default_rng(0)
     for run in runs:
-        if run.work.finished:
+        if run.finished:
             continue
         source = true[run.folder.parent.name]
         task, seed = run.folder.parts[-3].removeprefix("metaworld."), run.folder.name.removeprefix("seed-")

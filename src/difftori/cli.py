@@ -242,21 +242,22 @@ def _sweep(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Train many: every combination of the options that FILE names (docs/sweeps.md).
+        """Train every combination of the options that FILE names (docs/sweeps.md).
 
-        A finished run is never repeated. Stopped or killed at any time, the same command goes on.
+        A finished run is never repeated. Re-run the same command to resume a sweep that was stopped or killed.
         """
 
         file: Annotated[Path, tyro.conf.Positional]
-        """YAML: `common` options, a `grid` of values, `variants`."""
+        """YAML file with `common` options, a `grid` of values, and `variants`."""
         jobs: int = 1
-        """Runs at once on this machine, a process with one thread each."""
+        """Number of runs at once on this machine, each a process with one thread."""
         ray: str | None = None
-        """Let a Ray cluster place the runs: `auto`, its address, or `local` to start one here. Needs `difftori[ray]`."""
+        """Run on a Ray cluster: `auto`, its address, or `local` to start one here (default: processes of this machine). Needs
+        `difftori[ray]`."""
         slurm: bool = False
         """Submit each run as a Slurm job. Needs `difftori[slurm]`."""
         status: bool = False
-        """Only show how the runs stand."""
+        """Only show the states of the runs."""
 
     options = tyro.cli(Options, prog="difftori sweep", args=words)
     if options.jobs < 1:
@@ -265,13 +266,13 @@ def _sweep(words: list[str]) -> None:
         raise ConfigError(["--ray and --slurm: give one of them"])
     from difftori.experiments.plan import plan, read_sweep
     from difftori.experiments.pool import report_failures
-    from difftori.experiments.status import counts, standing, table
+    from difftori.experiments.status import counts, run_status, table
 
     sweep = read_sweep(options.file)
     runs = plan(sweep)
     failures = []
     if not options.status:
-        from difftori.experiments.sweep import drive, local
+        from difftori.experiments.sweep import local, run_sweep
 
         if options.ray is not None:
             from difftori.experiments.ray_cluster import on_ray
@@ -284,9 +285,9 @@ def _sweep(words: list[str]) -> None:
             engine = on_slurm(place, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries, parameters=sweep.slurm)
         else:
             engine = local(options.jobs, sweep.retries)
-        with _run_bar(len(runs), sum(run.work.finished for run in runs)) as (say, done):
-            failures = drive(runs, engine, say=say, done=done)
-    found = [standing(run) for run in runs]
+        with _run_bar(len(runs), sum(run.finished for run in runs)) as (say, done):
+            failures = run_sweep(runs, engine, say=say, done=done)
+    found = [run_status(run) for run in runs]
     _print_table(f"{options.file.name}: {counts(found)}", table(found))
     try:
         if not options.status and any(s.state == "finished" for s in found):
@@ -306,13 +307,13 @@ def _report(words: list[str]) -> None:
         """Merge runs into one static page, OUT/report.html, with the same numbers as CSV and LaTeX beside it."""
 
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-        """Directories: runs, or folders with runs somewhere below them; also what studies keep of runs."""
+        """Directories of runs, or directories with runs somewhere below them; also record files of studies."""
         out: Path | None = None
-        """Where to; DIR/report for one directory, else `report`, unless given."""
+        """Directory of the report (default: `report` in the directory if there is only one, else `report`)."""
         title: str | None = None
-        """The page's title; the directories unless given."""
+        """Title of the page (default: the names of the directories)."""
         reference: str | None = None
-        """The method that the others are compared with, as the report names it; every pair unless given."""
+        """Method that the others are compared with, as the report names it (default: every pair is compared)."""
 
     options = tyro.cli(Options, prog="difftori report", args=words)
     if not options.runs:
@@ -324,7 +325,7 @@ def _report(words: list[str]) -> None:
     report = write_report(options.runs, out, title=options.title, reference=options.reference)
     from rich.console import Console
 
-    from difftori.experiments.reporting import screen_table
+    from difftori.experiments.tables import screen_table
 
     console = Console()
     for tables in report.tables:

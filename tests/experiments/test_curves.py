@@ -15,7 +15,11 @@ from difftori.cli import main
 from difftori.config import fields_of, overlay, read_tokens
 from difftori.errors import ConfigError, DataError
 from difftori.experiments import pool
-from difftori.experiments.curve_tables import (
+from difftori.experiments.diagnostics import diagnostics, diagnostics_table
+from difftori.experiments.paper import figure3, figure5, figure6, figure7
+from difftori.experiments.records import RecordFile, read_run
+from difftori.experiments.rl_study import TASKS, RLStudy, budget_name, make_curves, partial_reasons, plan_runs
+from difftori.experiments.rl_tables import (
     ALL_TASKS,
     OURS,
     aggregates,
@@ -25,17 +29,13 @@ from difftori.experiments.curve_tables import (
     seed_results,
     summarise,
 )
-from difftori.experiments.curves import make_curves, output_folder
-from difftori.experiments.diagnostics import diagnostics, diagnostics_table
-from difftori.experiments.paper import figure3, figure5, figure6, figure7
-from difftori.experiments.records import read_record
-from difftori.experiments.runs import TASKS, StudyConfig, partial_reasons, plan_jobs, strange_settings
+from difftori.experiments.study import Result, comparable, config_mismatch
 from difftori.paper.curves import published_curves
 from difftori.paper.numbers import paper_tasks
 from difftori.trainers import reinforcement
 from tests.support.fabricated import write_run
 
-PAIR = figure3.ARMS
+PAIR = figure3.METHODS
 
 
 @pytest.fixture
@@ -55,15 +55,26 @@ def small(tmp_path):
     return build
 
 
-def fill(config, arms, ends):
-    """Every run of the study, with the end return that `ends(job)` gives; None leaves it out."""
-    for job in plan_jobs(config, arms):
-        if (end := ends(job)) is not None:
-            write_run(job, end=end)
+def fill(config, methods, ends):
+    """Every run of the study, with the end return that `ends(run)` gives; None leaves it out."""
+    for run in plan_runs(config, methods):
+        if (end := ends(run)) is not None:
+            write_run(run, end=end)
 
 
-def curves_of(config, arms=PAIR):
-    return make_curves(config, arms, say=lambda text: None)
+def curves_of(config, methods=PAIR):
+    return make_curves(config, methods, say=lambda text: None)
+
+
+def result_of(run) -> Result:
+    """The run with what its folder holds."""
+    record = read_run(run.spec.folder)
+    assert record is not None
+    return Result(run, record)
+
+
+def record_file(config) -> RecordFile:
+    return RecordFile(config.out / "runs" / f"{budget_name(config)}.jsonl")
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -89,104 +100,99 @@ def test_the_defaults_are_the_full_study_and_anything_less_says_why(small):
 
 
 def test_runs_come_seed_by_seed_and_arms_in_pairs(small):
-    jobs = plan_jobs(small(), PAIR)
-    assert [(job.seed, job.task, job.arm.label) for job in jobs[:5]] == [
+    runs = plan_runs(small(), PAIR)
+    assert [(run.seed, run.task, run.method.label) for run in runs[:5]] == [
         (0, "cup-catch", "difftori"),
         (0, "cup-catch", "tdmpc"),
         (0, "walker-walk", "difftori"),
         (0, "walker-walk", "tdmpc"),
         (1, "cup-catch", "difftori"),
     ]
-    assert len({job.folder for job in jobs}) == len(jobs) == 8
+    assert len({run.spec.folder for run in runs}) == len(runs) == 8
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_command_of_a_run_means_its_configuration(small, quick):
-    arms = [*PAIR, *figure5.FORMS.values(), *figure6.ARMS]
-    for job in plan_jobs(small(quick=quick, seeds=1), arms):
+    methods = [*PAIR, *figure5.FORMS.values(), *figure6.METHODS]
+    for run in plan_runs(small(quick=quick, seeds=1), methods):
         kind = reinforcement()
-        _, agent, *options = job.words
+        _, agent, *options = run.spec.words
         given = read_tokens(options)
-        assert given.pop("out") == [str(job.folder)]
+        assert given.pop("out") == [str(run.spec.folder)]
         assert given.pop("quiet") == []
         config_type = kind.config_type(agent)
         assert set(given) <= set(fields_of(config_type)) | set(fields_of(fields_of(config_type)["settings"]))
-        assert kind.parse(overlay({"agent": agent}, given, config_type)) == job.config
+        assert kind.parse(overlay({"agent": agent}, given, config_type)) == run.config
 
 
 def test_figures_share_their_runs(small):
-    default = {job.folder for job in plan_jobs(small(), PAIR)}
-    assert {job.folder for job in plan_jobs(small(), [figure6.WHOLE])} < default
-    forms = [plan_jobs(small(), [arm])[0] for arm in figure5.FORMS.values()]
-    assert len({job.folder for job in forms}) == len(forms)
-    assert sum(job.folder in default for job in forms) == 1
+    default = {run.spec.folder for run in plan_runs(small(), PAIR)}
+    assert {run.spec.folder for run in plan_runs(small(), [figure6.WHOLE])} < default
+    forms = [plan_runs(small(), [method])[0] for method in figure5.FORMS.values()]
+    assert len({run.spec.folder for run in forms}) == len(forms)
+    assert sum(run.spec.folder in default for run in forms) == 1
 
 
 def test_a_record_is_read_from_the_log(small):
-    job = plan_jobs(small(), PAIR)[0]
-    assert read_record(job) is None
-    write_run(job, end=500.0)
-    record = read_record(job)
-    assert record is not None
-    assert record.steps.tolist() == [0, 20_000, 40_000, 50_000]
-    assert record.returns.tolist() == pytest.approx([0, 200, 400, 500])
-    assert record.seconds.tolist() == pytest.approx([0, 300, 600, 750])
-    assert record.area == pytest.approx(275)
-    assert (record.at(40_000), record.at(30_000)) == (pytest.approx(400), None)
-    assert record.hardware == "a processor, 1 thread(s), a system"
+    run = plan_runs(small(), PAIR)[0]
+    write_run(run, end=500.0)
+    result = result_of(run)
+    assert result.steps.tolist() == [0, 20_000, 40_000, 50_000]
+    assert result.returns.tolist() == pytest.approx([0, 200, 400, 500])
+    assert result.seconds.tolist() == pytest.approx([0, 300, 600, 750])
+    assert result.area == pytest.approx(275)
+    assert (result.at(40_000), result.at(30_000)) == (pytest.approx(400), None)
+    assert result.record.hardware == "a processor, 1 thread(s), a system"
 
 
 def test_a_late_evaluation_counts_for_its_place_on_the_grid(small):
-    job = plan_jobs(small(), PAIR)[0]
-    write_run(job, end=500.0)
-    log = job.folder / "metrics.jsonl"
+    run = plan_runs(small(), PAIR)[0]
+    write_run(run, end=500.0)
+    log = run.spec.folder / "metrics.jsonl"
     log.write_text(log.read_text().replace('"step": 20000', '"step": 20800').replace('"step": 50000', '"step": 50008'))
-    record = read_record(job)
-    assert record is not None
-    assert record.steps.tolist() == [0, 20_000, 40_000, 50_000]
+    assert result_of(run).steps.tolist() == [0, 20_000, 40_000, 50_000]
 
 
 def test_a_return_that_is_no_number_is_refused(small):
-    job = plan_jobs(small(), PAIR)[0]
-    write_run(job, end=500.0)
-    log = job.folder / "metrics.jsonl"
+    run = plan_runs(small(), PAIR)[0]
+    write_run(run, end=500.0)
+    log = run.spec.folder / "metrics.jsonl"
     log.write_text(log.read_text().replace('"eval/return": 200.0', '"eval/return": null'))
     with pytest.raises(DataError, match="step 20000"):
-        read_record(job)
+        _ = result_of(run).returns
 
 
-def test_finished_runs_are_kept_in_small_files_and_drawn_from_them_elsewhere(small, tmp_path):
+def test_finished_runs_are_recorded_and_drawn_from_records_elsewhere(small, tmp_path):
     config = small()
-    fill(config, PAIR, lambda job: None if job.seed and job.task == "cup-catch" else 321.0)
-    write_run(plan_jobs(config, PAIR)[4], end=5.0, until=20_000)
+    fill(config, PAIR, lambda run: None if run.seed and run.task == "cup-catch" else 321.0)
+    write_run(plan_runs(config, PAIR)[4], end=5.0, until=20_000)
     here = curves_of(config)
     (tmp_path / "runs").rename(tmp_path / "left behind")
     elsewhere = curves_of(config)
     finished = [row for row in seed_results(here) if row.finished]
     assert len(finished) == 6
     assert seed_results(elsewhere) == finished
-    kept = plan_jobs(config, PAIR)[0].kept
-    assert kept.stat().st_size < 3500
-    assert plan_jobs(config, PAIR)[0].finished
+    file = record_file(config).path
+    assert file.stat().st_size < 6 * 3500
 
-    write_run(plan_jobs(config, PAIR)[0], end=322.0)
+    write_run(plan_runs(config, PAIR)[0], end=322.0)
     with pytest.raises(ConfigError, match=r"different runs of cup-catch, difftori, seed 0: remove the one"):
         curves_of(config)
     shutil.rmtree(tmp_path / "runs")
-    text = kept.read_text()
-    kept.write_text(text.replace('"horizon": 5', '"horizon": 4'))
-    with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*seed-0\.json"):
+    text = file.read_text()
+    file.write_text(text.replace('"horizon": 5', '"horizon": 4'))
+    with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*jsonl, cup-catch/.*/seed-0"):
         curves_of(config)
-    kept.write_text(text[:100])
-    with pytest.raises(DataError, match="no readable run"):
+    file.write_text(text[:100] + "\n")
+    with pytest.raises(DataError, match="line 1: no readable run"):
         curves_of(config)
 
 
 def test_diagnostics_are_medians_of_the_second_half(small):
     config = small(tasks=("cup-catch",), seeds=2)
-    fill(config, PAIR[:1], lambda job: 10.0)
-    for seed, job in enumerate(plan_jobs(config, PAIR[:1])):
-        log = job.folder / "metrics.jsonl"
+    fill(config, PAIR[:1], lambda run: 10.0)
+    for seed, run in enumerate(plan_runs(config, PAIR[:1])):
+        log = run.spec.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         for row in rows:
             if "eval/return" in row and row["step"]:
@@ -207,15 +213,15 @@ def test_diagnostics_are_medians_of_the_second_half(small):
 
 def test_what_decides_and_what_does_not(small):
     config = small()
-    job = plan_jobs(config, PAIR)[0]
-    write_run(job, end=1.0)
-    source = job.folder / "config.yaml"
+    run = plan_runs(config, PAIR)[0]
+    write_run(run, end=1.0)
+    source = run.spec.folder / "config.yaml"
     text = source.read_text()
     source.write_text(text.replace("device: cpu", "device: cuda").replace("threads: 1", "threads: 4"))
-    assert strange_settings(job) == []
+    wanted = comparable(run.config.model_dump(mode="json"))
+    assert config_mismatch(wanted, result_of(run).record.config) == []
     source.write_text(text.replace("discount: 0.99", "discount: 0.9"))
-    assert len(strange_settings(job)) == 1
-    assert "settings.discount: 0.99 wanted, 0.9 in" in strange_settings(job)[0]
+    assert config_mismatch(wanted, result_of(run).record.config) == ["settings.discount: 0.99 wanted, 0.9"]
     with pytest.raises(ConfigError, match="choose another"):
         curves_of(config)
 
@@ -227,7 +233,7 @@ def test_without_any_run_nothing_is_drawn(small):
 
 def test_ours_and_published_are_compared_at_the_same_steps_only(small):
     config = small(tasks=("cup-catch",))
-    fill(config, PAIR, lambda job: {"difftori": 800.0, "tdmpc": 400.0}[job.arm.label] + 10 * job.seed)
+    fill(config, PAIR, lambda run: {"difftori": 800.0, "tdmpc": 400.0}[run.method.label] + 10 * run.seed)
     curves = curves_of(config)
     published = [curve for curve in published_curves("state") if curve.task == "cup-catch"]
     assert compared_steps(curves, "cup-catch", published) == [40_000, 50_000]
@@ -251,9 +257,9 @@ def test_ours_and_published_are_compared_at_the_same_steps_only(small):
 
 def test_an_unfinished_run_is_drawn_but_not_averaged_over_tasks(small):
     config = small()
-    for job in plan_jobs(config, PAIR):
-        stopped = job.task == "walker-walk" and job.arm.label == "tdmpc" and job.seed == 1
-        write_run(job, end=600.0, until=20_000 if stopped else None)
+    for run in plan_runs(config, PAIR):
+        stopped = run.task == "walker-walk" and run.method.label == "tdmpc" and run.seed == 1
+        write_run(run, end=600.0, until=20_000 if stopped else None)
     curves = curves_of(config)
     assert curves.reasons[-1] == "7 of 8 runs finished"
     assert block(curves)[1] == {"cup-catch": [0, 1], "walker-walk": [0]}
@@ -265,7 +271,7 @@ def test_an_unfinished_run_is_drawn_but_not_averaged_over_tasks(small):
 
 def test_published_methods_are_averaged_over_exactly_our_tasks(small):
     config = small(tasks=("cup-catch", "walker-stand"), steps=100_000)
-    fill(config, PAIR, lambda job: 500.0)
+    fill(config, PAIR, lambda run: 500.0)
     methods = {row.method for row in aggregates(curves_of(config)) if row.origin != OURS}
     assert "TD-MPC2" in methods
     assert "TD-MPC" not in methods  # it has no curve of walker-stand from states
@@ -274,9 +280,9 @@ def test_published_methods_are_averaged_over_exactly_our_tasks(small):
 def test_differences_are_paired_by_task_and_seed(small):
     config = small(figure5.Config, forms=("per-episode",))
     gain = {("cup-catch", 0): 10.0, ("cup-catch", 1): 20.0, ("walker-walk", 0): 40.0, ("walker-walk", 1): 40.0}
-    arms = [figure5.FORMS["off"], figure5.FORMS["per-episode"]]
-    fill(config, arms, lambda job: 300.0 + 200 * job.seed + (job.arm.label != "off") * gain[job.task, job.seed])
-    rows = [row for row in differences(curves_of(config, arms), arms[0]) if row.measure == "final"]
+    methods = [figure5.FORMS["off"], figure5.FORMS["per-episode"]]
+    fill(config, methods, lambda run: 300.0 + 200 * run.seed + (run.method.label != "off") * gain[run.task, run.seed])
+    rows = [row for row in differences(curves_of(config, methods), "off") if row.measure == "final"]
     assert [(row.task, row.pairs) for row in rows] == [("cup-catch", 2), ("walker-walk", 2), (ALL_TASKS, 4)]
     assert [row.value for row in rows] == pytest.approx([15, 40, 27.5])
     assert (rows[1].low, rows[1].high) == (pytest.approx(40), pytest.approx(40))
@@ -295,8 +301,8 @@ def test_differences_are_paired_by_task_and_seed(small):
 )
 def test_every_output_is_written_and_labelled(study, files, small, capsys):
     config = small(study.Config)
-    arms = {figure5: [figure5.FORMS[name] for name in figure5.FULL_FORMS], figure6: figure6.ARMS}.get(study, PAIR)
-    fill(config, arms, lambda job: 500.0 + 10 * job.seed + len(job.arm.label))
+    methods = {figure5: [figure5.FORMS[name] for name in figure5.FULL_FORMS], figure6: figure6.METHODS}.get(study, PAIR)
+    fill(config, methods, lambda run: 500.0 + 10 * run.seed + len(run.method.label))
     study.run(config)
     out = config.out / study.__name__.rpartition(".")[2] / "partial" / "state-paper-50000"
     common = {"seeds.csv", "curves.csv", "summary.csv", "aggregate.csv", "summary.md"}
@@ -304,7 +310,7 @@ def test_every_output_is_written_and_labelled(study, files, small, capsys):
     assert "PARTIAL STUDY: states instead of pixels" in (out / "summary.md").read_text()
     assert all("partial study" in path.read_text() for path in out.glob("*.svg"))
     seeds = lines(out / "seeds.csv")
-    assert len(seeds) == 4 * len(arms)
+    assert len(seeds) == 4 * len(methods)
     assert seeds[0]["command"].startswith(
         "difftori train difftori --env dmc:cup-catch --obs state --steps 50000 --seed 0"
     )
@@ -314,7 +320,7 @@ def test_every_output_is_written_and_labelled(study, files, small, capsys):
 
 def test_the_same_runs_give_the_same_bytes(small):
     config = small()
-    fill(config, PAIR, lambda job: 500.0 + 10 * job.seed)
+    fill(config, PAIR, lambda run: 500.0 + 10 * run.seed)
     figure3.run(config)
     out = config.out / "figure3" / "partial" / "state-paper-50000"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -324,20 +330,20 @@ def test_the_same_runs_give_the_same_bytes(small):
 
 def test_only_the_full_study_takes_the_full_place(small):
     config = small(tasks=TASKS, seeds=5, steps=1_000_000, obs="pixels", eval_every=500_000)
-    fill(config, PAIR, lambda job: 500.0)
+    fill(config, PAIR, lambda run: 500.0)
     curves = curves_of(config)
     assert curves.reasons == ()
-    assert output_folder(curves, "figure3") == config.out / "figure3"
-    (plan_jobs(config, PAIR)[-1].folder / "summary.json").unlink()
-    plan_jobs(config, PAIR)[-1].kept.unlink()
-    assert output_folder(curves_of(config), "figure3") == config.out / "figure3" / "partial" / "pixels-paper-1000000"
+    assert curves.folder("figure3", "b") == config.out / "figure3"
+    (plan_runs(config, PAIR)[-1].spec.folder / "summary.json").unlink()
+    record_file(config).path.unlink()
+    assert curves_of(config).folder("figure3", "b") == config.out / "figure3" / "partial" / "b"
 
 
 def test_times_are_compared_on_the_same_hardware(small):
     config = small(figure7.Config, tasks=("cup-catch",))
-    for job in plan_jobs(config, PAIR):
-        other = {"cpu": "another"} if job.seed == 1 and job.arm.label == "tdmpc" else {}
-        write_run(job, end=1.0, pace=0.03 if job.arm.label == "difftori" else 0.01, **other)
+    for run in plan_runs(config, PAIR):
+        other = {"cpu": "another"} if run.seed == 1 and run.method.label == "tdmpc" else {}
+        write_run(run, end=1.0, pace=0.03 if run.method.label == "difftori" else 0.01, **other)
     curves = curves_of(config)
     rows = figure7.timings(curves)
     assert [row.same_hardware for row in rows] == [True, False]
@@ -349,14 +355,14 @@ def test_times_are_compared_on_the_same_hardware(small):
 def test_unknown_tasks_and_empty_choices_are_refused():
     for values in ({"tasks": ("cup",)}, {"tasks": ()}, {"seeds": 0}, {"budget": -1}):
         with pytest.raises(ValidationError):
-            StudyConfig(**values)
+            RLStudy(**values)
 
 
 def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeypatch):
     """In this process: a new one takes seconds to import torch."""
     config = small(quick=True, seeds=1, budget=None)
-    monkeypatch.setattr("difftori.experiments.runs.QUICK_ENVS", ("probe:delayed-reward",))
-    monkeypatch.setattr(figure3, "ARMS", PAIR[1:])
+    monkeypatch.setattr("difftori.experiments.rl_study.QUICK_ENVS", ("probe:delayed-reward",))
+    monkeypatch.setattr(figure3, "METHODS", PAIR[1:])
 
     def start(work, *, again=False):
         status = main(list(work.words))

@@ -52,5 +52,5 @@ def test_it_can_be_drawn():
 
 def test_another_policys_run_is_refused(monkeypatch):
     monkeypatch.setattr(figure4, "load_policy", lambda run, which: (refiner(cvae_dim=0), None))
-    with pytest.raises(ConfigError, match="is no difftori-il with --cvae-dim"):
+    with pytest.raises(ConfigError, match="is not a run of difftori-il with --cvae-dim"):
         figure4.run(figure4.Config(run=Path("x")))

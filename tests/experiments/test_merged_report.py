@@ -129,7 +129,7 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     for said in (
         "Runs differ in environment steps: 1000, 2000",
         "the same method, task and seed",
-        "its return is no number",
+        "its return is not a number",
     ):
         assert said in page
     assert "Not finished, not counted: 1" in page
@@ -148,7 +148,7 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     assert (reward / "report" / "report.html").read_bytes() == again  # and is not taken for a run itself
 
 
-def test_what_studies_keep_is_read_too(tmp_path):
+def test_records_of_studies_are_read_too(tmp_path):
     root = Path(__file__).parents[2] / "results" / "runs" / "il" / "base_noise"
     found = gather([root])
     assert len(found.runs) == 180

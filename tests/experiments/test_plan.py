@@ -18,7 +18,7 @@ def sweep_of(tmp_path, **given) -> Sweep:
 
 
 def names(runs) -> list[str]:
-    return [run.work.name for run in runs]
+    return [run.name for run in runs]
 
 
 def test_the_grid_times_the_variants(tmp_path):
@@ -38,7 +38,7 @@ def test_the_grid_times_the_variants(tmp_path):
     ]
     folder = tmp_path / "out" / "probe.one-step" / "tdmpc" / "seed-1"
     options = "--env probe:one-step --steps 300 --seed 1".split()
-    assert runs[1].work.words == ("train", "tdmpc", *options, "--out", str(folder), "--quiet")
+    assert runs[1].words == ("train", "tdmpc", *options, "--out", str(folder), "--quiet")
     assert runs[1].length == 300
     assert {run.depth for run in runs} == {0}
 
@@ -49,7 +49,7 @@ def test_lists_switches_and_nested_settings_are_options(tmp_path):
         plan(sweep_of(tmp_path, common=given))
     del given["pictures"]
     (run,) = plan(sweep_of(tmp_path, common=given, grid={"hidden": [[8, 8]]}))
-    assert run.work.words[2:] == (*"--env pendulum --epochs 2 --hidden 8 8 --out".split(), str(run.folder), "--quiet")
+    assert run.words[2:] == (*"--env pendulum --epochs 2 --hidden 8 8 --out".split(), str(run.folder), "--quiet")
 
 
 def test_what_refines_another_run_of_the_sweep_waits_for_it(tmp_path):
@@ -59,7 +59,7 @@ def test_what_refines_another_run_of_the_sweep_waits_for_it(tmp_path):
     first, second = plan(sweep_of(tmp_path, **given, variants=[refiner, {"train": "bc"}]))
     assert first.base is second
     assert (first.depth, second.depth) == (1, 0)
-    assert str(second.folder) in first.work.words
+    assert str(second.folder) in first.words
     assert first.folder.name == second.folder.name == "seed-3"
 
 
@@ -122,7 +122,7 @@ def test_a_file(tmp_path):
 def test_nested_settings_of_all_and_of_a_variant_are_joined(tmp_path):
     common = {"train": "bc", "env": "pendulum", "settings": {"hidden": [64], "lr": 0.001}}
     (run,) = plan(sweep_of(tmp_path, common=common, variants=[{"settings": {"batch-size": 7}}]))
-    words = " ".join(run.work.words)
+    words = " ".join(run.words)
     assert "--settings.hidden 64 --settings.lr 0.001 --settings.batch-size 7" in words
 
 
@@ -178,4 +178,4 @@ def test_whatever_a_file_holds_the_answer_is_a_plan_or_a_list_of_faults(tmp_path
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:
         assert not run.folder.exists()
-        assert run.work.words[-2:] == (str(run.folder), "--quiet")
+        assert run.words[-2:] == (str(run.folder), "--quiet")

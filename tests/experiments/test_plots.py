@@ -1,8 +1,9 @@
-"""Pictures: what they hold, not how they look."""
+"""Figures: what they hold, not how they look."""
 
 import numpy as np
 
-from difftori.experiments.plots import DASHES, MARKERS, PALETTE, Curve, Swing, learning_curves, phase_plane, save_svg
+from difftori.experiments.paper.table8_figures import Curve, Swing, learning_curves, phase_plane
+from difftori.experiments.plots import DASHES, MARKERS, PALETTE, save_svg
 
 METHODS = ("expert", "bc", "lstm")
 
@@ -39,7 +40,7 @@ def test_phase_planes_show_the_methods_that_ran_each_in_its_colour(tmp_path):
     assert figure.axes[1].lines[-1].get_color() == PALETTE[METHODS.index("lstm")]
 
 
-def test_the_same_picture_is_the_same_file(tmp_path):
+def test_the_same_figure_is_the_same_file(tmp_path):
     for name in ("new/a.svg", "b.svg"):
         figure = phase_plane({"one": {"lstm": swing()}}, METHODS, reference="expert", caption="of a test")
         save_svg(figure, tmp_path / name)

@@ -10,19 +10,20 @@ import time
 import pytest
 
 from difftori.experiments import pool
-from difftori.experiments.pool import Failure, RunsFailedError, Work, report_failures, run_all, run_one, training
+from difftori.experiments.plan import RunSpec
+from difftori.experiments.pool import Failure, RunsFailedError, report_failures, run_all, run_one
 
 
 def python(monkeypatch, code: str) -> None:
-    """Lets works run `code` with their words as arguments, instead of the command line."""
+    """Lets runs execute `code` with their words as arguments, instead of the command line."""
     launch = pool.subprocess.Popen
     monkeypatch.setattr(
         pool.subprocess, "Popen", lambda words, **options: launch([sys.executable, "-c", code, *words[3:]], **options)
     )
 
 
-def works(folder, *names):
-    return [Work(name, (name,), folder / "logs" / f"{name}.log") for name in names]
+def runs(folder, *names):
+    return [RunSpec(name, (name,), folder / "logs" / name) for name in names]
 
 
 def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
@@ -30,14 +31,14 @@ def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
     said = []
     done: list[str] = []
     failures, left = run_all(
-        works(tmp_path, "good", "bad", "fine"),
+        runs(tmp_path, "good", "bad", "fine"),
         jobs=2,
         seconds=None,
         say=said.append,
         done=lambda w: done.append(w.name),
     )
     assert sorted(done) == ["fine", "good"]
-    assert [(f.work.name, f.status) for f in failures] == [("bad", 1)]
+    assert [(f.run.name, f.status) for f in failures] == [("bad", 1)]
     assert left == []
     assert {"good: done", "fine: done"} <= set(said)
     with pytest.raises(RunsFailedError, match="bad: status 1"):
@@ -48,9 +49,9 @@ def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
 def test_when_the_budget_is_spent_nothing_more_begins(tmp_path, monkeypatch):
     python(monkeypatch, "import time; time.sleep(.3)")
     said = []
-    failures, left = run_all(works(tmp_path, "first", "second"), jobs=1, seconds=0.05, say=said.append)
+    failures, left = run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=0.05, say=said.append)
     assert failures == []
-    assert [work.name for work in left] == ["second"]
+    assert [run.name for run in left] == ["second"]
     assert said[-1] == "first: done"
 
 
@@ -71,17 +72,17 @@ def test_a_signal_lets_runs_save_and_starts_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(pool.time, "sleep", sleep)
     said = []
     with pytest.raises(SystemExit) as ended:
-        run_all(works(tmp_path, "first", "second"), jobs=1, seconds=None, say=said.append)
+        run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=None, say=said.append)
     assert ended.value.code == 143
     assert (tmp_path / "saved").exists()
     assert "1 saved, 1 not started" in said[-1]
 
 
-def run_of(tmp_path, code: str, monkeypatch) -> Work:
+def run_of(tmp_path, code: str, monkeypatch) -> RunSpec:
     """A run's folder, and `code` in place of its process."""
     python(monkeypatch, code)
     (tmp_path / "runs").mkdir()
-    return training("it", ("it",), tmp_path / "runs" / "one")
+    return RunSpec("it", ("it",), tmp_path / "runs" / "one")
 
 
 def test_a_run_that_dies_is_taken_up_again_and_its_tries_are_counted(tmp_path, monkeypatch):
@@ -95,59 +96,58 @@ print("words:", *sys.argv[1:], flush=True)
 if count < 2: os.kill(os.getpid(), signal.SIGKILL)
 folder = pathlib.Path({str(tmp_path / "runs" / "one")!r}); folder.mkdir(); (folder / "summary.json").write_text("{{}}")
 """
-    work = run_of(tmp_path, code, monkeypatch)
+    run = run_of(tmp_path, code, monkeypatch)
     said = []
-    failures, _ = run_all([work], jobs=1, seconds=None, say=said.append, retries=1)
+    failures, _ = run_all([run], jobs=1, seconds=None, say=said.append, retries=1)
     assert [(f.status, f.reason) for f in failures] == [(-9, "words: it")]
     assert sum("trying again (1 of 1)" in line for line in said) == 1
     note = json.loads((tmp_path / "runs" / "one.failed.json").read_text())
     assert (note["status"], note["reason"]) == (-9, "words: it")
 
-    assert run_one(work, say=said.append) is None
-    assert work.finished
+    assert run_one(run, say=said.append) is None
+    assert run.finished
     assert not (tmp_path / "runs" / "one.failed.json").exists()
     assert len(seen.read_text()) == 3
 
 
 def test_faulty_options_are_not_tried_again(tmp_path, monkeypatch):
-    work = run_of(tmp_path, "raise SystemExit(2)", monkeypatch)
-    assert run_one(work, retries=5) == Failure(work, 2, "it said nothing")
+    run = run_of(tmp_path, "raise SystemExit(2)", monkeypatch)
+    assert run_one(run, retries=5) == Failure(run, 2, "no output")
 
 
 def test_a_run_that_was_begun_is_resumed(tmp_path):
-    work = training("it", ("train", "bc"), tmp_path / "one")
-    assert work.command == ("train", "bc")
+    run = RunSpec("it", ("train", "bc"), tmp_path / "one")
+    assert run.command == ("train", "bc")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "config.yaml").touch()
-    assert work.command[:2] == ("train", "--resume")
+    assert run.command[:2] == ("train", "--resume")
 
 
 @pytest.mark.parametrize("finishes", [True, False])
 def test_a_run_in_another_process_is_waited_for(tmp_path, monkeypatch, finishes):
     """It ends there, or is gone on with here when that process is gone."""
-    work = run_of(tmp_path, f"import pathlib; pathlib.Path({str(tmp_path / 'here')!r}).touch()", monkeypatch)
-    assert work.folder is not None
-    work.folder.mkdir()
-    (work.folder / "run.lock").touch()
+    run = run_of(tmp_path, f"import pathlib; pathlib.Path({str(tmp_path / 'here')!r}).touch()", monkeypatch)
+    run.folder.mkdir()
+    (run.folder / "run.lock").touch()
     done, said = [], []
-    with (work.folder / "run.lock").open() as lock:
+    with (run.folder / "run.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert work.elsewhere
+        assert run.locked
         waiting = threading.Thread(
-            target=lambda: run_all([work], jobs=1, seconds=None, say=said.append, done=done.append), daemon=True
+            target=lambda: run_all([run], jobs=1, seconds=None, say=said.append, done=done.append), daemon=True
         )
         waiting.start()
         time.sleep(0.5)
         assert said == ["it: running in another process; waiting for it"]
         if finishes:
-            (work.folder / "summary.json").write_text("{}")
+            (run.folder / "summary.json").write_text("{}")
     waiting.join(20)
-    assert done == [work]
+    assert done == [run]
     assert (tmp_path / "here").exists() is not finishes
 
 
 def test_no_process_is_left_behind_by_whatever_ends_the_work(tmp_path, monkeypatch):
-    work = run_of(tmp_path, "import time; time.sleep(60)", monkeypatch)
+    run = run_of(tmp_path, "import time; time.sleep(60)", monkeypatch)
     started: list[subprocess.Popen] = []
     launch = pool.subprocess.Popen
     monkeypatch.setattr(pool.subprocess, "Popen", lambda *a, **k: started.append(launch(*a, **k)) or started[-1])
@@ -155,7 +155,7 @@ def test_no_process_is_left_behind_by_whatever_ends_the_work(tmp_path, monkeypat
     def look(crew):
         raise RuntimeError("an engine's own way to end us")
 
-    monkeypatch.setattr(pool._Crew, "_look", look)
+    monkeypatch.setattr(pool._ProcessPool, "_look", look)
     with pytest.raises(RuntimeError, match="an engine's own way"):
-        run_one(work)
+        run_one(run)
     assert [process.poll() for process in started] == [-15]

@@ -1,13 +1,14 @@
-"""The studies on Push-T: their arms and pairs, and where the human demonstrations come from."""
+"""The studies on Push-T: their methods and pairs, and where the human demonstrations come from."""
 
 import pytest
 
 from difftori.config import overlay, read_tokens
 from difftori.data.download import PUBLIC
-from difftori.experiments import imitation, pusht
-from difftori.experiments.imitation import Case
-from difftori.experiments.paper import base_noise, table1, table2, table4, table7
-from difftori.experiments.pusht import DATA
+from difftori.experiments.il_study import Case, plan_runs
+from difftori.experiments.paper import base_noise, pusht, table1, table2, table4, table7
+from difftori.experiments.paper.pusht import DATA
+from difftori.experiments.records import read_run
+from difftori.experiments.study import comparable, config_mismatch
 from difftori.il.config import TrainConfig, normalised, parse_config
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.difftori import DEFAULT_NOISE, DiffTORI, DiffTORIConfig
@@ -21,8 +22,8 @@ def asked(monkeypatch) -> dict:
     """What a study would have run."""
     found: dict = {}
 
-    def run(config, cases, arms, compared, **named):
-        found.update(named, cases=cases, arms={arm.label: arm for arm in arms}, compared=compared)
+    def run(config, cases, methods, compared, **named):
+        found.update(named, cases=cases, methods={method.label: method for method in methods}, compared=compared)
 
     for module in (pusht, table1, base_noise):
         monkeypatch.setattr(module, "run_refinement", run)
@@ -32,30 +33,30 @@ def asked(monkeypatch) -> dict:
 @pytest.mark.parametrize("study", [table1, table2, table4, table7, base_noise])
 def test_what_is_compared_is_run_and_bases_stand_before_what_refines_them(study, asked, tmp_path):
     study.run(study.Config(**({"demos": tmp_path} if study in (table2, table4, table7) else {})))
-    labels = list(asked["arms"])
+    labels = list(asked["methods"])
     assert asked["compared"]
-    for arm, reference in asked["compared"]:
-        assert {arm, reference} <= set(labels)
-        assert arm != reference
-    for label, arm in asked["arms"].items():
-        assert arm.base is None or labels.index(arm.base) < labels.index(label)
+    for method, reference in asked["compared"]:
+        assert {method, reference} <= set(labels)
+        assert method != reference
+    for label, method in asked["methods"].items():
+        assert method.base is None or labels.index(method.base) < labels.index(label)
 
 
 def test_table_7_compares_each_horizon_with_as_many_actions_of_the_base(asked, tmp_path):
     table7.run(table7.Config(demos=tmp_path, horizons=(1, 3)))
     for h in (1, 3):
         assert (f"H = {h}", f"diffusion, {h} executed") in asked["compared"]
-        ours, control = asked["arms"][f"H = {h}"], asked["arms"][f"diffusion, {h} executed"]
+        ours, control = asked["methods"][f"H = {h}"], asked["methods"][f"diffusion, {h} executed"]
         assert ours.options == control.options == {"execute": h}
     table7.run(table7.Config(demos=tmp_path, controls=False))
-    assert not any("executed" in label for label in asked["arms"])
+    assert not any("executed" in label for label in asked["methods"])
     assert "without controls" in asked["reasons"]
 
 
 def test_the_noise_study_has_the_noise_that_its_base_gets_by_default(asked):
     base_noise.run(base_noise.Config())
-    arm = asked["arms"][f"DiffTORI σ {DEFAULT_NOISE:g}"]
-    assert arm.settings == {"base_noise": DEFAULT_NOISE}
+    method = asked["methods"][f"DiffTORI σ {DEFAULT_NOISE:g}"]
+    assert method.settings == {"base_noise": DEFAULT_NOISE}
     spec = TaskSpec.rows(2, 1, 4, (-1.0,), (1.0,))
     assert DiffTORI(DiffTORIConfig(), spec, BC(BCConfig(), spec)).noise == DEFAULT_NOISE
 
@@ -73,13 +74,16 @@ def test_a_study_knows_its_own_runs_again(asked, tmp_path):
     """A refiner's window comes from its base, whose own may come from its policy: what is trained is what is wanted."""
     config = table2.Config(demos=tmp_path, obs="pose", sizes="small", runs=tmp_path / "runs", out=tmp_path)
     table2.run(config)
-    for job in imitation._jobs(config, asked["cases"][0], list(asked["arms"].values()), 0, "push-t"):
+    for run in plan_runs(config, asked["cases"][0], list(asked["methods"].values()), 0, "push-t"):
         given = overlay(
-            {"policy": job.arm.policy},
-            read_tokens([word for word in job.words[2:] if word != "--quiet"]),
-            TrainConfig[find_policy(job.arm.policy).Config],
+            {"policy": run.method.trains},
+            read_tokens([word for word in run.spec.words[2:] if word != "--quiet"]),
+            TrainConfig[find_policy(run.method.trains).Config],
         )
         del given["out"]
-        job.folder.mkdir(parents=True)
-        (job.folder / "config.yaml").write_text(to_yaml(normalised(parse_config(given))))
-        assert imitation.strange_settings(job) == []
+        run.spec.folder.mkdir(parents=True)
+        (run.spec.folder / "config.yaml").write_text(to_yaml(normalised(parse_config(given))))
+        (run.spec.folder / "versions.json").write_text('{"cpu": "abacus", "threads": 1}')
+        record = read_run(run.spec.folder)
+        assert record is not None
+        assert config_mismatch(comparable(run.config.model_dump(mode="json")), record.config) == []

@@ -9,54 +9,48 @@ import pytest
 
 from difftori.config import overlay, read_tokens
 from difftori.errors import ConfigError, DataError
-from difftori.experiments import imitation
-from difftori.experiments.imitation import (
-    Arm,
-    Case,
-    ImitationConfig,
-    Job,
-    Result,
-    Results,
-    keep,
-    make_results,
-    read_result,
-)
+from difftori.experiments import il_study, sweep
+from difftori.experiments.il_report import ALL, Published, differences, run_refinement, summaries, table
+from difftori.experiments.il_study import Case, ILStudy, run_imitation
 from difftori.experiments.paper import base_noise
+from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure
-from difftori.experiments.refinement import ALL, Published, differences, run_refinement, summaries, table
+from difftori.experiments.records import Record, RecordFile
+from difftori.experiments.study import Method, Result, Results, StudyRun
 from difftori.runs.records import to_yaml
 from difftori.trainers import kind_of
 
 CASES = [Case("metaworld:reach", "state", "{demos}/reach-{seed}.zarr"), Case("pusht", "pose", "{demos}/push.zarr")]
-ARMS = [Arm("base", "bc", {"lr": 0.001}), Arm("refined", "residual", {"base_noise": 0.3}, base="base")]
+METHODS = [Method("base", "bc", {"lr": 0.001}), Method("refined", "residual", {"base_noise": 0.3}, base="base")]
 
 
-def finish(job: Job, success: list[float], seeds: list[int] | None = None) -> None:
+def finish(run: StudyRun, success: list[float], seeds: list[int] | None = None) -> None:
     """What `difftori train` would leave, for words as the job has them."""
-    options = read_tokens(list(job.words[2:]))
+    options = read_tokens(list(run.spec.words[2:]))
     for name in ("out", "quiet"):
         options.pop(name)
-    values = {"policy": job.arm.policy}
+    values = {"policy": run.method.trains}
     kind = kind_of(values)
-    config = kind.parse(overlay(values, options, kind.config_type(job.arm.policy)))
-    job.folder.mkdir(parents=True)
-    (job.folder / "config.yaml").write_text(to_yaml(config))
-    (job.folder / "versions.json").write_text(json.dumps({"cpu": "abacus", "threads": 1, "torch": "2"}))
-    (job.folder / "policy.pt.sha256").write_text(f"{job.name.replace(' ', '-')}  policy.pt\n")
-    if job.base is not None:
-        (job.folder / "base.pt.sha256").write_bytes((job.base.folder / "policy.pt.sha256").read_bytes())
+    config = kind.parse(overlay(values, options, kind.config_type(run.method.trains)))
+    folder = run.spec.folder
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "versions.json").write_text(json.dumps({"cpu": "abacus", "threads": 1, "torch": "2"}))
+    (folder / "policy.pt.sha256").write_text(f"{run.spec.name.replace(' ', '-')}  policy.pt\n")
+    if run.base is not None:
+        (folder / "base.pt.sha256").write_bytes((run.base.spec.folder / "policy.pt.sha256").read_bytes())
     played = seeds or list(range(100_000, 100_000 + len(success)))
     columns = {"seed": played, "success": success, "score": success}
-    (job.folder / "episodes.json").write_text(json.dumps({"last": columns}))
+    (folder / "episodes.json").write_text(json.dumps({"last": columns}))
     summary = {"seconds": 5.0, "last/success": float(np.mean(success)), "last/validation_error": 0.1}
-    (job.folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary))
 
 
 @pytest.fixture
-def config(tmp_path) -> ImitationConfig:
+def config(tmp_path) -> ILStudy:
     for name in ("reach-0", "reach-1", "push"):
         (tmp_path / "demos" / f"{name}.zarr").mkdir(parents=True)
-    return ImitationConfig(
+    return ILStudy(
         seeds=2, updates=7, episodes=4, demos=tmp_path / "demos", runs=tmp_path / "runs", out=tmp_path / "results"
     )
 
@@ -68,35 +62,52 @@ def started(monkeypatch) -> list[list[str]]:
     failing: set[str] = set()
     monkeypatch.failing = failing  # for tests that want some to fail
 
-    def run_all(works, *, jobs, seconds, say, done=lambda work: None):
-        waves.append([work.name for work in works])
-        for work in works:
-            if "collect" in work.words:
-                work.log.with_suffix(".zarr").mkdir(parents=True)
-            if work.name in failing:
+    def run_all(specs, *, jobs, seconds, say, done=lambda run: None, retries=0):
+        waves.append([spec.name for spec in specs])
+        for spec in specs:
+            if "collect" in spec.words:
+                spec.folder.mkdir(parents=True)
+            if spec.name in failing:
                 continue
-            if "train" in work.words:
-                by_name = {job.name: job for job in everything}
-                good = 1.0 if "refined" in work.name else 0.0
-                finish(by_name[work.name], [good, 1.0, 0.0, 0.0])
-            done(work)
-        return [Failure(work, 1, "on purpose") for work in works if work.name in failing], []
+            if "train" in spec.words:
+                by_name = {run.spec.name: run for run in everything}
+                good = 1.0 if "refined" in spec.name else 0.0
+                finish(by_name[spec.name], [good, 1.0, 0.0, 0.0])
+            done(spec)
+        return [Failure(spec, 1, "on purpose") for spec in specs if spec.name in failing], []
 
-    everything: list[Job] = []
-    make = imitation._jobs  # noqa: SLF001
+    everything: list[StudyRun] = []
+    make = il_study.plan_runs
 
-    def jobs_of(*given):
+    def plan_runs(*given):
         found = make(*given)
         everything.extend(found)
         return found
 
-    monkeypatch.setattr(imitation, "run_all", run_all)
-    monkeypatch.setattr(imitation, "_jobs", jobs_of)
+    monkeypatch.setattr(sweep, "run_all", run_all)
+    monkeypatch.setattr(il_study, "plan_runs", plan_runs)
     return waves
 
 
-def made(config, arms=None) -> Results:
-    return make_results(config, CASES, arms or ARMS, study="s/b", reasons=(), say=lambda text: None)
+def record_file(config) -> RecordFile:
+    return RecordFile(config.out / "runs" / "il" / "s" / "b.jsonl")
+
+
+def change(config, key: str, edit=None) -> dict:
+    """Edit the record of a run, or drop it; the record as it was."""
+    file = record_file(config)
+    plain = {line["run"]: line for line in map(json.loads, file.path.read_text().splitlines())}
+    before = json.loads(json.dumps(plain[key]))
+    if edit is None:
+        del plain[key]
+    else:
+        edit(plain[key])
+    file.path.write_text("".join(json.dumps(line) + "\n" for line in plain.values()))
+    return before
+
+
+def made(config, methods=None) -> Results:
+    return run_imitation(config, CASES, methods or METHODS, study="s/b", reasons=(), say=lambda text: None)
 
 
 def test_bases_come_before_what_refines_them(config, started):
@@ -107,7 +118,7 @@ def test_bases_come_before_what_refines_them(config, started):
     assert results.label == "full"
 
 
-def test_what_is_finished_is_not_run_again_and_is_read_from_kept_files_alone(config, started, tmp_path):
+def test_what_is_finished_is_not_run_again_and_is_read_from_records_alone(config, started, tmp_path):
     made(config)
     started.clear()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
@@ -120,21 +131,17 @@ def test_a_base_is_trained_again_where_what_refines_it_is_missing(config, starte
     made(config)
     started.clear()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    (config.out / "runs/il/s/b/reach/refined/seed-1.json").unlink()
+    change(config, "reach/refined/seed-1")
     made(config)
     assert [name for wave in started for name in wave] == ["reach, base, seed 1", "reach, refined, seed 1"]
 
 
 def test_a_refiner_of_another_training_of_its_base_is_pointed_out(config, started, tmp_path):
-    """Kept files of a first machine, refiners of a second one, whose processor rounds differently."""
+    """Records of a first machine, refiners of a second one, whose processor rounds differently."""
     made(config)
-    kept = config.out / "runs/il/s/b/reach/refined/seed-1.json"
-    plain = json.loads(kept.read_text())
-    assert (
-        plain["base_weights"] == json.loads((config.out / "runs/il/s/b/reach/base/seed-1.json").read_text())["weights"]
-    )
-    kept.write_text(json.dumps({**plain, "base_weights": "others"}))
-    assert made(config).label == "partial (1 refiners of a base that was trained anew)"
+    before = change(config, "reach/refined/seed-1", lambda plain: plain.update(base_weights="others"))
+    assert before["base_weights"] == record_file(config).read()["reach/base/seed-1"].weights
+    assert made(config).label == "partial (1 refiners of a base that was trained again)"
 
 
 def test_a_failure_stops_only_what_depends_on_it(config, started, monkeypatch):
@@ -143,20 +150,18 @@ def test_a_failure_stops_only_what_depends_on_it(config, started, monkeypatch):
     names = [name for wave in started for name in wave]
     assert "reach, refined, seed 0" in names
     assert "reach, refined, seed 1" not in names
-    assert [failure.work.name for failure in results.failures] == ["reach, base, seed 1"]
+    assert [failure.run.name for failure in results.failures] == ["reach, base, seed 1"]
     assert results.label == "partial (6 of 8 runs finished)"
 
 
 def test_runs_of_another_policy_or_default_are_refused(config, started):
     (run, *_) = made(config).runs
-    plain = json.loads(run.job.kept.read_text())
-    plain["config"]["settings"]["batch_size"] = 7
-    run.job.kept.write_text(json.dumps(plain))
+    key = run.run.key
+    change(config, key, lambda plain: plain["config"]["settings"].update(batch_size=7))
     with pytest.raises(ConfigError, match=r"settings\.batch_size: 32 wanted, 7 in"):
         made(config)
-    plain["config"]["settings"]["batch_size"] = 32
-    plain["config"]["demos"] = "elsewhere/other.zarr"
-    run.job.kept.write_text(json.dumps(plain))
+    change(config, key, lambda plain: plain["config"]["settings"].update(batch_size=32))
+    change(config, key, lambda plain: plain["config"].update(demos="elsewhere/other.zarr"))
     with pytest.raises(ConfigError, match=r"data: 'reach-0\.zarr' wanted, 'other\.zarr' in"):
         made(config)
 
@@ -164,7 +169,7 @@ def test_runs_of_another_policy_or_default_are_refused(config, started):
 def test_runs_of_other_settings_are_refused(config, started):
     made(config)
     with pytest.raises(ConfigError, match=r"base_noise: 0\.5 wanted, 0\.3 in") as caught:
-        made(config, [ARMS[0], Arm("refined", "residual", {"base_noise": 0.5}, base="base")])
+        made(config, [METHODS[0], Method("refined", "residual", {"base_noise": 0.5}, base="base")])
     assert "holds runs of other settings" in caught.value.faults[-1]
     with pytest.raises(ConfigError, match="updates: 9 wanted, 7 in"):
         made(config.model_copy(update={"updates": 9}))
@@ -172,24 +177,24 @@ def test_runs_of_other_settings_are_refused(config, started):
 
 def test_data_that_cannot_be_collected_must_be_there(config, started, tmp_path):
     (tmp_path / "demos" / "push.zarr").rmdir()
-    with pytest.raises(ConfigError, match=r"push\.zarr is not there; give the demonstrations of pusht"):
+    with pytest.raises(ConfigError, match=r"push\.zarr does not exist; provide the demonstrations of pusht"):
         made(config)
 
 
 def test_public_data_are_fetched_where_a_base_is_to_be_trained_and_count_as_the_same(config, started, monkeypatch):
     fetched = []
-    monkeypatch.setattr(imitation, "find_demos", lambda name, say: fetched.append(name))
+    monkeypatch.setattr(il_study, "find_demos", lambda name, say: fetched.append(name))
     there = CASES[1]
     named = replace(there, demos="pusht-human")
     wish = {"study": "s/b", "reasons": (), "say": lambda text: None}
-    make_results(config, [named], ARMS, **wish)
+    run_imitation(config, [named], METHODS, **wish)
     assert set(fetched) == {"pusht-human"}
     fetched.clear()
-    assert make_results(config, [named], ARMS, **wish).label == "full"
+    assert run_imitation(config, [named], METHODS, **wish).label == "full"
     assert not fetched, "everything is finished"
     (config.demos / "pusht_cchi_v7_replay.zarr").mkdir()
     path = replace(there, demos="{demos}/pusht_cchi_v7_replay.zarr")
-    assert make_results(config, [path], ARMS, **wish).label == "full", "the same data by another name"
+    assert run_imitation(config, [path], METHODS, **wish).label == "full", "the same data by another name"
 
 
 def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
@@ -204,26 +209,27 @@ def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
     )
 
 
-def test_a_damaged_kept_file_is_named(config, started):
-    (run, *_) = made(config).runs
-    for damage in ("{", '{"episodes": {"last": {"seed": [1], "success": [], "score": []}}}'):
-        run.job.kept.write_text(damage)
-        with pytest.raises(DataError, match="restore it, or remove it to run again"):
-            read_result(run.job)
+def test_a_damaged_record_is_named(config, started):
+    made(config)
+    good = record_file(config).path.read_text()
+    uneven = '"episodes": {"last": {"seed": [1], "success": [], "score": []}}, "summary": {}'
+    for damage in ("{", f'{{"run": "x", {uneven}}}'):
+        record_file(config).path.write_text(f"{good}{damage}\n")
+        with pytest.raises(DataError, match="line 9: .*; restore it, or remove it to run again"):
+            made(config)
 
 
 def fabricated(rates: dict[str, list[list[float]]]) -> Results:
-    """Runs of one task: arm → outcomes of each seed."""
-    case = CASES[0]
+    """Runs of one task: method → outcomes of each seed."""
     runs = []
     for label, by_seed in rates.items():
         for seed, success in enumerate(by_seed):
-            arm = Arm(label, "bc")
-            job = Job(case, arm, seed, Path("x"), (), Path("x"), None)
-            outcome = np.array(success)
+            run = StudyRun("reach", Method(label, "bc"), seed, "x", RunSpec("x", (), Path("x")), None)
+            columns = {"seed": list(range(len(success))), "success": success, "score": [s / 2 for s in success]}
             summary = {"seconds": 2.0, "last/validation_error": 0.5}
-            runs.append(Result(job, tuple(range(len(success))), outcome, outcome / 2, summary))
-    return Results((case,), tuple(Arm(label, "bc") for label in rates), tuple(runs), (), ())
+            record = Record({}, "", {}, "", summary, episodes={"last": columns})
+            runs.append(Result(run, record))
+    return Results(ILStudy(), ("reach",), tuple(Method(label, "bc") for label in rates), tuple(runs))
 
 
 def test_success_is_over_all_seeds_beside_the_papers():
@@ -240,23 +246,22 @@ def test_success_is_over_all_seeds_beside_the_papers():
 def test_differences_are_of_runs_from_the_same_seed():
     results = fabricated({"base": [[0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], "refined": [[0, 1, 1, 0], [1, 1, 1, 1]]})
     (row,) = differences(results, "refined", "base", "success")
-    assert (row.task, row.runs) == (ALL, 2)
-    assert row.difference == pytest.approx(np.mean([0.25, 0.5]))
-    assert row.low < row.difference < row.high
+    assert (row.task, row.pairs) == (ALL, 2)
+    assert row.value == pytest.approx(np.mean([0.25, 0.5]))
+    assert row.low < row.value < row.high
 
 
 def test_a_single_pair_is_compared_over_its_episodes():
     (row,) = differences(fabricated({"base": [[0, 0, 1, 0]], "refined": [[0, 1, 1, 1]]}), "refined", "base", "success")
-    assert (row.runs, row.difference) == (1, 0.5)
+    assert (row.pairs, row.value) == (1, 0.5)
     assert row.high - row.low == pytest.approx(2 * 1.95996 * np.std([0, 1, 0, 1], ddof=1) / 2, rel=1e-4)
 
 
-def test_all_tasks_together_are_those_that_every_arm_has():
+def test_all_tasks_together_are_those_that_every_method_has():
     one = fabricated({"base": [[1, 1], [0, 0]], "refined": [[1, 1]]})
-    other = Case("pusht", "pose", "x")
-    more = tuple(replace(run, job=replace(run.job, case=other)) for run in one.runs if run.job.arm.label == "base")
-    both = Results((CASES[0], other), one.arms, (*one.runs, *more), (), ())
-    together = {row.arm: row.success for row in summaries(both, []) if row.task == ALL}
+    more = tuple(replace(r, run=replace(r.run, task="pusht")) for r in one.runs if r.run.method.label == "base")
+    both = replace(one, tasks=("reach", "pusht"), runs=(*one.runs, *more))
+    together = {row.method: row.success for row in summaries(both, []) if row.task == ALL}
     assert together == {"base": 1.0, "refined": 1.0}
 
 
@@ -265,8 +270,10 @@ def test_other_episodes_are_not_compared():
     assert differences(results, "refined", "base", "success") == []
 
 
-def test_a_study_writes_tables_and_pictures(config, started):
-    run_refinement(config, CASES, ARMS, [("refined", "base")], study="s", title="A study", reasons=["tiny"], budget="b")
+def test_a_study_writes_tables_and_figures(config, started):
+    run_refinement(
+        config, CASES, METHODS, [("refined", "base")], study="s", title="A study", reasons=["tiny"], budget="b"
+    )
     out = config.out / "s" / "partial" / "b"
     assert {path.name for path in out.iterdir()} == {
         "summary.csv", "summary.md", "differences.csv", "differences.svg", "tasks.svg",
@@ -276,12 +283,12 @@ def test_a_study_writes_tables_and_pictures(config, started):
     assert "+0.25" in text
 
 
-def test_keeping_a_run_keeps_what_is_needed_to_judge_it(config, started):
+def test_a_record_holds_what_is_needed_to_judge_a_run(config, started):
     (run, *_) = made(config).runs
-    plain = json.loads(run.job.kept.read_text())
-    assert plain["hardware"] == "abacus, 1 thread(s)"
-    assert plain["command"].startswith("difftori train bc --env metaworld:reach --obs state")
-    assert plain["config"]["settings"]["updates"] == 7
-    before = run.job.kept.read_bytes()
-    keep(run.job)
-    assert run.job.kept.read_bytes() == before
+    record = record_file(config).read()[run.run.key]
+    assert record.hardware == "abacus, 1 thread(s)"
+    assert record.command.startswith("difftori train bc --env metaworld:reach --obs state")
+    assert record.config["settings"]["updates"] == 7
+    before = record_file(config).path.read_bytes()
+    made(config)
+    assert record_file(config).path.read_bytes() == before

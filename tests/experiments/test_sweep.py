@@ -15,9 +15,9 @@ import yaml
 
 from difftori.cli import main
 from difftori.experiments import pool
-from difftori.experiments.plan import plan, read_sweep
-from difftori.experiments.pool import Failure, beside
-from difftori.experiments.status import Standing, counts, standing, table
+from difftori.experiments.plan import beside, plan, read_sweep
+from difftori.experiments.pool import Failure
+from difftori.experiments.status import RunStatus, counts, run_status, table
 from difftori.il.train import load_policy
 from difftori.runs.checkpoint import weights_digest
 
@@ -74,14 +74,14 @@ def test_what_refines_a_run_that_failed_is_not_started_and_the_rest_is(sweep, mo
     bad = next(run for run in runs if run.base is None)
 
     def start(work, *, again=False):
-        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(work == bad.work)})"])
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(work == bad)})"])
 
     monkeypatch.setattr(pool, "_start", start)
     assert main(["sweep", str(sweep)]) == 1
     shown = capsys.readouterr()
     assert "1 run(s) failed" in shown.err
-    assert standing(bad).state == "failed"
-    assert standing(next(run for run in runs if run.base is bad)).state == "waiting"
+    assert run_status(bad).state == "failed"
+    assert run_status(next(run for run in runs if run.base is bad)).state == "waiting"
 
 
 def test_states_are_told_from_folders(sweep):
@@ -89,25 +89,25 @@ def test_states_are_told_from_folders(sweep):
 
     runs = plan(read_sweep(sweep))
     run = runs[1]
-    assert counts([standing(run) for run in runs]) == "4 waiting"
+    assert counts([run_status(run) for run in runs]) == "4 waiting"
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text("{}")
     (run.folder / "metrics.jsonl").write_text('{"step": 7, "time": 1.0}\n')
-    assert (standing(run).state, standing(run).step) == ("interrupted", 7)
+    assert (run_status(run).state, run_status(run).step) == ("interrupted", 7)
     with (run.folder / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert standing(run).state == "running"
+        assert run_status(run).state == "running"
     beside(run.folder, ".failed.json").write_text(json.dumps({"status": 1, "host": "here", "reason": "it broke"}))
-    assert standing(run).note == "status 1 on here: it broke"
+    assert run_status(run).note == "status 1 on here: it broke"
     beside(run.folder, ".failed.json").write_text("[")
-    assert "cannot be read" in standing(run).note
+    assert "cannot be read" in run_status(run).note
     (run.folder / "summary.json").write_text('{"last/success": 0.5}')
-    assert (standing(run).state, standing(run).note) == ("finished", "last/success 0.5")
+    assert (run_status(run).state, run_status(run).note) == ("finished", "last/success 0.5")
 
 
 def test_of_many_runs_methods_are_counted_and_only_what_is_urgent_is_named(sweep):
     (run, *_) = plan(read_sweep(sweep))
-    found = [Standing(run, state, 3, "why") for state in ["finished"] * 50 + ["running"] * 70 + ["failed"] * 2]
+    found = [RunStatus(run, state, 3, "why") for state in ["finished"] * 50 + ["running"] * 70 + ["failed"] * 2]
     shown = table(found)
     assert shown[0] == {
         "run": f"*/{run.folder.parent.name}/*",
@@ -151,7 +151,7 @@ def test_what_slurm_refuses_is_told(sweep, capsys, monkeypatch, tmp_path):
 
 
 def test_a_failure_travels_between_machines(sweep):
-    """Engines send work and outcome as pickles of their own."""
+    """Engines send runs and outcomes as pickles of their own."""
     (run, *_) = plan(read_sweep(sweep))
-    failure = Failure(run.work, 1, "it broke")
+    failure = Failure(run, 1, "it broke")
     assert pickle.loads(pickle.dumps(failure)) == failure

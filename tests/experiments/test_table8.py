@@ -14,7 +14,7 @@ from rich.console import Console
 from difftori.envs.pendulum import Pendulum, sample_starts
 from difftori.experiments.paper import table8
 from difftori.experiments.paper.table8 import Config, output_folder, partial_reasons
-from difftori.experiments.table8_report import Evaluation, summarise
+from difftori.experiments.paper.table8_report import Evaluation, summarise
 from difftori.il import pendulum_task
 from difftori.policies.bc import BC, BCConfig
 from difftori.types import Plans, States

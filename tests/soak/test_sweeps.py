@@ -17,8 +17,8 @@ import yaml
 
 from difftori.experiments.plan import plan, read_sweep
 from difftori.experiments.slurm import on_slurm
-from difftori.experiments.status import standing
-from difftori.experiments.sweep import drive
+from difftori.experiments.status import run_status
+from difftori.experiments.sweep import run_sweep
 from difftori.il.train import load_policy
 from difftori.runs.checkpoint import weights_digest
 
@@ -98,7 +98,7 @@ def test_kills_of_runs_and_of_the_driver_lose_nothing(tmp_path, straight, found)
     if driver.wait(600) != 0:  # more than two deaths of one run are its failure; the same command tries again
         assert begin(file, "--jobs", "2").wait(600) == 0
     assert weights(tmp_path / "out") == straight
-    assert {standing(run).state for run in runs} == {"finished"}
+    assert {run_status(run).state for run in runs} == {"finished"}
     begun = {run: (run.folder / "command.txt").read_text() for run in runs}
     starts = sum(len(text.splitlines()) for text in begun.values())
     assert 12 <= starts <= 12 + 5, "only what was killed is begun again"
@@ -137,10 +137,10 @@ def test_through_submitit_a_job_that_is_there_is_not_submitted_again(tmp_path, f
         )
 
     said: list[str] = []
-    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
-    assert {standing(run).state for run in runs} == {"finished"}
+    assert run_sweep(runs, engine(), say=said.append, done=lambda run: None) == []
+    assert {run_status(run).state for run in runs} == {"finished"}
     assert sum("submitted as job" in line for line in said) == 2
-    assert drive(runs, engine(), say=said.append, done=lambda work: None) == []
+    assert run_sweep(runs, engine(), say=said.append, done=lambda run: None) == []
     assert sum("submitted as job" in line for line in said) == 2
     found("a sweep through submitit's local jobs, twice", result="2 jobs, none submitted again")
 
@@ -183,7 +183,7 @@ def test_through_slurms_commands_a_driver_that_is_killed_finds_its_jobs(tmp_path
     driver.kill()
     driver.wait()
     assert begin(file, "--slurm").wait(600) == 0, file.with_suffix(".log").read_text()
-    assert {standing(run).state for run in plan(read_sweep(file))} == {"finished"}
+    assert {run_status(run).state for run in plan(read_sweep(file))} == {"finished"}
     submissions = (tmp_path / "submissions").read_text().splitlines()
     assert [line.split()[1:] for line in submissions] == [["2"], ["2"]]
     assert begin(file, "--slurm").wait(120) == 0

@@ -2,16 +2,16 @@
 
 import json
 
-from difftori.experiments.runs import Job
+from difftori.experiments.study import StudyRun
 from difftori.runs.records import to_yaml
 
 
-def write_run(job: Job, *, end: float, until: int | None = None, pace: float = 0.01, **versions: str) -> None:
+def write_run(run: StudyRun, *, end: float, until: int | None = None, pace: float = 0.01, **versions: str) -> None:
     """A run whose return rises linearly to `end` at its last step; `until` stops it there, unfinished.
 
     A decision takes `pace` seconds of acting, an update 2·pace, evaluation 5 s each; one decision is two steps.
     """
-    config = job.config
+    config, folder = run.config, run.spec.folder
     last = config.steps if until is None else until
     grid = sorted({*range(0, last + 1, config.eval_every), last})
     rows, acted = [], 0.0
@@ -27,11 +27,11 @@ def write_run(job: Job, *, end: float, until: int | None = None, pace: float = 0
                 "seconds/total": 3 * acted + 5.0 * count,
             }
         )
-    job.folder.mkdir(parents=True)
-    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (job.folder / "config.yaml").write_text(to_yaml(config))
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(to_yaml(config))
     machine = {"cpu": "a processor", "device_name": None, "threads": 1, "platform": "a system", **versions}
-    (job.folder / "versions.json").write_text(json.dumps(machine))
+    (folder / "versions.json").write_text(json.dumps(machine))
     if until is None:
         seeds = config.settings.seed_steps
         summary = {
@@ -44,4 +44,4 @@ def write_run(job: Job, *, end: float, until: int | None = None, pace: float = 0
             "seconds/sampling": 0.0,
             "seconds/update": 2 * pace * config.steps / 2,
         }
-        (job.folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps(summary))

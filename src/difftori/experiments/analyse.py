@@ -1,4 +1,4 @@
-"""What runs say by each measure: task by task, over tasks, and method against method."""
+"""Statistics of runs by measure: task by task, over tasks, and method against method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Section:
 def sections(runs: Sequence[Run], reference: str | None = None) -> list[Section]:
     """One section for each measure that finished runs have; `score` only where it says more than success.
 
-    `reference`: a method that the others are compared with, instead of every pair. ConfigError if nobody has that name.
+    `reference`: a method that the others are compared with, instead of every pair. ConfigError if no method has that name.
     """
     methods = sorted({run.method for run in runs})
     if reference is not None and reference not in methods:

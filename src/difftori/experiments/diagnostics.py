@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from difftori.experiments.curves import Curves
-from difftori.experiments.records import Record
-from difftori.experiments.reporting import Column, markdown_table, number
+from difftori.experiments.rl_study import Curves
+from difftori.experiments.study import Result
+from difftori.experiments.tables import columns, markdown_table, number
 
 _NETWORKS = ("encoder", "dynamics", "reward", "q")
 
@@ -39,11 +39,11 @@ def diagnostics(curves: Curves) -> list[Diagnostic]:
     """One line per task and form, of the runs that logged what is wanted."""
     found = []
     for task in curves.tasks:
-        for arm in curves.arms:
-            records = curves.of(task, arm)
-            rows = [row for record in records for row in _late(record) if "diagnosis/gain" in row]
+        for method in curves.methods:
+            results = curves.of(task, method.label).values()
+            rows = [row for result in results for row in _late(result) if "diagnosis/gain" in row]
             if rows:
-                found.append(_median(rows, task=task, method=arm.label, runs=len(records), label=curves.label))
+                found.append(_median(rows, task=task, method=method.label, runs=len(results), label=curves.label))
     return found
 
 
@@ -51,7 +51,9 @@ def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
     """The same for people."""
     if not rows:
         return "No run has logged diagnostics yet."
-    texts = {
+    cells = {
+        "task": [row.task for row in rows],
+        "method": [row.method for row in rows],
         "Q̃ / return": ["–" if (v := row.value_over_return) is None else number(v, 2) for row in rows],
         "correlation": [number(row.correlation, 2) for row in rows],
         "gain": [f"{row.gain:+.3f}" for row in rows],
@@ -60,13 +62,11 @@ def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
         "PG / Eq. 3": [number(row.norm_ratio, 1) for row in rows],
         "cosine": [f"{row.cosine:+.2f}" for row in rows],
     }
-    names = [Column("task", tuple(r.task for r in rows), True), Column("method", tuple(r.method for r in rows), True)]
-    return markdown_table([*names, *(Column(heading, tuple(cells)) for heading, cells in texts.items())])
+    return markdown_table(columns(cells))
 
 
-def _late(record: Record) -> list[dict]:
-    half = record.job.config.steps / 2
-    return [row for row in record.rows if row["step"] > half]
+def _late(result: Result) -> list[dict]:
+    return [row for row in result.record.returns if row["step"] > result.run.config.steps / 2]
 
 
 def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) -> Diagnostic:

@@ -1,9 +1,8 @@
-"""Runs, wherever they come from: their directories, or the small files that studies keep of finished ones."""
+"""Runs, wherever they come from: their directories, or the record files of studies."""
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,19 @@ from typing import Any
 import numpy as np
 
 from difftori.errors import ConfigError, DataError, DifftoriError
+from difftori.experiments.records import (
+    RETURN,
+    SOFTWARE,
+    VALIDATION_ERROR,
+    Record,
+    RecordFile,
+    is_record_file,
+    read_run,
+)
 from difftori.runs.page import MEDIA
-from difftori.runs.records import flat, read_config, read_metrics, read_summary
+from difftori.runs.records import flat
 
-_FREE = {
+_NOT_DISTINGUISHING = {
     "agent",
     "policy",
     "env",
@@ -30,8 +38,7 @@ _FREE = {
     "compile",
     "settings.preset",
 }
-"""What tells no methods apart: task, seed, data and machine. A preset shows in the settings that it stands for."""
-_SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
+"""Keys that do not distinguish methods: task, seed, data and machine. A preset shows in the settings that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Run:
     command: str
     seconds: float | None
     updates: int | None
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Gathered:
 
 
 def gather(places: Sequence[Path]) -> Gathered:
-    """Every run in and below `places`, methods named by what tells them apart. ConfigError if there is none.
+    """Every run in and below `places`, methods named by what distinguishes them. ConfigError if there is none.
 
     Two runs of one method, task and seed are not counted twice: the later one in the order of paths is left out, and named.
     """
@@ -89,12 +96,15 @@ def gather(places: Sequence[Path]) -> Gathered:
     runs, left_out = [], []
     for place in _places(places):
         try:
-            found = _from_folder(place) if place.is_dir() else _from_kept(place)
-        except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            left_out.append((place, str(error) or repr(error)))
+            found = _records(place)
+        except (DifftoriError, OSError) as error:
+            left_out.append((place, str(error)))
             continue
-        if found is not None:
-            runs.append(found)
+        for where, record in found.items():
+            try:
+                runs.append(_run(where, record))
+            except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+                left_out.append((where, str(error) or repr(error)))
     named = _named(runs)
     seen: dict[tuple[str, str, int], Run] = {}
     for run in named:
@@ -104,57 +114,30 @@ def gather(places: Sequence[Path]) -> Gathered:
         else:
             seen[key] = run
     if not seen:
-        said = [f"{place}: {reason}" for place, reason in left_out]
-        raise ConfigError([*said, f"no run is in {', '.join(map(str, places))}; give directories of runs"])
+        lines = [f"{place}: {reason}" for place, reason in left_out]
+        raise ConfigError([*lines, f"no run is in {', '.join(map(str, places))}; give directories of runs"])
     return Gathered(tuple(seen.values()), tuple(left_out))
 
 
-def _places(places: Sequence[Path]) -> Iterable[Path]:
-    """Folders of runs and kept files, each once, sorted."""
+def _places(places: Sequence[Path]) -> list[Path]:
+    """Directories of runs and record files, each once, sorted."""
     found: dict[Path, Path] = {}
     for place in places:
-        inside = [place] if place.is_file() else [*place.rglob("config.yaml"), *place.rglob("*.json")]
-        for path in inside:
-            folder = path.parent if path.name == "config.yaml" else None
-            if folder is not None:
-                found.setdefault(folder.resolve(), folder)
-            elif path.suffix == ".json" and (path == place or _is_kept(path)):
-                found.setdefault(path.resolve(), path)
+        if place.is_file():
+            found.setdefault(place.resolve(), place)
+            continue
+        files = [path for path in place.rglob("*.jsonl") if is_record_file(path)]
+        for path in [*(path.parent for path in place.rglob("config.yaml")), *files]:
+            found.setdefault(path.resolve(), path)
     return sorted(found.values())
 
 
-def _is_kept(path: Path) -> bool:
-    """Whether a file is one that a study keeps of a run, told from its first characters."""
-    with path.open("rb") as file:
-        return file.read(40).lstrip(b"{ \n").startswith(b'"config"')
-
-
-def _from_folder(place: Path) -> Run | None:
-    config = read_config(place)
-    if "agent" not in config and "policy" not in config:
-        return None  # another program's
-    finished = (place / "summary.json").exists()
-    versions = json.loads((place / "versions.json").read_bytes())
-    episodes = place / "episodes.json"
-    commands = (place / "command.txt").read_text().splitlines() if (place / "command.txt").exists() else []
-    plain = {
-        "config": config,
-        "summary": read_summary(place) if finished else None,
-        "rows": read_metrics(place),
-        "episodes": json.loads(episodes.read_bytes()) if episodes.exists() else {},
-        "hardware": f"{versions.get('device_name') or versions.get('cpu')}, {versions.get('threads')} thread(s)",
-        "versions": versions,
-        "command": commands[0].partition("  ")[2] if commands else "",
-    }
-    pictures = [path for path in sorted((place / "pictures").glob("*")) if path.suffix in MEDIA]
-    return _run(place, plain, tuple(pictures))
-
-
-def _from_kept(place: Path) -> Run:
-    plain = json.loads(place.read_bytes())
-    summary = {k: math.nan if v is None else v for k, v in plain["summary"].items()}
-    read = {**plain, "summary": summary, "rows": plain.get("evaluations", [])}
-    return _run(place, {"episodes": {}, **read}, ())
+def _records(place: Path) -> dict[Path, Record]:
+    """The records of a run directory or a record file; none if another program wrote it."""
+    if place.is_file():
+        return {place / name: record for name, record in RecordFile(place).read().items()}
+    record = read_run(place)
+    return {} if record is None else {place: record}
 
 
 def _base(config: Mapping[str, Any]) -> str:
@@ -165,11 +148,11 @@ def _base(config: Mapping[str, Any]) -> str:
     return base.parent.name if re.fullmatch(r"seed-\d+", base.name) else base.name
 
 
-def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> Run:
-    config, summary = plain["config"], plain["summary"]
+def _run(place: Path, record: Record) -> Run:
+    config, summary = record.config, record.summary
     agent = "agent" in config
-    curve_name = "eval/return" if agent else "validation/error"
-    rows = [row for row in plain["rows"] if row.get(curve_name) is not None]
+    curve_name = RETURN if agent else VALIDATION_ERROR
+    rows = [row for row in record.evaluations if row.get(curve_name) is not None]
     curve = (np.array([row["step"] for row in rows]), np.array([row[curve_name] for row in rows], dtype=float))
     outcomes: dict[Measure, float] = {}
     episodes: dict[Measure, np.ndarray] = {}
@@ -181,14 +164,14 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
         which = "last" if any(name.startswith("last/") and "validation" not in name for name in summary) else "best"
         rule = "last weights" if which == "last" else "weights of least validation error"
         outcomes = _outcomes(summary, which)
-        known = plain["episodes"].get(which, {})
+        known = record.episodes.get(which, {})
         episodes = {m: np.array(known[m.name], dtype=float) for m in outcomes if m.name in known}
         seeds = tuple(int(seed) for seed in known.get("seed", ()))
     broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
     if broken:
-        raise DataError(f"its {', '.join(broken)} is no number")
+        raise DataError(f"its {', '.join(broken)} is not a number")
     if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
-        raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is none")
+        raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is invalid")
     name, base = config.get("agent") or config["policy"], _base(config)
     return Run(
         place=place,
@@ -203,12 +186,12 @@ def _run(place: Path, plain: Mapping[str, Any], pictures: tuple[Path, ...]) -> R
         curve=curve,
         curve_name=curve_name,
         rule=rule,
-        hardware=plain["hardware"],
-        versions={k: str(plain["versions"].get(k)) for k in _SOFTWARE if plain["versions"].get(k)},
-        command=plain["command"],
+        hardware=record.hardware,
+        versions={name: str(record.versions[name]) for name in SOFTWARE if record.versions.get(name)},
+        command=record.command,
         seconds=None if summary is None else summary.get("seconds"),
         updates=None if summary is None or "updates" not in summary else int(summary["updates"]),
-        pictures=pictures,
+        images=tuple(path for path in sorted((place / "pictures").glob("*")) if path.suffix in MEDIA),
     )
 
 
@@ -228,18 +211,18 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     same: dict[str, list[Run]] = {}
     for run in runs:
         same.setdefault(run.method, []).append(run)
-    telling = {method: _telling(found) for method, found in same.items()}
+    distinguishing = {method: _distinguishing(found) for method, found in same.items()}
     named = []
     for run in runs:
-        keys = [key for key in run.config if key in telling[run.method]]
+        keys = [key for key in run.config if key in distinguishing[run.method]]
         words = [f"{key.removeprefix('settings.')} {_shown(run.config[key])}" for key in keys]
         named.append(replace(run, method=", ".join([run.method, *words])))
     return named
 
 
-def _telling(runs: Sequence[Run]) -> set[str]:
+def _distinguishing(runs: Sequence[Run]) -> set[str]:
     """The settings in which runs of one name differ."""
-    keys = {key for run in runs for key in run.config} - _FREE
+    keys = {key for run in runs for key in run.config} - _NOT_DISTINGUISHING
     return {key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1}
 
 

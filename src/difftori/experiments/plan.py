@@ -1,7 +1,7 @@
 """What a sweep is: a YAML file that names the options that all runs share and those that vary, and the runs that follow.
 
 ```yaml
-out: runs/cartpole            # unless given, runs/ and the file's name
+out: runs/cartpole            # default: runs/ and the file's name
 common: {env: dmc:cartpole-swingup, obs: state, preset: small, steps: 20000}
 grid:                         # every combination …
   seed: [0, 1, 2]
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.config import read_tokens, read_yaml, validated
 from difftori.errors import ConfigError
-from difftori.experiments.pool import Work, option_words, training
 from difftori.il.config import inherited
+from difftori.runs.locks import is_held
 from difftori.runs.records import flat, read_config
 from difftori.runs.run import differences
 from difftori.trainers import read_options
@@ -48,29 +48,90 @@ class Sweep(BaseModel):
     variants: list[dict[str, Any]] = Field([{}], min_length=1)
     """Sets of options; each is combined with the whole grid."""
     retries: int = Field(2, ge=0)
-    """How many times a run that dies is taken up again, from its last checkpoint, before it counts as failed."""
+    """How many times a crashed run is restarted, from its last checkpoint, before it counts as failed."""
     cpus: float = Field(1.0, gt=0)
-    """Processor cores that a run needs, where an engine places runs."""
+    """Processor cores that each run needs, with Ray or Slurm."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs that a run needs, where an engine places runs; a fraction lets runs share one (Ray)."""
+    """GPUs that each run needs, with Ray or Slurm; a fraction lets runs share one (Ray)."""
     slurm: dict[str, Any] = {}
     """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run of a sweep, and the run of the same sweep that it refines, if it does."""
+class RunSpec:
+    """A run, or another command: `words` after `difftori`, and the folder that it writes.
 
-    work: Work
+    A run that was begun is resumed with the options that it was begun with.
+    """
+
+    name: str
+    words: tuple[str, ...]
     folder: Path
-    length: int | None
+    base: "RunSpec | None" = None
+    """The run that it refines, if that is to be run too."""
+    length: int | None = None
     """Steps of an agent, or updates of a policy; None where epochs are counted."""
-    base: "Planned | None"
 
     @property
     def depth(self) -> int:
         """How many runs must have ended before this one, one after the other."""
         return 0 if self.base is None else 1 + self.base.depth
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The words that begin the run, or that resume it."""
+        begun = (self.folder / "config.yaml").exists()
+        return ("train", "--resume", str(self.folder), "--quiet") if begun else self.words
+
+    @property
+    def log(self) -> Path:
+        """The file that takes its output."""
+        return beside(self.folder, ".log")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a finished run."""
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def locked(self) -> bool:
+        """Whether another process is at work in the folder."""
+        return is_held(self.folder / "run.lock")
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """A file beside a run's folder: `.log` has the output of its processes, `.failed.json` why it was given up."""
+    return folder.with_name(folder.name + suffix)
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """An option of the command line with its value."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{word}" if value else f"--no-{word}"]
+    words = [str(part) for part in value] if isinstance(value, tuple | list) else [str(value)]
+    return [f"--{word}", *words]
+
+
+def plan_run(
+    name: str,
+    component: object,
+    options: Mapping[str, Any],
+    folder: Path,
+    base: tuple[RunSpec | None, BaseModel | None] = (None, None),
+) -> tuple[RunSpec, BaseModel]:
+    """A run of a policy or an agent with these options of `difftori train`, and its configuration.
+
+    `base`: the run that it refines, whose task and data it takes where none are given. ConfigError with all faults.
+    """
+    if not isinstance(component, str):
+        raise ConfigError([f"train: {component!r}: give the name of a policy or an agent"])
+    words = [word for option, value in options.items() for word in option_words(option, value)]
+    below = {} if base[1] is None else inherited(base[1].model_dump())
+    _, config = read_options(component, below, read_tokens(words))
+    words = ("train", component, *words, "--out", str(folder), "--quiet")
+    length = getattr(config, "steps", None) or getattr(getattr(config, "settings", None), "updates", None)
+    return RunSpec(name, words, folder, base[0], length), config
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -82,22 +143,22 @@ def read_sweep(path: Path) -> Sweep:
     return sweep
 
 
-def plan(sweep: Sweep) -> list[Planned]:
+def plan(sweep: Sweep) -> list[RunSpec]:
     """Every run. Raises ConfigError with the faults of all of them, each once, and for folders with runs of other settings."""
-    faults, strange = list[str](), list[str]()
-    wishes: dict[Path, dict[str, Any]] = {}
+    faults, mismatches = list[str](), list[str]()
+    requests: dict[Path, dict[str, Any]] = {}
     combinations = list(_combinations(sweep))
     varying = _varying(sweep)
     for options in combinations:
         folder = sweep.out / _place(options, varying)
-        if folder in wishes:
-            faults.append(f"two runs go to {folder}: {_shown(wishes[folder])} and {_shown(options)}; drop one")
-        wishes[folder] = options
-    filled = {folder: _filled(options, faults) for folder, options in wishes.items()}
+        if folder in requests:
+            faults.append(f"two runs go to {folder}: {_shown(requests[folder])} and {_shown(options)}; drop one")
+        requests[folder] = options
+    filled = {folder: _filled(options, faults) for folder, options in requests.items()}
     bases = {str(options["base"]) for options in filled.values() if "base" in options}
     nowhere = [base for base in bases if Path(base) not in filled and not (Path(base) / "config.yaml").exists()]
     faults += [f"base: {base} is neither a run of this sweep nor one that is there" for base in sorted(nowhere)]
-    found: dict[Path, Planned] = {}
+    found: dict[Path, RunSpec] = {}
     configs: dict[Path, BaseModel] = {}
     while filled:
         ready = [folder for folder, options in filled.items() if Path(str(options.get("base"))) not in filled]
@@ -107,20 +168,18 @@ def plan(sweep: Sweep) -> list[Planned]:
         for folder in ready:
             options = filled.pop(folder)
             base = Path(str(options["base"])) if "base" in options else None
+            below = (found.get(base), configs.get(base)) if base else (None, None)
+            component, name = options.pop("train", None), str(folder.relative_to(sweep.out))
             try:
-                configs[folder], words = _read(options, configs.get(base) if base else None, folder)
-                strange += _strange(folder, configs[folder])
+                found[folder], configs[folder] = plan_run(name, component, options, folder, below)
+                mismatches += _mismatches(folder, configs[folder])
             except ConfigError as error:
                 faults += error.faults
-                continue
-            name = str(folder.relative_to(sweep.out))
-            below = found.get(base) if base else None
-            found[folder] = Planned(training(name, words, folder), folder, _length(configs[folder]), below)
-    if strange:
-        faults += [*strange[:_SHOWN], f"out: {sweep.out} holds runs of other settings; choose another `out`"]
+    if mismatches:
+        faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings; choose another `out`"]
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
-    return [found[folder] for folder in wishes]
+    return [found[folder] for folder in requests]
 
 
 def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
@@ -168,29 +227,13 @@ def _filled(options: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     return {k: re.sub(r"\{(\w+)\}", value_of, v) if isinstance(v, str) else v for k, v in options.items()}
 
 
-def _read(options: dict[str, Any], base: BaseModel | None, folder: Path) -> tuple[BaseModel, tuple[str, ...]]:
-    """The configuration that a run has, and the words that begin it. Raises ConfigError with all faults of it."""
-    given = dict(options)
-    component = given.pop("train", None)
-    if not isinstance(component, str):
-        raise ConfigError([f"train: {component!r}: give the name of a policy or an agent"])
-    words = [word for name, value in given.items() for word in option_words(name, value)]
-    below = {} if base is None else inherited(base.model_dump())
-    _, config = read_options(component, below, read_tokens(words))
-    return config, ("train", component, *words, "--out", str(folder), "--quiet")
-
-
-def _strange(folder: Path, config: BaseModel) -> list[str]:
-    """What differs in the run that is in the folder already."""
+def _mismatches(folder: Path, config: BaseModel) -> list[str]:
+    """How the run that is in the folder already differs from this configuration."""
     if not (folder / "config.yaml").exists():
         return []
     before = read_config(folder)
     here = config.model_copy(update={name: before.get(name, getattr(config, name)) for name in _MACHINE})
     return [f"{folder}: {fault}" for fault in differences(before, here)]
-
-
-def _length(config: BaseModel) -> int | None:
-    return getattr(config, "steps", None) or getattr(getattr(config, "settings", None), "updates", None)
 
 
 def _shown(options: Mapping[str, Any]) -> str:

@@ -1,99 +1,137 @@
-"""Pictures of the studies: vector graphics, readable without colour vision and in print.
+"""What all figures share: a look for each method, panels of learning curves, paired differences; readable without colour and in print.
 
-Every method has its own colour of the Okabe–Ito palette AND its own line style, so that colour alone carries nothing.
+Every method has its own colour of the Okabe–Ito palette AND its own line style and marker, so that colour alone carries nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import FuncFormatter
+
+from difftori.experiments.tables import Difference
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, those with contrast on white first."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("x", "o", "s", "^", "D", "v", "P")
+_ACROSS = 5
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One run's learning curve: errors `values` at `epochs`, (k) each, the epochs above 0 and ascending."""
+class Look:
+    """How a method is drawn."""
 
-    epochs: np.ndarray
-    values: np.ndarray
+    color: str
+    dashes: Any
+    marker: str
+
+
+def look(index: int) -> Look:
+    """The look of the method at a place of the legend; the second time around, each colour gets another line style and marker."""
+    turn, place = divmod(index, len(PALETTE))
+    return Look(PALETTE[place], DASHES[(place + turn) % len(DASHES)], MARKERS[(place + turn) % len(MARKERS)])
 
 
 @dataclass(frozen=True)
-class Swing:
-    """Trajectories of one method: `angles` (B H) in rad, unwrapped, and `velocities` (B H) in rad/s; 0 is upright."""
+class Trace:
+    """One run's curve: values `y` (k) at `steps` (k), drawn over `x` (k), which is steps or time."""
 
-    angles: np.ndarray
-    velocities: np.ndarray
-    caption: str
+    steps: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
 
 
-def learning_curves(
-    panels: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Sequence[str], *, ylabel: str, caption: str
+def draw_traces(axis: Axes, traces: Sequence[Trace], index: int, label: str) -> None:
+    """Thin lines for runs, bold for their mean over the steps that all of them have."""
+    if not traces:
+        return
+    drawn = look(index)
+    shared = traces[0].steps
+    for trace in traces:
+        axis.plot(trace.x, trace.y, color=drawn.color, linewidth=0.6, alpha=0.45)
+        shared = np.intersect1d(shared, trace.steps)
+    rows = [np.isin(trace.steps, shared) for trace in traces]
+    x, y = (np.mean([getattr(t, n)[row] for t, row in zip(traces, rows, strict=True)], axis=0) for n in ("x", "y"))
+    axis.plot(x, y, color=drawn.color, linestyle=drawn.dashes, linewidth=2.0, label=label)
+
+
+def task_panels(
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    draw: Callable[[Axes, str], None],
+    *,
+    xlabel: str,
+    ylabel: str,
+    note: str,
 ) -> Figure:
-    """The least error so far, one panel per setting: thin lines for seeds, bold for their median. Logarithmic axes.
-
-    The least so far is what the selected checkpoint has, and stays readable over thousands of epochs.
-
-    `panels` maps setting → method → one curve per seed; `methods` fixes colours and the order of the legend.
-    """
+    """A panel for each task, which `draw` fills, with one legend."""
+    across = min(_ACROSS, len(tasks))
+    down = -(-len(tasks) // across)
     with style():
-        figure = Figure(figsize=(4.4 * len(panels) + 0.6, 3.9), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        for axis, (setting, by_method) in zip(axes, panels.items(), strict=True):
-            for method, curves in by_method.items():
-                _draw_curves(axis, curves, methods.index(method), method)
-            axis.set(title=setting, xlabel="epoch", yscale="log", xscale="log")
-            axis.xaxis.set_major_formatter(plain)
-            axis.yaxis.set_major_formatter(plain)
-        axes[0].set_ylabel(ylabel)
-        shared_legend(figure, methods)
-        footnote(figure, caption)
+        figure = Figure(figsize=(3.0 * across + 1.0, 2.3 * down + 1.3), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False)
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            draw(axis, task)
+            axis.set_title(task)
+            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_axis_off()
+        for row in axes:
+            row[0].set_ylabel(ylabel)
+        for axis in axes.flat[max(len(tasks) - across, 0) : len(tasks)]:
+            axis.set_xlabel(xlabel)
+        shared_legend(figure, methods, columns=max(int(figure.get_figwidth() // 2.4), 2))
+        footnote(figure, note)
     return figure
 
 
-def phase_plane(
-    panels: Mapping[str, Mapping[str, Swing]], methods: Sequence[str], *, reference: str, caption: str
-) -> Figure:
-    """A grid of phase planes, settings down and methods across, all from the same starts.
-
-    Grey lines repeat the method `reference` behind each of the others. A ring marks a start, a dot an end. `methods`
-    fixes the colours and the order of the columns; those that no panel holds are left out.
-    """
-    shown = [method for method in methods if any(method in by_method for by_method in panels.values())]
+def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit: float | None = None) -> Figure:
+    """Differences with their intervals, a line each, drawn within ±`limit`; a point without one is a single pair."""
     with style():
-        rows, columns = len(panels), len(shown)
-        figure = Figure(figsize=(2.5 * columns + 0.6, 2.6 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for row, (setting, by_method) in zip(axes, panels.items(), strict=True):
-            for axis, method in zip(row, shown, strict=True):
-                _draw_swings(axis, by_method, method, reference, PALETTE[methods.index(method)])
-            row[0].set_ylabel(f"{setting}\nangular velocity (rad/s)")
-        for axis in axes[-1]:
-            axis.set_xlabel("angle (°), 0 = upright")
-        footnote(figure, caption)
+        figure = Figure(figsize=(8.0, 0.26 * len(rows) + 1.3), layout="constrained")
+        axis = figure.subplots()
+        names = [f"{row.task}: {row.method} − {row.reference}" for row in rows]
+        draw_intervals(axis, names, [(row.value, row.low, row.high) for row in rows])
+        if limit is not None:  # intervals from two pairs reach beyond what results can differ by
+            low, high = axis.get_xlim()
+            axis.set_xlim(max(low, -limit), min(high, limit))
+        axis.set_xlabel(xlabel)
+        footnote(figure, note)
     return figure
 
 
-def save_svg(figure: Figure, path: Path) -> None:
-    """Writes the same bytes for the same picture: no date, fixed identifiers."""
+def draw_intervals(
+    axis: Axes, names: Sequence[str], rows: Sequence[tuple[float, float | None, float | None]], zero: float = 0.0
+) -> None:
+    """Values with the ends of their intervals, a line each from the top, and a line at `zero`."""
+    for index, (value, low, high) in enumerate(rows):
+        if low is not None and high is not None:
+            axis.plot([low, high], [index, index], color=PALETTE[1], linewidth=1.2)
+        axis.plot([value], [index], "o", color=PALETTE[1], markersize=4)
+    axis.axvline(zero, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def save_svg(figure: Figure | None, path: Path) -> None:
+    """Write a figure; the same figure gives the same bytes. None: remove the file that an earlier part of a study may have left."""
+    if figure is None:
+        return path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "difftori"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
+    return None
 
 
 def style() -> AbstractContextManager[None]:
-    """The look of all pictures, as a context to draw in."""
+    """The style of all figures, as a context to draw in."""
     return mpl.rc_context(
         {
             "font.size": 9,
@@ -110,40 +148,6 @@ def style() -> AbstractContextManager[None]:
     )
 
 
-def _draw_curves(axis: Axes, curves: Sequence[Curve], index: int, label: str) -> None:
-    colour = PALETTE[index]
-    least = [np.minimum.accumulate(curve.values) for curve in curves]
-    shared = curves[0].epochs
-    for curve, values in zip(curves, least, strict=True):
-        axis.plot(curve.epochs, values, color=colour, linewidth=0.6, alpha=0.5)
-        shared = np.intersect1d(shared, curve.epochs)
-    if len(shared):
-        stacked = [values[np.isin(curve.epochs, shared)] for curve, values in zip(curves, least, strict=True)]
-        marked = np.unique(np.searchsorted(shared, np.geomspace(shared[0], shared[-1], 6)[1:]))
-        middle = np.median(stacked, axis=0)
-        (line,) = axis.plot(shared, middle, color=colour, linestyle=DASHES[index], linewidth=2.0, label=label)
-        line.set(marker=MARKERS[index], markevery=marked.tolist())
-
-
-def _draw_swings(axis: Axes, by_method: Mapping[str, Swing], method: str, reference: str, colour: str) -> None:
-    axis.xaxis.set_major_locator(MultipleLocator(180))
-    axis.xaxis.set_minor_locator(MultipleLocator(90))
-    axis.axvline(0, color="#999999", linewidth=0.8)
-    axis.axhline(0, color="#999999", linewidth=0.8)
-    if method not in by_method:
-        axis.set_title(f"{method} (not run)")
-        return
-    swing = by_method[method]
-    if method != reference and reference in by_method:
-        behind = by_method[reference]
-        axis.plot(np.degrees(behind.angles.T), behind.velocities.T, color="#AAAAAA", linewidth=1.6)
-    degrees = np.degrees(swing.angles)
-    axis.plot(degrees.T, swing.velocities.T, color=colour, linewidth=1.1)
-    axis.plot(degrees[:, 0], swing.velocities[:, 0], "o", color=colour, markersize=4, markerfacecolor="white")
-    axis.plot(degrees[:, -1], swing.velocities[:, -1], "o", color=colour, markersize=3)
-    axis.set_title(f"{method}\n{swing.caption}")
-
-
 def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -> None:
     """One legend above all panels, with those of `methods` that are drawn, in their order, so many to a line."""
     handles = {}
@@ -157,10 +161,10 @@ def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -
 
 
 def thousands(value: float, _: int) -> str:
-    """A tick's words: 20000 is `20k`."""
+    """A tick's label: 20000 is `20k`."""
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """What must be known to read the picture, small below it."""
+    """A note in small letters below the figure."""
     figure.supxlabel(text, fontsize=7.5, color="#444444")

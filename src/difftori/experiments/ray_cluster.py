@@ -1,7 +1,7 @@
 """A sweep on a Ray cluster, which places runs on its machines' processors and GPUs; needs `difftori[ray]`.
 
 All machines see the runs' folder under the same path, and have difftori installed. A run is a process that a Ray worker
-watches: when the worker or its machine dies, Ray hands the run to another, and it goes on from its last checkpoint.
+watches: when the worker or its machine dies, Ray hands the run to another, which resumes it from its last checkpoint.
 """
 
 import os
@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 from difftori.errors import ConfigError, MissingExtraError
-from difftori.experiments.pool import Failure, Work, run_one
-from difftori.experiments.sweep import Engine, tell
+from difftori.experiments.plan import RunSpec
+from difftori.experiments.pool import Failure, run_one
+from difftori.experiments.sweep import Engine, report_result
 from difftori.runs.signals import StopSignal
 
 _LOOK = 1.0
@@ -34,25 +35,27 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
     here = Path.cwd()
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)
-    def carry_out(work: Work) -> Failure | None:
+    def carry_out(run: RunSpec) -> Failure | None:
         os.chdir(here)
-        return run_one(work, retries=retries)
+        return run_one(run, retries=retries)
 
-    def engine(works: Sequence[Work], *, say: Callable[[str], None], done: Callable[[Work], None]) -> list[Failure]:
-        tasks = {carry_out.remote(work): work for work in works}
+    def engine(
+        runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
+    ) -> list[Failure]:
+        tasks = {carry_out.remote(run): run for run in runs}
         say(f"{len(tasks)} runs handed to Ray, {cpus:g} cores and {gpus:g} GPUs each")
         failures: list[Failure] = []
         with StopSignal() as stop:
             while tasks and not stop.requested:
                 ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK)
                 for task in ended:
-                    work = tasks.pop(task)
-                    failures += tell(work, _outcome(ray, task, work), say, done)
+                    run = tasks.pop(task)
+                    failures += report_result(run, _outcome(ray, task, run), say, done)
             if stop.requested:
                 for task in tasks:
                     ray.cancel(task, force=False)
                 _wait_until_saved(list(tasks.values()))
-                say(f"stopped: {len(tasks)} not finished; the same command goes on")
+                say(f"stopped: {len(tasks)} not finished; re-run the same command to resume")
                 stop.leave()
         return failures
 
@@ -68,16 +71,16 @@ def _ray() -> ModuleType:
     return ray
 
 
-def _outcome(ray: ModuleType, task: object, work: Work) -> Failure | None:
+def _outcome(ray: ModuleType, task: object, run: RunSpec) -> Failure | None:
     """What came of a task; one that Ray gave up on is a failure too."""
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
-        return Failure(work, -1, f"Ray gave up: {str(error).splitlines()[0]}")
+        return Failure(run, -1, f"Ray gave up: {str(error).splitlines()[0]}")
 
 
-def _wait_until_saved(works: Sequence[Work]) -> None:
-    """Wait, a minute at most, until nobody works in the folders any more."""
+def _wait_until_saved(runs: Sequence[RunSpec]) -> None:
+    """Wait, a minute at most, until no process works in the folders any more."""
     until = time.monotonic() + _TO_SAVE
-    while time.monotonic() < until and any(work.elsewhere for work in works):
+    while time.monotonic() < until and any(run.locked for run in runs):
         time.sleep(_LOOK)

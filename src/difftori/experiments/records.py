@@ -1,152 +1,162 @@
-"""What runs left: read from their folders, or from the small files that `results/runs` keeps of finished ones.
+"""Records of runs: read from run directories, and kept in one file per study.
 
-Folders of runs stay on the machine that made them. A kept file holds a run's configuration, hardware, command, summary and
-evaluations, so that a study goes on elsewhere, and can be drawn again from the repository alone.
+Run directories stay on the machine that made them. A study appends to its record file when a run finishes, so that it can be
+resumed elsewhere, and drawn again from the repository alone.
 """
 
 import json
 import math
-import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from difftori.errors import DataError
-from difftori.experiments.runs import Job, read_kept
-from difftori.runs.checkpoint import replace_file
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
-RETURN = "eval/return"
-_SOFTWARE = ("git_commit", "difftori", "torch", "numpy", "python")
+RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
+SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run left, finished or not: returns (k) at environment `steps` (k), the training seconds spent until then (k),
-    without evaluation, and the updates made (k). `summary` is None until the run is finished; `rows` (k) are all that was
-    logged at each evaluation, `versions` the software that computed it,
-    `compiled` whether by torch.compile.
+    """What a run left, finished or not.
+
+    `summary` is None until the run is finished. `evaluations` are the logged rows that have a return or a validation error, to six
+    digits. `episodes` holds the columns of the final evaluation's episodes by `last` or `best`. `weights` and `base_weights` are digests of
+    what was learned and of the base policy.
     """
 
-    job: Job
-    steps: np.ndarray
-    returns: np.ndarray
-    seconds: np.ndarray
-    updates: np.ndarray
-    summary: Metrics | None
+    config: Mapping[str, Any]
     hardware: str
+    versions: Mapping[str, str | None]
     command: str
-    versions: dict[str, str | None]
-    compiled: bool
-    rows: tuple[dict[str, Any], ...]
-
-    def at(self, steps: int) -> float | None:
-        """The return at exactly so many environment steps."""
-        found = self.returns[self.steps == steps]
-        return float(found[0]) if len(found) else None
+    summary: Metrics | None = None
+    evaluations: tuple[dict[str, Any], ...] = ()
+    episodes: Mapping[str, Mapping[str, list[float | int]]] = field(default_factory=dict)
+    weights: str | None = None
+    base_weights: str | None = None
 
     @property
-    def area(self) -> float:
-        """The mean of all evaluations, which is the area under the curve over its width."""
-        return float(self.returns.mean())
+    def returns(self) -> list[dict[str, Any]]:
+        """The evaluations that have a return."""
+        return [row for row in self.evaluations if RETURN in row]
 
 
-def read_record(job: Job) -> Record | None:
-    """What the job's run left; None if it has no evaluation yet. DataError if a return is not a number."""
-    if job.kept.exists() and not job.ended_here:
-        return _record(job, read_kept(job.kept))
-    rows = _evaluations(job)
-    return _record(job, _plain(job, rows)) if rows else None
+def read_run(folder: Path) -> Record | None:
+    """The record of a run directory; None if another program wrote it. DataError or ConfigError if it is damaged."""
+    config = read_config(folder)
+    if "agent" not in config and "policy" not in config:
+        return None
+    machine = _mapping(folder / "versions.json")
+    try:
+        hardware = f"{machine.get('device_name') or machine['cpu']}, {machine['threads']} thread(s)"
+    except KeyError as error:
+        raise DataError(f"{folder / 'versions.json'}: lacks {error}; it is written when a run starts") from error
+    episodes, commands = folder / "episodes.json", folder / "command.txt"
+    return Record(
+        config=config,
+        hardware=f"{hardware}, {machine['platform']}" if "platform" in machine else hardware,
+        versions={name: machine.get(name) for name in SOFTWARE},
+        command=commands.read_text().partition("\n")[0].partition("  ")[2] if commands.exists() else "",
+        summary=read_summary(folder) if (folder / "summary.json").exists() else None,
+        evaluations=tuple(
+            _short(row) for row in read_metrics(folder) if RETURN in row or row.get(VALIDATION_ERROR) is not None
+        ),
+        episodes=_mapping(episodes) if episodes.exists() else {},
+        weights=_digest(folder / "policy.pt"),
+        base_weights=_digest(folder / "base.pt"),
+    )
 
 
-def keep(job: Job) -> None:
-    """Write the finished run's kept file, unless it is there."""
-    if job.ended_here and not job.kept.exists():
-        job.kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(job.kept, (json.dumps(_plain(job, _evaluations(job)), indent=0) + "\n").encode())
+@dataclass(frozen=True)
+class RecordFile:
+    """The finished runs of a study: JSON lines, each with the name of its run."""
+
+    path: Path
+
+    def read(self) -> dict[str, Record]:
+        """The records by the names of their runs. DataError if a line is damaged; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, Record] = {}
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                name, record = _parsed(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{self.path}, line {number}: no readable run ({error}); restore it, or remove it to run again"
+                ) from error
+            found[name] = record
+        return found
+
+    def append(self, name: str, record: Record) -> None:
+        """Add a finished run, unless its name is there. Processes may append at the same time."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            _wait_for(file)
+            file.seek(0)
+            before = file.read()
+            before = before[: before.rfind(b"\n") + 1]
+            file.truncate(len(before))  # without a last line that a kill cut short
+            if any(line.startswith(_head(name)) for line in before.splitlines()):
+                return
+            plain = {**asdict(record), "evaluations": record.returns}
+            plain["summary"] = {k: v if math.isfinite(v) else None for k, v in (record.summary or {}).items()}
+            file.write(_head(name) + json.dumps(plain)[1:].encode() + b"\n")
 
 
-def contradictions(job: Job) -> list[str]:
-    """What to say if the folder holds another finished run than the kept file."""
-    if not (job.ended_here and job.kept.exists()):
-        return []
-    here = [(row["step"], row[RETURN]) for row in _evaluations(job)]
-    there = [(row["step"], row[RETURN]) for row in read_kept(job.kept)["evaluations"]]
-    if here == there:
-        return []
-    return [f"{job.folder} and {job.kept} hold different runs of {job.name}: remove the one that is not to count"]
+def is_record_file(path: Path) -> bool:
+    """Whether a file holds a study's records, judging by its first characters."""
+    with path.open("rb") as file:
+        return file.read(8) == b'{"run": '
 
 
-def _evaluations(job: Job) -> list[dict]:
-    return [_short(row) for row in read_metrics(job.folder) if RETURN in row]
+def _head(name: str) -> bytes:
+    """How the line of a run begins."""
+    return f'{{"run": {json.dumps(name)}, '.encode()
 
 
-def _plain(job: Job, rows: list[dict]) -> dict:
-    machine = _versions(job.folder)
-    return {
-        "config": read_config(job.folder),
-        "hardware": _hardware(machine, job.folder),
-        "versions": {name: machine.get(name) for name in _SOFTWARE},
-        "command": shlex.join(["difftori", *job.words]),
-        "summary": _short(read_summary(job.folder)) if job.ended_here else None,
-        "evaluations": rows,
-    }
+def _parsed(plain: dict[str, Any]) -> tuple[str, Record]:
+    name, episodes = plain.pop("run"), plain.get("episodes", {})
+    for which, columns in episodes.items():
+        if len({len(values) for values in columns.values()}) > 1:
+            raise ValueError(f"the columns of its {which} episodes differ in length")
+    summary = {key: math.nan if value is None else float(value) for key, value in plain["summary"].items()}
+    return name, Record(**{**plain, "summary": summary, "evaluations": tuple(plain.get("evaluations", ()))})
 
 
-def _short(values: dict) -> dict:
-    """Numbers to six digits; NaN, which JSON lacks, as null."""
+def _wait_for(file: IO[bytes]) -> None:
+    """Keep other processes out until the file closes. Windows has no flock."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _mapping(source: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(source.read_bytes())
+        if not isinstance(found, dict):
+            raise TypeError("no mapping")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{source}: unreadable ({error}); restore it, or remove the run to train again") from error
+    return found
+
+
+def _short(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers to six digits; NaN, which JSON lacks, as None."""
     return {
         name: (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
         for name, value in values.items()
     }
 
 
-def _record(job: Job, plain: dict) -> Record:
-    rows = plain["evaluations"]
-    broken = [row["step"] for row in rows if row[RETURN] is None]
-    if broken:
-        raise DataError(
-            f"{job.folder}: the return at step {broken[0]} is not a number; remove the folder and run again"
-        )
-    summary = plain["summary"]
-    return Record(
-        job=job,
-        steps=np.array([_on_grid(row["step"], job) for row in rows]),
-        returns=np.array([row[RETURN] for row in rows], dtype=np.float64),
-        seconds=np.array([row["seconds/total"] - row["seconds/evaluation"] for row in rows]),
-        updates=np.array([row["updates"] for row in rows]),
-        summary=summary and {name: math.nan if value is None else float(value) for name, value in summary.items()},
-        hardware=plain["hardware"],
-        command=plain["command"],
-        versions=plain["versions"],
-        compiled=bool(plain["config"].get("compile", False)),
-        rows=tuple(rows),
-    )
-
-
-def _on_grid(step: int, job: Job) -> int:
-    """The multiple of `eval_every` that the evaluation stands for: it waits for the end of an episode."""
-    every, last = job.config.eval_every, job.config.steps
-    return last if step >= last else step // every * every
-
-
-def _versions(folder: Path) -> dict:
-    source = folder / "versions.json"
-    try:
-        found = json.loads(source.read_bytes())
-        if not isinstance(found, dict):
-            raise TypeError("no mapping")
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{source}: unreadable ({error}); it is written when a run starts") from error
-    return found
-
-
-def _hardware(machine: dict, folder: Path) -> str:
-    try:
-        device = machine.get("device_name") or machine["cpu"]
-        return f"{device}, {machine['threads']} thread(s), {machine['platform']}"
-    except KeyError as error:
-        raise DataError(f"{folder / 'versions.json'}: lacks {error}; it is written when a run starts") from error
+def _digest(weights: Path) -> str | None:
+    """The digest that stands beside exported weights."""
+    beside = weights.with_name(f"{weights.name}.sha256")
+    return beside.read_text().split()[0] if beside.exists() else None

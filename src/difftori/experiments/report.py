@@ -10,14 +10,15 @@ import jinja2
 from difftori import __version__
 from difftori.experiments.analyse import OVER, Section, sections
 from difftori.experiments.gather import Gathered, Run, gather
+from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
-from difftori.experiments.reporting import Column, interval, number, plus_minus, write_csv
 from difftori.experiments.statistics import Estimate
+from difftori.experiments.tables import Column, finite, interval, latex_table, number, plus_minus, write_csv
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.page import inline, svg_element
 
 _INLINE = 3_000_000
-_PICTURES = 24
+_IMAGES = 24
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,7 @@ def write_report(
         "pairs.csv": [line for part in parts for line in _pair_lines(part)],
     }
     for name, rows in lines.items():
-        if rows:
-            write_csv(out / name, rows)
-        else:
-            (out / name).unlink(missing_ok=True)
+        write_csv(out / name, rows)
     shown = [_tables(part) for part in parts]
     replace_file(out / "tables.tex", _latex(shown).encode())
     page = out / "report.html"
@@ -105,11 +103,11 @@ def _render(
         loader=jinja2.PackageLoader("difftori.experiments", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     methods = sorted({run.method for run in found.runs})
-    curves = [learning_curves(found.runs, name, methods) for name in ("eval/return", "validation/error")]
+    curves = [learning_curves(found.runs, name, methods) for name in (RETURN, VALIDATION_ERROR)]
     drawn = []
     for part, by_caption in zip(parts, tables, strict=True):
-        pictures = [over_tasks(part), profiles(part)] if part.over else []
-        drawn.append((part, by_caption, [svg_element(f) for f in (*pictures, against(part)) if f is not None]))
+        figures = [over_tasks(part), profiles(part)] if part.over else []
+        drawn.append((part, by_caption, [svg_element(f) for f in (*figures, against(part)) if f is not None]))
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -120,7 +118,7 @@ def _render(
         left_out=found.left_out,
         sections=drawn,
         curves=[svg_element(figure) for figure in curves if figure is not None],
-        pictures=_pictures(found.runs, out),
+        images=_images(found.runs, out),
         protocol=_protocol(found.runs),
         commands=[(f"{run.method}, {run.task}, seed {run.seed}", run.command) for run in found.runs],
         files=["runs.csv", *(name for name, rows in lines.items() if rows), "tables.tex"],
@@ -128,8 +126,8 @@ def _render(
 
 
 def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
-    """What must be known before methods are compared."""
-    said = []
+    """Warnings about runs that differ in more than their methods."""
+    warnings = []
     counted = [run for run in found.runs if run.config.get("settings.updates") is None]
     for name, what in (
         ("steps", "environment steps"),
@@ -140,28 +138,28 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
         runs = counted if name == "settings.epochs" else found.runs  # where updates are given, they count
         values = {int(run.config[name]) for run in runs if run.config.get(name) is not None}
         if len(values) > 1:
-            said.append(
+            warnings.append(
                 f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. The protocol says which has which."
             )
     made = {run.updates for run in counted if run.updates is not None and "policy" in run.config}
     if len(made) > 1:
-        said.append(f"Where epochs are counted, runs made between {min(made)} and {max(made)} updates.")
+        warnings.append(f"Where epochs are counted, runs made between {min(made)} and {max(made)} updates.")
     rules = sorted({run.rule for run in found.runs if run.finished})
     if len(rules) > 1:
-        said.append(f"Results are of different weights: {'; '.join(rules)}.")
+        warnings.append(f"Results are of different weights: {'; '.join(rules)}.")
     for part in parts:
         seeds = {cell.seeds for cell in part.cells}
         if len(seeds) > 1:
-            said.append(f"{part.measure.name}: between {min(seeds)} and {max(seeds)} seeds on a task.")
+            warnings.append(f"{part.measure.name}: between {min(seeds)} and {max(seeds)} seeds on a task.")
         apart = [task for task in part.tasks if task not in part.common]
         if apart and len(part.methods) > 1:
-            said.append(f"{part.measure.name}: over tasks, without {', '.join(apart)}, which some methods lack.")
+            warnings.append(f"{part.measure.name}: over tasks, without {', '.join(apart)}, which some methods lack.")
         sets = {tuple(sorted(run.seed for run in found.runs if run.method == m)) for m in part.methods}
         if len(seeds) == 1 and len(sets) > 1:
-            said.append(f"{part.measure.name}: methods have runs from different seeds.")
+            warnings.append(f"{part.measure.name}: methods have runs from different seeds.")
         if part.measure.full is None and len(part.tasks) > 1:
-            said.append(f"{part.measure.name} has no common scale over tasks: each task stands for itself.")
-    return said
+            warnings.append(f"{part.measure.name} has no common scale over tasks: each task stands for itself.")
+    return warnings
 
 
 def _tables(part: Section) -> dict[str, list[Column]]:
@@ -203,7 +201,7 @@ def _tables(part: Section) -> dict[str, list[Column]]:
 
 
 def _name(part: Section) -> str:
-    """A measure with its scale, which tells the returns of one family of environments from another's."""
+    """A measure with its scale, which distinguishes the returns of families of environments."""
     full = part.measure.full
     return part.measure.name if full in (None, 1) else f"{part.measure.name} of {full:g}"
 
@@ -221,39 +219,10 @@ def _digits(value: float) -> int:
 
 
 def _latex(tables: Sequence[dict[str, list[Column]]]) -> str:
-    """Every table, for the package booktabs."""
+    """Every table."""
     parts = ["% Written by difftori report; needs \\usepackage{booktabs}."]
-    for by_caption in tables:
-        for caption, columns in by_caption.items():
-            rows = list(zip(*(column.cells for column in columns), strict=True))
-            parts += [
-                "",
-                f"% {caption}",
-                f"\\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in columns)}}}",
-                "\\toprule",
-                " & ".join(_escaped(column.heading) for column in columns) + " \\\\",
-                "\\midrule",
-                *(" & ".join(map(_escaped, row)) + " \\\\" for row in rows),
-                "\\bottomrule",
-                "\\end{tabular}",
-            ]
+    parts += ["\n" + latex_table(caption, columns) for by_caption in tables for caption, columns in by_caption.items()]
     return "\n".join(parts) + "\n"
-
-
-_LATEX = {"_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$", "{": "\\{", "}": "\\}", "~": "\\textasciitilde{}"}
-_LATEX |= {
-    "^": "\\textasciicircum{}",
-    "\\": "\\textbackslash{}",
-    "±": "$\\pm$",
-    "−": "$-$",
-    "–": "--",
-    "×": "$\\times$",
-}
-_LATEX |= {"σ": "$\\sigma$", "α": "$\\alpha$", "β": "$\\beta$", "γ": "$\\gamma$"}
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
 def _protocol(runs: Sequence[Run]) -> list[Column]:
@@ -361,16 +330,16 @@ def _pair_lines(part: Section) -> list[EstimateLine]:
 def _line(
     part: Section, task: str, method: str, reference: str, statistic: str, runs: int, estimate: Estimate
 ) -> EstimateLine:
-    low, high = (value if math.isfinite(value) else None for value in (estimate.low, estimate.high))
+    low, high = finite(estimate.low), finite(estimate.high)
     return EstimateLine(_name(part), task, method, reference, statistic, runs, estimate.value, low, high)
 
 
-def _pictures(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
+def _images(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
     """What runs have drawn or filmed, one seed of each method and task: inside the page, or by a path if it is large."""
     found: dict[tuple[str, str, str], tuple[str, str]] = {}
     for run in runs:
-        for picture in run.pictures:
-            caption = f"{run.method}, {run.task}, seed {run.seed}: {picture.stem}"
-            address = inline(picture) if picture.stat().st_size <= _INLINE else picture.resolve().as_uri()
-            found.setdefault((run.method, run.task, picture.stem), (caption, address))
-    return list(found.values())[:_PICTURES]
+        for image in run.images:
+            caption = f"{run.method}, {run.task}, seed {run.seed}: {image.stem}"
+            address = inline(image) if image.stat().st_size <= _INLINE else image.resolve().as_uri()
+            found.setdefault((run.method, run.task, image.stem), (caption, address))
+    return list(found.values())[:_IMAGES]

@@ -1,7 +1,7 @@
 """A sweep on Slurm, a job per run, in arrays, through submitit; needs `difftori[slurm]`.
 
-Jobs do not need whoever submitted them: the same command later finds those that wait or run, and submits only what is
-missing. A job that is preempted, or out of time, is queued again and goes on from its last checkpoint.
+Jobs do not depend on the process that submitted them: the same command later finds those that wait or run, and submits only what is
+missing. A job that is preempted, or out of time, is queued again and resumed from its last checkpoint.
 """
 
 import json
@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from difftori.errors import ConfigError, MissingExtraError
-from difftori.experiments.pool import Failure, RunsFailedError, Work, beside, run_one
-from difftori.experiments.sweep import Engine, tell
+from difftori.experiments.plan import RunSpec, beside
+from difftori.experiments.pool import Failure, RunsFailedError, run_one
+from difftori.experiments.sweep import Engine, report_result
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.signals import StopSignal
 
@@ -25,7 +26,7 @@ _LOOK = 5.0
 _ARRAY = 1000
 """Jobs that are submitted at once; Slurm's own limit is 1001 unless a cluster sets another."""
 _TIMEOUTS = 100
-"""How often a run that is out of time is queued again: it goes on each time."""
+"""How often a run that is out of time is queued again: it is resumed each time."""
 _DEFAULTS = {"timeout_min": 240}
 _KNOWN_BY = 600.0
 """Seconds after which Slurm knows every job that it was given: one that it does not know then, it has forgotten."""
@@ -36,12 +37,12 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 class SlurmRun:
     """What a job carries out; `checkpoint` is what submitit asks for when the job is to be queued again."""
 
-    work: Work
+    run: RunSpec
     retries: int
 
     def __call__(self) -> Failure | None:
         """Run it to its end."""
-        return run_one(self.work, retries=self.retries)
+        return run_one(self.run, retries=self.retries)
 
     def checkpoint(self) -> Any:
         """The same again: the run's own checkpoints say where it was."""
@@ -73,43 +74,51 @@ def on_slurm(
         ) from error
     jobs_of = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
 
-    def engine(works: Sequence[Work], *, say: Callable[[str], None], done: Callable[[Work], None]) -> list[Failure]:
-        jobs: dict[Any, Work] = {}
-        missing: list[Work] = []
-        for work in works:
-            job = _submitted(work, lambda number: jobs_of(folder, number))
+    def engine(
+        runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
+    ) -> list[Failure]:
+        jobs: dict[Any, RunSpec] = {}
+        missing: list[RunSpec] = []
+        for run in runs:
+            job = _submitted(run, lambda number: jobs_of(folder, number))
             if job is None:
-                missing.append(work)
+                missing.append(run)
             else:
-                say(f"{work.name}: is job {job.job_id}, {job.state}")
-                jobs[job] = work
+                say(f"{run.name}: is job {job.job_id}, {job.state}")
+                jobs[job] = run
         for begin in range(0, len(missing), _ARRAY):
             part = missing[begin : begin + _ARRAY]
-            try:
-                with executor.batch():
-                    submitted = [executor.submit(SlurmRun(work, retries)) for work in part]
-            except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-                raise RunsFailedError(
-                    f"Slurm took {begin} of {len(missing)} runs and refused the next ({str(error).strip()}). Where that is a limit "
-                    "on waiting jobs, let these end, or split the sweep's file; the same command submits what is missing"
-                ) from error
-            for job, work in zip(submitted, part, strict=True):
-                _note(work, job.job_id)
-                say(f"{work.name}: submitted as job {job.job_id}")
-                jobs[job] = work
+            submitted = _submit(submitit, executor, part, retries, f"{begin} of {len(missing)}")
+            for job, run in zip(submitted, part, strict=True):
+                _note(run, job.job_id)
+                say(f"{run.name}: submitted as job {job.job_id}")
+                jobs[job] = run
         failures: list[Failure] = []
         with StopSignal() as stop:
             while jobs and not stop.requested:
                 for job in [job for job in jobs if job.done()]:
-                    work = jobs.pop(job)
-                    failures += tell(work, _outcome(submitit, job, work), say, done)
+                    run = jobs.pop(job)
+                    failures += report_result(run, _outcome(submitit, job, run), say, done)
                 time.sleep(_LOOK if jobs else 0)
             if stop.requested:
-                say(f"stopped looking: {len(jobs)} jobs go on without us; the same command looks again")
+                say(f"stopped looking: {len(jobs)} jobs continue; re-run the same command to watch them")
                 stop.leave()
         return failures
 
     return engine
+
+
+def _submit(submitit: ModuleType, executor: Any, runs: Sequence[RunSpec], retries: int, taken: str) -> list[Any]:
+    """Submit the runs as one array of jobs. RunsFailedError if Slurm refuses."""
+    try:
+        with executor.batch():
+            submitted = [executor.submit(SlurmRun(run, retries)) for run in runs]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise RunsFailedError(
+            f"Slurm took {taken} runs and refused the next ({str(error).strip()}). Where that is a limit "
+            "on waiting jobs, let these end, or split the sweep's file; re-run the same command to submit what is missing"
+        ) from error
+    return submitted
 
 
 def _submitit() -> ModuleType:
@@ -128,29 +137,27 @@ def _submitit() -> ModuleType:
     return submitit
 
 
-def _submitted(work: Work, find: Callable[[str], Any]) -> Any:
+def _submitted(run: RunSpec, find: Callable[[str], Any]) -> Any:
     """The job that carries the run out already, if it is not over."""
-    assert work.folder is not None
-    note = beside(work.folder, ".job.json")
+    note = beside(run.folder, ".job.json")
     try:
         number = json.loads(note.read_bytes())["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     job = find(str(number))
-    forgotten = str(job.state) == "UNKNOWN" and not work.elsewhere and time.time() - note.stat().st_mtime > _KNOWN_BY
+    forgotten = str(job.state) == "UNKNOWN" and not run.locked and time.time() - note.stat().st_mtime > _KNOWN_BY
     return None if forgotten or job.done() or str(job.state).split()[0] in _OVER else job
 
 
-def _note(work: Work, number: str) -> None:
-    assert work.folder is not None
-    note = beside(work.folder, ".job.json")
+def _note(run: RunSpec, number: str) -> None:
+    note = beside(run.folder, ".job.json")
     note.parent.mkdir(parents=True, exist_ok=True)
     replace_file(note, (json.dumps({"job": number}) + "\n").encode())
 
 
-def _outcome(submitit: ModuleType, job: Any, work: Work) -> Failure | None:
+def _outcome(submitit: ModuleType, job: Any, run: RunSpec) -> Failure | None:
     """What came of a job; the folder is what counts where the job left no answer."""
     try:
         return job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-        return None if work.finished else Failure(work, -1, f"job {job.job_id}: {str(error).splitlines()[0]}")
+        return None if run.finished else Failure(run, -1, f"job {job.job_id}: {str(error).splitlines()[0]}")

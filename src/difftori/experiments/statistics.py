@@ -21,14 +21,9 @@ class Estimate:
 def mean_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
     """The mean of `values` (B) with its normal interval, mean ± z·s/√B. One value has an infinite interval.
 
-    For dozens of independent values or more; for few seeds report `spread` instead.
+    For dozens of independent values or more; for few seeds use `student_interval`, or report `spread`.
     """
-    values = _checked(values)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, -np.inf, np.inf)
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * float(values.std(ddof=1)) / len(values) ** 0.5
-    return Estimate(mean, mean - reach, mean + reach)
+    return _centred(values, lambda count: NormalDist().inv_cdf(0.5 + confidence / 2))
 
 
 def paired_difference(values: np.ndarray, reference: np.ndarray, *, confidence: float = 0.95) -> Estimate:
@@ -61,12 +56,16 @@ def ratio_interval(
 
 def student_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
     """The mean of few `values` (B), as over seeds, with Student's interval, mean ± t·s/√B. One value: infinite."""
+    return _centred(values, lambda count: student_quantile(0.5 + confidence / 2, count - 1))
+
+
+def _centred(values: np.ndarray, quantile: Callable[[int], float]) -> Estimate:
+    """The mean of `values` (B) ± a quantile for B values times the standard error."""
     values = _checked(values)
     mean = float(values.mean())
     if len(values) == 1:
         return Estimate(mean, -np.inf, np.inf)
-    quantile = student_quantile(0.5 + confidence / 2, len(values) - 1)
-    reach = quantile * float(values.std(ddof=1)) / len(values) ** 0.5
+    reach = quantile(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return Estimate(mean, mean - reach, mean + reach)
 
 
@@ -147,7 +146,7 @@ def improvement_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """`improvement` with its percentile bootstrap interval, both sides drawn anew within each stratum, apart from each other.
+    """`improvement` with its percentile bootstrap interval, both sides resampled within each stratum, independently.
 
     A stratum of one value on either side makes the interval infinite. ShapeError for other strata on one side.
     """
@@ -184,9 +183,9 @@ def stratified_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """`statistic` of the strata (B_k each) with its percentile bootstrap interval, drawn anew within each stratum.
+    """`statistic` of the strata (B_k each) with its percentile bootstrap interval, resampled within each stratum.
 
-    As Agarwal et al., 2021: tasks stay, seeds are drawn. A stratum of one value tells nothing of its spread, and makes the
+    As Agarwal et al., 2021: tasks stay, seeds are drawn. A stratum of one value has no spread, and makes the
     interval infinite. ShapeError without strata.
     """
     if not strata:
@@ -200,7 +199,7 @@ def stratified_interval(
 
 
 def _resampled(strata: Strata, generator: np.random.Generator, resamples: int) -> list[np.ndarray]:
-    """Each stratum drawn anew from itself, so many times on a first axis."""
+    """Each stratum resampled with replacement, so many times on a first axis."""
     return [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
 
 

@@ -1,4 +1,4 @@
-"""How the runs of a sweep stand, told from their folders, whichever machine works on them."""
+"""The states of a sweep's runs, read from their folders, whichever machine works on them."""
 
 import json
 import time
@@ -7,30 +7,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from difftori.errors import DifftoriError
-from difftori.experiments.plan import Planned
-from difftori.experiments.pool import beside
+from difftori.experiments.plan import RunSpec, beside
 from difftori.runs.records import read_metrics, read_summary
 
 State = Literal["finished", "running", "failed", "interrupted", "waiting"]
 HEADLINES = ("return", "last/success", "best/success", "last/excess_cost", "best/excess_cost", "last/validation_error")
-"""What a finished run is best known by: the first of these that it has."""
+"""The headline of a finished run is the first of these that it has."""
 
 _MANY = 60
 _URGENT = ("failed", "interrupted", "running")
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """One run: its state, how far it is, and a word of explanation."""
 
-    run: Planned
+    run: RunSpec
     state: State
     step: int | None
     note: str
 
     def row(self) -> dict[str, Any]:
         """For a table."""
-        return {"run": self.run.work.name, "state": self.state, "step": self._progress(), "": self.note}
+        return {"run": self.run.name, "state": self.state, "step": self._progress(), "": self.note}
 
     def _progress(self) -> str:
         if self.step is None:
@@ -38,27 +37,27 @@ class Standing:
         return str(self.step) if self.run.length is None else f"{self.step} of {self.run.length}"
 
 
-def standing(run: Planned) -> Standing:
-    """How a run stands. `interrupted`: it was begun, nobody works on it, and it goes on when it is started again."""
-    if run.work.finished:
-        return Standing(run, "finished", _step(run), _headline(run))
+def run_status(run: RunSpec) -> RunStatus:
+    """The state of a run. `interrupted`: it was begun, no process works on it, and it is resumed when it is started again."""
+    if run.finished:
+        return RunStatus(run, "finished", _step(run), _headline(run))
     failed = beside(run.folder, ".failed.json")
-    if run.work.elsewhere:
-        return Standing(run, "running", _step(run), _age(run))
+    if run.locked:
+        return RunStatus(run, "running", _step(run), _age(run))
     if failed.exists():
-        return Standing(run, "failed", _step(run), _reason(failed.read_bytes()))
+        return RunStatus(run, "failed", _step(run), _reason(failed.read_bytes()))
     if (run.folder / "config.yaml").exists():
-        return Standing(run, "interrupted", _step(run), _age(run))
-    return Standing(run, "waiting", None, "" if run.base is None else f"refines {run.base.work.name}")
+        return RunStatus(run, "interrupted", _step(run), _age(run))
+    return RunStatus(run, "waiting", None, "" if run.base is None else f"refines {run.base.name}")
 
 
-def table(found: Sequence[Standing]) -> list[dict[str, Any]]:
+def table(found: Sequence[RunStatus]) -> list[dict[str, Any]]:
     """A line for each run; of more than 60, one for each method, over tasks and seeds, and the first 60 that are neither
     finished nor waiting, those that failed on top.
     """
     if len(found) <= _MANY:
         return [s.row() for s in found]
-    methods: dict[str, list[Standing]] = {}
+    methods: dict[str, list[RunStatus]] = {}
     for s in found:
         methods.setdefault(s.run.folder.parent.name, []).append(s)
     lines: list[dict[str, Any]] = [
@@ -71,14 +70,14 @@ def table(found: Sequence[Standing]) -> list[dict[str, Any]]:
     return lines
 
 
-def counts(found: Sequence[Standing]) -> str:
+def counts(found: Sequence[RunStatus]) -> str:
     """How many runs are in which state, in words."""
     states = ("finished", "running", "failed", "interrupted", "waiting")
     numbers = {state: sum(s.state == state for s in found) for state in states}
     return ", ".join(f"{number} {state}" for state, number in numbers.items() if number) or "no runs"
 
 
-def _step(run: Planned) -> int | None:
+def _step(run: RunSpec) -> int | None:
     try:
         rows = read_metrics(run.folder)
     except DifftoriError:
@@ -86,7 +85,7 @@ def _step(run: Planned) -> int | None:
     return rows[-1]["step"] if rows else None
 
 
-def _age(run: Planned) -> str:
+def _age(run: RunSpec) -> str:
     rows = run.folder / "metrics.jsonl"
     if not rows.exists():
         return "no row yet"
@@ -101,7 +100,7 @@ def _age(run: Planned) -> str:
     return f"last row {shown} ago"
 
 
-def _headline(run: Planned) -> str:
+def _headline(run: RunSpec) -> str:
     try:
         summary = read_summary(run.folder)
     except DifftoriError as error:

@@ -95,9 +95,9 @@ def _tasks(stem: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for row in rows:
             found.setdefault(row["task"], []).append([float(row[name] or "nan") for name in names])
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{FOLDER}/{stem}.csv: damaged ({error!r}); install difftori anew") from error
+        raise DataError(f"{FOLDER}/{stem}.csv: damaged ({error!r}); reinstall difftori") from error
     if (np.diff(steps) <= 0).any():
-        raise DataError(f"{FOLDER}/{stem}.csv: its steps do not ascend; install difftori anew")
+        raise DataError(f"{FOLDER}/{stem}.csv: its steps do not ascend; reinstall difftori")
     return {task: (steps, np.array(returns)) for task, returns in found.items()}
 
 
@@ -105,5 +105,5 @@ def _rows(stem: str) -> list[dict[str, str]]:
     try:
         text = files("difftori.paper").joinpath(f"{FOLDER}/{stem}.csv").read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{FOLDER}/{stem}.csv: cannot be read ({error}); install difftori anew") from error
+        raise DataError(f"{FOLDER}/{stem}.csv: cannot be read ({error}); reinstall difftori") from error
     return list(csv.DictReader(text.splitlines()))

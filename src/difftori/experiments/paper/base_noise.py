@@ -6,8 +6,9 @@ and refiner cost together.
 
 from pydantic import Field
 
-from difftori.experiments.imitation import Arm, Case, ImitationConfig
-from difftori.experiments.refinement import run_refinement
+from difftori.experiments.il_report import run_refinement
+from difftori.experiments.il_study import Case, ILStudy
+from difftori.experiments.study import Method
 from difftori.policies.difftori import DEFAULT_NOISE
 
 TASKS = ("basketball", "peg-insert-side", "stick-pull")
@@ -17,15 +18,15 @@ RESIDUAL_NOISE = 0.5
 """σ with which the residual was best here; other studies give it to their control."""
 
 
-class Config(ImitationConfig):
-    """What to run."""
+class Config(ILStudy):
+    """Noise on the base's action during training, for DiffTORI and the residual, on MetaWorld from states."""
 
     tasks: tuple[str, ...] = Field(TASKS, min_length=1)
-    """Of MetaWorld."""
+    """Tasks of MetaWorld."""
     seeds: int = Field(FULL_SEEDS, ge=1)
-    """Seeds 0 … seeds−1, each with demonstrations, held out episodes and weights of its own."""
+    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held out episodes and initial weights."""
     sigmas: tuple[float, ...] = Field(SIGMAS, min_length=1)
-    """In half-widths of the action's range."""
+    """Standard deviations σ of the noise to compare, in half-widths of the action range."""
 
 
 def metaworld_case(task: str) -> Case:
@@ -33,20 +34,20 @@ def metaworld_case(task: str) -> Case:
     return Case(f"metaworld:{task}", "state", f"{{demos}}/metaworld.{task}-{{seed}}.zarr", collect=DEMOS)
 
 
-def small_base() -> list[Arm]:
+def small_base() -> list[Method]:
     """A multilayer perceptron with DiffTORI's learning settings, and the same trained as long again."""
     settings = {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}
-    return [Arm("base", "bc", settings), Arm("base twice as long", "bc", settings, updates=2)]
+    return [Method("base", "bc", settings), Method("base twice as long", "bc", settings, updates=2)]
 
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/base_noise`."""
     refiners = [
-        Arm(f"{name} σ {sigma:g}", policy, {"base_noise": sigma}, base="base")
+        Method(f"{name} σ {sigma:g}", policy, {"base_noise": sigma}, base="base")
         for name, policy in (("residual", "residual"), ("DiffTORI", "difftori-il"))
         for sigma in config.sigmas
     ]
-    compared = [(arm.label, reference) for arm in refiners for reference in ("base", "base twice as long")]
+    compared = [(method.label, reference) for method in refiners for reference in ("base", "base twice as long")]
     compared += [(f"DiffTORI σ {sigma:g}", f"residual σ {sigma:g}") for sigma in config.sigmas]
     if DEFAULT_NOISE in config.sigmas:
         others = [sigma for sigma in config.sigmas if sigma != DEFAULT_NOISE]

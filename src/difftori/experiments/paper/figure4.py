@@ -1,6 +1,6 @@
 """Figure 4: one state, two latent samples, two landscapes of the learned objective, and the solve's iterates in each.
 
-From a finished run of `difftori-il` with the variational autoencoder. The picture is the plane through the shared start and the two
+From a finished run of `difftori-il` with the variational autoencoder. The figure shows the plane through the shared start and the two
 solutions; what lies outside of the action box is left white.
 """
 
@@ -28,25 +28,27 @@ _GRID = 61
 
 
 class Config(BaseModel):
-    """What to draw."""
+    """Two latent samples at one state: landscapes of the learned objective, and the iterates of the solver (Figure 4)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run: Path
-    """Directory of a run of `difftori-il` in an environment."""
+    """Directory of a finished run of `difftori-il` with `--cvae-dim`, in an environment."""
     episode: int = Field(TEST_SEED, ge=0)
     """Seed of the episode whose first state is shown."""
     samples: int = Field(0, ge=0)
     """Seed of the two latent samples."""
     out: Path = Path("results/figure4")
-    """Where the picture goes."""
+    """Directory for the figure."""
 
 
 def run(config: Config) -> None:
     """Draw `out/figure4.svg`. ConfigError for a run of another policy, or one without latent samples."""
     policy, of_run = load_policy(config.run, "last")
     if not isinstance(policy, DiffTORI) or policy.settings.cvae_dim == 0 or of_run.demos is None:
-        raise ConfigError([f"run: {config.run} is no difftori-il with --cvae-dim in an environment; train one first"])
+        raise ConfigError(
+            [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment; train one first"]
+        )
     arena = Arena(of_run.env, of_run.obs)
     env = arena.open(1)
     try:
@@ -58,7 +60,7 @@ def run(config: Config) -> None:
     panels = landscapes(policy, obs, seed=config.samples)
     figure = draw(panels, f"{of_run.env}, first state of episode {config.episode}, run {config.run}")
     save_svg(figure, config.out / "figure4.svg")
-    Console().print(f"The picture is {config.out / 'figure4.svg'}.", soft_wrap=True)
+    Console().print(f"The figure is {config.out / 'figure4.svg'}.", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,24 @@ prior's rollout, while the prior goes on serving Bellman targets and the termina
 method are paired by seed.
 """
 
-from difftori.experiments.ablation import run_ablation
-from difftori.experiments.runs import Arm, StudyConfig
+from difftori.experiments.rl_report import run_ablation
+from difftori.experiments.rl_study import RLStudy
+from difftori.experiments.study import Method
 
-WHOLE = Arm("difftori", "difftori")
-ARMS = (
+WHOLE = Method("difftori", "difftori")
+METHODS = (
     WHOLE,
-    Arm("no-reward", "difftori", {"reward_coef": 0.0}),
-    Arm("no-consistency", "difftori", {"consistency_coef": 0.0}),
-    Arm("no-prior", "difftori", {"init": "zero"}),
+    Method("no-reward", "difftori", {"reward_coef": 0.0}),
+    Method("no-consistency", "difftori", {"consistency_coef": 0.0}),
+    Method("no-prior", "difftori", {"init": "zero"}),
 )
 
 
-class Config(StudyConfig):
-    """What to run of Figure 6."""
+class Config(RLStudy):
+    """DiffTORI without one of its parts: the reward loss, the dynamics loss, the policy prior (Figure 6)."""
 
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/figure6`. RunsFailedError, after everything is drawn, if runs failed."""
     title = "Figure 6: dropping the reward loss, the dynamics loss, the prior"
-    run_ablation(config, ARMS, WHOLE, study="figure6", title=title, further=[])
+    run_ablation(config, METHODS, study="figure6", title=title)

@@ -5,26 +5,25 @@ and nothing else running they compare, otherwise load differs between runs. `dif
 side by side. The paper: 0.052 s an action against 0.0092 s.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from difftori.experiments.curve_plots import clock_panels
-from difftori.experiments.curve_report import preface, show, write_curves, write_page
-from difftori.experiments.curves import Curves, Record, make_curves, output_folder
-from difftori.experiments.paper.figure3 import ARMS
+from difftori.experiments.paper.figure3 import METHODS
 from difftori.experiments.plots import save_svg
-from difftori.experiments.pool import report_failures
-from difftori.experiments.reporting import Column, markdown_table, number, write_csv
-from difftori.experiments.runs import StudyConfig
+from difftori.experiments.rl_plots import return_panels
+from difftori.experiments.rl_report import run_curves
+from difftori.experiments.rl_study import Curves, RLStudy
+from difftori.experiments.rl_tables import Aggregate, Summary
+from difftori.experiments.study import Result
+from difftori.experiments.tables import Column, markdown_table, number, write_csv
 from difftori.paper.numbers import paper_timings
 
-TITLE = "Figure 7: return against wall-clock time"
 
-
-class Config(StudyConfig):
-    """What to run of Figure 7; its runs are those of Figure 3."""
+class Config(RLStudy):
+    """Returns over wall-clock time, and the time of actions and updates (Figure 7). The runs are those of Figure 3."""
 
 
 @dataclass(frozen=True)
@@ -53,37 +52,34 @@ class Timing:
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/figure7`. RunsFailedError, after everything is drawn, if runs failed."""
-    console = Console()
-    curves = make_curves(config, ARMS, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
-    out = output_folder(curves, "figure7")
-    summaries, _ = write_curves(curves, out)
-    save_svg(clock_panels(curves, title="evaluation returns"), out / "wall_clock.svg")
+    run_curves(config, METHODS, draw, study="figure7", title="Figure 7: return against wall-clock time")
+
+
+def draw(curves: Curves, out: Path, summaries: Sequence[Summary], aggregates: Sequence[Aggregate]) -> list[str]:
+    """The figure, the table of times, and its notes."""
+    save_svg(return_panels(curves, published=(), clock=True), out / "wall_clock.svg")
     rows = timings(curves)
-    (out / "timing.csv").unlink(missing_ok=True)
-    if rows:
-        write_csv(out / "timing.csv", rows)
-    write_page(out, TITLE, [preface(curves), _table(rows), _notes()])
-    show(console, curves, summaries, TITLE, out)
-    report_failures(curves.failures)
+    write_csv(out / "timing.csv", rows)
+    return [_table(rows), _notes()]
 
 
 def timings(curves: Curves) -> list[Timing]:
     """One line for each task and seed that both agents have finished."""
     rows = []
     for task in curves.tasks:
-        others = {record.job.seed: record for record in curves.of(task, ARMS[1])}
-        for record in curves.of(task, ARMS[0]):
-            other = others.get(record.job.seed)
-            ours, theirs = _costs(record), None if other is None else _costs(other)
+        ours_by_seed, theirs_by_seed = (curves.of(task, method.label) for method in METHODS)
+        for seed, result in ours_by_seed.items():
+            other = theirs_by_seed.get(seed)
+            ours, theirs = _costs(result), None if other is None else _costs(other)
             if ours is None or theirs is None or other is None:
                 continue
             action, update, step = (a / b for a, b in zip(ours, theirs, strict=True))
             rows.append(
                 Timing(
                     task=task,
-                    seed=record.job.seed,
-                    hardware=record.hardware,
-                    same_hardware=record.hardware == other.hardware,
+                    seed=seed,
+                    hardware=result.record.hardware,
+                    same_hardware=result.record.hardware == other.record.hardware,
                     difftori_action=ours[0],
                     tdmpc_action=theirs[0],
                     action_ratio=action,
@@ -99,14 +95,14 @@ def timings(curves: Curves) -> list[Timing]:
     return rows
 
 
-def _costs(record: Record) -> tuple[float, float, float] | None:
+def _costs(result: Result) -> tuple[float, float, float] | None:
     """Milliseconds of an action, an update, an environment step; None for an unfinished run, one that only acted at random, or one
     whose seconds count its compilation.
     """
-    summary = record.summary
-    if summary is None or record.compiled:
+    if not result.finished or result.record.config.get("compile"):
         return None
-    planned = summary["decisions"] - record.job.config.settings.seed_steps
+    summary = result.summary
+    planned = summary["decisions"] - result.run.config.settings.seed_steps
     if planned <= 0 or summary["updates"] == 0:
         return None
     learning = summary["seconds/sampling"] + summary["seconds/update"]
@@ -121,15 +117,15 @@ def _table(rows: list[Timing]) -> str:
     if not same:
         return "No task has a finished pair of runs on the same hardware yet."
     groups = {task: [row for row in same if row.task == task] for task in dict.fromkeys(row.task for row in same)}
-    columns = [Column("task", tuple(groups), left=True)]
+    cells = [("task", list(groups))]
     for part in ("action", "update", "step"):
         for agent in ("difftori", "tdmpc"):
             means = [_mean(group, f"{agent}_{part}") for group in groups.values()]
-            columns.append(Column(f"{agent}, ms/{part}", tuple(number(mean, 2) for mean in means)))
+            cells.append((f"{agent}, ms/{part}", [number(mean, 2) for mean in means]))
         ratios = [_mean(group, f"{part}_ratio") for group in groups.values()]
-        columns.append(Column("ratio", tuple(number(ratio, 2) for ratio in ratios)))
-    columns.append(Column("pairs", tuple(str(len(group)) for group in groups.values())))
-    return markdown_table(columns)
+        cells.append(("ratio", [number(ratio, 2) for ratio in ratios]))
+    cells.append(("pairs", [str(len(group)) for group in groups.values()]))
+    return markdown_table([Column(heading, tuple(texts), heading == "task") for heading, texts in cells])
 
 
 def _mean(group: list[Timing], name: str) -> float:

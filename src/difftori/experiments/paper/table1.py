@@ -9,9 +9,10 @@ from typing import Literal
 from pydantic import Field
 
 from difftori.envs.metaworld import PAPER_TASKS
-from difftori.experiments.imitation import FULL_SEEDS, Arm, Case, ImitationConfig
+from difftori.experiments.il_report import Published, run_refinement
+from difftori.experiments.il_study import FULL_SEEDS, Case, ILStudy
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
-from difftori.experiments.refinement import Published, run_refinement
+from difftori.experiments.study import Method
 from difftori.paper.numbers import paper_numbers
 from difftori.policies.difftori import DEFAULT_NOISE
 
@@ -24,39 +25,46 @@ BASES: dict[str, tuple[str, dict[str, object]]] = {
 PAPER = {"base": "dp3", "residual": "residual+dp3", "DiffTORI": "difftori+dp3"}
 
 
-class Config(ImitationConfig):
-    """What to run of Table 1. The defaults are the full study; anything less is labelled `partial` in every output."""
+class Config(ILStudy):
+    """MetaWorld: a base policy, a residual on it, DiffTORI on it (Table 1).
+
+    The defaults are the full study; anything less is labelled `partial` in every output.
+    """
 
     tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
-    """Of MetaWorld."""
+    """Tasks of MetaWorld (default: the paper's 22)."""
     obs: Literal["points", "state"] = "points"
-    """What is seen; the paper's are point clouds."""
+    """Observation type; the paper uses point clouds."""
     base: Literal["dp3", "dp3-simple", "bc"] = "dp3"
-    """What is refined."""
+    """Base policy that is refined; the paper uses DP3."""
     updates: int = Field(FULL_UPDATES, ge=1)
-    """Updates of every training, base and refiner alike."""
+    """Updates of every training, of base policies and refiners alike."""
     controls: bool = True
-    """Also the base trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
+    """Also run the base trained for twice as long, and the residual with noise of 0.5 on the base's action, the best in `base-noise`."""
     reference: bool = False
-    """Also DiffTORI with the release's solve and settings."""
+    """Also run DiffTORI with the solver settings of the authors' release."""
 
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/table1`."""
     policy, settings = BASES[config.base]
-    arms = [Arm("base", policy, settings)]
-    arms += [Arm("base twice as long", policy, settings, updates=2)] if config.controls else []
-    arms += [Arm("residual", "residual", base="base")]
-    arms += [Arm("residual, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")] if config.controls else []
+    methods = [Method("base", policy, settings)]
+    methods += [Method("base twice as long", policy, settings, updates=2)] if config.controls else []
+    methods += [Method("residual", "residual", base="base")]
+    methods += (
+        [Method("residual, noise", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")] if config.controls else []
+    )
     noise = {"base_noise": DEFAULT_NOISE} if config.base == "bc" else {}
-    arms += [Arm("DiffTORI", "difftori-il", noise, base="base")]
-    arms += [Arm("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
-    compared = [("DiffTORI", arm.label) for arm in arms if not arm.label.startswith("DiffTORI")]
+    methods += [Method("DiffTORI", "difftori-il", noise, base="base")]
+    methods += (
+        [Method("DiffTORI, release", "difftori-il", {"preset": "reference"}, base="base")] if config.reference else []
+    )
+    compared = [("DiffTORI", method.label) for method in methods if not method.label.startswith("DiffTORI")]
     compared += [("residual", "base")]
     run_refinement(
         config,
         [_case(task, config.obs) for task in config.tasks],
-        arms,
+        methods,
         compared,
         study="table1",
         title="Table 1: MetaWorld",

@@ -4,9 +4,9 @@ The paper's failure rate is most likely 1 − the mean score (the greatest cover
 the paper's number; success, coverage above .95 at any step, beside it.
 """
 
-from difftori.experiments.imitation import Arm
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
-from difftori.experiments.pusht import SMALL, PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.paper.pusht import SMALL, PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.study import Method
 
 PAPER = {
     "ibc": "ibc",
@@ -21,36 +21,38 @@ PAPER = {
 
 
 class Config(PushTConfig):
-    """What to run of Table 2."""
+    """Push-T: three base policies, and what refines two of them (Table 2)."""
 
     controls: bool = True
-    """Also the bases trained as long again, and the residual with noise of .5 on the base's action, with which it was best in `base-noise`."""
+    """Also run the bases trained for twice as long, and the residual with noise of 0.5 on the base's action, the best in `base-noise`."""
 
 
 def run(config: Config) -> None:
     """Run what is missing, and write `out/table2`."""
-    arms = [base(config, "ibc")]
+    methods = [base(config, "ibc")]
     compared = []
     for name in ("bc-rnn-gmm", "diffusion"):
         plain = base(config, name)
-        arms.append(plain)
+        methods.append(plain)
         if config.controls:
-            arms.append(Arm(f"{name} twice as long", name, plain.settings, updates=2))
+            methods.append(Method(f"{name} twice as long", name, plain.settings, updates=2))
         if name == "diffusion":
             small = SMALL["ibc"] if config.sizes == "small" else {}
-            arms.append(refiner(config, f"ibc on {name}", "ibc-base", name, **small))
-        arms.append(refiner(config, f"residual on {name}", "residual", name))
-        arms.append(refiner(config, f"DiffTORI on {name}", "difftori-il", name))
+            methods.append(refiner(config, f"ibc on {name}", "ibc-base", name, **small))
+        methods.append(refiner(config, f"residual on {name}", "residual", name))
+        methods.append(refiner(config, f"DiffTORI on {name}", "difftori-il", name))
         if config.controls:
             noise = {"base_noise": RESIDUAL_NOISE}
-            arms.append(refiner(config, f"residual on {name}, noise", "residual", name, **noise))
-        others = [arm.label for arm in arms if name in arm.label and not arm.label.startswith("DiffTORI")]
+            methods.append(refiner(config, f"residual on {name}, noise", "residual", name, **noise))
+        others = [
+            method.label for method in methods if name in method.label and not method.label.startswith("DiffTORI")
+        ]
         compared += [(f"DiffTORI on {name}", other) for other in others]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
     published = {label: theirs[method] for label, method in PAPER.items()}
     run_push_t(
         config,
-        arms,
+        methods,
         compared,
         study="table2",
         title="Table 2: Push-T",

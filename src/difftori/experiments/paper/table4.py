@@ -1,6 +1,6 @@
 """Table 4, Push-T: where DiffTORI's solve starts: at the diffusion policy's actions, at zero, or anywhere. Runs are shared with Table 2."""
 
-from difftori.experiments.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.paper.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
 
 PAPER = {
     "diffusion": "diffusion",
@@ -11,7 +11,7 @@ PAPER = {
 
 
 class Config(PushTConfig):
-    """What to run of Table 4."""
+    """Push-T: starting points of DiffTORI's solve (Table 4). Runs are shared with Table 2."""
 
 
 def run(config: Config) -> None:
@@ -20,10 +20,16 @@ def run(config: Config) -> None:
     starts = [
         refiner(config, f"DiffTORI from {init}", "difftori-il", "diffusion", init=init) for init in ("zero", "random")
     ]
-    arms = [base(config, "diffusion"), main, *starts]
-    compared = [(main.label, arm.label) for arm in starts]
+    methods = [base(config, "diffusion"), main, *starts]
+    compared = [(main.label, method.label) for method in starts]
     theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
     published = {label: theirs[method] for label, method in PAPER.items()}
     run_push_t(
-        config, arms, compared, study="table4", title="Table 4: where the solve starts", published=published, further={}
+        config,
+        methods,
+        compared,
+        study="table4",
+        title="Table 4: where the solve starts",
+        published=published,
+        further={},
     )

@@ -5,19 +5,19 @@ H actions are planned and executed before the next plan, so the control is the d
 
 from dataclasses import replace
 
-from difftori.experiments.imitation import Arm
-from difftori.experiments.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.paper.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.study import Method
 
 HORIZONS = (1, 3, 5)
 
 
 class Config(PushTConfig):
-    """What to run of Table 7."""
+    """Push-T: planning horizons of DiffTORI on the diffusion policy (Table 7)."""
 
     horizons: tuple[int, ...] = HORIZONS
-    """H."""
+    """Planning horizons H to compare, in agent steps."""
     controls: bool = True
-    """Also the diffusion policy alone with H actions executed of each of its plans; each is trained anew, with the same data and seed."""
+    """Also run the diffusion policy alone with H executed actions of each of its plans, each trained from scratch with the same data and seed."""
 
 
 def run(config: Config) -> None:
@@ -28,16 +28,18 @@ def run(config: Config) -> None:
         for h in config.horizons
     ]
     alone = [
-        Arm(f"diffusion, {h} executed", "diffusion", plain.settings, options={"execute": h}) for h in config.horizons
+        Method(f"diffusion, {h} executed", "diffusion", plain.settings, options={"execute": h}) for h in config.horizons
     ]
-    arms = [plain, *ours, *(alone if config.controls else ())]
-    compared = [(ours[0].label, arm.label) for arm in ours[1:]]
-    compared += [(arm.label, control.label) for arm, control in zip(ours, alone, strict=True) if control in arms]
+    methods = [plain, *ours, *(alone if config.controls else ())]
+    compared = [(ours[0].label, method.label) for method in ours[1:]]
+    compared += [
+        (method.label, control.label) for method, control in zip(ours, alone, strict=True) if control in methods
+    ]
     theirs = failure_rates("table7_horizon_failure_rate")
     published = {f"H = {h}": theirs[str(h)] for h in config.horizons if str(h) in theirs}
     run_push_t(
         config,
-        arms,
+        methods,
         compared,
         study="table7",
         title="Table 7: planning horizon",

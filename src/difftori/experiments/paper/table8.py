@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from difftori.envs.pendulum import Pendulum, pendulum, sample_starts
-from difftori.experiments.plots import Curve, Swing, learning_curves, phase_plane, save_svg
+from difftori.experiments.paper.table8_figures import Curve, Swing, learning_curves, phase_plane
+from difftori.experiments.paper.table8_report import Evaluation, SeedResult, write_report
+from difftori.experiments.plots import save_svg
 from difftori.experiments.statistics import paired_difference
-from difftori.experiments.table8_report import Evaluation, SeedResult, write_report
 from difftori.il.config import TrainConfig, parse_config
 from difftori.il.pendulum_task import expert_plans
 from difftori.il.train import load_policy, train
@@ -54,7 +55,7 @@ OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
     ("no-damping", "difftori-step"): _STEP,
     ("damping", "difftori-step"): _STEP,
 }
-"""(setting, method) → policy settings that differ from the policy's defaults: a policy is not told its setting."""
+"""(setting, method) → policy settings that differ from the policy's defaults: a policy does not know its setting."""
 
 COMMON_STREAM, TEST_STREAM, SHOWN_STREAM = (8, 0), (8, 1), (8, 2)
 """Seeds of the starts that are evaluated. Training data have (seed, 0) and (seed, 1), so seeds must stay below 8."""
@@ -69,29 +70,29 @@ VALIDATION = "validation/error"
 
 
 class Config(BaseModel):
-    """What to run of Table 8. The defaults are the full study; anything less is labelled `partial` in every output."""
+    """Imitation of an optimal pendulum (Table 8). The defaults are the full study; anything less is labelled `partial` in every output."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     seeds: int = Field(FULL_SEEDS, ge=1, le=MOST_SEEDS)
-    """Seeds 0 … seeds−1, each with its own trajectories and its own training; the ninth would train on common starts."""
-    methods: tuple[Method, ...] = METHODS
-    """`amos` is the policy `mpc`; `difftori` scores the chunk of 20 torques at once, `difftori-step` plans 20 steps through
+    """Number of seeds: 0 … seeds−1, each with its own trajectories and its own training. At most 8: the ninth would train on common starts."""
+    methods: tuple[Method, ...] = Field(METHODS, min_length=1)
+    """Methods to compare: `amos` is the policy `mpc`; `difftori` scores the chunk of 20 torques at once, `difftori-step` plans 20 steps through
     learned dynamics. `bc` is our addition: the paper has no such row."""
-    settings: tuple[Setting, ...] = SETTINGS
-    """`damping` is the one whose true dynamics the learners' model cannot express."""
+    settings: tuple[Setting, ...] = Field(SETTINGS, min_length=1)
+    """Settings of the pendulum; `damping` is the one whose true dynamics the learners' model cannot express."""
     out: Path = Path("results/table8")
-    """Where tables and pictures go; those of a partial run go into its folder `partial`, and never replace full ones."""
+    """Directory for tables and figures; those of a partial run go to its folder `partial`, and never replace full ones."""
     runs: Path = Path("runs/table8")
-    """Where checkpoints and logs go; finished runs found there are not repeated."""
+    """Directory of the runs; finished runs in it are not repeated."""
     num_train: int = Field(FULL_TRAIN, ge=1)
-    """Training trajectories."""
+    """Number of training trajectories."""
     test_starts: int = Field(FULL_STARTS, ge=2)
-    """Common starts of the second protocol."""
+    """Number of common starts of the second protocol."""
     epochs: int | None = Field(None, ge=1)
-    """Overrides every policy's own number of epochs."""
+    """Epochs of every training (default: every policy's own number)."""
     quick: bool = False
-    """One seed and 20 epochs, to see that everything works."""
+    """Run one seed and 20 epochs, to check that everything works."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Trained:
 
 
 def run(config: Config) -> None:
-    """Trains what is missing, evaluates everything, and writes tables and pictures into `output_folder(config)`."""
+    """Trains what is missing, evaluates everything, and writes tables and figures into `output_folder(config)`."""
     console = Console()
     evaluations: list[Evaluation] = []
     curves: dict[str, dict[str, list[Curve]]] = {}
@@ -141,7 +142,7 @@ def run(config: Config) -> None:
     out = output_folder(config)
     write_report(evaluations, out, preface=_preface(config), console=console)
     _draw(config, curves, swings, out)
-    console.print(f"Tables and pictures are in {out}.", soft_wrap=True)
+    console.print(f"Tables and figures are in {out}.", soft_wrap=True)
 
 
 def partial_reasons(config: Config) -> list[str]:
@@ -159,7 +160,7 @@ def partial_reasons(config: Config) -> list[str]:
 
 
 def output_folder(config: Config) -> Path:
-    """Where this configuration's tables and pictures go."""
+    """Directory of this configuration's tables and figures."""
     return config.out / "partial" if partial_reasons(config) else config.out
 
 

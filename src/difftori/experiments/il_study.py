@@ -1,0 +1,153 @@
+"""Studies of imitation: their options, and which demonstrations, base policies and refiners they need."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from difftori.data.download import PUBLIC, find_demos
+from difftori.errors import ConfigError
+from difftori.experiments.plan import RunSpec, plan_run
+from difftori.experiments.pool import Failure
+from difftori.experiments.records import RecordFile
+from difftori.experiments.study import Method, Result, Results, StudyOptions, StudyRun, run_study
+from difftori.experiments.sweep import local, run_sweep
+
+FULL_SEEDS = 3
+
+
+class ILStudy(StudyOptions):
+    """Options that all studies of imitation share."""
+
+    seeds: int = Field(FULL_SEEDS, ge=1)
+    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held out episodes and initial weights."""
+    updates: int = Field(1500, ge=1)
+    """Updates of every training, of base policies and refiners alike."""
+    episodes: int = Field(50, ge=1)
+    """Evaluation episodes of every policy, from the same seeds."""
+    demos: Path = Path("demos")
+    """Directory of demonstrations; those that are missing are collected where the environment has an expert."""
+    runs: Path = Path("runs/il")
+    """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is imitated: an environment with an observation type. `demos` names the data, with `{seed}` for the run's seed, or
+    a public data set.
+    """
+
+    env: str
+    obs: str
+    demos: str
+    collect: int | None = None
+    """Episodes to collect where the data are missing; None: the data must exist."""
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        return self.env.partition(":")[2] or self.env
+
+
+def run_imitation(
+    config: ILStudy,
+    cases: Sequence[Case],
+    methods: Sequence[Method],
+    *,
+    study: str,
+    reasons: Sequence[str],
+    say: Callable[[str], None],
+) -> Results[ILStudy]:
+    """Collect and run what is missing, as far as the budget goes, and read what is finished."""
+    engine = local(1, seconds=None if config.budget is None else 60 * config.budget)
+    cases_by_run: dict[str, Case] = {}
+
+    def prepare(wanted: Sequence[StudyRun]) -> tuple[list[Failure], list[StudyRun]]:
+        """Provide the demonstrations of base policies."""
+        demos = {run.key: demos_path(config, cases_by_run[run.key], run.seed) for run in wanted if run.base is None}
+        missing = [_collection(cases_by_run[run.key], run, demos[run.key], say) for run in wanted if run.base is None]
+        collections = {spec.folder: spec for spec in missing if spec is not None}
+        failures = run_sweep(list(collections.values()), engine, say=say, done=lambda spec: None)
+        return failures, [run for run in wanted if run.base is not None or _exists(demos[run.key])]
+
+    runs = []
+    for seed in range(config.seeds):
+        for case in cases:
+            planned = plan_runs(config, case, methods, seed, study)
+            cases_by_run |= {run.key: case for run in planned}
+            runs += planned
+    results = run_study(
+        config,
+        runs,
+        RecordFile(config.out / "runs" / "il" / f"{study}.jsonl"),
+        usable=lambda record: record.summary is not None,
+        reasons=reasons,
+        say=say,
+        prepare=prepare,
+    )
+    if retrained := retrained_bases(results.runs):
+        state = f"{len(retrained)} refiners of a base that was trained again"
+        results = replace(results, reasons=(*results.reasons, state))
+    return results
+
+
+def plan_runs(config: ILStudy, case: Case, methods: Sequence[Method], seed: int, study: str) -> list[StudyRun]:
+    """The runs of all methods on one task from one seed."""
+    found: dict[str, StudyRun] = {}
+    for method in methods:
+        base = None if method.base is None else found[method.base]
+        options: dict[str, Any] = {"seed": seed}
+        if base is None:
+            options = {"env": case.env, "obs": case.obs, "demos": demos_path(config, case, seed), **options}
+        else:
+            options = {"base": base.spec.folder, **options}
+        options |= {"updates": method.updates * config.updates, **method.settings, **method.options}
+        options |= {"eval_episodes": config.episodes, "device": config.device}
+        label = re.sub(r"[^\w.]+", "-", method.label, flags=re.ASCII)
+        key = f"{case.name.replace(':', '.')}/{label}/seed-{seed}"
+        name, folder = f"{case.name}, {method.label}, seed {seed}", config.runs / study / key
+        below = (None, None) if base is None else (base.spec, base.config)
+        spec, parsed = plan_run(name, method.trains, options, folder, below)
+        found[method.label] = StudyRun(case.name, method, seed, key, spec, parsed, base)
+    return list(found.values())
+
+
+def demos_path(config: ILStudy, case: Case, seed: int) -> str:
+    """The data of a task for a seed."""
+    return case.demos.format(demos=config.demos, seed=seed)
+
+
+def retrained_bases(results: Sequence[Result]) -> list[Result]:
+    """The refiners whose base was trained again, on another machine perhaps, and is not the one that is compared with."""
+    weights = {result.run.key: result.record.weights for result in results}
+    found = []
+    for result in results:
+        base = None if result.run.base is None else weights.get(result.run.base.key)
+        if None not in (base, result.record.base_weights) and base != result.record.base_weights:
+            found.append(result)
+    return found
+
+
+def _exists(demos: str) -> bool:
+    return demos in PUBLIC or Path(demos).exists()
+
+
+def _collection(case: Case, run: StudyRun, demos: str, say: Callable[[str], None]) -> RunSpec | None:
+    """The command that collects the demonstrations of a run, if they are missing; public ones are downloaded at once.
+
+    ConfigError for data that must exist.
+    """
+    path = Path(demos)
+    if path.exists():
+        return None
+    if demos in PUBLIC:
+        find_demos(demos, say)
+        return None
+    if case.collect is None:
+        raise ConfigError([f"demos: {path} does not exist; provide the demonstrations of {case.name}"])
+    words = ("collect", "--env", case.env, "--episodes", str(case.collect), "--seed", str(run.seed), "--obs", case.obs)
+    name = f"{case.name}, demonstrations, seed {run.seed}"
+    return RunSpec(name, (*words, "--out", str(path.parent), "--quiet"), path)

@@ -1,0 +1,89 @@
+"""What the studies on Push-T share: the human demonstrations, how they are seen, the methods of Tables 2, 4 and 7, their runs."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from difftori.experiments.il_report import Published, run_refinement
+from difftori.experiments.il_study import FULL_SEEDS, Case, ILStudy
+from difftori.experiments.study import Method
+from difftori.paper.numbers import paper_numbers
+
+FULL_UPDATES, FULL_EPISODES = 100_000, 50
+DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
+LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
+SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
+
+SMALL_DRAWS = 4
+"""Of a diffusion policy's actions at each training window: on a CPU, asking for more takes longer than the training itself."""
+
+
+class PushTConfig(ILStudy):
+    """Options that the studies on Push-T share."""
+
+    demos: Path = Path("demos")
+    """Directory that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors. If it is missing, it is
+    downloaded when a base policy has to be trained (as by `difftori train --demos pusht-human`)."""
+    obs: Literal["image", "pose"] = "image"
+    """Observation type: images, as in the paper, or the pose of agent and block."""
+    sizes: Literal["paper", "small"] = "paper"
+    """Sizes of the networks of the base policies; `small` is for CPUs."""
+    updates: int = Field(FULL_UPDATES, ge=1)
+    """Updates of every training, of base policies and refiners alike."""
+
+
+def run_push_t(
+    config: PushTConfig,
+    methods: list[Method],
+    compared: list[tuple[str, str]],
+    *,
+    study: str,
+    title: str,
+    published: dict[str, tuple[float, float | None]],
+    further: dict[str, bool],
+) -> None:
+    """Run what is missing, and write `out/<study>`.
+
+    `published` are the paper's failure rates by method; `further` are reasons of the study's own that make it partial.
+    """
+    demos = str(config.demos / DATA) if (config.demos / DATA).exists() else PUBLIC_NAME
+    checks = {
+        "poses instead of images": config.obs != "image",
+        "small networks": config.sizes != "paper",
+        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
+        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
+        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **further,
+    }
+    run_refinement(
+        config,
+        [Case("pusht", config.obs, demos)],
+        methods,
+        compared,
+        study=study,
+        title=title,
+        reasons=[reason for reason, holds in checks.items() if holds],
+        budget=f"{config.obs}-{config.sizes}-{config.updates}",
+        published=[Published("pusht", label, 1 - mean, std) for label, (mean, std) in published.items()],
+        measure="score",
+        runs="push-t",
+    )
+
+
+def base(config: PushTConfig, name: str) -> Method:
+    """A base policy at the study's sizes, labelled by its name."""
+    return Method(name, name, (LARGE if config.sizes == "paper" else SMALL)[name])
+
+
+def refiner(config: PushTConfig, label: str, policy: str, on: str, **settings: object) -> Method:
+    """What refines a base, with its defaults but for `settings`; at small sizes it sees few draws of a diffusion policy's plans."""
+    if config.sizes == "small" and on == "diffusion":
+        settings = {"base_samples": SMALL_DRAWS, **settings}
+    return Method(label, policy, settings, base=on)
+
+
+def failure_rates(table: str) -> dict[str, tuple[float, float | None]]:
+    """The paper's failure rates on Push-T by method, or by horizon in Table 7."""
+    rows = [row for row in paper_numbers(table) if row.task == "push-t"]
+    return {row.variant or row.method: (row.mean, row.std) for row in rows}

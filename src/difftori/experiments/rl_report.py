@@ -1,0 +1,180 @@
+"""What the studies of reinforcement learning write and show: tables, figures and a page."""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from difftori.experiments.diagnostics import NOTES as DIAGNOSTICS_NOTES
+from difftori.experiments.diagnostics import diagnostics, diagnostics_table
+from difftori.experiments.plots import save_svg
+from difftori.experiments.pool import report_failures
+from difftori.experiments.rl_plots import final_differences, return_panels
+from difftori.experiments.rl_study import Curves, RLStudy, budget_name, make_curves, num_seeds, num_steps, observation
+from difftori.experiments.rl_tables import (
+    OURS,
+    Aggregate,
+    Summary,
+    aggregates,
+    differences,
+    points,
+    seed_results,
+    summarise,
+)
+from difftori.experiments.study import Method
+from difftori.experiments.tables import (
+    bounded,
+    columns,
+    difference_table,
+    markdown_table,
+    number,
+    screen_table,
+    write_csv,
+    write_page,
+)
+
+Draw = Callable[[Curves, Path, Sequence[Summary], Sequence[Aggregate]], list[str]]
+"""Writes a study's own tables and figures into a directory; returns the parts of its page."""
+
+
+def run_curves(
+    config: RLStudy, methods: Sequence[Method], draw: Draw, *, study: str, title: str, further: Sequence[str] = ()
+) -> None:
+    """Run what is missing, and write `out/<study>`: the tables of all learning curves, what `draw` writes, and the page.
+
+    `further` are reasons that make the study partial. RunsFailedError, after everything is drawn, if runs failed.
+    """
+    console = Console()
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    curves = make_curves(config, methods, further=further, say=say)
+    out = curves.folder(study, budget_name(config))
+    summaries, rows = summarise(curves), aggregates(curves)
+    write_csv(out / "seeds.csv", seed_results(curves))
+    write_csv(out / "curves.csv", points(curves))
+    write_csv(out / "summary.csv", summaries)
+    write_csv(out / "aggregate.csv", rows)
+    write_page(out, title, [preface(curves), *draw(curves, out, summaries, rows)])
+    show(console, curves, summaries, title, out)
+    report_failures(curves.failures)
+
+
+def run_ablation(
+    config: RLStudy, methods: Sequence[Method], *, study: str, title: str, further: Sequence[str] = ()
+) -> None:
+    """A study of methods against the first of them: learning curves, and paired differences."""
+
+    def draw(curves: Curves, out: Path, summaries: Sequence[Summary], rows: Sequence[Aggregate]) -> list[str]:
+        changes, diagnosed = differences(curves, methods[0].label), diagnostics(curves)
+        write_csv(out / "differences.csv", changes)
+        write_csv(out / "diagnostics.csv", diagnosed)
+        save_svg(return_panels(curves, published=()), out / "tasks.svg")
+        save_svg(final_differences(curves, changes), out / "differences.svg")
+        table = summary_table([row for row in summaries if row.origin == OURS], methods=methods)
+        explained = [diagnostics_table(diagnosed), DIAGNOSTICS_NOTES] if diagnosed else []
+        shown = markdown_table(difference_table(changes, digits=1)) if changes else "No pair of runs is finished yet."
+        return [shown, PAIRED_NOTES, table, OURS_NOTES, *explained]
+
+    run_curves(config, methods, draw, study=study, title=title, further=further)
+
+
+def preface(curves: Curves) -> str:
+    """What was run, how much of it, and by which command."""
+    config = curves.options
+    label = (
+        f"**PARTIAL STUDY: {', '.join(curves.reasons)}.** Not comparable with the paper's figure."
+        if curves.reasons
+        else "Full study."
+    )
+    hardware = sorted({result.record.hardware for result in curves.runs})
+    software = sorted({_software(result.record.versions) for result in curves.runs})
+    return (
+        f"{label} Observation: {observation(config)}; preset: {config.preset}; {num_steps(config)} environment steps a run; "
+        f"up to {num_seeds(config)} seed(s) a task and method; evaluation without exploration, on seeds apart from training, "
+        f"of the last weights. Drawn by `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. "
+        f"Hardware: {'; '.join(hardware)}. Software: {'; '.join(software)}. The command of each run is in `seeds.csv`."
+    )
+
+
+def _software(versions: Mapping[str, str | None]) -> str:
+    commit = versions["git_commit"]
+    source = f"difftori {versions['difftori']}" if commit is None else f"difftori at {commit[:10]}"
+    return f"{source}, torch {versions['torch']}"
+
+
+def summary_table(summaries: Sequence[Summary], *, methods: Sequence[Method]) -> str:
+    """One line per task and number of steps, one column per method: mean ± half the 95 % interval (seeds)."""
+    if not summaries:
+        return "No method has come to a first evaluation after the start on any task together with the others."
+    published = list(dict.fromkeys(_heading(row) for row in summaries if row.origin != OURS))
+    lines = list(dict.fromkeys((row.task, row.steps) for row in summaries))
+    texts = {"task": [task for task, _ in lines], "steps": [f"{steps:,}" for _, steps in lines]}
+    for heading in [*(method.label for method in methods), *published]:
+        cells = {(row.task, row.steps): _cell(row) for row in summaries if _heading(row) == heading}
+        texts[heading] = [cells.get(line, "–") for line in lines]
+    return markdown_table(columns(texts))
+
+
+def aggregate_table(rows: Sequence[Aggregate]) -> str:
+    """Ours and published ones at the last number of steps that ours have, or the last that a published one has before."""
+    if not rows:
+        return ""
+    end = max(row.steps for row in rows if row.origin == OURS)
+    last = {row.method + row.origin: row for row in rows if row.steps <= end}.values()
+    texts = {
+        "method": [row.method if row.origin == OURS else f"{row.method}, published" for row in last],
+        "steps": [f"{row.steps:,}" for row in last],
+        "tasks": [str(row.tasks) for row in last],
+        "runs": [str(row.runs) for row in last],
+        "normalised mean [95 %]": [bounded(row.mean, row.mean_low, row.mean_high) for row in last],
+        "interquartile mean [95 %]": [bounded(row.iqm, row.iqm_low, row.iqm_high) for row in last],
+    }
+    return markdown_table(columns(texts))
+
+
+def show(console: Console, curves: Curves, summaries: Sequence[Summary], title: str, out: Path) -> None:
+    """Our results on the screen, and where the rest is."""
+    rows = [row for row in summaries if row.origin == OURS]
+    if rows:
+        texts = {
+            "task": [row.task for row in rows],
+            "method": [row.method for row in rows],
+            "steps": [f"{row.steps:,}" for row in rows],
+            "return": [_cell(row) for row in rows],
+        }
+        console.print(screen_table(f"{title}, {curves.label}", columns(texts)))
+    console.print(f"Tables and figures are in {out}.", soft_wrap=True)
+
+
+PAIRED_NOTES = """\
+Differences are paired by task and seed, over runs that have both come to the end: `final` of the last evaluation, `area` of
+the mean of all evaluations. A task's interval is Student's over seeds, that of all tasks a stratified bootstrap of the mean of
+task means. A seed fixes initial weights and the starts of episodes, evaluation's too; what runs do with them drifts apart."""
+
+OURS_NOTES = """\
+± is half of Student's 95 % interval over seeds, whose number is in brackets; a single seed has none. A line compares
+methods after the same number of environment steps."""
+
+NOTES = f"""\
+{OURS_NOTES} A published curve without a point there has a line of its
+own. Published returns are the authors', with their networks, action repeats and numbers of seeds (origin in `summary.csv`).
+Printed means have their paper's own ±, which is left out here."""
+
+AGGREGATE_NOTES = """\
+Normalised: return / 1000 (probes: the return). Only tasks and seeds count that every method of these runs has finished;
+published methods are there if they have all of these tasks. Intervals: stratified bootstrap, tasks kept, seeds drawn."""
+
+
+def _heading(row: Summary) -> str:
+    if row.origin == OURS:
+        return row.method
+    kind = "printed" if row.seeds is None else "published"
+    return f"{row.method}, {kind}"
+
+
+def _cell(row: Summary) -> str:
+    digits = 0 if row.observation != "probe" else 3
+    reach = "" if row.low is None else f" ± {number(row.mean - row.low, digits)}"
+    return f"{number(row.mean, digits)}{reach}" + ("" if row.seeds is None else f" ({row.seeds})")

@@ -1,0 +1,190 @@
+"""Studies of reinforcement learning: their options, and which runs they need."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pydantic import Field
+
+from difftori.experiments.plan import plan_run
+from difftori.experiments.records import RecordFile
+from difftori.experiments.study import Method, Result, Results, StudyOptions, StudyRun, run_study
+from difftori.registry import find_agent
+
+Task = Literal[
+    "cartpole-swingup-sparse",
+    "cheetah-run",
+    "cup-catch",
+    "finger-spin",
+    "finger-turn-easy",
+    "finger-turn-hard",
+    "hopper-stand",
+    "pendulum-swingup",
+    "quadruped-run",
+    "quadruped-walk",
+    "reacher-easy",
+    "reacher-hard",
+    "walker-run",
+    "walker-stand",
+    "walker-walk",
+]
+TASKS: tuple[Task, ...] = get_args(Task)
+FULL_SEEDS, FULL_STEPS = 5, 1_000_000
+QUICK_ENVS = ("probe:two-step", "probe:delayed-reward")
+QUICK_STEPS, QUICK_SEEDS = 72, 2
+_QUICK: dict[str, Any] = {
+    "latent_dim": 8,
+    "width": 16,
+    "encoder_width": 16,
+    "batch_size": 16,
+    "horizon": 2,
+    "seed_steps": 20,
+    "updates_per_step": 0.25,
+}
+_QUICK_MPPI: dict[str, Any] = {"samples": 8, "elites": 4, "prior_samples": 2, "iterations": 1}
+
+
+class RLStudy(StudyOptions):
+    """Options that all studies of reinforcement learning share."""
+
+    tasks: tuple[Task, ...] = Field(TASKS, min_length=1)
+    """Tasks of DeepMind Control (default: the paper's 15)."""
+    seeds: int = Field(FULL_SEEDS, ge=1)
+    """Number of seeds: 0 … seeds−1."""
+    steps: int = Field(FULL_STEPS, ge=1)
+    """Environment steps of every run."""
+    obs: Literal["state", "pixels"] = "pixels"
+    """Observation type; the paper uses pixels."""
+    action_repeat: int | None = Field(None, ge=1)
+    """Environment steps per agent step (default: the paper's for each task). Published TD-MPC from states uses 4 on most tasks."""
+    preset: Literal["paper", "compact", "small", "narrow"] = "paper"
+    """Sizes of networks and planner. `compact` and `small` are for CPUs, and not comparable with the paper; `narrow` is `small` with
+    4 latent dimensions, too few for the model that Eq. 3 learns."""
+    compile: bool = False
+    """Compile acting and updating: minutes at the first run, then faster."""
+    eval_every: int = Field(20_000, ge=1)
+    """Environment steps between evaluations, each of 10 episodes."""
+    runs: Path = Path("runs/rl")
+    """Directory of the runs, shared by all studies. Finished runs in it are not repeated, interrupted ones are resumed."""
+    quick: bool = False
+    """Run two probe environments with tiny networks, to check that everything works."""
+
+
+Curves = Results[RLStudy]
+
+
+def num_seeds(config: RLStudy) -> int:
+    """Seeds per task and method."""
+    return min(config.seeds, QUICK_SEEDS) if config.quick else config.seeds
+
+
+def num_steps(config: RLStudy) -> int:
+    """Environment steps of every run."""
+    return QUICK_STEPS if config.quick else config.steps
+
+
+def observation(config: RLStudy) -> str:
+    """`state`, `pixels`, or `probe` where nothing published compares."""
+    return "probe" if config.quick else config.obs
+
+
+def full_return(config: RLStudy) -> float:
+    """The return that counts as 1 in normalised scores: 1000 in DeepMind Control, 1 in the probes."""
+    return 1.0 if config.quick else 1000.0
+
+
+def budget_name(config: RLStudy) -> str:
+    """The folder name of one budget: `state-compact-100000`."""
+    if config.quick:
+        return "quick"
+    repeat = "" if config.action_repeat is None else f"-repeat{config.action_repeat}"
+    return f"{config.obs}-{config.preset}-{config.steps}{repeat}"
+
+
+def partial_reasons(config: RLStudy) -> list[str]:
+    """Why the configuration is less than the full study; empty if it is not."""
+    checks = {
+        "quick": config.quick,
+        "states instead of pixels": config.obs != "pixels",
+        f"preset {config.preset}": config.preset != "paper",
+        f"action repeat {config.action_repeat}": config.action_repeat is not None,
+        f"{num_steps(config)} of {FULL_STEPS} steps": num_steps(config) < FULL_STEPS,
+        f"{num_seeds(config)} of {FULL_SEEDS} seeds": num_seeds(config) < FULL_SEEDS,
+        f"{len(set(config.tasks))} of {len(TASKS)} tasks": set(config.tasks) != set(TASKS),
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+def plan_runs(config: RLStudy, methods: Sequence[Method]) -> list[StudyRun]:
+    """All runs of the study: every task with every method from the first seed, then from the second, and so on.
+
+    So what a budget cuts off are whole seeds, and methods stay in pairs.
+    """
+    tasks = QUICK_ENVS if config.quick else config.tasks
+    return [
+        _plan(config, task, method, seed) for seed in range(num_seeds(config)) for task in tasks for method in methods
+    ]
+
+
+def make_curves(
+    config: RLStudy, methods: Sequence[Method], *, further: Sequence[str] = (), say: Callable[[str], None]
+) -> Curves:
+    """Run what is missing, and read what exists, finished or not, as `run_study`.
+
+    `further` are reasons of the study's own that make it partial.
+    """
+    file = None if config.quick else RecordFile(config.out / "runs" / f"{budget_name(config)}.jsonl")
+    return run_study(
+        config,
+        plan_runs(config, methods),
+        file,
+        usable=lambda record: bool(record.returns),
+        reasons=(*partial_reasons(config), *further),
+        say=say,
+    )
+
+
+def common_steps(results: Sequence[Result]) -> np.ndarray:
+    """The environment steps that all of the runs have reached, ascending."""
+    if not results:
+        return np.zeros(0, dtype=int)
+    common = results[0].steps
+    for result in results[1:]:
+        common = np.intersect1d(common, result.steps)
+    return common
+
+
+def at_steps(results: Sequence[Result], steps: np.ndarray) -> np.ndarray:
+    """Returns (runs k) at `steps` (k), each of which every run has."""
+    return np.array([result.returns[np.searchsorted(result.steps, steps)] for result in results])
+
+
+def _plan(config: RLStudy, task: str, method: Method, seed: int) -> StudyRun:
+    quick = _QUICK | (_QUICK_MPPI if method.trains == "tdmpc" else {})
+    settings: dict[str, Any] = {**(quick if config.quick else {"preset": config.preset}), **method.settings}
+    options: dict[str, Any] = {
+        "env": task if config.quick else f"dmc:{task}",
+        "obs": "state" if config.quick else config.obs,
+        "steps": num_steps(config),
+        "seed": seed,
+        "eval_every": QUICK_STEPS // 3 if config.quick else config.eval_every,
+        "device": config.device,
+    }
+    if config.action_repeat is not None and not config.quick:
+        options["action_repeat"] = config.action_repeat
+    if config.compile:
+        options["compile"] = True
+    key = f"{task.replace(':', '.')}/{_folder_name(method, settings)}/seed-{seed}"
+    name = f"{task}, {method.label}, seed {seed}"
+    folder = config.runs / budget_name(config) / key
+    spec, parsed = plan_run(name, method.trains, {**options, **settings}, folder)
+    return StudyRun(task, method, seed, key, spec, parsed)
+
+
+def _folder_name(method: Method, settings: dict[str, Any]) -> str:
+    """A folder name for the method that stays right when the default of `pg` changes."""
+    resolved = find_agent(method.trains).Config.model_validate(settings).model_dump()
+    named = {"pg": resolved["pg"], **method.settings} if "pg" in resolved else dict(method.settings)
+    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in named.items()}
+    return "_".join([method.trains, *(f"{name}-{value}" for name, value in words.items())])
