@@ -97,7 +97,7 @@ class LatentModelConfig(AgentConfig):
         default = _PIXELS if from_pixels(spec) else _STATE
         return self.lr or default["lr"], self.batch_size or int(default["batch_size"])
 
-    def _scheduled(self, start: float, end: float, step: int) -> float:
+    def _scheduled(self, start: float | int, end: float | int, step: int) -> float:
         share = min(1.0, step / self.schedule_steps) if self.schedule_steps else 1.0
         return start + share * (end - start)
 
