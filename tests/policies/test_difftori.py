@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from difftori.errors import BoxError, ConfigError
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
-from difftori.policies.refiner import FunctionBase
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.solver import Box, Detached, presets
 from difftori.types import Plans, TaskSpec, Window, WindowObs
 from tests.support.specs import (
@@ -22,6 +22,7 @@ from tests.support.specs import (
     generator,
     in_other_units,
     observations,
+    with_base,
 )
 
 SMALL = {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4}
@@ -35,7 +36,18 @@ def still(obs: WindowObs) -> Plans:
 
 def refiner(spec: TaskSpec = VECTORS, **settings) -> DiffTORI:
     torch.manual_seed(0)
-    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), spec, FunctionBase(still))
+    return DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), spec)
+
+
+def loss_of(policy: DiffTORI, batch: Window, seed: int = 0):
+    """Its loss and metrics of a batch, on `still`."""
+    refined = NormalizedPolicy(policy, still)
+    return refined.loss(with_base(refined, batch), generator=generator(seed))
+
+
+def seen(policy: DiffTORI, obs: WindowObs) -> WindowObs:
+    """Observations as the policy sees them."""
+    return NormalizedPolicy(policy, still).inputs(obs, None)[0]
 
 
 def lively(policy: DiffTORI) -> DiffTORI:
@@ -51,7 +63,7 @@ def test_a_box_without_bounds_is_refused():
     """Actions are planned in units of the box: an infinite one would make every target 0 or NaN."""
     spec = TaskSpec.rows(obs_dim=2, action_dim=1, horizon=1, low=(-1.0,), high=(float("inf"),))
     with pytest.raises(BoxError, match="finite"):
-        DiffTORI(DiffTORIConfig(preset="pendulum"), spec)
+        NormalizedPolicy(DiffTORI(DiffTORIConfig(preset="pendulum"), spec))
 
 
 def test_the_largest_curvature_is_still_finite():
@@ -62,15 +74,15 @@ def test_the_largest_curvature_is_still_finite():
 @pytest.mark.parametrize("settings", [{}, {"init": "zero", "anchor": "base"}])
 def test_a_base_is_asked_for_where_it_is_needed(settings):
     with pytest.raises(ConfigError, match="give --base RUN"):
-        DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS)
-    DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS)
+        NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS))
+    NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS))
 
 
 def test_a_base_that_is_not_needed_is_not_asked():
     def never(obs: WindowObs) -> Plans:
         raise AssertionError("asked")
 
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS, FunctionBase(never))
+    policy = NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS), never)
     batch = demonstrations(VECTORS, 3)
     policy.loss(batch, generator=generator())
     actions = policy.act(batch.obs, generator=generator())
@@ -81,7 +93,7 @@ def test_a_base_that_is_not_needed_is_not_asked():
 def test_only_what_is_planned_is_changed(spec):
     """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
     obs = observations(VECTORS, 3)
-    quiet, loud = refiner(spec), lively(refiner(spec))
+    quiet, loud = (NormalizedPolicy(each, still) for each in (refiner(spec), lively(refiner(spec))))
     whole = still(obs)
     assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.1)
     acted = loud.act(obs, generator=generator())
@@ -98,7 +110,7 @@ def test_the_objective_is_eq_7(decision, anchor):
     policy = lively(refiner(decision=decision, anchor=anchor, curvature=0.7))
     if policy.dynamics is not None:
         torch.nn.init.normal_(policy.dynamics[-1].weight, std=0.3)
-    state = policy.encode(policy.units.obs(observations(VECTORS, 3)))
+    state = policy.encode(seen(policy, observations(VECTORS, 3)))
     sample, base = torch.randn(3, 4, generator=generator()), torch.rand(3, 4, 2, generator=generator(1)) - 0.5
     plan = policy.plan(state, sample, base, base, Detached())
     actions = plan.actions.reshape(3, policy.steps, policy.size)
@@ -118,7 +130,7 @@ def test_the_loss_is_eq_9():
     batch = demonstrations(VECTORS, 4)
     for coefficient in (0.0, 0.5, 2.0):
         policy = refiner(kl_coef=coefficient)
-        loss, metrics = policy.loss(batch, generator=generator(1))
+        loss, metrics = loss_of(policy, batch, seed=1)
         assert metrics["kl"] > 1e-3
         per_number = metrics["kl"] / (VECTORS.execute * VECTORS.action_dim)
         assert loss.item() == pytest.approx(metrics["action_mse"] + coefficient * per_number, rel=1e-5)
@@ -129,13 +141,13 @@ def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
     """In training alone; what it has learned from is a base that lies inside of the data's range."""
     spec = in_other_units(WITHIN["vectors"])
     scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
-    base = FunctionBase(lambda obs: still(obs) * scale + shift)
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec, base)
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec)
+    refined = NormalizedPolicy(policy, lambda obs: still(obs) * scale + shift)
     starts, solve = [], policy.plan
     monkeypatch.setattr(policy, "plan", lambda *args, **named: (starts.append(args[2]), solve(*args, **named))[1])
     batch = demonstrations(VECTORS, 500)
-    policy.loss(batch, generator=generator())
-    policy.act(batch.obs, generator=generator())
+    refined.loss(with_base(refined, batch), generator=generator())
+    refined.act(batch.obs, generator=generator())
     trained, acted = (start - still(batch.obs)[:, VECTORS.present] for start in starts)
     assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
     assert trained.mean().abs() <= 0.05 * sigma + 1e-6
@@ -148,10 +160,9 @@ def test_the_loss_is_differentiated_through_the_solve(decision):
     policy = lively(refiner(decision=decision, anchor="base", base_noise=0.1, step_size=0.1)).double()
     batch = demonstrations(VECTORS, 4)
     batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
-    policy._base.base = FunctionBase(lambda obs: still(obs).double())  # noqa: SLF001
 
     def loss() -> torch.Tensor:
-        return policy.loss(batch, generator=generator(3))[0]
+        return loss_of(policy, batch, seed=3)[0]
 
     loss().backward()
     for name in ("score.2.weight", "encoder.0.0.weight", "raw_step_size", "raw_curvature", "posterior.4.bias"):
@@ -183,8 +194,8 @@ def test_the_divergence_is_the_normals():
 def test_of_several_samples_the_plan_of_highest_value_is_kept():
     policy = lively(refiner(act_latent="sample", act_samples=6))
     obs = observations(VECTORS, 3)
-    acted = policy.act(obs, generator=generator(7))
-    state = policy.encode(policy.units.obs(obs))
+    acted = NormalizedPolicy(policy, still).act(obs, generator=generator(7))
+    state = policy.encode(seen(policy, obs))
     base = still(obs)[:, VECTORS.present]
     samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
     plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
@@ -197,7 +208,7 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
 def test_the_reference_is_the_releases_solve():
     policy = lively(refiner(preset="reference"))
     obs = observations(VECTORS, 3)
-    state = policy.encode(policy.units.obs(obs))
+    state = policy.encode(seen(policy, obs))
     start, sample = still(obs)[:, VECTORS.present], torch.zeros(3, 4)
 
     def cost(x):
@@ -224,9 +235,9 @@ def test_it_says_whether_it_draws(settings, draws):
     from difftori.policies.bc import BC, BCConfig
 
     torch.manual_seed(0)
-    base = BC(BCConfig(hidden=(8,)), VECTORS)
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS, base)
-    assert policy.draws is draws
+    base = NormalizedPolicy(BC(BCConfig(hidden=(8,)), VECTORS))
+    policy = NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS), base)
+    assert policy.stochastic is draws
 
 
 def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():
@@ -237,17 +248,18 @@ def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():
 
 def test_it_learns_to_mend_its_base():
     """A base that always does the same; the expert does something else in every state."""
-    batch = demonstrations(VECTORS, 32)
     policy = refiner(base_noise=0.3, hidden=(32, 32), latent_dim=16)
+    refined = NormalizedPolicy(policy, still)
+    batch = with_base(refined, demonstrations(VECTORS, 32))
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     noise = generator(1)
     for _ in range(150):
-        loss, metrics = policy.loss(batch, generator=noise)
+        loss, metrics = refined.loss(batch, generator=noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     present = VECTORS.present
-    error = (policy.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
+    error = (refined.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
     assert error < 0.1 * (still(batch.obs) - batch.actions)[:, present].square().mean()
     assert metrics["start_mse"] > 0
 
@@ -259,18 +271,18 @@ def test_a_prior_sees_what_the_encoder_sees(name):
     spec = SPECS[name]
     policy = DiffTORI(DiffTORIConfig(init="prior", pictures=TINY), spec)
     batch = demonstrations(spec, 3)
-    policy.loss(batch, generator=generator())[0].backward()
+    NormalizedPolicy(policy).loss(batch, generator=generator())[0].backward()
     assert policy.prior is not None
     assert all(p.grad is not None for p in policy.prior.parameters())
-    assert policy.act(batch.obs, generator=generator()).shape == batch.actions.shape
+    assert NormalizedPolicy(policy).act(batch.obs, generator=generator()).shape == batch.actions.shape
 
 
 def test_a_solve_that_meets_nan_is_reported_apart_and_leaves_the_others_alone():
     policy = refiner(init="zero")
     batch = demonstrations(VECTORS, 4)
-    _, metrics = policy.loss(batch, generator=generator())
+    _, metrics = loss_of(policy, batch)
     assert metrics["unsolved"] == 0.0
     batch.obs["state"][2] = torch.inf
-    _, metrics = policy.loss(batch, generator=generator())
+    _, metrics = loss_of(policy, batch)
     assert metrics["unsolved"] == 0.25
     assert math.isfinite(metrics["action_mse"])

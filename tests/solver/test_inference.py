@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import difftori
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.solver import CEM, MPPI, Adam, Box, Implicit, Newton, ProjectedGradient, solve
 from tests.agents.test_every_agent import act, lively, segment
 from tests.policies.test_difftori import lively as lively_policy
-from tests.policies.test_difftori import refiner
+from tests.policies.test_difftori import refiner, still
 from tests.support.specs import VECTORS, generator, observations
 
 MODES = [torch.no_grad, torch.inference_mode]
@@ -71,7 +72,7 @@ def test_plans_are_the_same():
 
 
 def test_a_policy_acts_the_same():
-    policy = lively_policy(refiner()).eval()
+    policy = NormalizedPolicy(lively_policy(refiner()).eval(), still)
     found = []
     for mode in MODES:
         with mode():
