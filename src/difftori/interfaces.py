@@ -119,8 +119,8 @@ class Policy(nn.Module, ABC):
 
 
 @runtime_checkable
-class Examples(Protocol):
-    """A set of windows to learn from."""
+class Dataset(Protocol):
+    """A dataset of windows to learn from."""
 
     def __len__(self) -> int:
         """How many."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftori.errors import CheckpointError, ConfigError
-from difftori.interfaces import Examples
+from difftori.interfaces import Dataset
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.policies.refiner import Refiner
 from difftori.runs.checkpoint import read_weights, replace_file, write_weights
@@ -28,7 +28,7 @@ _WORTH_KEEPING = 5.0
 class WithBase:
     """Windows with the base's actions (N K H A) at each of them, as `Window.base`."""
 
-    windows: Examples
+    windows: Dataset
     actions: Float[Tensor, "N K H A"]
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ def samples_of_base(policy: NormalizedPolicy) -> int:
     return policy.policy.base_samples if policy.base_stochastic else 1
 
 
-def base_actions(policy: NormalizedPolicy, windows: Examples, generator: torch.Generator) -> Float[Tensor, "N K H A"]:
+def base_actions(policy: NormalizedPolicy, windows: Dataset, generator: torch.Generator) -> Float[Tensor, "N K H A"]:
     """The base's actions at every window, on the CPU, computed on the device of the generator.
 
     K is `samples_of_base`, or 1 if a base whose randomness is unknown returns the same actions each time, up to rounding.
@@ -69,7 +69,7 @@ def base_actions(policy: NormalizedPolicy, windows: Examples, generator: torch.G
 
 
 def kept_base_actions(
-    policy: NormalizedPolicy, windows: Examples, generator: torch.Generator, *, base: str, folder: Path
+    policy: NormalizedPolicy, windows: Dataset, generator: torch.Generator, *, base: str, folder: Path
 ) -> Float[Tensor, "N K H A"]:
     """`base_actions`, from a file in `folder` if they are there; written there if they took more than five seconds.
 

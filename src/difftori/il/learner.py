@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.il.distributed import Peers
-from difftori.interfaces import Examples, PolicyConfig
+from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
 from difftori.types import Metrics, Scalar, Window, to_device
@@ -125,7 +125,7 @@ class Learner:
         place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
         return {"epoch": float(place.epoch), **means, "train/skipped": skipped}
 
-    def validate(self, demos: Examples, generator: torch.Generator) -> Metrics:
+    def validate(self, demos: Dataset, generator: torch.Generator) -> Metrics:
         """Mean squared error of what the policy would execute against the expert; keeps the weights if it is the least yet."""
         place = self.place
         place.error = validation_error(self.acting, demos, generator)
@@ -205,7 +205,7 @@ class Learner:
         )
 
 
-def validation_error(policy: NormalizedPolicy, demos: Examples, generator: torch.Generator) -> float:
+def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.Generator) -> float:
     """Mean over rows, executed steps and dimensions of (policy's action − expert's)²; device from the generator's."""
     policy.policy.eval()
     total, count = 0.0, 0

@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 
 from difftori.il.learner import Learner
-from difftori.interfaces import Examples
+from difftori.interfaces import Dataset
 from difftori.runs.run import seeded
 from difftori.types import Metrics
 
@@ -21,7 +21,7 @@ class TrainLoop:
     """
 
     learner: Learner
-    windows: Examples
+    windows: Dataset
     seed: int
     generator: torch.Generator
 

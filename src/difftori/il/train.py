@@ -22,7 +22,7 @@ from difftori.il.learner import Learner, run_length
 from difftori.il.loop import TrainLoop
 from difftori.il.task_names import make_task
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.interfaces import Examples, PolicyConfig
+from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_policy
 from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
@@ -134,7 +134,7 @@ def _base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> 
     return _restored_base(read_weights(out / "base.pt"), config, f"{out}, base")
 
 
-def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, out: Path) -> Examples:
+def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, out: Path) -> Dataset:
     """The training windows, with the base's actions at each if there is a base."""
     if policy.base is None:
         return task.train
