@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from benchmarks.measuring import Device, Job, Method, as_in_runs, measure, medians
 from benchmarks.records import RESULTS, as_text, raw_ms, write_csv, write_record
+from difftori.il.base import base_actions
 from difftori.il.learner import Learner
-from difftori.interfaces import Policy
-from difftori.policies.refiner import Refiner
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_policy
 from difftori.runs.run import seeded
 from difftori.types import EntrySpec, Moments, Plans, TaskSpec, Window, WindowObs
@@ -88,26 +88,28 @@ def _parts(config: Config) -> dict[tuple[str, str], Job]:
     parts: dict[tuple[str, str], Job] = {}
     obs = windows(spec, config.rows, config.seed, config.device).obs
     for name, policy in policies.items():
-        batch = windows(spec, policy.config.batch_size, config.seed, config.device)
-        if isinstance(policy, Refiner):
-            policy.prepare(_Once(batch), at_most=10**9, generator=seeded(0, "base actions", config.device))
-        learner, noise = Learner(policy, policy.config, 10**6), seeded(0, "learning", config.device)
+        settings = policy.policy.config
+        batch = windows(spec, settings.batch_size, config.seed, config.device)
+        if policy.base is not None:
+            answers = base_actions(policy, _Once(batch), seeded(0, "base actions", config.device))
+            batch = replace(batch, base=answers.to(config.device))
+        learner, noise = Learner(policy, settings, 10**6), seeded(0, "learning", config.device)
 
         def update(learner: Learner = learner, batch: Window = batch, noise: torch.Generator = noise) -> None:
             learner.update(batch, noise)
 
-        def act(policy: Policy = policy, noise: torch.Generator = noise) -> Plans:
+        def act(policy: NormalizedPolicy = policy, noise: torch.Generator = noise) -> Plans:
             return policy.act(obs, generator=noise)
 
         parts |= {(name, "update"): update, (name, "act"): act}
     return parts
 
 
-def _policy(method: Method, spec: TaskSpec, base: Policy | None, config: Config) -> Policy:
+def _policy(method: Method, spec: TaskSpec, base: NormalizedPolicy | None, config: Config) -> NormalizedPolicy:
     torch.manual_seed(config.seed)
     kind = find_policy(method.component)
-    settings: Any = kind.Config.model_validate(method.settings)
-    return (kind(settings, spec, base) if issubclass(kind, Refiner) else kind(settings, spec)).to(config.device)
+    settings = kind.Config.model_validate(method.settings)
+    return NormalizedPolicy(kind(settings, spec).to(config.device), base)
 
 
 def made_up_task() -> TaskSpec:

@@ -77,9 +77,10 @@ class PolicyConfig(Settings):
 
 
 class Policy(nn.Module, ABC):
-    """Maps the last O observations to H actions, and knows its own training loss.
+    """Maps the last O observations to actions, and knows its own training loss.
 
-    A concrete policy lives in one file of `difftori.policies`, sets `name` and `Config`, and is built as
+    A policy sees normalised observations and actions: `NormalizedPolicy` converts the units of a task for all policies. A
+    concrete policy lives in one file of `difftori.policies`, sets `name` and `Config`, and is built as
     `SomePolicy(config, spec)`. It is found by walking the package: there is no registry to edit.
     """
 
@@ -89,13 +90,17 @@ class Policy(nn.Module, ABC):
     """`observe`, `horizon` and `execute` where none are given; None leaves them to the task."""
     STOCHASTIC: ClassVar[bool] = False
     """Whether `act` draws."""
+    NORMALIZES: ClassVar[Literal["all", "observations", "nothing"]] = "all"
+    """What is brought from the range of the training data to [−1, 1], actions without data from their box."""
+    FROM_PRESENT: ClassVar[bool] = False
+    """Whether a policy sees and returns actions from the present on, (B P A), instead of all H of a window (B H A)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
         self.config = config
         self.spec = spec
         self.draws = self.STOCHASTIC
-        """Whether `act`, or the act of a base, draws, so that a refiner should see several samples of it."""
+        """Whether `act` draws, with the settings given."""
 
     @abstractmethod
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
@@ -103,7 +108,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The H actions (B H A) from the oldest observation on, inside the action box, without a graph.
+        """The actions (B H A) from the oldest observation on, or (B P A) with `FROM_PRESENT`, without a graph.
 
         Those in `spec.present` will be executed.
         """
@@ -114,8 +119,8 @@ class Policy(nn.Module, ABC):
 
 
 @runtime_checkable
-class Examples(Protocol):
-    """A set of windows to learn from."""
+class Dataset(Protocol):
+    """A dataset of windows to learn from."""
 
     def __len__(self) -> int:
         """How many."""

@@ -37,6 +37,7 @@ Actions: TypeAlias = Float[Tensor, "B A"]
 Plans: TypeAlias = Float[Tensor, "B H A"]
 Samples: TypeAlias = Float[Tensor, "B W"]
 PartPlans: TypeAlias = Float[Tensor, "B P A"]
+PlanSamples: TypeAlias = Float[Tensor, "B K H A"]
 Observations: TypeAlias = Shaped[Tensor, "B *S"]
 QValues: TypeAlias = Float[Tensor, "K B"]
 # The same with any leading dimensions: steps of a slice, candidates of a row.
@@ -44,6 +45,7 @@ AnyObservations: TypeAlias = Shaped[Tensor, "..."]
 AnyLatents: TypeAlias = Float[Tensor, "*B Z"]
 AnyActions: TypeAlias = Float[Tensor, "*B A"]
 AnyPlans: TypeAlias = Float[Tensor, "*B H A"]
+AnyPartPlans: TypeAlias = Float[Tensor, "*B P A"]
 AnyValues: TypeAlias = Float[Tensor, "*B"]
 AnyQValues: TypeAlias = Float[Tensor, "K *B"]
 
@@ -154,20 +156,23 @@ class Window:
 
     Both begin at the same step, so that `actions[:, O - 1]` (of (B H A)) is what the expert did at the last observation.
     All in the task's own units. `index` (B) says which window of the data set each row is, for policies that keep
-    something per example.
+    something per example. `base` (B K H A): K samples of the base policy's actions, for a refiner in training.
     """
 
     obs: WindowObs
     actions: Plans
     index: RowCounts
+    base: PlanSamples | None = None
 
     def to(self, device) -> "Window":
         """The same batch on another device."""
-        return Window(to_device(self.obs, device), self.actions.to(device), self.index.to(device))
+        base = None if self.base is None else self.base.to(device)
+        return Window(to_device(self.obs, device), self.actions.to(device), self.index.to(device), base)
 
     def rows(self, chosen: RowCounts) -> "Window":
         """Some of its rows (C)."""
-        return Window({name: v[chosen] for name, v in self.obs.items()}, self.actions[chosen], self.index[chosen])
+        obs = {name: values[chosen] for name, values in self.obs.items()}
+        return Window(obs, self.actions[chosen], self.index[chosen], None if self.base is None else self.base[chosen])
 
 
 def state_obs(states: States) -> WindowObs:

@@ -9,19 +9,19 @@ from difftori.errors import ConfigError
 from difftori.experiments.paper import figure4
 from difftori.experiments.paper.figure4 import draw, landscapes
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
-from difftori.policies.refiner import FunctionBase
+from difftori.policies.normalized import NormalizedPolicy
 from tests.support.specs import VECTORS, observations
 
 
-def refiner(**settings) -> DiffTORI:
+def refiner(**settings) -> NormalizedPolicy:
     torch.manual_seed(0)
     config = DiffTORIConfig.model_validate(
         {"hidden": (16,), "latent_dim": 8, "cvae_dim": 4, "step_size": 0.1, **settings}
     )
-    policy = DiffTORI(config, VECTORS, FunctionBase(lambda obs: torch.full((len(obs["state"]), 8, 2), 0.7)))
+    policy = DiffTORI(config, VECTORS)
     with torch.no_grad():
         policy.score[-1].weight.mul_(20.0)
-    return policy
+    return NormalizedPolicy(policy, lambda obs: torch.full((len(obs["state"]), 8, 2), 0.7))
 
 
 @pytest.mark.parametrize("settings", [{}, {"anchor": "base", "decision": "step"}])
@@ -32,7 +32,7 @@ def test_landscapes_are_the_objective_and_paths_go_up_in_them(settings):
     for panel in (first, second):
         x, values = panel.axis, panel.values
         assert torch.equal(panel.path[0], torch.zeros(2)), "both begin at the start, which is the origin"
-        assert len(panel.path) == policy.settings.max_steps + 1
+        assert len(panel.path) == policy.policy.settings.max_steps + 1
         assert panel.rise > 0
         assert values.isfinite().any()
 

@@ -1,6 +1,7 @@
 """The studies on Push-T: their methods and pairs, and where the human demonstrations come from."""
 
 import pytest
+import torch
 
 from difftori.config import overlay, read_tokens
 from difftori.data.download import PUBLIC
@@ -10,11 +11,10 @@ from difftori.experiments.paper.pusht import DATA
 from difftori.experiments.records import read_run
 from difftori.experiments.study import comparable, config_mismatch
 from difftori.il.config import TrainConfig, normalised, parse_config
-from difftori.policies.bc import BC, BCConfig
 from difftori.policies.difftori import DEFAULT_NOISE, DiffTORI, DiffTORIConfig
 from difftori.registry import find_policy
 from difftori.runs.records import to_yaml
-from difftori.types import TaskSpec
+from difftori.types import TaskSpec, Window
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_the_noise_study_has_the_noise_that_its_base_gets_by_default(asked):
     method = asked["methods"][f"DiffTORI σ {DEFAULT_NOISE:g}"]
     assert method.settings == {"base_noise": DEFAULT_NOISE}
     spec = TaskSpec.rows(2, 1, 4, (-1.0,), (1.0,))
-    assert DiffTORI(DiffTORIConfig(), spec, BC(BCConfig(), spec)).noise == DEFAULT_NOISE
+    one_sample = Window({"state": torch.zeros(3, 1, 2)}, torch.zeros(3, 4, 1), torch.arange(3), torch.zeros(3, 1, 4, 1))
+    assert DiffTORI(DiffTORIConfig(), spec).noise(one_sample) == DEFAULT_NOISE
 
 
 def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, tmp_path):

@@ -56,7 +56,7 @@ def in_this_process(monkeypatch):
 def weights(folder: Path) -> dict[str, str]:
     """What every run has learned, without the paths that its export names."""
     found = [path.parent for path in sorted(folder.rglob("policy.pt"))]
-    return {str(run.relative_to(folder)): weights_digest(load_policy(run, "last")[0]) for run in found}
+    return {str(run.relative_to(folder)): weights_digest(load_policy(run, "last")[0].policy) for run in found}
 
 
 def test_a_sweep_runs_bases_first_and_again_repeats_nothing(sweep, in_this_process, capsys):

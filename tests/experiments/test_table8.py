@@ -17,6 +17,7 @@ from difftori.experiments.paper.table8 import Config, output_folder, partial_rea
 from difftori.experiments.paper.table8_report import Evaluation, summarise
 from difftori.il import pendulum_task
 from difftori.policies.bc import BC, BCConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import Plans, States
 
 
@@ -61,7 +62,7 @@ def trainings(monkeypatch, cheap_expert) -> list[Path]:
     def load_policy(run_dir, which):
         assert which == "best"
         torch.manual_seed(int(run_dir.name[-1]))
-        return BC(BCConfig(hidden=(8,)), Pendulum().spec), None
+        return NormalizedPolicy(BC(BCConfig(hidden=(8,)), Pendulum().spec)), None
 
     monkeypatch.setattr(table8, "train", train)
     monkeypatch.setattr(table8, "load_policy", load_policy)

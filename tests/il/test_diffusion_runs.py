@@ -5,6 +5,7 @@ import torch
 from tiny_env.reach import ENV, write_demos
 
 from difftori import cli
+from difftori.il.base import WithBase, base_actions
 from difftori.il.config import TrainConfig, parse_config
 from difftori.il.train import evaluate_run, load_policy, open_task, train
 from difftori.policies.difftori import DiffTORI
@@ -38,7 +39,7 @@ def test_the_averaged_weights_are_exported_and_act(name, demos, tmp_path):
     found = Checkpoints(tmp_path / "run" / "checkpoints").latest()
     assert found is not None
     learner = found.state["state"]["learner"]
-    exported = load_policy(tmp_path / "run", "last")[0].state_dict()
+    exported = load_policy(tmp_path / "run", "last")[0].policy.state_dict()
     assert all(torch.equal(value, learner["average"][key]) for key, value in exported.items())
     assert not torch.equal(exported["model.unet.last.1.weight"], learner["policy"]["model.unet.last.1.weight"])
     assert evaluate_run(tmp_path / "run")["episodes"] == 2
@@ -55,11 +56,12 @@ def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
     wish = config("difftori-il", settings=small, base=str(tmp_path / "base"))
     train(wish, tmp_path / "refined", progress=False)
     policy, _ = load_policy(tmp_path / "refined", "last")
-    assert isinstance(policy, DiffTORI)
+    assert isinstance(policy.policy, DiffTORI)
     task = open_task(wish)
-    policy.prepare(task.train, at_most=10**9, generator=torch.Generator().manual_seed(0))
-    batch = next(task.train.in_order(1))
-    drawn = {policy.base_plans(batch, generator=torch.Generator().manual_seed(s)).sum().item() for s in range(20)}
+    windows = WithBase(task.train, base_actions(policy, task.train, torch.Generator().manual_seed(0)))
+    batch = policy.normalized(next(windows.in_order(1)))
+    draws = (policy.policy.choose_base(batch, torch.Generator().manual_seed(seed)) for seed in range(20))
+    drawn = {draw.sum().item() for draw in draws}
     assert len(drawn) == 3
 
 
@@ -69,7 +71,7 @@ def test_a_killed_run_reaches_the_same_weights(demos, tmp_path, killed_at):
 
     killed_at(13, wish, tmp_path / "killed")
     train(wish, tmp_path / "killed", progress=False)
-    straight, killed = (load_policy(tmp_path / run, "last")[0] for run in ("straight", "killed"))
+    straight, killed = (load_policy(tmp_path / run, "last")[0].policy for run in ("straight", "killed"))
     assert weights_digest(straight) == weights_digest(killed)
 
 

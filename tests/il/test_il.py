@@ -13,6 +13,7 @@ from difftori import cli
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.il.learner import Learner, make_optimizer, validation_error
 from difftori.il.train import evaluate_run, load_policy, train
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs import run
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.records import read_metrics, to_yaml
@@ -22,7 +23,7 @@ from difftori.types import state_obs
 def outcome(path: Path) -> tuple:
     """All that must be equal, bit by bit, between two runs that claim to be the same."""
     rows = [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(path)]
-    digests = [weights_digest(load_policy(path, which)[0]) for which in ("best", "last")]
+    digests = [weights_digest(load_policy(path, which)[0].policy) for which in ("best", "last")]
     return digests, rows
 
 
@@ -165,13 +166,13 @@ def test_nan_gradients_are_passed_over_and_counted(tmp_path):
     assert [row["train/skipped"] for row in rows] == [2, 3, 3, 1, 0]
     assert rows[1]["train/loss"] is None
     assert rows[1]["warning"] == "train/loss is nan"
-    assert all(p.isfinite().all() for p in load_policy(tmp_path / "run", "last")[0].parameters())
+    assert all(p.isfinite().all() for p in load_policy(tmp_path / "run", "last")[0].policy.parameters())
 
 
 def test_nan_gradients_leave_the_weights_unchanged():
     config = tiny_config(trap="nan", trap_at=tuple(range(1, 100)), dropout=0.0)
     task = make(seed=0, num_train=4)
-    learner = Learner(Tiny(config.settings, task.spec), config.settings)
+    learner = Learner(NormalizedPolicy(Tiny(config.settings, task.spec)), config.settings)
     before = [p.clone() for p in learner.policy.parameters()]
     with torch.no_grad():
         learner.policy.get_parameter("head.bias").zero_()
@@ -189,13 +190,13 @@ def test_too_many_nan_end_the_run_and_the_checkpoint_stays(tmp_path):
     for _ in range(2):
         with pytest.raises(NonFiniteError, match=r"gradients of body\.0\.weight|gradients of head\.bias"):
             train(config, tmp_path / "run", progress=False)
-    assert load_policy(tmp_path / "run", "last")[0].get_buffer("calls") >= 6
+    assert load_policy(tmp_path / "run", "last")[0].policy.get_buffer("calls") >= 6
 
 
 def test_only_the_trainable_parameters_move(tmp_path):
     task = make(seed=0, num_train=8)
     config = Alternating.Config(optimizer="adamw", weight_decay=0.5)
-    learner = Learner(Alternating(config, task.spec), config)
+    learner = Learner(NormalizedPolicy(Alternating(config, task.spec)), config)
     for _ in range(4):
         before = {n: p.clone() for n, p in learner.policy.named_parameters()}
         learner.update(next(task.train.in_order()), torch.Generator())
@@ -208,7 +209,7 @@ def test_only_the_trainable_parameters_move(tmp_path):
 def test_clipping_shortens_to_the_norm():
     task = make(seed=0, num_train=8)
     settings = tiny_config(clip_norm=1e-3, dropout=0.0).settings
-    learner = Learner(Tiny(settings, task.spec), settings)
+    learner = Learner(NormalizedPolicy(Tiny(settings, task.spec)), settings)
     learner.update(next(task.train.in_order()), torch.Generator())
     gradients = [p.grad for p in learner.policy.parameters() if p.grad is not None]
     assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-2)
@@ -217,7 +218,7 @@ def test_clipping_shortens_to_the_norm():
 
 def test_a_loss_without_a_graph_is_named():
     task = make(seed=0, num_train=8)
-    learner = Learner(Tiny(tiny_config().settings, task.spec), tiny_config().settings)
+    learner = Learner(NormalizedPolicy(Tiny(tiny_config().settings, task.spec)), tiny_config().settings)
     learner.policy.requires_grad_(False)
     with pytest.raises(ObjectiveError, match="depends on no parameter"):
         learner.update(next(task.train.in_order()), torch.Generator())
@@ -232,8 +233,8 @@ def test_optimisers(name, kind):
 
 def test_validation_error_is_the_mean_over_everything():
     task = make(seed=0, num_train=2000)
-    policy = Tiny(tiny_config(hidden=(4,)).settings, task.spec)
-    plans = policy.eval().act(state_obs(task.train.obs), generator=torch.Generator())
+    policy = NormalizedPolicy(Tiny(tiny_config(hidden=(4,)).settings, task.spec).eval())
+    plans = policy.act(state_obs(task.train.obs), generator=torch.Generator())
     expected = (plans - task.train.actions).square().mean().item()
     assert validation_error(policy, task.train, torch.Generator()) == pytest.approx(expected, rel=1e-5)
 
@@ -257,8 +258,8 @@ def test_a_policy_is_loaded_from_an_unfinished_run(tmp_path):
         train(config, tmp_path / "run", progress=False)
     policy, read = load_policy(tmp_path / "run", "last")
     assert read.settings == config.settings
-    assert policy.get_buffer("calls") == 5
-    assert not policy.training
+    assert policy.policy.get_buffer("calls") == 5
+    assert not policy.policy.training
 
 
 def test_damaged_exports_are_refused(tmp_path):

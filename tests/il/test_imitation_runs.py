@@ -15,6 +15,7 @@ from difftori.il.config import parse_config
 from difftori.il.env_task import TEST_SEED, EnvTask
 from difftori.il.learner import Learner
 from difftori.il.train import evaluate_run, load_policy, open_task, train
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.records import read_config
 from difftori.types import Moments
@@ -175,7 +176,7 @@ def test_a_killed_run_reaches_the_same_weights(name, demos, tmp_path, killed_at)
 
     killed_at(13, wish, tmp_path / "killed")
     train(wish, tmp_path / "killed", progress=False)
-    straight, killed = (load_policy(tmp_path / run, "last")[0] for run in ("straight", "killed"))
+    straight, killed = (load_policy(tmp_path / run, "last")[0].policy for run in ("straight", "killed"))
     assert weights_digest(straight) == weights_digest(killed)
 
 
@@ -188,22 +189,22 @@ def test_so_many_updates_are_so_many(demos, tmp_path):
 def test_averaged_weights_follow_the_published_decay():
     task = make(seed=0, num_train=8)
     settings = tiny_config(ema=0.9, dropout=0.0).settings
-    learner = Learner(Tiny(settings, task.spec), settings)
+    learner = Learner(NormalizedPolicy(Tiny(settings, task.spec)), settings)
     expected = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
     for update in range(1, 40):
         learner.update(next(task.train.in_order()), torch.Generator())
         decay = min(0.9, 1 - (1 + update) ** -0.75)
         for name, parameter in learner.policy.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
-    for name, parameter in learner.acting.named_parameters():
+    for name, parameter in learner.acting.policy.named_parameters():
         torch.testing.assert_close(parameter, expected[name])
-    assert learner.acting.get_buffer("calls") == learner.policy.get_buffer("calls")
+    assert learner.acting.policy.get_buffer("calls") == learner.policy.get_buffer("calls")
 
 
 def test_the_learning_rate_rises_over_the_warm_up():
     task = make(seed=0, num_train=8)
     settings = tiny_config(warmup=4, lr=0.1).settings
-    learner = Learner(Tiny(settings, task.spec), settings)
+    learner = Learner(NormalizedPolicy(Tiny(settings, task.spec)), settings)
     rates = []
     for _ in range(6):
         learner.update(next(task.train.in_order()), torch.Generator())

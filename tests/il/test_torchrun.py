@@ -30,7 +30,7 @@ def run(out: Path, processes: int, epochs: int = 3) -> None:
 
 
 def weights(out: Path) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in load_policy(out, "last")[0].parameters()])
+    return torch.cat([p.detach().flatten() for p in load_policy(out, "last")[0].policy.parameters()])
 
 
 def test_two_processes_learn_what_one_does(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from difftori.errors import BoxError
 from difftori.policies.bc import BC, BCConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import TaskSpec, Window, state_obs
 
 SPEC = TaskSpec.rows(obs_dim=2, action_dim=2, horizon=3, low=(-1.0, 0.0), high=(1.0, 4.0))
@@ -14,7 +15,7 @@ def test_a_zeroed_network_acts_in_the_middle_of_the_box():
     policy = BC(BCConfig(hidden=(8,)), SPEC)
     torch.nn.init.zeros_(policy.net[-1].weight)
     torch.nn.init.zeros_(policy.net[-1].bias)
-    actions = policy.act(state_obs(torch.randn(4, 2)), generator=torch.Generator())
+    actions = NormalizedPolicy(policy).act(state_obs(torch.randn(4, 2)), generator=torch.Generator())
     assert torch.equal(actions, torch.tensor([0.0, 2.0]).expand(4, 3, 2))
 
 
@@ -25,7 +26,7 @@ def test_rounding_does_not_lead_out_of_the_box():
     policy = BC(BCConfig(hidden=()), spec)
     torch.nn.init.constant_(policy.net[-1].bias, 99.0)
     zeros = state_obs(torch.zeros(1, 2))
-    raw, actions = policy.predict(zeros)[0, 0], policy.act(zeros, generator=torch.Generator())
+    raw, actions = policy.predict(zeros)[0, 0], NormalizedPolicy(policy).act(zeros, generator=torch.Generator())
     assert (raw > high).any(), "the case that is guarded against"
     assert (actions[0, 0] <= high).all()
     assert torch.allclose(actions[0, 0], high)

@@ -7,6 +7,7 @@ import torch
 
 from difftori.errors import ShapeError
 from difftori.policies.bc_pointnet import BCPointNet, BCPointNetConfig, PointFeatures
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import EntrySpec, TaskSpec
 from tests.support.specs import CLOUDS, VECTORS, generator, observations
 
@@ -26,7 +27,7 @@ def test_the_order_of_points_and_copies_of_them_do_not_matter():
 
 def test_colours_are_further_columns():
     spec = replace(CLOUDS, obs={**CLOUDS.obs, "point_cloud": EntrySpec((16, 6))})
-    learner, obs = policy(spec), observations(spec, 2)
+    learner, obs = NormalizedPolicy(policy(spec)), observations(spec, 2)
     recoloured = {**obs, "point_cloud": torch.cat((obs["point_cloud"][..., :3], -obs["point_cloud"][..., 3:]), -1)}
     first, second = (learner.act(seen, generator=generator()) for seen in (obs, recoloured))
     assert first.shape == (2, 4, 2)
@@ -45,7 +46,7 @@ def test_it_begins_in_the_middle_of_the_box():
 
 
 def test_the_executed_actions_are_learned_and_the_others_repeat_them():
-    plans = policy().act(observations(CLOUDS, 2), generator=generator())
+    plans = NormalizedPolicy(policy()).act(observations(CLOUDS, 2), generator=generator())
     assert torch.equal(plans[:, 0], plans[:, 1])
     assert policy().net[-1].out_features == CLOUDS.execute * CLOUDS.action_dim
 

@@ -34,8 +34,7 @@ def test_the_likelihood_is_that_of_torch_distributions():
 
 def test_the_loss_is_the_mean_over_all_steps_of_the_window():
     learner, batch = policy(), demonstrations(VECTORS, 4)
-    window = learner.units(batch)
-    log_prob = learner.predict(window.obs).log_prob(window.actions)
+    log_prob = learner.predict(batch.obs).log_prob(batch.actions)
     assert log_prob.shape == (4, VECTORS.horizon)
     assert learner.loss(batch, generator=generator())[0].item() == pytest.approx(-log_prob.mean().item())
 
@@ -71,7 +70,7 @@ def test_it_learns_two_answers_to_one_observation():
 def test_low_noise_acts_by_the_mean_of_a_mode():
     obs = observations(VECTORS, 6)
     learner = policy()
-    means = learner.predict(learner.units.obs(obs)).means
+    means = learner.predict(obs).means
     away = (learner.act(obs, generator=generator()).unsqueeze(-2) - means).abs().amax(-1).amin(-1)
     assert away.max() < 1e-3
     noisy = policy(low_noise=False)

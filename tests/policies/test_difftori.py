@@ -9,10 +9,10 @@ from torch.distributions import Normal, kl_divergence
 from difftori import presets
 from difftori.errors import BoxError, ConfigError
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
-from difftori.policies.refiner import FunctionBase
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.solver import Box, Detached
 from difftori.types import Plans, TaskSpec, Window, WindowObs
-from tests.support.policies import SMALL, constant_base, enlarged, refiner
+from tests.support.policies import SMALL, constant_base, enlarged, loss_of, refiner, seen
 from tests.support.specs import (
     SCALE,
     SHIFT,
@@ -24,6 +24,7 @@ from tests.support.specs import (
     generator,
     in_other_units,
     observations,
+    with_base,
 )
 
 
@@ -31,7 +32,7 @@ def test_a_box_without_bounds_is_refused():
     """Actions are planned in units of the box: an infinite one would make every target 0 or NaN."""
     spec = TaskSpec.rows(obs_dim=2, action_dim=1, horizon=1, low=(-1.0,), high=(float("inf"),))
     with pytest.raises(BoxError, match="finite"):
-        DiffTORI(DiffTORIConfig(preset="pendulum"), spec)
+        NormalizedPolicy(DiffTORI(DiffTORIConfig(preset="pendulum"), spec))
 
 
 def test_the_largest_curvature_is_still_finite():
@@ -42,15 +43,15 @@ def test_the_largest_curvature_is_still_finite():
 @pytest.mark.parametrize("settings", [{}, {"init": "zero", "anchor": "base"}])
 def test_a_base_is_asked_for_where_it_is_needed(settings):
     with pytest.raises(ConfigError, match="give --base RUN"):
-        DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS)
-    DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS)
+        NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS))
+    NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "zero"}), VECTORS))
 
 
 def test_a_base_that_is_not_needed_is_not_asked():
     def never(obs: WindowObs) -> Plans:
         raise AssertionError("asked")
 
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS, FunctionBase(never))
+    policy = NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, "init": "random"}), VECTORS), never)
     batch = demonstrations(VECTORS, 3)
     policy.loss(batch, generator=generator())
     actions = policy.act(batch.obs, generator=generator())
@@ -61,7 +62,7 @@ def test_a_base_that_is_not_needed_is_not_asked():
 def test_only_what_is_planned_is_changed(spec):
     """Before training the solve hardly moves, so that the first policy is the base; the rest of the plan stays the base's."""
     obs = observations(VECTORS, 3)
-    quiet, loud = refiner(spec), enlarged(refiner(spec))
+    quiet, loud = (NormalizedPolicy(each, constant_base) for each in (refiner(spec), enlarged(refiner(spec))))
     whole = constant_base(obs)
     assert torch.allclose(quiet.act(obs, generator=generator()), whole, atol=0.1)
     acted = loud.act(obs, generator=generator())
@@ -78,7 +79,7 @@ def test_the_objective_is_eq_7(decision, anchor):
     policy = enlarged(refiner(decision=decision, anchor=anchor, curvature=0.7))
     if policy.dynamics is not None:
         torch.nn.init.normal_(policy.dynamics[-1].weight, std=0.3)
-    state = policy.encode(policy.units.obs(observations(VECTORS, 3)))
+    state = policy.encode(seen(policy, observations(VECTORS, 3)))
     sample, base = torch.randn(3, 4, generator=generator()), torch.rand(3, 4, 2, generator=generator(1)) - 0.5
     plan = policy.plan(state, sample, base, base, Detached())
     actions = plan.actions.reshape(3, policy.steps, policy.size)
@@ -98,7 +99,7 @@ def test_the_loss_is_eq_9():
     batch = demonstrations(VECTORS, 4)
     for coefficient in (0.0, 0.5, 2.0):
         policy = refiner(kl_coef=coefficient)
-        loss, metrics = policy.loss(batch, generator=generator(1))
+        loss, metrics = loss_of(policy, batch, seed=1)
         assert metrics["kl"] > 1e-3
         per_number = metrics["kl"] / (VECTORS.execute * VECTORS.action_dim)
         assert loss.item() == pytest.approx(metrics["action_mse"] + coefficient * per_number, rel=1e-5)
@@ -109,13 +110,13 @@ def test_noise_on_the_start_is_in_half_widths_of_the_data(sigma, monkeypatch):
     """In training alone; what it has learned from is a base that lies inside of the data's range."""
     spec = in_other_units(WITHIN["vectors"])
     scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
-    base = FunctionBase(lambda obs: constant_base(obs) * scale + shift)
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec, base)
+    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, "base_noise": sigma}), spec)
+    refined = NormalizedPolicy(policy, lambda obs: constant_base(obs) * scale + shift)
     starts, solve = [], policy.plan
     monkeypatch.setattr(policy, "plan", lambda *args, **named: (starts.append(args[2]), solve(*args, **named))[1])
     batch = demonstrations(VECTORS, 500)
-    policy.loss(batch, generator=generator())
-    policy.act(batch.obs, generator=generator())
+    refined.loss(with_base(refined, batch), generator=generator())
+    refined.act(batch.obs, generator=generator())
     trained, acted = (start - constant_base(batch.obs)[:, VECTORS.present] for start in starts)
     assert trained.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-6)
     assert trained.mean().abs() <= 0.05 * sigma + 1e-6
@@ -128,10 +129,9 @@ def test_the_loss_is_differentiated_through_the_solve(decision):
     policy = enlarged(refiner(decision=decision, anchor="base", base_noise=0.1, step_size=0.1)).double()
     batch = demonstrations(VECTORS, 4)
     batch = Window({name: v.double() for name, v in batch.obs.items()}, batch.actions.double(), batch.index)
-    policy._base.base = FunctionBase(lambda obs: constant_base(obs).double())  # noqa: SLF001
 
     def loss() -> torch.Tensor:
-        return policy.loss(batch, generator=generator(3))[0]
+        return loss_of(policy, batch, seed=3)[0]
 
     loss().backward()
     for name in ("score.2.weight", "encoder.0.0.weight", "raw_step_size", "raw_curvature", "posterior.4.bias"):
@@ -163,8 +163,8 @@ def test_the_divergence_is_the_normals():
 def test_of_several_samples_the_plan_of_highest_value_is_kept():
     policy = enlarged(refiner(act_latent="sample", act_samples=6))
     obs = observations(VECTORS, 3)
-    acted = policy.act(obs, generator=generator(7))
-    state = policy.encode(policy.units.obs(obs))
+    acted = NormalizedPolicy(policy, constant_base).act(obs, generator=generator(7))
+    state = policy.encode(seen(policy, obs))
     base = constant_base(obs)[:, VECTORS.present]
     samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
     plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
@@ -177,7 +177,7 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
 def test_the_reference_is_the_releases_solve():
     policy = enlarged(refiner(preset="reference"))
     obs = observations(VECTORS, 3)
-    state = policy.encode(policy.units.obs(obs))
+    state = policy.encode(seen(policy, obs))
     start, sample = constant_base(obs)[:, VECTORS.present], torch.zeros(3, 4)
 
     def cost(x):
@@ -204,9 +204,9 @@ def test_it_says_whether_it_draws(settings, draws):
     from difftori.policies.bc import BC, BCConfig
 
     torch.manual_seed(0)
-    base = BC(BCConfig(hidden=(8,)), VECTORS)
-    policy = DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS, base)
-    assert policy.draws is draws
+    base = NormalizedPolicy(BC(BCConfig(hidden=(8,)), VECTORS))
+    policy = NormalizedPolicy(DiffTORI(DiffTORIConfig.model_validate({**SMALL, **settings}), VECTORS), base)
+    assert policy.stochastic is draws
 
 
 def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():
@@ -217,17 +217,18 @@ def test_plan_horizon_lies_between_what_is_executed_and_what_there_is():
 
 def test_it_learns_to_mend_its_base():
     """A base that always does the same; the expert does something else in every state."""
-    batch = demonstrations(VECTORS, 32)
     policy = refiner(base_noise=0.3, hidden=(32, 32), latent_dim=16)
+    refined = NormalizedPolicy(policy, constant_base)
+    batch = with_base(refined, demonstrations(VECTORS, 32))
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     noise = generator(1)
     for _ in range(150):
-        loss, metrics = policy.loss(batch, generator=noise)
+        loss, metrics = refined.loss(batch, generator=noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     present = VECTORS.present
-    error = (policy.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
+    error = (refined.act(batch.obs, generator=generator()) - batch.actions)[:, present].square().mean()
     assert error < 0.1 * (constant_base(batch.obs) - batch.actions)[:, present].square().mean()
     assert metrics["start_mse"] > 0
 
@@ -239,18 +240,18 @@ def test_a_prior_sees_what_the_encoder_sees(name):
     spec = SPECS[name]
     policy = DiffTORI(DiffTORIConfig(init="prior", pictures=TINY), spec)
     batch = demonstrations(spec, 3)
-    policy.loss(batch, generator=generator())[0].backward()
+    NormalizedPolicy(policy).loss(batch, generator=generator())[0].backward()
     assert policy.prior is not None
     assert all(p.grad is not None for p in policy.prior.parameters())
-    assert policy.act(batch.obs, generator=generator()).shape == batch.actions.shape
+    assert NormalizedPolicy(policy).act(batch.obs, generator=generator()).shape == batch.actions.shape
 
 
 def test_a_solve_that_meets_nan_is_reported_apart_and_leaves_the_others_alone():
     policy = refiner(init="zero")
     batch = demonstrations(VECTORS, 4)
-    _, metrics = policy.loss(batch, generator=generator())
+    _, metrics = loss_of(policy, batch)
     assert metrics["unsolved"] == 0.0
     batch.obs["state"][2] = torch.inf
-    _, metrics = policy.loss(batch, generator=generator())
+    _, metrics = loss_of(policy, batch)
     assert metrics["unsolved"] == 0.25
     assert math.isfinite(metrics["action_mse"])

@@ -10,6 +10,7 @@ from difftori.models.diffusion import DDIM, DDPM
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.diffusion import DiffusionConfig, DiffusionPolicy
 from difftori.policies.dp3 import DP3, DP3Config
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import TaskSpec, Window, state_obs
 from tests.support.specs import CLOUDS, VECTORS, demonstrations, generator, observations
 
@@ -28,10 +29,10 @@ def two_modes(count: int) -> Window:
 
 def trained(policy, updates: int):
     """The policy with averaged weights, as the trainer leaves it."""
-    learner, draw = Learner(policy, policy.config), generator()
+    learner, draw = Learner(NormalizedPolicy(policy), policy.config), generator()
     for _ in range(updates):
         learner.update(two_modes(64), draw)
-    return learner.acting.eval()
+    return learner.acting.policy.eval()
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +85,9 @@ def test_draws_differ_and_so_do_those_of_equal_rows(kind):
 def test_actions_are_in_the_tasks_units_within_what_was_measured():
     """Clipped to the range of the training data, ±1 here, which is narrower than the box."""
     wide = TaskSpec(**{**vars(VECTORS), "low": (-5.0, -5.0), "high": (5.0, 5.0)})
-    policy = DP3(DP3Config(noise_steps=10, **TINY), wide)
+    policy = NormalizedPolicy(DP3(DP3Config(noise_steps=10, **TINY), wide))
     with torch.no_grad():
-        for value in policy.parameters():
+        for value in policy.policy.parameters():
             value.mul_(10)
     found = policy.act(observations(wide, 8), generator=generator())
     assert found.abs().max() == 1.0
@@ -94,9 +95,9 @@ def test_actions_are_in_the_tasks_units_within_what_was_measured():
 
 def test_an_infinite_box_needs_measured_actions():
     unbounded = {"low": (-float("inf"),) * 2, "high": (float("inf"),) * 2}
-    DP3(DP3Config(**TINY), TaskSpec(**{**vars(VECTORS), **unbounded}))
+    NormalizedPolicy(DP3(DP3Config(**TINY), TaskSpec(**{**vars(VECTORS), **unbounded})))
     with pytest.raises(BoxError, match="finite"):
-        DP3(DP3Config(**TINY), TaskSpec(**{**vars(VECTORS), **unbounded, "moments": None}))
+        NormalizedPolicy(DP3(DP3Config(**TINY), TaskSpec(**{**vars(VECTORS), **unbounded, "moments": None})))
 
 
 def test_defaults_are_those_of_the_sources():

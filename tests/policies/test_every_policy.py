@@ -5,8 +5,9 @@ import torch
 from pydantic import ValidationError
 
 from difftori.errors import ShapeError
-from difftori.interfaces import Policy, PolicyConfig
+from difftori.interfaces import PolicyConfig
 from difftori.policies import find_policies
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import TaskSpec, Window
 from tests.support.specs import (
     OBS_SCALE,
@@ -21,6 +22,7 @@ from tests.support.specs import (
     generator,
     in_other_units,
     observations,
+    with_base,
 )
 
 UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 6, "pictures": TINY}
@@ -43,7 +45,7 @@ SMALL: dict[str, dict] = {
 
 
 @pytest.fixture(params=[f"{name}-{spec}" for name in sorted(find_policies()) for spec in SPECS])
-def policy(request) -> Policy:
+def policy(request) -> NormalizedPolicy:
     name, _, spec = request.param.rpartition("-")
     try:
         return build(find_policies()[name], SPECS[spec], **SMALL.get(name, {}))
@@ -54,12 +56,13 @@ def policy(request) -> Policy:
 @pytest.fixture
 def batch(policy) -> Window:
     """Four demonstrations."""
-    return demonstrations(policy.spec, 4)
+    return with_base(policy, demonstrations(policy.spec, 4))
 
 
-def optimiser(policy: Policy) -> torch.optim.Optimizer:
+def optimiser(policy: NormalizedPolicy) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-    return kinds[policy.config.optimizer](policy.parameters(), lr=max(policy.config.lr, 1e-3))
+    settings = policy.policy.config
+    return kinds[settings.optimizer](policy.policy.parameters(), lr=max(settings.lr, 1e-3))
 
 
 def test_walking_finds_the_baselines():
@@ -67,6 +70,7 @@ def test_walking_finds_the_baselines():
 
 
 def test_name_and_settings_are_declared(policy):
+    policy = policy.policy
     assert policy.name == policy.name.lower()
     assert issubclass(policy.Config, PolicyConfig)
     assert isinstance(policy.config, policy.Config)
@@ -106,7 +110,7 @@ def test_loss_falls_on_a_tiny_set(policy, batch):
 
 
 def test_something_is_trainable_and_gets_a_gradient(policy, batch):
-    chosen = list(policy.trainable(0))
+    chosen = list(policy.policy.trainable(0))
     policy.loss(batch, generator=generator())[0].backward()
     assert chosen
     assert any(value.grad is not None and value.grad.abs().sum() > 0 for value in chosen)
@@ -115,7 +119,7 @@ def test_something_is_trainable_and_gets_a_gradient(policy, batch):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_actions_have_the_documented_shape_and_lie_in_the_box(policy, rows):
     with torch.no_grad():
-        for value in policy.parameters():
+        for value in policy.policy.parameters():
             value.mul_(3.0)
     spec = policy.spec
     actions = policy.act(observations(spec, rows), generator=generator())
@@ -126,12 +130,12 @@ def test_actions_have_the_documented_shape_and_lie_in_the_box(policy, rows):
 
 
 def test_saved_and_loaded_weights_act_alike(policy, tmp_path):
-    torch.save(policy.state_dict(), tmp_path / "weights.pt")
-    twin = build(type(policy), policy.spec, **policy.config.model_dump())
+    torch.save(policy.policy.state_dict(), tmp_path / "weights.pt")
+    twin = build(type(policy.policy), policy.spec, **policy.policy.config.model_dump())
     with torch.no_grad():
-        for value in twin.parameters():
+        for value in twin.policy.parameters():
             value.add_(1.0)
-    twin.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    twin.policy.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     obs = observations(policy.spec, 5)
     assert torch.equal(policy.act(obs, generator=generator(3)), twin.act(obs, generator=generator(3)))
 
@@ -164,7 +168,7 @@ def test_units_of_the_task_make_no_difference(name, shown):
         pytest.skip(f"not for this task: {error}")
     for policy in twins:
         with torch.no_grad():
-            for value in policy.parameters():
+            for value in policy.policy.parameters():
                 value.mul_(1.5)  # what is quiet at first says something
     scale, shift = torch.tensor(SCALE), torch.tensor(SHIFT)
     batch = demonstrations(SPECS[shown], 6)
@@ -173,5 +177,6 @@ def test_units_of_the_task_make_no_difference(name, shown):
     torch.testing.assert_close(acted * scale + shift, also, rtol=1e-3, atol=2e-3)
     if name not in LOSS_IN_TASK_UNITS:
         there = Window(moved, batch.actions * scale + shift, batch.index)
-        first, second = (p.loss(w, generator=generator(2))[0] for p, w in zip(twins, (batch, there), strict=True))
+        pairs = zip(twins, (batch, there), strict=True)
+        first, second = (each.loss(with_base(each, window), generator=generator(2))[0] for each, window in pairs)
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)

@@ -8,6 +8,7 @@ import torch
 from difftori.interfaces import Policy
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.ibc import IBC, IBCConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import Moments, TaskSpec, Window, state_obs
 from tests.support.specs import VECTORS, demonstrations, generator, observations
 
@@ -69,14 +70,14 @@ def test_nothing_is_dropped_when_it_acts(inference):
 def test_every_candidate_is_inside_the_box_and_the_range_of_the_data(inference):
     moments = Moments((-4.0, -0.5), (4.0, 0.5), (0.0, 0.0), (0.1, 0.1))
     spec = replace(VECTORS, moments=moments, low=(-1.0, -1.0), high=(2.0, 1.0))
-    learner = policy(spec, inference=inference, negatives="uniform", positive_noise=0.0)
+    learner = NormalizedPolicy(policy(spec, inference=inference, negatives="uniform", positive_noise=0.0))
     seen = []
-    learner.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].detach()))
+    learner.policy.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].detach()))
     learner.act(observations(spec, 3), generator=generator())
     learner.loss(demonstrations(spec, 3), generator=generator())
     assert len(seen) > 3
     for candidates in seen[:-1]:
-        actions = learner.units.normalizer.denormalize_actions(candidates.unflatten(-1, (4, 2)))
+        actions = learner.normalizer.denormalize_actions(candidates.unflatten(-1, (4, 2)))
         assert (actions >= torch.tensor([-1.0, -0.5]) - 1e-6).all()
         assert (actions <= torch.tensor([2.0, 0.5]) + 1e-6).all()
 
@@ -84,7 +85,7 @@ def test_every_candidate_is_inside_the_box_and_the_range_of_the_data(inference):
 def test_one_action_is_sought_and_the_others_repeat_it():
     spec = replace(VECTORS, horizon=2, execute=1)
     assert IBC.WINDOW == (2, 2, 1)
-    actions = policy(spec).act(observations(spec, 3), generator=generator())
+    actions = NormalizedPolicy(policy(spec)).act(observations(spec, 3), generator=generator())
     assert torch.equal(actions[:, 0], actions[:, 1])
     assert policy(spec).score.first.in_features == 10 + 2
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from difftori.policies.ibc_base import IBCBase, IBCBaseConfig
-from difftori.policies.refiner import FunctionBase
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import TaskSpec, Window, WindowObs, state_obs
-from tests.support.specs import VECTORS, demonstrations, generator, observations
+from tests.support.specs import VECTORS, demonstrations, generator, observations, with_base
 
 WAYS = ["derivative-free", "gradient"]
 
@@ -20,10 +20,10 @@ def wrong(obs: WindowObs) -> torch.Tensor:
     )
 
 
-def policy(spec: TaskSpec = VECTORS, base=wrong, **settings) -> IBCBase:
+def policy(spec: TaskSpec = VECTORS, base=wrong, **settings) -> NormalizedPolicy:
     torch.manual_seed(0)
     small = {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 128}
-    return IBCBase(IBCBaseConfig.model_validate({**small, **settings}), spec, FunctionBase(base))
+    return NormalizedPolicy(IBCBase(IBCBaseConfig.model_validate({**small, **settings}), spec), base)
 
 
 class Bowl(nn.Module):
@@ -47,26 +47,26 @@ class Bowl(nn.Module):
 @pytest.mark.parametrize("inference", WAYS)
 def test_a_flat_energy_returns_the_base(inference):
     learner, obs = policy(inference=inference), observations(VECTORS, 9)
-    nn.init.zeros_(learner.score.last.weight)
+    nn.init.zeros_(learner.policy.score.last.weight)
     assert torch.equal(learner.act(obs, generator=generator()), wrong(obs))
     # An action that is not looked at makes no difference either, but for rounding.
     learner = policy(inference=inference)
     with torch.no_grad():
-        learner.score.first.weight[:, learner.score.features :] = 0
+        learner.policy.score.first.weight[:, learner.policy.score.features :] = 0
     assert torch.equal(learner.act(obs, generator=generator()), wrong(obs))
 
 
 @pytest.mark.parametrize("inference", WAYS)
 def test_a_base_of_least_energy_is_returned(inference):
     learner, obs = policy(inference=inference), observations(VECTORS, 9)
-    learner.score = Bowl(0.0)
+    learner.policy.score = Bowl(0.0)
     assert torch.equal(learner.act(obs, generator=generator()), wrong(obs))
 
 
 @pytest.mark.parametrize("inference", WAYS)
 def test_less_energy_nearby_is_found_and_only_executed_actions_change(inference):
     learner, obs = policy(inference=inference), observations(VECTORS, 9)
-    learner.score = Bowl(0.04)
+    learner.policy.score = Bowl(0.04)
     base = wrong(obs)
     moved = learner.act(obs, generator=generator()) - base
     assert (moved[:, VECTORS.present].mean((1, 2)) > 0.01).all()
@@ -77,32 +77,32 @@ def test_less_energy_nearby_is_found_and_only_executed_actions_change(inference)
 @pytest.mark.parametrize("inference", WAYS)
 def test_a_score_that_is_not_finite_returns_the_base(inference):
     learner, obs = policy(inference=inference), observations(VECTORS, 9)
-    nn.init.constant_(learner.score.last.bias, float("nan"))
+    nn.init.constant_(learner.policy.score.last.bias, float("nan"))
     assert torch.equal(learner.act(obs, generator=generator()), wrong(obs))
 
 
 @pytest.mark.parametrize("inference", WAYS)
 def test_a_small_advantage_may_be_too_small(inference):
     learner, obs = policy(inference=inference, advantage=10.0), observations(VECTORS, 9)
-    learner.score = Bowl(0.04)
+    learner.policy.score = Bowl(0.04)
     assert torch.equal(learner.act(obs, generator=generator()), wrong(obs))
 
 
 @pytest.mark.parametrize("inference", WAYS)
 def test_the_base_is_always_among_the_candidates_which_lie_in_the_box(inference):
     learner, obs = policy(inference=inference, search_std=1.0), observations(VECTORS, 9)
-    learner.score = Bowl(0.4)
+    learner.policy.score = Bowl(0.4)
     learner.act(obs, generator=generator())
-    assert learner.score.seen
-    for candidates in learner.score.seen:
-        assert torch.equal(candidates[0], learner._executed(wrong(obs)))
+    assert learner.policy.score.seen
+    for candidates in learner.policy.score.seen:
+        assert torch.equal(candidates[0], learner.policy._executed(wrong(obs)[:, VECTORS.present]))
         assert candidates.abs().max() <= 1
 
 
 def test_negatives_lie_around_the_base_around_the_expert_and_anywhere():
     learner = policy(num_negatives=401, negative_std=0.1)
     base, expert = torch.full((6, 8), 0.9), torch.full((6, 8), -0.5)
-    negatives = learner._negatives(base, expert, generator())
+    negatives = learner.policy._negatives(base, expert, generator())
     assert negatives.shape == (400, 6, 8)
     assert negatives.abs().max() <= 1
     assert (negatives[:200] - base).abs().mean() < 0.1
@@ -122,17 +122,18 @@ def test_it_mends_a_base_that_errs():
         return expert(obs) + 0.15 * torch.cos(3 * torch.cat((obs["state"], obs["state"]), 1))
 
     learner, draw = policy(spec, base, dropout=0.0), generator(1)
-    optimiser = torch.optim.Adam(learner.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(learner.policy.parameters(), lr=3e-3)
     for _ in range(200):
         obs = state_obs(2 * torch.rand(64, 2, generator=draw) - 1)
         optimiser.zero_grad()
-        learner.loss(Window(obs, expert(obs), torch.arange(64)), generator=draw)[0].backward()
+        batch = Window(obs, expert(obs), torch.arange(64), base(obs).unsqueeze(1))
+        learner.loss(batch, generator=draw)[0].backward()
         optimiser.step()
     obs = state_obs(2 * torch.rand(100, 2, generator=draw) - 1)
     error = (base(obs) - expert(obs)).square().mean()
     for inference in WAYS:
         refined = policy(spec, base, dropout=0.0, inference=inference)
-        refined.load_state_dict(learner.state_dict())
+        refined.policy.load_state_dict(learner.policy.state_dict())
         left = (refined.act(obs, generator=draw) - expert(obs)).square().mean()
         assert left < 0.3 * error, inference
 
@@ -141,5 +142,5 @@ def test_nothing_is_dropped_when_it_acts():
     obs = observations(VECTORS, 3)
     acted = [policy(dropout=rate).act(obs, generator=generator()) for rate in (0.0, 0.9)]
     assert torch.equal(*acted)
-    metrics = policy().loss(demonstrations(VECTORS, 3), generator=generator())[1]
+    metrics = policy().loss(with_base(policy(), demonstrations(VECTORS, 3)), generator=generator())[1]
     assert set(metrics) == {"info_nce", "expert_first", "expert_over_base"}

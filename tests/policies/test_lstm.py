@@ -3,6 +3,7 @@
 import torch
 
 from difftori.policies.lstm import LSTMConfig, LSTMPolicy
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.types import TaskSpec, state_obs
 
 
@@ -32,7 +33,7 @@ def test_clamping_belongs_to_acting_only():
     torch.nn.init.constant_(learner.decode[-1].bias, 7.0)
     obs = state_obs(torch.randn(2, 3))
     assert (learner.predict(obs) > 5).all()
-    assert (learner.act(obs, generator=torch.Generator()) == 2).all()
+    assert (NormalizedPolicy(learner).act(obs, generator=torch.Generator()) == 2).all()
 
 
 def test_defaults_are_those_of_the_source():

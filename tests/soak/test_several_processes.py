@@ -27,7 +27,7 @@ def start(out: Path) -> psutil.Popen:
 
 def finish(out: Path) -> str:
     assert start(out).wait(300) == 0
-    return weights_digest(load_policy(out, "last")[0])
+    return weights_digest(load_policy(out, "last")[0].policy)
 
 
 def test_a_kill_of_all_and_going_on_equals_going_straight(tmp_path, found):

@@ -55,7 +55,7 @@ def begin(file: Path, *words: str) -> subprocess.Popen:
 def weights(out: Path) -> dict[str, str]:
     """A digest for each run of a folder."""
     runs = sorted(out.glob("*/*/seed-?"))
-    return {str(run.relative_to(out)): weights_digest(load_policy(run, "last")[0]) for run in runs}
+    return {str(run.relative_to(out)): weights_digest(load_policy(run, "last")[0].policy) for run in runs}
 
 
 def one_training(out: Path) -> int:

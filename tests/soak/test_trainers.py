@@ -66,7 +66,7 @@ def went_on(out: Path, began: float) -> bool:
 
 def digest(out: Path) -> str:
     if "policy" in read_config(out):
-        return weights_digest(load_policy(out, "last")[0])
+        return weights_digest(load_policy(out, "last")[0].policy)
     from difftori.rl.evaluate import load_agent
 
     return weights_digest(load_agent(out)[0])

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import difftori
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.solver import CEM, MPPI, Adam, Box, Implicit, Newton, ProjectedGradient, solve
 from tests.support.agents import act, randomised, segment
-from tests.support.policies import enlarged, refiner
+from tests.support.policies import constant_base, enlarged, refiner
 from tests.support.specs import VECTORS, generator, observations
 
 MODES = [torch.no_grad, torch.inference_mode]
@@ -70,7 +71,7 @@ def test_plans_are_the_same():
 
 
 def test_a_policy_acts_the_same():
-    policy = enlarged(refiner()).eval()
+    policy = NormalizedPolicy(enlarged(refiner()).eval(), constant_base)
     found = []
     for mode in MODES:
         with mode():

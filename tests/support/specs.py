@@ -7,6 +7,7 @@ import torch
 from difftori.interfaces import Policy
 from difftori.models.pictures import Pictures
 from difftori.policies.bc import BC, BCConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.policies.refiner import Refiner
 from difftori.types import EntrySpec, Moments, TaskSpec, Window, WindowObs
 
@@ -109,11 +110,19 @@ def demonstrations(spec: TaskSpec, rows: int) -> Window:
     return Window(obs, -seen[:, None, None] * fading[None, :, None] * reach, torch.arange(rows))
 
 
-def build(kind: type[Policy], spec: TaskSpec, **settings) -> Policy:
+def with_base(policy: NormalizedPolicy, batch: Window) -> Window:
+    """The batch with one sample of the base's actions, if the policy has a base."""
+    if policy.base is None:
+        return batch
+    return replace(batch, base=policy.base_actions(batch.obs, generator=generator()).unsqueeze(1))
+
+
+def build(kind: type[Policy], spec: TaskSpec, **settings) -> NormalizedPolicy:
     """A policy with its defaults; a refiner of windows on an untrained base."""
     torch.manual_seed(0)
-    if issubclass(kind, Refiner):
-        if spec is ROWS and not kind.NEEDS_BASE:
-            return kind(kind.Config.model_validate({"preset": "pendulum", **settings}), spec)
-        return kind(kind.Config.model_validate(settings), spec, BC(BCConfig(hidden=(8,), pictures=TINY), spec).eval())
-    return kind(kind.Config.model_validate(settings), spec)
+    if not issubclass(kind, Refiner):
+        return NormalizedPolicy(kind(kind.Config.model_validate(settings), spec))
+    if spec is ROWS and kind.OR_ELSE:
+        return NormalizedPolicy(kind(kind.Config.model_validate({"preset": "pendulum", **settings}), spec))
+    base = NormalizedPolicy(BC(BCConfig(hidden=(8,), pictures=TINY), spec).eval())
+    return NormalizedPolicy(kind(kind.Config.model_validate(settings), spec), base)

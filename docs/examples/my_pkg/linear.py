@@ -18,7 +18,7 @@ class LinearConfig(PolicyConfig):
 
 
 class Linear(Policy):
-    """a = W s + b, trained on the mean of (a - a*)**2, clamped to the box when it acts."""
+    """a = W s + b, trained on the mean of (a - a*)**2."""
 
     name = "linear"
     Config = LinearConfig
@@ -26,8 +26,6 @@ class Linear(Policy):
     def __init__(self, config, spec):
         super().__init__(config, spec)
         self.map = nn.Linear(spec.obs_dim, spec.horizon * spec.action_dim, bias=config.bias)
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
 
     def predict(self, obs):
         return self.map(flat_rows(obs)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
@@ -38,4 +36,4 @@ class Linear(Policy):
 
     @torch.no_grad()
     def act(self, obs, *, generator):
-        return self.predict(obs).clamp(self.low, self.high)
+        return self.predict(obs)

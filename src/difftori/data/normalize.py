@@ -126,8 +126,9 @@ class Normalizer(nn.Module):
         return Normalizer(affines, rule(spec.moments or Moments(spec.low, spec.high, spec.low, spec.high)))
 
     def forward(self, window: Window) -> Window:
-        """The window with observations and actions normalised."""
-        return Window(self.normalize_obs(window.obs), self.normalize_actions(window.actions), window.index)
+        """The window with observations and actions normalised, the base's too."""
+        base = None if window.base is None else self.normalize_actions(window.base)
+        return Window(self.normalize_obs(window.obs), self.normalize_actions(window.actions), window.index, base)
 
     def normalize_obs(self, obs: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Float[Tensor, "..."]]:
         """Each entry (… D) by its own normaliser; not all that were fitted need be there.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.il.distributed import Peers
-from difftori.interfaces import Examples, Policy, PolicyConfig
+from difftori.interfaces import Dataset, PolicyConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
 from difftori.types import Metrics, Scalar, Window, to_device
 
@@ -58,16 +59,20 @@ class Place:
 class Learner:
     """A policy in training with its optimiser, its place in the run, and the weights with the least validation error.
 
-    `epochs` is the length of the run, for the schedule. `acting` is what is validated and evaluated: the policy itself, or
-    with `ema` a copy of it with averaged weights. `peers`: other processes that train the same policy.
+    `policy` is the network that is trained. `acting` is what is validated and evaluated: the policy given, or with `ema`
+    one with averaged weights. `epochs` is the length of the run, for the schedule. `peers`: other processes that train the same policy.
     """
 
-    def __init__(self, policy: Policy, settings: PolicyConfig, epochs: int | None = None, peers: Peers | None = None):
-        self.policy, self.peers = policy, peers or Peers.alone()
+    def __init__(
+        self, policy: NormalizedPolicy, settings: PolicyConfig, epochs: int | None = None, peers: Peers | None = None
+    ):
+        self._learning, self.policy, self.peers = policy, policy.policy, peers or Peers.alone()
         self.settings, self.clip_norm = settings, settings.clip_norm
         self.epochs = settings.epochs if epochs is None else epochs
-        self.acting = copy.deepcopy(policy).requires_grad_(False) if settings.ema else policy
-        self.optimizer = make_optimizer(policy.parameters(), settings)
+        self.acting = policy
+        if settings.ema:
+            self.acting = NormalizedPolicy(copy.deepcopy(self.policy).requires_grad_(False), policy.base)
+        self.optimizer = make_optimizer(self.policy.parameters(), settings)
         self.place = Place()
         self.best: State | None = None
 
@@ -83,7 +88,7 @@ class Learner:
             group["lr"] = self.settings.lr * self._lr_share()
         self.optimizer.zero_grad(set_to_none=True)
         own, part = self.peers.share(batch)
-        loss, metrics = self.policy.loss(own, generator=generator)
+        loss, metrics = self._learning.loss(own, generator=generator)
         if not loss.requires_grad:
             raise ObjectiveError(
                 f"step {place.step}: the loss of {self.policy.name!r} depends on no parameter; look for a detach"
@@ -120,13 +125,13 @@ class Learner:
         place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
         return {"epoch": float(place.epoch), **means, "train/skipped": skipped}
 
-    def validate(self, demos: Examples, generator: torch.Generator) -> Metrics:
+    def validate(self, demos: Dataset, generator: torch.Generator) -> Metrics:
         """Mean squared error of what the policy would execute against the expert; keeps the weights if it is the least yet."""
         place = self.place
         place.error = validation_error(self.acting, demos, generator)
         if place.error < place.best_error:
             place.best_error, place.best_epoch = place.error, place.epoch
-            self.best = _copy(self.acting)
+            self.best = _copy(self.acting.policy)
         return {"validation/error": place.error}
 
     def state(self) -> State:
@@ -135,7 +140,7 @@ class Learner:
         return {
             "policy": self.policy.state_dict(),
             "optimizer": optimizer,
-            "average": self.acting.state_dict() if self.settings.ema else None,
+            "average": self.acting.policy.state_dict() if self.settings.ema else None,
             "best": self.best,
             "place": asdict(self.place),
         }
@@ -146,7 +151,7 @@ class Learner:
             self.policy.load_state_dict(state["policy"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.settings.ema:
-                self.acting.load_state_dict(state["average"])
+                self.acting.policy.load_state_dict(state["average"])
             self.best, self.place = state["best"], Place(**state["place"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
@@ -161,9 +166,9 @@ class Learner:
         share = 1.0 - min(self.settings.ema, 1.0 - (1.0 + updates) ** -0.75)
         current = dict(self.policy.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.acting.named_parameters():
+            for name, parameter in self.acting.policy.named_parameters():
                 parameter.lerp_(current[name], share)
-            for kept, buffer in zip(self.acting.buffers(), self.policy.buffers(), strict=True):
+            for kept, buffer in zip(self.acting.policy.buffers(), self.policy.buffers(), strict=True):
                 kept.copy_(buffer)
 
     def _lr_share(self) -> float:
@@ -200,9 +205,9 @@ class Learner:
         )
 
 
-def validation_error(policy: Policy, demos: Examples, generator: torch.Generator) -> float:
+def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.Generator) -> float:
     """Mean over rows, executed steps and dimensions of (policy's action − expert's)²; device from the generator's."""
-    policy.eval()
+    policy.policy.eval()
     total, count = 0.0, 0
     for batch in demos.in_order():
         plans = policy.act(to_device(batch.obs, generator.device), generator=generator).detach().cpu()

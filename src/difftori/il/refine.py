@@ -7,15 +7,17 @@ import torch
 from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
+from difftori.il.base import WithBase, base_actions
 from difftori.il.learner import Learner, run_length
+from difftori.il.loop import TrainLoop
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
-from difftori.policies.refiner import Base, FunctionBase
+from difftori.policies.normalized import Base, NormalizedPolicy
 from difftori.runs.run import seeded
-from difftori.types import Metrics, Plans, WindowObs
+from difftori.types import Metrics
 
 
 def refine(
-    base: Base | Callable[[WindowObs], Plans],
+    base: Base,
     demos: Trajectories,
     *,
     low: Sequence[float],
@@ -27,12 +29,12 @@ def refine(
     seed: int = 0,
     device: str = "cpu",
     watch: Callable[[Metrics], None] | None = None,
-) -> DiffTORI:
+) -> NormalizedPolicy:
     """Train DiffTORI to refine the actions of `base` on these episodes; the policy that then acts.
 
     `base`: from the last O = `observe` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
     observation on, in the task's own units; a function, or anything with `act(obs, *, generator)`. It is asked for
-    its actions at every window, `settings.base_samples` times, or in every batch where that is less, and is not trained. `low` and `high` bound the actions, A numbers
+    its actions at every window, `settings.base_samples` times, before training, and is not trained. `low` and `high` bound the actions, A numbers
     each. Of a plan `execute` actions are to be executed, `actions[:, O − 1 : O − 1 + execute]`, and these are refined.
     `watch` gets the mean metrics of each pass over the windows. The same seed gives the same policy, on the CPU bit by bit.
 
@@ -44,19 +46,12 @@ def refine(
     spec = measured_spec(demos, low=tuple(low), high=tuple(high), observe=observe, horizon=horizon, execute=execute)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        refined = DiffTORI(settings, spec, base if isinstance(base, Base) else FunctionBase(base)).to(device)
-    noise = seeded(seed, "loss", device)
-    epochs, updates = run_length(settings, len(windows))
-    refined.prepare(windows, at_most=updates * settings.batch_size, generator=seeded(seed, "base actions", device))
-    learner = Learner(refined, settings, epochs)
-    for epoch in range(epochs):
-        for batch in windows.batches(settings.batch_size, seeded(seed, f"order of epoch {epoch}")):
-            if learner.place.step == settings.updates:
-                break
-            learner.update(batch, noise)
-        row = learner.close_epoch()
+        refined = NormalizedPolicy(DiffTORI(settings, spec).to(device), base)
+    if refined.base is not None:
+        windows = WithBase(windows, base_actions(refined, windows, seeded(seed, "base actions", device)))
+    learner = Learner(refined, settings, run_length(settings, len(windows))[0])
+    for row in TrainLoop(learner, windows, seed, seeded(seed, "loss", device)).epochs():
         if watch is not None:
             watch(row)
-    acting = learner.acting
-    assert isinstance(acting, DiffTORI)
-    return acting.eval()
+    learner.acting.policy.eval()
+    return learner.acting

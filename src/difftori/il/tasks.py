@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import torch
 
-from difftori.interfaces import Examples
+from difftori.interfaces import Dataset
 from difftori.rollout import Act
 from difftori.types import Metrics, TaskSpec
 
@@ -29,8 +29,8 @@ class ImitationTask(ABC):
     """`train` is learned from, `validation` watches the error, `evaluate` says how good a policy is."""
 
     spec: TaskSpec
-    train: Examples
-    validation: Examples
+    train: Dataset
+    validation: Dataset
 
     @abstractmethod
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:

@@ -1,14 +1,11 @@
 """Imitation: the loop, and the way from a run directory back to a policy."""
 
-import hashlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -17,14 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.errors import CheckpointError, ConfigError
+from difftori.il.base import WithBase, copy_base, kept_base_actions
 from difftori.il.config import TrainConfig, normalised, parse_config
 from difftori.il.distributed import Peers
 from difftori.il.env_task import EVAL_ROWS, Arena
 from difftori.il.learner import Learner, run_length
+from difftori.il.loop import TrainLoop
 from difftori.il.task_names import make_task
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.interfaces import Policy, PolicyConfig
-from difftori.policies.refiner import Refiner
+from difftori.interfaces import Dataset, PolicyConfig
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_policy
 from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
 from difftori.runs.records import read_config, read_summary
@@ -73,14 +72,13 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
         if run.finished:
             return run.summary()
         task = open_task(config)
-        _keep_base(config, out, peers, led_by)
-        policy = _build(config, task.spec, out)
+        base = _base(config, out, peers, led_by)
+        policy = NormalizedPolicy(find_policy(config.policy)(settings, task.spec).to(device), base)
         epochs, updates = run_length(settings, len(task.train))
         learner = Learner(policy, settings, epochs, peers)
         _warn_of_warmup(settings, updates)
-        noise = run.generator("loss", device)
-        if isinstance(policy, Refiner) and policy.has_base:
-            _ask_base(policy, task, config, out, at_most=updates * settings.batch_size)
+        generator = run.generator("loss", device)
+        loop = TrainLoop(learner, _windows(policy, task, config, out), config.seed, generator)
         checkpoint = run.restore()
         peers.wait()  # whoever leads has repaired its checkpoints
         if led_by is not None:
@@ -90,23 +88,19 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
 
         watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
         with StopSignal() as stop, _bar(epochs, learner.place.epoch, progress) as show:
-            while (epoch := learner.place.epoch) < epochs:
-                batches = task.train.batches(settings.batch_size, seeded(config.seed, f"order of epoch {epoch}"))
-                place = learner.place
-                left = None if settings.updates is None else place.batch + settings.updates - place.step
-                for batch in islice(batches, place.batch, left):
-                    if peers.any(stop.requested):
-                        run.save(learner.place.step, _state(learner, task.spec))
-                        stop.leave()
-                    if peers.count > 1:  # one stream for each process and step needs no saving
-                        noise = seeded(config.seed, f"loss of step {place.step} in process {peers.rank}", device)
-                    learner.update(batch.to(device), noise)
-                row = learner.close_epoch()
-                last = epoch + 1 == epochs
-                if peers.leads and (last or (epoch + 1) % watched == 0):
+
+            def stop_if_asked() -> None:
+                if peers.any(stop.requested):
+                    run.save(learner.place.step, _state(learner, task.spec))
+                    stop.leave()
+
+            for row in loop.epochs(stop_if_asked):
+                epoch = learner.place.epoch
+                last = epoch == epochs
+                if peers.leads and (last or epoch % watched == 0):
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
                 run.log(learner.place.step, row)
-                if last or (epoch + 1) % config.save_every == 0:
+                if last or epoch % config.save_every == 0:
                     run.save(learner.place.step, _state(learner, task.spec))
                 show(row)
             if peers.any(stop.requested):  # in the last epoch's end, which is saved
@@ -128,30 +122,28 @@ def open_task(config: TrainConfig) -> ImitationTask:
     return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
 
 
-def _keep_base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> None:
-    """Copy the base into the run, unless it is there; whoever follows takes the one of whoever leads."""
-    if config.base is None or not issubclass(find_policy(config.policy), Refiner):
-        return
+def _base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> NormalizedPolicy | None:
+    """The base policy, of which the run keeps a copy, `base.pt`; whoever follows takes the one of whoever leads."""
+    if config.base is None:
+        return None
     if peers.leads and not (out / "base.pt").exists():
-        _copy_base(Path(config.base), out)
+        copy_base(Path(config.base), out)
     peers.wait()
     if led_by is not None:
-        _copy_base(led_by, out, "base.pt")
+        copy_base(led_by, out, "base.pt")
+    return _restored_base(read_weights(out / "base.pt"), config, f"{out}, base")
 
 
-def _copy_base(base: Path, out: Path, name: str = "policy.pt") -> None:
-    """Keep what is refined: the run resumes, and acts, whatever becomes of the base's own."""
-    if not (base / name).exists():
-        raise ConfigError([f"base: {base} is not finished; go on with `difftori train --resume {base}`"])
-    read_weights(base / name)  # raises if it is damaged
-    replace_file(out / "base.pt.sha256", (base / f"{name}.sha256").read_bytes())
-    replace_file(out / "base.pt", (base / name).read_bytes())
-
-
-def _base_of(state: State, config: TrainConfig, place: str) -> Policy:
-    """The policy that another run exported."""
-    of_base = parse_config({**state["config"], "device": config.device, "base": None})
-    return _restored(state, of_base, "last", place)
+def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, out: Path) -> Dataset:
+    """The training windows, with the base's actions at each if there is a base."""
+    if policy.base is None:
+        return task.train
+    generator = seeded(config.seed, "base actions", config.device)
+    digest = (out / "base.pt.sha256").read_text(encoding="utf-8")
+    base = f"{digest} {config.seed} {config.device} {config.threads}"
+    folder = Path(config.base or out)
+    folder = folder if folder.is_dir() else out
+    return WithBase(task.train, kept_base_actions(policy, task.train, generator, base=base, folder=folder))
 
 
 def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
@@ -162,50 +154,6 @@ def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
             updates,
             settings.lr,
         )
-
-
-def _build(config: TrainConfig, spec: TaskSpec, out: Path) -> Policy:
-    """The policy that a run begins with, a refiner on its base, of which the run keeps a copy: `base.pt`."""
-    kind = find_policy(config.policy)
-    if not issubclass(kind, Refiner):
-        if config.base is not None:
-            raise ConfigError([f"base: {config.policy!r} starts from no other policy; leave --base out"])
-        return kind(config.settings, spec).to(config.device)
-    base = None
-    if config.base is not None:
-        base = _base_of(read_weights(out / "base.pt"), config, f"{out}, base")
-    return kind(config.settings, spec, base).to(config.device)
-
-
-_WORTH_KEEPING = 5.0
-"""Seconds that asking a base must take for its answers to be kept."""
-
-
-def _ask_base(policy: Refiner, task: ImitationTask, config: TrainConfig, out: Path, *, at_most: int) -> None:
-    """Prepare a refiner. Answers that took long are kept beside the base, for this run's next start and for other refiners."""
-    if not policy.looks_up(task.train, at_most=at_most):
-        return
-    seen = hashlib.sha256((out / "base.pt.sha256").read_bytes())
-    seen.update(f"{config.seed} {config.device} {config.threads} {policy.base_samples}".encode())
-    for batch in task.train.in_order():
-        for name, values in sorted(batch.obs.items()):
-            seen.update(name.encode() + values.contiguous().numpy().tobytes())
-    place = Path(config.base or out)
-    kept = (place if place.is_dir() else out) / f"base-actions-{seen.hexdigest()[:16]}.pt"
-    if kept.exists():
-        try:
-            policy.prepared = read_weights(kept)["actions"]
-            return
-        except (CheckpointError, KeyError) as error:
-            _log.warning("the base is asked again: %s", error)
-    started = time.perf_counter()
-    generator = seeded(config.seed, "base actions", config.device)
-    policy.prepare(task.train, at_most=at_most, generator=generator)
-    if policy.prepared is not None and time.perf_counter() - started > _WORTH_KEEPING:
-        try:
-            write_weights(kept, {"actions": policy.prepared})
-        except CheckpointError as error:  # another refiner may be writing the same, or the folder be somebody else's
-            _log.warning("what the base answered is not kept: %s", error)
 
 
 def summarise(
@@ -229,7 +177,7 @@ def summarise(
         found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
     if which != "last":
         if learner.best is not None and (place.best_epoch != place.epoch or "last" not in found):
-            learner.acting.load_state_dict(learner.best)
+            learner.acting.policy.load_state_dict(learner.best)
             found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
         else:
             found["best"] = found["last"]
@@ -238,7 +186,7 @@ def summarise(
     return summary, {name: result.episodes for name, result in found.items()}
 
 
-def evaluate(policy: Policy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
+def evaluate(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
     """The task's own measure of a policy, from starts that are the same for every policy."""
     act = _seeded_actor(policy, config)
     return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
@@ -275,13 +223,13 @@ def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> 
 
     A refiner's holds all of its base too, so that it acts when the base's run is gone.
     """
-    weights = {"policy": learner.acting.state_dict(), "best": learner.best}
+    weights = {"policy": learner.acting.policy.state_dict(), "best": learner.best}
     base = read_weights(out / "base.pt") if config.base is not None else None
     plain = config.model_dump(mode="json")
     write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
 
 
-def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[Policy, TrainConfig]:
+def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[NormalizedPolicy, TrainConfig]:
     """The policy of a run, ready to act on `device`, and the run's configuration (with that device).
 
     An unfinished run gives the weights of its newest valid checkpoint. Raises ConfigError if `run_dir` is no run or its
@@ -294,32 +242,32 @@ def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") ->
     return _restored(state, config, which, str(run_dir)), config
 
 
-def _restored(state: State, config: TrainConfig, which: Which, place: str) -> Policy:
+def _restored(state: State, config: TrainConfig, which: Which, place: str) -> NormalizedPolicy:
     """A policy from what `export` wrote, with its base."""
-    kind = find_policy(config.policy)
     try:
-        spec = TaskSpec.from_plain(state["spec"])
-        if issubclass(kind, Refiner):
-            below = state.get("base")
-            base = None if below is None else _base_of(below, config, f"{place}, base")
-            policy = kind(config.settings, spec, base)
-        else:
-            policy = kind(config.settings, spec)
+        below = state.get("base")
+        base = None if below is None else _restored_base(below, config, f"{place}, base")
+        policy = find_policy(config.policy)(config.settings, TaskSpec.from_plain(state["spec"]))
         learner = state["learner"]
         last = learner.get("average") or learner["policy"]
         policy.load_state_dict(learner["best"] or last if which == "best" else last)
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{place}: its weights do not fit {config.policy!r}: {error}") from error
-    return policy.to(config.device).eval()
+    return NormalizedPolicy(policy.to(config.device).eval(), base)
+
+
+def _restored_base(state: State, config: TrainConfig, place: str) -> NormalizedPolicy:
+    """The base policy from what its run exported, on the device of the run that refines it."""
+    return _restored(state, parse_config({**state["config"], "device": config.device, "base": None}), "last", place)
 
 
 def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
 
 
-def _seeded_actor(policy: Policy, config: TrainConfig) -> Act:
+def _seeded_actor(policy: NormalizedPolicy, config: TrainConfig) -> Act:
     """The policy as a task calls it, from the CPU to the CPU, with a generator of its own."""
-    policy.eval()
+    policy.policy.eval()
     generator = seeded(config.seed, "evaluation: policy", config.device)
 
     def act(obs: WindowObs) -> Plans:

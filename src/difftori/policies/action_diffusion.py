@@ -4,11 +4,9 @@ from typing import Annotated, final
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from difftori.data.normalize import Normalizer
-from difftori.errors import BoxError
 from difftori.models.diffusion import DDIM, DDPM, NoiseSchedule, Prediction, Sampler, denoise
 from difftori.models.nets import noise_like
 from difftori.models.pictures import Pictures
@@ -42,23 +40,12 @@ class ActionDiffusionConfig(ChiLearning):
 class ActionDiffusion(nn.Module):
     """p(a | o): noise over all H actions at once, taken away step by step by a U-Net that is told what was seen.
 
-    Actions are normalised to [−1, 1] by the training data's range, or by the box where nothing was measured, which then
-    must be finite (`BoxError`). Rows never interact.
+    Rows never interact.
     """
 
     def __init__(self, config: ActionDiffusionConfig, spec: TaskSpec):
         super().__init__()
-        self.low: Tensor
-        self.high: Tensor
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
-        if spec.moments is None and not (self.low.isfinite().all() and self.high.isfinite().all()):
-            raise BoxError(
-                f"diffusion: actions are normalised by the box [{spec.low}, {spec.high}], which is not finite: give finite "
-                "bounds, or measured data"
-            )
         self.plan_shape = spec.horizon, spec.action_dim
-        self.normalizer = Normalizer.of(spec)
         self.window = WindowEncoder(spec, config.pictures)
         self.schedule = NoiseSchedule(config.noise_steps, config.prediction)
         self.sampler: Sampler = DDPM() if config.inference_steps is None else DDIM(config.inference_steps)
@@ -72,23 +59,21 @@ class ActionDiffusion(nn.Module):
 
         `generator` draws the crops of pictures, the noise, and k (Ho et al., 2020, Eq. 14).
         """
-        window = self.normalizer(batch)
-        clean = window.actions
-        features = self.window(window.obs, generator)
+        clean = batch.actions
+        features = self.window(batch.obs, generator)
         noise = noise_like(clean, generator)
         step = torch.randint(self.schedule.steps, (len(clean),), generator=generator, device=clean.device)
-        said = self.unet(self.schedule.noised(clean, noise, step), step, features)
-        return F.mse_loss(said, self.schedule.target(clean, noise))
+        predicted = self.unet(self.schedule.noised(clean, noise, step), step, features)
+        return F.mse_loss(predicted, self.schedule.target(clean, noise))
 
     @torch.no_grad()
     def sample(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """Actions (B H A) in the task's units, inside the box, one draw for each row."""
-        features = self.window(self.normalizer.normalize_obs(obs))
+        """Actions (B H A), one draw for each row."""
+        features = self.window(obs)
         shape = len(features), *self.plan_shape
         noise = torch.randn(shape, generator=generator, dtype=features.dtype, device=features.device)
 
-        def said(actions: Plans, step: RowCounts) -> Plans:
+        def predicted(actions: Plans, step: RowCounts) -> Plans:
             return self.unet(actions, step, features)
 
-        unit = denoise(said, self.schedule, self.sampler, noise, generator=generator)
-        return self.normalizer.denormalize_actions(unit).clamp(self.low, self.high)
+        return denoise(predicted, self.schedule, self.sampler, noise, generator=generator)

@@ -4,14 +4,14 @@ from typing import final
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
-from difftori.policies._units import Units
+from difftori.policies._units import finite_box
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -33,25 +33,29 @@ class BCConfig(PolicyConfig):
 class BC(Policy):
     """Features of what was seen → all H actions at once: â = centre + half-width·tanh(MLP(s)), trained on mean (â − a*)².
 
-    Observations are normalised where the training data was measured. Actions (B H A) lie in the task's units inside the
-    box, which must be finite (`BoxError`).
+    Actions (B H A) lie in the task's units inside the box, which must be finite (`BoxError`).
     The mean runs over rows, steps and action dimensions.
     """
 
     name = "bc"
     Config = BCConfig
+    NORMALIZES = "observations"
 
     def __init__(self, config: BCConfig, spec: TaskSpec):
         super().__init__(config, spec)
         outputs = spec.horizon * spec.action_dim
-        self.units = Units(spec, self.name)
+        self.low: Tensor
+        self.high: Tensor
+        low, high = finite_box(spec, self.name)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         self.window = WindowEncoder(spec, config.pictures)
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Plans:
         """The controls (B H A), with their graph; `crops` as `WindowEncoder` has it."""
-        raw = self.net(self.window(self.units.obs(obs), crops)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
-        return self.units.squashed(raw)
+        raw = self.net(self.window(obs, crops)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
+        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared control error; `generator` draws the crops of pictures alone."""
@@ -61,4 +65,4 @@ class BC(Policy):
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The controls (B H A); deterministic, draws nothing from `generator`."""
-        return self.predict(obs).clamp(self.units.low, self.units.high)  # a rounding error may lead out
+        return self.predict(obs)

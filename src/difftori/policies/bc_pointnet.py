@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
-from difftori.policies._units import Units, whole_plans
-from difftori.types import Latents, Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.policies._units import finite_box
+from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
 
 
 class BCPointNetConfig(PolicyConfig):
@@ -62,6 +62,8 @@ class BCPointNet(Policy):
     name = "bc-pointnet"
     Config = BCPointNetConfig
     WINDOW = (1, 1, 1)
+    NORMALIZES = "observations"
+    FROM_PRESENT = True
 
     def __init__(self, config: BCPointNetConfig, spec: TaskSpec):
         super().__init__(config, spec)
@@ -73,7 +75,11 @@ class BCPointNet(Policy):
                 f"bc-pointnet reads point clouds (points, columns) and vectors; the task shows "
                 f"{ {name: entry.shape for name, entry in spec.obs.items()} }: choose another obs, or policy"
             )
-        self.units = Units(spec, self.name)
+        self.low: Tensor
+        self.high: Tensor
+        low, high = finite_box(spec, self.name)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         self.clouds = nn.ModuleDict(
             {f"obs_{name}": PointFeatures(columns, config.point_layers) for name, columns in clouds.items()}
         )
@@ -87,19 +93,18 @@ class BCPointNet(Policy):
 
     def predict(self, obs: WindowObs) -> PartPlans:
         """The executed actions (B P A) in the task's units, with their graph."""
-        raw = self.net(self._features(self.units.obs(obs))).unflatten(1, (self.spec.execute, self.spec.action_dim))
-        return self.units.squashed(raw)
+        raw = self.net(self._features(obs)).unflatten(1, (self.spec.execute, self.spec.action_dim))
+        return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared error of the executed actions; draws nothing from `generator`."""
-        loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, self.spec.present])
+        loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, : self.spec.execute])
         return loss, {"action_mse": loss.item()}
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The executed actions amid their repetitions (B H A); deterministic, draws nothing from `generator`."""
-        executed = self.predict(obs).clamp(self.units.low, self.units.high)  # a rounding error may lead out
-        return whole_plans(executed, self.spec)
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:
+        """The executed actions (B P A); deterministic, draws nothing from `generator`."""
+        return self.predict(obs)
 
     def _features(self, obs: WindowObs) -> Latents:
         """Normalised observations in one row (B F)."""

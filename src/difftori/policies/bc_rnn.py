@@ -14,7 +14,6 @@ from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import noise_like
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
-from difftori.policies._units import Units
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 LOW_NOISE = 1e-4
@@ -80,7 +79,7 @@ class BCRNNGMM(Policy):
 
         h_t = LSTM(features of o_t, h_{t−1});   (logits, µ, σ)_t = linear(h_t);   µ through tanh, σ = softplus + `min_std`
 
-    In units of the training data's range, [−1, 1]. The loss is the mean over rows and all H steps of the window. The LSTM
+    The loss is the mean over rows and all H steps of the window. The LSTM
     starts from zeros at the oldest observation. Steps after the present (H > O) see the last observation again.
     Source: Mandlekar et al. (2021), "What Matters in Learning from Offline Human Demonstrations", and robomimic's code.
 
@@ -98,13 +97,12 @@ class BCRNNGMM(Policy):
     def __init__(self, config: BCRNNGMMConfig, spec: TaskSpec):
         super().__init__(config, spec)
         self.settings = config
-        self.units = Units(spec, self.name)
         self.frame = WindowEncoder(replace(spec, observe=1), config.pictures)
         self.lstm = nn.LSTM(self.frame.width, config.hidden, config.layers, batch_first=True)
         self.head = nn.Linear(config.hidden, config.modes * (2 * spec.action_dim + 1))
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
-        """Normalised observations → the mixture of each of the H steps, in units; `crops` as `WindowEncoder` has it."""
+        """The mixture of each of the H steps; `crops` as `WindowEncoder` has it."""
         rows, seen, steps = len(next(iter(obs.values()))), self.spec.observe, self.spec.horizon
         features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
@@ -117,15 +115,14 @@ class BCRNNGMM(Policy):
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of pictures alone."""
-        window = self.units(batch)
-        mixture = self.predict(window.obs, generator)
-        loss = -mixture.log_prob(window.actions).mean()
+        mixture = self.predict(batch.obs, generator)
+        loss = -mixture.log_prob(batch.actions).mean()
         return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """A draw of the actions (B H A): the mean of one mode of each row, but for 1e-4, with `low_noise`."""
-        mixture = self.predict(self.units.obs(obs))
+        mixture = self.predict(obs)
         if self.settings.low_noise:
             mixture = replace(mixture, stds=torch.full_like(mixture.stds, LOW_NOISE))
-        return self.units.task(mixture.sample(generator))
+        return mixture.sample(generator)

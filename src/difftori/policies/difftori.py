@@ -14,8 +14,7 @@ from difftori.models.nets import mlp, noise_like, quiet
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
-from difftori.policies._units import Units, whole_plans
-from difftori.policies.refiner import Base, Refiner, RefinerConfig
+from difftori.policies.refiner import Refiner, RefinerConfig
 from difftori.solver import (
     Adjoint,
     Box,
@@ -142,11 +141,10 @@ class DiffTORIConfig(RefinerConfig):
 class DiffTORI(Refiner):
     """â(θ; s) = argmax_a Σ_{t<H} γ^t f_θ(z_t, a_t), z_0 = h_θ(s), z_{t+1} = d_θ(z_t, a_t) (Eq. 7), trained on ‖â − a*‖² + β KL (Eq. 9).
 
-    The solve starts at the base's actions and refines those from the present on; `base` may be None where `init` and
-    `anchor` need none, and is not asked there. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
+    The solve starts at the base's actions and refines those from the present on; no base is used where `init` and
+    `anchor` need none. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
     Encoder h, dynamics d (residual) and score f are MLPs with ELU, because f must bend for the argmax to be anywhere but
-    on the box. Actions are planned in units of the training data's range, or of the action box where nothing was
-    measured: [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
+    on the box, [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
 
     Differs from paper: no latent sample unless `cvae_dim` is set, because with much noise on the start it was measured
     harmful where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
@@ -154,17 +152,23 @@ class DiffTORI(Refiner):
 
     name = "difftori-il"
     Config = DiffTORIConfig
-    NEEDS_BASE = False
+    OR_ELSE = ", or --init prior, zero or random (and --anchor none or middle)"
 
-    def __init__(self, config: DiffTORIConfig, spec: TaskSpec, base: Base | None = None):
-        super().__init__(config, spec, base if "base" in (config.init, config.anchor) else None)
+    def __init__(self, config: DiffTORIConfig, spec: TaskSpec):
+        super().__init__(config, spec)
         self.settings = config
-        drawn = config.act_latent == "sample" and config.cvae_dim > 0
-        self.draws = self.draws or drawn or config.init == "random"
-        self._check(config, spec)
-        self.units = Units(spec, self.name)
-        chunk = config.decision == "chunk"
+        self.uses_base = "base" in (config.init, config.anchor)
+        self.draws = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
+        room = spec.horizon - spec.observe + 1
         self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
+        if not spec.execute <= self.planned <= room:
+            raise ConfigError(
+                [
+                    f"settings.plan_horizon: {self.planned}: between the {spec.execute} actions that are executed and the "
+                    f"{room} that there are from the present on"
+                ]
+            )
+        chunk = config.decision == "chunk"
         self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
         self.window = WindowEncoder(spec, config.pictures)
         self.encoder, self.state_dim = _encoder(config, self.window.width)
@@ -184,99 +188,24 @@ class DiffTORI(Refiner):
         if config.cvae_dim:
             self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
 
-    def _check(self, config: DiffTORIConfig, spec: TaskSpec) -> None:
-        faults = []
-        if not self.has_base and "base" in (config.init, config.anchor):
-            faults.append(
-                "base: difftori-il refines another policy's actions; give --base RUN, or --init prior, zero or random "
-                "(and --anchor none or middle)"
-            )
-        room = spec.horizon - spec.observe + 1
-        if config.plan_horizon is not None and not spec.execute <= config.plan_horizon <= room:
-            faults.append(
-                f"settings.plan_horizon: {config.plan_horizon}: between the {spec.execute} actions that are executed and "
-                f"the {room} that there are from the present on"
-            )
-        if faults:
-            raise ConfigError(faults)
-
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve; and the prior's own loss."""
-        window = self.units(batch)
-        target = self._from_present(window.actions)
-        base = self.unit_base(self.base_plans(batch, generator=generator)) if self.has_base else None
+        target = batch.actions[:, : self.planned]  # a*
+        base = self.planned_base(self.choose_base(batch, generator)) if self.uses_base else None
         guess = self.guess(batch.obs, base, generator, crops=generator)
-        start = guess + self.noise * noise_like(guess, generator)
-        state = self.encode(window.obs, generator)
-        sample, divergence = self._posterior(state, target, generator)
+        start = guess + self.noise(batch) * noise_like(guess, generator)  # x_0
+        state = self.encode(batch.obs, generator)  # z^s = h(s)
+        sample, divergence = self._posterior(state, target, generator)  # z̃ ~ N(μ, σ²)
         plan = self.plan(state, sample, start, base, self._adjoint())
-        error = F.mse_loss(plan.actions.reshape(target.shape), target)
+        error = F.mse_loss(plan.actions.reshape(target.shape), target)  # ‖â − a*‖²
         loss = error + self.settings.kl_coef * divergence / target[0].numel()
-        unsolved = 1.0 - plan.solution.finite.float().mean().item()
-        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item(), "unsolved": unsolved}
+        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item()}
+        metrics["unsolved"] = 1.0 - plan.solution.finite.float().mean().item()
         if self.posterior is not None:
             metrics["kl"] = divergence.item()
         if self.prior is not None:
             loss = loss + self.settings.prior_coef * F.mse_loss(guess, target)
         return loss, metrics
-
-    @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The actions (B H A): those of the solve from the present on, of `act_samples` solves the best by the model."""
-        whole = self.base_act(obs, generator=generator) if self.has_base else None
-        base = None if whole is None else self.unit_base(whole)
-        start = self.guess(obs, base, generator)
-        state = self.encode(self.units.obs(obs))
-        rows, samples = len(state), self.settings.act_samples
-
-        def again(values: Tensor) -> Tensor:
-            return values.repeat(samples, *(1,) * (values.ndim - 1))
-
-        sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
-        if self.settings.act_latent == "sample" and sample.numel():
-            sample = noise_like(sample, generator)
-        plan = self.plan(again(state), sample, again(start), None if base is None else again(base), Detached())
-        actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
-        chosen = actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
-        return self._whole(chosen.reshape(rows, self.planned, self.spec.action_dim), whole)
-
-    @property
-    def noise(self) -> float:
-        """σ of the noise on the start in training."""
-        if self.settings.base_noise is not None:
-            return self.settings.base_noise
-        varies = self.base_varies if self.settings.init == "base" else self.settings.init == "random"
-        return 0.0 if varies else DEFAULT_NOISE
-
-    def guess(
-        self,
-        obs: WindowObs,
-        base: PartPlans | None,
-        generator: torch.Generator,
-        crops: torch.Generator | None = None,
-    ) -> PartPlans:
-        """Where the solve starts, in units of the box (B P A), P actions from the present on; `crops` as `encode` has it."""
-        if self.settings.init == "base":
-            assert base is not None
-            return base
-        rows = len(next(iter(obs.values())))
-        zeros = self.units.low.new_zeros(rows, self.planned, self.spec.action_dim)
-        if self.prior is not None:
-            return torch.tanh(self.prior(self.window(self.units.obs(obs), crops))).reshape(zeros.shape)
-        if self.settings.init == "zero":
-            return zeros
-        return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
-
-    def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
-        """z^s = h(s) of normalised observations; `crops` draws the parts of pictures that are seen, in training."""
-        return self.encoder(self.window(obs, crops))
-
-    def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
-        """Eq. 7 for the states z^s (B Z) and samples z̃ (B W), over actions in units of the box."""
-        parts = [state, sample]
-        if self.settings.anchor == "base" and base is not None:
-            parts.append(base.flatten(1))
-        return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
 
     def plan(
         self,
@@ -291,6 +220,62 @@ class DiffTORI(Refiner):
         """Eq. 7 solved from `start` (B P A); `history`: with every iterate."""
         first = start.reshape(len(state), self.steps, self.size)
         return self._planner(adjoint).plan(self.objective(state, sample, base), first, history=history)
+
+    def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
+        """Eq. 7 for the states z^s (B Z) and samples z̃ (B W)."""
+        parts = [state, sample]
+        if self.settings.anchor == "base" and base is not None:
+            parts.append(base.flatten(1))
+        return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
+
+    @torch.no_grad()
+    def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
+        """The planned actions (B P A): of `act_samples` solves the best by the model."""
+        planned = None if base is None else self.planned_base(base)
+        start = self.guess(obs, planned, generator)
+        state = self.encode(obs)
+        rows, samples = len(state), self.settings.act_samples
+
+        def again(values: Tensor) -> Tensor:
+            return values.repeat(samples, *(1,) * (values.ndim - 1))
+
+        sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
+        if self.settings.act_latent == "sample" and sample.numel():
+            sample = noise_like(sample, generator)
+        plan = self.plan(again(state), sample, again(start), None if planned is None else again(planned), Detached())
+        actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
+        return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
+
+    def noise(self, batch: Window) -> float:
+        """σ of the noise on the start in training: none where the start of a state varies, with several samples of the base."""
+        if self.settings.base_noise is not None:
+            return self.settings.base_noise
+        several = batch.base is not None and batch.base.shape[1] > 1
+        varies = several if self.settings.init == "base" else self.settings.init == "random"
+        return 0.0 if varies else DEFAULT_NOISE
+
+    def guess(
+        self,
+        obs: WindowObs,
+        base: PartPlans | None,
+        generator: torch.Generator,
+        crops: torch.Generator | None = None,
+    ) -> PartPlans:
+        """Where the solve starts (B P A), P actions from the present on; `crops` as `encode` has it."""
+        if self.settings.init == "base":
+            assert base is not None
+            return base
+        rows = len(next(iter(obs.values())))
+        zeros = self.raw_step_size.new_zeros(rows, self.planned, self.spec.action_dim)
+        if self.prior is not None:
+            return torch.tanh(self.prior(self.window(obs, crops))).reshape(zeros.shape)
+        if self.settings.init == "zero":
+            return zeros
+        return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
+
+    def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
+        """z^s = h(s); `crops` draws the parts of pictures that are seen, in training."""
+        return self.encoder(self.window(obs, crops))
 
     def _energy(self, state: States, action: Actions) -> Rows:
         """f(z, a) − ½k‖a − c‖². What is left of c stands behind z, that of this step first."""
@@ -338,23 +323,9 @@ class DiffTORI(Refiner):
             self.settings.adjoint
         ]
 
-    def _from_present(self, plans: Plans) -> PartPlans:
-        """The P actions that are planned, of H (B H A)."""
-        first = self.spec.observe - 1
-        return plans[:, first : first + self.planned]
-
-    def unit_base(self, whole: Plans) -> PartPlans:
-        """The base's actions in units of the box, those that are planned."""
-        return self.units.of(self._from_present(whole)).clamp(-1, 1)
-
-    def _whole(self, planned: PartPlans, whole: Plans | None) -> Plans:
-        """H actions in the task's units: the base's with the planned ones in their place, or the planned ones' ends repeated."""
-        actions = self.units.task(planned)
-        if whole is None:
-            return whole_plans(actions, self.spec)
-        before = self.spec.observe - 1
-        whole = whole.clamp(self.units.low, self.units.high)
-        return torch.cat((whole[:, :before], actions, whole[:, before + self.planned :]), 1)
+    def planned_base(self, base: Plans) -> PartPlans:
+        """The base's actions that are planned."""
+        return base[:, : self.planned].clamp(-1, 1)
 
 
 def _encoder(config: DiffTORIConfig, features: int) -> tuple[nn.Module, int]:

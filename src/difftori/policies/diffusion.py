@@ -56,5 +56,5 @@ class DiffusionPolicy(Policy):
         return loss, {"denoising_mse": loss.item()}
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """One draw (B H A) for each row, inside the box."""
+        """One draw (B H A) for each row."""
         return self.model.sample(obs, generator=generator)

@@ -52,5 +52,5 @@ class DP3(Policy):
         return loss, {"denoising_mse": loss.item()}
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """One draw (B H A) for each row, inside the box."""
+        """One draw (B H A) for each row."""
         return self.model.sample(obs, generator=generator)

@@ -21,8 +21,8 @@ from difftori.policies._energy import (
     info_nce,
     uniform,
 )
-from difftori.policies._units import Units, whole_plans
-from difftori.types import Latents, Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.policies._units import normalized_bounds
+from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
 
 
 class IBCConfig(EnergyConfig):
@@ -84,9 +84,8 @@ class IBC(Policy):
         L = −log [ e^{−E(s, a*)} / (e^{−E(s, a*)} + Σ_j e^{−E(s, a_j)}) ]
 
     (Florence et al., 2021, "Implicit Behavioral Cloning", Sec. 2.) The energy is an MLP of the features of what was
-    seen and of the actions to execute, all as one vector; by default that is one action. Actions are sought in units of
-    the training data's range, inside the box, among candidates that begin uniform. Of the H actions that are returned,
-    those before and after the executed ones repeat the first and the last of them.
+    seen and of the actions to execute, all as one vector; by default that is one action. Actions are sought inside the box and the
+    training data's range, among candidates that begin uniform.
 
     Differs from Diffusion Policy's IBC: moves shrink by half each time, as in Florence et al.; the candidate of least
     energy is executed, theirs is drawn by softmax(−E). Differs from Florence et al.: a plain MLP; no second chain.
@@ -96,11 +95,16 @@ class IBC(Policy):
     Config = IBCConfig
     WINDOW = (2, 2, 1)
     STOCHASTIC = True
+    FROM_PRESENT = True
 
     def __init__(self, config: IBCConfig, spec: TaskSpec):
         super().__init__(config, spec)
         self.settings = config
-        self.units = Units(spec, self.name, margin=config.margin)
+        self.low: Tensor
+        self.high: Tensor
+        low, high = normalized_bounds(spec, margin=config.margin)
+        self.register_buffer("low", low.repeat(spec.execute), persistent=False)
+        self.register_buffer("high", high.repeat(spec.execute), persistent=False)
         self.window = WindowEncoder(spec, config.pictures)
         variables = spec.execute * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
@@ -109,9 +113,9 @@ class IBC(Policy):
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """InfoNCE, with the penalty on steep energies; and how often the expert's action had the least energy."""
-        window, settings = self.units(batch), self.settings
-        features = self.window(window.obs, generator)
-        target = window.actions[:, self.spec.present].flatten(1)
+        settings = self.settings
+        features = self.window(batch.obs, generator)
+        target = batch.actions[:, : self.spec.execute].flatten(1)
         noise = noise_like(target, generator)
         negatives = self._uniform(settings.num_negatives, len(target), generator)
         if settings.negatives == "langevin":
@@ -126,26 +130,22 @@ class IBC(Policy):
         return loss, metrics
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The actions of least energy that were found, amid their repetitions (B H A)."""
-        features = self.window(self.units.obs(obs))
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:
+        """The executed actions (B P A) of least energy that were found."""
+        features = self.window(obs)
         candidates = self._uniform(self.settings.samples, len(features), generator)
         score = partial(self.score.in_parts, features, at_once=self.settings.at_once)
         if self.settings.inference == "langevin":
             candidates = self._moved(features, candidates, generator)
         else:
-            candidates = self.search.run(score, candidates, *self._bounds(), generator=generator)
+            candidates = self.search.run(score, candidates, self.low, self.high, generator=generator)
         found = best(candidates, score(candidates))
-        executed = self.units.task(found.unflatten(1, (self.spec.execute, self.spec.action_dim)))
-        return whole_plans(executed, self.spec)
+        return found.unflatten(1, (self.spec.execute, self.spec.action_dim))
 
     def _moved(self, features: Latents, candidates: Candidates, generator: torch.Generator) -> Candidates:
         """The candidates after the Langevin steps, without a graph."""
-        return self.chain.run(partial(self.score.slopes, features), candidates, *self._bounds(), generator=generator)
+        slopes = partial(self.score.slopes, features)
+        return self.chain.run(slopes, candidates, self.low, self.high, generator=generator)
 
     def _uniform(self, count: int, rows: int, generator: torch.Generator) -> Candidates:
-        return uniform(count, rows, *self._bounds(), generator)
-
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest of each variable."""
-        return self.units.least.repeat(self.spec.execute), self.units.greatest.repeat(self.spec.execute)
+        return uniform(count, rows, self.low, self.high, generator)

@@ -22,9 +22,9 @@ from difftori.policies._energy import (
     info_nce,
     uniform,
 )
-from difftori.policies._units import Units
-from difftori.policies.refiner import Base, Refiner, RefinerConfig
-from difftori.types import Latents, Metrics, Plans, Points, Scalar, TaskSpec, Window, WindowObs
+from difftori.policies._units import normalized_bounds
+from difftori.policies.refiner import Refiner, RefinerConfig
+from difftori.types import Latents, Metrics, PartPlans, Plans, Points, Scalar, TaskSpec, Window, WindowObs
 
 
 class IBCBaseConfig(EnergyConfig, RefinerConfig):
@@ -69,8 +69,7 @@ class IBCBase(Refiner):
 
     E is `ibc`'s, over all actions that are executed as one vector, and learned by InfoNCE: the expert's actions against
     the base's own, others around the base's and around the expert's, and uniform ones. If no candidate has less energy
-    than the base's actions, they are returned bit for bit: refining can be declined. In units of the training data's
-    range, inside the box.
+    than the base's actions, they are returned bit for bit: refining can be declined.
 
     Wan et al. (2024) report IBC on a base and do not say how it was done; this is one fair reading.
     """
@@ -79,10 +78,14 @@ class IBCBase(Refiner):
     Config = IBCBaseConfig
     STOCHASTIC = True
 
-    def __init__(self, config: IBCBaseConfig, spec: TaskSpec, base: Base | None = None):
-        super().__init__(config, spec, base)
+    def __init__(self, config: IBCBaseConfig, spec: TaskSpec):
+        super().__init__(config, spec)
         self.settings = config
-        self.units = Units(spec, self.name)
+        self.low: Tensor
+        self.high: Tensor
+        low, high = normalized_bounds(spec)
+        self.register_buffer("low", low.repeat(spec.execute), persistent=False)
+        self.register_buffer("high", high.repeat(spec.execute), persistent=False)
         self.window = WindowEncoder(spec, config.pictures)
         variables = spec.execute * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
@@ -91,37 +94,34 @@ class IBCBase(Refiner):
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """InfoNCE; how often the expert's action had the least energy, and how often less than the base's."""
-        window = self.units(batch)
-        target = window.actions[:, self.spec.present].flatten(1)
-        base = self._executed(self.base_plans(batch, generator=generator))
+        target = self._executed(batch.actions)
+        base = self._executed(self.choose_base(batch, generator))
         noise = noise_like(target, generator)
         expert = target + self.settings.positive_noise * noise
         negatives = self._negatives(base, target, generator)
         candidates = torch.cat((expert.unsqueeze(0), base.unsqueeze(0), negatives))
-        features = self.window(window.obs, generator)
+        features = self.window(batch.obs, generator)
         scores = self.score.in_parts(features, candidates, at_once=self.settings.at_once, generator=generator)
         loss, found = info_nce(scores)
         over_base = (scores[0] > scores[1]).float().mean().item()
         return loss, {"info_nce": loss.item(), "expert_first": found, "expert_over_base": over_base}
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The base's actions (B H A), those that are executed replaced where better ones were found."""
-        plans = self.base_act(obs, generator=generator).clamp(self.units.low, self.units.high)
-        features = self.window(self.units.obs(obs))
-        candidates = self._candidates(features, self._executed(plans), generator)
+    def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
+        """The executed actions (B P A): the base's, replaced where better ones were found."""
+        assert base is not None
+        executed = base[:, : self.spec.execute]
+        features = self.window(obs)
+        candidates = self._candidates(features, executed.flatten(1), generator)
         scores = finite(self.score.in_parts(features, candidates, at_once=self.settings.at_once))
         # Equal energies may differ by rounding, and the base counts as the better of equals.
         rounding = 32 * torch.finfo(scores.dtype).eps * scores[0].abs().clamp_min(1.0)
         better = scores.amax(0) > scores[0] + self.settings.advantage + rounding
-        executed = plans[:, self.spec.present]
-        found = self.units.task(best(candidates, scores).reshape(executed.shape))
-        plans[:, self.spec.present] = torch.where(better[:, None, None], found, executed)
-        return plans
+        return torch.where(better[:, None, None], best(candidates, scores).reshape(executed.shape), executed)
 
     def _candidates(self, features: Latents, base: Points, generator: torch.Generator) -> Candidates:
         """The base's actions first, and what was found from them."""
-        bounds, settings = self._bounds(), self.settings
+        bounds, settings = (self.low, self.high), self.settings
         if settings.inference == "gradient":
             slopes = partial(self.score.slopes, features)
             return torch.cat(
@@ -137,17 +137,13 @@ class IBCBase(Refiner):
         count = settings.num_negatives - 1
         by_base = round(settings.near_base * count)
         by_expert = min(round(settings.near_expert * count), count - by_base)
-        bounds = self._bounds()
+        bounds = self.low, self.high
         near = torch.cat((base.expand(by_base, -1, -1), target.expand(by_expert, -1, -1)))
         draws = torch.rand((*near.shape[:2], 1), generator=generator, dtype=near.dtype, device=near.device)
         noise = noise_like(near, generator)
         near = (near + settings.negative_std * draws * noise).clamp(*bounds)
         return torch.cat((near, uniform(count - by_base - by_expert, len(base), *bounds, generator)))
 
-    def _executed(self, plans: Plans) -> Points:
-        """The actions of (B H A) that are executed, in units, in one row each (B n)."""
-        return self.units.of(plans[:, self.spec.present]).flatten(1)
-
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest of each variable."""
-        return self.units.least.repeat(self.spec.execute), self.units.greatest.repeat(self.spec.execute)
+    def _executed(self, actions: Plans) -> Points:
+        """The actions of (B H A) that are executed, in one row each (B n)."""
+        return actions[:, : self.spec.execute].flatten(1)

@@ -4,7 +4,7 @@ from typing import final
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
@@ -35,20 +35,17 @@ class LSTMPolicy(Policy):
     E_s, E_u and D have three linear layers with ReLU between them, the cell starts from zeros, and the loss is the
     mean of (u_t − u*_t)² with the policy's own controls fed back (no teacher forcing). The controls are read from the
     cell state c_t rather than from h_t: the authors' released code does so, their paper does not say.
-    `act` clamps to the box, which the loss does not: theirs leaves that to the environment.
-    Observations in one row of numbers, actions (B H A) in the task's units.
+    Observations in one row of numbers, actions (B H A), both in the task's units. Actions are clamped to the box when it acts, which
+    theirs leaves to the environment.
     """
 
     name = "lstm"
     Config = LSTMConfig
+    NORMALIZES = "nothing"
 
     def __init__(self, config: LSTMConfig, spec: TaskSpec):
         super().__init__(config, spec)
         width = config.hidden
-        self.low: Tensor
-        self.high: Tensor
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
         self.embed_state = mlp((spec.obs_dim, width, width, width), nn.ReLU)
         self.embed_control = mlp((spec.action_dim, width, width, width), nn.ReLU)
         self.decode = mlp((width, width, width, spec.action_dim), nn.ReLU)
@@ -72,5 +69,5 @@ class LSTMPolicy(Policy):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The controls (B H A) clamped to the box; deterministic, draws nothing from `generator`."""
-        return self.predict(obs).clamp(self.low, self.high)
+        """The controls (B H A); deterministic, draws nothing from `generator`."""
+        return self.predict(obs)

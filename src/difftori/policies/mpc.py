@@ -109,6 +109,7 @@ class PendulumMPC(Policy):
 
     name = "mpc"
     Config = MPCConfig
+    NORMALIZES = "nothing"
 
     def __init__(self, config: MPCConfig, spec: TaskSpec):
         super().__init__(config, spec)

@@ -4,14 +4,13 @@ from typing import Literal, final
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from difftori.data.normalize import Normalizer
 from difftori.models.nets import mlp, noise_like, quiet
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
-from difftori.policies.refiner import Base, Refiner, RefinerConfig
+from difftori.policies.refiner import Refiner, RefinerConfig
 from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -36,51 +35,39 @@ class ResidualConfig(RefinerConfig):
 class Residual(Refiner):
     """â = a_base + α·MLP([features of the observations, a_base]), trained on ‖â − a*‖², for the actions that are executed.
 
-    The last layer starts near zero, so that the first policy is the base. All in units of the training data's range.
-    Rows, steps and dimensions share the mean. Source: the residual baseline of Wan et al. (2024), who do not give its
+    The last layer starts near zero, so that the first policy is the base. Rows, steps and dimensions share the mean. Source: the residual baseline of Wan et al. (2024), who do not give its
     sizes; after Johannink et al. (2019).
     """
 
     name = "residual"
     Config = ResidualConfig
 
-    def __init__(self, config: ResidualConfig, spec: TaskSpec, base: Base | None = None):
-        super().__init__(config, spec, base)
+    def __init__(self, config: ResidualConfig, spec: TaskSpec):
+        super().__init__(config, spec)
         self.settings = config
-        self.low: Tensor
-        self.high: Tensor
-        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
-        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
-        self.normalizer = Normalizer.of(spec)
         self.window = WindowEncoder(spec, config.pictures)
         outputs = spec.execute * spec.action_dim
         self.network = mlp((self.window.width + outputs, *config.hidden, outputs))
         nn.init.zeros_(quiet(self.network).bias)
 
     def predict(self, obs: WindowObs, base: PartPlans, crops: torch.Generator | None = None) -> PartPlans:
-        """Normalised observations and the base's executed actions (B P A) → corrected ones, with their graph.
-
-        `crops` as `WindowEncoder` has it.
-        """
+        """The base's executed actions (B P A) → corrected ones, with their graph; `crops` as `WindowEncoder` has it."""
         correction = self.network(torch.cat((self.window(obs, crops), base.flatten(1)), -1))
         return base + self.settings.scale * correction.reshape(base.shape)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared error of the executed actions."""
-        window = self.normalizer(batch)
-        base = self._unit_base(self.base_plans(batch, generator=generator))
+        base = self._executed(self.choose_base(batch, generator))
         start = (base + self.settings.base_noise * noise_like(base, generator)).clamp(-1, 1)
-        target = window.actions[:, self.spec.present]
-        loss = F.mse_loss(self.predict(window.obs, start, generator), target)
+        target = batch.actions[:, : self.spec.execute]
+        loss = F.mse_loss(self.predict(batch.obs, start, generator), target)
         return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The base's actions (B H A), those that are executed corrected."""
-        plans = self.base_act(obs, generator=generator).clamp(self.low, self.high)
-        unit = self.predict(self.normalizer.normalize_obs(obs), self._unit_base(plans))
-        plans[:, self.spec.present] = self.normalizer.denormalize_actions(unit.clamp(-1, 1)).clamp(self.low, self.high)
-        return plans
+    def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
+        """The base's executed actions (B P A), corrected."""
+        assert base is not None
+        return self.predict(obs, self._executed(base)).clamp(-1, 1)
 
-    def _unit_base(self, plans: Plans) -> PartPlans:
-        return self.normalizer.normalize_actions(plans[:, self.spec.present]).clamp(-1, 1)
+    def _executed(self, base: Plans) -> PartPlans:
+        return base[:, : self.spec.execute].clamp(-1, 1)

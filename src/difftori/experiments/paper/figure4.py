@@ -19,6 +19,7 @@ from difftori.experiments.plots import MARKERS, PALETTE, footnote, save_svg, sty
 from difftori.il.env_task import TEST_SEED, Arena
 from difftori.il.train import load_policy
 from difftori.policies.difftori import DiffTORI
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.rollout import named
 from difftori.runs.run import seeded
 from difftori.solver import Detached
@@ -45,7 +46,8 @@ class Config(BaseModel):
 def run(config: Config) -> None:
     """Draw `out/figure4.svg`. ConfigError for a run of another policy, or one without latent samples."""
     policy, of_run = load_policy(config.run, "last")
-    if not isinstance(policy, DiffTORI) or policy.settings.cvae_dim == 0 or of_run.demos is None:
+    network = policy.policy
+    if not isinstance(network, DiffTORI) or network.settings.cvae_dim == 0 or of_run.demos is None:
         raise ConfigError(
             [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment; train one first"]
         )
@@ -77,15 +79,16 @@ class Landscape:
 
 
 @torch.no_grad()
-def landscapes(policy: DiffTORI, obs: WindowObs, *, seed: int) -> list[Landscape]:
+def landscapes(refined: NormalizedPolicy, obs: WindowObs, *, seed: int) -> list[Landscape]:
     """Two solves from the same start at one observation (1 O …), under two draws of z̃ ~ N(0, I)."""
     generator = seeded(seed, "figure 4")
-    base = None
-    if policy.has_base:
-        whole = policy.base_act(obs, generator=generator)
-        base = policy.unit_base(whole)
-    start = policy.guess(obs, base, generator)
-    state = policy.encode(policy.units.obs(obs))
+    policy = refined.policy
+    assert isinstance(policy, DiffTORI)
+    whole = None if refined.base is None else refined.base_actions(obs, generator=generator)
+    inputs, base = refined.inputs(obs, whole)
+    base = None if base is None else policy.planned_base(base)
+    start = policy.guess(inputs, base, generator)
+    state = policy.encode(inputs)
     samples = torch.randn(2, 1, policy.settings.cvae_dim, generator=generator)
     paths = []
     for sample in samples:

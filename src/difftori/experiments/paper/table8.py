@@ -31,7 +31,7 @@ from difftori.experiments.statistics import paired_difference
 from difftori.il.config import TrainConfig, parse_config
 from difftori.il.pendulum_task import expert_plans
 from difftori.il.train import load_policy, train
-from difftori.interfaces import Policy
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.records import read_metrics
 from difftori.types import Plans, States, state_obs
 
@@ -110,7 +110,7 @@ class Bench:
 class Trained:
     """A finished run: the selected policy, its learning curve, and what the run took."""
 
-    policy: Policy
+    policy: NormalizedPolicy
     curve: Curve
     epochs: int
     updates: int
@@ -225,7 +225,7 @@ def _trained(config: Config, setting: Setting, method: Method, seed: int, consol
     )
 
 
-def _plans(policy: Policy, starts: States, seed: int) -> Plans:
+def _plans(policy: NormalizedPolicy, starts: States, seed: int) -> Plans:
     """The policy's controls (B 20 1), a few hundred rows at a time so that planners stay small in memory."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([policy.act(state_obs(rows), generator=generator) for rows in starts.split(ROWS_AT_ONCE)])

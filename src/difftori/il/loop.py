@@ -1,0 +1,48 @@
+"""The training loop of imitation, for runs and for `refine` alike."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from difftori.il.learner import Learner
+from difftori.interfaces import Dataset
+from difftori.runs.run import seeded
+from difftori.types import Metrics
+
+
+@dataclass(frozen=True)
+class TrainLoop:
+    """Updates of a learner over the windows, epoch after epoch in random order, until its run is over.
+
+    The order follows from `seed` and the epoch. `generator` is the loss's, on the device of the policy; of several processes each
+    draws from its own instead.
+    """
+
+    learner: Learner
+    windows: Dataset
+    seed: int
+    generator: torch.Generator
+
+    def epochs(self, before_update: Callable[[], None] = lambda: None) -> Iterator[Metrics]:
+        """Train from where the learner stands; the mean metrics of each epoch when it is done."""
+        while self.learner.place.epoch < self.learner.epochs:
+            yield self._epoch(before_update)
+
+    def _epoch(self, before_update: Callable[[], None]) -> Metrics:
+        place, settings = self.learner.place, self.learner.settings
+        order = seeded(self.seed, f"order of epoch {place.epoch}")
+        left = None if settings.updates is None else place.batch + settings.updates - place.step
+        for batch in islice(self.windows.batches(settings.batch_size, order), place.batch, left):
+            before_update()
+            self.learner.update(batch.to(self.generator.device), self._noise())
+        return self.learner.close_epoch()
+
+    def _noise(self) -> torch.Generator:
+        peers = self.learner.peers
+        if peers.count == 1:
+            return self.generator
+        # one stream for each process and step needs no saving
+        name = f"loss of step {self.learner.place.step} in process {peers.rank}"
+        return seeded(self.seed, name, str(self.generator.device))

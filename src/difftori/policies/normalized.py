@@ -1,0 +1,175 @@
+"""A policy in the units of its task: normalization, the step of the present and the base policy live here alone."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, final, runtime_checkable
+
+import torch
+
+from difftori.data.normalize import Normalizer, identity, min_max
+from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
+from difftori.interfaces import Policy
+from difftori.policies.refiner import Refiner
+from difftori.types import (
+    AnyActions,
+    AnyPartPlans,
+    AnyPlans,
+    Metrics,
+    PartPlans,
+    Plans,
+    Scalar,
+    TaskSpec,
+    Window,
+    WindowObs,
+)
+
+
+@runtime_checkable
+class BasePolicy(Protocol):
+    """A policy to refine: a `NormalizedPolicy`, or your own object with this method."""
+
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The H actions (B H A) from the oldest observation on, in the task's own units."""
+        ...
+
+
+Base: TypeAlias = BasePolicy | Callable[[WindowObs], Plans]
+"""What a refiner refines: a policy, or a function from observations (B O …) by name to actions (B H A)."""
+
+
+@final
+class NormalizedPolicy:
+    """A policy that reads and returns a task's own units, together with the frozen base policy that a refiner refines.
+
+    `policy` sees observations and actions normalised by the training data (`Policy.NORMALIZES`) and, with
+    `Policy.FROM_PRESENT`, the actions from the present on. The base is kept only if the policy uses it, and is no part of the policy's
+    parameters or state. Build it on the device of the policy.
+
+    Raises BoxError if actions are normalised by a box that is not finite, ConfigError for a base that is missing, not
+    wanted, or of another task.
+    """
+
+    def __init__(self, policy: Policy, base: Base | None = None):
+        self.policy, self.spec = policy, policy.spec
+        self.base = _checked_base(policy, base)
+        device = next(policy.parameters()).device
+        self.low, self.high = (torch.tensor(bound, device=device) for bound in (self.spec.low, self.spec.high))
+        actions = min_max if policy.NORMALIZES == "all" else identity
+        obs = identity if policy.NORMALIZES == "nothing" else min_max
+        boxed = actions is min_max and self.spec.moments is None
+        if boxed and not (self.low.isfinite().all() and self.high.isfinite().all()):
+            raise BoxError(
+                f"{policy.name} normalises actions by the box [{self.spec.low}, {self.spec.high}], which is not finite: "
+                "give finite bounds, or measured data"
+            )
+        self.normalizer = Normalizer.of(self.spec, obs=obs, actions=actions).to(device)
+
+    @property
+    def base_stochastic(self) -> bool:
+        """Whether the base may return other actions at each call: known of policies, assumed of everything else."""
+        return self.base.stochastic if isinstance(self.base, NormalizedPolicy) else self.base is not None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `act` draws, or its base does, so that a refiner should learn from several samples of it."""
+        return self.policy.draws or self.base_stochastic
+
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+        """The policy's training loss of a batch in the task's units, and named numbers to log."""
+        return self.policy.loss(self.normalized(batch), generator=generator)
+
+    @torch.no_grad()
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The H actions (B H A) from the oldest observation on, in the task's units, inside the action box.
+
+        What a refiner returns stands in the base's actions; one that it returns unchanged is the base's bit for bit.
+        """
+        whole = None if self.base is None else self.base_actions(obs, generator=generator)
+        inputs, base = self.inputs(obs, whole)
+        if not isinstance(self.policy, Refiner):
+            return self._whole(self.policy.act(inputs, generator=generator))
+        actions = self.policy.act(inputs, base, generator=generator)
+        if whole is None or base is None:
+            return self._whole(actions)
+        planned = slice(self.spec.observe - 1, self.spec.observe - 1 + actions.shape[1])
+        whole = whole.clamp(self.low, self.high)
+        unchanged = actions == base[:, : actions.shape[1]]
+        whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
+        return whole
+
+    def inputs(self, obs: WindowObs, base: Plans | None) -> tuple[WindowObs, PartPlans | None]:
+        """Observations, and the base's actions (B H A) where there are some, as the policy sees them when it acts."""
+        inputs = self.normalizer.normalize_obs(obs)
+        return inputs, None if base is None else self._base_from_present(base)
+
+    def base_actions(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+        """The base's actions (B H A) in the task's units, in the type and on the device of the observations, without a graph.
+
+        Raises ShapeError if it returns another shape, NonFiniteError for NaN or Inf.
+        """
+        assert self.base is not None
+        like = next(iter(obs.values()))
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        with torch.no_grad():
+            own = self.base.act(obs, generator=generator) if isinstance(self.base, BasePolicy) else self.base(obs)
+        plans = own.detach().to(like.device, dtype)
+        wanted = (len(like), self.spec.horizon, self.spec.action_dim)
+        if plans.shape != wanted:
+            raise ShapeError(
+                f"base: it returned {tuple(plans.shape)} for {len(like)} windows; it must be (B H A) = {wanted}, from the "
+                "oldest observation on"
+            )
+        if not plans.isfinite().all():
+            rows = (~plans.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise NonFiniteError(f"base: NaN or Inf in its actions in rows {rows[:8]} of {len(like)}; fix the base")
+        return plans
+
+    def normalized(self, batch: Window) -> Window:
+        """The batch as the policy sees it: normalised, the base's actions inside the box, and from the present on."""
+        base = None if batch.base is None else self._base_from_present(batch.base)
+        actions = self._from_present(self.normalizer.normalize_actions(batch.actions))
+        return Window(self.normalizer.normalize_obs(batch.obs), actions, batch.index, base)
+
+    def _base_from_present(self, base: AnyPlans) -> AnyPartPlans:
+        return self._from_present(self.normalizer.normalize_actions(base.clamp(self.low, self.high)))
+
+    def _from_present(self, actions: AnyPlans) -> AnyPartPlans:
+        """Of actions (… H A), those that the policy sees."""
+        return actions[..., self.spec.observe - 1 :, :] if self.policy.FROM_PRESENT else actions
+
+    def _in_task_units(self, actions: AnyActions) -> AnyActions:
+        return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
+
+    def _whole(self, actions: PartPlans) -> Plans:
+        """The policy's actions (B H A) in the task's units; of (B P A) from the present on, the first and the last are repeated."""
+        actions = self._in_task_units(actions)
+        if not self.policy.FROM_PRESENT:
+            return actions
+        before = self.spec.observe - 1
+        after = self.spec.horizon - before - actions.shape[1]
+        first, last = actions[:, :1].expand(-1, before, -1), actions[:, -1:].expand(-1, after, -1)
+        return torch.cat((first, actions, last), 1)
+
+
+def _checked_base(policy: Policy, base: Base | None) -> Base | None:
+    """The base, if the policy uses one."""
+    if not isinstance(policy, Refiner):
+        if base is not None:
+            raise ConfigError([f"base: {policy.name!r} starts from no other policy; leave --base out"])
+        return None
+    if not policy.uses_base:
+        return None
+    if base is None:
+        raise ConfigError([f"base: {policy.name} refines another policy's actions; give --base RUN{policy.OR_ELSE}"])
+    if isinstance(base, NormalizedPolicy) and _seen(base.spec) != _seen(policy.spec):
+        raise ConfigError(
+            [
+                f"base: it sees and returns {_seen(base.spec)}, the task gives {_seen(policy.spec)}; leave out what differs"
+            ]
+        )
+    return base
+
+
+def _seen(spec: TaskSpec) -> str:
+    """What a base and its refiner must have in common."""
+    entries = ", ".join(f"{name} {entry.shape}" for name, entry in spec.obs.items())
+    return f"{spec.observe} × ({entries}), {spec.horizon} × {spec.action_dim} actions"
