@@ -137,7 +137,7 @@ def _cores() -> int:
 
 def _train(words: list[str]) -> None:
     from difftori.config import read_tokens
-    from difftori.trainers import kind_of, read_options
+    from difftori.trainers import read_options, trainer_of
 
     named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else None
@@ -158,25 +158,25 @@ def _train(words: list[str]) -> None:
 
         out = Path(own["resume"][0])
         values = read_config(out)
-        kind = kind_of(values)
-        config = kind.parse(values)
+        trainer = trainer_of(values)
+        config = trainer.parse(values)
     else:
         from difftori.config import read_yaml
 
         values = read_yaml(Path(own["config"][0])) if "config" in own else {}
-        kind, config = read_options(name, values, options, _TRAIN_OPTIONS)
-        default = f"{getattr(config, kind.component)}-{config.env}-{config.seed}".replace(":", ".")
+        trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+        default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
-    summary = kind.train(config, out, progress="quiet" not in own)
+    summary = trainer.train(config, out, progress="quiet" not in own)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process speaks for all
         return
-    _print_table(f"{getattr(config, kind.component)} on {config.env}: {out}", _side_by_side(summary))
+    _print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", _side_by_side(summary))
 
 
 def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
     import tyro
 
-    from difftori.trainers import kind_of, known_names
+    from difftori.trainers import known_names, trainer_for
 
     if name is None:
         names = ", ".join(known_names())
@@ -186,8 +186,8 @@ def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
     print("--config FILE options from YAML; those on the command line win")
     print("--quiet       no progress bar")
     env = _first("env", options)
-    kind = kind_of(env, name)
-    default = kind.parse({kind.component: name, **env})
+    trainer = trainer_for(name)
+    default = trainer.parse({trainer.key: name, **env})
     prog = f"difftori train {name}"
     tyro.cli(type(default), prog=prog, default=default, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
 
@@ -223,16 +223,16 @@ def _eval(words: list[str]) -> None:
     from rich.console import Console
 
     from difftori.runs.records import read_config
-    from difftori.trainers import kind_of
+    from difftori.trainers import trainer_of
 
-    kind = kind_of(read_config(options.run))
+    trainer = trainer_of(read_config(options.run))
     given: dict[str, Any] = {"episodes": options.episodes, "device": options.device, "video": options.video}
-    if kind.component == "policy":
+    if trainer.key == "policy":
         given["which"] = options.which
     elif options.which == "best":
         raise ConfigError(["--which best: an agent's run keeps its last weights only"])
     with Console(stderr=True).status(f"evaluating {options.run}"):
-        results = kind.evaluate(options.run, **given)
+        results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     _print_table(title, [{"": name, "value": value} for name, value in results.items()])
 

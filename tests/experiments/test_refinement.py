@@ -18,7 +18,7 @@ from difftori.experiments.pool import Failure
 from difftori.experiments.records import Record, RecordFile
 from difftori.experiments.study import Method, Result, Results, StudyRun
 from difftori.runs.records import to_yaml
-from difftori.trainers import kind_of
+from difftori.trainers import trainer_of
 
 CASES = [Case("metaworld:reach", "state", "{demos}/reach-{seed}.zarr"), Case("pusht", "pose", "{demos}/push.zarr")]
 METHODS = [Method("base", "bc", {"lr": 0.001}), Method("refined", "residual", {"base_noise": 0.3}, base="base")]
@@ -30,8 +30,8 @@ def finish(run: StudyRun, success: list[float], seeds: list[int] | None = None) 
     for name in ("out", "quiet"):
         options.pop(name)
     values = {"policy": run.method.trains}
-    kind = kind_of(values)
-    config = kind.parse(overlay(values, options, kind.config_type(run.method.trains)))
+    trainer = trainer_of(values)
+    config = trainer.parse(overlay(values, options, trainer.config_type(trainer.find(run.method.trains))))
     folder = run.spec.folder
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))

@@ -6,7 +6,12 @@ from difftori.errors import ConfigError
 from difftori.il import pendulum_task
 from difftori.il.pendulum_task import PendulumTask
 from difftori.il.pendulum_task import pendulum_task as make_pendulum
-from difftori.il.task_names import TASKS, find_task, make_task
+from difftori.il.task_names import TASKS, find_task
+from difftori.il.task_names import make_task as make_from
+
+
+def make_task(name, **options):
+    return make_from(name, find_task(name), **options)
 
 
 @pytest.fixture

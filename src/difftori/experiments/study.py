@@ -17,7 +17,7 @@ from difftori.experiments.pool import Failure
 from difftori.experiments.records import RETURN, Record, RecordFile, read_run
 from difftori.experiments.sweep import local, run_sweep
 from difftori.runs.records import flat, without_retired
-from difftori.trainers import kind_of
+from difftori.trainers import trainer_of
 
 _SHOWN = 8
 _NOT_COMPARED = {
@@ -269,10 +269,10 @@ def config_mismatch(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> lis
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's outcome: its whole configuration without machine and paths, data by their name. ConfigError if it is invalid."""
-    kind = kind_of(config)
-    given = {**without_retired(dict(config)), "device": "cpu"} | ({"base": None} if kind.component == "policy" else {})
-    plain = kind.parse(given).model_dump(mode="json")
-    found = {name: value for name, value in plain.items() if name not in _NOT_COMPARED[kind.component]}
+    trainer = trainer_of(config)
+    given = {**without_retired(dict(config)), "device": "cpu"} | ({"base": None} if trainer.key == "policy" else {})
+    plain = trainer.parse(given).model_dump(mode="json")
+    found = {name: value for name, value in plain.items() if name not in _NOT_COMPARED[trainer.key]}
     if plain.get("demos"):
         data = PUBLIC[plain["demos"]].folder if plain["demos"] in PUBLIC else plain["demos"]
         found["data"] = Path(data).name

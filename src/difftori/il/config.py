@@ -1,22 +1,22 @@
 """The configuration of an imitation run: from YAML and the command line, with every fault listed at once."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftori.config import describe, device_faults, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.task_names import find_task
-from difftori.interfaces import PolicyConfig
+from difftori.il.tasks import TaskFactory
+from difftori.interfaces import Policy, PolicyConfig
 from difftori.registry import find_policy
-from difftori.runs.records import read_config, to_yaml
+from difftori.runs.records import read_config
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TrainConfig(BaseModel, Generic[SettingsT]):
@@ -67,33 +67,49 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
     """The policy's own settings and how it learns."""
 
+    @cached_property
+    def policy_type(self) -> type[Policy]:
+        """The policy's class. Raises ConfigError if there is none of that name."""
+        return find_policy(self.policy)
 
-def parse_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> TrainConfig:
-    """A configuration from plain values, as YAML gives them.
+    @cached_property
+    def task_factory(self) -> TaskFactory:
+        """The function that makes the task. Raises ConfigError if there is none of that name."""
+        return find_task(self.env, demos=self.demos is not None)
 
-    `also` names further options to suggest for a misspelt one. Raises ConfigError with every fault there is.
+
+def parse_config(
+    values: Mapping[str, Any], policy: type[Policy] | None = None, *, also: Iterable[str] = ()
+) -> TrainConfig:
+    """A configuration from plain values, as YAML gives them, with its policy and task resolved.
+
+    `policy`: its class, where the caller has found it already. `also` names further options to suggest for a misspelt one.
+    Raises ConfigError that lists every error.
     """
-    faults: list[str] = []
-    given, found = _with_base(values)
-    faults += found
-    config_type: type[TrainConfig] | None = None
-    if isinstance(given.get("policy"), str):
+    given, faults = _with_base({"settings": {}, **values})
+    if policy is None and isinstance(given.get("policy"), str):
         try:
-            config_type = TrainConfig[find_policy(given["policy"]).Config]
+            policy = find_policy(given["policy"])
         except ConfigError as error:
             faults += error.faults
-    given.setdefault("settings", {})
-    if config_type is None:
-        # Without the policy its settings cannot be judged; the rest can.
-        config, found = validated(TrainConfig[PolicyConfig], {**given, "settings": {}}, also)
-        faults += found
-    else:
-        config, found = validated(config_type, given, also)
-        faults += found + _range_faults(given["settings"], found)
-    faults += _environment_faults(given)
+    if policy is None:
+        given["settings"] = {}  # without the policy its settings cannot be checked; the rest can
+    config, found = validated(TrainConfig[PolicyConfig if policy is None else policy.Config], given, also)
+    faults += found + _range_faults(given["settings"], found)
+    task: TaskFactory | None = None
+    if isinstance(name := given.get("env", TrainConfig.model_fields["env"].default), str):
+        try:
+            task = find_task(name, demos=given.get("demos") is not None)
+        except ConfigError as error:
+            faults += error.faults
+    if isinstance(given.get("device"), str):
+        faults += device_faults(given["device"])
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
-    return _with_window(config)
+    assert policy is not None
+    config = _with_window(config, policy)
+    vars(config).update(policy_type=policy, task_factory=task)
+    return config
 
 
 INHERITED = (
@@ -136,23 +152,13 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return given, []
 
 
-def _with_window(config: TrainConfig) -> TrainConfig:
+def _with_window(config: TrainConfig, policy: type[Policy]) -> TrainConfig:
     """The configuration with the policy's own window where it has one and none is given."""
-    window = find_policy(config.policy).WINDOW
-    if window is None or config.demos is None:
+    if policy.WINDOW is None or config.demos is None:
         return config
     names = ("observe", "horizon", "execute")
-    return config.model_copy(
-        update={name: own for name, own in zip(names, window, strict=True) if getattr(config, name) is None}
-    )
-
-
-def normalised(config: TrainConfig) -> TrainConfig:
-    """The same configuration, checked as one from a file is, and sure to survive being written and read again."""
-    again = parse_config(yaml.safe_load(to_yaml(config)))
-    if again.settings != config.settings:
-        raise ConfigError([f"settings: {config.settings!r} reads back from YAML as {again.settings!r}; mend its types"])
-    return again
+    own = {name: size for name, size in zip(names, policy.WINDOW, strict=True) if getattr(config, name) is None}
+    return config.model_copy(update=own)
 
 
 def _range_faults(settings: Any, found: list[str]) -> list[str]:
@@ -168,16 +174,3 @@ def _range_faults(settings: Any, found: list[str]) -> list[str]:
         ]
         return [fault for name, fault in faults if not any(f.startswith(f"settings.{name}:") for f in found)]
     return []
-
-
-def _environment_faults(given: Mapping[str, Any]) -> list[str]:
-    """Faults of names that mean something outside the configuration: the task and the device."""
-    faults = []
-    if isinstance(given.get("env"), str):
-        try:
-            find_task(given["env"], demos=given.get("demos") is not None)
-        except ConfigError as error:
-            faults += error.faults
-    if isinstance(given.get("device"), str):
-        faults += device_faults(given["device"])
-    return faults

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,10 @@ from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.family import EnvFamily
+from difftori.envs.family import EnvFamily, ResolvedEnv
 from difftori.envs.video import record, write_gif
 from difftori.errors import ConfigError
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.registry import make_env, resolve_env
 from difftori.rollout import Episode, follow, named, play, wilson_interval
 from difftori.runs.run import seeded
 from difftori.types import TaskSpec
@@ -36,13 +36,10 @@ EVAL_ROWS = 25
 
 
 @dataclass(frozen=True)
-class Arena:
-    """The environment that a policy is measured in: its name and those of its options that are given.
+class EnvEvaluator:
+    """Evaluates a policy in an environment, `num_envs` episodes at once. Options that are None take its defaults."""
 
-    `num_envs` episodes are played at once.
-    """
-
-    env: str
+    env: ResolvedEnv
     obs: str | None = None
     num_envs: int = EVAL_ROWS
     workers: str | None = None
@@ -69,26 +66,26 @@ class Arena:
             env.close()
 
     def open(self, num_envs: int) -> CheckedVectorEnv:
-        """So many of it."""
-        options = {"obs": self.obs, "workers": self.workers}
+        """`num_envs` copies of the environment."""
+        options: dict[str, Any] = {"obs": self.obs, "workers": self.workers}
         given = {name: value for name, value in options.items() if value is not None}
         # Recorded actions are in the environment's own units.
-        return make_env(self.env, num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
+        return self.env.make(num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
 
 
 @dataclass(frozen=True)
 class EnvTask(ImitationTask):
     """Imitating recorded episodes of an environment, and measured in it."""
 
-    arena: Arena
+    evaluator: EnvEvaluator
 
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
-        """See `Arena.evaluate`; nothing is drawn from `generator`."""
-        return self.arena.evaluate(act, self.spec, episodes=episodes)
+        """See `EnvEvaluator.evaluate`; nothing is drawn from `generator`."""
+        return self.evaluator.evaluate(act, self.spec, episodes=episodes)
 
 
 def env_task(
-    name: str,
+    env: ResolvedEnv,
     *,
     seed: int,
     demos: str,
@@ -100,28 +97,26 @@ def env_task(
     num_envs: int = EVAL_ROWS,
     workers: str | None = None,
 ) -> EnvTask:
-    """Windows of the demonstrations at `demos`, with the environment `name` to measure in.
+    """Windows of the demonstrations at `demos`, and the environment to evaluate in.
 
     `num_train` episodes are learned from, drawn by `seed`, all but the held out ones unless given. `obs` is the
     environment's option; `observe`, `horizon` and `execute` are O, H, and the actions executed of a plan.
     Raises ConfigError, DataError for data that do not fit the environment.
     """
-    resolved = resolve_env(name)
-    own = resolved.family.window or WINDOW
+    own = env.family.window or WINDOW
     observe = own[0] if observe is None else observe
     horizon = own[1] if horizon is None else horizon
     execute = own[2] if execute is None else execute
-    arena = Arena(name, obs, num_envs, workers)
-    env = Arena(name, obs).open(1)
+    single = EnvEvaluator(env, obs).open(1)
     try:
-        space = env.single_action_space
+        space = single.single_action_space
         assert isinstance(space, Box)
         low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
-        seen = {key: values.shape[1:] for key, values in named(env.reset(seed=TEST_SEED)[0]).items()}
+        seen = {key: values.shape[1:] for key, values in named(single.reset(seed=TEST_SEED)[0]).items()}
     finally:
-        env.close()
-    shown_obs = obs or str(resolved.options.get("obs", ""))
-    whole = _recorded(find_demos(demos, _log.warning), resolved.family, shown_obs, seen, len(low))
+        single.close()
+    shown_obs = obs or str(env.options.get("obs", ""))
+    whole = _recorded(find_demos(demos, _log.warning), env.family, shown_obs, seen, len(low))
     train, validation = whole.split(VALIDATION, seeded(seed, "held out episodes"))
     if num_train is not None:
         if num_train > len(train):
@@ -132,7 +127,7 @@ def env_task(
     # Every step is the present of one window, whatever is executed: arms that replan more often learn from the same data.
     reach = max(execute, horizon - observe + 1)
     sets = [Windows(part, observe=observe, horizon=horizon, execute=reach) for part in (train, validation)]
-    return EnvTask(spec, sets[0], sets[1], arena)
+    return EnvTask(spec, sets[0], sets[1], EnvEvaluator(env, obs, num_envs, workers))
 
 
 def _recorded(

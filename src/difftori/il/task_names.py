@@ -21,8 +21,8 @@ def find_task(name: str, *, demos: bool = False) -> TaskFactory:
     `my_pkg.my_task:make` refers to. ConfigError if there is none.
     """
     if demos:
-        resolve_env(name)
-        return partial(env_task, name)
+        env = resolve_env(name)
+        return partial(env_task, env)
     if name in TASKS:
         return TASKS[name]
     family, colon, _ = name.partition(":")
@@ -45,12 +45,11 @@ def task_options(factory: TaskFactory) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def make_task(name: str, **options: Any) -> ImitationTask:
-    """The task of that name; `options` are those of its factory, of which None means its own default.
+def make_task(name: str, factory: TaskFactory, **options: Any) -> ImitationTask:
+    """The task that a factory makes; `name` is for messages. An option that is None takes the factory's default.
 
-    Raises ConfigError for an option that it does not have.
+    Raises ConfigError for an option that the factory does not have.
     """
-    factory = find_task(name, demos=options.get("demos") is not None)
     known = task_options(factory)
     given = {option: value for option, value in options.items() if value is not None}
     faults = [f"{option}: {name!r} takes none{suggest(option, known)}" for option in given.keys() - known.keys()]

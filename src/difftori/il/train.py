@@ -15,16 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
-from difftori.il.config import TrainConfig, normalised, parse_config
+from difftori.il.config import TrainConfig, parse_config
 from difftori.il.distributed import Peers
-from difftori.il.env_task import EVAL_ROWS, Arena
+from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
 from difftori.il.learner import Learner, run_length
 from difftori.il.loop import TrainLoop
 from difftori.il.task_names import make_task
 from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.registry import find_policy
+from difftori.registry import resolve_env
 from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
@@ -48,7 +48,6 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
     SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun all processes train
     this one run (peers.py).
     """
-    config = normalised(config)
     if (peers := Peers.of_torchrun(config.device)).count == 1:
         return _train(config, out, progress, peers)
     if (out / "summary.json").exists():
@@ -73,7 +72,7 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
             return run.summary()
         task = open_task(config)
         base = _base(config, out, peers, led_by)
-        policy = NormalizedPolicy(find_policy(config.policy)(settings, task.spec).to(device), base)
+        policy = NormalizedPolicy(config.policy_type(settings, task.spec).to(device), base)
         epochs, updates = run_length(settings, len(task.train))
         learner = Learner(policy, settings, epochs, peers)
         _warn_of_warmup(settings, updates)
@@ -119,7 +118,7 @@ def open_task(config: TrainConfig) -> ImitationTask:
     """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
     options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
     seed = config.seed if config.data_seed is None else config.data_seed
-    return make_task(config.env, seed=seed, **{name: getattr(config, name) for name in options})
+    return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
 
 def _base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> NormalizedPolicy | None:
@@ -210,10 +209,10 @@ def evaluate_run(
             if video:
                 raise ConfigError([f"--video: only environments draw pictures, and {config.env} is none"])
             return evaluate(policy, open_task(config), config, episodes=count).metrics
-        arena = Arena(config.env, config.obs, config.num_envs or EVAL_ROWS, config.workers)
+        evaluator = EnvEvaluator(resolve_env(config.env), config.obs, config.num_envs or EVAL_ROWS, config.workers)
         if video:
-            arena.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
-        return arena.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
+            evaluator.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
+        return evaluator.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
     finally:
         torch.set_num_threads(threads)
 
@@ -247,7 +246,7 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> No
     try:
         below = state.get("base")
         base = None if below is None else _restored_base(below, config, f"{place}, base")
-        policy = find_policy(config.policy)(config.settings, TaskSpec.from_plain(state["spec"]))
+        policy = config.policy_type(config.settings, TaskSpec.from_plain(state["spec"]))
         learner = state["learner"]
         last = learner.get("average") or learner["policy"]
         policy.load_state_dict(learner["best"] or last if which == "best" else last)

@@ -81,28 +81,33 @@ class RLConfig(BaseModel, Generic[SettingsT]):
         return self.environment.make(num_envs=num_envs, seed=self.seed, workers=self.workers, **options)
 
 
-def parse_rl_config(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> RLConfig:
+def parse_rl_config(
+    values: Mapping[str, Any], agent: type[Agent] | None = None, *, also: Iterable[str] = ()
+) -> RLConfig:
     """A configuration from plain values, as YAML gives them, with its agent and environment resolved.
 
-    `also` names further options to suggest for a misspelt one. Raises ConfigError that lists every error.
+    `agent`: its class, where the caller has found it already. `also` names further options to suggest for a misspelt one. Raises ConfigError that lists every error.
     """
     faults: list[str] = []
     given = {"settings": {}, **values}
-    resolved: dict[str, Any] = {}
-    for key, name, find in (("agent", "agent_type", find_agent), ("env", "environment", resolve_env)):
-        if isinstance(given.get(key, RLConfig.model_fields[key].default), str):
-            try:
-                resolved[name] = find(given.get(key, RLConfig.model_fields[key].default))
-            except ConfigError as error:
-                faults += error.faults
-    agent = resolved.get("agent_type")
+    if agent is None and isinstance(given.get("agent"), str):
+        try:
+            agent = find_agent(given["agent"])
+        except ConfigError as error:
+            faults += error.faults
     if agent is None:
         given["settings"] = {}  # without the agent its settings cannot be checked; the rest can
     config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
+    env: ResolvedEnv | None = None
+    if isinstance(name := given.get("env", RLConfig.model_fields["env"].default), str):
+        try:
+            env = resolve_env(name)
+        except ConfigError as error:
+            faults += error.faults
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
-    vars(config).update(resolved)
+    vars(config).update(agent_type=agent, environment=env)
     return config

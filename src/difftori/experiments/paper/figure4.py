@@ -16,10 +16,11 @@ from torch import Tensor
 
 from difftori.errors import ConfigError
 from difftori.experiments.plots import MARKERS, PALETTE, footnote, save_svg, style
-from difftori.il.env_task import TEST_SEED, Arena
+from difftori.il.env_task import TEST_SEED, EnvEvaluator
 from difftori.il.train import load_policy
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
+from difftori.registry import resolve_env
 from difftori.rollout import named
 from difftori.runs.run import seeded
 from difftori.solver import Detached
@@ -51,8 +52,8 @@ def run(config: Config) -> None:
         raise ConfigError(
             [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment; train one first"]
         )
-    arena = Arena(of_run.env, of_run.obs)
-    env = arena.open(1)
+    evaluator = EnvEvaluator(resolve_env(of_run.env), of_run.obs)
+    env = evaluator.open(1)
     try:
         first = named(env.reset(seed=[config.episode])[0])
     finally:
