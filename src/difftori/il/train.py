@@ -87,21 +87,21 @@ def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by:
             learner.load(checkpoint.state["learner"])
 
         watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
-        with StopSignal() as stop, _bar(epochs, learner.place.epoch, progress) as show:
+        with StopSignal() as stop, _bar(epochs, learner.train_state.epoch, progress) as show:
 
             def stop_if_asked() -> None:
                 if peers.any(stop.requested):
-                    run.save(learner.place.step, _state(learner, task.spec))
+                    run.save(learner.train_state.step, _state(learner, task.spec))
                     stop.leave()
 
             for row in loop.epochs(stop_if_asked):
-                epoch = learner.place.epoch
+                epoch = learner.train_state.epoch
                 last = epoch == epochs
                 if peers.leads and (last or epoch % watched == 0):
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
-                run.log(learner.place.step, row)
+                run.log(learner.train_state.step, row)
                 if last or epoch % config.save_every == 0:
-                    run.save(learner.place.step, _state(learner, task.spec))
+                    run.save(learner.train_state.step, _state(learner, task.spec))
                 show(row)
             if peers.any(stop.requested):  # in the last epoch's end, which is saved
                 stop.leave()
@@ -160,23 +160,23 @@ def summarise(
     learner: Learner, task: ImitationTask, config: TrainConfig
 ) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
     """Evaluate the weights that the configuration names, all from the same starts; with the results episode by episode."""
-    place = learner.place
+    train_state = learner.train_state
     summary: Metrics = {
-        "epochs": float(place.epoch),
-        "updates": float(place.step - place.skipped),
-        "skipped": float(place.skipped),
-        "seconds": place.seconds,
+        "epochs": float(train_state.epoch),
+        "updates": float(train_state.step - train_state.skipped),
+        "skipped": float(train_state.skipped),
+        "seconds": train_state.seconds,
         "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
-        "best_epoch": float(place.best_epoch),
-        "last/validation_error": place.error,
-        "best/validation_error": place.best_error,
+        "best_epoch": float(train_state.best_epoch),
+        "last/validation_error": train_state.error,
+        "best/validation_error": train_state.best_error,
     }
     which = config.weights or ("both" if config.demos is None else "last")
     found: dict[str, Evaluation] = {}
     if which != "best":
         found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
     if which != "last":
-        if learner.best is not None and (place.best_epoch != place.epoch or "last" not in found):
+        if learner.best is not None and (train_state.best_epoch != train_state.epoch or "last" not in found):
             learner.acting.policy.load_state_dict(learner.best)
             found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
         else:
