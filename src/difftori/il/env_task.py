@@ -40,7 +40,7 @@ EVAL_ROWS = 25
 
 
 @dataclass(frozen=True)
-class Arena:
+class EnvEvaluator:
     """The environment that a policy is measured in: its name and those of its options that are given.
 
     `num_envs` episodes are played at once.
@@ -83,11 +83,11 @@ class Arena:
 class EnvTask(ImitationTask):
     """Imitating recorded episodes of an environment, and measured in it."""
 
-    arena: Arena
+    evaluator: EnvEvaluator
 
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
-        """See `Arena.evaluate`; nothing is drawn from `generator`."""
-        return self.arena.evaluate(act, self.spec, episodes=episodes)
+        """See `EnvEvaluator.evaluate`; nothing is drawn from `generator`."""
+        return self.evaluator.evaluate(act, self.spec, episodes=episodes)
 
 
 def env_task(
@@ -114,8 +114,8 @@ def env_task(
     observe = own[0] if observe is None else observe
     horizon = own[1] if horizon is None else horizon
     execute = own[2] if execute is None else execute
-    arena = Arena(name, obs, num_envs, workers)
-    env = Arena(name, obs).open(1)
+    evaluator = EnvEvaluator(name, obs, num_envs, workers)
+    env = EnvEvaluator(name, obs).open(1)
     try:
         space = env.single_action_space
         assert isinstance(space, Box)
@@ -134,7 +134,7 @@ def env_task(
     # Every step is the present of one window, whatever is executed: arms that replan more often learn from the same data.
     reach = max(execute, horizon - observe + 1)
     sets = [Windows(part, observe=observe, horizon=horizon, execute=reach) for part in (train, validation)]
-    return EnvTask(spec, sets[0], sets[1], arena)
+    return EnvTask(spec, sets[0], sets[1], evaluator)
 
 
 def imitation_env(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
 from difftori.il.config import TrainConfig, normalised, parse_config
 from difftori.il.distributed import Peers
-from difftori.il.env_task import EVAL_ROWS, Arena
+from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
 from difftori.il.learner import Learner, run_length
 from difftori.il.loop import TrainLoop
 from difftori.il.task_names import make_task
@@ -210,10 +210,10 @@ def evaluate_run(
             if video:
                 raise ConfigError([f"--video: only environments draw pictures, and {config.env} is none"])
             return evaluate(policy, open_task(config), config, episodes=count).metrics
-        arena = Arena(config.env, config.obs, config.num_envs or EVAL_ROWS, config.workers)
+        evaluator = EnvEvaluator(config.env, config.obs, config.num_envs or EVAL_ROWS, config.workers)
         if video:
-            arena.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
-        return arena.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
+            evaluator.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
+        return evaluator.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
     finally:
         torch.set_num_threads(threads)
 

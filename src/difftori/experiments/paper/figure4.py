@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difftori.errors import ConfigError
 from difftori.experiments.plots import MARKERS, PALETTE, footnote, save_svg, style
-from difftori.il.env_task import TEST_SEED, Arena
+from difftori.il.env_task import TEST_SEED, EnvEvaluator
 from difftori.il.train import load_policy
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
@@ -49,8 +49,8 @@ def run(config: Config) -> None:
     network = policy.policy
     if not isinstance(network, DiffTORI) or network.settings.cvae_dim == 0 or of_run.demos is None:
         raise ConfigError([f"run: {config.run} is no difftori-il with --cvae-dim in an environment; train one first"])
-    arena = Arena(of_run.env, of_run.obs)
-    env = arena.open(1)
+    evaluator = EnvEvaluator(of_run.env, of_run.obs)
+    env = evaluator.open(1)
     try:
         first = named(env.reset(seed=[config.episode])[0])
     finally:
