@@ -157,7 +157,7 @@ class DiffTORI(Refiner):
         super().__init__(config, spec)
         self.settings = config
         self.uses_base = "base" in (config.init, config.anchor)
-        self.draws = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
+        self.stochastic = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
         room = spec.horizon - spec.observe + 1
         self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
         if not spec.execute <= self.planned <= room:
