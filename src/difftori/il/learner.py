@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
-from difftori.il.distributed import Peers
+from difftori.il.distributed import Distributed
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
@@ -60,13 +60,17 @@ class Learner:
     """A policy in training with its optimiser, its state in the run, and the weights with the least validation error.
 
     `policy` is the network that is trained. `acting` is what is validated and evaluated: the policy given, or with `ema`
-    one with averaged weights. `epochs` is the length of the run, for the schedule. `peers`: other processes that train the same policy.
+    one with averaged weights. `epochs` is the length of the run, for the schedule. `distributed`: other processes that train the same policy.
     """
 
     def __init__(
-        self, policy: NormalizedPolicy, settings: PolicyConfig, epochs: int | None = None, peers: Peers | None = None
+        self,
+        policy: NormalizedPolicy,
+        settings: PolicyConfig,
+        epochs: int | None = None,
+        distributed: Distributed | None = None,
     ):
-        self._learning, self.policy, self.peers = policy, policy.policy, peers or Peers.alone()
+        self._learning, self.policy, self.distributed = policy, policy.policy, distributed or Distributed.alone()
         self.settings, self.clip_norm = settings, settings.clip_norm
         self.epochs = settings.epochs if epochs is None else epochs
         self.acting = policy
@@ -87,7 +91,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_share()
         self.optimizer.zero_grad(set_to_none=True)
-        own, part = self.peers.share(batch)
+        own, part = self.distributed.share(batch)
         loss, metrics = self._learning.loss(own, generator=generator)
         if not loss.requires_grad:
             raise ObjectiveError(
@@ -95,7 +99,7 @@ class Learner:
             )
         loss.backward()
         trained = self._trained_parameters()
-        loss, metrics = self.peers.average(trained, loss, metrics, part)
+        loss, metrics = self.distributed.average(trained, loss, metrics, part)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         train_state.step += 1
         train_state.batch += 1

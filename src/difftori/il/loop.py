@@ -40,9 +40,9 @@ class TrainLoop:
         return self.learner.close_epoch()
 
     def _noise(self) -> torch.Generator:
-        peers = self.learner.peers
-        if peers.count == 1:
+        distributed = self.learner.distributed
+        if distributed.count == 1:
             return self.generator
         # one stream for each process and step needs no saving
-        name = f"loss of step {self.learner.train_state.step} in process {peers.rank}"
+        name = f"loss of step {self.learner.train_state.step} in process {distributed.rank}"
         return seeded(self.seed, name, str(self.generator.device))
