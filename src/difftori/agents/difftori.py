@@ -13,7 +13,7 @@ from difftori.agents.tdmpc import CEILING, TDMPC, ModelLoss, TDMPCConfig
 from difftori.errors import ConfigError, SolverError
 from difftori.interfaces import Memory
 from difftori.models.nets import mlp
-from difftori.models.world_model import Critics, action_noise, silent
+from difftori.models.world_model import Critics, action_noise, zero_init_
 from difftori.planning import ActionReturnObjective, Planner, ReturnObjective
 from difftori.solver import (
     Adjoint,
@@ -157,7 +157,7 @@ class DiffTORI(TDMPC):
         if "correction" in self.settings.pg_networks:
             inputs = self.settings.latent_dim + self.spec.action_dim
             self.correction = mlp((inputs, self.settings.width, 1), nn.ELU)
-            silent(self.correction)
+            zero_init_(self.correction)
 
     def _learned(self) -> dict[str, nn.Module]:
         return {**super()._learned(), "obs_q": self.obs_critics}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.errors import ConfigError
-from difftori.models.nets import mlp, noise_like, quiet
+from difftori.models.nets import mlp, noise_like, small_init_
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
@@ -174,10 +174,10 @@ class DiffTORI(Refiner):
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
         self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
-        quiet(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
+        small_init_(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
         if self.dynamics is not None:
             # and H steps of the model nearly stand still: no chaos to differentiate through
-            nn.init.zeros_(quiet(self.dynamics).bias)
+            nn.init.zeros_(small_init_(self.dynamics).bias)
         # softplus(raw) is what is learned
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
