@@ -61,7 +61,7 @@ def killed_at(in_child) -> Callable[[int, TrainConfig, Path], None]:
 
             def mortal(self, batch, generator):
                 update(self, batch, generator)
-                if self.place.step == step:
+                if self.train_state.step == step:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             Learner.update = mortal

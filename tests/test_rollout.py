@@ -7,7 +7,7 @@ from tiny_env.reach import ENV, STEPS, Reach, expert
 
 from difftori.errors import ConfigError
 from difftori.registry import make_env
-from difftori.rollout import follow, named, play, wilson_interval
+from difftori.rollout import make_step_policy, named, play, wilson_interval
 from difftori.types import EntrySpec, TaskSpec
 
 
@@ -73,7 +73,7 @@ def test_the_first_observation_stands_for_those_before_it_and_then_come_the_last
 
 def test_following_a_policy_alone_is_playing_it():
     env = make_env(ENV, num_envs=1, seed=0)
-    step = follow(homing(spec()), spec())
+    step = make_step_policy(homing(spec()), spec())
     seen, _ = env.reset(seed=[5])
     length, over = 0, False
     while not over:

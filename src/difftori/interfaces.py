@@ -89,7 +89,7 @@ class Policy(nn.Module, ABC):
     WINDOW: ClassVar[tuple[int, int, int] | None] = None
     """`observe`, `horizon` and `execute` where none are given; None leaves them to the task."""
     STOCHASTIC: ClassVar[bool] = False
-    """Whether `act` draws."""
+    """Whether `act` samples."""
     NORMALIZES: ClassVar[Literal["all", "observations", "nothing"]] = "all"
     """What is brought from the range of the training data to [−1, 1], actions without data from their box."""
     FROM_PRESENT: ClassVar[bool] = False
@@ -99,8 +99,8 @@ class Policy(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.spec = spec
-        self.draws = self.STOCHASTIC
-        """Whether `act` draws, with the settings given."""
+        self.stochastic = self.STOCHASTIC
+        """Whether `act` samples, with the settings given."""
 
     @abstractmethod
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:

@@ -50,7 +50,7 @@ def play(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) 
             continue
 
 
-def follow(act: Act, spec: TaskSpec) -> Callable[[Observation], np.ndarray]:
+def make_step_policy(act: Act, spec: TaskSpec) -> Callable[[Observation], np.ndarray]:
     """The policy as a function from one row's observation to its next action (1 A), for one episode."""
     history: dict[str, list[np.ndarray]] = {}
     waiting: list[np.ndarray] = []

@@ -130,7 +130,7 @@ def test_a_polite_end_in_the_last_validation_is_heard(tmp_path, straight, monkey
     validate = Learner.validate
 
     def last(self, *args):
-        if self.place.epoch == 4:
+        if self.train_state.epoch == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(self, *args)
 
@@ -202,7 +202,7 @@ def test_only_the_trainable_parameters_move(tmp_path):
         learner.update(next(task.train.in_order()), torch.Generator())
         learner.update(next(task.train.in_order()), torch.Generator())
         moved = {n.partition(".")[0] for n, p in learner.policy.named_parameters() if not torch.equal(before[n], p)}
-        assert moved == {"odd" if learner.place.epoch % 2 else "even"}
+        assert moved == {"odd" if learner.train_state.epoch % 2 else "even"}
         learner.close_epoch()
 
 
@@ -213,7 +213,7 @@ def test_clipping_shortens_to_the_norm():
     learner.update(next(task.train.in_order()), torch.Generator())
     gradients = [p.grad for p in learner.policy.parameters() if p.grad is not None]
     assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-2)
-    assert learner.place.sums["grad_norm"] > 1e-3
+    assert learner.train_state.sums["grad_norm"] > 1e-3
 
 
 def test_a_loss_without_a_graph_is_named():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from difftori.cli import main
-from difftori.il.distributed import Peers
+from difftori.il.distributed import Distributed
 from difftori.il.train import load_policy
 from difftori.runs.records import read_metrics, read_summary
 from difftori.types import Window
@@ -46,9 +46,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 def test_rows_are_shared_out_and_none_is_an_empty_batch():
     batch = Window({"state": torch.arange(5.0).reshape(5, 1, 1)}, torch.zeros(5, 1, 1), torch.arange(5))
-    shares = [Peers(rank, 2, "cpu").share(batch) for rank in range(2)]
+    shares = [Distributed(rank, 2, "cpu").share(batch) for rank in range(2)]
     assert [share.index.tolist() for share, _ in shares] == [[0, 2, 4], [1, 3]]
     assert [part for _, part in shares] == [0.6, 0.4]
-    spare, part = Peers(6, 7, "cpu").share(batch)
+    spare, part = Distributed(6, 7, "cpu").share(batch)
     assert (spare.index.tolist(), part) == ([0], 0.0)
-    assert Peers.alone().share(batch) == (batch, 1.0)
+    assert Distributed.alone().share(batch) == (batch, 1.0)

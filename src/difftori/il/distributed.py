@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m difftori.cli train dp3 --device cuda --env … --demos …
 
 The gradient of a batch is the mean of the processes' own, weighted by their rows, so that training equals that in one
-process up to rounding, wherever the loss is a mean over rows and draws nothing. The first process (rank 0) writes the run; the others follow it.
+process up to rounding, wherever the loss is a mean over rows and draws nothing. The main process (rank 0) writes the run; the others load its checkpoints.
 """
 
 import os
@@ -22,19 +22,19 @@ _PATIENCE = timedelta(hours=12)
 """How long a process waits for another: an evaluation, which only the first one makes, may take hours."""
 
 
-class Peers:
+class Distributed:
     """The processes of a run: this one's `rank` of `count`. As a context, they join and part; a process alone does neither."""
 
     def __init__(self, rank: int, count: int, device: str):
         self.rank, self.count, self.device = rank, count, device
 
     @classmethod
-    def alone(cls) -> "Peers":
+    def alone(cls) -> "Distributed":
         """One process."""
         return cls(0, 1, "cpu")
 
     @classmethod
-    def of_torchrun(cls, device: str) -> "Peers":
+    def of_torchrun(cls, device: str) -> "Distributed":
         """Those that torchrun has started, for each of which `cuda` then means a GPU of its own; without torchrun, this process alone."""
         rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         if count > 1 and torch.device(device).type == "cuda":
@@ -44,7 +44,7 @@ class Peers:
             torch.cuda.set_device(local)
         return cls(rank, count, device)
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "Distributed":
         if self.count > 1:
             backend = "nccl" if torch.device(self.device).type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
@@ -55,7 +55,7 @@ class Peers:
             dist.destroy_process_group()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 

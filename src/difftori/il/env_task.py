@@ -19,7 +19,7 @@ from difftori.envs.family import EnvFamily, ResolvedEnv
 from difftori.envs.video import record, write_gif
 from difftori.errors import ConfigError
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.rollout import Episode, follow, named, play, wilson_interval
+from difftori.rollout import Episode, make_step_policy, named, play, wilson_interval
 from difftori.runs.run import seeded
 from difftori.types import TaskSpec
 
@@ -61,7 +61,7 @@ class EnvEvaluator:
         env = self.open(1)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_gif(record(env, follow(act, spec), seed=TEST_SEED), path)
+            write_gif(record(env, make_step_policy(act, spec), seed=TEST_SEED), path)
         finally:
             env.close()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
-from difftori.il.distributed import Peers
+from difftori.il.distributed import Distributed
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
@@ -41,14 +41,14 @@ def run_length(settings: PolicyConfig, examples: int) -> tuple[int, int]:
 
 
 @dataclass
-class Place:
+class TrainState:
     """Where a run stands. `batch` counts within the running epoch, `step` all batches ever, skipped ones too."""
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     skipped: int = 0
-    in_a_row: int = 0
+    consecutive_skips: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     error: float = math.nan
@@ -57,23 +57,27 @@ class Place:
 
 
 class Learner:
-    """A policy in training with its optimiser, its place in the run, and the weights with the least validation error.
+    """A policy in training with its optimiser, its state in the run, and the weights with the least validation error.
 
     `policy` is the network that is trained. `acting` is what is validated and evaluated: the policy given, or with `ema`
-    one with averaged weights. `epochs` is the length of the run, for the schedule. `peers`: other processes that train the same policy.
+    one with averaged weights. `epochs` is the length of the run, for the schedule. `distributed`: other processes that train the same policy.
     """
 
     def __init__(
-        self, policy: NormalizedPolicy, settings: PolicyConfig, epochs: int | None = None, peers: Peers | None = None
+        self,
+        policy: NormalizedPolicy,
+        settings: PolicyConfig,
+        epochs: int | None = None,
+        distributed: Distributed | None = None,
     ):
-        self._learning, self.policy, self.peers = policy, policy.policy, peers or Peers.alone()
+        self._learning, self.policy, self.distributed = policy, policy.policy, distributed or Distributed.alone()
         self.settings, self.clip_norm = settings, settings.clip_norm
         self.epochs = settings.epochs if epochs is None else epochs
         self.acting = policy
         if settings.ema:
             self.acting = NormalizedPolicy(copy.deepcopy(self.policy).requires_grad_(False), policy.base)
         self.optimizer = make_optimizer(self.policy.parameters(), settings)
-        self.place = Place()
+        self.train_state = TrainState()
         self.best: State | None = None
 
     def update(self, batch: Window, generator: torch.Generator) -> None:
@@ -82,57 +86,59 @@ class Learner:
         Of several processes each computes the loss of its own rows of `batch`, and all take the same step. Raises NonFiniteError, naming the parameters, when that has happened `MAX_SKIPS` times in a row.
         """
         started = time.perf_counter()
-        place = self.place
+        train_state = self.train_state
         self.policy.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_share()
         self.optimizer.zero_grad(set_to_none=True)
-        own, part = self.peers.share(batch)
+        own, part = self.distributed.share(batch)
         loss, metrics = self._learning.loss(own, generator=generator)
         if not loss.requires_grad:
             raise ObjectiveError(
-                f"step {place.step}: the loss of {self.policy.name!r} depends on no parameter; look for a detach"
+                f"step {train_state.step}: the loss of {self.policy.name!r} depends on no parameter; look for a detach"
             )
         loss.backward()
         trained = self._trained_parameters()
-        loss, metrics = self.peers.average(trained, loss, metrics, part)
+        loss, metrics = self.distributed.average(trained, loss, metrics, part)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        place.step += 1
-        place.batch += 1
+        train_state.step += 1
+        train_state.batch += 1
         if loss.isfinite() and norm.isfinite():
             if self.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
             self.optimizer.step()
             self._average()
-            place.in_a_row = 0
+            train_state.consecutive_skips = 0
             for name, value in {**metrics, "loss": loss.item(), "grad_norm": norm.item(), "updates": 1.0}.items():
-                place.sums[name] = place.sums.get(name, 0.0) + value
+                train_state.sums[name] = train_state.sums.get(name, 0.0) + value
         else:
-            place.skipped += 1
-            place.in_a_row += 1
-            if place.in_a_row >= MAX_SKIPS:
+            train_state.skipped += 1
+            train_state.consecutive_skips += 1
+            if train_state.consecutive_skips >= MAX_SKIPS:
                 raise NonFiniteError(self._blame(loss, metrics))
-        place.seconds += time.perf_counter() - started
+        train_state.seconds += time.perf_counter() - started
 
     def close_epoch(self) -> Metrics:
         """Count the epoch as done; the means over its updates, ready to log."""
-        place = self.place
-        done = place.sums.pop("updates", 0.0)
+        train_state = self.train_state
+        done = train_state.sums.pop("updates", 0.0)
         means = (
-            {f"train/{name}": total / done for name, total in place.sums.items()} if done else {"train/loss": math.nan}
+            {f"train/{name}": total / done for name, total in train_state.sums.items()}
+            if done
+            else {"train/loss": math.nan}
         )
-        skipped = place.batch - done
-        place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
-        return {"epoch": float(place.epoch), **means, "train/skipped": skipped}
+        skipped = train_state.batch - done
+        train_state.epoch, train_state.batch, train_state.sums = train_state.epoch + 1, 0, {}
+        return {"epoch": float(train_state.epoch), **means, "train/skipped": skipped}
 
     def validate(self, demos: Dataset, generator: torch.Generator) -> Metrics:
         """Mean squared error of what the policy would execute against the expert; keeps the weights if it is the least yet."""
-        place = self.place
-        place.error = validation_error(self.acting, demos, generator)
-        if place.error < place.best_error:
-            place.best_error, place.best_epoch = place.error, place.epoch
+        train_state = self.train_state
+        train_state.error = validation_error(self.acting, demos, generator)
+        if train_state.error < train_state.best_error:
+            train_state.best_error, train_state.best_epoch = train_state.error, train_state.epoch
             self.best = _copy(self.acting.policy)
-        return {"validation/error": place.error}
+        return {"validation/error": train_state.error}
 
     def state(self) -> State:
         """All of it, for a checkpoint."""
@@ -142,7 +148,7 @@ class Learner:
             "optimizer": optimizer,
             "average": self.acting.policy.state_dict() if self.settings.ema else None,
             "best": self.best,
-            "place": asdict(self.place),
+            "train_state": asdict(self.train_state),
         }
 
     def load(self, state: State) -> None:
@@ -152,7 +158,7 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.settings.ema:
                 self.acting.policy.load_state_dict(state["average"])
-            self.best, self.place = state["best"], Place(**state["place"])
+            self.best, self.train_state = state["best"], TrainState(**state["train_state"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint does not fit this policy: {error}; start in another directory"
@@ -162,7 +168,7 @@ class Learner:
         """Move the averaged weights towards those of this update; whatever else a policy keeps is copied."""
         if not self.settings.ema:
             return
-        updates = self.place.step - self.place.skipped
+        updates = self.train_state.step - self.train_state.skipped
         share = 1.0 - min(self.settings.ema, 1.0 - (1.0 + updates) ** -0.75)
         current = dict(self.policy.named_parameters())
         with torch.no_grad():
@@ -173,16 +179,16 @@ class Learner:
 
     def _lr_share(self) -> float:
         """The share of the learning rate that this epoch's, and at first this update's, place in the schedule leaves."""
-        rising = min(1.0, (self.place.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
+        rising = min(1.0, (self.train_state.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         if self.settings.lr_schedule == "constant":
             return rising
         updates = self.settings.updates
-        passed = self.place.epoch / self.epochs if updates is None else self.place.step / updates
+        passed = self.train_state.epoch / self.epochs if updates is None else self.train_state.step / updates
         return rising * 0.5 * (1.0 + math.cos(math.pi * passed))
 
     def _trained_parameters(self) -> list[Tensor]:
         """The parameters trained in this epoch; the others lose their gradients, so that the optimiser passes by."""
-        trained = list(self.policy.trainable(self.place.epoch))
+        trained = list(self.policy.trainable(self.train_state.epoch))
         kept = {id(p) for p in trained}
         for parameter in self.policy.parameters():
             if id(parameter) not in kept:
@@ -199,7 +205,7 @@ class Learner:
             if names
         ]
         return (
-            f"epoch {self.place.epoch + 1}, step {self.place.step}: NaN or Inf in {MAX_SKIPS} updates in a row (loss "
+            f"epoch {self.train_state.epoch + 1}, step {self.train_state.step}: NaN or Inf in {MAX_SKIPS} updates in a row (loss "
             f"{loss.item():g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
             "the last good update: lower lr, set clip_norm, or look at the data of that network"
         )

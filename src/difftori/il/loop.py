@@ -27,22 +27,22 @@ class TrainLoop:
 
     def epochs(self, before_update: Callable[[], None] = lambda: None) -> Iterator[Metrics]:
         """Train from where the learner stands; the mean metrics of each epoch when it is done."""
-        while self.learner.place.epoch < self.learner.epochs:
+        while self.learner.train_state.epoch < self.learner.epochs:
             yield self._epoch(before_update)
 
     def _epoch(self, before_update: Callable[[], None]) -> Metrics:
-        place, settings = self.learner.place, self.learner.settings
-        order = seeded(self.seed, f"order of epoch {place.epoch}")
-        left = None if settings.updates is None else place.batch + settings.updates - place.step
-        for batch in islice(self.windows.batches(settings.batch_size, order), place.batch, left):
+        train_state, settings = self.learner.train_state, self.learner.settings
+        order = seeded(self.seed, f"order of epoch {train_state.epoch}")
+        left = None if settings.updates is None else train_state.batch + settings.updates - train_state.step
+        for batch in islice(self.windows.batches(settings.batch_size, order), train_state.batch, left):
             before_update()
             self.learner.update(batch.to(self.generator.device), self._noise())
         return self.learner.close_epoch()
 
     def _noise(self) -> torch.Generator:
-        peers = self.learner.peers
-        if peers.count == 1:
+        distributed = self.learner.distributed
+        if distributed.count == 1:
             return self.generator
         # one stream for each process and step needs no saving
-        name = f"loss of step {self.learner.place.step} in process {peers.rank}"
+        name = f"loss of step {self.learner.train_state.step} in process {distributed.rank}"
         return seeded(self.seed, name, str(self.generator.device))

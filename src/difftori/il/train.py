@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
 from difftori.il.config import TrainConfig, parse_config
-from difftori.il.distributed import Peers
+from difftori.il.distributed import Distributed
 from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
 from difftori.il.learner import Learner, run_length
 from difftori.il.loop import TrainLoop
@@ -46,66 +46,68 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
     Raises ConfigError (a faulty configuration, or another one in `out`), DataError (faulty demonstrations),
     CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many updates in a row with NaN or Inf). On
     SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun all processes train
-    this one run (peers.py).
+    this one run (distributed.py).
     """
-    if (peers := Peers.of_torchrun(config.device)).count == 1:
-        return _train(config, out, progress, peers)
+    if (distributed := Distributed.of_torchrun(config.device)).count == 1:
+        return _train(config, out, progress, distributed)
     if (out / "summary.json").exists():
         refuse_another(out, config)
         return read_summary(out)
-    with peers:
-        if peers.leads:
-            summary = _train(config, out, progress, peers)
-            peers.wait()
+    with distributed:
+        if distributed.is_main:
+            summary = _train(config, out, progress, distributed)
+            distributed.wait()
             return summary
         with tempfile.TemporaryDirectory() as scratch:
-            _train(config, Path(scratch) / "run", False, peers, out)
-        peers.wait()
+            _train(config, Path(scratch) / "run", False, distributed, out)
+        distributed.wait()
         return read_summary(out)
 
 
-def _train(config: TrainConfig, out: Path, progress: bool, peers: Peers, led_by: Path | None = None) -> Metrics:
-    """`train` in one process. One that follows, in a directory of its own, goes on from the checkpoints of `led_by`."""
+def _train(
+    config: TrainConfig, out: Path, progress: bool, distributed: Distributed, main_dir: Path | None = None
+) -> Metrics:
+    """`train` in one process. Another process than the main one, in a directory of its own, resumes from the checkpoints of `main_dir`."""
     settings, device = config.settings, config.device
     with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
         if run.finished:
             return run.summary()
         task = open_task(config)
-        base = _base(config, out, peers, led_by)
+        base = _base(config, out, distributed, main_dir)
         policy = NormalizedPolicy(config.policy_type(settings, task.spec).to(device), base)
         epochs, updates = run_length(settings, len(task.train))
-        learner = Learner(policy, settings, epochs, peers)
+        learner = Learner(policy, settings, epochs, distributed)
         _warn_of_warmup(settings, updates)
         generator = run.generator("loss", device)
         loop = TrainLoop(learner, _windows(policy, task, config, out), config.seed, generator)
         checkpoint = run.restore()
-        peers.wait()  # whoever leads has repaired its checkpoints
-        if led_by is not None:
-            checkpoint = run.follow(led_by)
+        distributed.wait()  # the main process has repaired its checkpoints
+        if main_dir is not None:
+            checkpoint = run.load_from_main(main_dir)
         if checkpoint is not None:
             learner.load(checkpoint.state["learner"])
 
         watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
-        with StopSignal() as stop, _bar(epochs, learner.place.epoch, progress) as show:
+        with StopSignal() as stop, _bar(epochs, learner.train_state.epoch, progress) as show:
 
             def stop_if_asked() -> None:
-                if peers.any(stop.requested):
-                    run.save(learner.place.step, _state(learner, task.spec))
+                if distributed.any(stop.requested):
+                    run.save(learner.train_state.step, _state(learner, task.spec))
                     stop.leave()
 
             for row in loop.epochs(stop_if_asked):
-                epoch = learner.place.epoch
+                epoch = learner.train_state.epoch
                 last = epoch == epochs
-                if peers.leads and (last or epoch % watched == 0):
+                if distributed.is_main and (last or epoch % watched == 0):
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
-                run.log(learner.place.step, row)
+                run.log(learner.train_state.step, row)
                 if last or epoch % config.save_every == 0:
-                    run.save(learner.place.step, _state(learner, task.spec))
+                    run.save(learner.train_state.step, _state(learner, task.spec))
                 show(row)
-            if peers.any(stop.requested):  # in the last epoch's end, which is saved
+            if distributed.any(stop.requested):  # in the last epoch's end, which is saved
                 stop.leave()
 
-        if not peers.leads:
+        if not distributed.is_main:
             return {}
         export(out, config, learner, task.spec)
         summary, episodes = summarise(learner, task, config)
@@ -121,15 +123,15 @@ def open_task(config: TrainConfig) -> ImitationTask:
     return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
 
-def _base(config: TrainConfig, out: Path, peers: Peers, led_by: Path | None) -> NormalizedPolicy | None:
-    """The base policy, of which the run keeps a copy, `base.pt`; whoever follows takes the one of whoever leads."""
+def _base(config: TrainConfig, out: Path, distributed: Distributed, main_dir: Path | None) -> NormalizedPolicy | None:
+    """The base policy, of which the run keeps a copy, `base.pt`; other processes copy the main one's."""
     if config.base is None:
         return None
-    if peers.leads and not (out / "base.pt").exists():
+    if distributed.is_main and not (out / "base.pt").exists():
         copy_base(Path(config.base), out)
-    peers.wait()
-    if led_by is not None:
-        copy_base(led_by, out, "base.pt")
+    distributed.wait()
+    if main_dir is not None:
+        copy_base(main_dir, out, "base.pt")
     return _restored_base(read_weights(out / "base.pt"), config, f"{out}, base")
 
 
@@ -159,23 +161,23 @@ def summarise(
     learner: Learner, task: ImitationTask, config: TrainConfig
 ) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
     """Evaluate the weights that the configuration names, all from the same starts; with the results episode by episode."""
-    place = learner.place
+    train_state = learner.train_state
     summary: Metrics = {
-        "epochs": float(place.epoch),
-        "updates": float(place.step - place.skipped),
-        "skipped": float(place.skipped),
-        "seconds": place.seconds,
+        "epochs": float(train_state.epoch),
+        "updates": float(train_state.step - train_state.skipped),
+        "skipped": float(train_state.skipped),
+        "seconds": train_state.seconds,
         "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
-        "best_epoch": float(place.best_epoch),
-        "last/validation_error": place.error,
-        "best/validation_error": place.best_error,
+        "best_epoch": float(train_state.best_epoch),
+        "last/validation_error": train_state.error,
+        "best/validation_error": train_state.best_error,
     }
     which = config.weights or ("both" if config.demos is None else "last")
     found: dict[str, Evaluation] = {}
     if which != "best":
         found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
     if which != "last":
-        if learner.best is not None and (place.best_epoch != place.epoch or "last" not in found):
+        if learner.best is not None and (train_state.best_epoch != train_state.epoch or "last" not in found):
             learner.acting.policy.load_state_dict(learner.best)
             found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
         else:

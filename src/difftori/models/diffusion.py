@@ -58,15 +58,15 @@ class NoiseSchedule(nn.Module):
         return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
     def target(self, clean: Plans, noise: Plans) -> Plans:
-        """What the network should have said."""
+        """What the network should have predicted."""
         return noise if self.prediction == "epsilon" else clean
 
-    def estimate(self, noisy: Plans, said: Plans, step: int) -> tuple[Plans, Plans]:
-        """The actions that follow from what the network said at step k, clipped to [−1, 1], and the noise, not clipped."""
+    def estimate(self, noisy: Plans, predicted: Plans, step: int) -> tuple[Plans, Plans]:
+        """The actions that follow from what the network predicted at step k, clipped to [−1, 1], and the noise, not clipped."""
         signal = self.at(step)
         if self.prediction == "epsilon":
-            return ((noisy - (1 - signal).sqrt() * said) / signal.sqrt()).clamp(-1, 1), said
-        return said.clamp(-1, 1), (noisy - signal.sqrt() * said) / (1 - signal).sqrt()
+            return ((noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()).clamp(-1, 1), predicted
+        return predicted.clamp(-1, 1), (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
 
     def at(self, step: int) -> Scalar:
         """ᾱ_k; 1 before the first step, where nothing is noise."""
@@ -154,8 +154,8 @@ def denoise(
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)
     for step, before in pairs:
-        said = denoiser(x, torch.full((len(x),), step, device=x.device))
-        clean, estimated = schedule.estimate(x, said, step)
+        predicted = denoiser(x, torch.full((len(x),), step, device=x.device))
+        clean, estimated = schedule.estimate(x, predicted, step)
         if sampler.DRAWS and before >= 0:
             fresh = noise_like(x, generator)
         x = sampler.back(x, clean, estimated, fresh, schedule.at(step), schedule.at(before))

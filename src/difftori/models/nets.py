@@ -28,7 +28,7 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
-def quiet(network: nn.Sequential) -> nn.Linear:
+def small_init_(network: nn.Sequential) -> nn.Linear:
     """Give a network a last layer of small weights, so that it says little at first; that layer."""
     last = network[-1]
     assert isinstance(last, nn.Linear)

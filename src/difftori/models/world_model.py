@@ -27,7 +27,7 @@ def _critic(inputs: int, width: int) -> nn.Sequential:
         nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, 1)
     )
     orthogonal(critic)
-    silent(critic)
+    zero_init_(critic)
     return critic
 
 
@@ -46,7 +46,7 @@ class WorldModel(nn.Module):
         self.policy = mlp((latent_dim, width, width, action_dim), nn.ELU)
         for network in (self.encoder, self.dynamics, self.reward_head, self.policy):
             orthogonal(network)
-        silent(self.reward_head)
+        zero_init_(self.reward_head)
         self.critics = Critics(latent_dim, action_dim, width)
 
     def encode(self, obs: AnyObservations) -> AnyLatents:
@@ -112,7 +112,7 @@ def orthogonal(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def silent(network: nn.Sequential) -> None:
+def zero_init_(network: nn.Sequential) -> None:
     """A last layer of zeros: the network says 0 until it has learned something."""
     last = network[-1]
     assert isinstance(last, nn.Linear)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from difftori import presets
 from difftori.errors import ConfigError
-from difftori.models.nets import mlp, noise_like, quiet
+from difftori.models.nets import mlp, noise_like, small_init_
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
@@ -158,7 +158,7 @@ class DiffTORI(Refiner):
         super().__init__(config, spec)
         self.settings = config
         self.uses_base = "base" in (config.init, config.anchor)
-        self.draws = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
+        self.stochastic = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
         room = spec.horizon - spec.observe + 1
         self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
         if not spec.execute <= self.planned <= room:
@@ -175,10 +175,10 @@ class DiffTORI(Refiner):
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
         self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
-        quiet(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
+        small_init_(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
         if self.dynamics is not None:
             # and H steps of the model nearly stand still: no chaos to differentiate through
-            nn.init.zeros_(quiet(self.dynamics).bias)
+            nn.init.zeros_(small_init_(self.dynamics).bias)
         # softplus(raw) is what is learned
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))

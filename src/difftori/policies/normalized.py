@@ -71,7 +71,7 @@ class NormalizedPolicy:
     @property
     def stochastic(self) -> bool:
         """Whether `act` draws, or its base does, so that a refiner should learn from several samples of it."""
-        return self.policy.draws or self.base_stochastic
+        return self.policy.stochastic or self.base_stochastic
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """The policy's training loss of a batch in the task's units, and named numbers to log."""

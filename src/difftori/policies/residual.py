@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from difftori.models.nets import mlp, noise_like, quiet
+from difftori.models.nets import mlp, noise_like, small_init_
 from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies.refiner import Refiner, RefinerConfig
@@ -48,7 +48,7 @@ class Residual(Refiner):
         self.window = WindowEncoder(spec, config.pictures)
         outputs = spec.execute * spec.action_dim
         self.network = mlp((self.window.width + outputs, *config.hidden, outputs))
-        nn.init.zeros_(quiet(self.network).bias)
+        nn.init.zeros_(small_init_(self.network).bias)
 
     def predict(self, obs: WindowObs, base: PartPlans, crops: torch.Generator | None = None) -> PartPlans:
         """The base's executed actions (B P A) → corrected ones, with their graph; `crops` as `WindowEncoder` has it."""

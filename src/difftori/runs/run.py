@@ -170,7 +170,7 @@ class Run:
         self._purge_from = found.step + 1
         return Checkpoint(found.step, found.path, state)
 
-    def follow(self, other: Path) -> Checkpoint | None:
+    def load_from_main(self, other: Path) -> Checkpoint | None:
         """The newest valid checkpoint of another process's run of the same configuration: the caller's `state` of it."""
         found = Checkpoints(other / "checkpoints").latest(repair=False)
         return None if found is None else Checkpoint(found.step, found.path, found.state["state"])
