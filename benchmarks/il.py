@@ -120,13 +120,13 @@ def made_up_task() -> TaskSpec:
 
     low, high = (-1.0,) * ACTIONS, (1.0,) * ACTIONS
     obs = {"state": EntrySpec((OBS,), moments=unit(OBS))}
-    return TaskSpec(obs, ACTIONS, 4, low, high, observe=2, execute=3, moments=unit(ACTIONS))
+    return TaskSpec(obs, ACTIONS, 4, low, high, n_obs_steps=2, n_action_steps=3, moments=unit(ACTIONS))
 
 
 def windows(spec: TaskSpec, rows: int, seed: int, device: str) -> Window:
     """Random ones."""
     generator = seeded(seed, "windows")
-    obs: WindowObs = {"state": (2 * torch.rand(rows, spec.observe, OBS, generator=generator) - 1).to(device)}
+    obs: WindowObs = {"state": (2 * torch.rand(rows, spec.n_obs_steps, OBS, generator=generator) - 1).to(device)}
     actions = 2 * torch.rand(rows, spec.horizon, ACTIONS, generator=generator) - 1
     return Window(obs, actions.to(device), torch.arange(rows))
 

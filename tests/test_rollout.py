@@ -11,8 +11,8 @@ from difftori.rollout import make_step_policy, named, play, wilson_interval
 from difftori.types import EntrySpec, TaskSpec
 
 
-def spec(observe=2, horizon=5, execute=3) -> TaskSpec:
-    return TaskSpec({"state": EntrySpec((2,))}, 2, horizon, (-1.0, -1.0), (1.0, 1.0), observe, execute)
+def spec(n_obs_steps=2, horizon=5, n_action_steps=3) -> TaskSpec:
+    return TaskSpec({"state": EntrySpec((2,))}, 2, horizon, (-1.0, -1.0), (1.0, 1.0), n_obs_steps, n_action_steps)
 
 
 def homing(task: TaskSpec, seen: list | None = None):
@@ -22,7 +22,7 @@ def homing(task: TaskSpec, seen: list | None = None):
         if seen is not None:
             seen.append(obs["state"].clone())
         place, plan = obs["state"][:, -1].numpy().astype(np.float64), []
-        for _ in range(task.execute):
+        for _ in range(task.n_action_steps):
             plan.append(expert(place))
             place = place + plan[-1] / 3
         whole = torch.full((len(place), task.horizon, 2), 99.0)  # nothing but the present may be executed
@@ -63,7 +63,7 @@ def test_an_episode_is_that_of_its_seed_and_ends_with_success_or_time():
 
 def test_the_first_observation_stands_for_those_before_it_and_then_come_the_last_ones():
     shown: list[torch.Tensor] = []
-    task = spec(observe=3, horizon=6, execute=1)
+    task = spec(n_obs_steps=3, horizon=6, n_action_steps=1)
     play(make_env(ENV, num_envs=1, seed=0), homing(task, shown), task, [5])
     first = torch.tensor(Reach().reset(seed=5)[0])
     assert torch.equal(shown[0][0], first.expand(3, 2))
@@ -90,9 +90,9 @@ def test_an_environment_that_does_not_tell_of_success_is_refused(monkeypatch):
         play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
 
 
-def test_pictures_come_with_their_channels_last():
-    pictures = np.zeros((4, 3, 8, 9), np.uint8)
-    assert named({"image": pictures})["image"].shape == (4, 8, 9, 3)
+def test_images_come_with_their_channels_last():
+    images = np.zeros((4, 3, 8, 9), np.uint8)
+    assert named({"image": images})["image"].shape == (4, 8, 9, 3)
     assert named(np.zeros((4, 5)))["state"].shape == (4, 5)
 
 

@@ -28,7 +28,7 @@ train, validation = demos.split(0.2, torch.Generator().manual_seed(0))
 print(f"{len(train)} episodes to learn from, {len(validation)} to validate with")
 
 normalizer = fit_normalizer(train)  # part of the policy: it is saved with the weights
-windows = Windows(train, observe=2, horizon=16, execute=8)
+windows = Windows(train, n_obs_steps=2, horizon=16, n_action_steps=8)
 for window in windows.batches(64, torch.Generator().manual_seed(0)):
     batch = normalizer(window)
 print(f"{len(windows)} windows; the last batch:")

@@ -20,7 +20,7 @@ def mine(obs):
 
 
 settings = DiffTORIConfig(updates=400)
-better = refine(mine, demos, low=(-1, -1), high=(1, 1), observe=1, horizon=1, execute=1, settings=settings)
+better = refine(mine, demos, low=(-1, -1), high=(1, 1), n_obs_steps=1, horizon=1, n_action_steps=1, settings=settings)
 
 fresh = torch.rand(500, 1, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
 wanted = torch.stack([torch.tanh(3 * fresh[..., 0]), fresh[..., 1] * fresh[..., 2]], -1)

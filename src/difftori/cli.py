@@ -215,7 +215,7 @@ def _eval(words: list[str]) -> None:
         device: str = "cpu"
         """Where it computes."""
         video: bool = False
-        """Film one evaluation episode into the run's `pictures/`."""
+        """Film one evaluation episode into the run's `media/`."""
 
     options = tyro.cli(Options, prog="difftori eval", args=words)
     if options.episodes is not None and options.episodes < 1:

@@ -87,7 +87,7 @@ class Policy(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[PolicyConfig]]
     WINDOW: ClassVar[tuple[int, int, int] | None] = None
-    """`observe`, `horizon` and `execute` where none are given; None leaves them to the task."""
+    """`n_obs_steps`, `horizon` and `n_action_steps` where none are given; None leaves them to the task."""
     STOCHASTIC: ClassVar[bool] = False
     """Whether `act` samples."""
     NORMALIZES: ClassVar[Literal["all", "observations", "nothing"]] = "all"

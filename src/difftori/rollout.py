@@ -28,7 +28,7 @@ class Episode:
 
 
 def named(observation: Observation) -> dict[str, np.ndarray]:
-    """Observations of all rows by name, as policies see them: one array is `state`, pictures have their channels last."""
+    """Observations of all rows by name, as policies see them: one array is `state`, images have their channels last."""
     entries = observation if isinstance(observation, dict) else {"state": observation}
     return {
         name: values.transpose(0, 2, 3, 1) if values.dtype == np.uint8 and values.ndim == 4 else values
@@ -39,7 +39,7 @@ def named(observation: Observation) -> dict[str, np.ndarray]:
 def play(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) -> list[Episode]:
     """One episode from each seed, in their order, as many at once as `env` has rows.
 
-    Each row asks for a new plan when the `execute` actions of its last one are spent. Before an episode's first step
+    Each row asks for a new plan when the `n_action_steps` actions of its last one are spent. Before an episode's first step
     its first observation stands for earlier ones. An episode counts as over when it has succeeded. After a failure of the
     environment all is played again, until its budget of restarts is spent (EnvironmentFailed).
     """
@@ -57,7 +57,7 @@ def make_step_policy(act: Act, spec: TaskSpec) -> Callable[[Observation], np.nda
 
     def step(observation: Observation) -> np.ndarray:
         for name, values in named(observation).items():
-            history[name] = [*history.get(name, [values] * spec.observe)[1:], values]
+            history[name] = [*history.get(name, [values] * spec.n_obs_steps)[1:], values]
         if not waiting:
             obs: WindowObs = {name: torch.from_numpy(np.stack(values, 1)) for name, values in history.items()}
             waiting.extend(act(obs)[0, spec.present].cpu().numpy())
@@ -83,8 +83,8 @@ class _Play:
         self.waiting = list(range(len(seeds)))[::-1]
         rows = env.num_envs
         self.playing: list[int | None] = [None] * rows  # the episode in each row
-        self.cursor = np.full(rows, spec.execute)  # actions of the row's plan that are spent
-        self.plans = np.zeros((rows, spec.execute, spec.action_dim), dtype=np.float32)
+        self.cursor = np.full(rows, spec.n_action_steps)  # actions of the row's plan that are spent
+        self.plans = np.zeros((rows, spec.n_action_steps, spec.action_dim), dtype=np.float32)
         self.history: dict[str, np.ndarray] = {}  # (rows O …)
 
     def run(self) -> list[Episode]:
@@ -93,7 +93,7 @@ class _Play:
         while any(episode is not None for episode in self.playing):
             self._plan()
             rows = np.arange(self.env.num_envs)
-            actions = self.plans[rows, np.minimum(self.cursor, self.spec.execute - 1)]
+            actions = self.plans[rows, np.minimum(self.cursor, self.spec.n_action_steps - 1)]
             self.cursor += 1
             seen, rewards, terminated, truncated, info = self.env.step(actions)
             if "success" not in info:
@@ -127,10 +127,10 @@ class _Play:
         seen, _ = self.env.reset(seed=seeds, options={"reset_mask": rows})
         first = named(seen)
         if not self.history:
-            self.history = {name: np.repeat(v[:, None], self.spec.observe, 1) for name, v in first.items()}
+            self.history = {name: np.repeat(v[:, None], self.spec.n_obs_steps, 1) for name, v in first.items()}
         for name, values in first.items():
             self.history[name][rows] = values[rows, None]
-        self.cursor[rows] = self.spec.execute
+        self.cursor[rows] = self.spec.n_action_steps
 
     def _push(self, seen: dict[str, np.ndarray]) -> None:
         for name, values in seen.items():
@@ -138,7 +138,7 @@ class _Play:
 
     def _plan(self) -> None:
         """New plans for the playing rows whose plans are spent."""
-        due = (self.cursor >= self.spec.execute) & np.array([episode is not None for episode in self.playing])
+        due = (self.cursor >= self.spec.n_action_steps) & np.array([episode is not None for episode in self.playing])
         if due.any():
             obs: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self.history.items()}
             self.plans[due] = self.act(obs)[:, self.spec.present].cpu().numpy()

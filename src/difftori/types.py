@@ -66,7 +66,7 @@ class Moments:
 class EntrySpec:
     """One entry of the observations, as it is at one step: `shape` (*S), `dtype` "float32" or "uint8".
 
-    Pictures are uint8 (height width channels), clouds float32 (points 3) or more columns, vectors float32 (S).
+    Images are uint8 (height width channels), clouds float32 (points 3) or more columns, vectors float32 (S).
     `moments` are those of the last dimension over the training data, None where nothing was measured.
     """
 
@@ -79,9 +79,9 @@ class EntrySpec:
 class TaskSpec:
     """What a policy must know of a task: what it sees, what it returns, and the action box, in the task's own units.
 
-    `obs` by name; of each entry the last `observe` O steps are seen. `horizon` H: the actions (H A) that a policy returns
-    at once, the first for the step of the oldest observation. The task executes `execute` of them from the present on,
-    `actions[:, O − 1 : O − 1 + execute]`. `low` and `high` per action dimension, A numbers each. `moments` of
+    `obs` by name; of each entry the last `n_obs_steps` O steps are seen. `horizon` H: the actions (H A) that a policy returns
+    at once, the first for the step of the oldest observation. The task executes `n_action_steps` of them from the present on,
+    `actions[:, O − 1 : O − 1 + n_action_steps]`. `low` and `high` per action dimension, A numbers each. `moments` of
     the training data's actions, None where nothing was measured.
     """
 
@@ -90,8 +90,8 @@ class TaskSpec:
     horizon: int
     low: tuple[float, ...]
     high: tuple[float, ...]
-    observe: int = 1
-    execute: int = 1
+    n_obs_steps: int = 1
+    n_action_steps: int = 1
     moments: Moments | None = None
 
     @staticmethod
@@ -99,7 +99,7 @@ class TaskSpec:
         obs_dim: int, action_dim: int, horizon: int, low: tuple[float, ...], high: tuple[float, ...]
     ) -> "TaskSpec":
         """A task that shows one vector `state` (S) and executes all H actions from there."""
-        return TaskSpec({"state": EntrySpec((obs_dim,))}, action_dim, horizon, low, high, execute=horizon)
+        return TaskSpec({"state": EntrySpec((obs_dim,))}, action_dim, horizon, low, high, n_action_steps=horizon)
 
     @staticmethod
     def from_plain(values: dict[str, Any]) -> "TaskSpec":
@@ -115,14 +115,14 @@ class TaskSpec:
 
     @property
     def obs_dim(self) -> int:
-        """The numbers in a row of all observations, O·ΣS; see `flat_rows`. ShapeError if pictures are among them."""
-        _refuse_pictures([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
-        return self.observe * sum(math.prod(entry.shape) for entry in self.obs.values())
+        """The numbers in a row of all observations, O·ΣS; see `flat_rows`. ShapeError if images are among them."""
+        _refuse_images([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
+        return self.n_obs_steps * sum(math.prod(entry.shape) for entry in self.obs.values())
 
     @property
     def present(self) -> slice:
         """Where among the H actions those lie that are executed."""
-        return slice(self.observe - 1, self.observe - 1 + self.execute)
+        return slice(self.n_obs_steps - 1, self.n_obs_steps - 1 + self.n_action_steps)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class EnvSpec:
 
 
 WindowObs: TypeAlias = dict[str, Shaped[Tensor, "B O ..."]]
-"""The last O observations of B rows by name: float32 vectors and clouds, uint8 pictures (B O height width channels)."""
+"""The last O observations of B rows by name: float32 vectors and clouds, uint8 images (B O height width channels)."""
 
 
 @dataclass(frozen=True)
@@ -188,17 +188,17 @@ def to_device(obs: WindowObs, device) -> WindowObs:
 def flat_rows(obs: WindowObs) -> States:
     """All observations in one row of numbers, entry after entry, oldest first in each: (B O·ΣS).
 
-    Raises ShapeError if pictures are among them.
+    Raises ShapeError if images are among them.
     """
-    _refuse_pictures([name for name, values in obs.items() if not values.is_floating_point()], obs)
+    _refuse_images([name for name, values in obs.items() if not values.is_floating_point()], obs)
     return torch.cat([values.flatten(1) for values in obs.values()], 1)
 
 
-def _refuse_pictures(pictures: list[str], entries: Collection[str]) -> None:
-    if pictures or not entries:
+def _refuse_images(images: list[str], entries: Collection[str]) -> None:
+    if images or not entries:
         raise ShapeError(
-            f"observations: the entries {', '.join(pictures) or '(none)'} cannot stand in one row of numbers; use float "
-            "entries only, or a policy that reads pictures"
+            f"observations: the entries {', '.join(images) or '(none)'} cannot stand in one row of numbers; use float "
+            "entries only, or a policy that reads images"
         )
 
 

@@ -34,7 +34,7 @@ def demos(seed=0, steps=40):
 
 def test_min_max_reaches_both_ends_and_leaves_constants_at_zero():
     train = demos()
-    window = fit_normalizer(train)(Windows(train, observe=1, horizon=1, execute=1).batch(torch.arange(40)))
+    window = fit_normalizer(train)(Windows(train, n_obs_steps=1, horizon=1, n_action_steps=1).batch(torch.arange(40)))
     state = window.obs["state"].flatten(0, 1)
     assert torch.allclose(state.amin(0), torch.tensor([-1.0, -1, 0]), atol=1e-5)
     assert torch.allclose(state.amax(0), torch.tensor([1.0, 1, 0]), atol=1e-5)
@@ -49,7 +49,7 @@ def test_a_cloud_shares_its_statistics_over_points():
     assert torch.allclose(affine.scale, (cloud.amax(0) - cloud.amin(0)) / 2)
 
 
-def test_pictures_are_divided_by_255_unless_told_otherwise():
+def test_images_are_divided_by_255_unless_told_otherwise():
     train = demos()
     normalised = fit_normalizer(train).normalize_obs({"image": train.obs["image"]})["image"]
     assert torch.equal(normalised, train.obs["image"].float() / 255)
@@ -111,7 +111,7 @@ def test_a_saved_state_loads_into_a_fresh_one(tmp_path):
     blank = {name: Affine(torch.zeros(size), torch.ones(size)) for name, size in sizes.items()}
     fresh = Normalizer(blank | {"image": pixels()}, Affine(torch.zeros(2), torch.ones(2)))
     fresh.load_state_dict(torch.load(tmp_path / "n.pt", weights_only=True))
-    window = Windows(demos(), observe=2, horizon=4, execute=1).sample(8, torch.Generator())
+    window = Windows(demos(), n_obs_steps=2, horizon=4, n_action_steps=1).sample(8, torch.Generator())
     assert torch.equal(fresh(window).actions, fitted(window).actions)
     assert torch.equal(fresh(window).obs["state"], fitted(window).obs["state"])
     assert not list(fitted.parameters())

@@ -92,7 +92,7 @@ def test_faulty_arrays_are_refused_with_the_place(change, words):
     assert words in str(caught.value)
 
 
-def test_a_picture_that_is_none_later_is_refused():
+def test_an_image_that_is_none_later_is_refused():
     image = np.zeros((9, 4, 4, 3), np.float32)
     made = Trajectories.of({"image": image}, np.zeros((9, 1)), ENDS)
     assert made.obs["image"].dtype == torch.uint8

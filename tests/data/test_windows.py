@@ -11,7 +11,7 @@ from difftori.types import Window, flat_rows
 
 
 def counted(lengths, gaps=False):
-    """State and actions say their own step; the picture says it too, modulo 256."""
+    """State and actions say their own step; the image says it too, modulo 256."""
     steps = sum(lengths)
     count = np.arange(steps, dtype=np.float32)
     image = np.broadcast_to((count % 256).astype(np.uint8)[:, None, None, None], (steps, 2, 2, 3))
@@ -19,35 +19,35 @@ def counted(lengths, gaps=False):
     return made.select(range(0, len(lengths), 2)) if gaps else made
 
 
-def naive(demos, observe, horizon, execute):
+def naive(demos, n_obs_steps, horizon, n_action_steps):
     """The steps of observations and actions of each window, by lists that are padded and cut."""
     windows = []
     for start, stop in demos.spans.tolist():
         steps = list(range(start, stop))
-        padded = [steps[0]] * (observe - 1) + steps + [steps[-1]] * (execute - 1)
+        padded = [steps[0]] * (n_obs_steps - 1) + steps + [steps[-1]] * (n_action_steps - 1)
         cut = [padded[i : i + horizon] for i in range(len(padded) - horizon + 1)]
         if not cut:
             cut = [padded + [steps[-1]] * (horizon - len(padded))]
-        windows += [(window[:observe], window) for window in cut]
+        windows += [(window[:n_obs_steps], window) for window in cut]
     return windows
 
 
-def make(lengths=(6, 3), observe=2, horizon=4, execute=2, **options):
-    return Windows(counted(lengths), observe=observe, horizon=horizon, execute=execute, **options)
+def make(lengths=(6, 3), n_obs_steps=2, horizon=4, n_action_steps=2, **options):
+    return Windows(counted(lengths), n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps, **options)
 
 
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
-    observe=st.integers(1, 4),
-    execute=st.integers(1, 5),
+    n_obs_steps=st.integers(1, 4),
+    n_action_steps=st.integers(1, 5),
     more=st.integers(0, 5),
     gaps=st.booleans(),
 )
-def test_windows_are_those_of_padded_lists(lengths, observe, execute, more, gaps):
+def test_windows_are_those_of_padded_lists(lengths, n_obs_steps, n_action_steps, more, gaps):
     demos = counted(lengths, gaps)
-    horizon = observe - 1 + execute + more
-    windows = Windows(demos, observe=observe, horizon=horizon, execute=execute)
-    expected = naive(demos, observe, horizon, execute)
+    horizon = n_obs_steps - 1 + n_action_steps + more
+    windows = Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps)
+    expected = naive(demos, n_obs_steps, horizon, n_action_steps)
     assert len(windows) == len(expected)
     batch = windows.batch(torch.arange(len(windows)))
     assert batch.obs["state"][..., 0].tolist() == [seen for seen, _ in expected]
@@ -105,11 +105,11 @@ def test_a_batch_that_is_kept_does_not_change():
 def test_observations_stand_in_one_row():
     demos = counted((6, 3))
     vectors = Trajectories({"a": demos.obs["state"], "b": demos.obs["state"] + 100}, demos.actions, demos.spans)
-    windows = Windows(vectors, observe=2, horizon=4, execute=2)
+    windows = Windows(vectors, n_obs_steps=2, horizon=4, n_action_steps=2)
     assert flat_rows(windows.batch(torch.tensor([3])).obs).tolist() == [[2, 2, 3, 3, 102, 102, 103, 103]]
 
 
-def test_pictures_do_not():
+def test_images_do_not():
     with pytest.raises(ShapeError, match="image cannot stand in one row"):
         flat_rows(make().batch(torch.tensor([0])).obs)
 
@@ -125,10 +125,10 @@ def test_one_pass_in_order():
 
 def test_every_faulty_setting_is_listed():
     with pytest.raises(ConfigError) as caught:
-        make(observe=0, horizon=0, execute=-1)
+        make(n_obs_steps=0, horizon=0, n_action_steps=-1)
     assert len(caught.value.faults) == 3
     with pytest.raises(ConfigError, match="make horizon at least 5"):
-        make(observe=2, horizon=4, execute=4)
+        make(n_obs_steps=2, horizon=4, n_action_steps=4)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         make().sample(0, torch.Generator())
 
@@ -152,8 +152,8 @@ def test_a_gpu_gets_the_same_windows(stored):
     there = Trajectories(
         {name: values.to(stored) for name, values in demos.obs.items()}, demos.actions.to(stored), demos.spans
     )
-    one = Windows(demos, observe=2, horizon=4, execute=2)
-    other = Windows(there, observe=2, horizon=4, execute=2, device="cuda")
+    one = Windows(demos, n_obs_steps=2, horizon=4, n_action_steps=2)
+    other = Windows(there, n_obs_steps=2, horizon=4, n_action_steps=2, device="cuda")
     for seed in range(3):
         ours, theirs = (windows.sample(16, torch.Generator().manual_seed(seed)) for windows in (one, other))
         assert theirs.actions.is_cuda
@@ -162,4 +162,4 @@ def test_a_gpu_gets_the_same_windows(stored):
         assert torch.equal(theirs.index.cpu(), ours.index)
     if stored == "cuda":
         with pytest.raises(ConfigError, match="choose one"):
-            Windows(there, observe=2, horizon=4, execute=2, device="cpu")
+            Windows(there, n_obs_steps=2, horizon=4, n_action_steps=2, device="cpu")

@@ -68,7 +68,7 @@ class Troubled(gymnasium.Env):
 
 
 class Named(gymnasium.Env):
-    """Shows a image and a number by name; the number is NaN after an action above 0.9."""
+    """Shows an image and a number by name; the number is NaN after an action above 0.9."""
 
     observation_space = Dict({"image": Box(0, 255, (3, 2, 2), np.uint8), "height": Box(-9.0, 9.0, (1,), np.float32)})
     action_space = Box(-1.0, 1.0, (1,), np.float32)

@@ -116,10 +116,10 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     twice = agent_run(reward / "twice", 800.0, agent="tdmpc", seed=0, lr=0.2)
     unfinished = agent_run(reward / "unfinished", 10.0, agent="tdmpc", seed=8, lr=0.2)
     (unfinished / "summary.json").unlink()
-    (reward / "pictures").mkdir()
-    (twice / "pictures").mkdir()
-    (reward / "dmc.cup-catch" / "a0" / "pictures").mkdir()
-    (reward / "dmc.cup-catch" / "a0" / "pictures" / "episode.gif").write_bytes(b"GIF89a")
+    (reward / "media").mkdir()
+    (twice / "media").mkdir()
+    (reward / "dmc.cup-catch" / "a0" / "media").mkdir()
+    (reward / "dmc.cup-catch" / "a0" / "media" / "episode.gif").write_bytes(b"GIF89a")
     assert main(["report", str(reward), "--title", "mine <b>"]) == 0
     page = (reward / "report" / "report.html").read_text()
     assert "mine &lt;b&gt;" in page

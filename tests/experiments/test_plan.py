@@ -44,10 +44,10 @@ def test_the_grid_times_the_variants(tmp_path):
 
 
 def test_lists_switches_and_nested_settings_are_options(tmp_path):
-    given = {**IMITATION, "hidden": [8, 8], "pictures": {"width": 8}}
-    with pytest.raises(ConfigError, match="settings.pictures"):  # it sees no pictures: the name has come through
+    given = {**IMITATION, "hidden": [8, 8], "images": {"width": 8}}
+    with pytest.raises(ConfigError, match="settings.images"):  # it sees no images: the name has come through
         plan(sweep_of(tmp_path, common=given))
-    del given["pictures"]
+    del given["images"]
     (run,) = plan(sweep_of(tmp_path, common=given, grid={"hidden": [[8, 8]]}))
     assert run.words[2:] == (*"--env pendulum --epochs 2 --hidden 8 8 --out".split(), str(run.folder), "--quiet")
 

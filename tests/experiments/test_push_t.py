@@ -47,7 +47,7 @@ def test_table_7_compares_each_horizon_with_as_many_actions_of_the_base(asked, t
     for h in (1, 3):
         assert (f"H = {h}", f"diffusion, {h} executed") in asked["compared"]
         ours, control = asked["methods"][f"H = {h}"], asked["methods"][f"diffusion, {h} executed"]
-        assert ours.options == control.options == {"execute": h}
+        assert ours.options == control.options == {"n_action_steps": h}
     table7.run(table7.Config(demos=tmp_path, controls=False))
     assert not any("executed" in label for label in asked["methods"])
     assert "without controls" in asked["reasons"]

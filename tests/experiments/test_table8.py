@@ -107,8 +107,8 @@ def test_every_output_is_written_and_labelled(trainings, small, capsys):
     assert "PARTIAL RUN" in text
     assert "15.962 ± 0.164" in text
     assert "partial" in capsys.readouterr().out
-    for picture in ("learning_curves.svg", "phase_plane.svg"):
-        assert "partial run" in (output_folder(config) / picture).read_text()
+    for image in ("learning_curves.svg", "phase_plane.svg"):
+        assert "partial run" in (output_folder(config) / image).read_text()
 
 
 def test_numbers_agree_with_each_other(trainings, small):
@@ -147,7 +147,7 @@ def test_shortened_trainings_have_folders_of_their_own(trainings, small):
     assert len({folder.parent for folder in trainings}) == 4
 
 
-def test_pictures_and_tables_repeat_byte_by_byte(trainings, small):
+def test_images_and_tables_repeat_byte_by_byte(trainings, small):
     config = small(settings=("damping",))
     table8.run(config)
     before = {path.name: path.read_bytes() for path in output_folder(config).iterdir()}

@@ -29,7 +29,7 @@ def demos(tmp_path) -> str:
 def config(policy: str, demos: str | None = None, settings: dict | None = None, **values) -> TrainConfig:
     plain = {"policy": policy, "eval_episodes": 2, "settings": {"updates": 12, "batch_size": 8, **(settings or UNET)}}
     if demos is not None:
-        plain |= {"env": ENV, "demos": demos, "observe": 2, "horizon": 5, "execute": 2}
+        plain |= {"env": ENV, "demos": demos, "n_obs_steps": 2, "horizon": 5, "n_action_steps": 2}
     return parse_config({**plain, **values})
 
 
@@ -46,8 +46,8 @@ def test_the_averaged_weights_are_exported_and_act(name, demos, tmp_path):
 
 
 def test_dp3_sees_its_own_window_unless_told_otherwise(demos):
-    own = config("dp3", demos, observe=None, horizon=None, execute=None)
-    assert (own.observe, own.horizon, own.execute) == (2, 4, 3)
+    own = config("dp3", demos, n_obs_steps=None, horizon=None, n_action_steps=None)
+    assert (own.n_obs_steps, own.horizon, own.n_action_steps) == (2, 4, 3)
 
 
 def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
@@ -75,13 +75,13 @@ def test_a_killed_run_reaches_the_same_weights(demos, tmp_path, killed_at):
     assert weights_digest(straight) == weights_digest(killed)
 
 
-def test_settings_of_pictures_and_of_the_network_are_options(demos, tmp_path):
+def test_settings_of_images_and_of_the_network_are_options(demos, tmp_path):
     common = ["--quiet", "--updates", "2", "--eval-episodes", "1", "--env", ENV, "--demos", demos]
-    network = ["--preset", "small", "--dims", "16", "24", "--inference-steps", "5", "--pictures.width", "32"]
+    network = ["--preset", "small", "--dims", "16", "24", "--inference-steps", "5", "--images.width", "32"]
     assert cli.main(["train", "diffusion", *common, *network, "--out", str(tmp_path / "run")]) == 0
     policy, read = load_policy(tmp_path / "run", "last")
     settings = read.settings.model_dump()
     assert settings["dims"] == (16, 24)
-    assert settings["pictures"]["width"] == 32
+    assert settings["images"]["width"] == 32
     assert settings["blocks"] == 1, "the preset's"
     assert policy.spec.horizon == 16

@@ -29,7 +29,7 @@ def demos(tmp_path) -> str:
 def config(policy: str, demos: str | None = None, settings: dict | None = None, **values):
     plain = {"policy": policy, "eval_episodes": 3, "settings": {"updates": 12, "batch_size": 8, **(settings or {})}}
     if demos is not None:
-        plain |= {"env": ENV, "demos": demos, "observe": 2, "horizon": 4, "execute": 2}
+        plain |= {"env": ENV, "demos": demos, "n_obs_steps": 2, "horizon": 4, "n_action_steps": 2}
     return parse_config({**plain, **values})
 
 
@@ -40,7 +40,7 @@ def test_what_a_task_is_made_of(demos):
     task = open_task(config("bc", demos, num_train=3))
     assert isinstance(task, EnvTask)
     spec = task.spec
-    assert (spec.observe, spec.horizon, spec.execute, spec.action_dim) == (2, 4, 2, 2)
+    assert (spec.n_obs_steps, spec.horizon, spec.n_action_steps, spec.action_dim) == (2, 4, 2, 2)
     assert spec.present == slice(1, 3)
     assert len(task.train.demos) == 3
     assert len(task.validation.demos) == 1
@@ -54,8 +54,8 @@ def test_what_a_task_is_made_of(demos):
 
 
 def test_every_step_is_the_present_of_one_window_whatever_is_executed(demos):
-    for execute in (1, 2, 3):
-        task = open_task(config("bc", demos, execute=execute))
+    for n_action_steps in (1, 2, 3):
+        task = open_task(config("bc", demos, n_action_steps=n_action_steps))
         assert len(task.train) == sum(task.train.demos.lengths)
         present = task.train.batch(torch.arange(len(task.train))).actions[:, 1]
         assert torch.equal(present, task.train.demos.actions[task.train.demos.rows()])
@@ -108,7 +108,7 @@ def test_a_refiner_takes_task_and_data_from_its_base_and_outlives_it(name, demos
     train(config("bc", demos, seed=4, num_train=3), tmp_path / "base", progress=False)
     settings = SMALL if name == "difftori-il" else {"hidden": (16,)}
     wish = config(name, settings=settings, base=str(tmp_path / "base"))
-    assert (wish.env, wish.seed, wish.num_train, wish.demos, wish.observe) == (ENV, 4, 3, demos, 2)
+    assert (wish.env, wish.seed, wish.num_train, wish.demos, wish.n_obs_steps) == (ENV, 4, 3, demos, 2)
     train(wish, tmp_path / "refined", progress=False)
     policy, _ = load_policy(tmp_path / "refined", "last")
     obs = {"state": torch.rand(5, 2, 2)}
@@ -131,7 +131,7 @@ def test_refiners_on_refiners(demos, tmp_path):
     [
         ({"policy": "bc", "env": ENV, "demos": "nowhere.zarr"}, "there is no such file"),
         ({"policy": "bc", "env": "pusht"}, "imitated from demonstrations"),
-        ({"policy": "bc", "env": "pendulum", "observe": 3}, "observe: 'pendulum' takes none"),
+        ({"policy": "bc", "env": "pendulum", "n_obs_steps": 3}, "n_obs_steps: 'pendulum' takes none"),
         ({"policy": "residual", "env": "pendulum"}, "refines another policy's actions; give --base RUN"),
         ({"policy": "difftori-il", "env": "pendulum"}, "give --base RUN, or --init prior"),
         ({"policy": "difftori-il", "base": "nowhere"}, "is nowhere the directory of a run"),
@@ -147,7 +147,7 @@ def test_data_that_do_not_fit_the_environment_are_refused(demos):
     with pytest.raises(ConfigError, match="has 5 episodes beside the held out"):
         open_task(config("bc", demos, num_train=6))
     with pytest.raises(ConfigError, match="make horizon at least"):
-        open_task(config("bc", demos, execute=9))
+        open_task(config("bc", demos, n_action_steps=9))
 
 
 def test_a_plain_policy_takes_no_base(demos, tmp_path):
@@ -158,13 +158,13 @@ def test_a_plain_policy_takes_no_base(demos, tmp_path):
 
 def test_the_command_line_trains_refines_evaluates_and_films(demos, tmp_path, capsys):
     common = ["--quiet", "--updates", "5", "--eval-episodes", "2"]
-    window = ["--observe", "2", "--horizon", "4", "--execute", "2"]
+    window = ["--n-obs-steps", "2", "--horizon", "4", "--n-action-steps", "2"]
     base, refined = str(tmp_path / "base"), str(tmp_path / "refined")
     assert cli.main(["train", "bc", "--env", ENV, "--demos", demos, *window, *common, "--out", base]) == 0
     assert cli.main(["train", "difftori-il", "--base", base, *common, "--out", refined]) == 0
     assert cli.main(["eval", refined, "--episodes", "4", "--video"]) == 0
     assert "success_high" in capsys.readouterr().out
-    assert (Path(refined) / "pictures" / "episode.gif").exists()
+    assert (Path(refined) / "media" / "episode.gif").exists()
 
 
 @pytest.mark.parametrize("name", ["difftori-il", "residual"])

@@ -1,4 +1,4 @@
-"""The random shift of pictures, against the same written with clamped indices."""
+"""The random shift of images, against the same written with clamped indices."""
 
 from itertools import product
 
@@ -8,7 +8,7 @@ import torch
 from difftori.models.encoders import random_shift
 
 
-def pictures(rows: int) -> torch.Tensor:
+def random_images(rows: int) -> torch.Tensor:
     """Random ones, in which every shift shows: (rows 3 6 8)."""
     return torch.randint(0, 256, (rows, 3, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -24,8 +24,8 @@ def moved(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return image[:, rows][:, :, columns]
 
 
-def test_each_picture_is_shifted_by_itself_by_whole_pixels_up_to_pad():
-    images = pictures(300)
+def test_each_image_is_shifted_by_itself_by_whole_pixels_up_to_pad():
+    images = random_images(300)
     result = shift(images, 2)
     assert result.shape == images.shape
     assert result.dtype == torch.float32
@@ -40,8 +40,8 @@ def test_each_picture_is_shifted_by_itself_by_whole_pixels_up_to_pad():
     assert max(counts) < 40
 
 
-def test_a_picture_is_not_mixed_with_its_neighbours():
-    images = pictures(5)
+def test_an_image_is_not_mixed_with_its_neighbours():
+    images = random_images(5)
     others = images.clone()
     others[[0, 1, 3, 4]] = 255 - others[[0, 1, 3, 4]]
     assert torch.equal(shift(images, 2)[2], shift(others, 2)[2])
@@ -49,11 +49,11 @@ def test_a_picture_is_not_mixed_with_its_neighbours():
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_no_shift_changes_nothing(kind):
-    images = pictures(5).to(kind)
+    images = random_images(5).to(kind)
     assert torch.equal(shift(images, 0), images.float())
 
 
 def test_the_generator_alone_decides():
-    images = pictures(20)
+    images = random_images(20)
     assert torch.equal(shift(images, 2), shift(images, 2))
     assert not torch.equal(shift(images, 2), shift(images, 2, seed=1))

@@ -48,11 +48,11 @@ def test_it_begins_in_the_middle_of_the_box():
 def test_the_executed_actions_are_learned_and_the_others_repeat_them():
     plans = NormalizedPolicy(policy()).act(observations(CLOUDS, 2), generator=generator())
     assert torch.equal(plans[:, 0], plans[:, 1])
-    assert policy().net[-1].out_features == CLOUDS.execute * CLOUDS.action_dim
+    assert policy().net[-1].out_features == CLOUDS.n_action_steps * CLOUDS.action_dim
 
 
 @pytest.mark.parametrize("more", [{}, {"point_cloud": EntrySpec((16, 3)), "image": EntrySpec((8, 8, 3), "uint8")}])
-def test_tasks_without_clouds_or_with_pictures_are_refused(more):
+def test_tasks_without_clouds_or_with_images_are_refused(more):
     with pytest.raises(ShapeError, match=r"point clouds .* choose another"):
         policy(replace(VECTORS, obs={**VECTORS.obs, **more}))
 

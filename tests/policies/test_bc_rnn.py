@@ -79,7 +79,7 @@ def test_low_noise_acts_by_the_mean_of_a_mode():
 
 
 def test_an_action_follows_from_what_was_seen_until_then():
-    spec = replace(VECTORS, observe=3, horizon=5, execute=2)
+    spec = replace(VECTORS, n_obs_steps=3, horizon=5, n_action_steps=2)
     learner = policy(spec)
     obs = observations(spec, 2)
     later = {name: torch.cat((values[:, :2], values[:, 2:] + 0.5), 1) for name, values in obs.items()}
@@ -95,7 +95,7 @@ def test_after_the_present_the_last_observation_is_seen_again():
     obs = observations(VECTORS, 2)
     assert torch.allclose(short.predict(obs).means, long.predict(obs).means[:, :5], atol=1e-6)
     repeated = {name: torch.cat((values, *[values[:, -1:]] * 6), 1) for name, values in obs.items()}
-    seeing = policy(replace(VECTORS, observe=8, execute=1))
+    seeing = policy(replace(VECTORS, n_obs_steps=8, n_action_steps=1))
     assert torch.allclose(seeing.predict(repeated).means, long.predict(obs).means, atol=1e-6)
 
 

@@ -101,7 +101,7 @@ def test_the_loss_is_eq_9():
         policy = refiner(kl_coef=coefficient)
         loss, metrics = loss_of(policy, batch, seed=1)
         assert metrics["kl"] > 1e-3
-        per_number = metrics["kl"] / (VECTORS.execute * VECTORS.action_dim)
+        per_number = metrics["kl"] / (VECTORS.n_action_steps * VECTORS.action_dim)
         assert loss.item() == pytest.approx(metrics["action_mse"] + coefficient * per_number, rel=1e-5)
 
 
@@ -235,10 +235,10 @@ def test_it_learns_to_mend_its_base():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_prior_sees_what_the_encoder_sees(name):
-    """Whatever is shown, clouds and pictures too; vectors alone it sees as they are."""
+    """Whatever is shown, clouds and images too; vectors alone it sees as they are."""
     torch.manual_seed(0)
     spec = SPECS[name]
-    policy = DiffTORI(DiffTORIConfig(init="prior", pictures=TINY), spec)
+    policy = DiffTORI(DiffTORIConfig(init="prior", images=TINY), spec)
     batch = demonstrations(spec, 3)
     NormalizedPolicy(policy).loss(batch, generator=generator())[0].backward()
     assert policy.prior is not None

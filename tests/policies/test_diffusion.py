@@ -106,7 +106,7 @@ def test_defaults_are_those_of_the_sources():
         assert (config.optimizer, config.lr, config.beta1, config.beta2) == ("adamw", 1e-4, 0.95, 0.999)
         assert (config.weight_decay, config.lr_schedule, config.warmup, config.ema) == (1e-6, "cosine", 500, 0.9999)
         assert (config.dims, config.step_width, config.noise_steps) == ((512, 1024, 2048), 128, 100)
-        assert (config.clip_norm, config.pictures.width, config.pictures.keypoints) == (0, 64, 32)
+        assert (config.clip_norm, config.images.width, config.images.keypoints) == (0, 64, 32)
     assert (chi.batch_size, chi.epochs, chi.prediction, chi.inference_steps) == (64, 3050, "epsilon", None)
     assert (ze.batch_size, ze.epochs, ze.prediction, ze.inference_steps) == (128, 3000, "sample", 10)
     assert DP3.WINDOW == (2, 4, 3)

@@ -83,7 +83,7 @@ def test_every_candidate_is_inside_the_box_and_the_range_of_the_data(inference):
 
 
 def test_one_action_is_sought_and_the_others_repeat_it():
-    spec = replace(VECTORS, horizon=2, execute=1)
+    spec = replace(VECTORS, horizon=2, n_action_steps=1)
     assert IBC.WINDOW == (2, 2, 1)
     actions = NormalizedPolicy(policy(spec)).act(observations(spec, 3), generator=generator())
     assert torch.equal(actions[:, 0], actions[:, 1])

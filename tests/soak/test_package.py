@@ -63,13 +63,13 @@ def test_pages_open_in_a_browser_without_a_network(tmp_path, found):
     pages = [*sorted((tmp_path / "runs").glob("*/report.html")), tmp_path / "both" / "report.html"]
     assert len(pages) == 3
     for number, page in enumerate(pages):
-        picture = tmp_path / f"{number}.png"
+        image = tmp_path / f"{number}.png"
         options = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,2000".split()
-        log = ["--enable-logging=stderr", f"--screenshot={picture}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        log = ["--enable-logging=stderr", f"--screenshot={image}", "--host-resolver-rules=MAP * ~NOTFOUND"]
         told = [BROWSER, *options, *log, page.as_uri()]
         done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=True)
         assert "default-src 'none'; img-src data:" in page.read_text()
         assert "CONSOLE" not in done.stderr, done.stderr
-        grey = np.asarray(Image.open(picture).convert("L"), dtype=float)
+        grey = np.asarray(Image.open(image).convert("L"), dtype=float)
         assert grey.std() > 10, "the page is blank"
     found("run pages and a report in headless Chromium", times=len(pages), result="drawn, no error, no network")

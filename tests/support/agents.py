@@ -6,7 +6,7 @@ from difftori.registry import find_agent
 from difftori.types import EnvSpec, Segment
 
 STATES = EnvSpec("probe:tiny", (5,), "float32", 2, 100, 1)
-PIXELS = EnvSpec("probe:pictures", (9, 84, 84), "uint8", 2, 100, 1)
+PIXELS = EnvSpec("probe:images", (9, 84, 84), "uint8", 2, 100, 1)
 TINY = {"width": 16, "encoder_width": 16, "latent_dim": 8, "batch_size": 8, "horizon": 3, "samples": 16, "elites": 4}
 
 

@@ -21,7 +21,7 @@ class Canary:
 
 
 def tiny(seed=0, ends=ENDS):
-    """Vectors, a single number, a cloud and pictures."""
+    """Vectors, a single number, a cloud and images."""
     rng, steps = np.random.default_rng(seed), ends[-1]
     obs = {
         "state": rng.normal(size=(steps, 3)),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from difftori.interfaces import Policy
-from difftori.models.pictures import Pictures
+from difftori.models.images import Images
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.policies.refiner import Refiner
@@ -25,8 +25,8 @@ VECTORS = TaskSpec(
     horizon=8,
     low=(-1.0, -1.0),
     high=(1.0, 1.0),
-    observe=2,
-    execute=4,
+    n_obs_steps=2,
+    n_action_steps=4,
     moments=_moments(2),
 )
 CLOUDS = TaskSpec(
@@ -35,18 +35,18 @@ CLOUDS = TaskSpec(
     horizon=4,
     low=(-1.0, -1.0),
     high=(1.0, 1.0),
-    observe=2,
-    execute=3,
+    n_obs_steps=2,
+    n_action_steps=3,
     moments=_moments(2),
 )
-PICTURES = TaskSpec(
+IMAGES = TaskSpec(
     obs={"agent_pos": EntrySpec((2,), moments=_moments(2)), "image": EntrySpec((40, 37, 3), "uint8")},
     action_dim=2,
     horizon=4,
     low=(-1.0, -1.0),
     high=(1.0, 1.0),
-    observe=2,
-    execute=3,
+    n_obs_steps=2,
+    n_action_steps=3,
     moments=_moments(2),
 )
 WITHIN = {
@@ -79,9 +79,9 @@ def in_other_units(spec: TaskSpec) -> TaskSpec:
     return replace(spec, obs=obs, low=low, high=high, moments=moved(spec.moments, SCALE, SHIFT))
 
 
-SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS, "pictures": PICTURES}
-TINY = Pictures(width=16, keypoints=4)
-"""A network for pictures that is quick to make and to train."""
+SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS, "images": IMAGES}
+TINY = Images(width=16, keypoints=4)
+"""A network for images that is quick to make and to train."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -94,7 +94,7 @@ def observations(spec: TaskSpec, rows: int, seed: int = 1) -> WindowObs:
     if spec is ROWS:
         angle, velocity = 3 * torch.rand(2, rows, generator=draw) - 1.5
         return {"state": torch.stack((angle.cos(), angle.sin(), velocity), dim=1)[:, None]}
-    drawn = {name: torch.rand(rows, spec.observe, *entry.shape, generator=draw) for name, entry in spec.obs.items()}
+    drawn = {name: torch.rand(rows, spec.n_obs_steps, *entry.shape, generator=draw) for name, entry in spec.obs.items()}
     return {
         name: (256 * values).to(torch.uint8) if spec.obs[name].dtype == "uint8" else 2 * values - 1
         for name, values in drawn.items()
@@ -124,5 +124,5 @@ def build(kind: type[Policy], spec: TaskSpec, **settings) -> NormalizedPolicy:
         return NormalizedPolicy(kind(kind.Config.model_validate(settings), spec))
     if spec is ROWS and kind.OR_ELSE:
         return NormalizedPolicy(kind(kind.Config.model_validate({"preset": "pendulum", **settings}), spec))
-    base = NormalizedPolicy(BC(BCConfig(hidden=(8,), pictures=TINY), spec).eval())
+    base = NormalizedPolicy(BC(BCConfig(hidden=(8,), images=TINY), spec).eval())
     return NormalizedPolicy(kind(kind.Config.model_validate(settings), spec), base)

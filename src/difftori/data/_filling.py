@@ -49,7 +49,7 @@ class Room:
     def fill(self, parts: Sequence[Part]) -> Tensor:
         """The steps of one key (T …), or of several vectors side by side (T ΣS), as float32 or uint8.
 
-        uint8 stays where a step has two dimensions or more. Colour pictures kept as floats, (height width 3) in whole
+        uint8 stays where a step has two dimensions or more. Colour images kept as floats, (height width 3) in whole
         numbers from 0 to 255, become uint8 without loss. Everything else becomes float32.
         Raises DataError: NaN, Inf, a number of steps other than T, vectors that cannot be joined, no room.
         """
@@ -59,8 +59,8 @@ class Room:
         if 0 in shape:
             raise DataError(f"{parts[0].place}: a step has the shape {shape} and so holds nothing; leave this key out")
         first = list(islice(parts[0].blocks, 1))
-        is_picture = len(parts) == 1 and len(first) > 0 and _holds_pictures(first[0], shape)
-        dtype = torch.uint8 if is_picture else torch.float32
+        is_image = len(parts) == 1 and len(first) > 0 and _holds_images(first[0], shape)
+        dtype = torch.uint8 if is_image else torch.float32
         rows = make_rows(
             self.steps,
             math.prod(shape),
@@ -102,7 +102,7 @@ class Room:
             raise DataError(f"{place}: holds {block.dtype}, which are no plain numbers; leave it out or make it anew")
         if dtype == torch.uint8:
             bad = np.zeros((), bool) if block.dtype == np.uint8 else ~_whole_bytes(block)
-            words = "a picture, as its first steps are, holds whole numbers from 0 to 255"
+            words = "an image, as its first steps are, holds whole numbers from 0 to 255"
         else:
             with np.errstate(over="ignore"):  # what is too large becomes Inf, and is reported as such
                 block = block.astype(np.float32)
@@ -148,7 +148,7 @@ def _vector_width(part: Part) -> int:
     return part.width
 
 
-def _holds_pictures(block: np.ndarray, shape: tuple[int, ...]) -> bool:
+def _holds_images(block: np.ndarray, shape: tuple[int, ...]) -> bool:
     if block.dtype == np.uint8:
         return len(shape) > 1
     return block.dtype.kind == "f" and len(shape) == 3 and shape[-1] == 3 and bool(_whole_bytes(block).all())

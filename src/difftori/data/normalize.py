@@ -117,7 +117,7 @@ class Normalizer(nn.Module):
 
     @staticmethod
     def of(spec: TaskSpec, *, obs: "Rule | None" = None, actions: "Rule | None" = None) -> "Normalizer":
-        """That of a task's training data; `min_max` by default, and pictures are divided by 255.
+        """That of a task's training data; `min_max` by default, and images are divided by 255.
 
         Where the spec has no moments, vectors stay what they are and actions are brought from their box to [−1, 1].
         """
@@ -162,13 +162,13 @@ def measured_spec(
     *,
     low: tuple[float, ...],
     high: tuple[float, ...],
-    observe: int,
+    n_obs_steps: int,
     horizon: int,
-    execute: int,
+    n_action_steps: int,
 ) -> TaskSpec:
     """The task of imitating these episodes, measured at every step of them: hand in the training part alone.
 
-    Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs; pictures have none.
+    Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs; images have none.
     `low` and `high` bound the actions, A numbers each; the rest is `TaskSpec`'s.
     """
     obs = {
@@ -180,7 +180,7 @@ def measured_spec(
         for name, values in train.obs.items()
     }
     actions = measure(train.blocks(train.actions))
-    return TaskSpec(obs, train.actions.shape[1], horizon, low, high, observe, execute, actions)
+    return TaskSpec(obs, train.actions.shape[1], horizon, low, high, n_obs_steps, n_action_steps, actions)
 
 
 def fit_normalizer(

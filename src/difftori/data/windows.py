@@ -16,12 +16,12 @@ from difftori.types import RowCounts, Window
 
 @final
 class Windows:
-    """Every window of a set of episodes: O observations (`observe`) and H actions (`horizon`) from the same step on.
+    """Every window of a set of episodes: O observations (`n_obs_steps`) and H actions (`horizon`) from the same step on.
 
     Windows are those of Diffusion Policy (Chi et al., 2023): in an episode of L steps one begins at each step from
-    −(O − 1) to L − H + `execute` − 1. Steps before the first repeat the first, steps after the last repeat the last,
+    −(O − 1) to L − H + `n_action_steps` − 1. Steps before the first repeat the first, steps after the last repeat the last,
     observations and actions alike. The present is the O-th step of a window; a policy that observes it will execute
-    `execute` actions from there on.
+    `n_action_steps` actions from there on.
     Differs from Diffusion Policy: an episode too short for any window gives one, with the first step as the present;
     theirs passes it over.
 
@@ -33,20 +33,20 @@ class Windows:
         self,
         demos: Trajectories,
         *,
-        observe: int,
+        n_obs_steps: int,
         horizon: int,
-        execute: int,
+        n_action_steps: int,
         device: torch.device | str | None = None,
     ):
         faults = [
             f"windows: {name} is {value}; it must be at least 1"
-            for name, value in (("observe", observe), ("horizon", horizon), ("execute", execute))
+            for name, value in (("n_obs_steps", n_obs_steps), ("horizon", horizon), ("n_action_steps", n_action_steps))
             if value < 1
         ]
-        if not faults and observe - 1 + execute > horizon:
+        if not faults and n_obs_steps - 1 + n_action_steps > horizon:
             faults.append(
-                f"windows: {execute} actions are to be executed from the last of {observe} observations on, and the window "
-                f"has {horizon}; make horizon at least {observe - 1 + execute}"
+                f"windows: {n_action_steps} actions are to be executed from the last of {n_obs_steps} observations on, and the window "
+                f"has {horizon}; make horizon at least {n_obs_steps - 1 + n_action_steps}"
             )
         here = demos.actions.device
         self.device = here if device is None else torch.device(device)
@@ -57,10 +57,10 @@ class Windows:
         if faults:
             raise ConfigError(faults)
 
-        self.demos, self.observe, self.horizon, self.execute = demos, observe, horizon, execute
+        self.demos, self.n_obs_steps, self.horizon, self.n_action_steps = demos, n_obs_steps, horizon, n_action_steps
         spans = demos.spans.cpu().numpy()
-        first = 1 - observe
-        counts = np.maximum(np.diff(spans)[:, 0] - horizon + execute - first, 1)
+        first = 1 - n_obs_steps
+        counts = np.maximum(np.diff(spans)[:, 0] - horizon + n_action_steps - first, 1)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         self._episode = np.repeat(np.arange(len(spans)), counts)
         self._first = spans[self._episode, 0] + first + within
@@ -79,7 +79,7 @@ class Windows:
         """These windows. Raises ShapeError if there is no such one."""
         chosen = self._checked(index)
         obs = {
-            name: self._gather(column, chosen, self.observe).unflatten(-1, self.demos.obs[name].shape[1:])
+            name: self._gather(column, chosen, self.n_obs_steps).unflatten(-1, self.demos.obs[name].shape[1:])
             for name, column in self._columns.items()
         }
         return Window(obs, self._gather(self._actions, chosen, self.horizon), index.to(self.device))

@@ -191,7 +191,7 @@ def _run(place: Path, record: Record) -> Run:
         command=record.command,
         seconds=None if summary is None else summary.get("seconds"),
         updates=None if summary is None or "updates" not in summary else int(summary["updates"]),
-        images=tuple(path for path in sorted((place / "pictures").glob("*")) if path.suffix in MEDIA),
+        images=tuple(path for path in sorted((place / "media").glob("*")) if path.suffix in MEDIA),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from difftori.errors import DataError
-from difftori.runs.records import read_config, read_metrics, read_summary
+from difftori.runs.records import current_config, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
 RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
@@ -126,7 +126,10 @@ def _parsed(plain: dict[str, Any]) -> tuple[str, Record]:
         if len({len(values) for values in columns.values()}) > 1:
             raise ValueError(f"the columns of its {which} episodes differ in length")
     summary = {key: math.nan if value is None else float(value) for key, value in plain["summary"].items()}
-    return name, Record(**{**plain, "summary": summary, "evaluations": tuple(plain.get("evaluations", ()))})
+    config = current_config(plain["config"])
+    return name, Record(
+        **{**plain, "config": config, "summary": summary, "evaluations": tuple(plain.get("evaluations", ()))}
+    )
 
 
 def _wait_for(file: IO[bytes]) -> None:

@@ -16,7 +16,7 @@ from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure
 from difftori.experiments.records import RETURN, Record, RecordFile, read_run
 from difftori.experiments.sweep import local, run_sweep
-from difftori.runs.records import flat, without_retired
+from difftori.runs.records import flat
 from difftori.trainers import trainer_of
 
 _SHOWN = 8
@@ -270,7 +270,7 @@ def config_mismatch(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> lis
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's outcome: its whole configuration without machine and paths, data by their name. ConfigError if it is invalid."""
     trainer = trainer_of(config)
-    given = {**without_retired(dict(config)), "device": "cpu"} | ({"base": None} if trainer.key == "policy" else {})
+    given = {**config, "device": "cpu"} | ({"base": None} if trainer.key == "policy" else {})
     plain = trainer.parse(given).model_dump(mode="json")
     found = {name: value for name, value in plain.items() if name not in _NOT_COMPARED[trainer.key]}
     if plain.get("demos"):

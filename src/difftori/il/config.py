@@ -36,11 +36,11 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """Run of the policy to refine. What is not given of task and data, `seed` too, is taken from it."""
     obs: str | None = None
     """What is seen of the environment: its own option, such as `state`, `points`, `image`."""
-    observe: int | None = Field(None, ge=1)
+    n_obs_steps: int | None = Field(None, ge=1)
     """Observations that are seen, of the last steps; the policy's or the environment's number unless given."""
     horizon: int | None = Field(None, ge=1)
     """Actions that are predicted, from the oldest observation on; likewise."""
-    execute: int | None = Field(None, ge=1)
+    n_action_steps: int | None = Field(None, ge=1)
     """Actions that are executed of these, from the present on, before the next prediction; likewise."""
     data_seed: int | None = Field(None, ge=0, lt=2**62)
     """Decides the demonstrations and which are held out: `seed` unless given, and the base's of a refiner, so that it
@@ -118,9 +118,9 @@ INHERITED = (
     "data_seed",
     "demos",
     "obs",
-    "observe",
+    "n_obs_steps",
     "horizon",
-    "execute",
+    "n_action_steps",
     "num_train",
     "num_envs",
     "workers",
@@ -156,7 +156,7 @@ def _with_window(config: TrainConfig, policy: type[Policy]) -> TrainConfig:
     """The configuration with the policy's own window where it has one and none is given."""
     if policy.WINDOW is None or config.demos is None:
         return config
-    names = ("observe", "horizon", "execute")
+    names = ("n_obs_steps", "horizon", "n_action_steps")
     own = {name: size for name, size in zip(names, policy.WINDOW, strict=True) if getattr(config, name) is None}
     return config.model_copy(update=own)
 

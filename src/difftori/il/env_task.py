@@ -91,22 +91,22 @@ def env_task(
     demos: str,
     num_train: int | None = None,
     obs: str | None = None,
-    observe: int | None = None,
+    n_obs_steps: int | None = None,
     horizon: int | None = None,
-    execute: int | None = None,
+    n_action_steps: int | None = None,
     num_envs: int = EVAL_ROWS,
     workers: str | None = None,
 ) -> EnvTask:
     """Windows of the demonstrations at `demos`, and the environment to evaluate in.
 
     `num_train` episodes are learned from, drawn by `seed`, all but the held out ones unless given. `obs` is the
-    environment's option; `observe`, `horizon` and `execute` are O, H, and the actions executed of a plan.
+    environment's option; `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the actions executed of a plan.
     Raises ConfigError, DataError for data that do not fit the environment.
     """
     own = env.family.window or WINDOW
-    observe = own[0] if observe is None else observe
+    n_obs_steps = own[0] if n_obs_steps is None else n_obs_steps
     horizon = own[1] if horizon is None else horizon
-    execute = own[2] if execute is None else execute
+    n_action_steps = own[2] if n_action_steps is None else n_action_steps
     single = EnvEvaluator(env, obs).open(1)
     try:
         space = single.single_action_space
@@ -123,10 +123,14 @@ def env_task(
             raise ConfigError([f"num_train: {num_train}: {demos} has {len(train)} episodes beside the held out ones"])
         order = torch.randperm(len(train), generator=seeded(seed, "training episodes"))[:num_train]
         train = train.select(sorted(order.tolist()))
-    spec = measured_spec(train, low=low, high=high, observe=observe, horizon=horizon, execute=execute)
+    spec = measured_spec(
+        train, low=low, high=high, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
+    )
     # Every step is the present of one window, whatever is executed: arms that replan more often learn from the same data.
-    reach = max(execute, horizon - observe + 1)
-    sets = [Windows(part, observe=observe, horizon=horizon, execute=reach) for part in (train, validation)]
+    reach = max(n_action_steps, horizon - n_obs_steps + 1)
+    sets = [
+        Windows(part, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach) for part in (train, validation)
+    ]
     return EnvTask(spec, sets[0], sets[1], EnvEvaluator(env, obs, num_envs, workers))
 
 

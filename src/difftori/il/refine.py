@@ -22,9 +22,9 @@ def refine(
     *,
     low: Sequence[float],
     high: Sequence[float],
-    observe: int,
+    n_obs_steps: int,
     horizon: int,
-    execute: int,
+    n_action_steps: int,
     settings: DiffTORIConfig | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -32,18 +32,20 @@ def refine(
 ) -> NormalizedPolicy:
     """Train DiffTORI to refine the actions of `base` on these episodes; the policy that then acts.
 
-    `base`: from the last O = `observe` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
+    `base`: from the last O = `n_obs_steps` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
     observation on, in the task's own units; a function, or anything with `act(obs, *, generator)`. It is asked for
     its actions at every window, `settings.base_samples` times, before training, and is not trained. `low` and `high` bound the actions, A numbers
-    each. Of a plan `execute` actions are to be executed, `actions[:, O − 1 : O − 1 + execute]`, and these are refined.
+    each. Of a plan `n_action_steps` actions are to be executed, `actions[:, O − 1 : O − 1 + n_action_steps]`, and these are refined.
     `watch` gets the mean metrics of each pass over the windows. The same seed gives the same policy, on the CPU bit by bit.
 
     Raises ConfigError for a faulty number, ShapeError if the base's actions do not fit, and NonFiniteError when too many
     updates in a row are not finite.
     """
     settings = DiffTORIConfig.model_validate({}) if settings is None else settings
-    windows = Windows(demos, observe=observe, horizon=horizon, execute=execute, device=device)
-    spec = measured_spec(demos, low=tuple(low), high=tuple(high), observe=observe, horizon=horizon, execute=execute)
+    windows = Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps, device=device)
+    spec = measured_spec(
+        demos, low=tuple(low), high=tuple(high), n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         refined = NormalizedPolicy(DiffTORI(settings, spec).to(device), base)

@@ -118,7 +118,7 @@ def _train(
 
 def open_task(config: TrainConfig) -> ImitationTask:
     """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
-    options = ("demos", "obs", "observe", "horizon", "execute", "num_train", "num_envs", "workers")
+    options = ("demos", "obs", "n_obs_steps", "horizon", "n_action_steps", "num_train", "num_envs", "workers")
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
@@ -199,7 +199,7 @@ def evaluate_run(
     """Evaluate a run's policy again, from as many starts as wished; None takes the run's own number.
 
     `which` weights: with `demos` the last unless given, else the best. `video`: film the first episode into the run's
-    `pictures/`. An environment is enough: its demonstrations are not read again.
+    `media/`. An environment is enough: its demonstrations are not read again.
     """
     in_env = read_config(run_dir).get("demos") is not None
     policy, config = load_policy(run_dir, which or ("last" if in_env else "best"), device=device)
@@ -209,11 +209,11 @@ def evaluate_run(
     try:
         if not in_env:
             if video:
-                raise ConfigError([f"--video: only environments draw pictures, and {config.env} is none"])
+                raise ConfigError([f"--video: only environments draw images, and {config.env} is none"])
             return evaluate(policy, open_task(config), config, episodes=count).metrics
         evaluator = EnvEvaluator(resolve_env(config.env), config.obs, config.num_envs or EVAL_ROWS, config.workers)
         if video:
-            evaluator.film(_seeded_actor(policy, config), policy.spec, run_dir / "pictures" / "episode.gif")
+            evaluator.film(_seeded_actor(policy, config), policy.spec, run_dir / "media" / "episode.gif")
         return evaluator.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
     finally:
         torch.set_num_threads(threads)

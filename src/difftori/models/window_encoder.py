@@ -1,12 +1,12 @@
-"""Encoder of windows: the last O observations by name, normalised → features (B F), for vectors, clouds and pictures."""
+"""Encoder of windows: the last O observations by name, normalised → features (B F), for vectors, clouds and images."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from difftori.errors import ShapeError
+from difftori.models.images import IMAGE_WIDTH, ImageEncoder, Images
 from difftori.models.nets import mlp
-from difftori.models.pictures import PICTURE_WIDTH, PictureEncoder, Pictures
 from difftori.types import EntrySpec, Latents, TaskSpec, WindowObs
 
 CLOUD_WIDTH = 64
@@ -38,11 +38,11 @@ class WindowEncoder(nn.Module):
     """Normalised observations by name → one row of features (B `width`), entry after entry, oldest first in each.
 
     Vectors (B O S) stand in the row as they are; beside a cloud each passes S → 64 → 64 first, as in DP3. Clouds
-    (B O N C) pass a `PointNet` step by step, pictures (B O h w C) in [0, 1] a `PictureEncoder`, one for each entry.
+    (B O N C) pass a `PointNet` step by step, images (B O h w C) in [0, 1] a `ImageEncoder`, one for each entry.
     Raises ShapeError for an entry that is none of these.
     """
 
-    def __init__(self, spec: TaskSpec, pictures: Pictures | None = None):
+    def __init__(self, spec: TaskSpec, images: Images | None = None):
         super().__init__()
         kinds = {name: _kind(name, entry) for name, entry in spec.obs.items()}
         self.parts = nn.ModuleDict()
@@ -52,18 +52,18 @@ class WindowEncoder(nn.Module):
             if kinds[name] == "cloud":
                 self.parts[f"obs_{name}"] = PointNet(size)
                 size = CLOUD_WIDTH
-            elif kinds[name] == "picture":
-                self.parts[f"obs_{name}"] = PictureEncoder(entry.shape, pictures or Pictures())
-                size = PICTURE_WIDTH
+            elif kinds[name] == "image":
+                self.parts[f"obs_{name}"] = ImageEncoder(entry.shape, images or Images())
+                size = IMAGE_WIDTH
             elif "cloud" in kinds.values():
                 self.parts[f"obs_{name}"] = mlp((size, CLOUD_WIDTH, CLOUD_WIDTH))
                 size = CLOUD_WIDTH
-            self.width += spec.observe * size
+            self.width += spec.n_obs_steps * size
 
     def forward(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
         """By name (B O …) → (B F).
 
-        In training, `crops` draws the part of each picture that is seen; without it, it is the middle. Without pictures
+        In training, `crops` draws the part of each image that is seen; without it, it is the middle. Without images
         nothing is drawn.
         """
         rows = []
@@ -71,18 +71,18 @@ class WindowEncoder(nn.Module):
             key = f"obs_{name}"
             if key in self.parts:
                 part = self.parts[key]
-                values = part(values, crops) if isinstance(part, PictureEncoder) else part(values)
+                values = part(values, crops) if isinstance(part, ImageEncoder) else part(values)
             rows.append(values.flatten(1))
         return torch.cat(rows, -1)
 
 
 def _kind(name: str, entry: EntrySpec) -> str:
     """What an entry is, by its shape at one step and its dtype."""
-    kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "picture"}
+    kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "image"}
     kind = kinds.get((len(entry.shape), entry.dtype))
     if kind is None:
         raise ShapeError(
             f"observations: the entry {name!r} of shape {entry.shape} and dtype {entry.dtype} is neither a vector (S) nor a "
-            "cloud (N C) of float32 nor a picture (height width channels) of uint8; leave it out"
+            "cloud (N C) of float32 nor an image (height width channels) of uint8; leave it out"
         )
     return kind

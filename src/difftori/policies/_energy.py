@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from difftori.models.pictures import Pictures
+from difftori.models.images import Images
 from difftori.policies._learning import ChiLearning
 from difftori.types import Latents, Points, Scalar
 
@@ -48,8 +48,8 @@ class EnergyConfig(ChiLearning):
     """Share of the hidden values that is dropped in training."""
     at_once: int = Field(2**18, ge=1)
     """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from difftori.models.diffusion import DDIM, DDPM, NoiseSchedule, Prediction, Sampler, denoise
+from difftori.models.images import Images
 from difftori.models.nets import noise_like
-from difftori.models.pictures import Pictures
 from difftori.models.unet1d import UNet1D
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._learning import ChiLearning
@@ -32,8 +32,8 @@ class ActionDiffusionConfig(ChiLearning):
     """What the network says: the noise (`epsilon`), or the actions without it (`sample`)."""
     inference_steps: int | None = Field(None, ge=1)
     """Steps when it acts, without fresh noise (DDIM); unless given, all K with fresh noise (DDPM)."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final
@@ -46,7 +46,7 @@ class ActionDiffusion(nn.Module):
     def __init__(self, config: ActionDiffusionConfig, spec: TaskSpec):
         super().__init__()
         self.plan_shape = spec.horizon, spec.action_dim
-        self.window = WindowEncoder(spec, config.pictures)
+        self.window = WindowEncoder(spec, config.images)
         self.schedule = NoiseSchedule(config.noise_steps, config.prediction)
         self.sampler: Sampler = DDPM() if config.inference_steps is None else DDIM(config.inference_steps)
         self.sampler.pairs(config.noise_steps)  # refuses numbers that do not fit
@@ -57,7 +57,7 @@ class ActionDiffusion(nn.Module):
     def loss(self, batch: Window, *, generator: torch.Generator) -> Scalar:
         """E ‖U-Net(x_k, k, o) − target‖², each row at a step of its own; mean over rows, steps and dimensions.
 
-        `generator` draws the crops of pictures, the noise, and k (Ho et al., 2020, Eq. 14).
+        `generator` draws the crops of images, the noise, and k (Ho et al., 2020, Eq. 14).
         """
         clean = batch.actions
         features = self.window(batch.obs, generator)

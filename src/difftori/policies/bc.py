@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.images import Images
 from difftori.models.nets import mlp
-from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._units import finite_box
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
@@ -25,8 +25,8 @@ class BCConfig(PolicyConfig):
     """Widths of the hidden layers."""
     layer_norm: bool = False
     """Normalise each hidden layer before its activation."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final
@@ -49,7 +49,7 @@ class BC(Policy):
         low, high = finite_box(spec, self.name)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
-        self.window = WindowEncoder(spec, config.pictures)
+        self.window = WindowEncoder(spec, config.images)
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Plans:
@@ -58,7 +58,7 @@ class BC(Policy):
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared control error; `generator` draws the crops of pictures alone."""
+        """Mean squared control error; `generator` draws the crops of images alone."""
         loss = F.mse_loss(self.predict(batch.obs, generator), batch.actions)
         return loss, {"control_mse": loss.item()}
 

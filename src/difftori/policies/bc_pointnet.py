@@ -53,7 +53,7 @@ class BCPointNet(Policy):
 
     Clouds of each of the O observations pass the same PointNet; vectors stand as they are. The last layer begins near
     zero, so that the first policy acts in the middle of the box, which must be finite (BoxError). Raises ShapeError for a task
-    without a cloud, or with pictures.
+    without a cloud, or with images.
     Source: ManiSkill2-Learn's BC (Gu et al., 2023), whose settings are the defaults.
 
     Differs from ManiSkill2-Learn: observations are normalised to the training data's range, there only colours are.
@@ -84,7 +84,7 @@ class BCPointNet(Policy):
             {f"obs_{name}": PointFeatures(columns, config.point_layers) for name, columns in clouds.items()}
         )
         seen = len(clouds) * config.point_layers[-1] + sum(shape[0] for shape in others.values())
-        self.net = mlp((spec.observe * seen, *config.hidden, spec.execute * spec.action_dim))
+        self.net = mlp((spec.n_obs_steps * seen, *config.hidden, spec.n_action_steps * spec.action_dim))
         last = self.net[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
@@ -93,12 +93,12 @@ class BCPointNet(Policy):
 
     def predict(self, obs: WindowObs) -> PartPlans:
         """The executed actions (B P A) in the task's units, with their graph."""
-        raw = self.net(self._features(obs)).unflatten(1, (self.spec.execute, self.spec.action_dim))
+        raw = self.net(self._features(obs)).unflatten(1, (self.spec.n_action_steps, self.spec.action_dim))
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Mean squared error of the executed actions; draws nothing from `generator`."""
-        loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, : self.spec.execute])
+        loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, : self.spec.n_action_steps])
         return loss, {"action_mse": loss.item()}
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
+from difftori.models.images import Images
 from difftori.models.nets import noise_like
-from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
@@ -29,7 +29,7 @@ class BCRNNGMMConfig(PolicyConfig):
         "small": {"hidden": 128, "lr": 1e-3, "batch_size": 64},
     }
     preset: str = "image"
-    """`image`: robomimic's settings for pictures, DiffTORI's base. `state`: robomimic's for states. `small`: for a CPU."""
+    """`image`: robomimic's settings for images, DiffTORI's base. `state`: robomimic's for states. `small`: for a CPU."""
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     batch_size: int = Field(16, ge=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -43,8 +43,8 @@ class BCRNNGMMConfig(PolicyConfig):
     """What is added to each standard deviation, in units of the training data's range."""
     low_noise: bool = True
     """Act with a standard deviation of 1e-4 instead of the learned one: the mean of a mode that is drawn."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final
@@ -97,13 +97,13 @@ class BCRNNGMM(Policy):
     def __init__(self, config: BCRNNGMMConfig, spec: TaskSpec):
         super().__init__(config, spec)
         self.settings = config
-        self.frame = WindowEncoder(replace(spec, observe=1), config.pictures)
+        self.frame = WindowEncoder(replace(spec, n_obs_steps=1), config.images)
         self.lstm = nn.LSTM(self.frame.width, config.hidden, config.layers, batch_first=True)
         self.head = nn.Linear(config.hidden, config.modes * (2 * spec.action_dim + 1))
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
         """The mixture of each of the H steps; `crops` as `WindowEncoder` has it."""
-        rows, seen, steps = len(next(iter(obs.values()))), self.spec.observe, self.spec.horizon
+        rows, seen, steps = len(next(iter(obs.values()))), self.spec.n_obs_steps, self.spec.horizon
         features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
         features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)
@@ -114,7 +114,7 @@ class BCRNNGMM(Policy):
         return Mixture(logits, means.tanh().unflatten(-1, (modes, size)), stds.unflatten(-1, (modes, size)))
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of pictures alone."""
+        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of images alone."""
         mixture = self.predict(batch.obs, generator)
         loss = -mixture.log_prob(batch.actions).mean()
         return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}

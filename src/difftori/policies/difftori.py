@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from difftori import presets
 from difftori.errors import ConfigError
+from difftori.models.images import Images
 from difftori.models.nets import mlp, noise_like, small_init_
-from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
 from difftori.policies.refiner import Refiner, RefinerConfig
@@ -133,8 +133,8 @@ class DiffTORIConfig(RefinerConfig):
     bounds, and exactly there nothing would be learned."""
     prior_coef: float = Field(1.0, ge=0)
     """Weight of the prior's own behaviour-cloning loss."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final
@@ -159,18 +159,18 @@ class DiffTORI(Refiner):
         self.settings = config
         self.uses_base = "base" in (config.init, config.anchor)
         self.stochastic = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
-        room = spec.horizon - spec.observe + 1
-        self.planned = spec.execute if config.plan_horizon is None else config.plan_horizon
-        if not spec.execute <= self.planned <= room:
+        room = spec.horizon - spec.n_obs_steps + 1
+        self.planned = spec.n_action_steps if config.plan_horizon is None else config.plan_horizon
+        if not spec.n_action_steps <= self.planned <= room:
             raise ConfigError(
                 [
-                    f"settings.plan_horizon: {self.planned}: between the {spec.execute} actions that are executed and the "
+                    f"settings.plan_horizon: {self.planned}: between the {spec.n_action_steps} actions that are executed and the "
                     f"{room} that there are from the present on"
                 ]
             )
         chunk = config.decision == "chunk"
         self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
-        self.window = WindowEncoder(spec, config.pictures)
+        self.window = WindowEncoder(spec, config.images)
         self.encoder, self.state_dim = _encoder(config, self.window.width)
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
@@ -274,7 +274,7 @@ class DiffTORI(Refiner):
         return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
 
     def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
-        """z^s = h(s); `crops` draws the parts of pictures that are seen, in training."""
+        """z^s = h(s); `crops` draws the parts of images that are seen, in training."""
         return self.encoder(self.window(obs, crops))
 
     def _energy(self, state: States, action: Actions) -> Rows:

@@ -27,7 +27,7 @@ class DiffusionConfig(ActionDiffusionConfig):
         },
     }
     preset: str = "paper"
-    """`paper`: Chi et al. for pictures. `lowdim`: theirs for vectors. `small`: ours, for vectors on a CPU."""
+    """`paper`: Chi et al. for images. `lowdim`: theirs for vectors. `small`: ours, for vectors on a CPU."""
     epochs: int = Field(3050, ge=1)
     batch_size: int = Field(64, ge=1)
 
@@ -36,7 +36,7 @@ class DiffusionConfig(ActionDiffusionConfig):
 class DiffusionPolicy(Policy):
     """a ~ p(a | o), drawn by denoising all H actions from the oldest observation on, those before the present too.
 
-    The loss is ‖ε̂ − ε‖²; see `ActionDiffusion`. Pictures pass a ResNet-18 each, vectors stand beside their features.
+    The loss is ‖ε̂ − ε‖²; see `ActionDiffusion`. Images pass a ResNet-18 each, vectors stand beside their features.
 
     Differs from Chi et al.: the learning rate's cosine falls from the first update on, by epochs unless `updates` are
     given; the average of the weights begins two updates earlier.

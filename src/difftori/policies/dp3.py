@@ -32,7 +32,7 @@ class DP3(Policy):
 
     The network says the actions rather than the noise, and acts in 10 steps (DDIM); see `ActionDiffusion`. Clouds, states
     and actions are normalised to [−1, 1] by the training data's range. Without a cloud among the observations it runs too,
-    on vectors or pictures: then it is Diffusion Policy with these settings.
+    on vectors or images: then it is Diffusion Policy with these settings.
 
     Differs from Ze et al.: as `DiffusionPolicy` from Chi et al., in the learning rate and the average of the weights.
     """

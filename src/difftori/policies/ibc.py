@@ -103,10 +103,10 @@ class IBC(Policy):
         self.low: Tensor
         self.high: Tensor
         low, high = normalized_bounds(spec, margin=config.margin)
-        self.register_buffer("low", low.repeat(spec.execute), persistent=False)
-        self.register_buffer("high", high.repeat(spec.execute), persistent=False)
-        self.window = WindowEncoder(spec, config.pictures)
-        variables = spec.execute * spec.action_dim
+        self.register_buffer("low", low.repeat(spec.n_action_steps), persistent=False)
+        self.register_buffer("high", high.repeat(spec.n_action_steps), persistent=False)
+        self.window = WindowEncoder(spec, config.images)
+        variables = spec.n_action_steps * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.chain = Langevin(config.langevin_steps)
@@ -115,7 +115,7 @@ class IBC(Policy):
         """InfoNCE, with the penalty on steep energies; and how often the expert's action had the least energy."""
         settings = self.settings
         features = self.window(batch.obs, generator)
-        target = batch.actions[:, : self.spec.execute].flatten(1)
+        target = batch.actions[:, : self.spec.n_action_steps].flatten(1)
         noise = noise_like(target, generator)
         negatives = self._uniform(settings.num_negatives, len(target), generator)
         if settings.negatives == "langevin":
@@ -140,7 +140,7 @@ class IBC(Policy):
         else:
             candidates = self.search.run(score, candidates, self.low, self.high, generator=generator)
         found = best(candidates, score(candidates))
-        return found.unflatten(1, (self.spec.execute, self.spec.action_dim))
+        return found.unflatten(1, (self.spec.n_action_steps, self.spec.action_dim))
 
     def _moved(self, features: Latents, candidates: Candidates, generator: torch.Generator) -> Candidates:
         """The candidates after the Langevin steps, without a graph."""

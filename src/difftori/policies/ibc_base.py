@@ -84,10 +84,10 @@ class IBCBase(Refiner):
         self.low: Tensor
         self.high: Tensor
         low, high = normalized_bounds(spec)
-        self.register_buffer("low", low.repeat(spec.execute), persistent=False)
-        self.register_buffer("high", high.repeat(spec.execute), persistent=False)
-        self.window = WindowEncoder(spec, config.pictures)
-        variables = spec.execute * spec.action_dim
+        self.register_buffer("low", low.repeat(spec.n_action_steps), persistent=False)
+        self.register_buffer("high", high.repeat(spec.n_action_steps), persistent=False)
+        self.window = WindowEncoder(spec, config.images)
+        variables = spec.n_action_steps * spec.action_dim
         self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.climb = Langevin(config.gradient_steps, noise=0.0)
@@ -110,7 +110,7 @@ class IBCBase(Refiner):
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
         """The executed actions (B P A): the base's, replaced where better ones were found."""
         assert base is not None
-        executed = base[:, : self.spec.execute]
+        executed = base[:, : self.spec.n_action_steps]
         features = self.window(obs)
         candidates = self._candidates(features, executed.flatten(1), generator)
         scores = finite(self.score.in_parts(features, candidates, at_once=self.settings.at_once))
@@ -146,4 +146,4 @@ class IBCBase(Refiner):
 
     def _executed(self, actions: Plans) -> Points:
         """The actions of (B H A) that are executed, in one row each (B n)."""
-        return actions[:, : self.spec.execute].flatten(1)
+        return actions[:, : self.spec.n_action_steps].flatten(1)

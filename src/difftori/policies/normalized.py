@@ -90,7 +90,7 @@ class NormalizedPolicy:
         actions = self.policy.act(inputs, base, generator=generator)
         if whole is None or base is None:
             return self._whole(actions)
-        planned = slice(self.spec.observe - 1, self.spec.observe - 1 + actions.shape[1])
+        planned = slice(self.spec.n_obs_steps - 1, self.spec.n_obs_steps - 1 + actions.shape[1])
         whole = whole.clamp(self.low, self.high)
         unchanged = actions == base[:, : actions.shape[1]]
         whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
@@ -134,7 +134,7 @@ class NormalizedPolicy:
 
     def _from_present(self, actions: AnyPlans) -> AnyPartPlans:
         """Of actions (… H A), those that the policy sees."""
-        return actions[..., self.spec.observe - 1 :, :] if self.policy.FROM_PRESENT else actions
+        return actions[..., self.spec.n_obs_steps - 1 :, :] if self.policy.FROM_PRESENT else actions
 
     def _in_task_units(self, actions: AnyActions) -> AnyActions:
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
@@ -144,7 +144,7 @@ class NormalizedPolicy:
         actions = self._in_task_units(actions)
         if not self.policy.FROM_PRESENT:
             return actions
-        before = self.spec.observe - 1
+        before = self.spec.n_obs_steps - 1
         after = self.spec.horizon - before - actions.shape[1]
         first, last = actions[:, :1].expand(-1, before, -1), actions[:, -1:].expand(-1, after, -1)
         return torch.cat((first, actions, last), 1)
@@ -172,4 +172,4 @@ def _checked_base(policy: Policy, base: Base | None) -> Base | None:
 def _seen(spec: TaskSpec) -> str:
     """What a base and its refiner must have in common."""
     entries = ", ".join(f"{name} {entry.shape}" for name, entry in spec.obs.items())
-    return f"{spec.observe} × ({entries}), {spec.horizon} × {spec.action_dim} actions"
+    return f"{spec.n_obs_steps} × ({entries}), {spec.horizon} × {spec.action_dim} actions"

@@ -47,7 +47,7 @@ class Refiner(Policy, ABC):
         samples = batch.base
         assert samples is not None
         if self.nearest:
-            away = (samples - batch.actions.unsqueeze(1))[:, :, : self.spec.execute]
+            away = (samples - batch.actions.unsqueeze(1))[:, :, : self.spec.n_action_steps]
             chosen = away.square().sum((-2, -1)).argmin(1)
         else:
             count, device = samples.shape[1], generator.device

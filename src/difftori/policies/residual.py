@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from difftori.models.images import Images
 from difftori.models.nets import mlp, noise_like, small_init_
-from difftori.models.pictures import Pictures
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies.refiner import Refiner, RefinerConfig
 from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
@@ -27,8 +27,8 @@ class ResidualConfig(RefinerConfig):
     """α."""
     base_noise: float = Field(0.0, ge=0)
     """σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
-    pictures: Pictures = Pictures()
-    """How pictures are seen."""
+    images: Images = Images()
+    """How images are seen."""
 
 
 @final
@@ -45,8 +45,8 @@ class Residual(Refiner):
     def __init__(self, config: ResidualConfig, spec: TaskSpec):
         super().__init__(config, spec)
         self.settings = config
-        self.window = WindowEncoder(spec, config.pictures)
-        outputs = spec.execute * spec.action_dim
+        self.window = WindowEncoder(spec, config.images)
+        outputs = spec.n_action_steps * spec.action_dim
         self.network = mlp((self.window.width + outputs, *config.hidden, outputs))
         nn.init.zeros_(small_init_(self.network).bias)
 
@@ -59,7 +59,7 @@ class Residual(Refiner):
         """Mean squared error of the executed actions."""
         base = self._executed(self.choose_base(batch, generator))
         start = (base + self.settings.base_noise * noise_like(base, generator)).clamp(-1, 1)
-        target = batch.actions[:, : self.spec.execute]
+        target = batch.actions[:, : self.spec.n_action_steps]
         loss = F.mse_loss(self.predict(batch.obs, start, generator), target)
         return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}
 
@@ -70,4 +70,4 @@ class Residual(Refiner):
         return self.predict(obs, self._executed(base)).clamp(-1, 1)
 
     def _executed(self, base: Plans) -> PartPlans:
-        return base[:, : self.spec.execute].clamp(-1, 1)
+        return base[:, : self.spec.n_action_steps].clamp(-1, 1)

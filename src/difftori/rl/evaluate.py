@@ -98,7 +98,7 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
     """Evaluate a run's agent again on `episodes` of the evaluation's seeds. Default: the run's `eval_episodes`.
 
-    `video`: film the first of these episodes into the run's `pictures/`.
+    `video`: film the first of these episodes into the run's `media/`.
     """
     agent, config, agent_steps = load_agent(run_dir, device=device)
     count = episodes or config.eval_episodes
@@ -107,7 +107,7 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
     env = open_evaluation(config, count)
     try:
         if video:
-            film(agent, config, agent_steps, run_dir / "pictures" / "episode.gif")
+            film(agent, config, agent_steps, run_dir / "media" / "episode.gif")
         return eval_metrics(evaluate_agent(agent, env, config, agent_steps, count))
     finally:
         env.close()

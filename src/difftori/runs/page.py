@@ -21,14 +21,14 @@ _COLUMNS = 3
 
 
 def write_report(path: Path) -> Path:
-    """Write `report.html` of a finished run anew, for instance once `pictures/` has been filled."""
+    """Write `report.html` of a finished run anew, for instance once `media/` has been filled."""
     target = path / "report.html"
     replace_file(target, render(path, read_summary(path)).encode())
     return target
 
 
 def render(path: Path, summary: Metrics) -> str:
-    """The page: summary, learning curves, pictures, configuration, versions, commands."""
+    """The page: summary, learning curves, media, configuration, versions, commands."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("difftori.runs", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -36,7 +36,7 @@ def render(path: Path, summary: Metrics) -> str:
         title=path.resolve().name,
         summary={name: f"{value:.6g}" for name, value in summary.items()},
         curves=curves(read_metrics(path)),
-        pictures=[(p.stem, inline(p)) for p in sorted((path / "pictures").glob("*")) if p.suffix in MEDIA],
+        media=[(p.stem, inline(p)) for p in sorted((path / "media").glob("*")) if p.suffix in MEDIA],
         config=_text(path / "config.yaml"),
         versions=_versions(path / "versions.json"),
         commands=_text(path / "command.txt"),
@@ -75,10 +75,10 @@ def svg_element(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def inline(picture: Path) -> str:
-    """A picture as a data address. As an image, an SVG can run no script of its own."""
-    content = base64.b64encode(picture.read_bytes()).decode()
-    return f"data:{MEDIA[picture.suffix]};base64,{content}"
+def inline(image: Path) -> str:
+    """An image as a data address. As an image, an SVG can run no script of its own."""
+    content = base64.b64encode(image.read_bytes()).decode()
+    return f"data:{MEDIA[image.suffix]};base64,{content}"
 
 
 def _text(path: Path) -> str:

@@ -28,6 +28,9 @@ RETIRED: dict[str, dict[str, object]] = {
 }
 """Settings that earlier versions wrote although the agent does not use them, and those whose only use was this value."""
 
+RENAMED = {"observe": "n_obs_steps", "execute": "n_action_steps", "pictures": "images"}
+"""Names of options that earlier versions wrote, and today's."""
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a run's `metrics.jsonl`. A last line that a kill cut short is left out; DataError for any other fault."""
@@ -77,7 +80,7 @@ def read_config(path: Path) -> dict:
         ) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{source}: holds no mapping of names to values; restore it, or use another directory"])
-    return without_retired(values)
+    return current_config(values)
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -85,9 +88,13 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def without_retired(config: dict) -> dict:
-    """A run's configuration without settings that earlier versions wrote and that had no effect on the run."""
+def current_config(config: dict) -> dict:
+    """A stored configuration with today's names, without settings that had no effect on the run."""
+    config = {RENAMED.get(name, name): value for name, value in config.items()}
     settings = config.get("settings")
+    if isinstance(settings, dict):
+        settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+        config["settings"] = settings
     retired = RETIRED.get(str(config.get("agent") or config.get("policy")), {})
     if not isinstance(settings, dict) or not retired:
         return config

@@ -46,7 +46,7 @@ def film(filmed, tmp_path):
 
 
 def smooth():
-    """Pictures that a video keeps well, each of its own brightness."""
+    """Images that a video keeps well, each of its own brightness."""
     level = np.arange(STEPS) * 20
     image = np.broadcast_to(level[:, None, None, None], (STEPS, 16, 32, 3)).astype(np.uint8)
     return Trajectories.of({"image": image}, np.zeros((STEPS, 1)), ENDS)
@@ -110,8 +110,8 @@ def test_the_description_is_that_of_version_3(path):
     assert steps["index"].to_pylist() == list(range(STEPS))
     stats = json.loads((path / "meta/stats.json").read_text())
     np.testing.assert_allclose(stats["action"]["std"], tiny().actions.std(0, correction=0), rtol=1e-5)
-    pictures = tiny().obs["image"].double() / 255
-    np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["mean"]), pictures.mean((0, 1, 2)), rtol=1e-6)
+    images = tiny().obs["image"].double() / 255
+    np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["mean"]), images.mean((0, 1, 2)), rtol=1e-6)
 
 
 def test_entries_are_joined_and_renamed(path):
@@ -150,10 +150,10 @@ def test_a_wrong_description_is_refused(path, changes, words):
         ("observation.state", {"shape": [10**30]}, r"steps of shape \(3,\), and meta/info.json says"),
         ("observation.state", {"shape": 3}, "no feature with dtype and shape"),
         ("observation.state", {"dtype": "string"}, "is of type 'string'; only numbers"),
-        ("observation.state", {"dtype": "image", "shape": [8, 6, 3]}, "instead of pictures"),
+        ("observation.state", {"dtype": "image", "shape": [8, 6, 3]}, "instead of images"),
         ("observation.images.image", {"dtype": "float32"}, "holds struct<.*only plain numbers"),
-        ("observation.images.image", {"shape": [9, 6, 3]}, r"picture of shape \(8, 6, 3\), and meta/info.json says"),
-        ("observation.images.image", {"shape": [8, 6, 1]}, "only colour pictures"),
+        ("observation.images.image", {"shape": [9, 6, 3]}, r"image of shape \(8, 6, 3\), and meta/info.json says"),
+        ("observation.images.image", {"shape": [8, 6, 1]}, "only colour images"),
         ("observation.images.image", {"dtype": "video"}, "no column 'videos/observation.images.image/chunk_index'"),
         ("observation.depth", {"dtype": "float32", "shape": [3]}, "no column 'observation.depth'"),
     ],
@@ -206,8 +206,8 @@ def test_pickles_are_refused_and_not_run(path, tmp_path):
         set_column(path / DATA, "observation.state", column)
         with pytest.raises(DataError, match="holds binary; only plain numbers are read, and pickled objects never"):
             read_demos(path)
-    pictures = pa.array([{"bytes": content, "path": None}] * STEPS)
-    set_column(path / DATA, "observation.images.image", pictures)
+    images = pa.array([{"bytes": content, "path": None}] * STEPS)
+    set_column(path / DATA, "observation.images.image", images)
     with pytest.raises(DataError, match="which is neither PNG nor JPEG"):
         read_demos(path, {"image": "observation.images.image"})
     assert not canary.exists()
@@ -321,16 +321,16 @@ def test_a_camera_cannot_lead_out_of_the_folder(film):
         read_demos(film, {"x": "observation.../../x"})
 
 
-def test_pictures_outside_of_the_file_are_not_read(path):
+def test_images_outside_of_the_file_are_not_read(path):
     outside = pa.array(
         [{"bytes": None, "path": "/etc/passwd"}] * STEPS, pa.struct({"bytes": pa.binary(), "path": "str"})
     )
     set_column(path / DATA, "observation.images.image", outside)
-    with pytest.raises(DataError, match="names pictures outside of this file"):
+    with pytest.raises(DataError, match="names images outside of this file"):
         read_demos(path)
 
 
-def test_a_cut_picture_is_an_error(path):
+def test_a_cut_image_is_an_error(path):
     table = pq.read_table(path / DATA, partitioning=None)
     rows = table.column("observation.images.image").to_pylist()
     rows[3]["bytes"] = rows[3]["bytes"][:60]
@@ -342,7 +342,7 @@ def test_a_cut_picture_is_an_error(path):
 @pytest.mark.parametrize(
     ("entry", "options", "words"),
     [
-        (np.zeros((STEPS, 8, 6, 1), np.uint8), {}, "observation.x has steps of shape .8, 6, 1.; only colour pictures"),
+        (np.zeros((STEPS, 8, 6, 1), np.uint8), {}, "observation.x has steps of shape .8, 6, 1.; only colour images"),
         (np.zeros((STEPS, 7, 6, 3), np.uint8), {"videos": True}, "needs even sides"),
         (np.zeros((STEPS, 2)), {"fps": 0}, "fps is 0"),
     ],

@@ -90,7 +90,7 @@ def test_the_human_demonstrations_of_push_t():
     assert demos.shapes["keypoint"] == (torch.float32, (9, 2))
     train, validation = demos.split(0.02, torch.Generator().manual_seed(42))
     assert (len(train), len(validation)) == (202, 4)
-    windows = Windows(train, observe=2, horizon=16, execute=8)
+    windows = Windows(train, n_obs_steps=2, horizon=16, n_action_steps=8)
     assert len(windows) == sum(length - 7 for length in train.lengths)
     batch = fit_normalizer(train)(windows.sample(64, torch.Generator().manual_seed(0)))
     assert batch.actions.abs().max() <= 1 + 1e-6

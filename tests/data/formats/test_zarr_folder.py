@@ -81,7 +81,7 @@ def test_format_3_is_read(tmp_path):
     assert again.about == {"env": "tiny"}
 
 
-def test_pictures_kept_as_floats_become_bytes_and_counts_become_columns(path):
+def test_images_kept_as_floats_become_bytes_and_counts_become_columns(path):
     replace(path, "data/image", tiny().obs["image"].numpy().astype(np.float32))
     replace(path, "data/gripper", np.arange(STEPS))
     again = read_demos(path)

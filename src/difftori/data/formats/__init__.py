@@ -38,7 +38,7 @@ def read_demos(
     `entries` names what is read, as {"state": "obs/object", "image": "obs/agentview_image"}; several keys, given as a
     tuple, are put side by side. Without it every observation is read, `observation.state` and `obs/state` as `state`.
     `action` is the key of the actions, where it is not the usual one.
-    Numbers become float32, and pictures uint8 (T height width C), those kept as floats 0 … 255 too. They lie in
+    Numbers become float32, and images uint8 (T height width C), those kept as floats 0 … 255 too. They lie in
     `storage`: "memory", "device" (on `device`), or "mmap", nameless files in `folder`, for sets larger than memory.
 
     Nothing in the data is executed: objects, pickles, links and unknown codecs are refused.

@@ -26,7 +26,7 @@ BOOKKEEPING = {
 @final
 @dataclass(frozen=True)
 class Feature:
-    """A key of a step: `kind` and the `shape` of one step, (height width 3) for pictures and videos."""
+    """A key of a step: `kind` and the `shape` of one step, (height width 3) for images and videos."""
 
     kind: Literal["numbers", "image", "video"]
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
 
 
 def parse_feature(value: Any, place: str) -> Feature:
-    """A feature as `meta/info.json` describes it. Raises DataError if it is neither numbers nor a colour picture."""
+    """A feature as `meta/info.json` describes it. Raises DataError if it is neither numbers nor a colour image."""
     try:
         dtype, shape = value["dtype"], tuple(int(size) for size in value["shape"])
     except (KeyError, TypeError, ValueError) as error:
@@ -59,12 +59,12 @@ def parse_feature(value: Any, place: str) -> Feature:
         names = value.get("names")
         first = names[0] if isinstance(names, list) and names else None
         leads = str(first).startswith("channel") if first is not None else shape[:1] == (3,)
-        picture = (*shape[1:], *shape[:1]) if leads else shape
-        if len(picture) != 3 or picture[2] != 3:
+        image = (*shape[1:], *shape[:1]) if leads else shape
+        if len(image) != 3 or image[2] != 3:
             raise DataError(
-                f"{place} has the shape {shape}; only colour pictures (height width 3) are read: leave it out"
+                f"{place} has the shape {shape}; only colour images (height width 3) are read: leave it out"
             )
-        return Feature(dtype, picture)
+        return Feature(dtype, image)
     if not isinstance(dtype, str) or not dtype.startswith(("float", "int", "uint", "bool")):
         raise DataError(f"{place} is of type {dtype!r}; only numbers, images and videos are read: leave it out")
     return Feature("numbers", shape)

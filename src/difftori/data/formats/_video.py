@@ -1,4 +1,4 @@
-"""Pictures and videos through PyAV: single PNG or JPEG files as bytes, and the frames of an mp4 at given times."""
+"""Images and videos through PyAV: single PNG or JPEG files as bytes, and the frames of an mp4 at given times."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -15,7 +15,7 @@ _FAULTS = (OSError, ValueError, RuntimeError, TypeError, EOFError, MemoryError, 
 _BLOCK = 64
 
 
-def decode_picture(content: bytes, place: str) -> np.ndarray:
+def decode_image(content: bytes, place: str) -> np.ndarray:
     """uint8 (height width 3) of a PNG or JPEG. Raises DataError for anything else."""
     av = need("av")
     codec = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
@@ -26,16 +26,16 @@ def decode_picture(content: bytes, place: str) -> np.ndarray:
         frames = [*decoder.decode(av.Packet(content)), *decoder.decode(None)]
         return frames[0].to_ndarray(format="rgb24")
     except (*_FAULTS, av.FFmpegError, IndexError) as error:
-        raise DataError(f"{place} cannot be decoded ({error or 'no picture in it'}); restore the file") from error
+        raise DataError(f"{place} cannot be decoded ({error or 'no image in it'}); restore the file") from error
 
 
-def encode_picture(picture: np.ndarray) -> bytes:
+def encode_image(image: np.ndarray) -> bytes:
     """A PNG of uint8 (height width 3)."""
     av = need("av")
     encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = picture.shape[:2]
+    encoder.height, encoder.width = image.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, 1)
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 
@@ -87,10 +87,10 @@ class VideoWriter:
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self.frames = 0
 
-    def append(self, pictures: np.ndarray) -> None:
+    def append(self, images: np.ndarray) -> None:
         """Encode uint8 (B height width 3)."""
-        for picture in pictures:
-            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        for image in images:
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             self._container.mux(self._stream.encode(frame))
             self.frames += 1
 

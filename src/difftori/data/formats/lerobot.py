@@ -22,11 +22,11 @@ from difftori.data.formats._lerobot_layout import (
 )
 from difftori.data.formats._parquet import as_numbers, read_batches
 from difftori.data.formats._source import Source, need, plain_names, read_json
-from difftori.data.formats._video import decode_picture, read_frames
+from difftori.data.formats._video import decode_image, read_frames
 from difftori.errors import DataError
 
 _ROWS = 1024
-_PICTURES = 64
+_IMAGES = 64
 
 
 @final
@@ -38,12 +38,12 @@ class LeRobotSource(Source):
     info: dict[str, Any]
 
     def part(self, key: str) -> Part:
-        """Numbers and pictures from the parquet files, videos from theirs."""
+        """Numbers and images from the parquet files, videos from theirs."""
         place = f"{self.path}: {key}"
         feature = parse_feature(self.info["features"][key], place)
         if feature.kind == "video":
             return Part(place, feature.shape, self._frames(key))
-        blocks = self._numbers if feature.kind == "numbers" else self._pictures
+        blocks = self._numbers if feature.kind == "numbers" else self._images
         return Part(place, feature.shape, blocks(key, feature.shape))
 
     def _numbers(self, key: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -51,10 +51,10 @@ class LeRobotSource(Source):
             for (column,) in read_batches(path, [key], _ROWS):
                 yield as_numbers(column, shape, f"{path}: {key}")
 
-    def _pictures(self, key: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    def _images(self, key: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         for path in self.files:
-            for (column,) in read_batches(path, [key], _PICTURES):
-                yield np.stack([_picture(content, shape, f"{path}: {key}") for content in _contents(column, path, key)])
+            for (column,) in read_batches(path, [key], _IMAGES):
+                yield np.stack([_image(content, shape, f"{path}: {key}") for content in _contents(column, path, key)])
 
     def _frames(self, key: str) -> Iterator[np.ndarray]:
         names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -151,14 +151,14 @@ def _check_steps(files: Sequence[Path], ends: np.ndarray) -> None:
 
 
 def _contents(column: Any, path: Path, key: str) -> list[bytes]:
-    """The files of pictures that a column holds."""
+    """The files of images that a column holds."""
     pa = need("pyarrow")
     kind = column.type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or not _is_binary(kind.field("bytes").type):
-        raise DataError(f"{path}: {key} holds {kind} instead of pictures; restore it")
+        raise DataError(f"{path}: {key} holds {kind} instead of images; restore it")
     contents = column.field("bytes").to_pylist()
     if None in contents:
-        raise DataError(f"{path}: {key} names pictures outside of this file, which are not read; embed them")
+        raise DataError(f"{path}: {key} names images outside of this file, which are not read; embed them")
     return contents
 
 
@@ -167,10 +167,8 @@ def _is_binary(kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _picture(content: bytes, shape: tuple[int, ...], place: str) -> np.ndarray:
-    picture = decode_picture(content, place)
-    if picture.shape != shape:
-        raise DataError(
-            f"{place} holds a picture of shape {picture.shape}, and meta/info.json says {shape}; make it anew"
-        )
-    return picture
+def _image(content: bytes, shape: tuple[int, ...], place: str) -> np.ndarray:
+    image = decode_image(content, place)
+    if image.shape != shape:
+        raise DataError(f"{place} holds an image of shape {image.shape}, and meta/info.json says {shape}; make it anew")
+    return image

@@ -24,7 +24,7 @@ from difftori.data.formats._lerobot_layout import (
     video_file,
 )
 from difftori.data.formats._source import need
-from difftori.data.formats._video import VideoWriter, encode_picture
+from difftori.data.formats._video import VideoWriter, encode_image
 from difftori.data.formats._writing import whole_folder
 from difftori.data.normalize import measure
 from difftori.data.trajectories import Trajectories
@@ -46,7 +46,7 @@ def write_lerobot(
 ) -> None:
     """Write the episodes of this set as a LeRobot v3 data set.
 
-    `state` becomes `observation.state` and so on, pictures (T height width 3) `observation.images.…`: embedded PNG files
+    `state` becomes `observation.state` and so on, images (T height width 3) `observation.images.…`: embedded PNG files
     without loss, or with `videos` H.264 at quality `crf` (lower is better), with loss. `fps` steps make a second, `task`
     says in words what is done. A file is followed by another when it has reached `file_megabytes`.
     The folder is there whole or not at all. Raises DataError if there is one already, if it cannot be written, or if an
@@ -54,7 +54,7 @@ def write_lerobot(
     """
     path = Path(path)
     keys = {_key(name, values): values for name, values in demos.obs.items()} | {ACTION: demos.actions}
-    moving = [key for key, values in keys.items() if videos and _is_picture(values)]
+    moving = [key for key, values in keys.items() if videos and _is_image(values)]
     _check(keys, moving, path, fps)
     size = file_megabytes * 2**20
     with whole_folder(path) as root:
@@ -70,23 +70,23 @@ def write_lerobot(
 
 
 def _key(name: str, values: Tensor) -> str:
-    return (IMAGES if _is_picture(values) else OBSERVATION) + name
+    return (IMAGES if _is_image(values) else OBSERVATION) + name
 
 
-def _is_picture(values: Tensor) -> bool:
+def _is_image(values: Tensor) -> bool:
     return values.dtype == torch.uint8 and values.ndim == 4 and values.shape[-1] == 3
 
 
 def _check(keys: Mapping[str, Tensor], moving: Sequence[str], path: Path, fps: int | float) -> None:
     for key, values in keys.items():
         shape = tuple(values.shape[1:])
-        if values.dtype == torch.uint8 and not _is_picture(values):
+        if values.dtype == torch.uint8 and not _is_image(values):
             raise DataError(
-                f"{path}: {key} has steps of shape {shape}; only colour pictures (height width 3) can be kept"
+                f"{path}: {key} has steps of shape {shape}; only colour images (height width 3) can be kept"
             )
         if key in moving and (shape[0] % 2 or shape[1] % 2):
             raise DataError(
-                f"{path}: {key} has pictures of {shape[:2]}; a video needs even sides: write with videos=False"
+                f"{path}: {key} has images of {shape[:2]}; a video needs even sides: write with videos=False"
             )
     if not 0 < fps < 1e6:
         raise DataError(f"{path}: fps is {fps}; it must be the steps in a second, above 0")
@@ -139,11 +139,11 @@ def _table(demos: Trajectories, keys: Mapping[str, Tensor], episode: int, first:
 
 
 def _column(values: np.ndarray) -> Any:
-    """Numbers (L …) as (nested) lists, single numbers as themselves, pictures as embedded PNG files."""
+    """Numbers (L …) as (nested) lists, single numbers as themselves, images as embedded PNG files."""
     pa = need("pyarrow")
     if values.dtype == np.uint8:
-        pictures = [{"bytes": encode_picture(picture), "path": None} for picture in values]
-        return pa.array(pictures, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        images = [{"bytes": encode_image(image), "path": None} for image in values]
+        return pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     column = pa.array(np.ascontiguousarray(values).reshape(-1))
     if values.shape[1:] == (1,):
         return column
@@ -189,7 +189,7 @@ def _info(
     features: Row = {}
     for key, values in keys.items():
         shape = list(values.shape[1:])
-        if _is_picture(values):
+        if _is_image(values):
             kind = "video" if key in moving else "image"
             features[key] = {"dtype": kind, "shape": shape, "names": ["height", "width", "channels"]}
         else:
@@ -215,9 +215,9 @@ def _info(
 def _stats(demos: Trajectories, values: Tensor) -> Row:
     """Least, greatest, mean, deviation and count, of each number of a step, or of each colour in [0, 1] (3 1 1)."""
     blocks = demos.blocks(values)
-    shape = (3, 1, 1) if _is_picture(values) else tuple(values.shape[1:])
-    moments = measure(blocks if _is_picture(values) else (block.flatten(1) for block in blocks))
-    scale = 255.0 if _is_picture(values) else 1.0
+    shape = (3, 1, 1) if _is_image(values) else tuple(values.shape[1:])
+    moments = measure(blocks if _is_image(values) else (block.flatten(1) for block in blocks))
+    scale = 255.0 if _is_image(values) else 1.0
     named = {"min": moments.low, "max": moments.high, "mean": moments.mean, "std": moments.std}
     stats: Row = {name: (np.array(value) / scale).reshape(shape).tolist() for name, value in named.items()}
     return stats | {"count": [sum(demos.lengths)]}

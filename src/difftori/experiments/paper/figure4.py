@@ -58,8 +58,8 @@ def run(config: Config) -> None:
         first = named(env.reset(seed=[config.episode])[0])
     finally:
         env.close()
-    observe = policy.spec.observe
-    obs: WindowObs = {name: torch.from_numpy(np.repeat(v[:, None], observe, 1)) for name, v in first.items()}
+    n_obs_steps = policy.spec.n_obs_steps
+    obs: WindowObs = {name: torch.from_numpy(np.repeat(v[:, None], n_obs_steps, 1)) for name, v in first.items()}
     panels = landscapes(policy, obs, seed=config.samples)
     figure = draw(panels, f"{of_run.env}, first state of episode {config.episode}, run {config.run}")
     save_svg(figure, config.out / "figure4.svg")

@@ -24,11 +24,12 @@ def run(config: Config) -> None:
     """Run what is missing, and write `out/table7`."""
     plain = base(config, "diffusion")
     ours = [
-        replace(refiner(config, f"H = {h}", "difftori-il", "diffusion", decision="step"), options={"execute": h})
+        replace(refiner(config, f"H = {h}", "difftori-il", "diffusion", decision="step"), options={"n_action_steps": h})
         for h in config.horizons
     ]
     alone = [
-        Method(f"diffusion, {h} executed", "diffusion", plain.settings, options={"execute": h}) for h in config.horizons
+        Method(f"diffusion, {h} executed", "diffusion", plain.settings, options={"n_action_steps": h})
+        for h in config.horizons
     ]
     methods = [plain, *ours, *(alone if config.controls else ())]
     compared = [(ours[0].label, method.label) for method in ours[1:]]

@@ -1,4 +1,4 @@
-"""Encoder of pictures: random crops, ResNet-18 from scratch with group normalisation, spatial softmax."""
+"""Encoder of images: random crops, ResNet-18 from scratch with group normalisation, spatial softmax."""
 
 from dataclasses import dataclass
 from typing import final
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from difftori.errors import ShapeError
 from difftori.types import Latents
 
-PICTURE_WIDTH = 64
-"""Features of a picture."""
+IMAGE_WIDTH = 64
+"""Features of an image."""
 SMALLEST = 33
 """Pixels along a side, after cropping, below which a ResNet leaves a single place, and so nothing to tell places by."""
 
 
 @final
 @dataclass(frozen=True)
-class Pictures:
-    """How pictures are seen; unless given, as Diffusion Policy sees them (Chi et al., 2023)."""
+class Images:
+    """How images are seen; unless given, as Diffusion Policy sees them (Chi et al., 2023)."""
 
     crop: float | None = None
     """Share of height and width that is seen: anywhere in training, in the middle afterwards. Unless given 0.9 (84 → 76
-    pixels, 240 → 216), and 0.875 of pictures of 96 (→ 84); 1: all."""
+    pixels, 240 → 216), and 0.875 of images of 96 (→ 84); 1: all."""
     width: int = 64
     """Channels of the network's first stage, a multiple of 16; 64 is ResNet-18."""
     keypoints: int = 32
@@ -33,7 +33,7 @@ class Pictures:
         share = 1.0 if self.crop is None else self.crop
         if self.width < 16 or self.width % 16 or self.keypoints < 1 or not 0 < share <= 1:
             raise ShapeError(
-                f"pictures: {self}: crop must lie in (0, 1], width be a multiple of 16, and keypoints 1 or more"
+                f"images: {self}: crop must lie in (0, 1], width be a multiple of 16, and keypoints 1 or more"
             )
 
     def seen(self, side: int) -> int:
@@ -105,52 +105,52 @@ class SpatialSoftmax(nn.Module):
 
 
 def cropped(
-    pictures: Float[Tensor, "N h w C"], height: int, width: int, generator: torch.Generator | None = None
+    images: Float[Tensor, "N h w C"], height: int, width: int, generator: torch.Generator | None = None
 ) -> Float[Tensor, "N i j C"]:
-    """A part of each picture, `height` × `width`: anywhere, drawn for each picture, or without `generator` the middle."""
-    count, high, wide = pictures.shape[:3]
+    """A part of each image, `height` × `width`: anywhere, drawn for each image, or without `generator` the middle."""
+    count, high, wide = images.shape[:3]
     room = high - height, wide - width
     if generator is None:
         top, left = room[0] // 2, room[1] // 2
-        return pictures[:, top : top + height, left : left + width]
-    first = [torch.randint(r + 1, (count, 1), generator=generator, device=pictures.device) for r in room]
-    rows = first[0] + torch.arange(height, device=pictures.device)
-    columns = first[1] + torch.arange(width, device=pictures.device)
-    which = torch.arange(count, device=pictures.device)[:, None, None]
-    return pictures[which, rows[:, :, None], columns[:, None, :]]
+        return images[:, top : top + height, left : left + width]
+    first = [torch.randint(r + 1, (count, 1), generator=generator, device=images.device) for r in room]
+    rows = first[0] + torch.arange(height, device=images.device)
+    columns = first[1] + torch.arange(width, device=images.device)
+    which = torch.arange(count, device=images.device)[:, None, None]
+    return images[which, rows[:, :, None], columns[:, None, :]]
 
 
 @final
-class PictureEncoder(nn.Module):
-    """Pictures in [0, 1] (… h w C) → crop → [−1, 1] → ResNet → spatial softmax → linear, ReLU → (… 64).
+class ImageEncoder(nn.Module):
+    """Images in [0, 1] (… h w C) → crop → [−1, 1] → ResNet → spatial softmax → linear, ReLU → (… 64).
 
-    `shape` is (h w C). Raises ShapeError for pictures that are too small. Source: Diffusion Policy's "hybrid" encoder
+    `shape` is (h w C). Raises ShapeError for images that are too small. Source: Diffusion Policy's "hybrid" encoder
     (Chi et al., 2023), which is robomimic's (Mandlekar et al., 2021) with GroupNorm.
     """
 
-    def __init__(self, shape: tuple[int, ...], pictures: Pictures):
+    def __init__(self, shape: tuple[int, ...], images: Images):
         super().__init__()
-        self.size = pictures.seen(shape[0]), pictures.seen(shape[1])
+        self.size = images.seen(shape[0]), images.seen(shape[1])
         if min(self.size) < SMALLEST:
             raise ShapeError(
-                f"pictures of {shape}, of which {self.size} is seen: the network needs {SMALLEST} pixels of each side at least; "
+                f"images of {shape}, of which {self.size} is seen: the network needs {SMALLEST} pixels of each side at least; "
                 "show larger ones, or crop less"
             )
         self.layers = nn.Sequential(
-            resnet18(shape[2], pictures.width),
-            SpatialSoftmax(8 * pictures.width, pictures.keypoints),
-            nn.Linear(2 * pictures.keypoints, PICTURE_WIDTH),
+            resnet18(shape[2], images.width),
+            SpatialSoftmax(8 * images.width, images.keypoints),
+            nn.Linear(2 * images.keypoints, IMAGE_WIDTH),
             nn.ReLU(),
         )
         self.layers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
 
     def forward(
-        self, pictures: Float[Tensor, "... h w C"], generator: torch.Generator | None = None
+        self, images: Float[Tensor, "... h w C"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "... F"]:
         """(… h w C) → (… 64), of a part drawn from `generator`, or without one of the middle."""
-        leading = pictures.shape[:-3]
-        parts = cropped(pictures.reshape(-1, *pictures.shape[-3:]), *self.size, generator)
-        return self.layers(2 * parts.permute(0, 3, 1, 2) - 1).reshape(*leading, PICTURE_WIDTH)
+        leading = images.shape[:-3]
+        parts = cropped(images.reshape(-1, *images.shape[-3:]), *self.size, generator)
+        return self.layers(2 * parts.permute(0, 3, 1, 2) - 1).reshape(*leading, IMAGE_WIDTH)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

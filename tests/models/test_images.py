@@ -1,14 +1,14 @@
-"""Pictures: crops, the network, and their place among the other observations."""
+"""Images: crops, the network, and their place among the other observations."""
 
 import pytest
 import torch
 
 from difftori.errors import ShapeError
-from difftori.models.pictures import PictureEncoder, Pictures, SpatialSoftmax, cropped, resnet18
+from difftori.models.images import ImageEncoder, Images, SpatialSoftmax, cropped, resnet18
 from difftori.models.window_encoder import WindowEncoder
 from difftori.types import EntrySpec, TaskSpec
 
-SMALL = Pictures(width=16, keypoints=4)
+SMALL = Images(width=16, keypoints=4)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -16,21 +16,21 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def spec(**entries: EntrySpec) -> TaskSpec:
-    return TaskSpec(entries, 1, 2, (-1.0,), (1.0,), observe=2)
+    return TaskSpec(entries, 1, 2, (-1.0,), (1.0,), n_obs_steps=2)
 
 
 def test_crops_are_those_of_the_source():
-    assert [Pictures().seen(side) for side in (84, 96, 240)] == [76, 84, 216]
-    assert Pictures(crop=0.5).seen(96) == 48
+    assert [Images().seen(side) for side in (84, 96, 240)] == [76, 84, 216]
+    assert Images(crop=0.5).seen(96) == 48
 
 
 def test_the_middle_is_seen_without_a_generator():
-    pictures = torch.arange(36.0).reshape(1, 6, 6, 1)
-    assert torch.equal(cropped(pictures, 4, 2), pictures[:, 1:5, 2:4])
-    assert torch.equal(cropped(pictures, 6, 6), pictures)
+    images = torch.arange(36.0).reshape(1, 6, 6, 1)
+    assert torch.equal(cropped(images, 4, 2), images[:, 1:5, 2:4])
+    assert torch.equal(cropped(images, 6, 6), images)
 
 
-def test_each_picture_has_a_crop_of_its_own_and_all_are_met():
+def test_each_image_has_a_crop_of_its_own_and_all_are_met():
     places = torch.arange(36.0).reshape(1, 6, 6, 1).expand(400, -1, -1, 1)
     found = cropped(places, 4, 3, generator())
     first = found[:, 0, 0, 0].long()
@@ -51,24 +51,24 @@ def test_keypoints_are_found_where_they_are():
     layer = SpatialSoftmax(1, 2)
     with torch.no_grad():
         layer.maps.weight.copy_(torch.tensor([50.0, -50.0])[:, None, None, None])
-    picture = torch.zeros(1, 1, 3, 5)
-    picture[0, 0, 2, 1], picture[0, 0, 0, 4] = 1, -1
-    assert torch.allclose(layer(picture), torch.tensor([[-0.5, 1.0, 1.0, -1.0]]), atol=1e-4)
+    image = torch.zeros(1, 1, 3, 5)
+    image[0, 0, 2, 1], image[0, 0, 0, 4] = 1, -1
+    assert torch.allclose(layer(image), torch.tensor([[-0.5, 1.0, 1.0, -1.0]]), atol=1e-4)
 
 
-def test_pictures_that_leave_a_single_place_are_refused():
+def test_images_that_leave_a_single_place_are_refused():
     with pytest.raises(ShapeError, match="33 pixels"):
-        PictureEncoder((96, 32, 3), Pictures(crop=1.0))
-    assert PictureEncoder((36, 40, 3), Pictures(crop=0.92, width=16)).size == (33, 37)
+        ImageEncoder((96, 32, 3), Images(crop=1.0))
+    assert ImageEncoder((36, 40, 3), Images(crop=0.92, width=16)).size == (33, 37)
 
 
 @pytest.mark.parametrize("settings", [{"crop": 0.0}, {"crop": 1.5}, {"width": 24}, {"keypoints": 0}])
 def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ShapeError, match="pictures"):
-        Pictures(**settings)
+    with pytest.raises(ShapeError, match="images"):
+        Images(**settings)
 
 
-def test_pictures_stand_among_the_vectors():
+def test_images_stand_among_the_vectors():
     torch.manual_seed(0)
     encoder = WindowEncoder(spec(state=EntrySpec((3,)), view=EntrySpec((40, 37, 3), "uint8")), SMALL)
     obs = {"state": torch.randn(5, 2, 3), "view": torch.rand(5, 2, 40, 37, 3)}
@@ -85,7 +85,7 @@ def test_pictures_stand_among_the_vectors():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
-def test_nothing_is_drawn_without_pictures():
+def test_nothing_is_drawn_without_images():
     encoder = WindowEncoder(spec(state=EntrySpec((3,)), cloud=EntrySpec((7, 3))))
     draw = generator()
     before = draw.get_state()
