@@ -84,7 +84,7 @@ class _Session:
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
         self.updates, self.updates_due = 0, 0.0
-        self.deciding = False
+        self.collecting = False
         self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
@@ -110,7 +110,7 @@ class _Session:
     def run_to_end(self, stop: StopSignal, show) -> None:
         """Collect an episode, make the updates due, evaluate and save, until all steps are taken. Can resume within an episode."""
         while True:
-            if not self.deciding:
+            if not self.collecting:
                 self._learn(stop)
                 if stop.requested:
                     self.save()
@@ -120,14 +120,14 @@ class _Session:
                     if stop.requested:  # during the last evaluation; everything is saved
                         stop.leave()
                     return
-            self.deciding = True
+            self.collecting = True
             ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
                 ended = self.collector.step(self._act)
             if not ended and self.env_steps < self.config.steps:
                 self.save()
                 stop.leave()
-            self.deciding = False
+            self.collecting = False
             self._account(ended, show)
 
     def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
@@ -249,7 +249,7 @@ class _Session:
             "spec": spec_state(self.spec),
             "updates": self.updates,
             "updates_due": self.updates_due,
-            "deciding": self.deciding,
+            "deciding": self.collecting,
             "sums": dict(self._sums),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
@@ -267,7 +267,7 @@ class _Session:
             self.replay.load(self.out / "episodes", state["replay"])
             self.collector.load(state["collector"])
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
-            self.deciding = bool(state["deciding"])
+            self.collecting = bool(state["deciding"])
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
