@@ -91,8 +91,8 @@ def _parts(config: Config) -> dict[tuple[str, str], Job]:
         settings = policy.policy.config
         batch = windows(spec, settings.batch_size, config.seed, config.device)
         if policy.base is not None:
-            answers = base_actions(policy, _Once(batch), seeded(0, "base actions", config.device))
-            batch = replace(batch, base=answers.to(config.device))
+            actions = base_actions(policy, _Once(batch), seeded(0, "base actions", config.device))
+            batch = replace(batch, base=actions.to(config.device))
         learner, noise = Learner(policy, settings, 10**6), seeded(0, "learning", config.device)
 
         def update(learner: Learner = learner, batch: Window = batch, noise: torch.Generator = noise) -> None:

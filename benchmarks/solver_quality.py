@@ -52,15 +52,15 @@ def measure_quality(cell: Cell, entry: Entry, setup: Setup, *, steps: int = 200)
     weights = functional(problem, seed=1)
     context = problem.context.detach().clone().requires_grad_()
     x = entry.solve(problem.at(context), torch.Generator().manual_seed(0))
-    answer = problem.box.project(x.detach())
-    truth, known, optimum = _truth(problem, answer, weights, steps)
+    solution = problem.box.project(x.detach())
+    truth, known, optimum = _truth(problem, solution, weights, steps)
     with torch.no_grad():
         quality = Quality(
             cell=cell,
             entry=entry.name,
-            rows=len(answer),
+            rows=len(solution),
             start=-problem.cost(problem.x0).mean().item(),
-            reached=-problem.cost(answer).mean().item(),
+            reached=-problem.cost(solution).mean().item(),
             optimum=-problem.cost(optimum).mean().item(),
             inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
         )

@@ -116,7 +116,7 @@ class TaskSpec:
     @property
     def obs_dim(self) -> int:
         """The length of all observations in one row, O·ΣS; see `flat_rows`. Raises ShapeError if there are images."""
-        _refuse_images([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
+        _reject_images([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
         return self.n_obs_steps * sum(math.prod(entry.shape) for entry in self.obs.values())
 
     @property
@@ -191,11 +191,11 @@ def flat_rows(obs: WindowObs) -> States:
 
     Raises ShapeError if there are images.
     """
-    _refuse_images([name for name, values in obs.items() if not values.is_floating_point()], obs)
+    _reject_images([name for name, values in obs.items() if not values.is_floating_point()], obs)
     return torch.cat([values.flatten(1) for values in obs.values()], 1)
 
 
-def _refuse_images(images: list[str], entries: Collection[str]) -> None:
+def _reject_images(images: list[str], entries: Collection[str]) -> None:
     if images or not entries:
         raise ShapeError(
             f"observations: the entries {', '.join(images) or '(none)'} cannot be flattened into one row of numbers. Fix: use float "

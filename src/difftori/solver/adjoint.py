@@ -316,10 +316,10 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> Tensor:
         (grad,) = ctx.saved_tensors
         # The result is zero, but connected to every tensor that the gradient of the cost depends on, so any second derivative reaches it.
-        return outputs[0] + _Refused.apply(grad) if torch.is_grad_enabled() else outputs[0]
+        return outputs[0] + _NoSecondDerivative.apply(grad) if torch.is_grad_enabled() else outputs[0]
 
 
-class _Refused(torch.autograd.Function):
+class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
         return torch.zeros_like(grad)

@@ -151,8 +151,8 @@ class _Rounds:
             if bool(done.all()) or count == self.method.rounds - 1:
                 break
             # Finished rows keep their multipliers, so their solutions do not change.
-            kept = done[:, None]
-            multipliers = Multipliers(torch.where(kept, multipliers.values, after.values), weight.minimum(heaviest))
+            finished = done[:, None]
+            multipliers = Multipliers(torch.where(finished, multipliers.values, after.values), weight.minimum(heaviest))
             before = moved
         return _State(solution, multipliers, after, steps, values, violation(values, self.equality))
 

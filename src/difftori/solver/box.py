@@ -53,7 +53,7 @@ class Box:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
             raise BoxError(
-                f"Box: the range from low {low[where].item():g} to high {high[where].item():g} contains no finite number"
+                f"Box: no finite number lies between low {low[where].item():g} and high {high[where].item():g}"
                 + (f" at coordinate {where}" if where else "")
                 + ". Fix: use low ≤ high everywhere (low = high fixes a variable)."
             )

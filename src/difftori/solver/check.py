@@ -99,13 +99,13 @@ def _compare(analytic: list[float], numeric: list[float], tolerance: float) -> G
 
 def _shifted(functional: Callable[[], Tensor], leaves: list[Tensor], moves: list[Tensor], sign: float) -> float:
     """The value of the functional with every leaf moved. Afterwards the leaves are restored bit for bit."""
-    kept = [leaf.detach().clone() for leaf in leaves]
+    saved = [leaf.detach().clone() for leaf in leaves]
     try:
         for leaf, move in zip(leaves, moves, strict=True):
             leaf.add_(sign * move)
         return float(functional())
     finally:
-        for leaf, old in zip(leaves, kept, strict=True):
+        for leaf, old in zip(leaves, saved, strict=True):
             leaf.copy_(old)
 
 

@@ -39,7 +39,7 @@ class TrajectoryDerivative(NamedTuple):
 
 
 def differentiate(
-    problem: Problem, x: Points, states: Tensor, refuse_second: Callable[[Tensor], Tensor]
+    problem: Problem, x: Points, states: Tensor, first_order_only: Callable[[Tensor], Tensor]
 ) -> TrajectoryDerivative:
     """Attach the derivative of the optimum to actions x (B n) and states (B H+1 S), both without a graph."""
     objective = problem.objective
@@ -70,7 +70,7 @@ def differentiate(
     residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
-    residuals = tuple(refuse_second(part) if part.requires_grad else part for part in residuals)
+    residuals = tuple(first_order_only(part) if part.requires_grad else part for part in residuals)
     actions, states = _Optimum.apply(plan, states, factor, active, *residuals)
     return TrajectoryDerivative(actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2)))
 
