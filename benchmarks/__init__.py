@@ -1,1 +1,1 @@
-"""Measurements side by side: how fast and how right, against the baselines where they are installed."""
+"""Benchmarks of speed and precision, compared with the baselines if they are installed."""

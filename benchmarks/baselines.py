@@ -1,7 +1,7 @@
-"""Adapters to the baselines, Theseus 0.2.3 and mpc.pytorch 0.0.6: the same problems through their own solvers.
+"""Adapters to the baselines, Theseus 0.2.3 and mpc.pytorch 0.0.6, which solve the same problems with their own solvers.
 
-Nothing here is imported by the library proper, and the baselines are imported inside functions only: `make baselines` installs
-them. Each adapter gives the baseline its own recommended settings; what differs from them is said where it differs.
+The library does not import this module, and the baselines are imported inside functions only: `make baselines` installs
+them. Each adapter uses the settings recommended by the baseline; differences are documented in its docstring.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ def _theseus() -> ModuleType:
 
 
 def require_baselines() -> dict[str, str]:
-    """The versions of both baselines, or a `MissingExtraError` that says how to install what is missing."""
+    """The versions of both baselines. Raises MissingExtraError with the install command if one is missing."""
     _theseus()
     return {"theseus-ai": version("theseus-ai")} | require_mpc()
 
 
 def require_mpc() -> dict[str, str]:
-    """The version of mpc.pytorch, or a `MissingExtraError` that says how to install it."""
+    """The version of mpc.pytorch. Raises MissingExtraError with the install command if it is missing."""
     _mpc()
     return {"mpc": version("mpc")}
 
@@ -60,12 +60,12 @@ def theseus_lm(
     truncated_steps: int | None = 5,
     autograd_mode: str | None = None,
 ) -> Points:
-    """Theseus' LevenbergMarquardt with CholeskyDenseSolver on one scalar residual per row, as the release uses it.
+    """Theseus' LevenbergMarquardt with CholeskyDenseSolver on one scalar residual per row, as in the release.
 
-    Minimises ½ r², r = offset + cost = offset − G, with damping λI that is never adapted, from x0. The last
-    `truncated_steps` iterations are differentiated by unrolling, with respect to `context` and to whatever `cost`
-    captures; None solves without any graph. The tolerances are set so that it never stops early. `autograd_mode` is
-    Theseus' own: its default "vmap", except for a single row, where "dense" is the faster.
+    Minimises ½ r², r = offset + cost = offset − G, from x0, with fixed damping λI. The last `truncated_steps` iterations are
+    differentiated by unrolling, with respect to `context` and every tensor that `cost` closes over; None: solve without a
+    graph. The tolerances are set so that it does not stop early. `autograd_mode` is Theseus' option: its default "vmap",
+    except for a single row, where "dense" is faster.
     """
     autograd_mode = autograd_mode or ("dense" if x0.shape[0] == 1 else "vmap")
     th = _theseus()
@@ -108,9 +108,9 @@ def theseus_lm_flattened(
     offset: float = 1000.0,
     truncated_steps: int | None = 5,
 ) -> Points:
-    """The imitation release's way: the whole batch as ONE problem of B·n variables with residual mean(offset − f).
+    """The imitation release's method: the whole batch as ONE problem of B·n variables with residual mean(offset − f).
 
-    So each iteration factorises a (B·n)×(B·n) matrix, and rows are coupled through ‖g‖².
+    Each iteration therefore factorises a (B·n)×(B·n) matrix, and rows are coupled through ‖g‖².
     """
     rows, n = x0.shape
 
@@ -131,7 +131,7 @@ def theseus_lm_flattened(
 
 
 def _mpc() -> ModuleType:
-    """mpc.pytorch's module, with one function patched that current torch refuses (a mask of bytes)."""
+    """The module of mpc.pytorch, with a patch for one function that fails in current torch (a mask of bytes)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ def _mpc() -> ModuleType:
 
 
 class _PendulumDynamics(nn.Module):
-    """The pendulum as mpc.pytorch wants dynamics: a module, with its Jacobian for GradMethods.ANALYTIC."""
+    """The pendulum in the format of mpc.pytorch: a module, with its Jacobian for GradMethods.ANALYTIC."""
 
     def __init__(self, parameters: Tensor):
         super().__init__()
@@ -181,8 +181,9 @@ def mpc_pendulum(
 ) -> Points:
     """mpc.pytorch's box-constrained iLQR on the pendulum, |u| ≤ 2: torques (B H), differentiable in all arguments.
 
-    Settings as in its own pendulum example (50 iterations, decay .2, at most 5 line-search steps, tolerance 1e-3 of
-    PendulumDx), Jacobians by autograd as there or, with `analytic`, given. Rows are differentiated converged or not.
+    Settings as in its pendulum example (50 iterations, decay .2, at most 5 line-search steps, tolerance 1e-3 of
+    PendulumDx). The Jacobians are computed by autograd as there or, with `analytic`, given. Rows are differentiated whether
+    or not they converged.
     """
     mpc = _mpc()
     rows = start.shape[0]
@@ -209,7 +210,7 @@ def mpc_pendulum(
 
 
 class _CartpoleDynamics(nn.Module):
-    """The cart-pole with (position, cos θ, sin θ, and the rates) as its state, in which the cost is quadratic."""
+    """The cart-pole with state (position, cos θ, sin θ, and the rates), in which the cost is quadratic."""
 
     def __init__(self, problem: ControlProblem, parameters: Tensor):
         super().__init__()
@@ -221,7 +222,7 @@ class _CartpoleDynamics(nn.Module):
         return _with_circle(self.dynamics(torch.stack([position, angle, speed, turning], -1), action))
 
     def grad_input(self, state: States, action: Actions) -> tuple[Tensor, Tensor]:
-        """∂next/∂state (B 5 5) and ∂next/∂action (B 5 1), themselves differentiable in the parameters."""
+        """∂next/∂state (B 5 5) and ∂next/∂action (B 5 1), differentiable in the parameters."""
         return torch.func.vmap(torch.func.jacrev(self.forward, argnums=(0, 1)))(state, action)
 
 
@@ -242,11 +243,11 @@ def mpc_cartpole(
 ) -> Plans:
     """mpc.pytorch's box-constrained iLQR on the benchmark's cart-pole: actions (B H A), differentiable in `parameters`.
 
-    Its quadratic cost states the problem exactly, with the angle on a circle and one more step for the terminal cost. Of
+    Its quadratic cost represents the problem exactly, with the angle on a circle and one more step for the terminal cost. Of
     the settings that were tried, these reach the optimum: 200 iterations, 20 of them without improvement, a line search
     that halves up to 10 times. (With 50 iterations and its default decay of .2 it ends at a cost of 74.) The Jacobians
-    are given: by autograd (GradMethods.AUTO_DIFF) it takes 3 to 4 times as long. Either way its derivative leaves out the
-    second derivatives of the dynamics: at the optimum, it differs from finite differences by a relative error of .64.
+    are given: computing them by autograd (GradMethods.AUTO_DIFF) takes 3 to 4 times as long. In both cases its derivative
+    omits the second derivatives of the dynamics: at the optimum, its relative error against finite differences is .64.
     """
     mpc = _mpc()
     rows, horizon, _ = init_actions.shape

@@ -1,10 +1,10 @@
-"""Trajectory optimisation of known systems: this library's ILQR beside CasADi (IPOPT, fatrop) and mpc.pytorch.
+"""Trajectory optimisation of known systems: compare ILQR of this library with CasADi (IPOPT, fatrop) and mpc.pytorch.
 
-A cart-pole swings up, a unicycle drives around obstacles, a quadrotor flies to a point. Three things are timed: a solve from
-the first guess (cold), the next solve of a closed loop (warm), and a solve with the gradient of its plan with respect to
-parameters of the dynamics. CasADi solves rows one after the other and differentiates by central differences. All entries run
-interleaved in one process, in rotating order; medians and quartiles in milliseconds. Beside each time: the cost that the
-actions reach and the largest violation of a constraint, by one float64 rollout for all entries.
+Problems: the swing-up of a cart-pole, a unicycle that avoids obstacles, and a quadrotor that flies to a point. Three solves
+are timed: from the initial guess (cold), the next solve of a closed loop (warm), and a solve with the gradient of its plan
+with respect to parameters of the dynamics. CasADi solves rows one after the other and differentiates by central differences.
+All entries run interleaved in one process, in rotating order. The results are medians and quartiles in milliseconds, with
+the cost of the actions and the largest violation of a constraint, computed by one float64 rollout for all entries.
 """
 
 import statistics
@@ -29,51 +29,51 @@ from difftori.errors import ConfigError, MissingExtraError
 
 
 class Config(BaseModel):
-    """What is compared, how often and on what."""
+    """Entries, problems and settings to measure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     problems: tuple[Literal["cartpole", "unicycle", "quadrotor"], ...] = ("cartpole", "unicycle", "quadrotor")
-    """Problems to solve."""
+    """Problems to solve: `cartpole`, `unicycle`, `quadrotor`."""
     batches: tuple[PositiveInt, ...] = (1, 64)
-    """Rows that are solved together."""
+    """Numbers of rows that are solved together."""
     entries: tuple[str, ...] = ()
     """Names of the entries to measure. Default: all."""
     repeats: PositiveInt = 9
-    """Interleaved repeats of each cell."""
+    """Number of interleaved repeats of each cell."""
     seconds: float = 300.0
-    """No further repeat of a cell begins after this many seconds, once there are three."""
+    """Time limit of a cell in seconds. After it, no further repeat begins, once there are three."""
     warm_steps: PositiveInt = 5
-    """Closed-loop steps timed in each repeat."""
+    """Number of closed-loop steps timed in each repeat."""
     loop_steps: PositiveInt = 40
-    """Steps after which the closed loop begins again at the start."""
+    """Number of steps after which the closed loop restarts."""
     casadi_rows: PositiveInt = 4
-    """Rows of a batch that CasADi solves. Its times are scaled to the whole batch."""
+    """Number of rows of a batch that CasADi solves. Its times are scaled to the whole batch."""
     max_steps: PositiveInt = 200
-    """Iterations at most, for ILQR and mpc.pytorch."""
+    """Largest number of iterations of ILQR and mpc.pytorch."""
     dtype: Literal["float32", "float64"] = "float64"
-    """Of this library's entries. The others compute in float64."""
+    """Precision of this library's entries. The others compute in float64."""
     device: Device = "cpu"
-    """Where this library's entries compute. The others use the CPU."""
+    """Device of this library's entries. The others use the CPU."""
     compile: bool = False
-    """Measure compiled entries too: torch.compile, and CasADi through the C compiler. Each takes minutes to compile."""
+    """Also measure compiled entries: torch.compile, and CasADi with the C compiler. Each takes minutes to compile."""
     baselines: bool = True
-    """Measure CasADi and mpc.pytorch too (`make baselines` installs them)."""
+    """Also measure CasADi and mpc.pytorch (`make baselines` installs them)."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     seed: int = Field(0, ge=0)
-    """Of the starts and the closed loop's noise."""
+    """Seed of the starts and of the noise in the closed loop."""
     out: Path = RESULTS
     """Folder for `control-raw.csv`, `control-summary.csv`, `control.svg` and `control.json`. `--quick` writes to its subfolder `quick`."""
     quick: bool = False
-    """Short horizons and few iterations, to check that everything runs. The numbers mean nothing."""
+    """Use short horizons and few iterations, to check that everything runs. The numbers are not meaningful."""
 
 
 def run(config: Config) -> list[dict[str, str]]:
     """Measure, write the files to `out`, and return the table. The files are rewritten after each cell.
 
     Raises:
-        MissingExtraError: CasADi or mpc.pytorch is not installed, and `baselines` asks for them.
+        MissingExtraError: CasADi or mpc.pytorch is not installed, and `baselines` is set.
         ConfigError: `entries` has an unknown name.
     """
     if unknown := set(config.entries) - {entry.name for entry in ENTRIES}:
@@ -88,9 +88,7 @@ def _baselines() -> dict[str, str]:
     try:
         return {"casadi": casadi_version()} | require_mpc()
     except MissingExtraError as missing:
-        raise MissingExtraError(
-            f"{missing} Or leave the baselines out: difftori bench control --no-baselines."
-        ) from missing
+        raise MissingExtraError(f"{missing} Or skip the baselines: difftori bench control --no-baselines.") from missing
 
 
 def _cells(config: Config) -> list[Cell]:
@@ -115,9 +113,9 @@ def _sized(problem: ControlProblem, config: Config) -> ControlProblem:
 
 @dataclass
 class Loop:
-    """The closed loop of one entry: the true system, disturbed, under the first action of each plan.
+    """The closed loop of one entry: the true system with disturbances, controlled by the first action of each plan.
 
-    Every entry meets the same disturbances. After `length` steps the loop begins again.
+    Every entry gets the same disturbances. The loop restarts after `length` steps.
     """
 
     cell: Cell
@@ -138,7 +136,7 @@ class Loop:
         self._noise = torch.Generator().manual_seed(self.cell.seed)
 
     def advance(self) -> Callable[[], None]:
-        """Take one step of the system, and return the solve that follows it, which alone is timed."""
+        """Take one step of the system. Returns the next solve as a function; only the solve is timed."""
         if self.taken and self.taken % self.length == 0:
             self._restart()
         problem = self.cell.problem
@@ -153,7 +151,7 @@ class Loop:
         self._last = self.session.warm(self._state, self._last)
 
     def record(self) -> None:
-        """Note what the last solve reached."""
+        """Record the result of the last solve."""
         cost, violation, _ = self.cell.problem.rollout(self._state, self._last.actions)
         self.costs += cost.tolist()
         self.violations += violation.tolist()
@@ -163,7 +161,7 @@ class Loop:
 
 @dataclass
 class Measured:
-    """One entry on one cell, as it is measured."""
+    """The measurements of one entry on one cell."""
 
     entry: Entry
     session: Session
@@ -174,7 +172,7 @@ class Measured:
 
 
 class _Run:
-    """One run's measurements as they come in."""
+    """The measurements of one run so far."""
 
     def __init__(self, config: Config, baselines: dict[str, str]):
         self.config, self.baselines, self.began = config, baselines, time.perf_counter()
@@ -183,23 +181,23 @@ class _Run:
         self.gradients: dict[str, list[float]] = {}
 
     def measure(self) -> list[dict[str, str]]:
-        """Every cell: a first call of each entry, which enters no median, then interleaved repeats."""
+        """Measure every cell: a first call of each entry, which is not part of the medians, then interleaved repeats."""
         cells = _cells(self.config)
-        with progress_bar(len(cells)) as (say, advance):
+        with progress_bar(len(cells)) as (show, advance):
             for index, cell in enumerate(cells):
                 chosen = entries(
                     cell.problem, baselines=self.config.baselines, compile=self.config.compile, only=self.config.entries
                 )
-                measured = [self._first(cell, entry, say) for entry in chosen]
-                self._repeat(cell, measured, say)
+                measured = [self._first(cell, entry, show) for entry in chosen]
+                self._repeat(cell, measured, show)
                 self.lines += self._summary(cell, measured)
                 if self.lines:
                     self._write(last=index == len(cells) - 1)
                 advance()
         return table(self.lines)
 
-    def _first(self, cell: Cell, entry: Entry, say: Callable[[str], None]) -> Measured:
-        say(f"{cell}: {entry.name}, first call")
+    def _first(self, cell: Cell, entry: Entry, show: Callable[[str], None]) -> Measured:
+        show(f"{cell}: {entry.name}, first call")
         began = time.perf_counter()
         session = entry.open(cell)
         cold = session.cold()
@@ -212,11 +210,11 @@ class _Run:
         loop.record()
         return Measured(entry, session, build_ms, cold, gradient, loop)
 
-    def _repeat(self, cell: Cell, measured: list[Measured], say: Callable[[str], None]) -> None:
+    def _repeat(self, cell: Cell, measured: list[Measured], show: Callable[[str], None]) -> None:
         repeats = min(self.config.repeats, 2) if self.config.quick else self.config.repeats
         for repeat, each in interleaved(measured, repeats, self.config.seconds):
             if repeat < each.entry.repeats:
-                say(f"{cell}: {each.entry.name}, {repeat + 1}/{repeats}")
+                show(f"{cell}: {each.entry.name}, {repeat + 1}/{repeats}")
                 self.samples += self._sample(cell, each, repeat)
 
     def _sample(self, cell: Cell, each: Measured, repeat: int) -> Iterator[Sample]:

@@ -1,7 +1,7 @@
 """The problems of `difftori bench control` in CasADi, solved by multiple shooting with IPOPT or fatrop.
 
-The equations are those of `control_problems`, written a second time. CasADi is imported inside functions only:
-`pip install 'difftori[baselines]'`.
+The equations are those of `control_problems`, written a second time with CasADi symbols. CasADi is imported inside functions
+only: `pip install 'difftori[baselines]'`.
 """
 
 import os
@@ -35,7 +35,7 @@ Symbol = Any
 
 
 def casadi() -> ModuleType:
-    """CasADi's module, or a `MissingExtraError` that says how to install it."""
+    """The module of CasADi. Raises MissingExtraError with the install command if it is missing."""
     try:
         import casadi  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
@@ -53,7 +53,7 @@ def casadi_version() -> str:
 
 @dataclass(frozen=True)
 class Symbols:
-    """One problem's functions of symbols: next state, stage cost, terminal cost, and constraints ≤ 0 (None: none)."""
+    """The symbolic functions of one problem: next state, stage cost, terminal cost, and constraints ≤ 0 (None: no constraints)."""
 
     dynamics: Callable[[Symbol, Symbol], Symbol]
     stage_cost: Callable[[Symbol, Symbol], Symbol]
@@ -62,10 +62,10 @@ class Symbols:
 
 
 def symbols(problem: ControlProblem, parameters: Symbol) -> Symbols:
-    """The functions of a problem for symbolic parameters."""
+    """The functions of a problem with symbolic parameters."""
     known = {"cartpole": _cartpole, "unicycle": _unicycle, "quadrotor": _quadrotor}
     if problem.name not in known:
-        raise ConfigError([f"problem: {problem.name!r} is not written in CasADi; known: {', '.join(known)}"])
+        raise ConfigError([f"problem: {problem.name!r} has no CasADi version. Fix: use one of {', '.join(known)}"])
     return known[problem.name](casadi(), parameters, problem.time_step)
 
 
@@ -150,7 +150,7 @@ def _quadrotor(ca: ModuleType, parameters: Symbol, h: float) -> Symbols:
 
 
 def _options(method: Method, equality: list[bool], compile: bool, *, warm: bool) -> dict[str, Any]:
-    """What `nlpsol` is given."""
+    """The options of `nlpsol`."""
     own: dict[str, Any] = {"print_level": 0}
     if method == "ipopt":
         own["sb"] = "yes"  # no banner
@@ -170,7 +170,7 @@ def _options(method: Method, equality: list[bool], compile: bool, *, warm: bool)
 
 @contextmanager
 def _scratch() -> Iterator[None]:
-    """Work in a temporary folder: CasADi writes the C code into the current one, and does not always remove it."""
+    """Use a temporary folder: CasADi writes C code to the current one, and does not always remove it."""
     before = Path.cwd()
     with TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -182,9 +182,9 @@ def _scratch() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ShootingSolution:
-    """One solve: states (H+1 S), actions (H A), the cost, whether the solver says solved, and its iterations.
+    """One solve: states (H+1 S), actions (H A), the cost, whether the solver reports success, and its iterations.
 
-    `raw` is CasADi's own result, which `MultipleShooting.solve` can start from.
+    `raw` is CasADi's result, from which `MultipleShooting.solve` can start.
     """
 
     states: Float[np.ndarray, "T1 S"]
@@ -198,9 +198,9 @@ class ShootingSolution:
 class MultipleShooting:
     """One problem as a non-linear programme in states and actions, stage by stage, with CasADi's exact derivatives.
 
-    `method` "ipopt" is the interior point method with MUMPS, at its own defaults (tolerance 1e-8); `warm` solves reuse
+    `method` "ipopt" is the interior point method with MUMPS and its default settings (tolerance 1e-8); `warm` solves reuse
     the multipliers and a small barrier parameter. "fatrop" is an interior point method for this structure, also part of
-    CasADi's wheels. Programmes are built once, for any start and any parameters. With `compile` the system's C compiler
+    CasADi's wheels. Programmes are built once, for any start and any parameters. With `compile`, the system's C compiler
     compiles cost, constraints and derivatives, which takes up to two minutes.
 
     Raises:
@@ -217,7 +217,7 @@ class MultipleShooting:
         self._terminal = self._ca.Function("terminal", [s, parameters], [f.terminal_cost(s)])
         inside = self._ca.SX.zeros(0, 1) if f.constraint is None else f.constraint(s)
         self._constraint = self._ca.Function("constraint", [s, parameters], [inside])
-        # Compiled, the programme calls the stage's functions; interpreted, it is faster written out.
+        # A compiled programme calls the functions of the stage. An interpreted one is faster with the functions expanded.
         programme, equality = self._programme(self._ca.MX if compile else self._ca.SX)
         with _scratch():
             self._cold, self._warm = (
@@ -253,7 +253,7 @@ class MultipleShooting:
         return np.concatenate([*pairs, states[-1]])
 
     def guess(self, start: np.ndarray, actions: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-        """The variables of a rollout of these actions (H A), to start a solve from."""
+        """The variables of the rollout of these actions (H A), as the start of a solve."""
         states = [start]
         for action in actions:
             states.append(np.array(self.step(states[-1], action, parameters)).ravel())
@@ -272,9 +272,9 @@ class MultipleShooting:
         shifted: bool = False,
         duals: bool = True,
     ) -> ShootingSolution:
-        """Solve from another solution; `shifted` from one step later, as a receding horizon does.
+        """Solve from another solution. `shifted`: from that solution one step later, as in MPC.
 
-        `duals` starts from its multipliers too, with a small barrier parameter.
+        `duals`: also start from its multipliers, with a small barrier parameter.
         """
         if not shifted:
             guess = {"x0": last.raw["x"]}
@@ -303,7 +303,7 @@ class MultipleShooting:
         return np.concatenate([stages[stride:], stages[-stride:], tail])
 
     def _later_g(self, values: Any) -> np.ndarray:
-        """Constraint multipliers one stage later. Stage 0 holds [gap, start], later stages [gap, constraints]."""
+        """The constraint multipliers shifted by one stage. Stage 0 holds [gap, start], later stages [gap, constraints]."""
         flat, size, horizon = np.array(values).ravel(), self.problem.state_dim, self.problem.horizon
         count = (len(flat) - size * (horizon + 1)) // horizon
         first, rest = flat[: 2 * size], flat[2 * size :]

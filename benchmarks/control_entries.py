@@ -1,7 +1,7 @@
-"""What `difftori bench control` compares: this library's planner, CasADi with IPOPT or fatrop, and mpc.pytorch.
+"""The entries of `difftori bench control`: the planner of this library, CasADi with IPOPT or fatrop, and mpc.pytorch.
 
-An entry opens a session on a cell (a problem at a batch size). A session solves from the first guess, solves the next step
-of a closed loop from its last plan, and solves with the gradient. A new entry is one line of `ENTRIES`.
+An entry opens a session on a cell (a problem at a batch size). A session solves from the initial guess, solves the next step
+of a closed loop from its last plan, and solves with the gradient. To add an entry, add one line to `ENTRIES`.
 """
 
 from abc import ABC, abstractmethod
@@ -43,15 +43,15 @@ class Cell:
 
     @property
     def starts(self) -> States:
-        """Where the plans start, float64 on the CPU."""
+        """The initial states of the plans, float64 on the CPU."""
         return self.problem.starts(self.batch, self.seed)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Plans (B H A) of the rows that were solved, how many iterations each took, and which the solver calls solved.
+    """Plans (B H A) of the solved rows, the number of iterations of each, and whether the solver reports success.
 
-    `own` is what the session's next warm solve starts from; no one else looks at it.
+    `own` is private to the session: the start of its next warm solve.
     """
 
     actions: Plans
@@ -61,25 +61,25 @@ class Outcome:
 
 
 class Session(ABC):
-    """One entry at work on one cell. `rows`: how many rows of the batch it solves; times are scaled by batch / rows."""
+    """One entry on one cell. `rows`: the number of rows that it solves; times are scaled by batch / rows."""
 
     rows: int
 
     @abstractmethod
     def cold(self) -> Outcome:
-        """Solve from the starts and the first guess."""
+        """Solve from the starts and the initial guess."""
 
     @abstractmethod
     def warm(self, states: States, last: Outcome) -> Outcome:
-        """Solve from `states` (rows S), float64 on the CPU, beginning at the last plan one step later."""
+        """Solve from `states` (rows S), float64 on the CPU, starting from the last plan shifted by one step."""
 
     @abstractmethod
     def gradient(self) -> Gradient:
-        """Solve as `cold` does, and return ∂ Σ_rows loss(plan) / ∂ parameters."""
+        """Solve as in `cold`, and return ∂ Σ_rows loss(plan) / ∂ parameters."""
 
 
 class OursSession(Session):
-    """`difftori.Controller` in the loop and `difftori.plan` for the gradient; the whole batch at once."""
+    """`difftori.Controller` for the loop and `difftori.plan` for the gradient, with the whole batch at once."""
 
     def __init__(self, cell: Cell, solver: Solver, compile: bool):
         self._cell, self._solver, self._compile, self.rows = cell, solver, compile, cell.batch
@@ -96,7 +96,7 @@ class OursSession(Session):
         return Outcome(controller.plan.actions, solution.steps.tolist(), solution.converged.tolist(), controller)
 
     def cold(self) -> Outcome:
-        """From the first guess."""
+        """Solve from the initial guess."""
         functions, (low, high) = self._functions, self._bounds
         controller = Controller(
             functions.dynamics,
@@ -117,11 +117,11 @@ class OursSession(Session):
         return self._outcome(controller, self._starts)
 
     def warm(self, states: States, last: Outcome) -> Outcome:
-        """From the last plan, moved on by a step. The controller is copied, so that a loop can begin again."""
+        """Solve from the last plan shifted by one step. The controller is copied, so that a loop can restart."""
         return self._outcome(copy(last.own), self._to(states))
 
     def gradient(self) -> Gradient:
-        """By the adjoint, with one backward pass."""
+        """Differentiate with the adjoint, in one backward pass."""
         parameters, (low, high) = self._parameters.clone().requires_grad_(), self._bounds
         functions = self._cell.problem.functions(parameters)
         found = plan(
@@ -144,11 +144,11 @@ class OursSession(Session):
 
 
 TOLERANCE = 1e-5
-"""A solve of ours ends when the estimated distance to the optimum is this share of the actions' range."""
+"""Tolerance of this library's solves: the estimated distance to the optimum as a share of the actions' range."""
 
 
 class CasadiSession(Session):
-    """CasADi, one row after the other; of a batch the first `casadi_rows`."""
+    """CasADi, one row after the other. Of a batch it solves the first `casadi_rows` rows."""
 
     def __init__(self, cell: Cell, method: Method, compile: bool):
         self._problem, self.rows = cell.problem, min(cell.batch, cell.casadi_rows)
@@ -162,16 +162,16 @@ class CasadiSession(Session):
         return Outcome(actions, [each.iterations for each in found], [each.solved for each in found], found)
 
     def cold(self) -> Outcome:
-        """From the rollout of the first guess."""
+        """Solve from the rollout of the initial guess."""
         return self._outcome([self._shooting.solve(start, self._init, self._parameters) for start in self._starts])
 
     def warm(self, states: States, last: Outcome) -> Outcome:
-        """From the last solution, shifted, with its multipliers."""
+        """Solve from the last solution, shifted, with its multipliers."""
         rows = zip(last.own, states.numpy(), strict=True)
         return self._outcome([self._shooting.again(own, s, self._parameters, shifted=True) for own, s in rows])
 
     def gradient(self) -> Gradient:
-        """By central differences, with two warm solves for each parameter."""
+        """Differentiate by central differences, with two warm solves for each parameter."""
         total = np.zeros_like(self._parameters)
         for start in self._starts:
             base = self._shooting.solve(start, self._init, self._parameters)
@@ -190,7 +190,7 @@ class CasadiSession(Session):
 
 
 class MpcSession(Session):
-    """mpc.pytorch's iLQR on the cart-pole; the whole batch at once, float64. `baselines.mpc_cartpole` says how it is set."""
+    """mpc.pytorch's iLQR on the cart-pole, with the whole batch at once, float64. `baselines.mpc_cartpole` documents its settings."""
 
     def __init__(self, cell: Cell):
         self._cell, self.rows = cell, cell.batch
@@ -203,15 +203,15 @@ class MpcSession(Session):
         return Outcome(actions, [], [], shifted)  # it reports neither iterations nor convergence
 
     def cold(self) -> Outcome:
-        """From the first guess."""
+        """Solve from the initial guess."""
         return self._outcome(self._starts, self._init, self._cell.max_steps)
 
     def warm(self, states: States, last: Outcome) -> Outcome:
-        """From the last plan, shifted; 10 iterations."""
+        """Solve from the last plan, shifted, with 10 iterations."""
         return self._outcome(states, last.own, min(10, self._cell.max_steps))
 
     def gradient(self) -> Gradient:
-        """By its own implicit derivative."""
+        """Differentiate with its implicit derivative."""
         parameters, problem = self._parameters.clone().requires_grad_(), self._cell.problem
         actions = mpc_cartpole(problem, self._starts, self._init, parameters, iterations=self._cell.max_steps)
         (grad,) = torch.autograd.grad(problem.loss(actions).sum(), parameters)
@@ -224,7 +224,7 @@ def _every(problem: ControlProblem) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """A way to solve. `baseline`: someone else's; `compiled`: its functions are compiled first; `repeats`: at most so many."""
+    """A method to measure. `baseline`: from another library; `compiled`: compiled before the timing; `repeats`: upper limit of the repeats."""
 
     name: str
     open: Callable[[Cell], Session]
@@ -247,7 +247,7 @@ def _is_cartpole(problem: ControlProblem) -> bool:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    # The ratios and the gradient's error are taken against the first of a cell.
+    # Ratios and gradient errors are relative to the first entry of a cell.
     Entry("CasADi IPOPT", partial(_casadi, "ipopt", False), baseline=True),
     Entry("CasADi IPOPT compiled", partial(_casadi, "ipopt", True), baseline=True, compiled=True),
     Entry("CasADi fatrop", partial(_casadi, "fatrop", False), baseline=True),
@@ -259,7 +259,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def entries(problem: ControlProblem, *, baselines: bool, compile: bool, only: tuple[str, ...] = ()) -> list[Entry]:
-    """The entries that solve this problem, without the baselines or the compiled ones where these are not wanted."""
+    """The entries that solve this problem, without the baselines or the compiled ones if these are not requested."""
     return [
         entry
         for entry in ENTRIES

@@ -1,7 +1,7 @@
-"""The problems of `difftori bench control` in torch: a cart-pole, a unicycle among obstacles, a quadrotor.
+"""The problems of `difftori bench control` in torch: a cart-pole, a unicycle among obstacles, and a quadrotor.
 
 Each maximises Σ_{t<H} reward(s_t, a_t) + terminal_value(s_H) over actions within bounds, with constraint(s, a) ≤ 0.
-The same equations in CasADi's symbols are in `control_casadi`; a test compares the two.
+`control_casadi` has the same equations in CasADi symbols; a test compares the two.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ GRAVITY = 9.81
 
 @dataclass(frozen=True)
 class Functions:
-    """What `difftori.plan` is given, for one value of the parameters. All work on any leading dimensions.
+    """The functions to pass to `difftori.plan`, for one value of the parameters. All support any leading dimensions.
 
-    `constraint` (state, action) → (… M) and `terminal_constraint` state → (… M) are satisfied where they are ≤ 0.
+    `constraint` (state, action) → (… M) and `terminal_constraint` state → (… M) are satisfied if they are ≤ 0.
     """
 
     dynamics: Callable[[Tensor, Tensor], Tensor]
@@ -32,12 +32,12 @@ class Functions:
 
 @dataclass(frozen=True)
 class ControlProblem:
-    """One problem: sizes, bounds, where it starts, and its functions.
+    """One problem: sizes, bounds, start and functions.
 
-    `parameters` are the numbers that plans are differentiated with respect to; `functions` takes them as a tensor (Z).
-    The first start is `start`; the others of a batch are normal around it with standard deviation `spread`. In the closed
-    loop, `noise` is the standard deviation of what is added to the state after each step. `neutral` is the action whose
-    distance from the plan is differentiated, and `init` the first guess (A), the same at each step or one for each (H A).
+    Plans are differentiated with respect to `parameters`; `functions` takes them as a tensor (Z). The first start is `start`;
+    the others of a batch are normal around it with standard deviation `spread`. `noise`: the standard deviation of the noise
+    added to the state after each step of the closed loop. `neutral`: the action whose distance from the plan is
+    differentiated. `init`: the initial guess, (A) for all steps or (H A).
     """
 
     name: str
@@ -56,12 +56,12 @@ class ControlProblem:
 
     @property
     def state_dim(self) -> int:
-        """Numbers of a state."""
+        """Dimension of the state."""
         return len(self.start)
 
     @property
     def action_dim(self) -> int:
-        """Numbers of an action."""
+        """Dimension of the action."""
         return len(self.low)
 
     @property
@@ -70,7 +70,7 @@ class ControlProblem:
         return torch.tensor(self.parameter_values, dtype=torch.float64)
 
     def starts(self, batch: int, seed: int = 0) -> States:
-        """B states to start from, float64; a smaller batch is the beginning of a larger one."""
+        """B initial states, float64. A smaller batch is the beginning of a larger one."""
         rows = [torch.tensor(self.start, dtype=torch.float64)]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(batch - 1):
@@ -79,11 +79,11 @@ class ControlProblem:
         return torch.stack(rows)
 
     def init_actions(self, batch: int) -> Plans:
-        """The first guess for every row, (B H A), float64."""
+        """The initial guess for every row, (B H A), float64."""
         return self.init(self.horizon).repeat(batch, 1, 1)
 
     def loss(self, actions: AnyPlans) -> AnyValues:
-        """What is differentiated with respect to the parameters: Σ_t ‖a_t − neutral‖² of each row."""
+        """The function that is differentiated with respect to the parameters: Σ_t ‖a_t − neutral‖² of each row."""
         return (actions - actions.new_tensor(self.neutral)).square().sum((-1, -2))
 
     def shortened(self, horizon: int) -> "ControlProblem":
@@ -99,7 +99,7 @@ class ControlProblem:
         cost, states = torch.zeros_like(violation), []
         for t, action in enumerate(actions.unbind(1)):
             cost = cost - f.reward(state, action)
-            if t > 0 and f.constraint is not None:  # nothing can be done about the first state
+            if t > 0 and f.constraint is not None:  # the actions cannot change the first state
                 violation = torch.maximum(violation, f.constraint(state, action).amax(-1))
             state = f.dynamics(state, action)
             states.append(state)
@@ -109,7 +109,7 @@ class ControlProblem:
 
 
 def runge_kutta(derivative: Callable[[Tensor, Tensor], Tensor], time_step: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """One step of the classical fourth-order method with the action held."""
+    """One step of the classical fourth-order method with a constant action."""
 
     def step(state: Tensor, action: Tensor) -> Tensor:
         k1 = derivative(state, action)
@@ -159,13 +159,13 @@ CARTPOLE = ControlProblem(
 )
 
 OBSTACLES = ((1.5, 0.3, 0.6), (3.0, -0.5, 0.6), (4.4, 0.4, 0.5))
-"""Centre x, y and radius of each, m."""
+"""Centre x, y and radius of each obstacle, m."""
 
 
 def _unicycle(parameters: Tensor) -> Functions:
     """State (x m, y m, heading rad, speed m/s), action (acceleration m/s², turn rate rad/s).
 
-    Parameters: the radius of the second obstacle, and the goal's x and y.
+    Parameters: the radius of the second obstacle, and x and y of the goal.
     """
     radius, goal_x, goal_y = parameters[0], parameters[1], parameters[2]
 
@@ -193,7 +193,7 @@ def _unicycle(parameters: Tensor) -> Functions:
 
 
 def _gentle_curve(horizon: int) -> Tensor:
-    """Speeding up, then slightly right, left and right, so that no solver begins on a line of symmetry."""
+    """An initial guess that speeds up, then turns slightly right, left and right, so that no solver starts on a line of symmetry."""
     acceleration, turn = torch.zeros(horizon, dtype=torch.float64), torch.zeros(horizon, dtype=torch.float64)
     acceleration[:5], turn[:5], turn[5:15], turn[15:25] = 1.0, -0.3, 0.3, -0.3
     return torch.stack([acceleration, turn], -1)
@@ -216,13 +216,13 @@ UNICYCLE = ControlProblem(
 )
 
 ARM, DRAG, HOVER = 0.17, 0.016, 0.5 * GRAVITY / 4
-"""Of the quadrotor: m from centre to rotor, yaw torque over thrust in m, and a rotor's thrust when hovering, N."""
+"""Quadrotor: distance from centre to rotor in m, yaw torque per thrust in m, and a rotor's thrust when hovering in N."""
 INERTIA_Y, INERTIA_Z = 0.0023, 0.004
-"""kg m²."""
+"""Moments of inertia of the quadrotor, kg m²."""
 
 
 def _quadrotor(parameters: Tensor) -> Functions:
-    """State (position, velocity, roll, pitch, yaw, body rates), action: four rotors' thrusts in N (plus configuration).
+    """State (position, velocity, roll, pitch, yaw, body rates), action: thrusts of the four rotors in N (plus configuration).
 
     Parameters: the mass and the inertia about the body's x axis.
     """

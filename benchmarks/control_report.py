@@ -13,7 +13,7 @@ PARTS = ("cold", "warm", "gradient")
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: milliseconds for the whole batch, scaled where fewer rows were solved."""
+    """One timed call: milliseconds for the whole batch, scaled if fewer rows were solved."""
 
     cell: str
     entry: str
@@ -26,10 +26,11 @@ class Sample:
 class Line:
     """One entry on one cell.
 
-    Times in milliseconds for the whole batch: median and quartiles. `rows` were solved and timed. `…_ratio`: the
-    reference entry's median divided by this one's. `cost` (mean over rows), `violation` (largest) and `iterations` are
-    those of the cold solve, `warm_…` those over the closed loop's solves. `solved`: the share of rows that the solver
-    itself calls solved. `gradient_error`: relative to the reference entry's gradient, where both plans are the same.
+    Times in milliseconds for the whole batch: median and quartiles. `rows`: number of rows that were solved and timed.
+    `…_ratio`: the reference entry's median divided by this one's. `cost` (mean over rows), `violation` (largest) and
+    `iterations` are those of the cold solve, `warm_…` those over the solves of the closed loop. `solved`: share of rows for
+    which the solver reports success. `gradient_error`: relative to the gradient of the reference entry, if both plans are
+    the same.
     """
 
     problem: str
@@ -62,7 +63,7 @@ class Line:
 
 
 def summarise(samples: Sequence[Sample], reference: Line | None) -> dict[str, float]:
-    """Median, quartiles and ratio to `reference` (None: it is the reference) of each part, named as fields of `Line`."""
+    """Median, quartiles and ratio to `reference` (None: this entry is the reference) of each part, named as fields of `Line`."""
     times: dict[str, float] = {}
     for part in PARTS:
         low, middle, high = quartiles([sample.ms for sample in samples if sample.part == part])
@@ -72,12 +73,12 @@ def summarise(samples: Sequence[Sample], reference: Line | None) -> dict[str, fl
 
 
 def write_raw(path: Path, samples: Sequence[Sample]) -> None:
-    """Every timed call."""
+    """Write every timed call."""
     write_csv(path, [asdict(sample) | {"ms": f"{sample.ms:.4f}"} for sample in samples])
 
 
 def table(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """The summary as text for a screen; quartiles and ratios are in the CSV."""
+    """The summary as text for the screen. The CSV also has quartiles and ratios."""
     return [
         {
             "problem": f"{line.problem} B={line.batch}",
@@ -91,7 +92,7 @@ def table(lines: Sequence[Line]) -> list[dict[str, str]]:
 
 
 def write_plots(path: Path, lines: Sequence[Line]) -> None:
-    """For each cell: the three times of every entry as bars, with quartiles."""
+    """Plot the three times of every entry as bars with quartiles, for each cell."""
     from matplotlib.figure import Figure
 
     cells = list(dict.fromkeys((line.problem, line.batch) for line in lines))

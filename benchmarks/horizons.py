@@ -1,6 +1,6 @@
-"""How the default gradient grows with the horizon: solve and differentiate a latent plan, by each way to solve the linear system.
+"""Time of the default gradient against the horizon: solve and differentiate a latent plan with each linear solver.
 
-Networks of the paper's sizes (latent 50, 512-512), 6 actions, 16 rows, float32; medians of interleaved repeats.
+Networks of the paper's sizes (latent 50, 512-512), 6 actions, 16 rows, float32. Medians of interleaved repeats.
 """
 
 from functools import partial
@@ -21,16 +21,16 @@ LINEAR: tuple[Literal["auto", "dense", "cg"], ...] = ("auto", "dense", "cg")
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Settings of the measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     horizons: tuple[PositiveInt, ...] = (5, 10, 20, 40)
-    """Steps of the plan."""
+    """Planning horizons to measure, in steps."""
     repeats: PositiveInt = 5
-    """Interleaved repeats."""
+    """Number of interleaved repeats."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     out: Path = RESULTS
     """Folder for `horizons.csv`."""
 

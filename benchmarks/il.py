@@ -1,9 +1,9 @@
-"""What refining costs: an update and an action of the base, and of each refiner on top of it.
+"""The cost of refinement: time of an update and of an action, for a base policy and for each refiner on top of it.
 
-All parts of all methods run in turn, in rotating order; medians in milliseconds, on `threads` threads. The task is made up, of
-the sizes of MetaWorld's states: two observations of 39 numbers, plans of 4 actions of 4 numbers, 3 executed. Networks are freshly
-initialised, which changes no time: every solve takes its full number of steps. What a refiner costs is without its base when it
-learns (its base's actions are looked up) and with it when it acts.
+All parts of all methods run in turn, in rotating order. The results are medians in milliseconds, on `threads` threads. The
+task is synthetic and has the sizes of MetaWorld's states: two observations of 39 numbers, plans of 4 actions of 4 numbers, 3
+of them executed. Networks are freshly initialised, which does not change the times, because every solve takes its full number
+of steps. The update of a refiner does not include its base (the base actions are precomputed); its action does.
 """
 
 from collections.abc import Iterator
@@ -27,24 +27,24 @@ OBS, ACTIONS = 39, 4
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Settings of the measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     base: Literal["bc", "diffusion"] = "bc"
-    """What is refined: a multilayer perceptron, 2 × 256, or the small diffusion policy."""
+    """Base policy to refine: a multilayer perceptron, 2 × 256, or the small diffusion policy."""
     rows: PositiveInt = 1
-    """Environments that are acted in at once."""
+    """Number of environments that act at once."""
     repeats: PositiveInt = 15
-    """Interleaved repeats."""
+    """Number of interleaved repeats."""
     device: Device = "cpu"
-    """Where the policies compute."""
+    """Device of the policies."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     seed: int = Field(0, ge=0)
-    """Of the networks and the made up data."""
+    """Seed of the networks and the synthetic data."""
     out: Path = RESULTS
-    """Where `il-BASE.csv` and `.json` go."""
+    """Folder for `il-BASE.csv` and `il-BASE.json`."""
 
 
 REFINERS = (
@@ -80,7 +80,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _parts(config: Config) -> dict[tuple[str, str], Job]:
-    """What is timed, by method and part."""
+    """The functions to time, by method and part."""
     spec, settings = made_up_task(), {"hidden": (256, 256)} if config.base == "bc" else {"preset": "small"}
     base = _policy(Method(config.base, config.base, {**settings, "batch_size": 64}), spec, None, config)
     policies = {config.base: base}
@@ -91,8 +91,8 @@ def _parts(config: Config) -> dict[tuple[str, str], Job]:
         settings = policy.policy.config
         batch = windows(spec, settings.batch_size, config.seed, config.device)
         if policy.base is not None:
-            answers = base_actions(policy, _Once(batch), seeded(0, "base actions", config.device))
-            batch = replace(batch, base=answers.to(config.device))
+            actions = base_actions(policy, _Once(batch), seeded(0, "base actions", config.device))
+            batch = replace(batch, base=actions.to(config.device))
         learner, noise = Learner(policy, settings, 10**6), seeded(0, "learning", config.device)
 
         def update(learner: Learner = learner, batch: Window = batch, noise: torch.Generator = noise) -> None:
@@ -113,7 +113,7 @@ def _policy(method: Method, spec: TaskSpec, base: NormalizedPolicy | None, confi
 
 
 def made_up_task() -> TaskSpec:
-    """Of MetaWorld's sizes, from states; all numbers within ±1."""
+    """A synthetic task with the sizes of MetaWorld's states. All numbers are within ±1."""
 
     def unit(size: int) -> Moments:
         return Moments((-1.0,) * size, (1.0,) * size, (0.0,) * size, (0.5,) * size)
@@ -124,7 +124,7 @@ def made_up_task() -> TaskSpec:
 
 
 def windows(spec: TaskSpec, rows: int, seed: int, device: str) -> Window:
-    """Random ones."""
+    """Random windows."""
     generator = seeded(seed, "windows")
     obs: WindowObs = {"state": (2 * torch.rand(rows, spec.n_obs_steps, OBS, generator=generator) - 1).to(device)}
     actions = 2 * torch.rand(rows, spec.horizon, ACTIONS, generator=generator) - 1
@@ -133,7 +133,7 @@ def windows(spec: TaskSpec, rows: int, seed: int, device: str) -> Window:
 
 @dataclass(frozen=True)
 class _Once:
-    """A single batch as a set of examples."""
+    """A dataset that contains a single batch."""
 
     batch: Window
 

@@ -1,9 +1,10 @@
-"""What ten thousand runs cost in files, bytes and waiting: each method trained once in earnest, then copied to all tasks and seeds.
+"""The cost of ten thousand runs in files, bytes and waiting time: each method is trained once, then copied to all tasks and seeds.
 
-Ten variants of four policies on a MetaWorld task from states, one seed each, are trained for 200 updates. Their directories become
-those of 50 tasks × 20 seeds (an agent is trained too, for its size only): configurations rewritten, successes drawn again so that there is something to
-analyse, weights and checkpoints as hard links, since nothing that is measured here reads them. Then the commands
-that a user waits for are timed, each in a process of its own. Their output is about invented successes: it is thrown away.
+Ten variants of four policies on a MetaWorld task from states are trained for 200 updates, one seed each. Their directories are
+copied to 50 tasks × 20 seeds (an agent is also trained, for its size only): configurations are rewritten, successes are
+sampled so that there is data to analyse, and weights and checkpoints are hard links, because no measured command reads them.
+Then the commands that a user waits for are timed, each in its own process. Their output is based on synthetic successes and
+is discarded.
 """
 
 import json
@@ -27,7 +28,7 @@ from difftori.experiments.plan import Sweep, plan
 
 TRUE = "reach"
 LARGE = 50_000
-"""Bytes from which a file is linked rather than copied."""
+"""Size in bytes from which a file is linked instead of copied."""
 BASE = "OUT/{env}/bc/seed-{seed}"
 VARIANTS = [
     {"train": "bc"},
@@ -42,16 +43,16 @@ VARIANTS = [
 
 
 class Config(BaseModel):
-    """How many runs, and where."""
+    """Number of runs, and folders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     folder: Path
-    """An empty folder for the runs, on a disk with some GB to spare."""
+    """Empty folder for the runs, on a disk with several GB free."""
     tasks: PositiveInt = 50
-    """Tasks of MetaWorld."""
+    """Number of MetaWorld tasks."""
     seeds: PositiveInt = 20
-    """Seeds for each task."""
+    """Number of seeds for each task."""
     out: Path = RESULTS
     """Folder for `many_runs.json`, `many_runs_waits.csv` and `many_runs_sizes.csv`."""
 
@@ -95,7 +96,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def sweep_file(folder: Path, tasks: Sequence[str], seeds: int) -> Path:
-    """The sweep over so many tasks and seeds, all in one folder of runs."""
+    """Write the sweep over `seeds` seeds of the tasks, all in one folder of runs."""
     out = folder / "runs"
     variants = [{k: str(v).replace("OUT", str(out)) if k == "base" else v for k, v in one.items()} for one in VARIANTS]
     path = folder / f"{len(tasks)}-{seeds}.yaml"
@@ -111,19 +112,19 @@ def sweep_file(folder: Path, tasks: Sequence[str], seeds: int) -> Path:
 
 
 def timed(words: Sequence[str], log: Path) -> dict[str, float]:
-    """Seconds, and the most memory, of a command in a process of its own. Its failure is an error."""
+    """Run a command in its own process. Returns its seconds and peak memory. Raises SystemExit if it fails."""
     began = time.perf_counter()
     with log.open("wb") as said:
         process = subprocess.Popen([sys.executable, "-m", "difftori.cli", *words], stdout=said, stderr=said)
         _, status, used = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"difftori {' '.join(words)} failed; see {log}")
+        raise SystemExit(f"difftori {' '.join(words)} failed. Fix: see {log}")
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
 
 
 def spread_out(folder: Path, path: Path) -> None:
-    """Give every run of the sweep the directory of its variant's only true run."""
+    """Copy the directory of each variant's trained run to all runs of the variant."""
     sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
     runs = plan(sweep)
     true = {run.folder.parent.name: run.folder for run in runs if run.finished}
@@ -150,7 +151,7 @@ def spread_out(folder: Path, path: Path) -> None:
 
 
 def linked_if_large(source: str, target: str) -> None:
-    """Copy a file, or link it."""
+    """Copy a small file, or link a large one."""
     if os.path.getsize(source) > LARGE:
         os.link(source, target)
     else:
@@ -158,13 +159,13 @@ def linked_if_large(source: str, target: str) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """In the place of what is there, which may be a link."""
+    """Replace a file, which may be a link."""
     path.unlink()
     path.write_text(text)
 
 
 def sizes(run: Path) -> dict[str, int]:
-    """Bytes by the first name below a run's directory, and how many files and directories there are."""
+    """Bytes by first name below a run's directory, and the number of files and directories."""
     found: dict[str, int] = defaultdict(int)
     for path in run.rglob("*"):
         found["entries"] += 1
@@ -174,7 +175,7 @@ def sizes(run: Path) -> dict[str, int]:
 
 
 def size_row(name: str, found: dict[str, int]) -> dict[str, Any]:
-    """A run's size in MB: whole, and by kind of file."""
+    """The size of a run in MB: in total, and by type of file."""
     parts = {part: size for part, size in found.items() if part != "entries"}
     weights = sum(size for part, size in parts.items() if part.endswith(".pt"))
     whole, checkpoints = sum(parts.values()), parts["checkpoints"]

@@ -1,4 +1,4 @@
-"""Measures methods side by side: each repeat runs every method once, in rotating order."""
+"""Measure methods interleaved: each repeat runs every method once, in rotating order."""
 
 import math
 import statistics
@@ -28,12 +28,12 @@ def _there(name: str) -> str:
 
 
 Device: TypeAlias = Annotated[str, AfterValidator(_there)]
-"""Where something computes, as torch names it."""
+"""A device, as named by torch."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A policy or agent with some settings, under the name that the table shows."""
+    """A policy or agent with some settings, and its name in the table."""
 
     name: str
     component: str
@@ -77,7 +77,7 @@ def interleaved(items: Sequence[Item], repeats: int, seconds: float = math.inf) 
 
 
 def measure(parts: Mapping[Key, Job], *, repeats: int, device: str = "cpu") -> dict[Key, list[float]]:
-    """Milliseconds of each part, interleaved. The first call of each, which may compile or load something, is not counted."""
+    """Milliseconds of each part, interleaved. The first call of each, which may compile or load, is not counted."""
     for job in parts.values():
         job()
     samples: dict[Key, list[float]] = {key: [] for key in parts}
@@ -89,7 +89,7 @@ def measure(parts: Mapping[Key, Job], *, repeats: int, device: str = "cpu") -> d
 
 
 def milliseconds(job: Job, device: str = "cpu") -> float:
-    """How long a call takes, with everything that it queues on a CUDA device."""
+    """The duration of a call in milliseconds, including all work that it queues on a CUDA device."""
     _synchronise(device)
     began = time.perf_counter()
     job()
@@ -108,7 +108,7 @@ def medians(samples: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; NaN without values, or where one is NaN."""
+    """Lower quartile, median and upper quartile. NaN if there are no values, or if a value is NaN."""
     if not values or any(math.isnan(value) for value in values):
         return math.nan, math.nan, math.nan
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""What benchmarks write: tables as CSV, figures as SVG, and a record of settings, machine and versions as JSON."""
+"""Output of benchmarks: tables as CSV, figures as SVG, and a record of settings, machine and versions as JSON."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path("benchmarks/results")
-"""Where results go by default: in the checkout's root, they are the committed ones."""
+"""Default folder of the results. In the root of the checkout, these are the committed results."""
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table; floats with 6 digits. An interrupted write leaves the previous file."""
+    """Write a table, with 6 digits for floats. An interrupted write leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
@@ -33,7 +33,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure as SVG, the same bytes each time."""
+    """Write a figure as SVG. The bytes are reproducible."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "difftori", "svg.fonttype": "none"}):
@@ -48,7 +48,7 @@ def write_record(
     device: str = "cpu",
     baselines: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what was `found`, after the command, settings, machine and versions that are needed to judge and repeat it."""
+    """Write `found` with the command, settings, machine and versions needed to interpret and repeat it."""
     record = {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["difftori", *sys.argv[1:]] if Path(sys.argv[0]).name == "difftori" else sys.argv,
@@ -61,14 +61,14 @@ def write_record(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
-    # A list of numbers stands on one line.
+    # A list of numbers is written on one line.
     flat = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(record, indent=1))
     partial.write_text(flat + "\n")
     partial.replace(path)
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A table for the screen: floats with 3 digits."""
+    """A table for the screen, with 3 digits for floats."""
     return [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
 
 

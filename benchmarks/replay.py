@@ -1,9 +1,9 @@
-"""Time and memory of the replay buffer, beside the plain way of doing the same in numpy, interleaved in one run.
+"""Time and memory of the replay buffer, compared with a plain numpy implementation, interleaved in one run.
 
 Pixels: 100,000 steps in episodes of 125, segments of T = 5 with stacks of 3 RGB frames of 84×84, batch 256 on the CPU.
-The plain way indexes the same frames once per stacked observation, into new memory, and draws by numpy's `choice`; one
-copy of as many bytes, already in order, is the floor. Drawing and updating are also timed alone, over a million
-priorities, beside one cumulative sum with a binary search.
+The plain implementation indexes the same frames once per stacked observation, into new memory, and samples with numpy's
+`choice`. The lower bound is one copy of the same number of bytes, already in order. Sampling and updating are also timed
+alone, over a million priorities, and compared with one cumulative sum with a binary search.
 """
 
 import os
@@ -26,16 +26,16 @@ FRAME, STACK, T, BATCH, EPISODE = (3, 84, 84), 3, 5, 256, 125
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Settings of the measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     repeats: PositiveInt = 50
-    """Interleaved repeats."""
+    """Number of interleaved repeats."""
     steps: PositiveInt = 100_000
-    """Pixel steps that are held. Ten times as many state steps and priorities."""
+    """Number of pixel steps in the buffer. State steps and priorities are ten times as many."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     out: Path = RESULTS
     """Folder for `replay.json`."""
 
@@ -61,17 +61,17 @@ def summary(milliseconds: list[float]) -> dict:
 
 
 def timed(works: dict[str, Job], repeats: int) -> dict[str, dict]:
-    """Milliseconds of each work, interleaved."""
+    """Milliseconds of each function, interleaved."""
     return {name: summary(values) for name, values in measure(works, repeats=repeats).items()}
 
 
 def rss() -> int:
-    """Bytes of memory that this process holds."""
+    """The resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def record(replay: Replay, frames: np.ndarray, length: int) -> None:
-    """One episode from a pool of frames."""
+    """Record one episode of frames from a pool."""
     stack = [frames[0]] * STACK if frames.dtype == np.uint8 else [frames[0]]
     replay.begin(0, np.concatenate(stack))
     action = np.zeros(replay.action_dim)
@@ -81,14 +81,14 @@ def record(replay: Replay, frames: np.ndarray, length: int) -> None:
 
 
 def plain_sample(frames: np.ndarray, chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The plain way: numpy's choice, then (T+1 B k·C H W) by indexing into new memory."""
+    """The plain implementation: numpy's choice, then (T+1 B k·C H W) by indexing into new memory."""
     starts = rng.choice(len(chances), BATCH, p=chances)
     index = starts[None, :, None] + np.arange(T + 1)[:, None, None] + np.arange(STACK)
     return frames[index].reshape(T + 1, BATCH, STACK * FRAME[0], *FRAME[1:])
 
 
 def pixels(repeats: int, steps: int) -> dict:
-    """Sampling, memory, recording, saving and loading of pixel episodes."""
+    """Measure sampling, memory, recording, saving and loading of pixel episodes."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     pool = rng.integers(0, 256, (EPISODE + 1, *FRAME), dtype=np.uint8)
     shape = (STACK * FRAME[0], *FRAME[1:])
@@ -101,7 +101,9 @@ def pixels(repeats: int, steps: int) -> dict:
         record(replay, pool, EPISODE)
         episodes.append(1e3 * (time.perf_counter() - start) / EPISODE)
     held = rss() - before
-    frames = np.tile(pool, (min(steps, 20_000) // EPISODE, 1, 1, 1))  # fewer frames are, if anything, kinder to it
+    frames = np.tile(
+        pool, (min(steps, 20_000) // EPISODE, 1, 1, 1)
+    )  # fewer frames can only favour the plain implementation
     chances = np.full(len(frames) - T - STACK, 1.0)
     chances /= chances.sum()
 
@@ -130,7 +132,7 @@ def pixels(repeats: int, steps: int) -> dict:
 
 
 def files(pool: np.ndarray, options: dict) -> dict:
-    """Saving and loading, for each episode, the flush to the disk included."""
+    """Measure saving and loading of episodes, including the flush to the disk."""
     replay = Replay(4000, **options)
     saves, loads = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -147,7 +149,7 @@ def files(pool: np.ndarray, options: dict) -> dict:
 
 
 def states(repeats: int, steps: int) -> dict:
-    """Sampling of states, 24 numbers each, batch 512."""
+    """Measure sampling of states, 24 numbers each, batch 512."""
     generator = torch.Generator().manual_seed(0)
     replay = Replay(steps, obs_shape=(24,), obs_dtype=np.float32, action_dim=6, length=T)
     pool = np.random.default_rng(0).normal(size=(1001, 24)).astype(np.float32)
@@ -167,7 +169,7 @@ def states(repeats: int, steps: int) -> dict:
 
 
 def tree(repeats: int, size: int) -> dict:
-    """Drawing and updating 256 of `size` priorities."""
+    """Measure sampling and updating 256 of `size` priorities."""
     rng = np.random.default_rng(0)
     leaves = rng.uniform(0.1, 2.0, size)
     ours, total = SumTree(size), leaves.sum()

@@ -1,8 +1,8 @@
-"""Where the time of reinforcement learning goes: deciding, stepping, sampling and updating, DiffTORI beside TD-MPC.
+"""Time of the parts of reinforcement learning: acting, environment steps, sampling and updates, for DiffTORI and TD-MPC.
 
-All parts of all methods run in turn, in rotating order; medians in milliseconds, on `threads` threads.
-Networks are freshly initialised and the replay buffer holds random episodes of the environment, which changes no time: every
-solve takes its full number of steps. The environment's own step is measured once, for it is the same for all.
+All parts of all methods run in turn, in rotating order. The results are medians in milliseconds, on `threads` threads.
+Networks are freshly initialised and the replay buffer contains random episodes of the environment, which does not change the
+times, because every solve takes its full number of steps. The environment step is measured once, because all methods share it.
 """
 
 from pathlib import Path
@@ -25,36 +25,36 @@ from difftori.runs.run import seeded
 from difftori.types import EnvSpec
 
 _TRAINED = 30_000
-"""Decisions after which the schedules have ended: planning horizon at its longest."""
+"""Number of agent steps after which the schedules have ended and the planning horizon is longest."""
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Settings of the measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     env: str = "dmc:cheetah-run"
-    """As for `difftori train`."""
+    """Environment, as for `difftori train`."""
     obs: Literal["state", "pixels"] = "state"
-    """What is seen."""
+    """Observation type."""
     preset: str = "paper"
-    """The agents' preset."""
+    """Preset of the agents."""
     num_envs: PositiveInt = 1
-    """Environments that are acted in at once."""
+    """Number of environments that run in parallel."""
     repeats: PositiveInt = 15
-    """Interleaved repeats."""
+    """Number of interleaved repeats."""
     episodes: PositiveInt = 2
-    """Random episodes in the replay buffer."""
+    """Number of random episodes in the replay buffer."""
     device: Device = "cpu"
-    """Where the agents compute."""
+    """Device of the agents."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     compile: bool = False
-    """Agents compiled, as `difftori train --compile` has them."""
+    """Compile the agents, as `difftori train --compile` does."""
     seed: int = Field(0, ge=0)
-    """Of the networks and the episodes."""
+    """Seed of the networks and the episodes."""
     out: Path = RESULTS
-    """Where `rl-OBS-PRESET.csv` and `.json` go (`rl-OBS-PRESET-compiled`)."""
+    """Folder for `rl-OBS-PRESET.csv` and `.json`. With `--compile` the names are `rl-OBS-PRESET-compiled`."""
 
 
 METHODS = (
@@ -104,7 +104,7 @@ def _agent(method: Method, spec: EnvSpec, config: Config) -> Agent:
 def _parts(
     agents: dict[str, Agent], env: CheckedVectorEnv, spec: EnvSpec, config: Config
 ) -> tuple[dict[tuple[str, str], Job], float]:
-    """What is timed, by method and part, and the milliseconds of one environment step by all copies."""
+    """The functions to time, by method and part, and the milliseconds of one environment step of all copies."""
     first_agent = next(iter(agents.values()))
     replay = Replay(
         config.episodes * config.num_envs * (spec.max_agent_steps or 1000) + 1,
@@ -144,7 +144,7 @@ def _parts(
 
         parts |= {(name, "act"): act, (name, "update"): update, (name, "sample"): sample}
         if getattr(agent.config, "pg", "off").startswith("per-"):
-            update()  # before the first update an episode teaches nothing
+            update()  # an agent does not learn from an episode before the first update
             parts[name, "end_episode"] = end_episode
     step = 1e3 * collector.seconds["environment"] / max(collector.agent_steps // config.num_envs, 1)
     return parts, step
@@ -153,7 +153,7 @@ def _parts(
 def _table(
     median: dict[tuple[str, str], float], environment: float, agents: dict[str, Agent], config: Config
 ) -> list[dict[str, Any]]:
-    """One row per method. `decision ms`: everything that one decision of one environment costs in training."""
+    """One row per method. `decision_ms`: the total time of one agent step of one environment in training."""
     rows: list[dict[str, Any]] = []
     for name, agent in agents.items():
         act, update, sample = (median[name, part] for part in ("act", "update", "sample"))

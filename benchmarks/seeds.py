@@ -1,6 +1,6 @@
-"""Several agents in one process: their gradients of Eq. 3 one after another, or all at once by vmap over stacked weights.
+"""Several agents in one process: compare computing their gradients of Eq. 3 one after another and with vmap over stacked weights.
 
-It decides whether seeds are worth stacking, beside `--jobs`, which runs each in a process of its own. Interleaved medians,
+The result shows whether stacking seeds is faster than `--jobs`, which runs each seed in its own process. Interleaved medians,
 states of 24 numbers, 6 actions, presets compact and small.
 """
 
@@ -28,16 +28,16 @@ def td_loss(agent: TDMPC, segment: Segment, noise: Tensor) -> Tensor:
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Settings of the measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     repeats: PositiveInt = 15
-    """Interleaved repeats."""
+    """Number of interleaved repeats."""
     device: Device = "cpu"
-    """Where the agents compute."""
+    """Device of the agents."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     out: Path = RESULTS
     """Folder for `seeds.json`."""
 
@@ -56,7 +56,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 class Loss(nn.Module):
-    """Eq. 3 of one agent, as a module whose weights can be exchanged."""
+    """Eq. 3 of one agent, as a module with exchangeable weights."""
 
     def __init__(self, agent: TDMPC, segment: Segment):
         super().__init__()
@@ -68,7 +68,7 @@ class Loss(nn.Module):
 
 
 def methods(preset: str, count: int, device: str) -> dict[str, Job]:
-    """Both ways for `count` agents of a preset."""
+    """Both methods for `count` agents of a preset."""
     config = TDMPCConfig.model_validate({"preset": preset})
     agents = []
     for seed in range(count):

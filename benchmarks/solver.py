@@ -1,10 +1,10 @@
-"""Our planners beside Theseus and mpc.pytorch: time, memory, objective reached, and how right the gradient is.
+"""Compare this library's planners with Theseus and mpc.pytorch: time, memory, objective, and accuracy of the gradient.
 
-Entries of a cell run interleaved, each repeat all of them once in rotating order; medians and quartiles are reported, and
-ratios against the first entry: Theseus at the release's setting, or mpc.pytorch. Times are in float32, on `threads`
-threads, and the backward pass goes to the encoded states AND to every parameter of the networks. Quality is measured
-once for each entry, in float64 (see `quality`): the objective that it reached beside where a converged solve from there
-ends, and the cosine and relative error of its gradient against one that finite differences confirm.
+The entries of a cell run interleaved: each repeat runs all of them once in rotating order. The results are medians and
+quartiles, and ratios against the first entry: Theseus with the release's settings, or mpc.pytorch. Times are measured in
+float32, on `threads` threads, and the backward pass reaches the encoded states AND every parameter of the networks. Quality
+is measured once for each entry, in float64 (see `quality`): the objective reached, compared with the end of a converged solve
+from there, and the cosine and relative error of the gradient against one that finite differences confirm.
 """
 
 import time
@@ -25,46 +25,46 @@ from benchmarks.solver_timing import Sample, peak_megabytes, time_cell
 
 
 class Config(BaseModel):
-    """What is compared, how often and on what."""
+    """Entries, problems and settings to measure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     problems: tuple[Literal["latent", "imitation", "pendulum"], ...] = ("latent", "imitation", "pendulum")
-    """Planning in a fitted latent model, refining action chunks, swinging up a pendulum."""
+    """Problems to solve: planning in a fitted latent model, refining action chunks, swinging up a pendulum."""
     horizons: tuple[PositiveInt, ...] = (1, 5)
-    """Of the latent problem. The chunk has one of 16 variables, the pendulum 20 steps."""
+    """Horizons of the latent problem. The chunk has 16 variables, the pendulum 20 steps."""
     batches: tuple[PositiveInt, ...] = (1, 32, 256)
-    """Rows of the latent problem."""
+    """Numbers of rows of the latent problem."""
     repeats: PositiveInt = 7
-    """Interleaved repeats of each cell."""
+    """Number of interleaved repeats of each cell."""
     seconds: float = 120.0
-    """No further repeat of a cell begins after so long, once there are three."""
+    """Time limit of a cell in seconds. After it, no further repeat begins, once there are three."""
     rows: PositiveInt = 32
-    """Rows over which quality is measured."""
+    """Number of rows over which quality is measured."""
     start: Start = "cold"
-    """Where latent solves begin: at zero, or at the policy prior's rollout."""
+    """Start of the latent solves: zero actions (`cold`), or the rollout of the policy prior (`prior`)."""
     compile: bool = True
-    """Measure the torch.compile'd entries too; each takes a minute or more to compile, for each size."""
+    """Also measure the entries with torch.compile. Each takes a minute or more to compile, for each size."""
     baselines: bool = True
-    """Measure Theseus and mpc.pytorch too (`make baselines` installs them)."""
+    """Also measure Theseus and mpc.pytorch (`make baselines` installs them)."""
     memory: bool = True
-    """Measure peak memory too, at each problem's largest batch, in a process of its own for each entry."""
+    """Also measure peak memory, at each problem's largest batch, in a separate process for each entry."""
     threads: PositiveInt = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     seed: int = 0
-    """Of the networks and the states."""
+    """Seed of the networks and the states."""
     out: Path = RESULTS
-    """Where the tables, the figure and the record of hardware and versions go. `--quick` writes to its subfolder `quick`."""
+    """Folder for the tables, the figure and the record of hardware and versions. `--quick` writes to its subfolder `quick`."""
     cache: Path = Path("runs/benchmark-cache")
-    """Where the fitted networks are kept between runs."""
+    """Folder that caches the fitted networks between runs."""
     quick: bool = False
-    """Tiny sizes and hardly fitted networks, to see that everything runs. The numbers mean nothing."""
+    """Use tiny sizes and briefly fitted networks, to check that everything runs. The numbers are not meaningful."""
 
 
 def run(config: Config) -> list[dict[str, str]]:
     """Measure, write `solver-raw.csv`, `solver-summary.csv`, `solver.svg` and `solver.json` to `out`, and return the table.
 
-    The files are rewritten after each cell, so an interrupted run leaves what it has measured.
+    The files are rewritten after each cell, so an interrupted run leaves its measurements so far.
     """
     baselines = require_baselines() if config.baselines else {}
     with as_in_runs(config.threads):
@@ -83,7 +83,7 @@ def _cells(config: Config) -> list[Cell]:
 
 
 class _Run:
-    """One run's measurements as they come in."""
+    """The measurements of one run so far."""
 
     def __init__(self, config: Config, baselines: dict[str, str]):
         self.config, self.baselines, self.began = config, baselines, time.perf_counter()
@@ -95,31 +95,31 @@ class _Run:
         self.memory: dict[tuple[Cell, str], float] = {}
 
     def measure(self) -> list[dict[str, str]]:
-        """Every cell: quality first where the problem is new, then time, then memory at its largest batch."""
+        """Measure every cell: quality first if the problem is new, then time, then memory at the problem's largest batch."""
         cells = _cells(self.config)
-        with progress_bar(len(cells)) as (say, advance):
+        with progress_bar(len(cells)) as (show, advance):
             for index, cell in enumerate(cells):
                 chosen = entries(cell, baselines=self.config.baselines, compile=self.config.compile)
                 same = [c for c in cells if (c.problem, c.horizon) == (cell.problem, cell.horizon)]
                 if cell == same[0]:
-                    self._measure_quality(cell, chosen, say)
+                    self._measure_quality(cell, chosen, show)
                 self.samples += time_cell(
-                    cell, chosen, self.setup, repeats=self.repeats, seconds=self.config.seconds, say=say
+                    cell, chosen, self.setup, repeats=self.repeats, seconds=self.config.seconds, show=show
                 )
                 if self.config.memory and cell == max(same, key=lambda c: c.batch):
                     for entry in chosen:
-                        say(f"{cell}: {entry.name}, memory")
+                        show(f"{cell}: {entry.name}, memory")
                         self.memory[cell, entry.name] = peak_megabytes(cell, entry, self.setup)
                 lines = self._write(last=index == len(cells) - 1)
                 advance()
         return report.table(lines)
 
-    def _measure_quality(self, cell: Cell, chosen: list[Entry], say: Callable[[str], None]) -> None:
-        """Of the eager entries; a compiled entry computes the same as its eager twin, up to rounding."""
+    def _measure_quality(self, cell: Cell, chosen: list[Entry], show: Callable[[str], None]) -> None:
+        """Measure the quality of the eager entries. A compiled entry computes the same as its eager version, up to rounding."""
         sized = Cell(cell.problem, cell.horizon, self.rows)
         for entry in chosen:
             if not entry.compiled:
-                say(f"{sized}: {entry.name}, quality")
+                show(f"{sized}: {entry.name}, quality")
                 steps = 20 if self.config.quick else 200
                 self.quality.append(measure_quality(sized, entry, self.setup, steps=steps))
 

@@ -1,4 +1,4 @@
-"""What is compared: cells (a problem at a size) and entries (a way to solve it). A new entry is one line of a table."""
+"""Cells (a problem at a size) and entries (a method to solve it). To add an entry, add one line to a table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setup:
-    """What every cell is built with: the folder of fitted networks, where solves start, and how long to fit."""
+    """Settings for building every cell: the folder of fitted networks, the start of solves, and the number of fitting steps."""
 
     cache: Path
     start: Start = "cold"
@@ -72,18 +72,18 @@ def build(cell: Cell, dtype: torch.dtype, setup: Setup) -> Problem:
         return imitation_problem(cell.batch, dtype, setup.seed, cache=setup.cache, fit_steps=setup.fit_steps)
     if cell.problem == "pendulum":
         return pendulum_problem(cell.batch, dtype, setup.seed, horizon=cell.horizon)
-    raise ConfigError([f"problem: {cell.problem!r} is none of latent, imitation, pendulum"])
+    raise ConfigError([f"problem: {cell.problem!r} is unknown. Fix: use one of latent, imitation, pendulum"])
 
 
 Solve = Callable[[Problem, torch.Generator], Points]
-"""(problem, generator) -> solution (B n), differentiable in problem.context and problem.weights() unless it says not."""
+"""(problem, generator) → solution (B n), differentiable in problem.context and problem.weights() if `Entry.gradient` is set."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A way to solve a problem. `baseline`: someone else's; `compiled`: through torch.compile; `gradient`: it has one.
+    """A method to solve a problem. `baseline`: from another library; `compiled`: with torch.compile; `gradient`: it has one.
 
-    `largest`: batches beyond it are left out, where a run would take minutes and grow in proportion anyway.
+    `largest`: the largest batch that is measured. Larger ones would take minutes, in proportion to the batch.
     """
 
     name: str
@@ -114,7 +114,7 @@ def _ours(
 
 
 def _tdmpc(problem: Problem, generator: torch.Generator) -> Points:
-    """MPPI as TD-MPC runs it: 512 samples and 25 noisy rollouts of the prior, 6 iterations."""
+    """MPPI as in TD-MPC: 512 samples and 25 noisy rollouts of the prior, 6 iterations."""
     assert isinstance(problem, LatentProblem)
     with torch.no_grad():
         latent = problem.z0.repeat(25, 1)
@@ -134,7 +134,7 @@ def _tdmpc(problem: Problem, generator: torch.Generator) -> Points:
 
 
 def _theseus(problem: Problem, generator: torch.Generator) -> Points:
-    """The release's reinforcement learning solve (100 iterations, step 1e-4, damping 1e-3), its clamp in the cost."""
+    """The release's solve for reinforcement learning (100 iterations, step 1e-4, damping 1e-3), with its clamp in the cost."""
     assert isinstance(problem, LatentProblem)
     low, high = float(problem.box.low), float(problem.box.high)
     return theseus_lm(lambda x, z: problem.cost_from(x.clamp(low, high), z), problem.x0, problem.context)
@@ -164,7 +164,7 @@ _FAST, _ACCURATE = partial(_planner, presets.fast()), partial(_planner, presets.
 _SHORT = replace(presets.reference_il(), max_steps=10)
 
 ENTRIES: dict[str, tuple[Entry, ...]] = {
-    # The first of each is what the ratios are taken against.
+    # Ratios are relative to the first entry of each problem.
     "latent": (
         Entry("Theseus LM 100", _theseus, baseline=True),
         *_both("closed-form LM 100", partial(_planner, _RELEASE)),
@@ -192,7 +192,7 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
 
 
 def entries(cell: Cell, *, baselines: bool, compile: bool) -> list[Entry]:
-    """The entries of a cell, without the baselines or the compiled ones where these are not wanted."""
+    """The entries of a cell, without the baselines or the compiled ones if these are not requested."""
     return [
         entry
         for entry in ENTRIES[cell.problem]
@@ -201,8 +201,10 @@ def entries(cell: Cell, *, baselines: bool, compile: bool) -> list[Entry]:
 
 
 def find_entry(problem: str, name: str) -> Entry:
-    """One entry by its name."""
+    """Find an entry by its name."""
     found = [candidate for candidate in ENTRIES[problem] if candidate.name == name]
     if not found:
-        raise ConfigError([f"entry: {name!r} is none of {', '.join(e.name for e in ENTRIES[problem])}"])
+        raise ConfigError(
+            [f"entry: {name!r} is unknown. Fix: use one of {', '.join(e.name for e in ENTRIES[problem])}"]
+        )
     return found[0]

@@ -1,6 +1,6 @@
 """The world model and the chunk score of the benchmark's problems, at the paper's sizes, fitted to small random teachers.
 
-They are not random: the landscape of an untrained network has no structure that a planner could find.
+They are fitted, because the landscape of an untrained network has no structure for a planner to find.
 """
 
 import math
@@ -23,14 +23,15 @@ DISCOUNT = 0.99
 CHUNK = 16
 CHUNK_CONTEXT = 256 + 64
 
-_VERSION = 2  # of the recipe: a change of the teacher or of the fit makes old caches unreadable
+_VERSION = 2  # of the recipe: increase it if the teacher or the fit changes, to invalidate old caches
 
 
 class Teacher:
-    """A small smooth system with a reward that some action earns: contraction towards a tanh network, Gaussian reward.
+    """A small smooth system with a reachable reward: contraction towards a tanh network, Gaussian reward.
 
-    All that matters happens in 8 features of z, so that networks of the paper's size can learn it from a few samples
-    and the twin critics agree about slopes; critics that do not put every optimum on the ridge where they are equal.
+    The dynamics and rewards depend on 8 features of z only, so that networks of the paper's size can learn them from few
+    samples and the twin critics have similar slopes. Critics with different slopes put every optimum on the ridge where they
+    are equal.
     """
 
     FEATURES = 8
@@ -44,21 +45,21 @@ class Teacher:
         self.features = normal(self.FEATURES, LATENT) * 0.9 / math.sqrt(LATENT)
         self.drift = normal(LATENT, self.FEATURES) / math.sqrt(self.FEATURES)
         self.push = normal(LATENT, ACTIONS) / math.sqrt(ACTIONS)
-        # Orthogonal, so that all actions matter alike and the Hessians of the fitted objective are moderately conditioned.
+        # Orthogonal, so that all actions have similar influence and the Hessians of the fitted objective are moderately conditioned.
         self.felt = 1.6 * torch.linalg.qr(normal(self.FEATURES, ACTIONS)).Q
         self.habit = -torch.linalg.pinv(self.felt) @ self.features
 
     def next(self, z: Latents, a: Actions) -> Latents:
-        """The state one step later."""
+        """The next state."""
         return 0.7 * z + 0.6 * torch.tanh(z @ self.features.T @ self.drift.T + a @ self.push.T)
 
     def reward(self, z: Latents, a: Actions) -> Rows:
-        """In (0, 2], as of a DeepMind Control task with every action repeated twice."""
+        """Rewards in (0, 2], as in a DeepMind Control task with every action repeated twice."""
         miss = (z @ self.features.T + a @ self.felt.T).square().mean(-1)
         return 2.0 * torch.exp(-0.5 * miss) - 0.04 * a.square().mean(-1)
 
     def value(self, z: Latents, a: Actions) -> Rows:
-        """The discounted return of STEPS steps that begin with a and go on with a simple linear habit."""
+        """The discounted return of STEPS steps that begin with a and continue with a simple linear policy."""
         total = torch.zeros(z.shape[0])
         for t in range(self.STEPS):
             total = total + DISCOUNT**t * self.reward(z, a)
@@ -67,7 +68,7 @@ class Teacher:
         return total
 
     def states(self, count: int) -> Latents:
-        """States that the system visits under random actions."""
+        """States visited under random actions."""
         z = torch.randn(count, LATENT, generator=self.generator)
         for _ in range(6):
             z = self.next(z, 2 * torch.rand(count, ACTIONS, generator=self.generator) - 1)
@@ -75,21 +76,21 @@ class Teacher:
 
 
 def world_model() -> WorldModel:
-    """An unfitted world model at the paper's sizes; its states are latents already."""
+    """An unfitted world model at the paper's sizes. Its states are already latents."""
     return WorldModel(nn.Identity(), ACTIONS, latent_dim=LATENT, width=WIDTH)
 
 
 def fit_world_model(seed: int, *, steps: int = 500, batch: int = 256) -> WorldModel:
     """A world model fitted to a random teacher: dynamics, reward and critics by regression, then the prior by ascent on Q.
 
-    About 40 s on one thread with the defaults. Same seed, same machine, same networks.
+    This takes about 40 s on one thread with the defaults. The same seed on the same machine gives the same networks.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher = Teacher(generator)
     with torch.random.fork_rng(devices=[]):
         model = world_model()
         torch.manual_seed(seed)
-        for module in _in_order(model):  # PyTorch's initialisation: the committed results began with it
+        for module in _in_order(model):  # PyTorch's initialisation, as in the committed results
             module.reset_parameters()
     z_all = teacher.states(64 * batch)
     a_all = 1.2 * (2 * torch.rand(64 * batch, ACTIONS, generator=generator) - 1)
@@ -134,7 +135,7 @@ def _in_order(model: WorldModel) -> Iterator[nn.Linear | nn.LayerNorm]:
 
 
 class ChunkScore(nn.Module):
-    """f(z, a) of the imitation release: 256 state + 64 posterior + 16 chunk → 256 → 256 → 1, ELU; higher is better."""
+    """f(z, a) of the imitation release: 256 state + 64 posterior + 16 chunk → 256 → 256 → 1, ELU. Higher is better."""
 
     def __init__(self):
         super().__init__()
@@ -146,9 +147,9 @@ class ChunkScore(nn.Module):
 
 
 def fit_chunk_score(seed: int, *, steps: int = 400, batch: int = 256) -> tuple[ChunkScore, Tensor]:
-    """The score f fitted to minus the squared distance from a random expert's chunk, and that expert's matrix (16, 320).
+    """The score f, fitted to minus the squared distance from a random expert's chunk, and the expert's matrix (16, 320).
 
-    The expert looks at 6 directions of the context only, so that there is something to learn from few samples.
+    The expert depends on 6 directions of the context only, so that few samples suffice to learn it.
     """
     generator = torch.Generator().manual_seed(seed)
     seen = torch.randn(6, CHUNK_CONTEXT, generator=generator) / math.sqrt(CHUNK_CONTEXT)
@@ -169,7 +170,7 @@ def fit_chunk_score(seed: int, *, steps: int = 400, batch: int = 256) -> tuple[C
 
 
 def cached(folder: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` returns, read from `folder` when the same recipe wrote them there before."""
+    """The tensors that `make` returns, read from `folder` if the same recipe wrote them before."""
     path = folder / f"{name}-v{_VERSION}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Swinging up a pendulum of known dynamics: the problem that mpc.pytorch is documented with."""
+"""Swing-up of a pendulum with known dynamics: the problem in the documentation of mpc.pytorch."""
 
 import math
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ def pendulum_next(state: States, action: Actions, parameters: Float[Tensor, "B 3
 class PendulumProblem(TrajectoryObjective, Problem):
     """B swing-ups of H steps over torques in [−2, 2]: Σ_t ½ Σ_i w_i s_i² − Σ_i √w_i goal_i s_i + ½·0.001 u².
 
-    `state` (B 3) starts, `parameters` (B 3) gravity, mass and length of each row, `x0` (B H) torques to begin with.
+    `state` (B 3): the starts. `parameters` (B 3): gravity, mass and length of each row. `x0` (B H): the initial torques.
     """
 
     state: States
@@ -46,7 +46,7 @@ class PendulumProblem(TrajectoryObjective, Problem):
     discount: float = 1.0
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """The pendulum one step later."""
+        """The next state of the pendulum."""
         return pendulum_next(state, action, self.parameters)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
@@ -55,7 +55,7 @@ class PendulumProblem(TrajectoryObjective, Problem):
         return (0.5 * weights * state.square() + linear * state).sum(-1) + 0.5 * TORQUE_WEIGHT * action.square().sum(-1)
 
     def terminal_cost(self, state: States) -> Rows:
-        """None: like mpc.pytorch's, the sum ends with the state before the last torque acts."""
+        """Zero: as in mpc.pytorch, the sum ends with the state before the last torque acts."""
         return torch.zeros_like(state[..., 0])
 
     def select(self, rows: Tensor) -> "PendulumProblem":
@@ -64,7 +64,7 @@ class PendulumProblem(TrajectoryObjective, Problem):
 
     @property
     def context(self) -> Float[Tensor, "B 3"]:
-        """What solutions are differentiated with respect to, row by row: (g, m, l)."""
+        """The tensor to differentiate solutions with respect to, row by row: (g, m, l)."""
         return self.parameters
 
     def at(self, context: Float[Tensor, "B 3"]) -> "PendulumProblem":
@@ -77,7 +77,7 @@ class PendulumProblem(TrajectoryObjective, Problem):
         return Box(-TORQUE, TORQUE)
 
     def weights(self) -> list[nn.Parameter]:
-        """Nothing besides the context."""
+        """Empty: there are no parameters besides the context."""
         return []
 
 
@@ -96,8 +96,8 @@ def pendulum_problem(
 ) -> PendulumProblem:
     """B starts with angles within ±`spread` rad of upright and speeds within ±1 rad/s; g, m, l = 10, 1, 1 in each row.
 
-    Over the whole circle the dynamics' second derivatives matter, and on many rows every torque ends at its limit, where
-    a solution has no derivative to compare; near upright (±.4) the problem is nearly linear.
+    Over the whole circle the second derivatives of the dynamics matter, and on many rows every torque ends at its limit,
+    where a solution has no derivative to compare. Near upright (±.4) the problem is nearly linear.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = 2 * torch.rand(batch, 2, generator=generator, dtype=torch.float64) - 1

@@ -34,14 +34,14 @@ Start = Literal["cold", "prior"]
 
 
 class Problem(Objective):
-    """B problems that a benchmark can pose again at other contexts; `x0` (B n) is where solves begin."""
+    """B problems that can be evaluated at other contexts. `x0` (B n) is the start of solves."""
 
     x0: Points
 
     @property
     @abstractmethod
     def context(self) -> Float[Tensor, "B C"]:
-        """What solutions are differentiated with respect to, row by row."""
+        """The tensor to differentiate solutions with respect to, row by row."""
 
     @property
     @abstractmethod
@@ -54,15 +54,15 @@ class Problem(Objective):
 
     @abstractmethod
     def weights(self) -> list[nn.Parameter]:
-        """Parameters that training would update besides."""
+        """The other parameters that training would update."""
 
 
 @dataclass(frozen=True)
 class LatentProblem(Problem):
-    """B planning problems over x = (a_0, …, a_{H−1}) in [−1, 1]^{H·A}, one per row; cost is minus the predicted return.
+    """B planning problems over x = (a_0, …, a_{H−1}) in [−1, 1]^{H·A}, one per row. The cost is minus the predicted return.
 
-    `z0` (B Z) encoded states, `x0` (B H·A) the actions to start from. `clamp` puts the release's clamp of the actions
-    inside the cost, so that a coordinate outside the box has no gradient.
+    `z0` (B Z): encoded states. `x0` (B H·A): initial actions. `clamp`: clamp the actions inside the cost as the release
+    does, so that a coordinate outside the box has no gradient.
     """
 
     model: WorldModel
@@ -76,7 +76,7 @@ class LatentProblem(Problem):
         return self.cost_from(x, self.z0)
 
     def cost_from(self, x: Points, context: Latents) -> Rows:
-        """The same from other states: what a baseline that maps over the rows itself needs."""
+        """The cost from other states, for a baseline that maps over the rows itself."""
         model, x = self.model, x.clamp(-1.0, 1.0) if self.clamp else x
         return ReturnObjective(model.next, model.reward, model.value, context, self.horizon, ACTIONS, DISCOUNT).cost(x)
 
@@ -86,7 +86,7 @@ class LatentProblem(Problem):
 
     @property
     def context(self) -> Latents:
-        """What solutions are differentiated with respect to, row by row: z0."""
+        """The tensor to differentiate solutions with respect to, row by row: z0."""
         return self.z0
 
     def at(self, context: Latents) -> "LatentProblem":
@@ -99,13 +99,13 @@ class LatentProblem(Problem):
         return Box(-1.0, 1.0)
 
     def weights(self) -> list[nn.Parameter]:
-        """What training would update besides: every network's parameters."""
+        """The parameters of every network, which training would update."""
         return list(self.model.parameters())
 
 
 @dataclass(frozen=True)
 class ImitationProblem(Problem):
-    """B chunks of 4 steps × 4 dimensions to refine, (B 16), each scored by f; `x0` is what a base policy proposed."""
+    """B chunks of 4 steps × 4 dimensions to refine, (B 16), each scored by f. `x0` is the proposal of a base policy."""
 
     score: ChunkScore
     z0: Float[Tensor, "B Z"]
@@ -116,7 +116,7 @@ class ImitationProblem(Problem):
         return self.cost_from(x, self.z0)
 
     def cost_from(self, x: Points, context: Float[Tensor, "B Z"]) -> Rows:
-        """The same with other contexts."""
+        """The cost with other contexts."""
         return -self.score(x, context)
 
     def select(self, rows: Tensor) -> "ImitationProblem":
@@ -125,7 +125,7 @@ class ImitationProblem(Problem):
 
     @property
     def context(self) -> Float[Tensor, "B Z"]:
-        """What solutions are differentiated with respect to, row by row: z0."""
+        """The tensor to differentiate solutions with respect to, row by row: z0."""
         return self.z0
 
     def at(self, context: Float[Tensor, "B Z"]) -> "ImitationProblem":
@@ -138,7 +138,7 @@ class ImitationProblem(Problem):
         return Box(-1.0, 1.0)
 
     def weights(self) -> list[nn.Parameter]:
-        """What training would update besides: the parameters of f."""
+        """The parameters of f, which training would update."""
         return list(self.score.parameters())
 
 
@@ -153,10 +153,10 @@ def latent_problem(
     clamp: bool = False,
     fit_steps: int = 500,
 ) -> LatentProblem:
-    """B planning problems of H steps: networks of this seed (fitted once, then read from `cache`) and fresh states.
+    """B planning problems of H steps: networks of this seed (fitted once, then read from `cache`) and new states.
 
-    `start` "cold" begins at zero actions, "prior" at the prior's own rollout. float64 holds the same networks as
-    float32, so that both precisions speak of one problem.
+    `start`: "cold" starts at zero actions, "prior" at the rollout of the prior. float64 uses the same networks as float32,
+    so both precisions solve the same problem.
     """
 
     def fit() -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def latent_problem(
 def imitation_problem(
     batch: int, dtype: torch.dtype = torch.float32, seed: int = 0, *, cache: Path, fit_steps: int = 400
 ) -> ImitationProblem:
-    """B chunks to refine, begun at the expert's chunk plus noise of .3, as a fair base policy would propose."""
+    """B chunks to refine. They start at the expert's chunk plus noise of .3, like the proposal of a reasonable base policy."""
 
     def fit() -> dict[str, Tensor]:
         score, expert = fit_chunk_score(seed, steps=fit_steps)

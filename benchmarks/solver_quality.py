@@ -1,4 +1,4 @@
-"""How right a solution and its gradient are, row by row, against a truth that finite differences confirm."""
+"""Accuracy of a solution and its gradient, row by row, against a reference that finite differences confirm."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ _FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one entry on one problem, over `rows` rows, solved in float64.
+    """The quality of one entry on one problem, over `rows` rows, solved in float64.
 
-    `start` and `reached`: mean of −cost at x0 and at the answer, projected into the box; `optimum`: where a converged
-    solve begun at that answer ends. `inside`: share of the answer's coordinates inside the box. `compared`: share of the
-    rows whose true gradient is known; over these the median `cosine` between the entry's gradient and the true one, the
-    share `aligned` with a cosine above .95, and the median of ‖error‖/‖truth‖. A gradient that is zero or not finite
+    `start` and `reached`: mean of −cost at x0 and at the solution, projected into the box. `optimum`: the same at the end of
+    a converged solve from that solution. `inside`: share of the solution's coordinates inside the box. `compared`: share of
+    the rows with a known true gradient. Over these rows: the median `cosine` between the entry's gradient and the true one,
+    the share `aligned` with a cosine above .95, and the median of ‖error‖/‖truth‖. A gradient that is zero or not finite
     counts as cosine 0; its error is 1 or infinite.
     """
 
@@ -43,24 +43,24 @@ class Quality:
 def measure_quality(cell: Cell, entry: Entry, setup: Setup, *, steps: int = 200) -> Quality:
     """Solve the cell's problems with one entry and compare.
 
-    What is differentiated is wᵀx(c), x the solution as returned, c the row's context (z0, or the pendulum's g, m, l) and
-    w fixed random weights. The true gradient is that of the optimum x*(c) to which a converged solve begun at the
-    entry's own answer leads, in at most `steps` steps: so an entry is not blamed for the local optimum that it chose,
-    only for its derivative.
+    The differentiated function is wᵀx(c): x is the returned solution, c the row's context (z0, or the pendulum's g, m, l),
+    and w are fixed random weights. The true gradient is that of the optimum x*(c) at the end of a converged solve from the
+    entry's solution, in at most `steps` steps. The comparison therefore measures the entry's derivative, not its choice of
+    a local optimum.
     """
     problem = build(cell, torch.float64, setup)
     weights = functional(problem, seed=1)
     context = problem.context.detach().clone().requires_grad_()
     x = entry.solve(problem.at(context), torch.Generator().manual_seed(0))
-    answer = problem.box.project(x.detach())
-    truth, known, optimum = _truth(problem, answer, weights, steps)
+    solution = problem.box.project(x.detach())
+    truth, known, optimum = _truth(problem, solution, weights, steps)
     with torch.no_grad():
         quality = Quality(
             cell=cell,
             entry=entry.name,
-            rows=len(answer),
+            rows=len(solution),
             start=-problem.cost(problem.x0).mean().item(),
-            reached=-problem.cost(answer).mean().item(),
+            reached=-problem.cost(solution).mean().item(),
             optimum=-problem.cost(optimum).mean().item(),
             inside=problem.box.contains(x.detach(), 1e-6).double().mean().item(),
         )
@@ -71,9 +71,9 @@ def measure_quality(cell: Cell, entry: Entry, setup: Setup, *, steps: int = 200)
 
 
 def _converged(problem: Problem, context: Tensor, start: Tensor, steps: int) -> Tensor:
-    """An optimum near `start`, to rounding where the objective is smooth there, with its implicit gradient.
+    """An optimum near `start`, to rounding if the objective is smooth there, with its implicit gradient.
 
-    The floors lie far below the solver's own: a torque's curvature is a hundred-thousandth of a state's.
+    The eigenvalue floors are far below the solver's defaults, because a torque has 1e-5 times the curvature of a state.
     """
     return solve(
         problem.at(context),
@@ -89,12 +89,12 @@ def _converged(problem: Problem, context: Tensor, start: Tensor, steps: int) -> 
 def _truth(
     problem: Problem, start: Tensor, weights: Tensor, steps: int, seed: int = 2
 ) -> tuple[Tensor, RowFlags, Points]:
-    """∂wᵀx*/∂c (B C), for which rows it is known, and x* itself.
+    """∂wᵀx*/∂c (B C), the rows for which it is known, and x*.
 
-    By the implicit function theorem on the free set, in float64. It counts as known where central differences of the
-    converged solve, along a random unit direction of each row's context, say the same to 1e-3 of what such a direction
-    sees of it on average, and where it is not zero (every coordinate held by the box). Left out are thus the rows that
-    did not converge, saddles, and optima on the ridge where the twin critics are equal, of which there are many.
+    Computed by the implicit function theorem on the free set, in float64. It counts as known if central differences of the
+    converged solve, along a random unit direction of each row's context, agree to 1e-3 of the average size of such a
+    directional derivative, and if it is not zero (every bound active). This excludes rows that did not converge, saddles,
+    and optima on the ridge where the twin critics are equal, which are common.
     """
     context = problem.context.detach().clone().requires_grad_()
     x = _converged(problem, context, start, steps)

@@ -1,4 +1,4 @@
-"""Tables and plots of `difftori bench solver`."""
+"""Tables and figures of `difftori bench solver`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from benchmarks.solver_timing import Sample
 
 @dataclass(frozen=True)
 class Line:
-    """One entry on one cell. Milliseconds as median and quartiles; `speedup`: the reference entry's median total
-    (forward only, for entries without gradient) divided by this one's; `peak_mb`: growth of resident memory.
+    """One entry on one cell. Milliseconds as median and quartiles. `speedup`: the reference entry's median total (forward
+    only, for entries without gradient) divided by this one's. `peak_mb`: growth of resident memory.
     """
 
     cell: Cell
@@ -76,7 +76,7 @@ _TIMES = [f.name for f in fields(Line) if f.name not in ("cell", "entry", "quali
 
 
 def write_raw(path: Path, samples: Sequence[Sample]) -> None:
-    """Every single run."""
+    """Write every single run."""
     rows = []
     for s in samples:
         times = {"forward_ms": f"{s.forward_ms:.4f}", "backward_ms": f"{s.backward_ms:.4f}"}
@@ -85,7 +85,7 @@ def write_raw(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def write_summary(path: Path, lines: Sequence[Line]) -> None:
-    """Medians, quartiles, ratios, memory, and beside them the quality of the same entry on the same problem."""
+    """Write medians, quartiles, ratios, memory, and the quality of the same entry on the same problem."""
     rows = []
     for line in lines:
         times = {name: getattr(line, name) for name in _TIMES}
@@ -95,7 +95,7 @@ def write_summary(path: Path, lines: Sequence[Line]) -> None:
 
 
 def table(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """The summary as text for a screen of 80 columns; memory and errors are in the CSV."""
+    """The summary as text for a screen of 80 columns. The CSV also has memory and errors."""
     return [
         {
             "problem": str(line.cell),
@@ -125,7 +125,7 @@ def _short(value: float, digits: int = 1) -> str:
 
 
 def write_plots(path: Path, lines: Sequence[Line]) -> None:
-    """For each problem: time over batch size, the objective reached over time, and the gradient's cosine over time."""
+    """Plot for each problem: time over batch size, the objective reached over time, and the cosine of the gradient over time."""
     from matplotlib.figure import Figure
 
     problems = list(dict.fromkeys((line.cell.problem, line.cell.horizon) for line in lines))

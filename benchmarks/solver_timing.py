@@ -1,4 +1,4 @@
-"""Time and memory. Times of entries are taken side by side: each repeat runs every entry once, in rotating order."""
+"""Time and memory. Entries are timed interleaved: each repeat runs every entry once, in rotating order."""
 
 import ctypes
 import gc
@@ -25,9 +25,9 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one entry: milliseconds forward and backward (NaN where it has no gradient).
+    """One run of one entry: milliseconds forward and backward (NaN if it has no gradient).
 
-    `repeat` −1 is the first call, with whatever it compiles or loads; it enters no median.
+    `repeat` −1 is the first call, which may compile or load; it is not part of a median.
     """
 
     cell: Cell
@@ -67,11 +67,11 @@ def time_cell(
     *,
     repeats: int,
     seconds: float,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> list[Sample]:
-    """Every entry `repeats` times, interleaved; fewer (3 at least) where the budget of seconds ends before.
+    """Run every entry `repeats` times, interleaved; fewer times (at least 3) if the budget of seconds is used up.
 
-    In float32. Parameters require gradients, as they do in training. `say` is called with what runs next.
+    In float32. Parameters require gradients, as they do in training. `show` is called with the name of each run.
     """
     problem = build(cell, torch.float32, setup)
     for parameter in problem.weights():
@@ -79,20 +79,20 @@ def time_cell(
     weights = functional(problem)
     samples = []
     for entry in entries:
-        say(f"{cell}: {entry.name}, first call")
+        show(f"{cell}: {entry.name}, first call")
         samples.append(time_once(entry, problem, weights, cell, -1))
     for repeat, entry in interleaved(entries, repeats, seconds):
-        say(f"{cell}: {entry.name}, {repeat + 1}/{repeats}")
+        show(f"{cell}: {entry.name}, {repeat + 1}/{repeats}")
         gc.collect()
         samples.append(time_once(entry, problem, weights, cell, repeat))
     return samples
 
 
 def peak_megabytes(cell: Cell, entry: Entry, setup: Setup) -> float:
-    """How far the resident memory grows above its level before, over one solve and backward, in a fresh process.
+    """Growth of the resident memory over one solve and backward, in a new process.
 
-    The process runs the same entry once before, so that what it imports, compiles and caches is not counted, then
-    returns free heap to the system. NaN where the system does not say (it is read from Linux's /proc).
+    The process runs the same entry once before, so that imports, compilation and caches are not counted, then returns free
+    heap to the system. NaN if the system does not report it (it is read from Linux's /proc).
     """
     request = {
         "cell": [cell.problem, cell.horizon, cell.batch],
@@ -100,7 +100,7 @@ def peak_megabytes(cell: Cell, entry: Entry, setup: Setup) -> float:
         "setup": [str(setup.cache.resolve()), setup.start, setup.fit_steps, setup.seed],
         "threads": torch.get_num_threads(),
     }
-    # A fixed threshold: large tensors always go back to the system when freed, so that peaks are comparable.
+    # A fixed threshold: large tensors are always returned to the system when freed, so that peaks are comparable.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "benchmarks.solver_timing", json.dumps(request)]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)

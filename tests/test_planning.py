@@ -41,7 +41,7 @@ def test_the_energy_is_the_discounted_score():
     objective = EnergyObjective(dynamics, score, state, 2, 1, discount=0.5)
     expected = score(state, actions[:, 0]) + 0.5 * score(dynamics(state, actions[:, 0]), actions[:, 1])
     torch.testing.assert_close(objective.cost(actions.flatten(1)), -expected)
-    with pytest.raises(ShapeError, match="horizon 2 needs dynamics"):
+    with pytest.raises(ShapeError, match="horizon=2 needs dynamics"):
         EnergyObjective(None, score, state, 2, 1)
 
 

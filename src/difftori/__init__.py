@@ -1,7 +1,7 @@
-"""difftori: policies that are optimisers. Differentiable trajectory optimisation for PyTorch.
+"""difftori: differentiable trajectory optimisation for PyTorch, and policies defined by an optimisation problem.
 
-`difftori.solver` differentiates through the optimum of any batch of cost functions; `difftori.plan` is its door for
-control; `difftori.policies` and the command line put it to work in imitation learning.
+`difftori.solver` differentiates through the optimum of any batch of cost functions. `difftori.plan` is its shortcut for
+control. `difftori.policies` and the command line use it for imitation learning.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ __all__ = ["Controller", "EnergyObjective", "Plan", "Planner", "ReturnObjective"
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, loaded at their first use: `difftori --help` need not wait for torch."""
+    """Import the names above at their first use, so that `difftori --help` does not import torch."""
     if name == "Controller":
         return import_module("difftori.controller").Controller
     if name in __all__:

@@ -1,4 +1,4 @@
-"""Model predictive control: plan, do the first action, move the plan on by a step, and plan again from there."""
+"""Model predictive control: plan, return the first action, shift the plan by one step, and plan again from there."""
 
 import time
 from collections import deque
@@ -27,8 +27,8 @@ from difftori.types import Plans, RowFlags
 
 @dataclass(frozen=True)
 class Timing:
-    """Of the calls since the last `reset` of all rows: how many, milliseconds and solver steps of each, and how many rows
-    took their action from an earlier plan.
+    """Statistics of the calls since the last `reset` of all rows: their number, milliseconds and solver steps per call, and
+    `fallbacks`, the number of rows that used the action of an earlier plan.
     """
 
     calls: int
@@ -45,23 +45,23 @@ class Controller:
         max over a_0 … a_{H−1}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),  s_{t+1} = dynamics(s_t, a_t),
         subject to  low ≤ a_t ≤ high,  constraint(s_t, a_t) ≤ 0,  terminal_constraint(s_H) ≤ 0
 
-    is solved at every call from the last plan, moved on by one step and corrected by the solver's feedback for the state
-    that was met, and from the constraints' last multipliers. A row whose solve fails (NaN or Inf) takes the action of the
-    last plan that did not; `status` says how each row's last solve ended.
+    Each call solves this problem. It warm-starts from the previous plan, shifted by one step and corrected by the solver's
+    feedback for the measured state, and from the previous multipliers of the constraints. If the solve of a row fails (NaN or
+    Inf), the row takes the action of its last valid plan. `status` is the status of the last solve of each row.
 
     Functions may take the step as a third argument t, which counts from the last `reset`: `reference[t]`.
 
     Args:
         dynamics, reward, terminal_value, constraint, terminal_constraint, discount: as for `difftori.plan`.
-        horizon: H, steps that are planned.
+        horizon: H, the number of planned steps.
         action_dim: A.
         low, high: bounds: numbers, (A) or (H A).
-        init_actions: where a first solve starts, (A) or (H A); default: the middle of the box, or 0.
+        init_actions: the initial guess of a first solve, (A) or (H A); default: the middle of the box, or 0.
         solver: default: `ILQR()`.
-        max_steps: solver steps at most of a call that has a plan to start from.
-        first_steps: of one that has none.
-        tolerance: a solve ends when the estimated distance to the optimum is this small, relative to the action's range.
-        augmented: settings of the constraints; default: at most 3 rounds a call, violations up to 1e-4 allowed.
+        max_steps: the largest number of solver steps of a call with a previous plan.
+        first_steps: the largest number of solver steps of a call without a previous plan.
+        tolerance: a solve ends when the estimated distance to the optimum is at most this share of the action's range.
+        augmented: settings of the constraints; default: at most 3 rounds per call, violations up to 1e-4 allowed.
         compile: compile rollouts and derivatives (the first call takes some 20 s).
     """
 
@@ -87,9 +87,13 @@ class Controller:
         compile: bool = False,
     ):
         if horizon < 1 or action_dim < 1:
-            raise ShapeError(f"Controller: horizon={horizon} and action_dim={action_dim} must be at least 1.")
+            raise ShapeError(
+                f"Controller: invalid horizon={horizon}, action_dim={action_dim}. Fix: use at least 1 for both."
+            )
         if max_steps < 1 or first_steps < 1:
-            raise SolverError(f"Controller: max_steps={max_steps} and first_steps={first_steps} must be at least 1.")
+            raise SolverError(
+                f"Controller: invalid max_steps={max_steps}, first_steps={first_steps}. Fix: use at least 1 for both."
+            )
         self._model = (dynamics, reward, terminal_value, constraint, terminal_constraint, discount)
         self._shape = (horizon, action_dim)
         self._box, self._first_guess = Box(low, high), init_actions
@@ -106,7 +110,7 @@ class Controller:
         self.reset()
 
     def reset(self, rows: RowFlags | None = None) -> None:
-        """Forget the plans, of all rows or of some (a mask (B)): their next call starts from nothing, at step 0 if all are reset."""
+        """Discard the plans of all rows or of some (a mask (B)). Their next call is a first solve, at step 0 if all are reset."""
         if rows is None or self._actions is None:
             self._actions: Plans | None = None
             self._multipliers: Multipliers | None = None
@@ -121,26 +125,28 @@ class Controller:
         rows = torch.as_tensor(rows)
         if rows.shape != self._actions.shape[:1]:
             raise ShapeError(
-                f"Controller.reset: rows has shape {tuple(rows.shape)}; give a mask ({len(self._actions)},)."
+                f"Controller.reset: rows has shape {tuple(rows.shape)}. Fix: use a mask ({len(self._actions)},)."
             )
         self._fresh = rows if self._fresh is None else self._fresh | rows
 
     @torch.no_grad()
     def __call__(self, state: Any) -> Any:
-        """The action for a state: (B S) → (B A), or (S) → (A). Tensors give tensors, arrays give arrays.
+        """The action for a state: (B S) → (B A), or (S) → (A). Returns a tensor for a tensor, an array for an array.
 
         Raises:
             ShapeError: the state has another number of rows than before, or is not floating point.
-            NonFiniteError: a first solve met NaN or Inf, so that there is no earlier plan to act by.
+            NonFiniteError: a first solve produced NaN or Inf, so there is no earlier plan to use.
         """
         began = time.perf_counter()
         given = torch.as_tensor(state)
         if not given.is_floating_point() or given.dim() not in (1, 2):
-            raise ShapeError(f"Controller: the state is {tuple(given.shape)} {given.dtype}; give floats, (S) or (B S).")
+            raise ShapeError(
+                f"Controller: the state is {tuple(given.shape)} {given.dtype}. Fix: use floats, (S) or (B S)."
+            )
         states = given if given.dim() == 2 else given[None]
         if self._actions is not None and len(self._actions) != len(states):
             raise ShapeError(
-                f"Controller: {len(states)} rows, but the last call had {len(self._actions)}. Fix: reset() before another batch."
+                f"Controller: the state has {len(states)} rows, but the last call had {len(self._actions)}. Fix: reset() before another batch."
             )
         plan = self._solve(states)
         action = plan.actions[:, 0]
@@ -150,7 +156,7 @@ class Controller:
         return action if isinstance(state, Tensor) else action.numpy()
 
     def timing(self) -> Timing:
-        """How long calls took. The first, which has no plan to start from, counts too."""
+        """The duration of the calls, including the first, which has no previous plan."""
         if not self._ms:
             return Timing(0, 0.0, 0.0, 0.0, 0.0, 0)
         ms, steps = torch.tensor(list(self._ms)), torch.tensor(list(self._taken))
@@ -199,7 +205,7 @@ class Controller:
         return plan
 
     def _start(self, objective: Any, states: Tensor, fresh: RowFlags | None) -> Plans:
-        """The last plan, a step later and corrected for the state that was met; for fresh rows the first guess."""
+        """The previous plan, shifted by one step and corrected for the measured state. Rows without a plan use the initial guess."""
         guess = self._guess(states)
         if self._actions is None:
             return guess
@@ -219,7 +225,7 @@ class Controller:
         return first.maximum(low).minimum(high)
 
     def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:
-        """The actions that feedback would take from here; as they were, where that leads to NaN or Inf."""
+        """The actions corrected by feedback for the current state. Unchanged if that leads to NaN or Inf."""
         assert self._feedback is not None
         assert isinstance(self._solver, ILQR)
         nominal, gains = self._feedback

@@ -1,15 +1,15 @@
-"""Typed errors. Each message names the value at fault, where it was met, and the fix."""
+"""Typed errors. Each message names the invalid value, where it was found, and the fix."""
 
 import difflib
 from collections.abc import Iterable, Mapping
 
 
 class DifftoriError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ShapeError(DifftoriError, ValueError):
-    """A tensor has another shape or type than the one documented."""
+    """A tensor has another shape or type than documented."""
 
 
 class BoxError(DifftoriError, ValueError):
@@ -17,19 +17,19 @@ class BoxError(DifftoriError, ValueError):
 
 
 class ObjectiveError(DifftoriError, ValueError):
-    """An objective does not return one cost per row, or does not depend on what is optimised."""
+    """An objective does not return one cost per row, or does not depend on the optimised variables."""
 
 
 class SolverError(DifftoriError, ValueError):
-    """A solver or adjoint was given a setting, or an objective, that it cannot work with."""
+    """A solver or adjoint does not support a setting or an objective."""
 
 
 class NonFiniteError(DifftoriError, ArithmeticError):
-    """NaN or Inf was met where it would otherwise spread silently."""
+    """A NaN or Inf was found where it would otherwise spread silently."""
 
 
 class ConfigError(DifftoriError, ValueError):
-    """A configuration has faults; `faults` lists every one of them."""
+    """A configuration is invalid. `faults` lists every error."""
 
     def __init__(self, faults: list[str]):
         self.faults = faults
@@ -37,21 +37,21 @@ class ConfigError(DifftoriError, ValueError):
 
 
 class CheckpointError(DifftoriError, RuntimeError):
-    """No valid checkpoint could be read or written; the message names the files and what is wrong with them."""
+    """No valid checkpoint could be read or written. The message names the files and their errors."""
 
 
 class DataError(DifftoriError, ValueError):
-    """A data set is missing, truncated, wrong-shaped, or holds NaN or Inf."""
+    """A data set is missing, truncated, has the wrong shape, or contains NaN or Inf."""
 
 
 class MissingExtraError(DifftoriError, ImportError):
-    """An optional dependency is absent; the message names the extra that installs it."""
+    """An optional dependency is not installed. The message names the extra that installs it."""
 
 
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
-    """The end of an error message: the nearest known name, or all of them when none is near.
+    """The end of an error message: the nearest known name, or all known names if none is near.
 
-    `written` says how to write some of the names, where that is not the name itself.
+    `written`: labels for names that the user writes differently. Default: the name itself.
     """
     names = sorted(known)
     labels = {name: name for name in names} | dict(written or {})

@@ -1,4 +1,4 @@
-"""What the storeys above ask of a policy (imitation) and of an agent (reinforcement learning)."""
+"""Interfaces of policies (imitation learning) and agents (reinforcement learning)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ from difftori.types import (
 
 
 class Settings(BaseModel):
-    """Settings of a policy or an agent: immutable, and an unknown name is an error rather than a silent default.
+    """Settings of a policy or an agent. They are immutable, and an unknown name raises an error.
 
-    `PRESETS` names sets of other defaults, which hold for what is not given.
+    `PRESETS`: named sets of defaults. They apply to settings that are not set explicitly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -40,46 +40,46 @@ class Settings(BaseModel):
             return values
         name = values.get("preset", cls.model_fields["preset"].default)
         if not isinstance(name, str) or name not in cls.PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(cls.PRESETS)}")
+            raise ValueError(f"preset {name!r} is unknown. Fix: use one of {', '.join(cls.PRESETS)}")
         return {**cls.PRESETS[name], **values}
 
 
 class PolicyConfig(Settings):
-    """Base of every policy's settings; those that trainers read, so that each policy can carry its source's defaults."""
+    """Base class of the settings of all policies, with the settings that trainers read. Each policy sets the defaults of its source."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
-    """`adam`, `adamw` or `rmsprop`."""
+    """Optimizer: `adam`, `adamw` or `rmsprop`."""
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` falls to zero over the epochs, or over `updates` where they are given."""
+    """Learning rate schedule. `cosine` falls to zero over `epochs`, or over `updates` if set."""
     warmup: int = Field(0, ge=0)
-    """Updates over which the learning rate rises from zero."""
+    """Number of updates over which the learning rate rises linearly from zero."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Decoupled for adamw."""
+    """Weight decay, decoupled for `adamw`."""
     rmsprop_alpha: float = Field(0.99, ge=0, lt=1)
-    """Memory of rmsprop's squared gradients."""
+    """Smoothing constant of the squared gradients of `rmsprop`."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Memory of adam's gradients."""
+    """Decay rate of the average gradient of `adam` and `adamw`."""
     beta2: float = Field(0.999, ge=0, lt=1)
-    """Memory of adam's squared gradients."""
+    """Decay rate of the average squared gradient of `adam` and `adamw`."""
     epochs: int = Field(250, ge=1)
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     updates: int | None = Field(None, ge=1)
-    """So many updates instead of so many `epochs`; the last epoch is cut short."""
+    """Number of updates, instead of `epochs`; the last epoch is cut short. Default: `epochs` applies."""
     batch_size: int = Field(32, ge=1)
-    """Demonstrations per update."""
+    """Number of demonstration windows per update."""
     clip_norm: float = Field(10.0, ge=0, allow_inf_nan=False)
-    """Gradients longer than this are shortened to it; 0 switches clipping off."""
+    """Largest norm of a gradient; longer ones are scaled down to it. 0: no clipping."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """The weights that act are an average over updates t with decay 1 − (1 + t)^−3/4, at most this; 0: the last ones
-    (Chi et al., 2023, have .9999)."""
+    """Largest decay of the exponential moving average (EMA) of the weights, which is used for inference. The decay at update
+    t is 1 − (1 + t)^−3/4 (Chi et al., 2023, use .9999). 0: the last weights are used."""
 
 
 class Policy(nn.Module, ABC):
-    """Maps the last O observations to actions, and knows its own training loss.
+    """Maps the last O observations to actions, and computes its training loss.
 
-    A policy sees normalised observations and actions: `NormalizedPolicy` converts the units of a task for all policies. A
+    A policy gets normalised observations and actions: `NormalizedPolicy` converts the units of a task for all policies. A
     concrete policy lives in one file of `difftori.policies`, sets `name` and `Config`, and is built as
     `SomePolicy(config, spec)`. It is found by walking the package: there is no registry to edit.
     """
@@ -87,20 +87,20 @@ class Policy(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[PolicyConfig]]
     WINDOW: ClassVar[tuple[int, int, int] | None] = None
-    """`n_obs_steps`, `horizon` and `n_action_steps` where none are given; None leaves them to the task."""
+    """Default `n_obs_steps`, `horizon` and `n_action_steps`. None: the task's defaults apply."""
     STOCHASTIC: ClassVar[bool] = False
-    """Whether `act` samples."""
+    """Whether `act` samples (a stochastic policy)."""
     NORMALIZES: ClassVar[Literal["all", "observations", "nothing"]] = "all"
-    """What is brought from the range of the training data to [−1, 1], actions without data from their box."""
+    """Values that are scaled from the range of the training data to [−1, 1]. Actions without data are scaled from their box."""
     FROM_PRESENT: ClassVar[bool] = False
-    """Whether a policy sees and returns actions from the present on, (B P A), instead of all H of a window (B H A)."""
+    """Whether the policy gets and returns actions from the present step on, (B P A), instead of all H of a window (B H A)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
         self.config = config
         self.spec = spec
         self.stochastic = self.STOCHASTIC
-        """Whether `act` samples, with the settings given."""
+        """Whether `act` samples with the current settings."""
 
     @abstractmethod
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
@@ -110,24 +110,24 @@ class Policy(nn.Module, ABC):
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """The actions (B H A) from the oldest observation on, or (B P A) with `FROM_PRESENT`, without a graph.
 
-        Those in `spec.present` will be executed.
+        The actions in `spec.present` are executed.
         """
 
     def trainable(self, epoch: int) -> Iterable[Tensor]:
-        """The parameters that are updated in this epoch: all of them unless a policy alternates."""
+        """The parameters to update in this epoch. Default: all parameters."""
         return self.parameters()
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A dataset of windows to learn from."""
+    """A dataset of training windows."""
 
     def __len__(self) -> int:
-        """How many."""
+        """The number of windows."""
         ...
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
-        """One pass in random order; `generator` lives on the CPU."""
+        """One pass in random order. `generator` is on the CPU."""
         ...
 
     def in_order(self, batch_size: int = ...) -> Iterator[Window]:
@@ -136,39 +136,39 @@ class Dataset(Protocol):
 
 
 class AgentConfig(Settings):
-    """Base of every agent's settings; those that the trainer reads stand here."""
+    """Base class of the settings of all agents, with the settings that the trainer reads."""
 
     model_config = ConfigDict(allow_inf_nan=False)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
 
     preset: str = "paper"
-    """Which defaults hold for what is not given: `paper`, or another that the agent names."""
+    """Set of default settings: `paper`, or another preset of the agent. Settings that you set explicitly take precedence."""
     horizon: int = Field(5, ge=1)
-    """T, steps of a recorded slice, and H of the longest plan."""
+    """T, the steps of a recorded segment, and H, the largest planning horizon."""
     batch_size: int | None = Field(None, ge=1)
-    """Slices per update; the agent's own number unless given."""
+    """Segments per update. Default: chosen by the agent."""
     seed_steps: int = Field(5000, ge=0)
-    """Random agent steps before the first update; as many updates follow at once."""
+    """Random agent steps before the first update. The same number of updates follows at once."""
     updates_per_step: float = Field(1.0, gt=0)
-    """Updates per agent step afterwards; they are made at the end of an episode."""
+    """Updates per agent step after `seed_steps`. They are made at the end of an episode."""
 
 
 Memory: TypeAlias = dict[str, Tensor]
-"""What an agent keeps from one agent step to the next, rows first: the plan that warm-starts the next solve."""
+"""State of an agent between agent steps, rows first, such as the plan that warm-starts the next solve."""
 
 
 class Agent(nn.Module, ABC):
-    """Acts in a vector of environments and learns from recorded slices, with optimisers of its own.
+    """Acts in a vector of environments and learns from recorded segments, with its own optimizers.
 
     A concrete agent lives in one file of `difftori.agents`, sets `name` and `Config`, and is built as
-    `SomeAgent(config, spec)`. Whatever it draws comes from the generators that it is given.
+    `SomeAgent(config, spec)`. All its random numbers come from the generators passed to its methods.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
     batch_size: int
     compiles = False
-    """Whether its computations of fixed shape are to go through torch.compile; the trainer's `--compile` sets it."""
+    """Whether computations of fixed shape go through torch.compile. The trainer's `--compile` sets it."""
 
     def __init__(self, config: AgentConfig, spec: EnvSpec):
         super().__init__()
@@ -186,32 +186,32 @@ class Agent(nn.Module, ABC):
         explore: bool,
         generator: torch.Generator,
     ) -> tuple[Actions, "Memory"]:
-        """One action per environment, (B A) in [−1, 1], without a graph, and what to hand in with the next observation.
+        """One action per environment, (B A) in [−1, 1], without a graph, and the memory to pass with the next observation.
 
-        `first` (B): rows whose episode begins with `obs`, so that `memory` does not hold for them. `step`: agent steps
-        taken so far in training, for schedules. `explore`: with exploration noise.
+        `first` (B): rows whose episode begins with `obs`; `memory` is not valid for them. `step`: number of agent steps so far
+        in training, for schedules. `explore`: add exploration noise.
         """
 
     @abstractmethod
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
-        """Learn from a batch once: new priorities (B), and named numbers to log."""
+        """Make one update on a batch. Returns new priorities (B) and named numbers to log."""
 
     def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
-        """Learn from an episode's observations (L *S) when it has ended; nothing unless an agent does."""
+        """Learn from the observations (L *S) of an episode that has ended. Default: nothing."""
         return {}
 
     def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:
-        """Named numbers about what is being learned, at each evaluation; nothing unless an agent has some."""
+        """Named numbers about the training, computed at each evaluation. Default: none."""
         return {}
 
     def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
-        """The estimated value of (obs, action) of an evaluation (N) beside the discounted returns that followed."""
+        """Compare the estimated value of (obs, action) of an evaluation (N) with the discounted returns that followed."""
         return {}
 
     @abstractmethod
     def training_state(self) -> dict[str, Any]:
-        """Optimisers, counters and kept plans: with `state_dict()`, all that a resumed run needs."""
+        """Optimizers, counters and stored plans: with `state_dict()`, the complete state for resuming."""
 
     @abstractmethod
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Put it back. Raises CheckpointError if it is another agent's."""
+        """Restore the training state. Raises CheckpointError if it belongs to another agent."""

@@ -1,9 +1,9 @@
-"""The return of Eq. 4 and the energy of Eq. 7 as objectives of trajectory optimisation.
+"""Trajectory objectives: the return of Eq. 4 and the energy of Eq. 7.
 
     RL (Eq. 4):  a(θ) = argmax Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H),   z_{t+1} = d(z_t, a_t)
     IL (Eq. 7):  a(θ) = argmax Σ_{t<H} γ^t f(z_t, a_t),                z_{t+1} = d(z_t, a_t)
 
-(Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective: it is no constraint.
+(Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective and is not a constraint.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,16 @@ Dynamics = Callable[..., Tensor]
 Reward = Callable[..., Tensor]
 """(state (B S), action (B A)) → (B). A third required argument is the step t."""
 Constraint = Callable[..., Tensor]
-"""(state (B S), action (B A)) → (B m), to be ≤ 0. A third required argument is the step t."""
+"""(state (B S), action (B A)) → (B m), must be ≤ 0. A third required argument is the step t."""
 Value = Callable[[Tensor], Tensor]
 """state (B S) → (B)."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReturnObjective(TrajectoryObjective):
-    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value of the state.
+    """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value that depends on the state alone.
 
-    `state` z_0 (B Z), encoded once, before the solve. `first_step` is the step t of the first action, for dynamics and
+    `state`: z_0 (B Z), encoded once before the solve. `first_step`: the step t of the first action, for dynamics and
     rewards that take it.
     """
 
@@ -46,7 +46,7 @@ class ReturnObjective(TrajectoryObjective):
 
     def __post_init__(self):
         _accept_time(self)
-        # A tensor, so that compiled code is the same for every step.
+        # A tensor, so that the same compiled code is used for every step.
         object.__setattr__(self, "first_step", torch.as_tensor(self.first_step, device=self.state.device))
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
@@ -58,11 +58,11 @@ class ReturnObjective(TrajectoryObjective):
         return -self.reward(state, action, t + self.first_step)
 
     def terminal_cost(self, state: States) -> Rows:
-        """−V(z), or zero without a terminal value."""
+        """−V(z), or zero if there is no terminal value."""
         return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.terminal_value(state)
 
     def select(self, rows: Tensor) -> "ReturnObjective":
-        """The same plan from some of the states."""
+        """The same objective for some of the rows."""
         return replace(self, state=self.state[rows])
 
 
@@ -70,8 +70,8 @@ class ReturnObjective(TrajectoryObjective):
 class ActionReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H Q(z_H, a_H)), Eq. 4 as printed: the last action is optimised too.
 
-    `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. Its last step is unlike the
-    others, so ILQR does not apply.
+    `action_value` Q: (state (B Z), action (B A)) → (B). There are `horizon` = H + 1 actions. The last step has a different
+    cost, so ILQR does not apply.
     """
 
     dynamics: Dynamics
@@ -87,7 +87,7 @@ class ActionReturnObjective(TrajectoryObjective):
         _accept_time(self)
 
     def cost(self, x: Points) -> Rows:
-        """Minus the return; the last action meets Q instead of R."""
+        """Minus the return. The last action is an argument of Q instead of R."""
         state, total, weight = self.state, torch.zeros_like(x[..., 0]), 1.0
         *actions, last = self.plan(x).unbind(-2)
         for t, action in zip(self.times().unbind(), actions, strict=False):
@@ -101,23 +101,25 @@ class ActionReturnObjective(TrajectoryObjective):
         return self.dynamics(state, action, t)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """Refused: it depends on the step."""
-        raise SolverError("ActionReturnObjective: the last step's cost is another; use a solver that needs no stages")
+        """Raise SolverError: the cost depends on the step."""
+        raise SolverError(
+            "ActionReturnObjective: the last step has a different cost. Fix: use a solver that needs no stages, not ILQR."
+        )
 
     def terminal_cost(self, state: States) -> Rows:
         """Zero."""
         return torch.zeros_like(state[..., 0])
 
     def select(self, rows: Tensor) -> "ActionReturnObjective":
-        """The same plan from some of the states."""
+        """The same objective for some of the rows."""
         return replace(self, state=self.state[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class EnergyObjective(TrajectoryObjective):
-    """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, with no meaning outside the plan.
+    """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, without a meaning outside the optimisation.
 
-    `dynamics` may be None for H = 1, where f scores one action or one whole chunk of actions.
+    `dynamics` may be None for H = 1, where f scores one action or one chunk of actions.
     """
 
     dynamics: Dynamics | None
@@ -130,11 +132,11 @@ class EnergyObjective(TrajectoryObjective):
     def __post_init__(self):
         if self.dynamics is None and self.horizon != 1:
             raise ShapeError(
-                f"EnergyObjective: horizon {self.horizon} needs dynamics; without them the horizon must be 1."
+                f"EnergyObjective: horizon={self.horizon} needs dynamics. Fix: pass dynamics, or use horizon=1."
             )
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """d(z, a); for H = 1 there is no next state to need."""
+        """d(z, a). Not used for H = 1."""
         return state if self.dynamics is None else self.dynamics(state, action)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
@@ -146,7 +148,7 @@ class EnergyObjective(TrajectoryObjective):
         return torch.zeros_like(state[..., 0])
 
     def select(self, rows: Tensor) -> "EnergyObjective":
-        """The same plan from some of the states."""
+        """The same objective for some of the rows."""
         return replace(self, state=self.state[rows])
 
 
@@ -167,7 +169,7 @@ def trajectory_objective(
     terminal_constraint: Value | None = None,
     first_step: int = 0,
 ) -> ReturnObjective | ConstrainedTrajectory:
-    """Minus the return, under constraints if there are any: what `plan` and `Controller` minimise."""
+    """Minus the return, with constraints if given: the objective of `plan` and `Controller`."""
     objective = ReturnObjective(
         dynamics, reward, terminal_value, state, horizon, action_dim, discount, first_step=first_step
     )

@@ -1,4 +1,4 @@
-"""Planning: the planner that solves objectives of trajectories (objectives.py), and `plan`, its door for control."""
+"""`Planner`, which solves trajectory objectives (objectives.py), and `plan`, its shortcut for control."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -43,17 +43,17 @@ from difftori.types import Plans, Points, Rows, States
 
 @dataclass(frozen=True)
 class Plan:
-    """`actions` (B H A), differentiable as the planner's adjoint says and inside the box; `solution`, the solve itself."""
+    """A plan: `actions` (B H A) inside the box, differentiable as the adjoint defines, and `solution`, the result of the solve."""
 
     actions: Plans
     solution: Solution
 
     @cached_property
     def states(self) -> Tensor:
-        """The states s_0 … s_H that the plan leads through, (B H+1 S), differentiable as the actions are.
+        """The states s_0 … s_H of the plan, (B H+1 S), differentiable like the actions.
 
-        `ILQR` computes them with feedback, so they hold for unstable dynamics too; for other solvers the actions are
-        rolled out at the first look.
+        `ILQR` computes them with feedback, so they are correct for unstable dynamics too. For other solvers the actions are
+        rolled out at the first access.
         """
         found = self.solution.differentiated.states
         if found is not None:
@@ -68,14 +68,14 @@ class Plan:
         return -self.solution.cost
 
     def shifted(self) -> Plans:
-        """The plan one step later, last action repeated: where the next solve of a receding horizon starts, (B H A)."""
+        """The plan shifted by one step with the last action repeated: the initial guess of the next solve of an MPC loop, (B H A)."""
         actions = self.actions.detach()
         return torch.cat([actions[:, 1:], actions[:, -1:]], 1)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """A solver, an adjoint, a box and a budget: everything about planning except what is planned.
+    """A solver, an adjoint, a box and a step limit: all settings of planning, without the objective.
 
     TD-MPC is `Planner(MPPI(), Detached())`; DiffTORI is a gradient solver with `Unrolled()` or `Implicit()`.
     """
@@ -88,11 +88,11 @@ class Planner:
     compile: bool = False
     keep: Literal["best", "last"] = "best"
     clamp_in_cost: bool = False
-    """The authors' release clamps x inside the cost: coordinates outside the box have no gradient and stay there, so
-    that the result may lie outside."""
+    """Clamp x inside the cost, as the authors' release does: coordinates outside the box have no gradient and stay there, so
+    the result may lie outside. Default: False."""
 
     def acting(self) -> "Planner":
-        """The same planner without a derivative, which keeps the best iterate."""
+        """The same planner for inference: without a derivative, returning the best iterate."""
         return replace(self, adjoint=Detached(), keep="best")
 
     def solve(
@@ -106,7 +106,7 @@ class Planner:
         augmented: AugmentedLagrangian | None = None,
         multipliers: Multipliers | None = None,
     ) -> Solution:
-        """`difftori.solver.solve` with these settings, for any objective over x (B n); the box bounds x."""
+        """Call `difftori.solver.solve` with these settings, for any objective over x (B n). The box bounds x."""
         box = self.box
         if self.clamp_in_cost:
             objective, box = ClampedObjective(as_objective(objective), box.to(x0)), None
@@ -139,22 +139,22 @@ class Planner:
         augmented: AugmentedLagrangian | None = None,
         multipliers: Multipliers | None = None,
     ) -> Plan:
-        """Solve from init_actions (B H A), projected onto the box first. `candidates` (K B H A) as for `solve`.
+        """Solve from init_actions (B H A), which are first projected onto the box. `candidates` (K B H A) as for `solve`.
 
         Raises:
             ShapeError: the actions or candidates do not fit the objective's rows, horizon and action dimension.
             BoxError: the planner's bounds do not fit the actions.
-            NonFiniteError: with `throw`, a row's cost or gradient is NaN or Inf.
+            NonFiniteError: with `throw`, the cost or gradient of a row is NaN or Inf.
         """
         expected = (objective.state.shape[0], objective.horizon, objective.action_dim)
         if tuple(init_actions.shape) != expected:
             raise ShapeError(
-                f"Planner.plan: init_actions have shape {tuple(init_actions.shape)}, the objective wants (B H A) = {expected}."
+                f"Planner.plan: init_actions have shape {tuple(init_actions.shape)}. Fix: use (B H A) = {expected}, as the objective expects."
             )
         if candidates is not None and tuple(candidates.shape[1:]) != expected:
             raise ShapeError(
-                f"Planner.plan: candidates have shape {tuple(candidates.shape)}, the objective wants (K B H A) with "
-                f"(B H A) = {expected}."
+                f"Planner.plan: candidates have shape {tuple(candidates.shape)}. Fix: use (K B H A) with (B H A) = {expected}, "
+                "as the objective expects."
             )
         box = self.flat_box(init_actions)
         solution = replace(self, box=box).solve(
@@ -167,7 +167,7 @@ class Planner:
             multipliers=multipliers,
         )
         if throw:
-            _raise_if_unsound(solution)
+            _raise_if_non_finite(solution)
         return Plan(objective.plan(solution.x), solution)
 
     def flat_box(self, actions: Plans) -> Box:
@@ -182,27 +182,27 @@ class Planner:
             except RuntimeError as error:
                 raise BoxError(
                     f"Planner: {name} has shape {tuple(tensor.shape)}, which does not fit actions (B H A) = "
-                    f"{tuple(actions.shape)}; give a number, (A), (H A) or (B H A)."
+                    f"{tuple(actions.shape)}. Fix: use a number, (A), (H A) or (B H A)."
                 ) from error
 
         return Box(flat(self.box.low, "low"), flat(self.box.high, "high"), self.box.inward)
 
 
-def _raise_if_unsound(solution: Solution) -> None:
+def _raise_if_non_finite(solution: Solution) -> None:
     rows = (solution.status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
     if rows:
         raise NonFiniteError(
-            f"Planner.plan: the objective or its gradient is NaN or Inf in rows {rows[:8]} (of {len(solution.status)}); "
-            "look for the network, or the state, that brings it in."
+            f"Planner.plan: the objective or its gradient is NaN or Inf in rows {rows[:8]} (of {len(solution.status)}). "
+            "Fix: check the state and the outputs of the networks for these rows."
         )
 
 
 _SMALL_STATE = 24
-"""Up to so many state dimensions `plan` takes ILQR by default: it computes derivatives with respect to every one."""
+"""The largest state dimension for which `plan` uses ILQR by default: ILQR computes derivatives with respect to each one."""
 
 
 def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
-    """Raise ObjectiveError unless dynamics and reward return rows of the right shape and precision."""
+    """Raise ObjectiveError if dynamics or reward return rows of the wrong shape or precision."""
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
     action = state.new_zeros(len(state), objective.action_dim)
     with torch.no_grad():
@@ -214,12 +214,12 @@ def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
             if not isinstance(got, Tensor) or got.shape != shape:
                 found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
                 raise ObjectiveError(
-                    f"{name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}; it must "
-                    f"return a tensor {tuple(shape)}. Fix: keep the rows, and index the last dimension: state[..., 0]."
+                    f"{name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}, not a tensor "
+                    f"{tuple(shape)}. Fix: keep the rows, and index the last dimension: state[..., 0]."
                 )
             if got.dtype != state.dtype:
                 raise ObjectiveError(
-                    f"{name} returned {got.dtype} for a state in {state.dtype}. Fix: bring both to one precision."
+                    f"{name} returned {got.dtype} for a state in {state.dtype}. Fix: use the same precision for both."
                 )
 
 
@@ -244,26 +244,26 @@ def plan(
     multipliers: Multipliers | None = None,
     first_step: int = 0,
 ) -> Plan:
-    """Trajectory optimisation with known or learned dynamics, differentiable in everything that the callables use.
+    """Optimise a trajectory with known or learned dynamics, differentiable in every tensor that the functions use.
 
         max_{a_0 … a_{H−1}}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),   s_{t+1} = dynamics(s_t, a_t)
 
-    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor (1): index with it, so that
-    `reference[t]` (1 …) broadcasts against rows, and use `torch.where`, not `if`.
+    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor (1). `reference[t]` (1 …)
+    broadcasts against rows. Use `torch.where`, not `if`.
 
     Args:
         dynamics: (state (B S), action (B A)) → (B S).
         reward: (state (B S), action (B A)) → (B), maximised.
         terminal_value: state (B S) → (B), or None.
-        state: where each of the B plans starts, (B S).
-        init_actions: the first guess, (B H A); its shape sets the horizon.
+        state: the initial states of the B plans, (B S).
+        init_actions: the initial guess, (B H A); its shape sets the horizon.
         low, high: action bounds: numbers, (A), (H A) or (B H A).
         discount: γ.
         solver: default: `ILQR()` for up to 24 state dimensions, else `ProjectedGradient(window=5, polish=1)`.
         adjoint: how the plan is differentiated; default: `Implicit()`.
-        constraint: (state (B S), action (B A)) → (B m), to be ≤ 0 at every step t < H. Solved by the augmented Lagrangian;
-            `plan.solution.violation` (B) says how far they are broken, and the gradient keeps those that are active.
-        terminal_constraint: state (B S) → (B k), to be ≤ 0 at s_H.
+        constraint: (state (B S), action (B A)) → (B m), must be ≤ 0 at every step t < H. Solved by the augmented Lagrangian;
+            `plan.solution.violation` (B) is the largest violation. The gradient keeps the active constraints active.
+        terminal_constraint: state (B S) → (B k), must be ≤ 0 at s_H.
         augmented, multipliers: as for `difftori.solver.solve`.
         first_step: the step t of the first action, for functions that take t.
         max_steps, tolerance, compile: as for `difftori.solver.solve`.
@@ -272,10 +272,10 @@ def plan(
         Plan: `actions` (B H A) inside the bounds, `value` (B), `solution`.
 
     Raises:
-        ShapeError, BoxError, ObjectiveError: wrong input.
+        ShapeError, BoxError, ObjectiveError: invalid input.
     """
     if init_actions.dim() != 3:
-        raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}; give (B H A).")
+        raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}. Fix: use (B H A).")
     _, horizon, action_dim = init_actions.shape
     objective = trajectory_objective(
         dynamics,

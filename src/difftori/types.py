@@ -1,12 +1,12 @@
-"""The shape letters of the whole library, and the few records that travel between its storeys.
+"""The shape letters of the whole library, and the data classes that its layers exchange.
 
 B  rows: independent problems, never interacting      n  variables of one problem, n = H·A
 H  horizon (steps of one plan)                        A  action dimension
 S  state or observation dimension                     Z  latent dimension
 r  residuals of one problem                           T  length of a recorded segment
-K  members of an ensemble, samples or candidates      k  steps kept, for histories
+K  members of an ensemble, samples or candidates      k  recorded steps, in histories
 T1 the T + 1 observations around T steps              O  observations of a window
-P  those of H actions that are planned or executed     W  size of a sample that stands for what is meant
+P  those of H actions that are planned or executed    W  size of a sample used in place of the full set
 """
 
 import math
@@ -40,7 +40,7 @@ PartPlans: TypeAlias = Float[Tensor, "B P A"]
 PlanSamples: TypeAlias = Float[Tensor, "B K H A"]
 Observations: TypeAlias = Shaped[Tensor, "B *S"]
 QValues: TypeAlias = Float[Tensor, "K B"]
-# The same with any leading dimensions: steps of a slice, candidates of a row.
+# The same with any leading dimensions: steps of a segment, candidates of a row.
 AnyObservations: TypeAlias = Shaped[Tensor, "..."]
 AnyLatents: TypeAlias = Float[Tensor, "*B Z"]
 AnyActions: TypeAlias = Float[Tensor, "*B A"]
@@ -54,7 +54,7 @@ Metrics: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class Moments:
-    """Least and greatest value, mean and standard deviation (of the population) of each of D dimensions."""
+    """Minimum, maximum, mean and standard deviation (of the population) of each of D dimensions."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -64,10 +64,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """One entry of the observations, as it is at one step: `shape` (*S), `dtype` "float32" or "uint8".
+    """One entry of the observations at one step: `shape` (*S), `dtype` "float32" or "uint8".
 
-    Images are uint8 (height width channels), clouds float32 (points 3) or more columns, vectors float32 (S).
-    `moments` are those of the last dimension over the training data, None where nothing was measured.
+    Images are uint8 (height width channels), point clouds float32 (points 3) or more columns, vectors float32 (S).
+    `moments` are those of the last dimension over the training data, or None if not measured.
     """
 
     shape: tuple[int, ...]
@@ -77,12 +77,12 @@ class EntrySpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a policy must know of a task: what it sees, what it returns, and the action box, in the task's own units.
+    """The parts of a task that a policy depends on: observations, actions and their bounds, in the task's own units.
 
-    `obs` by name; of each entry the last `n_obs_steps` O steps are seen. `horizon` H: the actions (H A) that a policy returns
-    at once, the first for the step of the oldest observation. The task executes `n_action_steps` of them from the present on,
-    `actions[:, O − 1 : O − 1 + n_action_steps]`. `low` and `high` per action dimension, A numbers each. `moments` of
-    the training data's actions, None where nothing was measured.
+    `obs`: the entries by name; the policy gets the last `n_obs_steps` O steps of each. `horizon` H: the policy returns
+    actions (H A), the first for the step of the oldest observation. The task executes `n_action_steps` of them from the
+    present step on, `actions[:, O − 1 : O − 1 + n_action_steps]`. `low` and `high`: bounds of each action dimension, A
+    numbers each. `moments`: those of the actions in the training data, or None if not measured.
     """
 
     obs: dict[str, EntrySpec]
@@ -98,12 +98,12 @@ class TaskSpec:
     def rows(
         obs_dim: int, action_dim: int, horizon: int, low: tuple[float, ...], high: tuple[float, ...]
     ) -> "TaskSpec":
-        """A task that shows one vector `state` (S) and executes all H actions from there."""
+        """A task with one vector `state` (S) as its observation, which executes all H actions from the present step on."""
         return TaskSpec({"state": EntrySpec((obs_dim,))}, action_dim, horizon, low, high, n_action_steps=horizon)
 
     @staticmethod
     def from_plain(values: dict[str, Any]) -> "TaskSpec":
-        """From what `dataclasses.asdict` made of one. KeyError or TypeError if it did not."""
+        """Build a TaskSpec from the output of `dataclasses.asdict`. Raises KeyError or TypeError for any other value."""
 
         def moments(plain: dict[str, Any] | None) -> Moments | None:
             return None if plain is None else Moments(**plain)
@@ -115,22 +115,23 @@ class TaskSpec:
 
     @property
     def obs_dim(self) -> int:
-        """The numbers in a row of all observations, O·ΣS; see `flat_rows`. ShapeError if images are among them."""
-        _refuse_images([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
+        """The length of all observations in one row, O·ΣS; see `flat_rows`. Raises ShapeError if there are images."""
+        _reject_images([name for name, entry in self.obs.items() if entry.dtype == "uint8"], self.obs)
         return self.n_obs_steps * sum(math.prod(entry.shape) for entry in self.obs.values())
 
     @property
     def present(self) -> slice:
-        """Where among the H actions those lie that are executed."""
+        """The slice of the H actions that is executed."""
         return slice(self.n_obs_steps - 1, self.n_obs_steps - 1 + self.n_action_steps)
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What an agent must know of an environment to be built.
+    """The parts of an environment that an agent depends on.
 
-    `obs_shape` (*S) and `obs_dtype` ("uint8", "float32", …) of one row; `action_dim` A, each in [−1, 1]; `max_episode_steps` counts steps of the
-    underlying environment, of which one agent step takes `action_repeat`, and is None where nothing is promised.
+    `obs_shape` (*S) and `obs_dtype` ("uint8", "float32", …) of one row; `action_dim` A, each in [−1, 1].
+    `max_episode_steps` counts steps of the underlying environment; one agent step takes `action_repeat` of them. It is None
+    if there is no limit.
     """
 
     name: str
@@ -142,7 +143,7 @@ class EnvSpec:
 
     @property
     def max_agent_steps(self) -> int | None:
-        """Calls of `step` in the longest episode, ⌈max_episode_steps / action_repeat⌉."""
+        """Agent steps of the longest episode, ⌈max_episode_steps / action_repeat⌉."""
         return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)
 
 
@@ -154,9 +155,9 @@ WindowObs: TypeAlias = dict[str, Shaped[Tensor, "B O ..."]]
 class Window:
     """A batch of windows of demonstrations: the last O observations, by name, and H actions of the same episode.
 
-    Both begin at the same step, so that `actions[:, O - 1]` (of (B H A)) is what the expert did at the last observation.
-    All in the task's own units. `index` (B) says which window of the data set each row is, for policies that keep
-    something per example. `base` (B K H A): K samples of the base policy's actions, for a refiner in training.
+    Both begin at the same step, so `actions[:, O - 1]` (of (B H A)) is the expert's action at the last observation.
+    All values are in the task's own units. `index` (B): the window of the data set in each row, for policies that store
+    data per example. `base` (B K H A): K samples of the base policy's actions, for training a refiner.
     """
 
     obs: WindowObs
@@ -170,13 +171,13 @@ class Window:
         return Window(to_device(self.obs, device), self.actions.to(device), self.index.to(device), base)
 
     def rows(self, chosen: RowCounts) -> "Window":
-        """Some of its rows (C)."""
+        """Some of the rows (C)."""
         obs = {name: values[chosen] for name, values in self.obs.items()}
         return Window(obs, self.actions[chosen], self.index[chosen], None if self.base is None else self.base[chosen])
 
 
 def state_obs(states: States) -> WindowObs:
-    """Observations of a task that shows one vector (B S) of the present alone, as `TaskSpec.rows` has it."""
+    """Observations of a task with one vector (B S) of the present step only, as for `TaskSpec.rows`."""
     return {"state": states[:, None]}
 
 
@@ -186,33 +187,33 @@ def to_device(obs: WindowObs, device) -> WindowObs:
 
 
 def flat_rows(obs: WindowObs) -> States:
-    """All observations in one row of numbers, entry after entry, oldest first in each: (B O·ΣS).
+    """All observations as one row of numbers, entry after entry, oldest first in each: (B O·ΣS).
 
-    Raises ShapeError if images are among them.
+    Raises ShapeError if there are images.
     """
-    _refuse_images([name for name, values in obs.items() if not values.is_floating_point()], obs)
+    _reject_images([name for name, values in obs.items() if not values.is_floating_point()], obs)
     return torch.cat([values.flatten(1) for values in obs.values()], 1)
 
 
-def _refuse_images(images: list[str], entries: Collection[str]) -> None:
+def _reject_images(images: list[str], entries: Collection[str]) -> None:
     if images or not entries:
         raise ShapeError(
-            f"observations: the entries {', '.join(images) or '(none)'} cannot stand in one row of numbers; use float "
-            "entries only, or a policy that reads images"
+            f"observations: the entries {', '.join(images) or '(none)'} cannot be flattened into one row of numbers. Fix: use float "
+            "entries only, or a policy that reads images."
         )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A batch of recorded slices, T steps each, time first: what was seen, done, received, and where episodes ended.
+    """A batch of recorded segments of T steps, time first: observations, actions, rewards, and where episodes ended.
 
-    `obs` (T+1 B *S), uint8 stacked frames or float32 states; `actions` (T B A); `rewards` (T B). `terminated` (T B)
-    is true where the episode ended by termination after that step, so that nothing is to be bootstrapped there; it is
-    false where time ran out. `mask` (T B) is 1 for recorded steps and 0 for padding, which only episodes of fewer than
-    T steps have, after their end: their last frame again, and zeros. `weights` (B) are the importance weights of
-    prioritised sampling, at most 1; `index` (B) says where the slices start, for `Replay.update_priorities`.
+    `obs` (T+1 B *S), uint8 stacked frames or float32 states; `actions` (T B A); `rewards` (T B). `terminated` (T B) is true
+    if the episode terminated at that step, so its target has no bootstrap value; it is false at a time limit. `mask` (T B) is
+    1 for recorded steps and 0 for padding. Only episodes shorter than T steps have padding, after their end: the last frame
+    repeated, and zeros. `weights` (B): the importance weights of prioritised sampling, at most 1. `index` (B): the start of
+    each segment, for `Replay.update_priorities`.
 
-    `obs` may be a view in which neighbouring steps share their frames: read it, and do not write into it.
+    `obs` may be a view in which neighbouring steps share their frames: do not write into it.
     """
 
     obs: Shaped[Tensor, "T1 B *S"]

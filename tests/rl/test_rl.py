@@ -162,7 +162,7 @@ def test_episodes_of_unequal_age_are_played_again():
     assert np.array_equal(other._obs, collector._obs)
     assert [row.total for row in other._rows] == [row.total for row in collector._rows]
     state["obs"] += 1e-3
-    with pytest.raises(CheckpointError, match="come out otherwise"):
+    with pytest.raises(CheckpointError, match="give different observations"):
         Collector(make_env("gym:Pendulum-v1", num_envs=3, seed=9), replay, 0).load(state)
 
 

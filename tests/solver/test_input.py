@@ -72,7 +72,7 @@ def test_integer_starts():
 
 @pytest.mark.parametrize("cost", [lambda x: x.sum(), lambda x: x.square(), lambda x: x.square().sum(-1, keepdim=True)])
 def test_costs_that_are_not_one_per_row(cost):
-    with pytest.raises(ObjectiveError, match=r"one cost per row, shape \(3,\)"):
+    with pytest.raises(ObjectiveError, match=r"one cost per row, \(3,\)"):
         solve(cost, X0)
 
 
@@ -167,7 +167,7 @@ def test_negative_budget():
 def test_candidates_of_another_shape_or_dtype():
     with pytest.raises(ShapeError, match="candidates"):
         solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 2, 2))
-    with pytest.raises(ShapeError, match=r"float64 and x0 is torch.float32.*candidates.to\(x0\)"):
+    with pytest.raises(ShapeError, match=r"float64 on .* x0 is torch.float32.*candidates.to\(x0\)"):
         solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 3, 2, dtype=torch.float64))
 
 
@@ -178,7 +178,7 @@ def test_costs_in_another_precision_or_shape(solver, grad):
     with torch.set_grad_enabled(grad):
         with pytest.raises(ObjectiveError, match=r"torch.float64 for x in torch.float32"):
             solve(lambda x: (x - target).square().sum(-1), X0, solver=solver)
-        with pytest.raises(ObjectiveError, match=r"one cost per row, shape \(3,\)"):
+        with pytest.raises(ObjectiveError, match=r"one cost per row, \(3,\)"):
             solve(lambda x: x.square(), X0, solver=solver)
 
 

@@ -1,4 +1,4 @@
-"""DiffTORI for reinforcement learning: acting by an optimiser, and learning through it (Wan et al., 2024, Section 3.2)."""
+"""DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
 from collections.abc import Iterable
@@ -50,64 +50,64 @@ from difftori.types import (
 )
 
 _MAX_ROWS = 256
-"""States whose plans are differentiated together at the end of an episode."""
+"""Number of states whose plans are differentiated together at the end of an episode."""
 _COMPILED_ROWS = 64
-"""Compiled, the number of rows is a multiple of this, because every new shape is compiled anew."""
+"""If compiled, the number of rows is a multiple of this, because every new shape is compiled separately."""
 _BOX = Box(-1.0, 1.0)
 
 
 class DiffTORIConfig(LatentModelConfig):
-    """Settings of `DiffTORI`: those of TD-MPC's latent model, the planner's, and those of the policy-gradient term of Eq. 6."""
+    """Settings of `DiffTORI`: TD-MPC's latent model, the planner, and the policy-gradient term of Eq. 6."""
 
     pg: Literal["off", "replay", "per-episode"] = "per-episode"
-    """Schedule of the policy-gradient term c_0·(−min Q̃(s, a(θ))) of Eq. 6. `off`: without the term (Figure 5's ablation).
-    `replay`: in every update, on the segments' first states, Eq. 6 as written. `per-episode`: one step at an episode's end
-    on the gradient summed over its states, as released. Differs from paper: `replay` is not the default, because it
-    measured worse (docs/reinforcement.md)."""
+    """Schedule of the policy-gradient term c_0·(−min Q̃(s, a(θ))) of Eq. 6. `off`: without the term (the ablation of Figure
+    5). `replay`: in every update, on the first states of the segments, Eq. 6 as written. `per-episode`: one step at the end
+    of an episode on the gradient summed over its states, as released. Differs from paper: `replay` is not the default,
+    because it measured worse (docs/reinforcement.md)."""
     pg_optimizer: Literal["own", "shared"] = "own"
-    """`own`: the term has an Adam of its own, as released. `shared`: its gradient is added to Eq. 3's, as written; needs
-    `pg: replay`."""
+    """Optimizer of the policy-gradient term. `own`: a separate Adam, as released. `shared`: its gradient is added to that of
+    Eq. 3, as written; needs `pg: replay`."""
     pg_coef: float = 1.0
-    """Weight c_0 of the term. Negative: the sign-flipped control. With an optimizer of its own it hardly matters."""
+    """Weight c_0 of the policy-gradient term. Negative: the sign-flipped control. With `pg_optimizer: own` it has hardly any effect."""
     pg_lr: float | None = Field(None, gt=0)
-    """Learning rate of the term's own optimizer. Default: that of the model."""
+    """Learning rate of the policy-gradient term's own optimizer. Default: that of the model."""
     pg_clip_norm: float = Field(100.0, gt=0)
-    """Largest norm of the term's gradient. The default is the release's, for a sum over an episode."""
+    """Largest norm of the policy-gradient term's gradient. The default is the release's, for a sum over an episode."""
     pg_batch: int = Field(64, ge=1)
-    """States per step of the term with `pg: replay`: the batch's first ones."""
+    """States per step of the policy-gradient term with `pg: replay`: the first ones of the batch."""
     pg_every: int = Field(1, ge=1)
-    """Updates between steps of the term with `pg: replay`."""
+    """Updates between steps of the policy-gradient term with `pg: replay`."""
     pg_after: int = Field(0, ge=0)
-    """Updates before the term's first step."""
+    """Updates before the first step of the policy-gradient term."""
     pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = ("encoder", "dynamics", "reward", "q")
-    """Networks that the term trains."""
+    """Networks that the policy-gradient term trains."""
 
     planner: Literal["fast", "reference"] = "fast"
     """`fast`: spectral projected gradient in the box. `reference`: the release's Levenberg–Marquardt, truncated after 5 steps."""
     plan_steps: int = Field(6, ge=1)
-    """Steps of the fast planner when acting."""
+    """Steps of the fast planner for inference."""
     pg_steps: int = Field(4, ge=1)
     """Steps of the fast planner when its plan is differentiated."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
-    """How the fast planner is differentiated: through its steps, through the last five, or at the optimum (implicitly)."""
+    """How the fast planner is differentiated: through all steps, through the last five, or at the optimum (implicitly)."""
     terminal: Literal["prior", "action"] = "prior"
-    """Action in γ^H Q(z_H, ·). `prior`: π(z_H), as released. `action`: a_H is optimised too, as in Eq. 4."""
+    """Action in the terminal value γ^H Q(z_H, ·). `prior`: π(z_H), as released. `action`: a_H is optimised too, as in Eq. 4."""
     init: Literal["prior", "zero", "previous"] = "prior"
-    """Where a solve starts: the prior's rollout, zeros, or the last plan shifted by one step (the prior's where there is none)."""
+    """Initial guess of a solve: the rollout of the prior, zeros, or the last plan shifted by one step (the prior's rollout if there is none)."""
     init_std: float = Field(0.05, ge=0)
     """Standard deviation of the noise on the prior's rollout, clipped at 0.3, also in evaluation, as released."""
     explore: bool = True
-    """Add noise of TD-MPC's schedule to training actions. Differs from paper: the release has only the start's noise."""
+    """Add noise with TD-MPC's schedule to training actions. Differs from paper: the release has noise on the initial guess only."""
     q_target: Literal["prior", "planner"] = "prior"
-    """Next action in the Bellman target of Q̃: that of π, as released, or the planner's, which is the policy that acts."""
+    """Next action in the Bellman target of Q̃: that of π, as released, or that of the planner, which acts."""
     obs_q_coef: float = Field(0.1, ge=0)
-    """Weight of the Bellman error of Q̃."""
+    """Weight of the Bellman error of Q̃ in the loss."""
 
     @field_validator("pg_networks")
     @classmethod
     def _at_least_one(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
-            raise ValueError("name at least one network, or set pg: off")
+            raise ValueError("pg_networks is empty. Fix: name at least one network, or set pg: off")
         return names
 
 
@@ -126,9 +126,9 @@ class ObservationCritics(nn.Module):
 
 @final
 class DiffTORI(Agent):
-    """a(θ) = argmax of Eq. 4 acts and is differentiated: L = L_TD-MPC + c_0·(−min Q̃_φ(s, a(θ))) (Eq. 6).
+    """Optimisation-based agent: a(θ) = argmax of Eq. 4, trained with L = L_TD-MPC + c_0·(−min Q̃_φ(s, a(θ))) (Eq. 6).
 
-    Model, targets and policy prior are TD-MPC's. Q̃_φ takes observations and learns by Bellman updates. It and the prior
+    Model, targets and policy prior are TD-MPC's. Q̃_φ takes observations and is trained by Bellman updates. Q̃_φ and the prior
     receive no gradient from the last term, which trains encoder, dynamics, R and Q through the solve.
     """
 
@@ -157,7 +157,7 @@ class DiffTORI(Agent):
     # Learning
 
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
-        """Eq. 6: one step on L_TD-MPC and the Bellman error of Q̃, one of the prior, one of the term, and soft updates."""
+        """One update of Eq. 6: a step on L_TD-MPC and the Bellman error of Q̃, one of the prior, one of the term, and soft updates."""
         s, model = self.settings, self.model
         obs = augmented(segment.obs, generator)
 
@@ -190,7 +190,7 @@ class DiffTORI(Agent):
             soft_update(self.target.parameters(), model.parameters(), s.ema)
             soft_update(self.obs_target.parameters(), self.obs_critics.parameters(), s.ema)
 
-        # c_0·(−min Q̃(s, a(θ))), in a step of its own
+        # c_0·(−min Q̃(s, a(θ))), in a separate step
         if s.pg_optimizer == "own" and self._pg_due(self.updates):
             pg = self.policy_gradient_loss(states, generator)
             metrics["pg_grad_norm"] = self.pg_optimizer.step(self.pg_optimizer.gradient(s.pg_coef * pg))
@@ -207,7 +207,7 @@ class DiffTORI(Agent):
     def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
         """The released schedule: one step of the term on its gradient summed over an episode's states (L *S).
 
-        The release solves as it acts. The weights do not change within an episode, so its sum is the same, except for
+        The release solves while it acts. The weights do not change within an episode, so the sum is the same, except for
         `pg_steps` in place of `plan_steps`.
         """
         s = self.settings
@@ -226,18 +226,18 @@ class DiffTORI(Agent):
         return -torch.where(plan.solution.finite, value, torch.zeros_like(value))[:count].sum() / (count or len(value))
 
     def _pg_due(self, update: int) -> bool:
-        """Whether this update, counted from 1, takes a step of the term with `pg: replay`."""
+        """Whether this update, counted from 1, includes a step of the term with `pg: replay`."""
         s = self.settings
         return s.pg == "replay" and update >= s.pg_after and update % s.pg_every == 0
 
     def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
-        """Compiled: the last row repeated, up to a multiple of 64."""
+        """If compiled, repeat the last row up to a multiple of 64 rows."""
         missing = -len(obs) % _COMPILED_ROWS if self.compiles else 0
         return torch.cat([obs, obs[-1:].expand(missing, *obs.shape[1:])]) if missing else obs
 
     @torch.no_grad()
     def _next_action(self, next_obs: Tensor, generator: torch.Generator) -> Tensor:
-        """a' of the Bellman target of Q̃: π(h(o')) with noise, or the planner's, (T B *S) → (T B A)."""
+        """a' of the Bellman target of Q̃: π(h(o')) with noise, or the planner's action, (T B *S) → (T B A)."""
         latent = self.model.encode(next_obs.flatten(0, 1))
         if self.settings.q_target == "prior":
             shape = (len(latent), self.spec.action_dim)
@@ -261,7 +261,7 @@ class DiffTORI(Agent):
         explore: bool,
         generator: torch.Generator,
     ) -> tuple[Actions, Memory]:
-        """The first action of the best plan found, all environments in one solve."""
+        """The first action of the best plan, for all environments in one solve."""
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(step)
         start = self._start(latent, horizon, generator)
@@ -277,7 +277,7 @@ class DiffTORI(Agent):
         return action.clamp(-1.0, 1.0), {"plan": padded}
 
     def plan(self, latent: Latents, horizon: int, start: Plans, adjoint: Adjoint, steps: int) -> Plan:
-        """Eq. 4 solved from `start`: actions (B H A), or (B H+1 A) where the last one is optimised too."""
+        """Solve Eq. 4 from `start`: actions (B H A), or (B H+1 A) if the last one is optimised too."""
         if self.settings.planner == "reference":
             release = presets.reference_rl(_task(self.spec), _BOX)
             planner = release.acting() if isinstance(adjoint, Detached) else release
@@ -286,7 +286,7 @@ class DiffTORI(Agent):
         return planner.plan(self.objective(latent, horizon), start)
 
     def objective(self, latent: Latents, horizon: int) -> TrajectoryObjective:
-        """Eq. 4 from `latent` (B Z), with π(z_H) or with a_H in the terminal value."""
+        """Eq. 4 from `latent` (B Z), with π(z_H) or a_H in the terminal value."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         if self.settings.terminal == "prior":
             return ReturnObjective(model.next, model.reward, model.value, latent, horizon, size, discount)
@@ -294,7 +294,7 @@ class DiffTORI(Agent):
 
     @torch.no_grad()
     def _start(self, latent: Latents, horizon: int, generator: torch.Generator) -> Plans:
-        """Where solves start: zeros, or the prior's rollout with noise."""
+        """The initial guess of solves: zeros, or the prior's rollout with noise."""
         shape = (len(latent), horizon + (self.settings.terminal == "action"), self.spec.action_dim)
         if self.settings.init == "zero":
             return latent.new_zeros(shape)
@@ -302,7 +302,7 @@ class DiffTORI(Agent):
         return maybe_compiled(self.compiles, WorldModel.rollout, self.model, latent, noise)
 
     def _differentiable_plan(self, obs: Observations, generator: torch.Generator) -> Plan:
-        """Plans as they are acted on, with the horizon that the schedule has reached by this number of updates."""
+        """Plans as in `act`, differentiable, with the scheduled horizon at this number of updates."""
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(int(self.updates / s.updates_per_step))
         start = self._start(latent, horizon, generator)
@@ -312,10 +312,10 @@ class DiffTORI(Agent):
     # Diagnostics
 
     def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:
-        """How the two gradients of Eq. 6 relate on a batch, and how Q̃ rates the planner's action.
+        """Compare the two gradients of Eq. 6 on a batch, and Q̃ at the actions of planner and prior.
 
-        Per network: `ratio`, the term's norm over TD-MPC's, and their `cosine`, before clipping. `free`: share of a_0's
-        coordinates inside the box; `valid`: share of plans at a strict optimum; `gain`: Q̃(s, a(θ)) − Q̃(s, π(h(s)));
+        Per network: `ratio`, the norm of the term's gradient over TD-MPC's, and their `cosine`, before clipping. `free`: share of
+        a_0's coordinates inside the box; `valid`: share of plans at a strict optimum; `gain`: Q̃(s, a(θ)) − Q̃(s, π(h(s)));
         `unsolved`: share of plans that are not finite.
         """
         s = self.settings
@@ -343,7 +343,7 @@ class DiffTORI(Agent):
 
     @torch.no_grad()
     def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
-        """Q̃ of the observations and actions of an evaluation (N) beside the discounted returns that followed."""
+        """Compare Q̃ of the observations and actions of an evaluation (N) with the discounted returns that followed."""
         batches = zip(obs.split(_MAX_ROWS), actions.split(_MAX_ROWS), strict=True)
         value = torch.cat([self.obs_critics(o, a).amin(0) for o, a in batches])
         both = torch.stack([value.double(), returns.double()])
@@ -376,16 +376,18 @@ class DiffTORI(Agent):
 
 
 def _only_through(loss: Scalar, optimizer: GuardedOptimizer) -> Scalar:
-    """The loss with derivatives for the optimizer's networks alone, so that Q̃ is not trained to raise its own value."""
+    """The loss with derivatives for the optimizer's networks only, so that Q̃ is not trained to raise its own value."""
     gradient = optimizer.gradient(loss)
     pull = torch.stack([(part * p).sum() for part, p in zip(gradient, optimizer.parameters, strict=True)]).sum()
     return loss.detach() + pull - pull.detach()
 
 
 def _check(config: DiffTORIConfig, spec: EnvSpec) -> None:
-    """Raise ConfigError for settings that do not go together, or that the release does not have for this task."""
+    """Raise ConfigError for conflicting settings, or settings that the release does not define for this task."""
     if config.pg_optimizer == "shared" and config.pg != "replay":
-        raise ConfigError([f"pg_optimizer: shared needs pg: replay, not {config.pg!r}"])
+        raise ConfigError(
+            [f"pg_optimizer: shared needs pg: replay, not pg: {config.pg}. Fix: --pg replay, or --pg-optimizer own"]
+        )
     if config.planner == "reference":
         try:
             presets.reference_rl(_task(spec))

@@ -1,4 +1,4 @@
-"""What agents that plan in TD-MPC's latent model share: its settings, its networks, and their schedules."""
+"""Shared parts of agents that plan in TD-MPC's latent model: settings, networks and schedules."""
 
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from difftori.types import EnvSpec
 _PIXELS, _STATE = {"lr": 3e-4, "batch_size": 256}, {"lr": 1e-3, "batch_size": 512}
 _MAX_SHIFT = 4
 
-# For two CPU cores. What it costs in return is measured in docs/reinforcement.md.
+# For two CPU cores. docs/reinforcement.md has the measured loss of performance.
 COMPACT: dict[str, Any] = {
     "latent_dim": 50,
     "width": 128,
@@ -25,14 +25,14 @@ COMPACT: dict[str, Any] = {
     "seed_steps": 1000,
     "schedule_steps": 10_000,
 }
-# For comparing variants of one agent by many runs on two CPU cores.
+# For comparing variants of an agent by many runs on two CPU cores.
 SMALL: dict[str, Any] = {**COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64}
-# A latent too narrow for the observations, so that it matters what the model is trained for: objective mismatch.
+# A latent state too small for the observations, so the training objective of the model matters: objective mismatch.
 NARROW: dict[str, Any] = {**SMALL, "latent_dim": 4}
 
 
 class LatentModelConfig(AgentConfig):
-    """Settings of TD-MPC's latent model; the defaults are the paper's (docs/reinforcement.md lists their source)."""
+    """Settings of TD-MPC's latent model. The defaults are the paper's (docs/reinforcement.md lists their sources)."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
@@ -46,9 +46,9 @@ class LatentModelConfig(AgentConfig):
     latent_dim: int = Field(50, ge=1)
     """Size Z of the latent state."""
     width: int = Field(512, ge=1)
-    """Hidden layers' width, except the encoder's."""
+    """Width of the hidden layers, except the encoder's."""
     encoder_width: int = Field(256, ge=1)
-    """Hidden layer's width of the state encoder."""
+    """Width of the state encoder's hidden layer."""
     channels: int = Field(32, ge=1)
     """Channels of the pixel encoder's convolutions."""
     precision: Precision = "float32"
@@ -58,13 +58,13 @@ class LatentModelConfig(AgentConfig):
     discount: float = Field(0.99, gt=0, le=1)
     """Discount γ per agent step."""
     rho: float = Field(0.5, gt=0, le=1)
-    """ρ of Eq. 3: the loss t steps into the segment weighs ρ^t."""
+    """ρ of Eq. 3: the loss at step t of the segment has weight ρ^t."""
     consistency_coef: float = Field(2.0, ge=0)
-    """Weight c_3 of the latent dynamics' loss."""
+    """Weight c_3 of the loss of the latent dynamics."""
     reward_coef: float = Field(0.5, ge=0)
-    """Weight c_1 of the reward's loss."""
+    """Weight c_1 of the loss of the reward."""
     value_coef: float = Field(0.1, ge=0)
-    """Weight c_2 of the action values' loss."""
+    """Weight c_2 of the loss of the action values."""
     clip_norm: float = Field(10.0, gt=0)
     """Largest norm of a gradient; longer ones are scaled down to it."""
     ema: float = Field(0.01, gt=0, le=1)
@@ -72,28 +72,28 @@ class LatentModelConfig(AgentConfig):
     ema_every: int = Field(2, ge=1)
     """Updates between soft updates of the target networks."""
     std_start: float = Field(0.5, ge=0)
-    """Standard deviation of exploration at the first agent step."""
+    """Standard deviation of the exploration noise at the first agent step."""
     std_end: float = Field(0.05, ge=0)
-    """Standard deviation of exploration after `schedule_steps`, reached linearly; also that of π's noise in the losses."""
+    """Standard deviation of the exploration noise after `schedule_steps`, reached linearly; also that of π's noise in the losses."""
     horizon_start: int = Field(1, ge=1)
     """Planning horizon at the first agent step; it grows linearly to `horizon` over `schedule_steps`."""
     schedule_steps: int = Field(25_000, ge=0)
-    """Agent steps over which the exploration falls and the planning horizon grows."""
+    """Agent steps over which the exploration noise falls and the planning horizon grows."""
 
     def plan_horizon(self, step: int) -> int:
         """The planning horizon H after `step` agent steps."""
         return min(self.horizon, int(self._scheduled(self.horizon_start, self.horizon, step)))
 
     def exploration_std(self, step: int) -> float:
-        """Standard deviation of exploration after `step` agent steps."""
+        """Standard deviation of the exploration noise after `step` agent steps."""
         return self._scheduled(self.std_start, self.std_end, step)
 
     def coefficients(self) -> ModelCoefficients:
-        """What Eq. 3 is weighted by."""
+        """The weights of Eq. 3."""
         return ModelCoefficients(self.discount, self.rho, self.reward_coef, self.value_coef, self.consistency_coef)
 
     def learning(self, spec: EnvSpec) -> tuple[float, int]:
-        """Learning rate and batch size, those of the observation type where none are given."""
+        """Learning rate and batch size. Default: those for the observation type."""
         default = _PIXELS if from_pixels(spec) else _STATE
         return self.lr or default["lr"], self.batch_size or int(default["batch_size"])
 
@@ -124,12 +124,12 @@ def build_model(config: LatentModelConfig, spec: EnvSpec) -> WorldModel:
 
 
 def trained_by_model_loss(model: WorldModel) -> dict[str, nn.Module]:
-    """The networks that Eq. 3 trains: all but the policy prior."""
+    """The networks that Eq. 3 trains: all except the policy prior."""
     return {"encoder": model.encoder, "dynamics": model.dynamics, "reward": model.reward_head, "q": model.critics}
 
 
 def augmented(obs: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (T+1 B C H W) shifted at random, each time step by itself; states as they are."""
+    """Images (T+1 B C H W) shifted at random, separately at each time step. States are unchanged."""
     if obs.dim() < 5:
         return obs
     return random_shift(obs.flatten(0, 1), _MAX_SHIFT, generator).unflatten(0, obs.shape[:2])

@@ -1,8 +1,8 @@
-"""Losses that agents share: the latent model's (Eq. 3), those of critics of observations, and the policy prior's.
+"""Losses that agents share: those of the latent model (Eq. 3), of critics of observations, and of the policy prior.
 
-A segment has T steps of B rows; latents are (T+1 B Z), observations (T+1 B *S). Step t weighs ρ^t, padded steps weigh
-nothing, each row's terms are bounded by `CEILING`, and losses that train the model are divided by T, as in TD-MPC's release.
-Source: Hansen, Wang and Su (2022), Eqs. 7–12; Wan et al. (2024), Eqs. 3 and 6.
+A segment has T steps of B rows; latents are (T+1 B Z), observations (T+1 B *S). Step t has weight ρ^t and padded steps have
+weight zero. Each row's terms are bounded by `CEILING`, and losses that train the model are divided by T, as in TD-MPC's
+release. Source: Hansen, Wang and Su (2022), Eqs. 7–12; Wan et al. (2024), Eqs. 3 and 6.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from difftori.models.world_model import WorldModel
 from difftori.types import Rows, Scalar, Segment
 
 CEILING = 1e4
-"""Bound of each row's terms and priorities."""
+"""Upper bound of each row's terms and priorities."""
 
 
 class ModelCoefficients(NamedTuple):
@@ -105,7 +105,7 @@ def critic_loss(
 
 
 def prior_loss(model: WorldModel, latents: Tensor, noise: Tensor, rho: float) -> Scalar:
-    """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over rows; `latents` (T+1 B Z) learn nothing, `noise` (T+1 B A) is π's."""
+    """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over rows. `latents` (T+1 B Z) get no gradient; `noise` (T+1 B A) is added to π."""
     powers = rho ** torch.arange(len(latents), device=latents.device)
     action = model.prior(latents, noise)
     return -(powers * model.min_q(latents, action).mean(-1)).sum()

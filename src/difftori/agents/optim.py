@@ -1,4 +1,4 @@
-"""What every update ends with: a guarded Adam step on named networks, and the soft update of their targets."""
+"""The end of every update: a guarded Adam step on named networks, and the soft update of their targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,14 +9,14 @@ from difftori.errors import CheckpointError, NonFiniteError
 from difftori.types import Scalar
 
 MAX_SKIPS = 10
-"""Consecutive steps that are skipped for NaN or Inf before training stops."""
+"""Number of consecutive steps skipped for NaN or Inf before training stops."""
 
 
 class GuardedOptimizer:
-    """Adam over `networks`, with the gradient's norm clipped over all of them together.
+    """Adam over `networks`, with the norm of the gradient clipped over all of them together.
 
-    A step whose gradient is not finite is skipped and counted: weights and Adam's state stay as they are. `MAX_SKIPS`
-    consecutive skips raise NonFiniteError with the networks' names. Only the parameters of `networks` receive gradients.
+    A step with a gradient that is not finite is skipped and counted: weights and Adam's state do not change. `MAX_SKIPS`
+    consecutive skips raise NonFiniteError with the names of the networks. Only the parameters of `networks` receive gradients.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], lr: float, clip_norm: float):
@@ -27,7 +27,7 @@ class GuardedOptimizer:
         self.skipped, self.consecutive_skips = 0, 0
 
     def gradient(self, loss: Scalar, *, retain_graph: bool = False) -> list[Tensor]:
-        """∂loss/∂parameters, zero where the loss does not depend on one."""
+        """∂loss/∂parameters, zero for parameters that the loss does not depend on."""
         return list(torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, materialize_grads=True))
 
     def step(self, gradient: Sequence[Tensor]) -> float:
@@ -64,13 +64,13 @@ class GuardedOptimizer:
             self.adam.load_state_dict(state["adam"])
             self.skipped, self.consecutive_skips = int(state["skipped"]), int(state["in_a_row"])
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"the optimiser's checkpoint does not fit these networks: {error}") from error
+            raise CheckpointError(f"the optimizer's checkpoint does not fit these networks: {error}") from error
 
     def _describe(self, gradient: Sequence[Tensor]) -> str:
         broken = [name for name, part in self.by_network(gradient).items() if not bool(part.isfinite().all())]
         return (
             f"NaN or Inf in {MAX_SKIPS} consecutive updates, in the gradients of {', '.join(broken) or 'no single network'}. The "
-            "weights are those of the last good update. Fix: lower lr, or check the rewards and observations."
+            "weights are those of the last valid update. Fix: lower lr, or check the rewards and observations."
         )
 
 

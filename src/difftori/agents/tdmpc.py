@@ -31,7 +31,7 @@ _FEW_SAMPLES = {"samples": 128, "elites": 16, "prior_samples": 8}
 
 
 class TDMPCConfig(LatentModelConfig):
-    """Settings of `TDMPC`: those of its latent model, and MPPI's."""
+    """Settings of `TDMPC`: its latent model, and MPPI."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
@@ -43,27 +43,29 @@ class TDMPCConfig(LatentModelConfig):
     samples: int = Field(512, ge=1)
     """Action sequences that MPPI samples in each iteration."""
     prior_samples: int = Field(25, ge=0)
-    """Rollouts of the policy prior that are added to the samples."""
+    """Rollouts of the policy prior that are added to MPPI's samples."""
     iterations: int = Field(6, ge=1)
     """Iterations of MPPI."""
     elites: int = Field(64, ge=1)
-    """Best samples that the next mean and standard deviation are computed from."""
+    """Number of best samples of MPPI, from which the next mean and standard deviation are computed."""
     temperature: float = Field(0.5, gt=0)
-    """Factor of the return in the elites' weights exp(temperature · return)."""
+    """Factor of the return in the weights exp(temperature · return) of MPPI's elites."""
     momentum: float = Field(0.1, ge=0, lt=1)
-    """Share of the old mean in the new one."""
+    """Share of the old mean in MPPI's new mean."""
 
     @model_validator(mode="after")
     def _elites_among_samples(self) -> "TDMPCConfig":
         if self.elites > self.samples:
-            raise ValueError(f"elites: {self.elites} cannot be chosen from {self.samples} samples")
+            raise ValueError(
+                f"elites: {self.elites} cannot be chosen from {self.samples} samples. Fix: use elites ≤ samples"
+            )
         return self
 
 
 class TDMPC(Agent):
-    """MPPI over R, d and a terminal Q, all learned together from segments of T steps (Hansen et al., 2022, Algorithms 1–2).
+    """MPPI over R, d and a terminal Q, all trained together on segments of T steps (Hansen et al., 2022, Algorithms 1–2).
 
-    Differs from paper: the terminal value takes the prior's action without its noise.
+    Differs from paper: the terminal value uses the prior's action without noise.
     """
 
     name = "tdmpc"
@@ -92,7 +94,7 @@ class TDMPC(Agent):
         explore: bool,
         generator: torch.Generator,
     ) -> tuple[Actions, Memory]:
-        """The first action of an elite drawn by its weight, with MPPI's standard deviation as noise when exploring."""
+        """The first action of an elite sampled by weight, with MPPI's standard deviation as noise if `explore` is set."""
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(step)
         mean = self._shifted(memory, first, latent)[:, :horizon]
@@ -102,9 +104,9 @@ class TDMPC(Agent):
         )
         plan = self._planner(step).plan(objective, mean, candidates=candidates, generator=generator)
         std, elites, weights = plan.solution.state.memory
-        drawn = torch.multinomial(weights, 1, generator=generator)
+        sampled = torch.multinomial(weights, 1, generator=generator)
         shape = (len(obs), horizon, self.spec.action_dim)
-        action = elites.gather(1, drawn.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
+        action = elites.gather(1, sampled.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
         if explore:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
             action = action + std.reshape(shape)[:, 0] * noise
@@ -132,7 +134,7 @@ class TDMPC(Agent):
         return self.model.rollout(latent.expand(count, *latent.shape), noise)
 
     def _shifted(self, memory: Memory | None, first: RowFlags, latent: Latents) -> Plans:
-        """The last plan one step later, zeros at its end; zeros in the rows without one, (B T A)."""
+        """The last plan shifted by one step, with zeros at its end. Rows without a plan are zero, (B T A)."""
         zeros = latent.new_zeros(len(latent), self.settings.horizon, self.spec.action_dim)
         if memory is None:
             return zeros
@@ -142,7 +144,7 @@ class TDMPC(Agent):
     # Learning
 
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
-        """One step on Eq. 3, one of the policy prior, and the target's soft update."""
+        """One update: a step on Eq. 3, one of the policy prior, and the soft update of the target."""
         s, model = self.settings, self.model
         obs = augmented(segment.obs, generator)
 

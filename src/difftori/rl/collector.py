@@ -1,4 +1,4 @@
-"""Acting in a vector of environments, and remembering what came of it."""
+"""Collect episodes in a vector of environments, and run evaluation episodes."""
 
 import hashlib
 import time
@@ -22,7 +22,7 @@ ActInEnvs: TypeAlias = Callable[[Observations, "Memory | None", RowFlags], tuple
 
 
 class EpisodeSummary(NamedTuple):
-    """One episode that has ended: what was seen (L *S), without the last observation, its return, its length in agent steps."""
+    """One episode that has ended: its observations (L *S), without the last, its return, and its length in agent steps."""
 
     obs: np.ndarray
     total: float
@@ -40,10 +40,10 @@ class _Row:
 
 
 class Collector:
-    """Steps `env`, hands whole episodes to `replay`, and can come back to the middle of one.
+    """Steps `env`, passes whole episodes to `replay`, and can be restored in the middle of an episode.
 
-    Each episode has a seed of its own, counted up from the run's, so that a resumed run meets the same ones; a running
-    episode is saved as its seed and actions and played again. A failed environment costs the running episodes.
+    Each episode has its own seed, counted up from the run's seed, so a resumed run gets the same episodes. A running episode
+    is saved as its seed and actions, and replayed. A failed environment discards the running episodes.
     """
 
     def __init__(self, env: CheckedVectorEnv, replay: Replay, seed: int):
@@ -57,7 +57,7 @@ class Collector:
         self._first = np.zeros(0, dtype=bool)
 
     def begin(self) -> None:
-        """Begin an episode in every environment."""
+        """Start an episode in every environment."""
         self.memory = None
         self._rows = [self._next_episode() for _ in range(self.env.num_envs)]
         self._obs, _ = self.env.reset(seed=[row.seed for row in self._rows])
@@ -66,7 +66,7 @@ class Collector:
             self.replay.begin(row, self._obs[row])
 
     def step(self, act: ActInEnvs) -> list[EpisodeSummary]:
-        """One agent step in every environment. Returns the episodes that ended with it."""
+        """Take one agent step in every environment. Returns the episodes that ended at this step."""
         began = time.perf_counter()
         actions, self.memory = act(torch.from_numpy(self._obs), self.memory, torch.from_numpy(self._first))
         chosen = actions.cpu().numpy()
@@ -108,7 +108,7 @@ class Collector:
         return ended
 
     def _restart(self) -> None:
-        """After a failure: running episodes are lost. It ends when an environment holds, or the budget of restarts is spent."""
+        """After a failure: discard the running episodes. Retries until an environment works or the restarts are used up."""
         while True:
             for row in range(self.env.num_envs):
                 self.replay.drop(row)
@@ -144,10 +144,10 @@ class Collector:
         }
 
     def load(self, state: State) -> None:
-        """Play the running episodes again. Raises CheckpointError if they come out otherwise.
+        """Replay the running episodes. Raises CheckpointError if the result differs.
 
-        All environments step together: the longest episode begins first, and the others when it has come as far as they
-        lack in length. `replay` has been loaded with its partial episodes already.
+        All environments step together: the longest episode begins first, and each other one begins later by the difference in
+        length. `replay` must already contain the partial episodes.
         """
         self.agent_steps, self.episodes = int(state["decisions"]), int(state["episodes"])
         self.memory = state["memory"]
@@ -176,8 +176,8 @@ class Collector:
             obs, _ = self.env.reset(seed=seeds, options={"reset_mask": over | fresh})
         if not np.array_equal(obs, state["obs"].numpy()):
             raise CheckpointError(
-                f"{self.env.name}: the running episodes, played again from their seeds, come out otherwise: this "
-                "environment is not deterministic, or of another version; the run cannot be resumed exactly"
+                f"{self.env.name}: the running episodes, replayed from their seeds, give different observations: this environment "
+                "is not deterministic, or has another version. The run cannot be resumed exactly. Fix: install the same version, or start a new run."
             )
         self._obs, self._first = obs, state["first"].numpy()
 
@@ -186,16 +186,16 @@ class Collector:
 
 
 def episode_seed(seed: int, stream: str, index: int) -> int:
-    """A seed for one episode; `stream` keeps training and evaluation apart."""
+    """A seed for one episode. `stream` separates training and evaluation."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little") >> 1
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Evaluation episodes: their returns (N) and lengths (N), and what was seen, done and received, one entry per agent step.
+    """Evaluation episodes: their returns (N) and lengths (N), and observations, actions and rewards, one entry per agent step.
 
-    `returns_to_go` is the discounted return that followed; after a time limit it goes on with the mean reward of the
-    episode's second half, because values look beyond time limits too.
+    `returns_to_go` is the discounted return that followed. After a time limit it is continued with the mean reward of the
+    second half of the episode, because values extend beyond time limits.
     """
 
     returns: np.ndarray
@@ -208,13 +208,13 @@ class EvalResult:
 def evaluate(
     env: CheckedVectorEnv, act: ActInEnvs, *, seed: int, episodes: int, discount: float, keep_every: int = 10
 ) -> EvalResult:
-    """So many episodes, as many at once as `env` has copies, from seeds that depend on `seed` and their number alone.
+    """Run `episodes` episodes, in parallel in all copies of `env`, with seeds that depend only on `seed` and their number.
 
-    Of every `keep_every`-th agent step the discounted return is kept beside what was seen and done, of truncated episodes
-    only from their first half.
+    The result has the observation, the action and the discounted return of every `keep_every`-th agent step. Truncated
+    episodes contribute their first half only.
     """
     returns, lengths = [], []
-    kept: list[tuple[np.ndarray, np.ndarray, float]] = []
+    records: list[tuple[np.ndarray, np.ndarray, float]] = []
     for start in range(0, episodes, env.num_envs):
         wanted = min(env.num_envs, episodes - start)
         seeds: list[int | None] = [episode_seed(seed, "evaluation", start + i) for i in range(env.num_envs)]
@@ -233,12 +233,12 @@ def evaluate(
                 if ends[row]:
                     returns.append(sum(reward for _, _, reward in tracks[row]))
                     lengths.append(len(tracks[row]))
-                    kept += _returns_to_go(tracks[row], bool(terminated[row]), discount, keep_every)
+                    records += _returns_to_go(tracks[row], bool(terminated[row]), discount, keep_every)
             going &= ~ends
             obs, first = next_obs, ends
             if ends.any():
                 obs, _ = env.reset(options={"reset_mask": ends})
-    stacked = [np.stack(part) for part in zip(*kept, strict=True)]
+    stacked = [np.stack(part) for part in zip(*records, strict=True)]
     return EvalResult(np.array(returns), np.array(lengths), stacked[0], stacked[1], stacked[2].astype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run of reinforcement learning."""
+"""The configuration of a reinforcement learning run."""
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -18,62 +18,62 @@ SettingsT = TypeVar("SettingsT", bound=AgentConfig)
 
 
 class RLConfig(BaseModel, Generic[SettingsT]):
-    """Everything that determines the result of a run. `settings` are those of the agent."""
+    """All settings that determine the result of a run. `settings` are those of the agent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     agent: Annotated[str, tyro.conf.Suppress]
-    """An agent's name, or `my_pkg.my_agent:MyAgent`."""
+    """Agent: a name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
-    """`dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own: `my_env:MyEnv`."""
+    """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
     obs: Literal["state", "pixels"] = "state"
     """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the initial weights, the episodes and all sampling."""
     steps: int = Field(100_000, ge=1)
-    """Environment steps; one agent step takes `action_repeat` of them."""
+    """Length of the run in environment steps; one agent step takes `action_repeat` of them."""
     num_envs: int = Field(1, ge=1)
-    """Environments that run in parallel, with one solve for all of them."""
+    """Number of environments that run in parallel, with one solve for all of them."""
     action_repeat: int | None = Field(None, ge=1)
-    """Environment steps per agent step; default: the paper's for its 15 tasks, else 2."""
+    """Environment steps per agent step. Default: the paper's for its 15 tasks, else 2."""
     render: Literal["default", "fast", "warp"] = "default"
-    """Rendering of images. Only `default` is comparable with published results."""
+    """Rendering of images. Only results with `default` are comparable with published ones."""
     workers: Literal["sync", "async"] = "sync"
-    """`sync`: environments in this process. `async`: one process for each."""
+    """How environments run. `sync`: in this process. `async`: one process for each."""
     eval_every: int = Field(20_000, ge=1)
     """Environment steps between evaluations."""
     eval_episodes: int = Field(10, ge=1)
-    """Episodes of an evaluation, on seeds that training does not use."""
+    """Episodes per evaluation, on seeds that training does not use."""
     save_every: int = Field(50_000, ge=1)
-    """Environment steps between checkpoints; they are taken at the end of an episode."""
+    """Environment steps between checkpoints. Checkpoints are written at the end of an episode."""
     capacity: int = Field(1_000_000, ge=1)
     """Agent steps that the replay buffer holds, at most those of the run."""
     storage: Literal["memory", "device", "mmap"] = "memory"
     """Where the replay buffer is stored: main memory, the device, or a memory-mapped file."""
     keep_episodes: bool = False
-    """Keep the recorded episodes of a finished run; only an unfinished one needs them."""
+    """Keep the recorded episodes of a finished run. Only an unfinished run needs them."""
     device: str = "cpu"
-    """`cpu`, `cuda`, `cuda:1`, …"""
+    """Device for the agent: `cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
-    """Threads of torch on the CPU; results differ between thread counts."""
+    """Threads of torch on the CPU. Results differ between thread counts."""
     compile: bool = False
-    """Compile acting and updating with torch.compile. Takes minutes at the first start, seconds later. Results are equal up
+    """Compile acting and updates with torch.compile. The first start takes minutes, later ones seconds. Results are equal up
     to rounding."""
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
-    """The agent's own settings."""
+    """Settings of the agent."""
 
     @cached_property
     def agent_type(self) -> type[Agent]:
-        """The agent's class. Raises ConfigError if there is none of that name."""
+        """The class of the agent. Raises ConfigError if the name is unknown."""
         return find_agent(self.agent)
 
     @cached_property
     def environment(self) -> ResolvedEnv:
-        """The environment family and task. Raises ConfigError if there is none of that name."""
+        """The environment family and task. Raises ConfigError if the name is unknown."""
         return resolve_env(self.env)
 
     def open_env(self, num_envs: int) -> CheckedVectorEnv:
-        """`num_envs` copies of the environment, with the options that it has and those that differ from the defaults."""
+        """Open `num_envs` copies of the environment, with those of its options that differ from the defaults."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         requested: dict[str, Any] = {"obs": self.obs, "action_repeat": self.action_repeat, "render": self.render}
         known = self.environment.options
@@ -84,9 +84,10 @@ class RLConfig(BaseModel, Generic[SettingsT]):
 def parse_rl_config(
     values: Mapping[str, Any], agent: type[Agent] | None = None, *, also: Iterable[str] = ()
 ) -> RLConfig:
-    """A configuration from plain values, as YAML gives them, with its agent and environment resolved.
+    """Build a configuration from plain values, such as those of a YAML file, and resolve its agent and environment.
 
-    `agent`: its class, where the caller has found it already. `also` names further options to suggest for a misspelt one. Raises ConfigError that lists every error.
+    `agent`: the agent's class, if already resolved. `also`: more options to suggest for a misspelt one. Raises ConfigError
+    that lists every error.
     """
     faults: list[str] = []
     given = {"settings": {}, **values}
@@ -96,7 +97,7 @@ def parse_rl_config(
         except ConfigError as error:
             faults += error.faults
     if agent is None:
-        given["settings"] = {}  # without the agent its settings cannot be checked; the rest can
+        given["settings"] = {}  # unknown agent: its settings cannot be checked, but the others can
     config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
     env: ResolvedEnv | None = None

@@ -1,4 +1,4 @@
-"""Evaluating an agent of reinforcement learning: while it trains, and from the directory of its run."""
+"""Evaluate an agent during training, and from a run directory."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,16 +22,16 @@ _ROWS = 10
 
 
 def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
-    """The environments that evaluate this many episodes, at most ten at once."""
+    """Open the environments to evaluate this many episodes, at most ten at once."""
     return config.open_env(min(_ROWS, episodes))
 
 
 def evaluate_agent(
     agent: Agent, env: CheckedVectorEnv, config: RLConfig, agent_steps: int, episodes: int | None = None
 ) -> EvalResult:
-    """Episodes on the evaluation's own seeds, without exploration; the same call gives the same numbers."""
+    """Run episodes on the evaluation seeds, without exploration. The same call gives the same numbers."""
     discount = getattr(agent.config, "discount", 0.99)
-    while True:  # until an evaluation meets no failure, or the restarts are used up
+    while True:  # until an evaluation finishes without a failure, or the restarts are used up
         act = _deterministic(agent, config, agent_steps)
         try:
             return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
@@ -40,7 +40,7 @@ def evaluate_agent(
 
 
 def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> ActInEnvs:
-    """The agent without exploration, with a generator for evaluation."""
+    """The agent without exploration, with its own generator for evaluation."""
     generator = seeded(config.seed, "evaluation", config.device)
 
     def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
@@ -57,7 +57,7 @@ def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> ActInEnv
 
 
 def eval_metrics(result: EvalResult) -> Metrics:
-    """Mean and spread of the returns of evaluation episodes."""
+    """Mean and standard deviation of the returns of evaluation episodes."""
     return {
         "eval/return": float(result.returns.mean()),
         "eval/return_std": float(result.returns.std()),
@@ -67,7 +67,7 @@ def eval_metrics(result: EvalResult) -> Metrics:
 
 
 def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int) -> None:
-    """Write `agent.pt`, the agent's weights with all that `load_agent` needs to build it, and its sha256."""
+    """Write `agent.pt` with the agent's weights and everything that `load_agent` needs to build it, and its sha256."""
     write_weights(
         run_dir / "agent.pt",
         {
@@ -80,9 +80,9 @@ def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int)
 
 
 def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
-    """The agent of a run, ready to act on `device`, its configuration, and how many agent steps it had taken.
+    """Load the agent of a run on `device`. Returns the agent, its configuration, and its number of agent steps.
 
-    An unfinished run gives the weights of its newest valid checkpoint.
+    For an unfinished run, the weights of its newest valid checkpoint are loaded.
     """
     config = parse_rl_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "agent.pt")
@@ -96,9 +96,9 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
 
 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
-    """Evaluate a run's agent again on `episodes` of the evaluation's seeds. Default: the run's `eval_episodes`.
+    """Evaluate the agent of a run again on `episodes` evaluation seeds. Default: the run's `eval_episodes`.
 
-    `video`: film the first of these episodes into the run's `media/`.
+    `video`: record the first of these episodes in the run's `media/`. Default: False.
     """
     agent, config, agent_steps = load_agent(run_dir, device=device)
     count = episodes or config.eval_episodes
@@ -115,7 +115,7 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
 
 
 def film(agent: Agent, config: RLConfig, agent_steps: int, path: Path) -> None:
-    """Write the first evaluation episode as a GIF. Raises RenderingError where the environment draws nothing."""
+    """Write the first evaluation episode as a GIF. Raises RenderingError if the environment renders nothing."""
     env = config.open_env(1)
     act = _deterministic(agent, config, agent_steps)
     memory: Memory | None = None
@@ -134,10 +134,10 @@ def film(agent: Agent, config: RLConfig, agent_steps: int, path: Path) -> None:
 
 
 def spec_state(spec: EnvSpec) -> State:
-    """A specification as plain values."""
+    """Convert a specification to plain values."""
     return {**asdict(spec), "obs_shape": list(spec.obs_shape)}
 
 
 def spec_from(state: State) -> EnvSpec:
-    """The specification that `spec_state` wrote."""
+    """Restore a specification from the output of `spec_state`."""
     return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})

@@ -31,11 +31,11 @@ _STACK = 3
 def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
     """Train an agent in the directory `out`, and return the run's summary.
 
-    If `out` holds an unfinished run of the same configuration, it is resumed from its last checkpoint, on the CPU with
-    results identical to the last bit; if it holds a finished one, its summary is returned at once.
+    If `out` contains an unfinished run of the same configuration, it is resumed from its last checkpoint; on the CPU the
+    results are bitwise identical. If it contains a finished run, its summary is returned at once.
 
-    Raises ConfigError (a faulty configuration, or another one in `out`), CheckpointError, NonFiniteError (NaN from the
-    environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
+    Raises ConfigError (the configuration is invalid or differs from that in `out`), CheckpointError, NonFiniteError (NaN from
+    the environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
     or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
     """
     with Run(out, config, seed=config.seed, threads=config.threads, device=config.device) as run:
@@ -56,7 +56,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
 
 
 class _Session:
-    """What a run holds: environment, agent, replay buffer, generators, counters."""
+    """The parts of a run: environment, agent, replay buffer, generators and counters."""
 
     def __init__(self, config: RLConfig, run: Run):
         self.config, self.out, self.run = config, run.path, run
@@ -84,12 +84,12 @@ class _Session:
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
         self.updates, self.updates_due = 0, 0.0
-        self.deciding = False
+        self.collecting = False
         self.seconds = {"sampling": 0.0, "update": 0.0, "end_episode": 0.0, "evaluation": 0.0}
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
         self.saved_at = 0
-        self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are kept
+        self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are not deleted
         self._eval_env = None
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
@@ -104,42 +104,42 @@ class _Session:
 
     @property
     def env_steps(self) -> int:
-        """Environment steps so far."""
+        """Number of environment steps so far."""
         return self.collector.agent_steps * self.spec.action_repeat
 
     def run_to_end(self, stop: StopSignal, show) -> None:
-        """Collect an episode, make the updates that are due, evaluate, save, until all steps are taken. Resumes within an episode."""
+        """Collect an episode, make the updates due, evaluate and save, until all steps are taken. Can resume within an episode."""
         while True:
-            if not self.deciding:
+            if not self.collecting:
                 self._learn(stop)
                 if stop.requested:
                     self.save()
                     stop.leave()
                 self._evaluate_and_save(show)
                 if self.env_steps >= self.config.steps:
-                    if stop.requested:  # in the last evaluation; all of it is saved
+                    if stop.requested:  # during the last evaluation; everything is saved
                         stop.leave()
                     return
-            self.deciding = True
+            self.collecting = True
             ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
                 ended = self.collector.step(self._act)
             if not ended and self.env_steps < self.config.steps:
                 self.save()
                 stop.leave()
-            self.deciding = False
+            self.collecting = False
             self._account(ended, show)
 
     def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
-        """Random actions for the first agent steps, the agent's with exploration afterwards."""
+        """Random actions for the first agent steps, then actions of the agent with exploration."""
         step, device = self.collector.agent_steps, self.config.device
         if step < self.agent.config.seed_steps:
             shape = (len(obs), self.spec.action_dim)
             return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
-        kept = {name: value.to(device) for name, value in memory.items()} if memory else None
+        on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
         return self.agent.act(
             obs.to(device),
-            kept,
+            on_device,
             first=first.to(device),
             step=step,
             explore=True,
@@ -147,7 +147,7 @@ class _Session:
         )
 
     def _account(self, ended: list[EpisodeSummary], show) -> None:
-        """Log the episodes, let the agent learn from each as a whole, and count the updates that are due for them."""
+        """Log the episodes, pass each one to the agent's `end_episode`, and count the updates that are due for them."""
         trained = self.updates > 0
         for episode in ended:
             row: Metrics = {"train/return": episode.total, "train/length": float(episode.length)}
@@ -165,7 +165,7 @@ class _Session:
             self.updates_due += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
-        """Make the updates that are due, once the random agent steps are over."""
+        """Make the updates that are due, after the random agent steps."""
         if self.collector.agent_steps < self.agent.config.seed_steps or not len(self.replay):
             return
         done = 0
@@ -203,12 +203,12 @@ class _Session:
             self.save()
 
     def _due(self, before: int, every: int) -> bool:
-        """Whether a multiple of `every` has been passed since `before`, or the run has come to its end."""
+        """Whether a multiple of `every` was passed since `before`, or the run has ended."""
         now, last = self.env_steps, self.env_steps >= self.config.steps
         return now > before and (last or now // every > before // every)
 
     def evaluate(self) -> Metrics:
-        """Evaluate the agent, with its diagnostics."""
+        """Evaluate the agent, and compute its diagnostics."""
         began = time.perf_counter()
         if self._eval_env is None:
             self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
@@ -239,7 +239,7 @@ class _Session:
     # Saving
 
     def save(self) -> None:
-        """Write a checkpoint; the episodes beside it are written once each."""
+        """Write a checkpoint. The episodes next to it are written once each."""
         episodes = self.out / "episodes"
         state = {
             "agent": self.agent.state_dict(),
@@ -249,7 +249,7 @@ class _Session:
             "spec": spec_state(self.spec),
             "updates": self.updates,
             "updates_due": self.updates_due,
-            "deciding": self.deciding,
+            "deciding": self.collecting,
             "sums": dict(self._sums),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
@@ -267,7 +267,7 @@ class _Session:
             self.replay.load(self.out / "episodes", state["replay"])
             self.collector.load(state["collector"])
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
-            self.deciding = bool(state["deciding"])
+            self.collecting = bool(state["deciding"])
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
@@ -309,9 +309,9 @@ class _Session:
 
 @contextmanager
 def _bar(total: int, done: int, updated: int, progress: bool) -> Iterator:
-    """A progress bar over environment steps, of which `done` were taken, and `updated` updates made, before this start.
+    """A progress bar over environment steps. `done` steps and `updated` updates were made before this start.
 
-    Yields a function that shows environment steps, updates, and a row of metrics.
+    Yields a function that displays environment steps, updates, and a row of metrics.
     """
     columns = (
         TextColumn("environment steps"),

@@ -1,4 +1,4 @@
-"""Differentiable optimisation of batches of independent problems. Usable alone: it knows nothing of learning or robots.
+"""Differentiable optimisation of batches of independent problems. It needs PyTorch and no other part of this library.
 
 sol = solve(objective, x0, solver=ProjectedGradient(), adjoint=Implicit(), box=Box(-1.0, 1.0), max_steps=20)
 loss(sol.x).backward()

@@ -11,10 +11,10 @@ from difftori.types import Points
 
 @dataclass(frozen=True)
 class Adam(Solver):
-    """Adam on the variables themselves, projected onto the box after each step (Kingma and Ba, 2015).
+    """Adam on the variables, projected onto the box after each step (Kingma and Ba, 2015).
 
-    Differs from paper: `epsilon` is relative to the largest coordinate of the row's first gradient, so that the scale of
-    the cost does not matter.
+    Differs from paper: `epsilon` is relative to the largest coordinate of the row's first gradient, so the result does not
+    depend on the scale of the cost.
     """
 
     lr: float = 0.3
@@ -23,18 +23,18 @@ class Adam(Solver):
     epsilon: float = 1e-8
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Evaluate; both moments start at zero."""
+        """Evaluate cost and gradient. Both moments start at zero."""
         cost, grad = problem.evaluate(x)
         unit = torch.linalg.vector_norm(grad, float("inf"), -1)
         unit = torch.where(unit > 0, unit, 1.0)
         return State(cost, grad, (torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(cost), unit))
 
     def compilable(self, objective: Objective) -> bool:
-        """Always."""
+        """True for every objective."""
         return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """One step with bias-corrected moments."""
+        """One Adam step with bias-corrected moments."""
         mean, square, count, unit = state.memory
         assert state.grad is not None
         count = (count + 1).detach()
@@ -43,7 +43,7 @@ class Adam(Solver):
         square = self.beta2 * square + (1 - self.beta2) * relative.square()
         mean_hat = mean / (1 - self.beta1**count)[:, None]
         square_hat = square / (1 - self.beta2**count)[:, None]
-        # The tiny number inside the root keeps its derivative finite where a gradient is exactly zero.
+        # Adding the smallest normal number keeps the derivative of the root finite where a gradient is exactly zero.
         root = (square_hat + torch.finfo(x.dtype).tiny).sqrt()
         x = problem.project(x - self.lr * mean_hat / (root + self.epsilon))
         cost, grad = problem.evaluate(x)

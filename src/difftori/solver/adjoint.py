@@ -1,4 +1,4 @@
-"""How a solution is differentiated. An adjoint never sees a step rule; a solver never sees an adjoint."""
+"""Adjoints: how a solution is differentiated. Adjoints do not depend on step rules, and solvers do not depend on adjoints."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ from difftori.types import PointFlags, Points, RowFlags, Rows
 
 
 class Iterates(NamedTuple):
-    """Where an iteration has come to: `x` to be returned (B n), `usable` (B): finite, what `solve` keeps besides, and the
-    `states` (B H+1 S) that belong to x where the solver carries them.
+    """The result of an iteration: `x` to return (B n), `usable` (B), true for finite rows, `progress`, the state needed to
+    resume the iteration, and `states` (B H+1 S), the trajectory that belongs to x if the solver computes it.
     """
 
     x: Points
@@ -31,18 +31,20 @@ class Iterates(NamedTuple):
 
 @runtime_checkable
 class Iterate(Protocol):
-    """A solver's iteration as adjoints see it."""
+    """Interface of a solver's iteration for adjoints."""
 
     def __call__(self, steps: int, differentiable: bool, progress: Any = None, *, finish: bool = True) -> Iterates:
-        """Go on from `progress` (None: from x0) for so many steps; `finish`: with the solver's last refinement."""
+        """Run `steps` steps from `progress` (None: from x0). `finish`: apply the solver's final refinement; default: True."""
         ...
 
 
 class Differentiated(NamedTuple):
-    """A differentiable solution. `convex` (B): the Hessian was positive definite on the free set, where that was looked
-    at, and `singular` (B), that it could not be told from singular; `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of the distance to the optimum.
-    `states` (B H+1 S): those of a trajectory, with the same derivative, where the adjoint works on them. `solves`: the
-    linear solves of the backward pass, which know after it which rows they did not solve.
+    """A differentiable solution.
+
+    `convex` (B): the Hessian is positive definite on the free set; `singular` (B): the Hessian is singular to working
+    precision. Both are None if no Hessian was computed. `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of
+    the distance to the optimum. `states` (B H+1 S): the states of a trajectory, with the same derivative, if the adjoint
+    computes it. `solves`: the linear solves of the backward pass; after it they list the rows that were not solved.
     """
 
     x: Points
@@ -55,49 +57,49 @@ class Differentiated(NamedTuple):
 
 
 class Adjoint(ABC):
-    """A way to differentiate the solution of a problem with respect to all that its objective uses."""
+    """A way to differentiate the solution of a problem with respect to every tensor that its objective uses."""
 
     @abstractmethod
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
-        """Run the iteration and return its result with this adjoint's derivative attached."""
+        """Run the iteration and return its result with the derivative of this adjoint attached."""
 
 
 @dataclass(frozen=True)
 class Detached(Adjoint):
-    """No derivative: the solution is a constant. For acting, and for planners that are not trained through (TD-MPC)."""
+    """No derivative: the solution is a constant. Use it for inference, and for planners without a gradient (TD-MPC)."""
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
-        """Run without a graph."""
+        """Run the iteration without a graph."""
         result = iterate(max_steps, False)
         return Differentiated(result.x.detach(), result, states=result.states)
 
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """The exact derivative of what was computed, by backpropagation through every step. Memory grows with the steps."""
+    """The exact derivative of the computation, by backpropagation through every step. Memory grows with the steps."""
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
-        """Run with a graph."""
+        """Run the iteration with a graph."""
         result = iterate(max_steps, True)
         return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
 
 
 @dataclass(frozen=True)
 class Truncated(Adjoint):
-    """Backpropagation through the last `k` steps only, as the release does with k = 5 (Shaban et al., 2019).
+    """Backpropagation through the last `k` steps only (Shaban et al., 2019). The release uses k = 5, the default.
 
-    Biased, even at the optimum, unless k steps contract nearly all the way. With `keep="best"` the best of the last k
-    iterates and the one before them is returned: earlier ones have no derivative, and neither has that one if it is best.
+    The gradient is biased, even at the optimum, unless k steps contract nearly all the way. With `keep="best"` the result
+    is the best of the last k iterates and the iterate before them. If that earlier iterate is the best, the result has no derivative.
     """
 
     k: int = 5
 
     def __post_init__(self):
         if self.k < 1:
-            raise SolverError(f"Truncated: k={self.k} differentiates no step; use k ≥ 1, or Detached().")
+            raise SolverError(f"Truncated: k={self.k} differentiates no step. Fix: use k ≥ 1, or Detached().")
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
-        """Run all but k steps without a graph, then k with one."""
+        """Run all but k steps without a graph, then k steps with a graph."""
         tail = min(self.k, max_steps)
         if tail == max_steps:
             return Unrolled().apply(iterate, problem, max_steps)
@@ -108,23 +110,24 @@ class Truncated(Adjoint):
 
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """The derivative of the optimum itself, by the implicit function theorem on the free set.
+    """The derivative of the optimum, by the implicit function theorem on the free set.
 
-    With F the coordinates that the box does not hold, dx_F/dθ = −H_FF⁻¹ ∂∇_F J/∂θ, and dx/dθ = 0 for the held ones. Exact
-    at a strict local optimum, whichever solver found it; independent of x0; constant memory. Far from an optimum it
-    means little: `Solution.gradient_valid` says which rows to trust.
+    The free set F contains the coordinates without an active bound: dx_F/dθ = −H_FF⁻¹ ∂∇_F J/∂θ, and dx/dθ = 0 for the
+    others. The derivative is exact at a strict local optimum, for any solver. It does not depend on x0 and needs constant
+    memory. Far from an optimum it is not meaningful: `Solution.gradient_valid` marks the rows with a trustworthy gradient.
 
-    `linear` says how H is solved with. "dense" factorises it (n batched Hessian-vector products). "cg" spends at most
-    `products` products in the backward pass. "riccati", for a `TrajectoryObjective`, solves the optimality conditions of
-    states and actions by one sweep, in time linear in the horizon, and right for unstable dynamics too. "auto", the
-    default, takes the sweep after `ILQR` and where it costs less, else "dense" up to 48 variables and "cg" beyond.
-    `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this
-    share of its largest, both after scaling the diagonal to 1; default: 1000 roundings (1e-4 in float32, 2e-13 in
-    float64). Other rows are flagged `NOT_A_MINIMUM` or `ILL_CONDITIONED`, and their gradient is bounded: curvatures below
-    1e-4 of the largest are raised to it and negative ones mirrored.
-
-    `order`: how often the solution can be differentiated. A second derivative with `order=1` raises `SolverError`;
-    `order=2` ("dense" only) makes it right, at the price of a Hessian with a graph, so that memory grows n-fold.
+    Args:
+        linear: how to solve with H. "dense" factorises it (n batched Hessian-vector products). "cg" uses at most `products`
+            products in the backward pass. "riccati" solves the optimality conditions of states and actions of a
+            `TrajectoryObjective` by one sweep, in time linear in the horizon, and is accurate for unstable dynamics too. "auto"
+            uses the sweep after `ILQR` and where it costs less, else "dense" up to 48 variables and "cg" for more. Default: "auto".
+        products: the largest number of Hessian-vector products of "cg". Default: 12 with linear="cg", max(n, 48) with "auto".
+        eigenvalue_floor: a row is strictly convex if its smallest curvature is above this share of its largest, both after
+            the diagonal is scaled to 1. Default: 1000 roundings (1e-4 in float32, 2e-13 in float64). Other rows get the status
+            `NOT_A_MINIMUM` or `ILL_CONDITIONED`, and their gradient is bounded: curvatures below 1e-4 of the largest are
+            raised to that value, and negative ones are mirrored.
+        order: how often the solution can be differentiated. A second derivative with `order=1` raises `SolverError`.
+            `order=2` ("dense" only) computes it correctly, with n times the memory, because the Hessian has a graph. Default: 1.
     """
 
     linear: Literal["auto", "dense", "cg", "riccati"] = "auto"
@@ -153,7 +156,7 @@ class Implicit(Adjoint):
         if part is None:
             good = self._derivative(problem, solution, states)
             return good.of(result, choose(usable, good.x, solution))
-        # Rows without a finite solution stay out of the graph: 0 × NaN would reach the shared parameters.
+        # Rows without a finite solution stay out of the graph: 0 × NaN would make the gradients of shared parameters NaN.
         box = problem.box.select(rows, solution)
         states = None if states is None else states[rows]
         good = self._derivative(replace(problem, objective=part, box=box), solution[rows], states)
@@ -187,7 +190,7 @@ class Implicit(Adjoint):
         return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
 
     def _constrained(self, problem: Problem, objective: ConstrainedFunction, solution: Points) -> "_Derivative":
-        """The optimality conditions with the active constraints as equations, by multipliers within the linear system."""
+        """Differentiate the optimality conditions with the active constraints as equations, using multipliers in the linear system."""
         multipliers = objective.multipliers
         assert multipliers is not None
         with torch.no_grad():
@@ -206,7 +209,7 @@ class Implicit(Adjoint):
         return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
 
     def method(self, problem: Problem, x: Points, carried: bool) -> str:
-        """How the linear system is solved: "dense", "cg" or "riccati". `carried`: the solver gave the trajectory's states."""
+        """The method for the linear system: "dense", "cg" or "riccati". `carried`: the solver computed the states of the trajectory."""
         objective, n = problem.objective, x.shape[-1]
         structured = isinstance(objective, TrajectoryObjective) and objective.staged
         if self.linear == "riccati" and not structured:
@@ -226,21 +229,21 @@ class Implicit(Adjoint):
         if self.order == 2:
             return "dense"
         if isinstance(objective, TrajectoryObjective) and objective.staged:
-            # Products with one step's derivatives that the sweep needs, beside the rollouts' that the dense Hessian needs.
+            # Products with the derivatives of one step that the sweep needs, in addition to the rollouts that the dense Hessian needs.
             size = objective.state.shape[-1]
             if carried or 3 * size + 2 * objective.action_dim < n:
                 return "riccati"
         return "dense" if n <= _DENSE else "cg"
 
     def _budget(self, x: Points) -> tuple[int, float]:
-        """Products at most, and the relative residual at which conjugate gradients stop."""
+        """The largest number of products, and the relative residual at which conjugate gradients stop."""
         if self.linear == "cg":
             return 12 if self.products is None else self.products, 10 * torch.finfo(x.dtype).eps
         products = max(x.shape[-1], _DENSE) if self.products is None else self.products
         return products, torch.finfo(x.dtype).eps ** 0.5
 
     def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Rows]:
-        """Which rows are strict minima, (B), and the largest coordinate of H⁻¹∇J, (B), where `apply` did not look."""
+        """Which rows are strict minima, (B), and the largest coordinate of H⁻¹∇J, (B), after an adjoint that did not compute them."""
         if self.method(problem, x, False) != "cg" or self.linear == "cg":
             factor, grad = self.factor(problem, x)
             return factor.convex, factor.solve(grad).abs().amax(-1)
@@ -251,25 +254,25 @@ class Implicit(Adjoint):
         return ~solves.unsolved, step.abs().amax(-1)
 
     def _second_order(self, problem: Problem, x: Points, free: PointFlags) -> Points:
-        """One Newton step N(x, θ) = x − H⁻¹∇J more, with value x. ∂N/∂x is zero at the optimum, so that the missing
-        second derivative of x does not matter, and that of N is the solution's.
+        """One more Newton step N(x, θ) = x − H⁻¹∇J, with value x. ∂N/∂x is zero at the optimum. The missing second derivative
+        of x therefore does not matter, and the second derivative of N is that of the solution.
         """
         _, grad, hessian = problem.with_graph().curvature(x)
         step = factorise(hessian, free, self.eigenvalue_floor, RAISED).solve(grad)
         return x - (step - step.detach())
 
     def factor(self, problem: Problem, x: Points) -> tuple[Factor, Points]:
-        """The factorised free-set Hessian and the gradient at x; says which rows are strict minima."""
+        """The factorised free-set Hessian and the gradient at x. The factor also marks the rows that are strict minima."""
         _, grad, hessian = problem.curvature(x)
         return factorise(hessian, ~problem.box.held(x, grad), self.eigenvalue_floor, RAISED), grad
 
 
 _DENSE = 48
-"""Up to so many variables "auto" factorises the Hessian."""
+"""The largest number of variables for which "auto" factorises the Hessian."""
 
 
 class _Derivative(NamedTuple):
-    """What `_derivative` found, for all rows or for some."""
+    """The result of `_derivative`, for all rows or a subset."""
 
     x: Points
     convex: RowFlags | None
@@ -279,7 +282,7 @@ class _Derivative(NamedTuple):
     solves: InverseProducts | None = None
 
     def spread(self, rows: Tensor, usable: RowFlags) -> "_Derivative":
-        """The same for all rows, of which these are some: the others are no minima."""
+        """Extend the result of a subset of rows to all rows. The other rows are marked as not minima."""
 
         def over(part: Tensor | None, other: float | bool) -> Tensor | None:
             if part is None:
@@ -297,12 +300,12 @@ class _Derivative(NamedTuple):
         )
 
     def of(self, result: Iterates, x: Points) -> Differentiated:
-        """As an adjoint returns it."""
+        """Convert to the result of an adjoint."""
         return Differentiated(x, result, self.convex, self.newton_step, self.singular, self.states, self.solves)
 
 
 class _Once(torch.autograd.Function):
-    """The identity, whose derivative says so when it is asked for a derivative of its own."""
+    """The identity. Its derivative raises an error if it is differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
@@ -312,11 +315,11 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Tensor:
         (grad,) = ctx.saved_tensors
-        # Zero, but reached by every second derivative with respect to what the gradient of the cost depends on.
-        return outputs[0] + _Refused.apply(grad) if torch.is_grad_enabled() else outputs[0]
+        # The result is zero, but connected to every tensor that the gradient of the cost depends on, so any second derivative reaches it.
+        return outputs[0] + _NoSecondDerivative.apply(grad) if torch.is_grad_enabled() else outputs[0]
 
 
-class _Refused(torch.autograd.Function):
+class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
         return torch.zeros_like(grad)
@@ -324,20 +327,20 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Tensor:
         raise SolverError(
-            "the second derivative of a solution was asked for, and Implicit(order=1) has only the first. "
+            "a second derivative of a solution was requested, but Implicit(order=1) supports first derivatives only. "
             "Fix: adjoint=Implicit(order=2), or Unrolled()."
         )
 
 
 def _constraint_jacobian(objective: ConstrainedFunction, x: Points) -> Tensor:
-    """Derivatives (B M n) of the constraints' values (B M)."""
+    """Derivatives (B M n) of the constraint values (B M)."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         return row_jacobian(objective.constraints(point), point).detach()
 
 
 class _ImplicitConstrained(torch.autograd.Function):
-    """Value 0; the derivative with respect to the Lagrangian's gradient and the active constraints' values is −K⁻¹."""
+    """Value 0. The derivative with respect to the gradient of the Lagrangian and the active constraint values is −K⁻¹."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, values: Tensor, factor: Factor, jacobian: Tensor, weight: Rows) -> Tensor:

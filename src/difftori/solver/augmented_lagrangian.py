@@ -1,4 +1,4 @@
-"""Constraints beyond bounds, by the augmented Lagrangian: the rounds that move the multipliers.
+"""Constraints other than bounds, by the augmented Lagrangian: the rounds that update the multipliers.
 
     min_x J(x)   subject to   g(x) ≤ 0,  h(x) = 0
 
@@ -6,8 +6,8 @@ is solved as a sequence of problems without constraints (Hestenes, 1969; Powell,
 
     min_x J(x) + Σ_i (max(0, λ_i + ρ g_i(x))² − λ_i²) / 2ρ + Σ_j (ν_j h_j(x) + ρ h_j(x)² / 2),
 
-with λ ← max(0, λ + ρ g) and ν ← ν + ρ h after each. Any solver takes the steps; rows have multipliers λ, ν and a weight ρ of
-their own, and do not interact.
+with λ ← max(0, λ + ρ g) and ν ← ν + ρ h after each one. Any solver can take the steps. Each row has its own multipliers λ, ν
+and weight ρ; rows do not interact.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,20 @@ from difftori.solver.solution import Solution, Status
 from difftori.types import Points, Rows
 
 Inner = Callable[[Objective, Points, float | None], Solution]
-"""(objective without constraints, start, tolerance) → solution, not differentiated."""
+"""(objective without constraints, start, tolerance) → solution without a graph."""
 
 
 @dataclass(frozen=True)
 class AugmentedLagrangian:
-    """How multipliers are found. `rounds`: solves at most, each with `max_steps` of its own. `weight`: the first ρ, in units
-    that make it independent of the scales of cost and constraints. ρ is multiplied by `growth` where a round did not bring the
-    violation below `progress` × the last. `tolerance`: the largest violation that counts as none, in the constraints'
-    own units; default: 1e-6 in float64 and 1e-4 in float32.
+    """Settings of the augmented Lagrangian.
+
+    Args:
+        rounds: the largest number of solves; each may take `max_steps` steps.
+        weight: the first ρ, in units that make it independent of the scales of cost and constraints.
+        growth: ρ is multiplied by this factor in rows where a round did not reduce the violation enough.
+        progress: the share of the previous violation that a round must reach.
+        tolerance: the largest violation that counts as zero, in the units of the constraints. Default: 1e-6 in float64 and
+            1e-4 in float32.
     """
 
     rounds: int = 20
@@ -47,16 +52,16 @@ class AugmentedLagrangian:
     def __post_init__(self):
         if self.rounds < 1 or self.weight <= 0 or self.growth <= 1 or not 0 < self.progress < 1:
             raise SolverError(
-                f"AugmentedLagrangian: rounds={self.rounds} must be ≥ 1, weight={self.weight} > 0, growth={self.growth} > 1 "
-                f"and progress={self.progress} between 0 and 1."
+                f"AugmentedLagrangian: invalid settings rounds={self.rounds}, weight={self.weight}, growth={self.growth}, "
+                f"progress={self.progress}. Fix: use rounds ≥ 1, weight > 0, growth > 1 and 0 < progress < 1."
             )
 
     def allowed(self, dtype: torch.dtype) -> float:
-        """The largest violation that counts as none."""
+        """The largest violation that counts as zero."""
         return (1e-6 if dtype == torch.float64 else 1e-4) if self.tolerance is None else self.tolerance
 
     def first(self, objective: Constrained, x: Points) -> Multipliers:
-        """Multipliers zero, and weights from the gradients of cost and constraints at x."""
+        """Initial multipliers: zero, with weights from the gradients of cost and constraints at x."""
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             cost = objective.plain.cost(point)
@@ -85,12 +90,12 @@ def solve_constrained(
     multipliers: Multipliers | None,
     tolerance: float,
 ) -> Solution:
-    """Solve, move the multipliers, and solve again, until every row is within the tolerances or the rounds end."""
+    """Solve and update the multipliers until every row is within the tolerances or the rounds are used up."""
     objective = problem.objective
     assert isinstance(objective, Constrained)
     if not isinstance(adjoint, Implicit | Detached):
         raise SolverError(
-            f"solve: {type(adjoint).__name__} cannot differentiate the rounds of multipliers. Fix: Implicit() or Detached()."
+            f"solve: {type(adjoint).__name__} cannot differentiate a solve with constraints. Fix: adjoint=Implicit() or Detached()."
         )
     x = problem.box.project(torch.nan_to_num(x0.detach()))
     with torch.no_grad():
@@ -104,7 +109,7 @@ def solve_constrained(
 
 @dataclass
 class _State:
-    """Where the rounds ended: the last solution, the multipliers that it was solved with, and constraint values there (B M)."""
+    """The state after the rounds: the last solution, the multipliers used to compute it, and its constraint values (B M)."""
 
     solution: Solution
     multipliers: Multipliers
@@ -128,14 +133,14 @@ class _Rounds:
         before = torch.full_like(x[:, 0], torch.inf)
         steps = torch.zeros_like(done, dtype=torch.long)
         for count in range(self.method.rounds):
-            # Early rounds need not be exact, because the multipliers are not.
+            # Early rounds use a loose tolerance, because the multipliers are not exact yet.
             tolerance = self.tolerance if self.warm else max(self.tolerance, 1e-3 * 0.01**count)
             solution = inner(self.objective.with_multipliers(multipliers), x, tolerance)
             x, steps = solution.x, steps + solution.steps
             with torch.no_grad():
                 values = self.objective.constraints(x, solution.differentiated.states)
             following = multipliers.updated(values, self.equality)
-            # How far from feasible and complementary: the multipliers' own move.
+            # The change of the multipliers measures the distance from feasibility and complementarity.
             moved = ((following - multipliers.values).abs() / multipliers.weight[:, None]).amax(-1)
             lost = ~(solution.finite & torch.isfinite(moved))
             slow = moved > self.method.progress * before
@@ -145,19 +150,19 @@ class _Rounds:
             after = Multipliers(torch.where(lost[:, None], multipliers.values, following), weight)
             if bool(done.all()) or count == self.method.rounds - 1:
                 break
-            # Rows that are done keep their multipliers, so that they stay where they are.
-            kept = done[:, None]
-            multipliers = Multipliers(torch.where(kept, multipliers.values, after.values), weight.minimum(heaviest))
+            # Finished rows keep their multipliers, so their solutions do not change.
+            finished = done[:, None]
+            multipliers = Multipliers(torch.where(finished, multipliers.values, after.values), weight.minimum(heaviest))
             before = moved
         return _State(solution, multipliers, after, steps, values, violation(values, self.equality))
 
 
 _HEAVIEST = 1e8
-"""The weight grows to this many times the first: beyond, rounding would hide the cost."""
+"""Upper limit of the weight, as a multiple of the first weight. Above it, rounding would hide the cost."""
 
 
 def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: AugmentedLagrangian) -> Solution:
-    """The solution with its derivative: of the optimality conditions, with the active constraints as equations."""
+    """The solution with its derivative, from the optimality conditions with the active constraints as equations."""
     solution = state.solution
     iterates = Iterates(solution.x.detach(), solution.finite, None, solution.differentiated.states)
     differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
@@ -194,5 +199,5 @@ def _check(multipliers: Multipliers, rows: int, count: int) -> None:
     if multipliers.values.shape != (rows, count) or multipliers.weight.shape != (rows,):
         raise SolverError(
             f"solve: multipliers have values {tuple(multipliers.values.shape)} and weight {tuple(multipliers.weight.shape)}, "
-            f"but there are {rows} rows with {count} constraints. Fix: take them from a solution of the same shape, or None."
+            f"but there are {rows} rows with {count} constraints. Fix: use the multipliers of a solution of the same shape, or None."
         )

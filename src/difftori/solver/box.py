@@ -1,4 +1,4 @@
-"""Bounds on the variables, one pair for each coordinate."""
+"""Bounds on the variables."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +17,17 @@ Bound = float | Tensor
 class Box:
     """The set low ≤ x ≤ high.
 
-    `low` and `high` are numbers, or tensors that broadcast against (B n): (n), (1 n) or (B n). Either may be infinite.
-    Where low equals high the variable is fixed: it keeps that value, has derivative 0, and the others are solved.
+    A variable with low = high is fixed: it has that value and derivative 0, and the other variables are solved.
 
-    `inward` changes the derivative of projecting, and nothing else: exactly, what lies outside has none, so that an unrolled
-    solve whose coordinates are held never learns to leave the bound. With it the gradient of a loss passes where
-    descending it would bring the coordinate inside. A heuristic, like a straight-through estimator, for `Unrolled`.
+    Args:
+        low, high: numbers, or tensors that broadcast against (B n): (n), (1 n) or (B n). Either may be infinite.
+        inward: change the derivative of the projection, and nothing else. The exact derivative outside the box is zero, so
+            training through an unrolled solve cannot move a coordinate off its bound. With `inward=True`, the gradient of a
+            loss passes if descending it would move the coordinate into the box. This is a heuristic for `Unrolled`, similar
+            to a straight-through estimator. Default: False.
 
     Raises:
-        BoxError: where low > high, a bound is NaN, or both are the same infinity; the message names the coordinate.
+        BoxError: low > high, a bound is NaN, or both are the same infinity. The message names the coordinate.
     """
 
     low: Bound = field(default=-1.0)
@@ -40,10 +42,12 @@ class Box:
             empty = ~(low <= high) | ((low == high) & torch.isinf(low))  # also catches NaN
         except RuntimeError as error:
             raise BoxError(
-                f"Box: low has shape {tuple(low.shape)} and high {tuple(high.shape)}, which do not broadcast; "
-                "give both one shape, such as (n)."
+                f"Box: low has shape {tuple(low.shape)} and high has shape {tuple(high.shape)}, which do not broadcast. "
+                "Fix: use the same shape for both, such as (n)."
             ) from error
-        inverted, fixes = torch.stack([empty.any(), (low == high).any()]).tolist()  # one wait for the device
+        inverted, fixes = torch.stack(
+            [empty.any(), (low == high).any()]
+        ).tolist()  # one synchronisation with the device
         object.__setattr__(self, "fixes", fixes)
         if inverted:
             where = tuple(empty.nonzero()[0].tolist())
@@ -51,7 +55,7 @@ class Box:
             raise BoxError(
                 f"Box: no finite number lies between low {low[where].item():g} and high {high[where].item():g}"
                 + (f" at coordinate {where}" if where else "")
-                + ". Fix: give low ≤ high everywhere (low = high fixes a variable)."
+                + ". Fix: use low ≤ high everywhere (low = high fixes a variable)."
             )
 
     def to(self, x: Tensor) -> "Box":
@@ -65,8 +69,8 @@ class Box:
                 fits = False
             if not fits:
                 raise BoxError(
-                    f"Box: {name} has shape {tuple(bound.shape)}, which does not broadcast to x (B n) = {tuple(x.shape)}; "
-                    "give a number or a tensor (n) or (B n)."
+                    f"Box: {name} has shape {tuple(bound.shape)}, which does not broadcast to x (B n) = {tuple(x.shape)}. "
+                    "Fix: use a number or a tensor (n) or (B n)."
                 )
         return _checked(low, high, self)
 
@@ -76,22 +80,22 @@ class Box:
         return _checked(low, high, self)
 
     def project(self, x: PointSets) -> PointSets:
-        """The nearest point of the box, coordinate by coordinate. NaN stays NaN."""
-        if self.fixes:  # first, so that a fixed variable has no derivative
+        """The nearest point of the box, coordinate by coordinate. NaN is unchanged."""
+        if self.fixes:  # first, so a fixed variable has no derivative
             x = torch.where(self.fixed(x), torch.as_tensor(self.low).to(x), x)
         if self.inward:
             return _Inward.apply(x, torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
         return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
 
     def contains(self, x: PointSets, slack: float = 0.0) -> PointSetFlags:
-        """Which coordinates lie inside, up to `slack`."""
+        """Which coordinates lie inside the box, up to `slack`. Default: `slack=0.0`."""
         return (x >= torch.as_tensor(self.low).to(x) - slack) & (x <= torch.as_tensor(self.high).to(x) + slack)
 
     def held(self, x: Points, grad: Points) -> PointFlags:
-        """Which coordinates the box holds: fixed, or on a bound with the descent direction −grad pointing outwards.
+        """Which coordinates are fixed, or have an active bound: on the bound, with the descent direction −grad pointing outwards.
 
-        The other coordinates are the free set, on which a solution is an ordinary stationary point. A coordinate within
-        a few roundings of a bound counts as on it.
+        The other coordinates form the free set, where a solution is an ordinary stationary point. A coordinate within a few
+        roundings of a bound counts as on it.
         """
         low, high = self._edges(x)
         return ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0)) | self.fixed(x)
@@ -101,39 +105,39 @@ class Box:
         return (torch.as_tensor(self.low).to(x) == torch.as_tensor(self.high).to(x)).expand_as(x)
 
     def _edges(self, x: Points) -> tuple[Tensor, Tensor]:
-        """From where on a coordinate counts as on its lower or upper bound."""
+        """The values from which a coordinate counts as on its lower or upper bound."""
         return _edges(torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
 
     def projected_gradient(self, x: Points, grad: Points) -> Points:
-        """The move x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
-        # Written as a clamp of the gradient: where |x| is large the difference above would round a small one to nothing.
+        """The difference x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
+        # Computed as a clamp of the gradient: if |x| is large, the difference above would round a small gradient to zero.
         low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
         return torch.minimum(torch.maximum(grad, x - high), x - low)
 
     def stationarity(self, x: Points, grad: Points) -> Rows:
-        """Largest coordinate of the gradient that no bound holds, per row: zero exactly at a first-order point.
+        """The largest gradient coordinate without an active bound, per row: zero exactly at a first-order point.
 
-        Unlike the projected gradient it is not cut at the width of the box, so it grows in proportion with the cost.
+        Unlike the projected gradient it is not limited by the width of the box, so it is proportional to the scale of the cost.
         """
         low, high = self._edges(x)
         pull = torch.where(x <= low, grad.clamp_max(0), grad)
         return torch.linalg.vector_norm(torch.where(x >= high, pull.clamp_min(0), pull), float("inf"), -1)
 
     def narrowest(self, x: Points, unbounded: float) -> Rows:
-        """The narrowest range of each row's variables, (B). An open range counts as `unbounded`, a fixed variable not at all."""
+        """The narrowest range of each row's variables, (B). An open range counts as `unbounded`; fixed variables do not count."""
         width = self.width(x)
         width = torch.where(torch.isfinite(width), width, unbounded)
         narrowest = torch.where(self.fixed(x), float("inf"), width).amin(-1)
         return torch.where(torch.isfinite(narrowest), narrowest, unbounded)
 
     def width(self, x: Points) -> Points:
-        """The range high − low, broadcast to x; infinite where a side is open."""
+        """The range high − low, broadcast to x. Infinite if a side is open."""
         low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
         return (high - low).expand_as(x)
 
 
 class _Inward(torch.autograd.Function):
-    """Clamping whose backward pass lets through what would lead inside."""
+    """Clamping whose backward pass keeps the gradients that lead into the box."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -149,13 +153,13 @@ class _Inward(torch.autograd.Function):
 
 def _edges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     slack = 4 * torch.finfo(low.dtype).eps
-    # An infinite bound becomes NaN here, and nothing is on it.
+    # An infinite bound becomes NaN here, so no coordinate is on it.
     return low + slack * low.abs(), high - slack * high.abs()
 
 
 @dataclass(frozen=True)
 class _Bounds(Box):
-    """A box that has been checked already: tensor bounds, nothing to check again (and nothing to wait for on a GPU)."""
+    """A box with tensor bounds that are already checked. It checks nothing and does not synchronise with a GPU."""
 
     def __post_init__(self):
         pass

@@ -1,4 +1,4 @@
-"""Compare a solution's gradient with finite differences, for a user's own objective."""
+"""Compare the gradient of a solution with finite differences, for your own objective."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from difftori.types import Points
 @dataclass(frozen=True)
 class GradientCheck:
     """Directional derivatives of one random linear functional of the solution: `analytic` and `numeric`, one for each
-    direction tried. `cosine` and `relative_error` compare the two lists; `ok` is relative_error ≤ the tolerance asked for.
+    direction. `cosine` and `relative_error` compare the two lists; `ok` is true if relative_error ≤ tolerance.
     """
 
     analytic: tuple[float, ...]
@@ -42,18 +42,19 @@ def check_gradients(
     tolerance: float = 1e-2,
     seed: int = 0,
 ) -> GradientCheck:
-    """Central differences against an adjoint, in random directions of the parameters that the objective uses.
+    """Compare an adjoint with central differences, in random directions of the parameters that the objective uses.
 
     Each direction moves every parameter at once by ±ε and solves again from x0. Use float64: in float32 the differences
-    themselves are good to a few per cent only.
+    themselves are accurate to a few per cent only.
 
     Args:
         objective, x0, solver, adjoint, box, max_steps: as for `solve`.
-        parameters: leaf tensors to differentiate with respect to; found in the objective's graph unless given.
-        directions: how many random directions.
-        epsilon: step of the differences, relative to each parameter's root mean square; 1e-5 in float64, 1e-2 in float32.
-        tolerance: the relative error that still counts as agreement.
-        seed: of the random functional and directions.
+        parameters: leaf tensors to differentiate with respect to. Default: all leaves in the graph of the objective.
+        directions: number of random directions.
+        epsilon: step of the differences, relative to the root mean square of each parameter. Default: 1e-5 in float64,
+            1e-2 in float32.
+        tolerance: the largest relative error that counts as agreement.
+        seed: seed of the random functional and directions.
 
     Raises:
         ObjectiveError: no parameter that requires a gradient was given or found.
@@ -62,8 +63,8 @@ def check_gradients(
     leaves = list(parameters) if parameters is not None else _leaves(objective.cost(x0))
     if not leaves:
         raise ObjectiveError(
-            "check_gradients: the objective uses no leaf tensor that requires a gradient; call .requires_grad_() on what "
-            "you want to differentiate with respect to, or name it in parameters=."
+            "check_gradients: the objective uses no leaf tensor that requires a gradient. Fix: call .requires_grad_() on the "
+            "tensors to differentiate with respect to, or pass them as parameters=."
         )
     generator = torch.Generator().manual_seed(seed)
     weights = _noise(x0, generator)
@@ -97,14 +98,14 @@ def _compare(analytic: list[float], numeric: list[float], tolerance: float) -> G
 
 
 def _shifted(functional: Callable[[], Tensor], leaves: list[Tensor], moves: list[Tensor], sign: float) -> float:
-    """The functional's value with every leaf moved; the leaves are put back bit for bit."""
-    kept = [leaf.detach().clone() for leaf in leaves]
+    """The value of the functional with every leaf moved. Afterwards the leaves are restored bit for bit."""
+    saved = [leaf.detach().clone() for leaf in leaves]
     try:
         for leaf, move in zip(leaves, moves, strict=True):
             leaf.add_(sign * move)
         return float(functional())
     finally:
-        for leaf, old in zip(leaves, kept, strict=True):
+        for leaf, old in zip(leaves, saved, strict=True):
             leaf.copy_(old)
 
 

@@ -1,4 +1,4 @@
-"""What `solve` is given, checked before anything is computed with it. Each message names the value and the fix."""
+"""Checks of the arguments of `solve`, before any computation. Each message names the value and the fix."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from difftori.solver.objective import Objective, TrajectoryObjective
 
 
 def check_start(x0: Tensor) -> None:
-    """A start that can be solved from: a float32 or float64 tensor (B n)."""
+    """Check that x0 is a float32 or float64 tensor (B n)."""
     if not isinstance(x0, Tensor):
         raise ShapeError(
-            f"solve: x0 is a {type(x0).__name__}; it must be a tensor. Fix: torch.as_tensor(x0), and write the cost with "
+            f"solve: x0 is a {type(x0).__name__}, not a tensor. Fix: torch.as_tensor(x0), and write the cost with "
             "torch functions."
         )
     if x0.dtype not in (torch.float32, torch.float64):
@@ -24,7 +24,7 @@ def check_start(x0: Tensor) -> None:
         )
     if x0.dim() != 2 or x0.shape[1] == 0:
         raise ShapeError(
-            f"solve: x0 has shape {tuple(x0.shape)}; give (B n), B independent problems of n ≥ 1 variables "
+            f"solve: x0 has shape {tuple(x0.shape)}, not (B n). Fix: pass B independent problems of n ≥ 1 variables "
             "(one problem: x0[None])."
         )
 
@@ -32,40 +32,40 @@ def check_start(x0: Tensor) -> None:
 def check_settings(
     solver: Solver, objective: Objective, x0: Tensor, max_steps: int, tolerance: float | None, keep: str, compile: bool
 ) -> None:
-    """Settings that are in range and fit the solver and the objective."""
+    """Check that the settings are in range and fit the solver and the objective."""
     if max_steps < 0:
-        raise SolverError(f"solve: max_steps={max_steps} must be 0 or more.")
+        raise SolverError(f"solve: max_steps={max_steps} is negative. Fix: use 0 or more.")
     if tolerance is not None and not tolerance >= 0:
-        raise SolverError(f"solve: tolerance={tolerance} must be 0 or more.")
+        raise SolverError(f"solve: tolerance={tolerance} is negative. Fix: use 0 or more.")
     if keep not in ("best", "last"):
-        raise SolverError(f'solve: keep={keep!r} is unknown; use "best" or "last".')
+        raise SolverError(f'solve: keep={keep!r} is unknown. Fix: use "best" or "last".')
     if compile and not solver.compilable(objective):
         raise SolverError(
-            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled: it decides by the numbers "
-            "within a step. Fix: compile=False, or another solver, such as ProjectedGradient()."
+            f"solve: {type(solver).__name__} on a {type(objective).__name__} cannot be compiled, because a step branches on "
+            "values. Fix: compile=False, or another solver, such as ProjectedGradient()."
         )
     if isinstance(objective, TrajectoryObjective) and objective.state.device != x0.device:
         raise ObjectiveError(
-            f"solve: the objective's state is on {objective.state.device} and x0 on {x0.device}. "
+            f"solve: the objective's state is on {objective.state.device} and x0 is on {x0.device}. "
             "Fix: move one of them, for example x0.to(state.device)."
         )
 
 
 def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
-    """The box with bounds shaped for x0; candidates and the start fit."""
+    """The box with bounds shaped for x0. Checks that candidates and x0 fit."""
     if candidates is not None and not isinstance(candidates, Tensor):
         raise ShapeError(
-            f"solve: candidates are a {type(candidates).__name__}; they must be a tensor (K B n). "
+            f"solve: candidates are a {type(candidates).__name__}, not a tensor (K B n). "
             "Fix: torch.as_tensor(candidates).to(x0)."
         )
     if candidates is not None and candidates.shape[1:] != x0.shape:
         raise ShapeError(
-            f"solve: candidates have shape {tuple(candidates.shape)}; give (K B n) with (B n) = {tuple(x0.shape)}."
+            f"solve: candidates have shape {tuple(candidates.shape)}. Fix: use (K B n) with (B n) = {tuple(x0.shape)}."
         )
     if candidates is not None and (candidates.dtype, candidates.device) != (x0.dtype, x0.device):
         raise ShapeError(
-            f"solve: candidates are {candidates.dtype} and x0 is {x0.dtype}, on {candidates.device} and {x0.device}; "
-            "convert one: candidates.to(x0)."
+            f"solve: candidates are {candidates.dtype} on {candidates.device}, but x0 is {x0.dtype} on {x0.device}. "
+            "Fix: candidates.to(x0)."
         )
     bounds = (UNBOUNDED if box is None else box).to(x0)
     slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
@@ -73,7 +73,7 @@ def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
     if bool(outside.any()):
         row, column = outside.nonzero()[0].tolist()
         raise BoxError(
-            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box; "
-            "start inside it, for example from box.project(x0)."
+            f"solve: x0[{row}, {column}] = {x0[row, column].item():g} lies outside the box. "
+            "Fix: start inside it, for example from box.project(x0)."
         )
     return bounds

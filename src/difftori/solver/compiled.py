@@ -1,10 +1,10 @@
-"""torch.compile for solves and updates of fixed shape: opt-in. Every iterate equals the eager one up to rounding.
+"""torch.compile for solves and updates of fixed shape (opt-in). Every iterate equals the eager one up to rounding.
 
-Of a solve, five pieces are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the
-dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py). Of trajectories: rollouts,
-derivatives along them, and sweeps (rollout.py, lq.py, kkt.py).
-What decides between rows (convergence, failure, factorisation) stays eager, where it may look at the numbers: after each chunk.
-Of an agent's update, its losses are (agents/tdmpc.py, agents/difftori.py).
+Five parts of a solve are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the
+dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py). For trajectories these are
+the rollouts, the derivatives along them, and the sweeps (rollout.py, lq.py, kkt.py). For an agent's update these are the
+losses (agents/tdmpc.py, agents/difftori.py).
+Decisions that depend on values (convergence, failure, factorisation) stay eager and are made after each chunk.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from difftori.errors import SolverError
 
 
 def loop(body: Callable, carry: tuple[Tensor, ...], steps: tuple[Tensor, ...]):
-    """carry, out = body(carry, (step[i] for step in steps)) for i = 0, 1, …: the last carry, and the outs stacked.
+    """Run carry, out = body(carry, (step[i] for step in steps)) for i = 0, 1, …; return the last carry and the stacked outs.
 
-    Eager, a Python loop. Compiled, one loop around one compiled body, so that the time to compile does not grow with
-    the number of steps.
+    Eager: a Python loop. Compiled: one loop around one compiled body, so the compile time does not grow with the number
+    of steps.
     """
     if torch.compiler.is_compiling():
         from torch._higher_order_ops.scan import scan
@@ -39,7 +39,7 @@ def loop(body: Callable, carry: tuple[Tensor, ...], steps: tuple[Tensor, ...]):
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The same numbers in the usual layout, dimensions of one element included: another layout is compiled anew."""
+    """The same values in the standard memory layout, including dimensions of one element. Other layouts would be recompiled."""
     tensor, strides, step = tensor.contiguous(), [], 1
     for size in reversed(tensor.shape):
         strides.append(step)
@@ -48,28 +48,28 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _apart(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies in one memory layout: what a scan carries must keep its layout, and may not share memory with its input."""
+    """Copies in one memory layout: the carry of a scan must keep its layout and must not share memory with its input."""
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
 
 
-# Every new shape, solver and kind of objective is one compilation of the same code; torch's default allows 8.
+# Every new shape, solver and type of objective compiles the same code again; the default of torch allows 8.
 _COMPILATIONS = 256
 
 
 @cache
 def _compile(function: Callable, lean: bool) -> Callable:
-    # A C++ wrapper spares a loop of small kernels most of its time; where kernels are large it only compiles longer.
+    # A C++ wrapper saves most of the time of a loop of small kernels. With large kernels it only compiles longer.
     options: dict = {"cpp_wrapper": True} if lean else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
 
 def compiled_call(function: Callable, *arguments, lean: bool = False):
-    """function(*arguments), compiled for these shapes at the first such call. `lean`: many small kernels, on a CPU.
+    """Call function(*arguments), compiled at the first call with these shapes. `lean`: many small kernels on a CPU; default: False.
 
     Raises:
         SolverError: torch.compile cannot trace the solver or the objective.
     """
-    from torch._dynamo.exc import (  # takes a second; not before it is needed
+    from torch._dynamo.exc import (  # imported here because it takes a second
         FailOnRecompileLimitHit,
         TorchDynamoException,
     )
@@ -82,17 +82,17 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
             return _compile(function, lean)(*(tree_map_only(Tensor, _plain, arguments) if lean else arguments))
     except FailOnRecompileLimitHit as error:
         raise SolverError(
-            f"compile=True: more than {_COMPILATIONS} shapes, each compiled anew; keep the number of rows fixed, or go without it"
+            f"compile=True: more than {_COMPILATIONS} shapes, each compiled separately. Fix: keep the number of rows fixed, or use compile=False."
         ) from error
     except TorchDynamoException as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SolverError(
-            f"compile=True: torch.compile cannot trace this ({reason}). Go without it, or take another solver: "
-            "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
-            "If it is none of these, look for .item() or the like in the cost or loss."
+            f"compile=True: torch.compile cannot trace this code ({reason}). Fix: use compile=False, or another solver: "
+            "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals branch on values within a step. "
+            "With any other solver, remove .item() and similar calls from the cost or loss."
         ) from error
 
 
 def maybe_compiled(compile: bool, function: Callable, *arguments):
-    """function(*arguments), compiled or not."""
+    """Call function(*arguments), compiled or eager."""
     return compiled_call(function, *arguments) if compile else function(*arguments)

@@ -1,4 +1,4 @@
-"""Objectives with constraints beyond bounds: their cost is the augmented Lagrangian at given multipliers (see augmented_lagrangian.py)."""
+"""Objectives with constraints other than bounds. Their cost is the augmented Lagrangian at given multipliers (see augmented_lagrangian.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,23 +15,23 @@ Found = TypeVar("Found")
 
 
 class Multipliers(NamedTuple):
-    """Where the rounds stand: `values` (B M), one multiplier for each constraint, and the `weight` ρ (B)."""
+    """The multipliers: `values` (B M), one for each constraint, and the `weight` ρ (B)."""
 
     values: Tensor
     weight: Rows
 
     def select(self, rows: RowSelection) -> "Multipliers":
-        """Those of some rows."""
+        """The multipliers of some rows."""
         return Multipliers(self.values[rows], self.weight[rows])
 
     def updated(self, constraints: Tensor, equality: Tensor) -> Tensor:
-        """max(0, λ + ρ g) and ν + ρ h at constraint values (B M); `equality` (M) tells which is which."""
+        """max(0, λ + ρ g) and ν + ρ h at constraint values (B M). `equality` (M) marks the equations."""
         moved = self.values + self.weight[:, None] * constraints
         return torch.where(equality, moved, moved.clamp_min(0))
 
 
 class Constrained(ABC):
-    """What an objective with constraints offers beside its (augmented) cost."""
+    """Interface of an objective with constraints, in addition to its (augmented) cost."""
 
     multipliers: Multipliers | None
 
@@ -42,7 +42,7 @@ class Constrained(ABC):
 
     @abstractmethod
     def constraints(self, x: Points, states: Tensor | None) -> Tensor:
-        """All constraint values at x, (B M). `states` (B H+1 S), where they are known."""
+        """All constraint values at x, (B M). `states` (B H+1 S): the states of the trajectory, or None to compute them."""
 
     @abstractmethod
     def equality(self, x: Points) -> Tensor:
@@ -54,11 +54,11 @@ class Constrained(ABC):
 
     @abstractmethod
     def with_multipliers(self, multipliers: Multipliers) -> "Objective":
-        """The same with other multipliers."""
+        """The same objective with other multipliers."""
 
 
 class ConstrainedFunction(Objective, Constrained):
-    """Any objective with constraints on x: `inequality` g: (B n) → (B m), ≤ 0, and `equality_of` h: (B n) → (B p), = 0."""
+    """An objective with constraints on x: `inequality` g(x) ≤ 0, (B n) → (B m), and `equality_of` h(x) = 0, (B n) → (B p)."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ConstrainedFunction(Objective, Constrained):
         return self.inner
 
     def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
-        """Inequalities, then equations, (B m+p)."""
+        """Values of the inequalities, then of the equations, (B m+p)."""
         parts = []
         for name, function in (("inequality", self.inequality), ("equality", self.equality_of)):
             if function is not None:
@@ -83,7 +83,7 @@ class ConstrainedFunction(Objective, Constrained):
         return torch.cat(parts, -1)
 
     def equality(self, x: Points) -> Tensor:
-        """Inequalities come first."""
+        """Which constraints are equations. Inequalities come first."""
         with torch.no_grad():
             counts = [0 if f is None else f(x).shape[-1] for f in (self.inequality, self.equality_of)]
         return torch.arange(sum(counts), device=x.device) >= counts[0]
@@ -105,21 +105,22 @@ class ConstrainedFunction(Objective, Constrained):
         return FunctionObjective(lambda x: self.inner.cost(x) + (weights * self.constraints(x)).sum(-1))
 
     def with_multipliers(self, multipliers: Multipliers) -> "ConstrainedFunction":
-        """The same with other multipliers."""
+        """The same objective with other multipliers."""
         return ConstrainedFunction(self.inner, self.inequality, self.equality_of, multipliers)
 
     def select(self, rows: RowSelection) -> None:
-        """It cannot be split: the constraints may close over something of each row."""
+        """None: the objective cannot be split, because the constraints may close over per-row data."""
 
 
 StageConstraint = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(state (B S), action (B A), t) → (B m), ≤ 0."""
+"""(state (B S), action (B A), t) → (B m), must be ≤ 0."""
 
 
 class ConstrainedTrajectory(TrajectoryObjective, Constrained):
-    """A trajectory objective with `stage` constraints g(s_t, a_t, t) ≤ 0 (B m) for t < H and `terminal` ones of s_H (B k).
+    """A trajectory objective with constraints.
 
-    `linear`: the cost is the Lagrangian J + λ·g, without the augmentation.
+    `stage`: g(s_t, a_t, t) ≤ 0, (B m), for t < H. `terminal`: constraints on s_H, (B k). `linear`: the cost is the
+    Lagrangian J + λ·g without the augmentation; default: False.
     """
 
     def __init__(
@@ -141,11 +142,11 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return self.inner
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """The inner objective's."""
+        """The next state of the inner objective."""
         return self.inner.next(state, action, t)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """The augmented cost of a step; constraints are not discounted."""
+        """The augmented cost of a step. Constraints are not discounted."""
         cost = self.inner.stage_cost(state, action, t)
         if self.stage is None:
             return cost
@@ -166,7 +167,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return cost + self._added(values, last) * self.discount ** (-self.horizon)
 
     def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
-        """Stage by stage, then the terminal ones, (B H·m+k)."""
+        """Values of the stage constraints, step by step, then of the terminal constraints, (B H·m+k)."""
         states = self.inner.rollout(x) if states is None else states
         plan, parts = self.plan(x), []
         if (stage := self.stage) is not None:
@@ -177,12 +178,12 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return torch.cat(parts, -1)
 
     def equality(self, x: Points) -> Tensor:
-        """None of them."""
+        """False for every constraint: there are no equations."""
         with torch.no_grad():
             return torch.zeros_like(self.constraints(x)[0], dtype=torch.bool)
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values (B H·m+k) as those of the stages (B H m) and the terminal ones (B k)."""
+        """Split values (B H·m+k) into those of the stages (B H m) and the terminal ones (B k)."""
         if self.stage is None:
             return values.new_zeros(len(values), self.horizon, 0), values
         if self.terminal is None:
@@ -200,7 +201,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return self.multipliers
 
     def with_multipliers(self, multipliers: Multipliers) -> "ConstrainedTrajectory":
-        """The same with other multipliers."""
+        """The same objective with other multipliers."""
         return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers, self.linear)
 
     def lagrangian(self, weights: Tensor) -> TrajectoryObjective:
@@ -209,13 +210,13 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return ConstrainedTrajectory(self.inner, self.stage, self.terminal, multipliers, linear=True)
 
     def shifted(self, multipliers: Multipliers) -> Multipliers:
-        """Multipliers of the plan one step later, those of the last step repeated."""
+        """The multipliers for the plan shifted by one step. The last step is repeated."""
         stage, terminal = self.split(multipliers.values)
         stage = torch.cat([stage[:, 1:], stage[:, -1:]], 1)
         return Multipliers(torch.cat([stage.flatten(1), terminal], 1), multipliers.weight)
 
     def select(self, rows: RowSelection) -> "Objective | None":
-        """Some rows, where the inner objective can be split."""
+        """The objective on some rows, or None if the inner objective cannot be split."""
         inner = self.inner.select(rows)
         if not isinstance(inner, TrajectoryObjective):
             return None
@@ -239,22 +240,22 @@ def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[0] != like.shape[0]:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ObjectiveError(
-            f"{name}: returned {shape} for {like.shape[0]} rows; it must return (B m), m values per row that are to be ≤ 0 "
+            f"{name}: returned {shape} for {like.shape[0]} rows, but must return (B m): m values per row, each ≤ 0 "
             f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
         )
     return values
 
 
 STIFFER = 1e3
-"""How many times heavier active constraints become in the linear system of a derivative, so that few rounds keep them."""
+"""Factor by which the weight of active constraints is increased in the linear system of a derivative, so that few rounds suffice."""
 
 
 def keep_active(
     solve: Callable[[Tensor], Found], broken: Callable[[Found], Tensor], multipliers: Tensor, weight: Rows
 ) -> tuple[Found, Tensor]:
-    """Solve K d = v with J d = 0 for active constraints, by six rounds of multipliers y (B M): d and y.
+    """Solve K d = v with J d = 0 for active constraints, by six rounds of multipliers y (B M). Returns d and y.
 
-    `solve` gives K⁻¹(v − Jᵀy), and `broken` J d (B M). K already holds the constraints with `weight` (B).
+    `solve` computes K⁻¹(v − Jᵀy), and `broken` computes J d (B M). K already contains the constraints with `weight` (B).
     """
     found = solve(multipliers)
     for _ in range(6):

@@ -1,8 +1,8 @@
 """First and second derivatives of an objective, row by row.
 
-Everything is reverse mode over reverse mode: reverse-over-forward (a gradient of a jvp) is silently wrong through
-torch's `layer_norm`.
-Under `torch.compile` the same quantities come from `torch.func`, which the compiler can trace.
+All second derivatives use reverse mode over reverse mode, because reverse over forward mode (a gradient of a jvp) is
+silently wrong through torch's `layer_norm`.
+Under `torch.compile` the same quantities are computed by `torch.func`, which the compiler can trace.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from difftori.types import Hessians, Points, Rows
 def value_and_grad(objective: Objective, x: Points, create_graph: bool = False) -> tuple[Rows, Points]:
     """Cost and its gradient, in one forward and one backward pass.
 
-    With `create_graph` both are differentiable in x and in all that the objective closes over; without it neither is.
+    With `create_graph=True` both can be differentiated with respect to x and every tensor that the objective closes over;
+    with False (the default) both are detached.
     """
     if torch.compiler.is_compiling():
         cost, grad = _functional_value_and_grad(objective, x)
@@ -32,7 +33,7 @@ def value_and_grad(objective: Objective, x: Points, create_graph: bool = False) 
 
 
 def checked_cost(objective: Objective, x: Points) -> Rows:
-    """The cost, after a check that it is one number per row, in the precision of x.
+    """The cost, after checking that it is one number per row in the precision of x.
 
     Raises:
         ObjectiveError: the cost has another shape than (B), or another dtype than x.
@@ -41,33 +42,33 @@ def checked_cost(objective: Objective, x: Points) -> Rows:
 
 
 def check_cost(cost: Any, x: Points) -> Rows:
-    """What an objective returned for x, if it is a cost."""
+    """Check that the return value of an objective is a cost for x, and return it."""
     if not isinstance(cost, Tensor):
         raise ObjectiveError(
-            f"the objective returned a {type(cost).__name__}; it must return a tensor of shape ({x.shape[0]},), one cost per "
-            "row, computed by torch functions: numpy leaves no gradient."
+            f"the objective returned a {type(cost).__name__}, not a tensor of shape ({x.shape[0]},) with one cost per row. "
+            "Fix: compute the cost with torch functions; numpy has no gradients."
         )
     if cost.shape != x.shape[:1]:
         raise ObjectiveError(
-            f"the objective returned {tuple(cost.shape)} for x {tuple(x.shape)}; it must return one cost per row, shape ({x.shape[0]},). "
-            "Sum over the variables, not over the rows: for example `.sum(-1)`."
+            f"the objective returned shape {tuple(cost.shape)} for x {tuple(x.shape)}, not one cost per row, ({x.shape[0]},). "
+            "Fix: sum over the variables, not over the rows: for example `.sum(-1)`."
         )
     if cost.dtype != x.dtype:
         raise ObjectiveError(
-            f"the objective returned {cost.dtype} for x in {x.dtype}: the solve would run in a mixture of both. Bring x0 "
-            f"and all that the objective uses to one of them, for example x0.to({cost.dtype})."
+            f"the objective returned {cost.dtype} for x in {x.dtype}, which would mix precisions. Fix: convert x0 and all "
+            f"tensors of the objective to one dtype, for example x0.to({cost.dtype})."
         )
     if cost.device != x.device:
         raise ObjectiveError(
-            f"the objective returned a cost on {cost.device} for x on {x.device}. Fix: move x0, or what the objective uses."
+            f"the objective returned a cost on {cost.device} for x on {x.device}. Fix: move x0, or the tensors of the objective."
         )
     return cost
 
 
 def _gradient(cost: Rows, x: Points, create_graph: bool) -> Points:
     message = (
-        "the cost does not depend on x: nothing to optimise. Compute it from the tensor that the objective is given, "
-        "without .detach(), .item(), .numpy(), torch.no_grad() or rounding in between."
+        "the cost does not depend on x, so there is nothing to optimise. Fix: compute it from the argument of the objective, "
+        "without .detach(), .item(), .numpy(), torch.no_grad() or rounding."
     )
     if not cost.requires_grad:
         raise ObjectiveError(message)
@@ -87,19 +88,19 @@ def _functional_value_and_grad(objective: Objective, x: Points) -> tuple[Rows, P
 
 
 def pullback(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The function's value, and v ↦ vᵀ ∂function/∂at. Can be nested, vmapped and compiled."""
+    """The value of the function, and v ↦ vᵀ ∂function/∂at. It can be nested, vmapped and compiled."""
     value, pull = cast(Any, torch.func.vjp(function, at))
     return value, lambda v: pull(v)[0]
 
 
 def unit_vectors(like: Tensor, size: int) -> Tensor:
-    """A basis for every row, (size B size): one pullback of each gives every row's Jacobian."""
+    """The unit vectors for every row, (size B size): one pullback of each gives the Jacobian of every row."""
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     return eye[:, None].expand(size, like.shape[0], size)
 
 
 def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
-    """The derivative d y[…, p] / d x[…, q] for outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
+    """The derivative d y[…, p] / d x[…, q] of outputs y (… p) that depend on x (… q) row by row: (… p q), by p batched products."""
     p = y.shape[-1]
     basis = torch.eye(p, dtype=y.dtype, device=y.device).view(p, *(1,) * (y.dim() - 1), p).expand(p, *y.shape)
     if not y.requires_grad:
@@ -111,7 +112,7 @@ def row_jacobian(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
 
 
 def value_grad_hessian(objective: Objective, x: Points, create_graph: bool = False) -> tuple[Rows, Points, Hessians]:
-    """Cost, gradient and dense Hessian per row; the Hessian costs n Hessian-vector products, batched into one."""
+    """Cost, gradient and dense Hessian per row. The Hessian costs n Hessian-vector products, batched into one call."""
     if torch.compiler.is_compiling():
         return _functional_value_grad_hessian(objective, x)
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Projected gradient descent with one step length for all, which may be learned."""
+"""Projected gradient descent with one step length for all rows, which may be learned."""
 
 from dataclasses import dataclass, field
 
@@ -13,29 +13,30 @@ from difftori.types import Points
 
 @dataclass(frozen=True)
 class GradientDescent(Solver):
-    """x ← P(x − α∇J), every step taken.
+    """x ← P(x − α∇J). Every step is taken.
 
-    `step_size` α is a number, or a tensor with one element: unrolled, its gradient is that of a learned step length.
-    α is in units of x² per cost: a cost multiplied by s needs α/s. Smooth in all that it uses, where a line search or a spectral step jumps.
+    `step_size` α is a number or a tensor with one element, in units of x² per cost: multiply a cost by s and divide α by s.
+    Default: 0.1. With `Unrolled`, a tensor receives a gradient, so the step length can be learned. The result is smooth in
+    its inputs, without the jumps of a line search or a spectral step.
     """
 
     step_size: float | Tensor = field(default=0.1, compare=False)
 
     def __post_init__(self):
         if isinstance(self.step_size, float) and not self.step_size > 0:
-            raise SolverError(f"GradientDescent: step_size={self.step_size} must be > 0.")
+            raise SolverError(f"GradientDescent: step_size={self.step_size} is not positive. Fix: use step_size > 0.")
         if isinstance(self.step_size, Tensor) and self.step_size.numel() != 1:
             raise SolverError(
-                f"GradientDescent: step_size has shape {tuple(self.step_size.shape)}; give one number for all rows."
+                f"GradientDescent: step_size has shape {tuple(self.step_size.shape)}. Fix: use one number for all rows."
             )
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Evaluate."""
+        """Evaluate cost and gradient."""
         cost, grad = problem.evaluate(x)
         return State(cost, grad)
 
     def compilable(self, objective: Objective) -> bool:
-        """Always."""
+        """True for every objective."""
         return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:

@@ -1,4 +1,4 @@
-"""Box-constrained iLQR (differential dynamic programming) for objectives with a trajectory's structure."""
+"""Box-constrained iLQR (differential dynamic programming) for trajectory objectives."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -16,27 +16,29 @@ from difftori.types import Plans, Points, RowFlags, Rows
 
 @dataclass(frozen=True)
 class ILQR(Solver):
-    """One backward Riccati sweep and one line-searched closed-loop rollout a step, all rows at once.
+    """Each step is one backward Riccati sweep and one closed-loop rollout with line search, for all rows at once.
 
-    Iterative LQR (Tassa, Mansard and Todorov, 2014, "Control-limited differential dynamic programming"). Bounds are kept by
-    a small quadratic programme at each time step; the feedback acts on the actions that no bound holds.
+    Iterative LQR (Tassa, Mansard and Todorov, 2014, "Control-limited differential dynamic programming"). Bounds are enforced
+    by a small quadratic programme at each time step. The feedback acts on the actions without an active bound.
 
-    Far from an optimum the model has the costs' Hessians alone, made convex (eigenvalues below `floor` × the row's largest
-    curvature are raised to it), so that a step always descends. With `second_order`, a row that has taken a whole step tries
-    exact curvatures next: the dynamics' second derivatives are added, weighted by the costates, and nothing is raised. If the
-    sweep finds that problem convex it is used, so that convergence is quadratic; if not, the row goes on as before.
-    Without, convergence is linear.
+    Args:
+        lengths: the step lengths of the line search. A step takes the first one whose cost falls by at least `armijo` of the
+            predicted decrease; if there is none, it takes the best one that lowers the cost. The cost therefore never rises.
+        second_order: use exact curvatures near an optimum. Far from it, the model has the Hessians of the costs only, made
+            convex (see `floor`), so that every step descends. After a row has taken a full step, it tries exact curvatures
+            next: the second derivatives of the dynamics, weighted by the costates, are added, and nothing is raised. If the
+            sweep finds this problem convex, it is used and convergence is quadratic; otherwise the row continues without
+            them. False: convergence is linear. Default: True.
+        hold: the first step also tries the rollout under the feedback that would hold the first state, and takes it in rows
+            where it costs less than the result of the line search. This balances unstable systems that can be balanced.
+            Without it, the rollout of a first guess falls over and leads to an optimum that swings around. Default: True.
+        armijo: the share of the predicted decrease that a step must reach.
+        damping: if no length lowers the cost, the curvature of each action is raised by this share, then by 10 times as much
+            after each further failure. It decreases again after an accepted step.
+        floor: eigenvalues below this multiple of the row's largest curvature are raised to it.
 
-    With `hold` the first step also tries the rollout under the feedback that would hold the first state, and takes it in rows
-    where it costs less than what the line search found: an unstable system that can be balanced is balanced, where the
-    rollout of a first guess falls over and leads to an optimum that swings around.
-
-    A step takes the first of `lengths` whose cost falls by at least `armijo` of what the model predicts, and otherwise the best
-    one if it falls at all, so the cost never rises. After a step of which no length lowers the cost, the curvature of each
-    action is raised by a share: `damping` first, ×10 each time, and less again after an accepted step.
-
-    The states belong to the solution: the closed-loop rollout is kept as it was computed, so that unstable dynamics, whose
-    open-loop rollout would amplify the last bit of an action, are solved too.
+    The solution includes the states: it stores the closed-loop rollout as computed. Unstable dynamics, whose open-loop rollout
+    would amplify the rounding error of an action, can therefore be solved too.
     """
 
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0078125, 0.001)
@@ -48,7 +50,7 @@ class ILQR(Solver):
     traced_whole: ClassVar[bool] = False
 
     def compilable(self, objective: Objective) -> bool:
-        """Rollouts, derivatives and sweeps are compiled, each by itself."""
+        """True for every objective: rollouts, derivatives and sweeps are compiled separately."""
         return True
 
     def init(self, problem: Problem, x: Points) -> State:
@@ -72,7 +74,7 @@ class ILQR(Solver):
         return self._state(problem, x, cost, begun)
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """One line search along the gains at hand, then linearise and sweep where it ended."""
+        """Search along the current gains, then linearise and sweep at the result."""
         objective = _trajectory(problem)
         memory = _Memory(*state.memory)
         low, high = _bounds(problem, objective, x)
@@ -95,13 +97,13 @@ class ILQR(Solver):
         return x, self._state(problem, x, cost, memory)
 
     def feedback(self, state: State) -> Tensor:
-        """The feedback K (B H A S) of actions to states, along the trajectory at which a solve ended."""
+        """The feedback gains K (B H A S) from states to actions, along the trajectory at the end of a solve."""
         return _Memory(*state.memory).gains[..., :-1]
 
     def corrected(
         self, objective: TrajectoryObjective, problem: Problem, actions: Plans, nominal: Tensor, feedback: Tensor
     ) -> Plans:
-        """Actions (B H A) that answer by `feedback` (B H A S) to where the objective's start leads beside `nominal` (B H+1 S)."""
+        """Actions (B H A) corrected by `feedback` (B H A S) for the deviation of the objective's start from `nominal` (B H+1 S)."""
         low, high = _bounds(problem, objective, actions.flatten(1))
         first = actions[:, 0] + lq.times_vector(feedback[:, 0], objective.state - nominal[:, 0])
         actions = torch.cat([first.unsqueeze(1), actions[:, 1:]], 1).clamp(low, high)
@@ -112,9 +114,9 @@ class ILQR(Solver):
     def _search(
         self, problem: Problem, objective: TrajectoryObjective, cost: Rows, memory: "_Memory", along: tuple[Tensor, ...]
     ) -> tuple[Tensor, Plans, Rows, RowFlags, RowFlags]:
-        """States, actions and cost of the length that each row takes, whether it takes any, and whether a whole one.
+        """States, actions and cost of the step length that each row takes, whether it takes one, and whether it is a full step.
 
-        Lengths are tried in groups, all rows and lengths of a group at once, until every row has one.
+        Lengths are tried in groups, all rows and lengths of a group at once, until every row has taken one.
         """
         rows = torch.arange(len(cost), device=cost.device)
         found: tuple[Tensor, Tensor, Tensor, RowFlags, RowFlags] | None = None
@@ -143,7 +145,7 @@ class ILQR(Solver):
         costs = torch.where(torch.isfinite(costs), costs, torch.inf)
         predicted = alphas * memory.slope + 0.5 * alphas.square() * memory.bend
         enough = costs <= cost + self.armijo * predicted
-        # Where rounding hides the decrease, a whole step is taken as long as nothing is lost: it is near the optimum.
+        # If rounding hides the decrease, a full step is taken as long as the cost does not rise: the row is near the optimum.
         noise = _NOISE * torch.finfo(cost.dtype).eps * cost.abs()
         hidden = -(memory.slope + 0.5 * memory.bend) <= noise
         enough = enough & ~hidden
@@ -157,7 +159,7 @@ class ILQR(Solver):
     def _held(
         self, problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans
     ) -> tuple[Tensor, Plans, Rows]:
-        """The rollout under the feedback that would hold the first state: states, actions and costs (infinite where undefined)."""
+        """The rollout under the feedback that would hold the first state: states, actions and costs (infinite if undefined)."""
         low, high = _bounds(problem, objective, plan.flatten(1))
         still = states[:, :1].expand_as(states).contiguous()
         nothing = torch.zeros_like(plan[:, 0, 0])
@@ -170,7 +172,7 @@ class ILQR(Solver):
         return found[0], plans[0], torch.where(torch.isfinite(costs[0]), costs[0], torch.inf)
 
     def _state(self, problem: Problem, x: Points, cost: Rows, memory: "_Memory") -> State:
-        """Linearise along the memory's states, with its gains as the feedback, and sweep for new ones."""
+        """Linearise along the memory's states, with its gains as the feedback, and sweep for new gains."""
         objective = _trajectory(problem)
         plan, compile = objective.plan(x), problem.compile and not problem.create_graph
         low, high = _bounds(problem, objective, x)
@@ -202,9 +204,9 @@ def _mixed(rows: RowFlags, yes: lq.LQModel, no: lq.LQModel) -> lq.LQModel:
 
 
 class _Memory(NamedTuple):
-    """Rows first: the trajectory that belongs to x, the gains [K k] along it, the model's slope and bend along them, the
-    damping, whether the row has taken a whole step since exact curvatures last failed it, and whether it has taken none
-    at all (1 or 0).
+    """Rows first: the trajectory that belongs to x, the gains [K k] along it, the slope and bend of the model along them, the
+    damping, whether the row has taken a full step since exact curvatures last failed, and whether it has taken no step yet
+    (1 or 0).
     """
 
     states: Tensor
@@ -218,7 +220,7 @@ class _Memory(NamedTuple):
 
 _NOISE = 64.0
 _GROUP = 4
-"""Lengths that are rolled out together."""
+"""Number of step lengths that are rolled out together."""
 
 
 def _candidates(
@@ -231,7 +233,7 @@ def _candidates(
     low: Plans,
     high: Plans,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-loop rollouts of every length: states (L B H+1 S), actions (L B H A), costs (L B)."""
+    """Closed-loop rollouts of every step length: states (L B H+1 S), actions (L B H A), costs (L B)."""
     alphas = torch.tensor(lengths, dtype=plan.dtype, device=plan.device)
     compile = problem.compile and not problem.create_graph
     with torch.set_grad_enabled(problem.create_graph):
@@ -242,8 +244,8 @@ def _trajectory(problem: Problem) -> TrajectoryObjective:
     objective = problem.objective
     if not isinstance(objective, TrajectoryObjective) or not objective.staged:
         raise SolverError(
-            f"ILQR needs known dynamics and a cost for each step, but the objective is a {type(objective).__name__}; "
-            "give a TrajectoryObjective (next, stage_cost, terminal_cost), or use ProjectedGradient."
+            f"ILQR needs dynamics and a cost for each step, but the objective is a {type(objective).__name__}. "
+            "Fix: use a TrajectoryObjective (next, stage_cost, terminal_cost), or ProjectedGradient()."
         )
     return objective
 

@@ -1,4 +1,4 @@
-"""The implicit derivative by conjugate gradients: H⁻¹v without a matrix, and a memory of the rows that it did not solve."""
+"""The implicit derivative by conjugate gradients: H⁻¹v without a matrix, and a record of the rows that were not solved."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ from difftori.types import PointFlags, Points, RowFlags
 
 
 class InverseProducts:
-    """v ↦ H⁻¹v on the free set at one point. `unsolved` (B): rows that any call so far did not solve, for lack of products
-    or because the curvature was not positive; None before the first call. Rows that are not `usable` are never asked.
+    """v ↦ H⁻¹v on the free set at one point.
+
+    `unsolved` (B): rows that any call so far did not solve, because the products were used up or the curvature was not
+    positive. None before the first call. Rows that are not `usable` are never passed.
     """
 
     def __init__(self, problem: Problem, point: Points, free: PointFlags, products: int, tolerance: float):
@@ -21,7 +23,7 @@ class InverseProducts:
         self.unsolved: RowFlags | None = None
 
     def __call__(self, v: Points) -> Points:
-        """H⁻¹v, as far as the products suffice."""
+        """H⁻¹v, to the accuracy that the products allow."""
         solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
         unsolved = solved.unsolved(SOLVED)
         self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
@@ -29,11 +31,11 @@ class InverseProducts:
 
 
 SOLVED = 0.05
-"""A row whose relative residual is larger has not been solved."""
+"""A row with a larger relative residual counts as not solved."""
 
 
 class ImplicitCG(torch.autograd.Function):
-    """Value 0; the derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
+    """Value 0. The derivative with respect to the gradient ∇J is −H⁻¹ on the free set, by conjugate gradients."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, solves: InverseProducts) -> Tensor:
@@ -48,7 +50,7 @@ class ImplicitCG(torch.autograd.Function):
 
 
 class _SolveCG(torch.autograd.Function):
-    """H⁻¹v, which is linear in v and symmetric: its derivative is itself."""
+    """H⁻¹v, which is linear in v and symmetric: its derivative is the same operation."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, solves: InverseProducts) -> Tensor:

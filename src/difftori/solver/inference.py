@@ -1,4 +1,4 @@
-"""Solving under `torch.inference_mode()`: a solve needs gradients of its own, which inference tensors do not give."""
+"""Solving under `torch.inference_mode()`: a solve computes gradients, which inference tensors do not support."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @contextmanager
 def normal_tensors() -> Iterator[None]:
-    """Out of inference mode, with every inference tensor replaced by a copy where an operation meets it.
+    """Leave inference mode, and replace every inference tensor by a copy when an operation uses it.
 
-    No graph reaches outside where inference mode was on, as under `torch.no_grad()`.
+    No graph leaves the context if inference mode was on, as under `torch.no_grad()`.
     """
     if not torch.is_inference_mode_enabled():
         with _Copies():
@@ -27,8 +27,8 @@ def normal_tensors() -> Iterator[None]:
 
 
 def without_inference_tensors(run: Callable[[], T]) -> T:
-    """The result of `run`, with normal tensors where inference mode is on or autograd complains of an inference tensor,
-    such as a weight made in inference mode. Anywhere else this costs nothing.
+    """The result of `run`, with normal tensors if inference mode is on or autograd raises an error for an inference tensor,
+    such as a weight created in inference mode. Otherwise this has no cost.
     """
     if not torch.is_inference_mode_enabled():
         try:
@@ -41,7 +41,7 @@ def without_inference_tensors(run: Callable[[], T]) -> T:
 
 
 class _Copies(TorchFunctionMode):
-    """Calls every torch function with normal tensors; each inference tensor is copied once."""
+    """Call every torch function with normal tensors. Each inference tensor is copied once."""
 
     def __init__(self):
         super().__init__()
@@ -57,6 +57,6 @@ class _Copies(TorchFunctionMode):
         if not tensor.is_inference():
             return tensor
         if id(tensor) not in self._copies:
-            # The original is kept as well, so that its id stays its own.
+            # The original is stored too, so that its id is not reused.
             self._copies[id(tensor)] = (tensor, tensor.detach().clone())
         return self._copies[id(tensor)][1]

@@ -1,13 +1,13 @@
-"""The derivative of an optimal trajectory by one more Riccati sweep: the optimality conditions, solved in O(H).
+"""The derivative of an optimal trajectory by one additional Riccati sweep, which solves the optimality conditions in O(H).
 
 At an optimum the states s, the actions a and the costates λ satisfy, with L = J + Σ λ_{t+1}ᵀ(next(s_t, a_t) − s_{t+1}),
 
-    ∂L/∂s = 0,    ∂L/∂a = 0 on the actions that no bound holds,    next(s_t, a_t) − s_{t+1} = 0,    s_0 = start.
+        ∂L/∂s = 0,    ∂L/∂a = 0 for actions without an active bound,    next(s_t, a_t) − s_{t+1} = 0,    s_0 = start.
 
 With R these residuals and K their (symmetric) matrix of derivatives, d(s, a, λ)/dθ = −K⁻¹ ∂R/∂θ. A vector-Jacobian product
-is one solve with K, that is one linear-quadratic problem with the exact Hessians of L, the dynamics' second derivatives
-included. No step amplifies the others' errors, so unstable dynamics over long horizons are differentiated to full precision,
-where the dense Hessian of J with respect to the actions has a condition number that grows exponentially with the horizon.
+is one solve with K, which is one linear-quadratic problem with the exact Hessians of L, including the second derivatives of
+the dynamics. No step amplifies the errors of the others, so unstable dynamics over long horizons are differentiated to full
+precision. The dense Hessian of J with respect to the actions has a condition number that grows exponentially with the horizon.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class TrajectoryDerivative(NamedTuple):
 
 
 def differentiate(
-    problem: Problem, x: Points, states: Tensor, refuse_second: Callable[[Tensor], Tensor]
+    problem: Problem, x: Points, states: Tensor, first_order_only: Callable[[Tensor], Tensor]
 ) -> TrajectoryDerivative:
     """Attach the derivative of the optimum to actions x (B n) and states (B H+1 S), both without a graph."""
     objective = problem.objective
@@ -56,7 +56,7 @@ def differentiate(
             model = active.stiffened(model)
         factor = factorise(model, free)
         if not bool(factor.convex.all()):
-            # No minimum: bounded nevertheless, by the model that a solver would step with.
+            # Not a minimum: the gradient is bounded by using the convex model of a solver step.
             raised = lq.convexified(model, _RAISED)
             model = lq.LQModel(*(choose(factor.convex, own, other) for own, other in zip(model, raised, strict=True)))
             again = factorise(model, free)
@@ -70,7 +70,7 @@ def differentiate(
     residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
-    residuals = tuple(refuse_second(part) if part.requires_grad else part for part in residuals)
+    residuals = tuple(first_order_only(part) if part.requires_grad else part for part in residuals)
     actions, states = _Optimum.apply(plan, states, factor, active, *residuals)
     return TrajectoryDerivative(actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2)))
 
@@ -83,11 +83,11 @@ def _exact(
 ) -> tuple[lq.LQModel, Tensor, Plans]:
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
     model = problem.call(lq.linearise, objective, states, plan)
-    # The costates need some stable feedback, whichever (see lq.costates): that of the costs' curvature alone.
+    # The costates need some stabilising feedback (see lq.costates). This one uses the curvature of the costs only.
     feedback = factorise(lq.convexified(model, _FLOOR), inside).gain
     costate, grad = lq.costates(model, feedback)
     exact = problem.call(lq.with_dynamics_curvature, objective, states, plan, model, costate)
-    # A row of NaN or infinity has no derivative; zeros keep it from the others' parameters.
+    # A row with NaN or infinity has no derivative. Zeros keep it out of the gradients of the other rows' parameters.
     finite = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in (*exact, costate, grad)]).all(0)
     if not bool(finite.all()):
         exact = lq.LQModel(*(choose(finite, part, torch.zeros_like(part)) for part in exact))
@@ -101,7 +101,7 @@ _FLOOR = 1e-9
 def residual(
     objective: TrajectoryObjective, states: Tensor, plan: Plans, costate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂(s, a) of each step (B H N), ∂L/∂s_H (B S) and the next states (B H S) at a fixed point; differentiable in θ."""
+    """∂L/∂(s, a) of each step (B H N), ∂L/∂s_H (B S) and the next states (B H S) at a fixed point. Differentiable in θ."""
     size = states.shape[-1]
     weights = lq.discounts(objective, states)
 
@@ -119,16 +119,16 @@ def residual(
         states[:, :-1], plan, objective.times(), weights[:-1], costate[:, 1:]
     )
     last = torch.func.grad(lambda s: (weights[-1] * objective.terminal_cost(s)).sum())(states[:, -1])
-    # The time comes first out of vmap, which cannot place it elsewhere where nothing depends on the time.
+    # vmap returns the time first, because it cannot place it elsewhere if nothing depends on the time.
     return stage.movedim(0, 1), last, following.movedim(0, 1)
 
 
 class Factor(NamedTuple):
-    """K, factorised by a sweep back. Rows first, then time.
+    """K, factorised by a backward sweep. Rows first, then time.
 
     `jacobian` F (B H S N); `free` (B H A); `cholesky` (B H A A) of the actions' curvature on the free set; `gain` K (B H A S);
-    `value` V (B H+1 S S). `convex` (B): every curvature was positive definite, so the point is a strict minimum; `singular`
-    (B): one of them could not be told from singular.
+    `value` V (B H+1 S S). `convex` (B): every curvature is positive definite, so the point is a strict minimum. `singular`
+    (B): at least one of them is singular to working precision.
     """
 
     jacobian: Tensor
@@ -169,7 +169,7 @@ class Factor(NamedTuple):
 
 
 def factorise(model: lq.LQModel, free: PlanFlags) -> Factor:
-    """Sweep back through the model on the actions that are free (B H A)."""
+    """Sweep backward through the model, on the actions marked in `free` (B H A)."""
     size, eps = model.terminal_gradient.shape[-1], torch.finfo(model.hessian.dtype).eps
     identity = torch.eye(free.shape[-1], dtype=model.hessian.dtype, device=free.device)
 
@@ -192,16 +192,18 @@ def factorise(model: lq.LQModel, free: PlanFlags) -> Factor:
     value = torch.cat([value, model.terminal_hessian.unsqueeze(1)], 1)
     convex = sound.all(-1)
     near = 1e3 * eps
-    # A failed pivot is singular only where its curvature vanishes; a sweep cannot tell, so it counts as negative.
+    # A failed pivot is singular only if its curvature is zero. A sweep cannot distinguish the cases, so it counts as negative.
     return Factor(model.jacobian, free, cholesky, gain, value, convex, convex & (pivot.amin(-1) < near))
 
 
 class _Active(NamedTuple):
-    """The constraints at the solution: derivatives of the stages' (B H m N) and the last state's (B k S), zero where they are
-    not active; their `multipliers` (B H·m+k), zero there too; and how much `stiffer` (B) they are made in K.
+    """The active constraints at the solution.
 
-    On directions that keep the active constraints their weight changes nothing, and the others are taken away by a few
-    rounds of multipliers within the linear system, which the weight makes fast.
+    Derivatives of the stage constraints (B H m N) and of those on the last state (B k S), zero for inactive constraints; their
+    `multipliers` (B H·m+k), also zero there; and the factor `stiffer` (B) by which their weight is increased in K.
+
+    The weight has no effect on directions that keep the active constraints. A few rounds of multipliers in the linear system
+    remove the other directions; the larger weight makes these rounds converge fast.
     """
 
     stage: Tensor
@@ -211,7 +213,7 @@ class _Active(NamedTuple):
     weight: Rows
 
     def stiffened(self, model: lq.LQModel) -> lq.LQModel:
-        """The model with the active constraints' weight raised."""
+        """The model with the increased weight of the active constraints."""
         hessian = model.hessian + self.stiffer[:, None, None, None] * (self.stage.transpose(-1, -2) @ self.stage)
         last = model.terminal_hessian + self.stiffer[:, None, None] * (self.last.transpose(-1, -2) @ self.last)
         return model._replace(hessian=hessian, terminal_hessian=last)
@@ -219,7 +221,7 @@ class _Active(NamedTuple):
     def solve(
         self, factor: Factor, v_states: Tensor, v_actions: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """As `Factor.solve`, with the active constraints kept; and their multipliers (B H·m+k)."""
+        """As `Factor.solve`, with the active constraints as equations. Also returns their multipliers (B H·m+k)."""
         size, shape = v_states.shape[-1], self.stage.shape[:3]
         count = shape[1] * shape[2]
 
@@ -265,7 +267,7 @@ def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Act
 
 
 class _Optimum(torch.autograd.Function):
-    """Constants in value; the derivative with respect to the residuals is −K⁻¹."""
+    """Constant values. The derivative with respect to the residuals is −K⁻¹."""
 
     @staticmethod
     def forward(

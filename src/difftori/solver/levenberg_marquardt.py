@@ -1,4 +1,4 @@
-"""Levenberg–Marquardt and Gauss–Newton, for stacked residuals; and the release's form of it, for a plain cost."""
+"""Levenberg–Marquardt and Gauss–Newton for stacked residuals, and the release's variant for a plain cost."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,19 @@ from difftori.types import Points, Residuals, Rows
 
 @dataclass(frozen=True)
 class LevenbergMarquardt(Solver):
-    """Δ = −α(JᵀJ + λI)⁻¹Jᵀr, projected.
+    """Δ = −α(JᵀJ + λI)⁻¹Jᵀr, projected onto the box.
 
-    On a `LeastSquaresObjective` r and J are its residuals (the smaller of the n×n and r×r systems is factorised), and λ is
-    `damping` × mean(diag JᵀJ), so that the scale of the cost does not matter.
+    On a `LeastSquaresObjective`, r and J are its residuals and their Jacobian (the smaller of the n×n and r×r systems is
+    factorised), and λ is `damping` × mean(diag JᵀJ), so the result does not depend on the scale of the cost.
 
-    On any other cost the residual is the single number r = offset + cost = offset − G, whose JᵀJ has rank one, so that the
-    step has the closed form Δ = −α r ∇J/(‖∇J‖² + λ) with λ = `damping`. That is what the authors' release computes with a
-    Cholesky factorisation of n×n (offset 1000, fixed damping, steps never refused). What falls is r², so choose the offset
-    above the largest return: where offset + cost is negative, the step climbs. `offset` is in units of the cost and
-    `damping` in those of ‖∇J‖²: a cost multiplied by s needs s × offset and s² × damping.
+    On any other cost, the residual is the single number r = offset + cost = offset − G. Its JᵀJ has rank one, so the step has
+    the closed form Δ = −α r ∇J/(‖∇J‖² + λ) with λ = `damping`. The authors' release computes the same step with a Cholesky
+    factorisation of an n×n matrix (offset 1000, fixed damping, steps never rejected). The method decreases r². Choose an
+    offset above the largest return: if offset + cost is negative, the step increases the cost. `offset` is in units of the
+    cost and `damping` in units of ‖∇J‖²: multiply a cost by s, the offset by s and the damping by s².
 
-    `adaptive`: a step that does not lower the cost is refused and λ grows by `grow`; otherwise λ shrinks by `shrink`.
+    `adaptive`: a step that does not lower the cost is rejected and λ is multiplied by `grow`; otherwise λ is multiplied by
+    `shrink`.
     """
 
     damping: float = 1e-3
@@ -39,16 +40,16 @@ class LevenbergMarquardt(Solver):
     def __post_init__(self):
         if self.damping < 0 or self.step_size <= 0:
             raise SolverError(
-                f"LevenbergMarquardt: damping={self.damping} must be ≥ 0 and step_size={self.step_size} > 0."
+                f"LevenbergMarquardt: invalid damping={self.damping}, step_size={self.step_size}. Fix: use damping ≥ 0 and step_size > 0."
             )
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Evaluate; every row starts with the same damping."""
+        """Evaluate. Every row starts with the same damping."""
         cost, grad = problem.evaluate(x)
         return State(cost, grad, (torch.full_like(cost.detach(), self.damping),))
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """One step; with fixed damping it is always taken."""
+        """One step. With fixed damping it is always taken."""
         (damping,) = state.memory
         trial = problem.project(x + self.step_size * self._direction(problem, x, state, damping))
         cost, grad = problem.evaluate(trial)
@@ -63,7 +64,7 @@ class LevenbergMarquardt(Solver):
         return choose(taken, trial, x), now
 
     def compilable(self, objective: Objective) -> bool:
-        """On a single residual; stacked ones are linearised by autograd."""
+        """True for a single residual. Stacked residuals are linearised by autograd and cannot be compiled."""
         return not isinstance(objective, LeastSquaresObjective)
 
     def _direction(self, problem: Problem, x: Points, state: State, damping: Rows) -> Points:
@@ -80,24 +81,24 @@ class LevenbergMarquardt(Solver):
 class GaussNewton(Solver):
     """Δ = −(JᵀJ)⁻¹Jᵀr on a `LeastSquaresObjective`, with the longest of `lengths` that lowers the cost, projected.
 
-    `ridge` × mean(diag JᵀJ) is added to the diagonal, so that a rank-deficient J is no failure.
+    `ridge` × mean(diag JᵀJ) is added to the diagonal, so that a rank-deficient J does not fail.
     """
 
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0625)
     ridge: float = 1e-10
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Evaluate."""
+        """Evaluate cost and gradient."""
         if not isinstance(problem.objective, LeastSquaresObjective):
             raise SolverError(
-                f"GaussNewton needs residuals, but the objective is a {type(problem.objective).__name__}; "
-                "give a LeastSquaresObjective, or use ProjectedGradient or LevenbergMarquardt(offset=…)."
+                f"GaussNewton needs residuals, but the objective is a {type(problem.objective).__name__}. "
+                "Fix: use a LeastSquaresObjective, or ProjectedGradient() or LevenbergMarquardt(offset=…)."
             )
         cost, grad = problem.evaluate(x)
         return State(cost, grad)
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """One step, as long as the cost allows."""
+        """One step with line search."""
         assert state.grad is not None
         residual, jacobian = _linearise(problem, x, state.grad)
         direction = damped_step(residual, jacobian, self.ridge * _mean_square(jacobian.detach()))
@@ -113,7 +114,7 @@ class GaussNewton(Solver):
 
 
 def _linearise(problem: Problem, x: Points, grad: Points) -> tuple[Residuals, Tensor]:
-    """Residuals (B r) and their Jacobian (B r n), with the columns of held coordinates set to zero."""
+    """Residuals (B r) and their Jacobian (B r n). The columns of coordinates with an active bound are zero."""
     assert isinstance(problem.objective, LeastSquaresObjective)
     with torch.enable_grad():
         point = x if problem.create_graph and x.requires_grad else x.detach().requires_grad_()
@@ -131,7 +132,7 @@ def _mean_square(jacobian: Tensor) -> Rows:
 
 
 def damped_step(residual: Residuals, jacobian: Tensor, damping: Rows) -> Points:
-    """−(JᵀJ + λI)⁻¹Jᵀr, by whichever of the n×n and the r×r system is the smaller."""
+    """−(JᵀJ + λI)⁻¹Jᵀr, by the smaller of the n×n and the r×r system."""
     r, n = jacobian.shape[-2:]
     transposed = jacobian.transpose(-1, -2)
     wide = r < n
@@ -141,7 +142,7 @@ def damped_step(residual: Residuals, jacobian: Tensor, damping: Rows) -> Points:
     floor = torch.finfo(gram.dtype).eps * gram.detach().diagonal(dim1=-1, dim2=-2).sum(-1)
     tiny = torch.finfo(gram.dtype).tiny
     cholesky, failed = torch.linalg.cholesky_ex(gram + (damping + floor + tiny)[:, None, None] * identity)
-    # A matrix that cannot be factorised gives way to a bound of it: a gradient step that is short enough.
+    # A matrix that cannot be factorised is replaced by an upper bound: the result is a sufficiently short gradient step.
     bound = floor / torch.finfo(gram.dtype).eps
     fallback = (bound + damping.detach() + tiny).sqrt()[:, None, None] * identity
     cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback)

@@ -1,11 +1,11 @@
-"""Linear-quadratic models of trajectories: linearise along one, and sweep back through it (Riccati).
+"""Linear-quadratic models of trajectories: linearisation along a trajectory, and backward (Riccati) sweeps.
 
     min over δa   Σ_t ½ [δs δa] C_t [δs δa]ᵀ + c_t·[δs δa]  + ½ δs_H C_H δs_H + c_H·δs_H,    δs_{t+1} = F_t [δs_t δa_t]
 
-`ILQR` takes its steps from such models, and the implicit gradient solves its linear system by one (kkt.py). S states,
-A actions, N = S + A; rows first, then time. Everything costs O(H).
+`ILQR` computes its steps from such models, and the implicit gradient solves its linear system with one (kkt.py). S states,
+A actions, N = S + A; rows first, then time. Every operation costs O(H).
 
-The sweep works in homogeneous coordinates (δs, 1): value function, linear terms and constants are one symmetric matrix.
+The sweep uses homogeneous coordinates (δs, 1): value function, linear terms and constants form one symmetric matrix.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from difftori.types import Plans, RowFlags, Rows
 
 
 class LQModel(NamedTuple):
-    """Derivatives along a trajectory, discounts included; rows first.
+    """Derivatives along a trajectory, with discounts. Rows first.
 
     `jacobian` F (B H S N); `gradient` (B H N) and `hessian` (B H N N) of the stage costs; `terminal_gradient` (B S),
     `terminal_hessian` (B S S).
@@ -37,7 +37,7 @@ class LQModel(NamedTuple):
 def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQModel:
     """The model along states (B H+1 S) and actions (B H A): exact Jacobians, gradients and Hessians of the costs.
 
-    Derivatives of all steps are taken at once: a step's share does not grow with the horizon.
+    The derivatives of all steps are computed at once, so the time per step does not grow with the horizon.
     """
     size, width = states.shape[-1], states.shape[-1] + plan.shape[-1]
     state_basis, basis = unit_vectors(states, size), unit_vectors(states, width)
@@ -68,18 +68,18 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
 
 
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:
-    """The discounted cost of states (B H+1 S) and actions (B H A) as they are, (B)."""
+    """The discounted cost of given states (B H+1 S) and actions (B H A), without a rollout, (B)."""
     weights = discounts(objective, states)
     stages = vmap(objective.stage_cost, in_dims=(1, 1, 0), randomness="same")(states[:, :-1], plan, objective.times())
     return (stages * weights[:-1, None]).sum(0) + weights[-1] * objective.terminal_cost(states[:, -1])
 
 
 def costates(model: LQModel, feedback: Tensor) -> tuple[Tensor, Plans]:
-    """λ_t, the cost's derivative with respect to s_t (B H+1 S), and with respect to the actions, c_a + F_aᵀλ_{t+1} (B H A).
+    """λ_t, the derivative of the cost with respect to s_t (B H+1 S), and with respect to the actions, c_a + F_aᵀλ_{t+1} (B H A).
 
-    Later actions answer to the state by `feedback` K (B H A S): λ_t = q_s + K_tᵀ q_a. Where the actions are optimal q_a is zero and
-    so the feedback makes no difference, but with it an error dies out on its way back, where without it unstable
-    dynamics multiply it. K = 0 gives the gradient of the open loop.
+    Later actions respond to the state through `feedback` K (B H A S): λ_t = q_s + K_tᵀ q_a. At optimal actions q_a is zero,
+    so the feedback makes no difference there. With feedback, an error decays on its way back; without it, unstable dynamics
+    amplify it. K = 0 gives the gradient of the open loop.
     """
     size = model.terminal_gradient.shape[-1]
 
@@ -115,9 +115,9 @@ def with_dynamics_curvature(
 
 
 def convexified(model: LQModel, floor: float) -> LQModel:
-    """The same model with every Hessian's eigenvalues raised to `floor` × its row's largest curvature.
+    """The same model with the eigenvalues of every Hessian raised to `floor` × the largest curvature of its row.
 
-    Only the Hessians that need it pay for an eigendecomposition. What is added counts as a constant.
+    Only the Hessians that need it are decomposed. The added part is treated as a constant in derivatives.
     """
     scale = model.hessian.detach().abs().amax((1, 2, 3)).maximum(model.terminal_hessian.detach().abs().amax((1, 2)))
     least = floor * scale
@@ -143,11 +143,11 @@ def _convex(matrices: Tensor, floor: Tensor) -> Tensor:
 
 
 class Sweep(NamedTuple):
-    """What a sweep back found.
+    """The result of a backward sweep.
 
-    `gains` [K_t k_t] (B H A S+1): δa_t = K_t δs_t + α k_t; `slope` (B): the cost's derivative along α at 0 and `bend` (B) its
-    second derivative, by the model; `newton` (B): the largest action that a step of its own curvature alone would move;
-    `convex` (B): the curvature of the actions was positive definite at every step.
+    `gains` [K_t k_t] (B H A S+1): δa_t = K_t δs_t + α k_t. `slope` (B): the derivative of the cost along α at 0 in the model;
+    `bend` (B): its second derivative. `newton` (B): the largest change of an action by a Newton step with its own curvature
+    only. `convex` (B): the curvature of the actions is positive definite at every step.
     """
 
     gains: Tensor
@@ -179,12 +179,12 @@ def homogeneous(model: LQModel) -> tuple[Tensor, Tensor, Tensor]:
 def sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, compile: bool = False) -> Sweep:
     """Gains that minimise the model with low ≤ δa_t ≤ high (B H A) on the nominal path, from the last step to the first.
 
-    Feedback acts on the actions that no bound holds. `damping` (B) is relative: diag(H_aa) is multiplied by 1 + damping.
+    The feedback acts on the actions without an active bound. `damping` (B) is relative: diag(H_aa) is multiplied by 1 + damping.
     """
     if not compile:
         return _sweep(model, low, high, damping, False)
     lean = low.device.type == "cpu"
-    # Bounded actions of more than one dimension take several iterations each; most sweeps need none.
+    # Bounded actions of more than one dimension take several iterations each; most sweeps need none of them.
     several = low.shape[-1] > 1
     found = compiled_call(_sweep, model, low, high, damping, several, lean=lean)
     if several and not bool(((found.gains[..., -1] >= low) & (found.gains[..., -1] <= high)).all()):
@@ -224,26 +224,26 @@ def control(
 ) -> tuple[Tensor, RowFlags]:
     """[K k] (B A S+1) of min ½ kᵀh k + b₁ᵀk over low ≤ k ≤ high (B A), by projected Newton; K on the free set.
 
-    `damping` (B) multiplies the diagonal of h. Also returned: which h are positive definite (B); the others have no minimum.
+    `damping` (B) multiplies the diagonal of h. Also returns which h are positive definite (B); the others have no minimum.
     """
     if h.shape[-1] == 1:
-        wish = b / (h * damping[:, None, None]).neg().clamp_max(-(torch.finfo(h.dtype).tiny ** 0.5))
-        last = wish[..., -1:]
+        request = b / (h * damping[:, None, None]).neg().clamp_max(-(torch.finfo(h.dtype).tiny ** 0.5))
+        last = request[..., -1:]
         k = last.clamp(low.unsqueeze(-1), high.unsqueeze(-1))
-        return torch.cat([wish[..., :-1] * (k == last), k], -1), h[:, 0, 0] > 0
+        return torch.cat([request[..., :-1] * (k == last), k], -1), h[:, 0, 0] > 0
     h = h + torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)) * (damping - 1)[:, None])
-    wish, sound = _solve(h, -b)
+    request, sound = _solve(h, -b)
     if unbounded:
-        return wish, sound
+        return request, sound
     if not torch.compiler.is_compiling():
-        inside = ((wish[..., -1] >= low) & (wish[..., -1] <= high)).all(-1)
+        inside = ((request[..., -1] >= low) & (request[..., -1] <= high)).all(-1)
         if bool((inside & sound).all()):
-            return wish, sound
+            return request, sound
     return _bounded_control(h, b, low, high), sound
 
 
 def _solve(h: Tensor, b: Tensor) -> tuple[Tensor, RowFlags]:
-    """h⁻¹ b, and which h (B A A) are positive definite. Compiled, few actions are eliminated in plain arithmetic."""
+    """h⁻¹ b, and which h (B A A) are positive definite. If compiled, up to 6 actions are eliminated in plain arithmetic."""
     if not torch.compiler.is_compiling() or h.shape[-1] > 6:
         factor, failed = torch.linalg.cholesky_ex(h)
         return torch.cholesky_solve(b, factor), failed == 0
@@ -296,7 +296,7 @@ def times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b. Compiled, small matrices are multiplied in plain arithmetic, which the compiler can join with its neighbours."""
+    """a b. If compiled, small matrices are multiplied in plain arithmetic, which the compiler can fuse with other operations."""
     if torch.compiler.is_compiling() and max(*a.shape[-2:], b.shape[-1]) <= 8:
         return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
     return a @ b

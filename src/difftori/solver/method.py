@@ -1,4 +1,4 @@
-"""What a solver is: a first state and a step. Everything that solvers share is done for them in `solve`."""
+"""The interface of a solver: an initial state and a step. `solve` implements everything that solvers share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from difftori.types import Hessians, Points, PointSets, Rows
 
 @dataclass(frozen=True)
 class Problem:
-    """One call's objective and box, and how it is to be evaluated.
+    """The objective and box of one call, and how to evaluate them.
 
-    `create_graph`: steps must stay differentiable (unrolling). `generator`: randomness of sampling solvers.
-    `candidates` (K B n): points that sampling solvers score beside their own samples (TD-MPC's policy trajectories). `compile`: evaluations go through `torch.compile`.
+    `create_graph`: steps must be differentiable (unrolling). `generator`: the random generator of sampling solvers.
+    `candidates` (K B n): points that sampling solvers evaluate in addition to their own samples (TD-MPC's policy trajectories).
+    `compile`: evaluations go through `torch.compile`.
     """
 
     objective: Objective
@@ -44,14 +45,14 @@ class Problem:
         return value_grad_hessian(self.objective, x, self.create_graph)
 
     def score(self, candidates: Tensor) -> Tensor:
-        """Costs (K B) of candidates (K B n), without a gradient unless steps must be differentiable."""
+        """Costs (K B) of candidates (K B n), without a gradient unless `create_graph` is set."""
         with torch.set_grad_enabled(self.create_graph):
             if self.compile and not torch.compiler.is_compiling():
                 return compiled_call(costs_of_candidates, self.objective, candidates)
             return costs_of_candidates(self.objective, candidates)
 
     def call(self, function: Callable, *arguments: Any):
-        """function(*arguments), compiled where evaluations are: for functions of many small kernels on tensors like arguments[1]."""
+        """Call function(*arguments), compiled if evaluations are. For functions of many small kernels on tensors like arguments[1]."""
         if self.compile and not self.create_graph:
             return compiled_call(function, *arguments, lean=arguments[1].device.type == "cpu")
         return function(*arguments)
@@ -66,10 +67,10 @@ class Problem:
 
 
 class State(NamedTuple):
-    """Where a solver stands at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first.
+    """The state of a solver at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first.
 
-    Solvers of trajectories also give the `states` (B H+1 S) that belong to x, and `distance` (B), an estimate of how far x is
-    from the optimum in units of x.
+    Solvers of trajectories also set `states` (B H+1 S), which belong to x, and `distance` (B), an estimate of the distance from x
+    to the optimum in units of x.
     """
 
     cost: Rows
@@ -79,7 +80,7 @@ class State(NamedTuple):
     distance: Rows | None = None
 
     def detached(self) -> "State":
-        """The same without a graph."""
+        """The same state without a graph."""
         grad = None if self.grad is None else self.grad.detach()
         states = None if self.states is None else self.states.detach()
         return State(self.cost.detach(), grad, tuple(part.detach() for part in self.memory), states, self.distance)
@@ -88,42 +89,42 @@ class State(NamedTuple):
 class Solver(ABC):
     """An iteration on B independent problems. A concrete solver is a frozen dataclass: its fields are its configuration.
 
-    Steps never mix rows, never leave the box and never wait for the device. A solver knows nothing of how its solution
-    is differentiated: if `problem.create_graph` is set, `step` must simply be made of differentiable operations.
+    Steps do not mix rows, do not leave the box and do not synchronise with the device. A solver does not depend on how its
+    solution is differentiated: if `problem.create_graph` is set, `step` must use differentiable operations only.
     """
 
     traced_whole: ClassVar[bool] = True
-    """With compile=True, whether several steps are traced together. False: a step compiles parts of itself."""
+    """With compile=True, whether several steps are traced together. False: a step compiles its own parts. Default: True."""
 
     @abstractmethod
     def init(self, problem: Problem, x: Points) -> State:
-        """The state at a first point inside the box."""
+        """The state at an initial point inside the box."""
 
     @abstractmethod
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One iteration."""
 
     def compilable(self, objective: Objective) -> bool:
-        """Whether compile=True can be used: `step` never looks at a number, or compiles parts of itself."""
+        """Whether compile=True is supported: `step` does not branch on values, or compiles its own parts. Default: False."""
         return False
 
     def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """A last refinement after the iterations, outside the budget of steps; nothing by default."""
+        """A final refinement after the iterations, not counted in the step limit. Default: none."""
         return x, state
 
 
 def rowwise(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (B) shaped to broadcast against a tensor that has rows first."""
+    """A mask (B) reshaped to broadcast against a tensor with rows first."""
     return mask.view(-1, *(1,) * (like.dim() - 1))
 
 
 def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Row by row: `yes` where the mask (B) holds, else `no`."""
+    """Row by row: `yes` where the mask (B) is true, else `no`."""
     return torch.where(rowwise(mask, yes), yes, no)
 
 
 def choose_state(mask: Tensor, yes: State, no: State) -> State:
-    """The same for whole solver states."""
+    """The same as `choose` for solver states."""
     grad = None if yes.grad is None or no.grad is None else choose(mask, yes.grad, no.grad)
     memory = tuple(choose(mask, a, b) for a, b in zip(yes.memory, no.memory, strict=True))
     states = None if yes.states is None or no.states is None else choose(mask, yes.states, no.states)

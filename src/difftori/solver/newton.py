@@ -1,4 +1,4 @@
-"""Newton's method on the free set, and the linear algebra that the implicit gradient shares with it."""
+"""Newton's method on the free set, and the linear algebra that it shares with the implicit gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,21 @@ from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows
 
 @dataclass(frozen=True)
 class Newton(Solver):
-    """x ← P(x − H⁻¹∇J) on the free set: the coordinates that the box does not hold (Bertsekas, 1982).
+    """x ← P(x − H⁻¹∇J) on the free set: the coordinates without an active bound (Bertsekas, 1982).
 
-    Each row takes the longest of `lengths` that lowers its cost, or where rounding hides the decrease, the one that
-    lowers its projected gradient. Where none does, because the projection has bent the step, it takes a projected
-    gradient step of length 1/‖H‖, and stays if that does not help either. `linear`: "dense" factorises the n×n Hessian
-    (n Hessian-vector products, batched into one call), "cg" solves by at most `products` of them.
+    Each row takes the longest of `lengths` that lowers its cost or, if rounding hides the decrease, the one that lowers its
+    projected gradient. If none does, because the projection changed the direction of the step, the row takes a projected
+    gradient step of length 1/‖H‖. If that does not help either, it does not move.
 
-    `eigenvalue_floor`: a row is strictly convex if its smallest curvature is above this share of its largest, both after
-    scaling the diagonal to 1; default: 1000 roundings (1e-4 in float32, 2e-13 in float64). In any other row curvatures
-    below 1e-4 of the largest are raised to it, and negative ones mirrored, so that the step descends where the cost is
-    not convex. Under unrolling, what is added to raise a curvature counts as a constant.
+    Args:
+        linear: "dense" factorises the n×n Hessian (n Hessian-vector products, batched into one call). "cg" uses at most
+            `products` products. Default: "dense".
+        products: the largest number of Hessian-vector products of "cg". Default: 12.
+        eigenvalue_floor: a row is strictly convex if its smallest curvature is above this share of its largest, both after
+            the diagonal is scaled to 1. Default: 1000 roundings (1e-4 in float32, 2e-13 in float64). In any other row,
+            curvatures below 1e-4 of the largest are raised to that value, and negative ones are mirrored, so that the step
+            descends if the cost is not convex. In unrolled derivatives, the added curvature is treated as a constant.
+        lengths: the step lengths to try, longest first.
     """
 
     linear: Literal["dense", "cg"] = "dense"
@@ -39,7 +43,7 @@ class Newton(Solver):
         check_linear("Newton", self.linear, self.products, self.eigenvalue_floor)
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Evaluate."""
+        """Evaluate cost and gradient."""
         cost, grad = problem.evaluate(x)
         return State(cost, grad)
 
@@ -60,7 +64,7 @@ class Newton(Solver):
         return x, state
 
     def _moves(self, problem: Problem, x: Points, state: State) -> list[Points]:
-        """The moves to try, in this order."""
+        """The steps to try, in this order."""
         assert state.grad is not None
         if self.linear == "cg" and not problem.create_graph:
             free = ~problem.box.held(x, state.grad)
@@ -71,7 +75,7 @@ class Newton(Solver):
             free = ~problem.box.held(x, grad.detach())
             direction = factorise(hessian, free, self.eigenvalue_floor, RAISED).solve(-grad * free)
             curvature = hessian.detach().abs().sum(-1).amax(-1)
-        # Where there is no curvature, the longest step is 1/eps, whatever the cost's scale.
+        # Without curvature, the longest step is 1/eps, whatever the scale of the cost.
         steepest = torch.linalg.vector_norm(grad.detach(), float("inf"), -1)
         least = (torch.finfo(x.dtype).eps * steepest).clamp_min(torch.finfo(x.dtype).tiny)
         safe = -grad / torch.maximum(curvature, least)[:, None]
@@ -79,7 +83,7 @@ class Newton(Solver):
 
 
 def improves(problem: Problem, x: Points, state: State, trial: Points, cost: Rows, grad: Points) -> RowFlags:
-    """Which trials lower their row's cost; or, where rounding hides the difference, its projected gradient, (B)."""
+    """Which trials lower the cost of their row or, if rounding hides the difference, its projected gradient, (B)."""
     assert state.grad is not None
     noise = 8 * torch.finfo(x.dtype).eps * state.cost.abs()
     calmer = problem.box.stationarity(trial, grad) < problem.box.stationarity(x, state.grad)
@@ -88,7 +92,7 @@ def improves(problem: Problem, x: Points, state: State, trial: Points, cost: Row
 
 
 class HessianProducts:
-    """v ↦ H v at one point, reusing one graph: a product costs about one evaluation of cost and gradient."""
+    """v ↦ H v at one point, with one graph for all products. A product costs about one evaluation of cost and gradient."""
 
     def __init__(self, problem: Problem, x: Points):
         with torch.enable_grad():
@@ -105,8 +109,8 @@ class HessianProducts:
 
 
 class Factor(NamedTuple):
-    """A factorised free-set Hessian. `convex` (B): it was positive definite as it stood, without raising anything;
-    `singular` (B): its smallest curvature cannot be told from zero in this precision.
+    """A factorised free-set Hessian. `convex` (B): it is positive definite without raising any curvature. `singular` (B): its
+    smallest curvature is zero to working precision.
     """
 
     cholesky: Hessians
@@ -115,23 +119,23 @@ class Factor(NamedTuple):
     singular: RowFlags
 
     def solve(self, v: Points) -> Points:
-        """H⁻¹ v on the free set, zero on the held coordinates."""
+        """H⁻¹ v on the free set, zero on the other coordinates."""
         v = v * self.free
         return torch.cholesky_solve(v.unsqueeze(-1), self.cholesky).squeeze(-1) * self.free
 
 
 RAISED = 1e-4
-"""Curvatures of a row that is not strictly convex are raised to this share of its largest: its step stays bounded."""
+"""Curvatures of a row that is not strictly convex are raised to this share of its largest, which bounds its step."""
 
 
 def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, raised: float = 0.0) -> Factor:
-    """Cholesky of the Hessian on the free set, and whether it is positive definite as far as the precision can tell.
+    """Cholesky factor of the Hessian on the free set, and whether it is positive definite to working precision.
 
-    The diagonal is first scaled to 1, which takes away what badly scaled variables add to the condition number. A row is
-    convex if its smallest eigenvalue is then above `floor` × the largest (default: 1000 roundings), singular if it lies
-    within that of zero. Eigenvalues of other rows are mirrored where negative and raised to `floor` or `raised`, the
-    larger. Held coordinates get a row and column of the identity; a row without any curvature has no free coordinate.
-    Only rows that need it pay for an eigendecomposition.
+    The diagonal is first scaled to 1, which removes the effect of badly scaled variables on the condition number. A row is
+    convex if its smallest eigenvalue is then above `floor` × the largest (default: 1000 roundings), and singular if its
+    smallest eigenvalue is within that of zero. Eigenvalues of other rows are mirrored if negative and raised to the larger of
+    `floor` and `raised`. Coordinates outside the free set get a row and column of the identity. A row without any curvature
+    has no free coordinate. Only rows that are not convex are decomposed.
     """
     eps, tiny = torch.finfo(hessian.dtype).eps, torch.finfo(hessian.dtype).tiny
     floor = 1e3 * eps if floor is None else floor
@@ -142,12 +146,12 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
     size = symmetric.detach().abs()
     flat = (size.amax((-1, -2)) == 0) & free.any(-1) & finite
     diagonal, largest = size.diagonal(dim1=-1, dim2=-2), size.amax(-1)
-    # A diagonal entry that vanishes beside its row says nothing of the coordinate's scale; the row's largest does.
+    # A diagonal entry that is tiny compared with its row does not give the scale of the coordinate; the row's largest entry does.
     unit = torch.where(diagonal > eps * largest, diagonal, largest).sqrt()
     unit = torch.where(unit > tiny, unit, 1.0)
     both = both & ~flat[:, None, None]
     matrix = torch.where(both, symmetric / unit.unsqueeze(-1) / unit.unsqueeze(-2), identity)
-    # The largest eigenvalue lies between a symmetric matrix's largest entry and its largest row sum.
+    # The largest eigenvalue lies between the largest entry and the largest row sum of a symmetric matrix.
     scale = torch.where(both, matrix.detach(), 0.0).abs().sum(-1).amax(-1)
     _, failed = torch.linalg.cholesky_ex(
         matrix.detach() - (floor * scale)[:, None, None] * torch.where(both, identity, 0.0)
@@ -160,14 +164,14 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
         matrix = matrix.index_add(0, rows, correction)
         singular = singular.index_copy(0, rows, least >= -max(floor, 8 * eps) * scale[rows])
     cholesky, failed = torch.linalg.cholesky_ex(matrix)
-    # Rounding can still defeat a raised row (floor 0, float32): it takes a scaled gradient step and is flagged.
+    # Rounding can still make the factorisation of a raised row fail (floor 0, float32). It takes a scaled gradient step and is flagged.
     fallback = identity * scale.clamp_min(1.0).sqrt()[:, None, None]
     cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback) * unit.unsqueeze(-1)
     return Factor(cholesky, free & ~flat[:, None], convex & (failed == 0), singular)
 
 
 def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> tuple[Hessians, Rows]:
-    """What to add so that every curvature λ of the free set becomes max(|λ|, floor); and the smallest λ."""
+    """The correction that changes every curvature λ of the free set to max(|λ|, floor), and the smallest λ."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = floor.clamp_min(torch.finfo(matrix.dtype).eps)
     correction = torch.maximum(values.abs(), floor[:, None]) - values
@@ -175,11 +179,11 @@ def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> tuple[Hes
 
 
 class ConjugateGradients(NamedTuple):
-    """Where the iteration H w = rhs stands, row by row.
+    """The state of the iteration for H w = rhs, row by row.
 
-    `solution` w (B n); `residual` and `direction` (B n); `size` (B), the residual's square, and `goal` (B), where to stop;
-    `active` (B): rows at work; `curvature` (B): rᵀHr/rᵀr of the first direction r = rhs; `positive` (B): no direction so far
-    had negative curvature; `begun` (B): the square of rhs.
+    `solution` w (B n); `residual` and `direction` (B n); `size` (B), the square of the residual, and `goal` (B), its value to
+    stop at; `active` (B): unfinished rows; `curvature` (B): rᵀHr/rᵀr of the first direction r = rhs; `positive` (B): no
+    direction so far had negative curvature; `begun` (B): the square of rhs.
     """
 
     solution: Points
@@ -193,14 +197,14 @@ class ConjugateGradients(NamedTuple):
     begun: Rows
 
     def unsolved(self, tolerance: float) -> RowFlags:
-        """Rows that met negative curvature, or whose residual is more than this share of the right-hand side, (B)."""
+        """Rows with negative curvature, or with a residual above this share of the right-hand side, (B)."""
         return ~self.positive | (self.size > tolerance**2 * self.begun)
 
     def proceed(self, products: Callable[[Points], Points], free: PointFlags, count: int) -> "ConjugateGradients":
-        """`count` products more; a row stops at negative curvature with what it has by then.
+        """Use `count` more products. A row stops at negative curvature with its current solution.
 
-        Stopping there keeps w inside the part of the space where the Hessian is positive definite, which is the
-        safeguard for rows that are no strict minimum (Steihaug, 1983).
+        Stopping there keeps w in the subspace where the Hessian is positive definite, which is the safeguard for rows that are
+        not strict minima (Steihaug, 1983).
         """
         w, residual, direction, size, goal, active, first, positive, begun = self
         for _ in range(count):
@@ -221,11 +225,11 @@ class ConjugateGradients(NamedTuple):
 def conjugate_gradients(
     problem: Problem, x: Points, rhs: Points, free: PointFlags, max_products: int, tolerance: float | None = None
 ) -> ConjugateGradients:
-    """Solve H w = rhs at x on the free set, without a graph, all rows at once, by at most so many products.
+    """Solve H w = rhs at x on the free set, without a graph, all rows at once, with at most `max_products` products.
 
-    A row is solved when its residual is `tolerance` of rhs; default: ten roundings.
+    A row is solved when its residual is at most `tolerance` × rhs. Default: ten roundings.
     """
-    # In units of its largest coordinate, so that no square leaves the range of float32.
+    # Scaled by its largest coordinate, so that squares stay within the range of float32.
     unit = torch.linalg.vector_norm(rhs * free, float("inf"), -1, keepdim=True)
     rhs = rhs * free / torch.where(unit > 0, unit, 1.0)
     size = rhs.square().sum(-1)
@@ -247,7 +251,7 @@ def conjugate_gradients(
 
 
 _COMPILED_PRODUCTS = 4
-"""Compiled together: each such chunk linearises anew, and more would take minutes to compile."""
+"""Number of products compiled together. Each chunk linearises again; longer ones would take minutes to compile."""
 
 
 def _compilable(
@@ -264,10 +268,10 @@ def check_linear(
     eigenvalue_floor: float | None,
     known: tuple[str, ...] = ("dense", "cg"),
 ) -> None:
-    """Refuse settings that no linear solve understands."""
+    """Raise SolverError for invalid settings of a linear solve."""
     if linear not in known:
-        raise SolverError(f"{owner}: linear={linear!r} is unknown; use one of {', '.join(known)}.")
+        raise SolverError(f"{owner}: linear={linear!r} is unknown. Fix: use one of {', '.join(known)}.")
     if products is not None and products < 1:
-        raise SolverError(f"{owner}: products={products} leaves no Hessian-vector product; use at least 1.")
+        raise SolverError(f"{owner}: products={products} allows no Hessian-vector product. Fix: use at least 1.")
     if eigenvalue_floor is not None and not 0 <= eigenvalue_floor < 1:
-        raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} must lie in [0, 1).")
+        raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} is out of range. Fix: use a value in [0, 1).")

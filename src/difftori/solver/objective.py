@@ -1,4 +1,4 @@
-"""What is minimised: B independent problems over x (B n), one cost per row."""
+"""Objectives: B independent problems over x (B n), with one cost per row."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -16,32 +16,32 @@ RowSelection = Tensor
 
 
 class Objective(ABC):
-    """B independent minimisation problems. Cost is minimised, so a return G enters as cost = −G.
+    """B independent minimisation problems. The cost is minimised: to maximise a return G, use cost = −G.
 
-    Gradients of a solution flow into every tensor that `cost` uses: parameters, an encoded state, anything.
+    Gradients of a solution flow into every tensor that `cost` uses, such as parameters or an encoded state.
     """
 
     @abstractmethod
     def cost(self, x: Points) -> Rows:
-        """One cost per row, (B n) → (B). Row i may depend on row i of x only."""
+        """One cost per row, (B n) → (B). Row i of the cost may depend on row i of x only."""
 
     def select(self, rows: RowSelection) -> "Objective | None":
-        """The same objective on some rows (indices), or None where the objective cannot be split.
+        """The same objective on some rows (indices), or None if the objective cannot be split. Default: None.
 
-        An objective that can keeps a row of NaN from touching the others' parameter gradients, and lets a solver stop
-        working on rows that have converged.
+        If implemented, rows with NaN do not affect the parameter gradients of the other rows, and a solver can skip rows that
+        have converged.
         """
         return None
 
 
 class FunctionObjective(Objective):
-    """A plain callable (B n) → (B) as an objective."""
+    """A callable (B n) → (B) as an objective."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
         self.function = function
 
     def cost(self, x: Points) -> Tensor:
-        """The callable's value, whatever its shape: `solve` checks it and says what is wrong."""
+        """The value of the callable, unchecked: `solve` checks its shape and type."""
         return self.function(x)
 
 
@@ -50,7 +50,7 @@ class LeastSquaresObjective(Objective):
 
     @abstractmethod
     def residual(self, x: Points) -> Residuals:
-        """The r residuals per row, (B n) → (B r)."""
+        """The r residuals of each row, (B n) → (B r)."""
 
     def cost(self, x: Points) -> Rows:
         """Half the sum of squared residuals."""
@@ -60,11 +60,11 @@ class LeastSquaresObjective(Objective):
 class TrajectoryObjective(Objective):
     """Single shooting: Σ_{t<H} γ^t c(s_t, a_t, t) + γ^H c_H(s_H) with s_{t+1} = next(s_t, a_t, t), over x = (a_0 … a_{H−1}).
 
-    `state` (B S) is the start, `horizon` H, `action_dim` A, so n = H·A. The model is unrolled inside the cost, so it is
-    no constraint, and any solver applies; `ILQR` and the implicit gradient also use the structure.
+    `state` (B S) is the start, `horizon` H, `action_dim` A, so n = H·A. The model is unrolled inside the cost, so it is not a
+    constraint, and any solver applies. `ILQR` and the implicit gradient also use the structure.
 
     `t` is the step as an integer tensor (1), which broadcasts against rows: `reference[t]` is (1) or (1 S). Use `torch.where`,
-    not `if` and not `int(t)`, because derivatives of all steps are computed at once by `torch.func.vmap`.
+    not `if` or `int(t)`, because the derivatives of all steps are computed at once by `torch.func.vmap`.
     """
 
     state: Tensor
@@ -72,11 +72,11 @@ class TrajectoryObjective(Objective):
     action_dim: int
     discount: float
     staged: bool = True
-    """Whether the cost is the sum above. False: one that overrides `cost`, so that its structure must not be used."""
+    """Whether the cost is the sum above. Set it to False if a subclass overrides `cost`; its structure is then not used. Default: True."""
 
     @abstractmethod
     def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """The state one step later."""
+        """The next state."""
 
     @abstractmethod
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
@@ -104,7 +104,7 @@ class TrajectoryObjective(Objective):
         return total + weight * self.terminal_cost(state)
 
     def rollout(self, x: Points) -> Tensor:
-        """The states s_0 … s_H that x leads to, (B H+1 S)."""
+        """The states s_0 … s_H of the actions x, (B H+1 S)."""
         states = [self.state]
         for t, action in zip(self.times().unbind(), self.plan(x).unbind(-2), strict=True):
             states.append(self.next(states[-1], action, t))
@@ -112,7 +112,7 @@ class TrajectoryObjective(Objective):
 
 
 class ClampedObjective(Objective):
-    """Another objective at the nearest point of the box: bounds as the release has them."""
+    """Another objective, evaluated at the nearest point of the box: bounds as in the release."""
 
     def __init__(self, inner: Objective, box: Box):
         self.inner, self.box = inner, box
@@ -124,20 +124,20 @@ class ClampedObjective(Objective):
         )
 
     def select(self, rows: RowSelection) -> "Objective | None":
-        """Some rows, where the inner objective can be split and the bounds are the same for all of them."""
+        """The objective on some rows, or None if the inner objective cannot be split or the bounds differ between rows."""
         inner = self.inner.select(rows)
         shared = all(torch.as_tensor(bound).dim() < 2 for bound in (self.box.low, self.box.high))
         return ClampedObjective(inner, self.box) if inner is not None and shared else None
 
 
 def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function as one of (state, action, t), whether or not it takes the step.
+    """The function as a function of (state, action, t), whether or not it takes the step.
 
-    It takes the step if its third positional argument is required or is called `t`.
+    The function takes the step if its third positional argument is required or is named `t`.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # built in, without a signature
+    except (TypeError, ValueError):  # a built-in function without a signature
         return _Timeless(function)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in parameters if p.kind in kinds]
@@ -148,7 +148,7 @@ def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tens
 
 @dataclass(frozen=True)
 class _Timeless:
-    """A function of (state, action) that is also given the step."""
+    """A function of (state, action), called with the step as an ignored third argument."""
 
     function: Callable[..., Tensor]
 
@@ -157,11 +157,11 @@ class _Timeless:
 
 
 def as_objective(objective: "Objective | Callable[[Tensor], Tensor]") -> Objective:
-    """An `Objective` as it is; any other callable wrapped."""
+    """Return an `Objective` unchanged, and wrap any other callable."""
     if isinstance(objective, Objective):
         return objective
     if callable(objective):
         return FunctionObjective(objective)
     raise ShapeError(
-        f"solve: the objective is a {type(objective).__name__}; give an Objective or a callable from x (B n) to cost (B)."
+        f"solve: the objective is a {type(objective).__name__}. Fix: pass an Objective or a callable from x (B n) to cost (B)."
     )

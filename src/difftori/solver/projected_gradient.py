@@ -14,17 +14,22 @@ from difftori.types import Points, RowFlags, Rows
 
 @dataclass(frozen=True)
 class ProjectedGradient(Solver):
-    """x ← P(x − α∇J) with a Barzilai–Borwein step α of each row's own, and a per-row safeguard against rising costs.
+    """x ← P(x − α∇J) with a Barzilai–Borwein step length α for each row, and a safeguard against rising costs for each row.
 
-    One evaluation of cost and gradient a step. A trial that does not lower the cost enough is refused and the step
-    shortened. The long step ‖s‖²/sᵀy and the short one sᵀy/‖y‖² take turns. Source: Birgin, Martínez and Raydan (2000),
+    Each step is one evaluation of cost and gradient. A trial that does not lower the cost enough is rejected, and the step is
+    shortened. The long step ‖s‖²/sᵀy and the short step sᵀy/‖y‖² alternate. Source: Birgin, Martínez and Raydan (2000),
     "Nonmonotone spectral projected gradient methods on convex sets".
 
-    `first_move`: the first step moves the steepest coordinate by this share of its range (or by this much where the box
-    is open), unless `first_step` gives α itself, in units of x² per cost, as suits a cost whose curvature is known. `window`: a trial is compared with the highest of the last so many costs; 1 is monotone, the cost of a row
-    never rises; 5 needs fewer steps on ill-conditioned problems. `armijo`: the share of the predicted decrease that a
-    trial must reach. `polish`: Newton steps on the free set after the iterations, outside their budget, which turn a good
-    solution into an exact one; `polish_with` is their method.
+    Args:
+        first_move: the first step moves the steepest coordinate by this share of its range, or by this distance if the box
+            is open. Default: 0.25.
+        first_step: the first α itself, in units of x² per cost, for a cost of known curvature. Default: None, `first_move` applies.
+        window: a trial is compared with the highest of the last `window` costs. With 1 the cost of a row never rises; 5
+            needs fewer steps on ill-conditioned problems. Default: 1.
+        armijo: the share of the predicted decrease that a trial must reach.
+        polish: number of Newton steps on the free set after the iterations, not counted in the step limit. They make a good
+            solution precise. Default: 0.
+        polish_with: the solver of these Newton steps.
     """
 
     first_move: float = 0.25
@@ -37,8 +42,8 @@ class ProjectedGradient(Solver):
     def __post_init__(self):
         if self.window < 1 or self.polish < 0 or self.first_move <= 0:
             raise SolverError(
-                f"ProjectedGradient: window={self.window} must be ≥ 1, polish={self.polish} ≥ 0 "
-                f"and first_move={self.first_move} > 0."
+                f"ProjectedGradient: invalid window={self.window}, polish={self.polish}, first_move={self.first_move}. "
+                "Fix: use window ≥ 1, polish ≥ 0 and first_move > 0."
             )
 
     def init(self, problem: Problem, x: Points) -> State:
@@ -49,7 +54,7 @@ class ProjectedGradient(Solver):
         return State(cost, grad, (_representable(alpha), torch.ones_like(cost.detach()), recent))
 
     def compilable(self, objective: Objective) -> bool:
-        """Always."""
+        """True for every objective."""
         return True
 
     def _first_step(self, problem: Problem, x: Points, grad: Points) -> Rows:
@@ -57,24 +62,24 @@ class ProjectedGradient(Solver):
             return torch.full_like(grad[:, 0], self.first_step)
         reach = problem.box.narrowest(x, 1.0) * self.first_move
         steepest = grad.abs().amax(-1)
-        # A row that starts where the gradient vanishes needs no first step; 1 is as good as any.
+        # A row that starts at a zero gradient needs no first step, so any value works.
         return torch.where(steepest > 0, reach / steepest.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """One trial per row: taken if it lowers the cost enough, else shortened for the next time."""
-        alpha, turn, recent = state.memory
+        """One trial per row: taken if it lowers the cost enough, otherwise the next step is shorter."""
+        alpha, use_long_step, recent = state.memory
         assert state.grad is not None
         trial = problem.project(x - alpha[:, None] * state.grad)
         cost, grad = problem.evaluate(trial)
-        move, bend = trial - x, grad - state.grad
-        slope = (state.grad * move).sum(-1)
+        s, y = trial - x, grad - state.grad
+        slope = (state.grad * s).sum(-1)
         noise = 4 * torch.finfo(x.dtype).eps * state.cost.abs()
         taken = (cost <= recent.amax(-1) + self.armijo * slope + noise) & all_finite(cost, grad)
-        longer = _spectral(move, bend, alpha, turn > 0)
+        longer = _spectral(s, y, alpha, use_long_step > 0)
         alpha = torch.where(taken, longer, _shorter(state.cost, cost, slope, alpha))
         now = torch.where(taken, cost, state.cost)
         recent = torch.cat([recent[:, 1:], now.detach().unsqueeze(-1)], -1)
-        memory = (alpha, torch.where(taken, -turn, turn), recent)
+        memory = (alpha, torch.where(taken, -use_long_step, use_long_step), recent)
         return choose(taken, trial, x), State(now, choose(taken, grad, state.grad), memory)
 
     def finish(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
@@ -88,20 +93,20 @@ class ProjectedGradient(Solver):
         return x, State(inner.cost, inner.grad, state.memory)
 
 
-def _spectral(move: Points, bend: Points, alpha: Rows, long: RowFlags) -> Rows:
-    """‖s‖²/sᵀy or sᵀy/‖y‖², and a longer step than the last where the curvature along s is not positive."""
-    # αy has the unit of s, so that no square of a gradient leaves the range of float32.
-    bend = alpha.detach()[:, None] * bend
-    curvature = (move * bend).sum(-1)
-    bends = curvature > torch.finfo(move.dtype).tiny
-    # `where` before dividing: the unused branch must stay finite, or its derivative would poison the used one.
-    square = torch.where(bends, bend.square().sum(-1), 1.0)
-    step = torch.where(long, move.square().sum(-1) / torch.where(bends, curvature, 1.0), curvature / square)
-    return _representable(torch.where(bends, alpha.detach() * step, 4.0 * alpha))
+def _spectral(s: Points, y: Points, alpha: Rows, use_long_step: RowFlags) -> Rows:
+    """‖s‖²/sᵀy or sᵀy/‖y‖², or a longer step than the last one if the curvature along s is not positive."""
+    # αy has the unit of s, so squares of gradients stay within the range of float32.
+    y = alpha.detach()[:, None] * y
+    curvature = (s * y).sum(-1)
+    positive = curvature > torch.finfo(s.dtype).tiny
+    # `where` before the division: the unused branch must stay finite, otherwise its derivative would make the used one NaN.
+    square = torch.where(positive, y.square().sum(-1), 1.0)
+    step = torch.where(use_long_step, s.square().sum(-1) / torch.where(positive, curvature, 1.0), curvature / square)
+    return _representable(torch.where(positive, alpha.detach() * step, 4.0 * alpha))
 
 
 def _shorter(cost: Rows, trial_cost: Tensor, slope: Rows, alpha: Rows) -> Rows:
-    """The minimiser of the parabola through the refused trial, kept within a tenth and a half of its step."""
+    """The minimiser of the parabola through the rejected trial, clamped to between a tenth and a half of its step."""
     excess = trial_cost - cost - slope
     sound = torch.isfinite(excess) & (excess > torch.finfo(cost.dtype).tiny)
     shrink = torch.where(sound, -slope / (2.0 * torch.where(sound, excess, 1.0)), 0.1)
@@ -109,6 +114,6 @@ def _shorter(cost: Rows, trial_cost: Tensor, slope: Rows, alpha: Rows) -> Rows:
 
 
 def _representable(alpha: Rows) -> Rows:
-    """Neither zero nor infinite; nothing else, for the size of a step depends on the scale of the cost."""
+    """Clamp α so that it is neither zero nor infinite. There are no other limits, because α depends on the scale of the cost."""
     tiny = torch.finfo(alpha.dtype).tiny
     return alpha.clamp(tiny, 1 / tiny)

@@ -35,57 +35,57 @@ def _roll_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, rows = len(lengths), plan.shape[0]
     feedback = gains[..., :-1]
-    wish = plan + lengths[:, None, None, None] * gains[..., -1] - times_vector(feedback, states[:, :-1])
+    request = plan + lengths[:, None, None, None] * gains[..., -1] - times_vector(feedback, states[:, :-1])
     start = states[:, 0].expand(count, *states[:, 0].shape)
     others = (feedback, low, high)
     folded = None if torch.compiler.is_compiling() else _folded(objective, start, plan[:, 0])
     if folded is None:
-        following, actions = _roll_each(objective, start, wish, others)
+        next_state, actions = _roll_each(objective, start, request, others)
     else:
         every = tuple(part.repeat(count, *(1,) * (part.dim() - 1)) for part in others)
-        following, actions = _roll(folded, start.flatten(0, 1), wish.flatten(0, 1), every)
-        following, actions = following.unflatten(0, (count, rows)), actions.unflatten(0, (count, rows))
-    found = torch.cat([start.unsqueeze(2), following], 2)
+        next_state, actions = _roll(folded, start.flatten(0, 1), request.flatten(0, 1), every)
+        next_state, actions = next_state.unflatten(0, (count, rows)), actions.unflatten(0, (count, rows))
+    found = torch.cat([start.unsqueeze(2), next_state], 2)
     return found, actions, vmap(lambda s, a: costs(objective, s, a), randomness="same")(found, actions)
 
 
-def _roll_each(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
-    """Rollouts of L sets of wished actions (L B H A) from (L B S)."""
+def _roll_each(objective: TrajectoryObjective, start: Tensor, request: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """Rollouts of L sets of requested actions (L B H A) from (L B S)."""
 
     def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
-        (state,), (wish, *rest) = carry, step
-        each = vmap(lambda s, w: _follow(objective, s, w, *rest), randomness="same")
-        following, action = each(state, wish)
-        return (following,), (following, action)
+        (state,), (request, *rest) = carry, step
+        each = vmap(lambda s, w: _step(objective, s, w, *rest), randomness="same")
+        next_state, action = each(state, request)
+        return (next_state,), (next_state, action)
 
-    steps = (wish.movedim(2, 0), *(part.movedim(1, 0) for part in others), objective.times())
-    _, (following, actions) = loop(forth, (start,), steps)
-    return following.movedim(0, 2), actions.movedim(0, 2)
+    steps = (request.movedim(2, 0), *(part.movedim(1, 0) for part in others), objective.times())
+    _, (next_state, actions) = loop(forth, (start,), steps)
+    return next_state.movedim(0, 2), actions.movedim(0, 2)
 
 
-def _roll(objective: TrajectoryObjective, start: Tensor, wish: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
-    """One rollout of wished actions (B H A) from (B S)."""
+def _roll(objective: TrajectoryObjective, start: Tensor, request: Tensor, others: tuple) -> tuple[Tensor, Tensor]:
+    """One rollout of requested actions (B H A) from (B S)."""
 
     def forth(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
-        following, action = _follow(objective, *carry, *step)
-        return (following,), (following, action)
+        next_state, action = _step(objective, *carry, *step)
+        return (next_state,), (next_state, action)
 
-    steps = tuple(part.movedim(1, 0) for part in (wish, *others))
-    _, (following, actions) = loop(forth, (start,), (*steps, objective.times()))
-    return following.movedim(0, 1), actions.movedim(0, 1)
+    steps = tuple(part.movedim(1, 0) for part in (request, *others))
+    _, (next_state, actions) = loop(forth, (start,), (*steps, objective.times()))
+    return next_state.movedim(0, 1), actions.movedim(0, 1)
 
 
-def _follow(objective, state, wish, gain, low, high, t) -> tuple[Tensor, Tensor]:
-    """The next state and the action that led there: a wish plus feedback, within the bounds."""
-    action = torch.baddbmm(wish.unsqueeze(-1), gain, state.unsqueeze(-1)).squeeze(-1).clamp(low, high)
+def _step(objective, state, request, gain, low, high, t) -> tuple[Tensor, Tensor]:
+    """The next state and the action that led to it: a requested action plus feedback, within the bounds."""
+    action = torch.baddbmm(request.unsqueeze(-1), gain, state.unsqueeze(-1)).squeeze(-1).clamp(low, high)
     return objective.next(state, action, t), action
 
 
 def _folded(objective: TrajectoryObjective, state: Tensor, action: Tensor) -> TrajectoryObjective | None:
-    """The objective on L·B rows, the same B rows L times, or None where the dynamics cannot take them.
+    """The objective on L·B rows, which repeat the same B rows L times, or None if the dynamics do not support it.
 
-    Dynamics may close over something of each row, which the objective cannot repeat: so they are tried on one step.
-    `vmap` serves any dynamics, at twice the time.
+    Dynamics may close over per-row data, which cannot be repeated. They are therefore tested on one step. `vmap` supports
+    any dynamics and takes twice the time.
     """
     count, rows = state.shape[:2]
     many = objective.select(torch.arange(rows, device=state.device).repeat(count))

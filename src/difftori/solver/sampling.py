@@ -1,6 +1,6 @@
-"""Solvers that only evaluate the cost: the cross-entropy method and TD-MPC's MPPI.
+"""Solvers that only evaluate the cost: the cross-entropy method, and MPPI as in TD-MPC.
 
-All rows share one set of random numbers, so that a row's solution does not depend on which other rows are solved with it.
+All rows use the same random numbers, so the solution of a row does not depend on the other rows.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from difftori.types import Points
 
 @dataclass(frozen=True)
 class CEM(Solver):
-    """The cross-entropy method: sample around the mean, refit mean and spread to the best (Rubinstein, 1999).
+    """The cross-entropy method: sample around the mean, then fit mean and standard deviation to the best (Rubinstein, 1999).
 
-    `samples` K points a step, of which `elites` are kept; `std` is the first spread, in units of x, and `min_std` its floor.
+    `samples` K: points per step. `elites`: the number of best samples to fit to. `std`: the first standard deviation, in units
+    of x. `min_std`: its lower limit.
     """
 
     samples: int = 512
@@ -30,32 +31,33 @@ class CEM(Solver):
         _check_counts("CEM", self.samples, self.elites)
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Score the first mean."""
+        """Evaluate the first mean."""
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std),))
 
     def compilable(self, objective: Objective) -> bool:
-        """Always."""
+        """True for every objective."""
         return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """Sample, keep the elites, refit."""
+        """Sample, select the elites, and fit mean and standard deviation."""
         (std,) = state.memory
         elites, _ = _elites(problem, x, std, self.samples, self.elites)
-        mean = problem.project(elites.mean(1))  # the mean of equal numbers is rounded
+        mean = problem.project(elites.mean(1))  # rounding can move the mean of equal numbers out of the box
         variance = (elites - mean.unsqueeze(1)).square().mean(1)
-        # The tiny number keeps the root's derivative finite where all elites are one point.
+        # The smallest normal number keeps the derivative of the root finite if all elites are one point.
         std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp_min(self.min_std)
         return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std,))
 
 
 @dataclass(frozen=True)
 class MPPI(Solver):
-    """Model predictive path integral control as TD-MPC runs it (Hansen et al., 2022): refit to elites weighted by return.
+    """Model predictive path integral control as in TD-MPC (Hansen et al., 2022): fit to elites weighted by their return.
 
-    Per step `samples` points, plus `solve(..., candidates=)` (TD-MPC's 25 policy trajectories); the `elites` best are
-    weighted by exp(`temperature` × (return − best return)), so `temperature` is in units of 1/cost; the mean moves by 1 − `momentum` towards their weighted mean;
-    their weighted spread, between `min_std` and `std`, is the next one's. After solving, `solution.state.memory` holds
-    (std (B n), elites (B E n), weights (B E)), from which TD-MPC samples the plan that it executes.
+    Each step evaluates `samples` points plus `solve(..., candidates=)` (TD-MPC's 25 policy trajectories). The `elites` best
+    are weighted by exp(`temperature` × (return − best return)); `temperature` is in units of 1/cost. The mean moves by
+    1 − `momentum` towards their weighted mean. Their weighted standard deviation, between `min_std` and `std`, is used in the
+    next step. After a solve, `solution.state.memory` holds (std (B n), elites (B E n), weights (B E)), from which TD-MPC samples
+    the plan that it executes.
     """
 
     samples: int = 512
@@ -69,17 +71,17 @@ class MPPI(Solver):
         _check_counts("MPPI", self.samples, self.elites)
 
     def init(self, problem: Problem, x: Points) -> State:
-        """Score the first mean."""
+        """Evaluate the first mean."""
         elites = x.detach().unsqueeze(1).repeat(1, self.elites, 1)
         weights = x.new_full((x.shape[0], self.elites), 1.0 / self.elites)
         return State(problem.score(x.unsqueeze(0))[0], None, (torch.full_like(x, self.std), elites, weights))
 
     def compilable(self, objective: Objective) -> bool:
-        """Always."""
+        """True for every objective."""
         return True
 
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
-        """Sample, weight the elites, refit."""
+        """Sample, weight the elites, and fit mean and standard deviation."""
         elites, costs = _elites(problem, x, state.memory[0], self.samples, self.elites)
         weights = torch.softmax(-self.temperature * costs, dim=1)
         mean = (weights.unsqueeze(-1) * elites).sum(1)
@@ -96,7 +98,7 @@ def _elites(problem: Problem, mean: Points, std: Points, samples: int, count: in
     if problem.candidates is not None:
         points = torch.cat([points, problem.project(problem.candidates)])
     costs = problem.score(points)
-    # A sample of infinite or undefined cost is no candidate.
+    # A sample with infinite or undefined cost is excluded.
     costs = torch.where(torch.isfinite(costs), costs, torch.finfo(costs.dtype).max)
     best_costs, index = costs.topk(count, dim=0, largest=False)
     best = points.gather(0, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
@@ -105,4 +107,6 @@ def _elites(problem: Problem, mean: Points, std: Points, samples: int, count: in
 
 def _check_counts(owner: str, samples: int, elites: int) -> None:
     if not 1 <= elites <= samples:
-        raise SolverError(f"{owner}: elites={elites} must lie between 1 and samples={samples}.")
+        raise SolverError(
+            f"{owner}: elites={elites} is out of range. Fix: use a value between 1 and samples={samples}."
+        )

@@ -1,4 +1,4 @@
-"""What `solve` returns."""
+"""The result of `solve`."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,28 +16,28 @@ from difftori.types import Points, RowCounts, RowFlags, Rows
 
 
 class Status(IntEnum):
-    """How a row ended."""
+    """The status of a row at the end of a solve."""
 
     CONVERGED = 0
     """The estimated distance to the optimum is within the tolerance."""
     MAX_STEPS = 1
-    """The budget ended first, or rounding allows no further step. Usual, and harmless, for short solves."""
+    """The step limit was reached, or rounding allows no further step. Common and harmless for short solves."""
     NON_FINITE = 2
-    """NaN or Inf in the cost or its gradient: x is the last good iterate (or the start), not a solution."""
+    """NaN or Inf in the cost or its gradient. x is the last finite iterate or the start, not a solution."""
     NOT_A_MINIMUM = 3
-    """The Hessian on the free set, where `Implicit` looked at it, has negative curvature."""
+    """The Hessian on the free set has negative curvature. Reported only if `Implicit` computed the Hessian."""
     ILL_CONDITIONED = 4
-    """The Hessian on the free set, where `Implicit` looked at it, is singular to working precision: x may be a minimum,
-    but its gradient is not determined. Fix: solve in float64, rescale the variables, add a small quadratic term to the
-    cost, or use `ILQR` with its structured gradient for trajectories."""
+    """The Hessian on the free set is singular to working precision: x may be a minimum, but its gradient is undetermined.
+    Reported only if `Implicit` computed the Hessian. Fix: solve in float64, rescale the variables, add a small quadratic
+    term to the cost, or use `ILQR` for trajectories."""
     INFEASIBLE = 5
-    """A constraint is violated by more than the tolerance after the last round: x is the best compromise found. The
-    constraints may contradict each other, or the search is held at a point from which no small move helps. Fix: start
-    elsewhere, allow more rounds, or look at `Solution.violation` for how much is missing."""
+    """A constraint is violated by more than the tolerance after the last round: x is the best compromise found. Either the
+    constraints contradict each other, or the search is stuck at a point from which no small step helps. Fix: check
+    `Solution.violation`, start elsewhere, or allow more rounds."""
 
 
 class History(NamedTuple):
-    """Every iterate (k B n) and its cost (k B), the start first."""
+    """Every iterate (k B n) and its cost (k B), starting with x0."""
 
     x: Tensor
     cost: Tensor
@@ -47,9 +47,9 @@ class History(NamedTuple):
 class Solution:
     """The result of a solve, row by row.
 
-    `x` (B n) is differentiable as its adjoint says; everything else is detached. `cost` (B) at x; `steps` (B) until the
-    row converged or the budget ended; `status` (B), values of `Status`. `state` is the solver's own, for those who know it.
-    `multipliers`: those of the constraints, to start a similar problem from.
+    `x` (B n) is differentiable as its adjoint defines; all other tensors are detached. `cost` (B) at x; `steps` (B) until the
+    row converged or the step limit was reached; `status` (B), values of `Status`. `state` is the internal state of the solver.
+    `multipliers`: those of the constraints, to start a similar problem.
     """
 
     x: Points
@@ -66,14 +66,14 @@ class Solution:
 
     @property
     def violation(self) -> Rows:
-        """The largest violation of a constraint, in the constraints' own units, (B); zero without constraints."""
+        """The largest violation of a constraint, in the units of the constraints, (B). Zero without constraints."""
         return torch.zeros_like(self.cost) if self.violated is None else self.violated
 
     @cached_property
     def grad_norm(self) -> Rows:
-        """Largest coordinate of the gradient that no bound holds, (B): zero at a first-order point.
+        """The largest gradient coordinate without an active bound, (B): zero at a first-order point.
 
-        Computed at the first look where the solver (CEM, MPPI) uses no gradients.
+        Solvers without gradients (CEM, MPPI) compute it at the first access.
         """
         if self.stationarity is not None:
             return self.stationarity
@@ -82,11 +82,12 @@ class Solution:
 
     @property
     def gradient_valid(self) -> RowFlags:
-        """Which rows are near enough to a strict optimum on the free set for an implicit gradient to be trusted, (B).
+        """Which rows have a trustworthy implicit gradient, (B).
 
-        The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate by more
-        than 1e-2 of its row's narrowest range (ranges above 2, and open ones, count as 2; fixed variables do not). The Hessian is at hand after `Implicit("dense")`; otherwise
-        the first look at this property computes it, at the price of n batched Hessian-vector products.
+        The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate by
+        more than 1e-2 of the narrowest range of its row (ranges above 2, and open ones, count as 2; fixed variables do not count).
+        `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n batched
+        Hessian-vector products.
         """
         solves = self.differentiated.solves
         if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):
@@ -110,5 +111,5 @@ class Solution:
 
     @property
     def finite(self) -> RowFlags:
-        """Which rows never met NaN or Inf, (B); the others have no solution."""
+        """Which rows had no NaN or Inf, (B). The others have no solution."""
         return self.status != Status.NON_FINITE

@@ -1,4 +1,4 @@
-"""`solve`: run a solver on a batch of independent problems and differentiate the result as an adjoint says."""
+"""`solve`: run a solver on a batch of independent problems and differentiate the result with an adjoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,40 +43,40 @@ def solve(
     augmented: AugmentedLagrangian | None = None,
     multipliers: Multipliers | None = None,
 ) -> Solution:
-    """Minimise B independent problems from x0 (B n) inside a box, and under constraints.
+    """Minimise B independent problems from x0 (B n) within bounds and under constraints.
 
         x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high,  g(x, θ) ≤ 0,  h(x, θ) = 0
 
-    Rows never interact, NaN or Inf in one leaves the others as they are, and how each ended is in `Solution.status`.
-    Under `torch.no_grad()` or `torch.inference_mode()`, or where nothing that the objective uses requires a gradient, no graph is built.
+    Rows do not interact. NaN or Inf in one row does not change the others; `Solution.status` reports the result of each row.
+    No graph is built under `torch.no_grad()` or `torch.inference_mode()`, or if nothing in the objective requires a gradient.
 
     Args:
         objective: an `Objective`, or a callable from x (B n) to the cost (B). Gradients of the solution flow into every
-            tensor it uses.
-        x0: the start, (B n), floating point, inside the box.
-        solver: `ProjectedGradient()` unless given.
-        adjoint: how x is differentiated; `Implicit()` unless given.
-        box: bounds; none unless given.
-        max_steps: steps per row at most. One step is one evaluation of cost and gradient for the first-order solvers.
-        tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length
-            scale; default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest coordinate of the gradient
-            that no bound holds, divided by the curvature that the row's own moves have met; the length scale is half the
-            narrowest range (at most 1) or the largest |x|, whichever is larger. Neither the scale of the cost nor the
-            start matters. 0.0 takes all the steps and skips the estimate, which costs one evaluation a solve.
-        keep: return each row's iterate of lowest cost, or its last.
-        candidates: (K B n), points that CEM and MPPI score beside their own samples.
-        generator: randomness of CEM and MPPI.
+            tensor that it uses.
+        x0: the start, (B n), float32 or float64, inside the box.
+        solver: default: `ProjectedGradient()`.
+        adjoint: how x is differentiated; default: `Implicit()`.
+        box: bounds; default: none.
+        max_steps: the largest number of steps per row. A step of a first-order solver is one evaluation of cost and gradient.
+        tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length scale.
+            Default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest gradient coordinate without an active
+            bound, divided by the curvature along the row's recent steps. The length scale is half the narrowest range (at
+            most 1) or the largest |x|, whichever is larger. The test does not depend on the scale of the cost or the start.
+            0.0 runs all steps and skips the estimate, which costs one evaluation per solve.
+        keep: return each row's iterate of lowest cost ("best") or its last iterate ("last").
+        candidates: (K B n), points that CEM and MPPI evaluate in addition to their own samples.
+        generator: the random generator of CEM and MPPI.
         history: record every iterate in `Solution.history`.
-        throw: raise instead of reporting when a row is not finite.
-        compile: run the steps through `torch.compile` (the first call of each shape takes a minute or more).
-        inequality, equality: g: (B n) → (B m) and h: (B n) → (B p), differentiable. Solved by rounds of the augmented
-            Lagrangian, each with `max_steps` of its own; the gradient keeps the constraints that are active.
-        augmented: settings of those rounds; default: `AugmentedLagrangian()`.
-        multipliers: of a similar problem (`Solution.multipliers`), to start from.
+        throw: raise an error if a row is not finite, instead of reporting it in the status.
+        compile: run the steps through `torch.compile` (the first call with each shape takes a minute or more).
+        inequality, equality: g: (B n) → (B m) and h: (B n) → (B p), differentiable. Solved in rounds of the augmented
+            Lagrangian with up to `max_steps` steps each. The gradient keeps the active constraints active.
+        augmented: settings of these rounds; default: `AugmentedLagrangian()`.
+        multipliers: `Solution.multipliers` of a similar problem, to start from.
 
     Raises:
-        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before anything is computed with it.
-        NonFiniteError: only with `throw`.
+        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before any computation.
+        NonFiniteError: a row is not finite; only with `throw`.
     """
     check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
@@ -123,8 +123,8 @@ def _solve(
     if throw and bool((status == Status.NON_FINITE).any()):
         rows = (status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
         raise NonFiniteError(
-            f"solve: NaN or Inf in the cost or gradient of rows {rows[:8]} (of {len(status)}); "
-            "look at what the objective closes over there, or solve with throw=False and read Solution.status."
+            f"solve: NaN or Inf in the cost or gradient of rows {rows[:8]} (of {len(status)}). "
+            "Fix: check the data of the objective for these rows, or solve with throw=False and read Solution.status."
         )
     return Solution(
         x=differentiated.x,
@@ -143,7 +143,7 @@ def _solve(
 
 @dataclass
 class _Progress:
-    """Everything an iteration carries from step to step, per row."""
+    """The state of an iteration from step to step, per row."""
 
     x: Points
     state: State
@@ -159,14 +159,14 @@ class _Progress:
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
-    """A lower cost; or, where rounding hides the difference, a smaller projected gradient."""
+    """A lower cost or, if rounding hides the difference, a smaller projected gradient."""
     best = progress.best_cost.detach()
     noise = 8 * torch.finfo(cost.dtype).eps * best.abs()
     return (cost < best - noise) | ((cost <= best + noise) & (norm <= progress.best_norm))
 
 
 class _Run:
-    """One call's iteration, offered to the adjoint as `iterate`."""
+    """The iteration of one call, which the adjoint runs through `iterate`."""
 
     def __init__(
         self,
@@ -186,14 +186,14 @@ class _Run:
     def iterate(
         self, steps: int, differentiable: bool, progress: _Progress | None = None, *, finish: bool = True
     ) -> Iterates:
-        """Go on for `steps` steps, with or without a graph, and finish as the solver does."""
+        """Run `steps` more steps, with or without a graph, and the solver's final refinement."""
         with torch.set_grad_enabled(differentiable):
             problem = self.problem.with_graph() if differentiable else self.problem
             if progress is None:
                 progress = self._begin(problem)
             elif differentiable:
                 progress = self._resume(problem, progress)
-            # A generator cannot be traced: steps that draw from one are eager, and their evaluations compiled.
+            # A generator cannot be traced: steps that sample from one run eagerly, and only their evaluations are compiled.
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
@@ -214,7 +214,7 @@ class _Run:
         return Iterates(x, usable, progress, None if differentiable else progress.best_states)
 
     def recorded(self) -> History | None:
-        """The iterates so far, if they were asked for."""
+        """The iterates so far, if `history` is set."""
         if self.history is None:
             return None
         return History(torch.stack([x for x, _ in self.history]), torch.stack([cost for _, cost in self.history]))
@@ -232,8 +232,8 @@ class _Run:
         return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
-        """The same place with a graph from here on: the state is evaluated anew, and rows that had converged move again,
-        for a row that stood still would have no derivative.
+        """Resume at the same point with a graph. The state is evaluated again, and converged rows resume their steps, because a
+        row that does not move has no derivative.
         """
         x = progress.x.detach()
         cost, grad = progress.state.cost, progress.state.grad
@@ -245,7 +245,7 @@ class _Run:
                 cost, grad = problem.evaluate(x)
             state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
-        # The best so far has no graph; start the comparison afresh so that the tail's iterates count.
+        # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
         norm = self._norm(x, state)
         return _Progress(
             x,
@@ -264,7 +264,7 @@ class _Run:
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
     ) -> None:
-        """Take a step's result for the rows still at work, and keep the best."""
+        """Apply the result of a step to the unfinished rows, and record the best iterate."""
         finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
         working = ~progress.failed if past_done else ~(progress.done | progress.failed)
         moved = working & finite
@@ -286,7 +286,7 @@ class _Run:
         self._record(progress.x, progress.state.cost)
 
     def _compiled(self, problem: Problem, progress: _Progress, steps: int) -> None:
-        """All the steps in compiled chunks of a fixed length; only chunk ends are looked at."""
+        """Run all steps in compiled chunks of a fixed length. Only the ends of chunks are checked."""
         taken = 0
         while taken < steps and not bool((progress.done | progress.failed).all()):
             chunk = min(_CHUNK, steps - taken)
@@ -297,7 +297,7 @@ class _Run:
             taken += chunk
 
     def _norm(self, x: Points, state: State) -> Rows:
-        """How far from a first-order point: the solver's own estimate of the distance, or the gradient that is not held."""
+        """The distance from a first-order point: the solver's estimate, or the largest gradient coordinate without an active bound."""
         if state.distance is not None:
             return state.distance.detach()
         if state.grad is None:
@@ -305,17 +305,17 @@ class _Run:
         return self.problem.box.stationarity(x.detach(), state.grad.detach())
 
     def _close(self, norm: Rows, curvature: Rows, length: Rows) -> RowFlags:
-        """Which rows have converged: gradient / curvature, a distance, is small beside the length scale of x."""
+        """Which rows have converged: gradient / curvature, a distance, is small compared with the length scale of x."""
         return norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
 
     def _length(self, x: Points) -> Rows:
         """The length scale of x: half the narrowest range, or the largest |x|."""
-        # The largest |x| counts because the gradient is not known better than the rounding of x.
+        # The largest |x| counts because the gradient is accurate to the rounding of x only.
         return torch.maximum(self.room, _largest(x * self.movable))
 
     def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
-        """The curvature along the first gradient, by one evaluation nearby; zero, so that nothing has converged, where
-        it is not positive. Without it a start at the optimum could not be told from any other.
+        """The curvature along the first gradient, by one evaluation nearby. If it is not positive, the result is zero, so that no
+        row counts as converged. Without this, a start at the optimum could not be recognised.
         """
         if state.distance is not None:
             return torch.ones_like(norm)
@@ -325,14 +325,14 @@ class _Run:
         step = torch.finfo(x.dtype).eps ** 0.5 * length / torch.where(norm > 0, norm, 1.0)
         trial = self.problem.project(x - step[:, None] * grad)
         _, there = self.problem.evaluate(trial)
-        move, bend = trial - x, there - grad
-        curvature = _largest(bend) / _largest(move)
-        sound = ((move * bend).sum(-1) > 0) & torch.isfinite(curvature)
-        return torch.where(sound, curvature, 0.0)
+        s, y = trial - x, there - grad
+        curvature = _largest(y) / _largest(s)
+        valid = ((s * y).sum(-1) > 0) & torch.isfinite(curvature)
+        return torch.where(valid, curvature, 0.0)
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
-        """‖Δ∇J‖/‖Δx‖ of the move that is about to be taken. A small move along a flat direction halves it at most; a move
-        of half the length scale or more has left the place where it was met.
+        """Update the curvature ‖Δ∇J‖/‖Δx‖ with the step about to be taken. A small step along a flat direction at most halves it;
+        after a step of half the length scale or more, the old value is discarded.
         """
         if state.distance is not None:
             progress.length = torch.where(moved, self._length(x), progress.length)
@@ -342,15 +342,15 @@ class _Run:
         curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / move
         length = self._length(x)
         known = torch.maximum(curvature, (0.5 - move / length).clamp_min(0.0) * progress.curvature)
-        # A move of zero gives NaN or infinity: nothing was learned.
+        # A step of length zero gives NaN or infinity and is ignored.
         progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
         progress.length = torch.where(moved, length, progress.length)
         if not state.memory:
-            # Without a memory, a solver that stands still will do so for ever.
+            # Without memory, a solver that has not moved will never move.
             progress.done = progress.done | (moved & (move == 0))
 
     def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
-        """How each row ended."""
+        """The status of each row."""
         converged = self._close(progress.best_norm, progress.curvature, self._length(progress.best_x.detach()))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
         convex, singular = differentiated.convex, differentiated.singular
@@ -383,7 +383,7 @@ def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int
 
 
 def _constrained_gradient(objective: Constrained, x0: Points) -> bool:
-    """Whether cost or constraints use anything that requires a gradient."""
+    """Whether cost or constraints use any tensor that requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     point = x0.detach()
@@ -391,9 +391,9 @@ def _constrained_gradient(objective: Constrained, x0: Points) -> bool:
 
 
 def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
-    """Whether anything that the solution can depend on requires a gradient.
+    """Whether the solution depends on any tensor that requires a gradient, by one eager evaluation of the cost.
 
-    One eager evaluation of the cost tells; a compiled solve would feel it, and leaves no graph of its own accord.
+    A compiled solve skips the evaluation, because it costs time; no graph is built if none is needed.
     """
     if not torch.is_grad_enabled():
         return False
