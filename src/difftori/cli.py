@@ -84,7 +84,9 @@ def _dispatch(words: list[str]) -> int:
         "bench": _bench,
     }
     if words[0] not in commands:
-        raise ConfigError([f"{words[0]!r} is not a command{suggest(words[0], commands)}. Fix: choose a command of `difftori --help`"])
+        raise ConfigError(
+            [f"{words[0]!r} is not a command{suggest(words[0], commands)}. Fix: choose a command of `difftori --help`"]
+        )
     commands[words[0]](words[1:])
     return 0
 
@@ -244,7 +246,11 @@ def _eval(words: list[str]) -> None:
     if trainer.key == "policy":
         given["which"] = options.which
     elif options.which == "best":
-        raise ConfigError(["--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"])
+        raise ConfigError(
+            [
+                "--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"
+            ]
+        )
     with Console(stderr=True).status(f"evaluating {options.run}"):
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"

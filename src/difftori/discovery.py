@@ -26,6 +26,8 @@ def concrete_members(package: str, base: type[Component]) -> dict[str, type[Comp
             if not own or not issubclass(member, base) or isabstract(member):
                 continue
             if member.name in found:
-                raise ConfigError([f"two classes are named {member.name!r}: {found[member.name]} and {member}. Fix: rename one"])
+                raise ConfigError(
+                    [f"two classes are named {member.name!r}: {found[member.name]} and {member}. Fix: rename one"]
+                )
             found[member.name] = member
     return found

@@ -116,7 +116,9 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / _PLAN}: cannot be read ({error}). Fix: remove {folder} and collect again") from error
+        raise DataError(
+            f"{folder / _PLAN}: cannot be read ({error}). Fix: remove {folder} and collect again"
+        ) from error
     return plan if isinstance(plan, dict) else {}
 
 

@@ -79,9 +79,7 @@ def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]
             continue
         if "success" not in info:
             raise ConfigError(
-                [
-                    f'{env.name}: "success" is missing from the info of a step. Fix: report it in every step'
-                ]
+                [f'{env.name}: "success" is missing from the info of a step. Fix: report it in every step']
             )
         for row, track in enumerate(tracks):
             for stored, name in expert.arrays.items():

@@ -42,7 +42,9 @@ class Distributed:
             local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= here:
                 raise ConfigError(
-                    [f"device: no GPU for process {local} of this machine, which has {here}. Fix: start {here} processes"]
+                    [
+                        f"device: no GPU for process {local} of this machine, which has {here}. Fix: start {here} processes"
+                    ]
                 )
             torch.cuda.set_device(local)
         return cls(rank, count, device)

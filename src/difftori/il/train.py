@@ -208,7 +208,9 @@ def evaluate_run(
     try:
         if not in_env:
             if video:
-                raise ConfigError([f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"])
+                raise ConfigError(
+                    [f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"]
+                )
             return evaluate(policy, open_task(config), config, episodes=count).metrics
         evaluator = EnvEvaluator(resolve_env(config.env), config.obs, config.num_envs or EVAL_ROWS, config.workers)
         if video:
@@ -252,7 +254,9 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> No
         last = learner.get("average") or learner["policy"]
         policy.load_state_dict(learner["best"] or last if which == "best" else last)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{place}: the weights do not match {config.policy!r}: {error}. Fix: train again") from error
+        raise CheckpointError(
+            f"{place}: the weights do not match {config.policy!r}: {error}. Fix: train again"
+        ) from error
     return NormalizedPolicy(policy.to(config.device).eval(), base)
 
 
