@@ -20,10 +20,12 @@ from difftori.terminal import best_and_last, print_errors, print_table, run_prog
 _USAGE = """usage: difftori COMMAND …
 
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
-  train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation, or an agent by reinforcement learning
+  train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
+                                train a policy by imitation, or an agent by reinforcement learning
   train --resume RUN            resume an interrupted run
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
-  sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]   train many runs: tasks × seeds × options
+  sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
+                                train many runs: tasks × seeds × options
   report DIR… [--out DIR]       compare any number of runs on one page
   study NAME …                  reproduce a table or figure of the paper
   bench NAME …                  measure speed and precision (in a source checkout)
@@ -180,10 +182,13 @@ def _train(words: list[str]) -> None:
         trainer = trainer_of(values)
         config = trainer.parse(values)
     else:
-        from difftori.config import read_yaml
+        from difftori.config import read_yaml, with_option_names
 
         values = read_yaml(Path(own["config"][0])) if "config" in own else {}
-        trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+        try:
+            trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+        except ConfigError as error:
+            raise ConfigError(with_option_names(error.faults, options)) from error
         default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
     summary = trainer.train(config, out, progress="quiet" not in own)

@@ -5,6 +5,7 @@ tyro prints the help, but stops at the first invalid option. Therefore options a
 """
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,24 @@ def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
     if faults:
         raise ConfigError(faults)
     return options
+
+
+def with_option_names(errors: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Write the errors of values given on the command line with option names: `num_train: …` becomes `--num-train: …`."""
+    given, named = set(options), []
+    for error in errors:
+        place, colon, text = error.partition(": ")
+        if colon and (place in given or place.removeprefix("settings.") in given):
+            place = "--" + place.removeprefix("settings.").replace("_", "-")
+            if text.startswith("unknown; "):  # the suggestions are names of options too
+                head, mark, names = text.partition("known: ") if "; known: " in text else text.partition("meant ")
+                text = head + mark + re.sub(r"(?:settings\.)?(\w[\w.]*)", lambda m: _option(m[1]), names)
+        named.append(place + colon + text)
+    return named
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[BaseModel]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from difftori.experiments.tables import columns, markdown_table, number
 _NETWORKS = ("encoder", "dynamics", "reward", "q")
 
 NOTES = """\
-Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of the observations and actions of an
-evaluation, divided by the discounted return that followed (after the time limit: as in the episode's second half). `correlation`: between the two, within
-an evaluation. `gain`: Q̃(s, planner) − Q̃(s, prior). `free`: share of the first actions' coordinates inside the box. `strict`: share of plans near a
-strict optimum. `PG / Eq. 3` and `cosine`: norm ratio and cosine of the term's gradient and that of Eq. 3 on the same batch, median over the four networks."""
+Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of the observations and
+actions of an evaluation, divided by the discounted return that followed (after the time limit: as in the episode's second half).
+`correlation`: between the two, within an evaluation. `gain`: Q̃(s, planner) − Q̃(s, prior). `free`: share of the first actions'
+coordinates inside the box. `strict`: share of plans near a strict optimum. `PG / Eq. 3` and `cosine`: norm ratio and cosine of the
+term's gradient and that of Eq. 3 on the same batch, median over the four networks."""
 
 
 @dataclass(frozen=True)

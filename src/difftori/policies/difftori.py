@@ -115,8 +115,8 @@ class DiffTORIConfig(RefinerConfig):
     curvature: float = Field(1.0, gt=0, le=80)
     """Initial value of the curvature k of `--anchor`. Without curvature, the score is maximised at corners of the box."""
     cvae_dim: int = Field(0, ge=0)
-    """Size of the latent sample z̃ of the variational autoencoder, for observations with several good answers (Appendix D). The release
-    has 64; 0: no latent sample."""
+    """Size of the latent sample z̃ of the variational autoencoder, for observations with several good answers (Appendix D). 0: no
+    latent sample. The release has 64."""
     kl_coef: float = Field(0.05, ge=0)
     """Weight β of the KL term of Eq. 9, relative to the squared error summed over all planned numbers."""
     act_latent: Literal["zero", "sample"] = "zero"
