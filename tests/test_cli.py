@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from difftori import cli, registry
 from difftori.errors import NonFiniteError
+from difftori.experiments import modules
 
 TINY = [
     "tiny_imitation:Tiny",
@@ -51,7 +52,7 @@ def command(capsys):
 
 
 def test_light_commands_import_nothing_heavy():
-    """In a process of its own. What `import difftori` itself brings along is not the command line's doing."""
+    """Runs in a separate process. Modules that `import difftori` itself imports do not count."""
     program = (
         "import sys, difftori\nbefore = set(sys.modules)\nfrom difftori.cli import main\n"
         "main(['--version']); main(['--help'])\n"
@@ -76,9 +77,12 @@ def test_version_and_help(command):
         (["trian"], "perhaps you meant 'train'"),
         (["train", "tiny_imitation:Tinny"], "perhaps you meant 'Tiny'"),
         (["train", "bcc"], "perhaps you meant 'bc'"),
-        (["train", *TINY, "--sede", "3"], "perhaps you meant 'seed'"),
-        (["train", *TINY, "--hiddn", "3"], "perhaps you meant 'settings.hidden'"),
-        (["train", *TINY, "--otu", "x"], "perhaps you meant 'out'"),
+        (["train", *TINY, "--sede", "3"], "perhaps you meant '--seed'"),
+        (["train", *TINY, "--hiddn", "3"], "perhaps you meant '--hidden'"),
+        (["train", *TINY, "--settings.hiddn", "3"], "--hiddn: unknown; perhaps you meant '--hidden'"),
+        (["train", *TINY, "--num_trian", "3"], "--num-trian: unknown; perhaps you meant '--num-train'"),
+        (["train", *TINY, "--xyzxyz", "3"], "--xyzxyz: unknown; known: --base, --batch-size, "),
+        (["train", *TINY, "--otu", "x"], "perhaps you meant '--out'"),
         (["eval", "x", "--episods", "3"], "--episodes"),
         (["study", "own_stud"], "not a study"),
         (["study", "own.study"], "no module 'own'"),
@@ -99,16 +103,16 @@ def test_every_fault_of_file_and_command_line_is_listed(command, tmp_path):
     status, _, err = command("train", "bc", "--config", "c.yaml", "--seed", "-3", "--lrr", "4", "--env", "pendulun")
     assert status == 2
     places = {line.removeprefix("error: ").partition(":")[0] for line in err.splitlines()}
-    assert places == {"polic", "settings.epochs", "seed", "lrr", "env"}
+    assert places == {"polic", "settings.epochs", "--seed", "--lrr", "--env"}
 
 
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (["--resume", "run", "--seed", "1"], "nothing else"),
-        (["bc", "--resume", "run"], "nothing else"),
-        (["--resume"], "needs one value"),
-        (["bc", "--out"], "needs one value"),
+        (["--resume", "run", "--seed", "1"], "no other option"),
+        (["bc", "--resume", "run"], "no other option"),
+        (["--resume"], "give one value"),
+        (["bc", "--out"], "give one value"),
         (["bc", "--quiet", "yes"], "takes no value"),
         (["--resume", "absent"], "directory of a run"),
         (["--config", "absent.yaml"], "cannot be read"),
@@ -189,9 +193,9 @@ def module(name: str, monkeypatch, **members) -> None:
 
 def test_studies_and_benches_are_found_and_run(command, monkeypatch):
     monkeypatch.setattr(
-        cli, "module_names", lambda package: {"own-study": f"{package}.own_study", "helper": f"{package}.helper"}
+        modules, "module_names", lambda package: {"own-study": f"{package}.own_study", "helper": f"{package}.helper"}
     )
-    monkeypatch.setattr(registry, "module_names", cli.module_names)
+    monkeypatch.setattr(registry, "module_names", modules.module_names)
     rows = [{"method": "a", "cost": 1.5}, {"method": "b", "cost": None}]
     module("difftori.experiments.paper.own_study", monkeypatch, Config=Config, run=lambda config: rows * config.seeds)
     module("difftori.experiments.paper.helper", monkeypatch, run=len)

@@ -86,7 +86,7 @@ def test_following_a_policy_alone_is_playing_it():
 def test_an_environment_that_does_not_tell_of_success_is_refused(monkeypatch):
     step = Reach.step
     monkeypatch.setattr(Reach, "step", lambda self, action: (*step(self, action)[:4], {}))
-    with pytest.raises(ConfigError, match="does not say `success`"):
+    with pytest.raises(ConfigError, match="has no `success`"):
         play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
 
 

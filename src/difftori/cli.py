@@ -1,59 +1,71 @@
 """The command line: `difftori collect`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
 
-Nothing heavy is imported before a command is known to need it, so that `--help` and `--version` answer at once.
-Exit status: 0 done, 1 a failure while working, 2 a fault in what was asked, 130 and 143 after SIGINT and SIGTERM.
+Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
+Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from difftori import __version__
 from difftori.errors import ConfigError, DifftoriError
-from difftori.registry import find_module, module_names, source_checkout, suggest
+from difftori.registry import source_checkout, suggest
+from difftori.terminal import best_and_last, print_errors, print_table, run_progress
 
 _USAGE = """usage: difftori COMMAND …
 
-  collect --env TASK --episodes N --out DIR   let a scripted expert play, and keep what it did as demonstrations
-  train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …   train a policy by imitation, an agent by reward
-  train --resume RUN            go on with a run that was interrupted
-  eval RUN [--episodes N] [--video]   execute what was trained and measure it
-  sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]   train many: tasks × seeds × options
-  report DIR… [--out DIR]       any number of runs on one page, with intervals and protocol
-  study NAME …                  make a table or figure of the paper anew
+  collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
+  train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
+                                train a policy by imitation, or an agent by reinforcement learning
+  train --resume RUN            resume an interrupted run
+  eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
+  sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
+                                train many runs: tasks × seeds × options
+  report DIR… [--out DIR]       compare any number of runs on one page
+  study NAME …                  reproduce a table or figure of the paper
   bench NAME …                  measure speed and precision (in a source checkout)
-  --version, --help
+  --version                     print the version
+  --help                        print this text
 
-`difftori COMMAND --help` tells more. DIFFTORI_DEBUG=1 shows where an error came from.
+`difftori COMMAND --help` lists the options of a command. DIFFTORI_DEBUG=1 shows the traceback of an error.
+"""
+_TRAIN_USAGE = """usage: difftori train {name} [--out DIR] [--config FILE] [--quiet] [OPTIONS]
+       difftori train --resume RUN [--quiet]
+
+Train a policy by imitation, or an agent by reinforcement learning. Re-run the same command to resume an interrupted run.
+
+  --out DIR       run directory (default: runs/NAME-ENV-SEED)
+  --config FILE   YAML file with options; options on the command line override it
+  --resume RUN    resume the run in this directory with its stored configuration; takes no other option except --quiet
+  --quiet         show no progress bar
 """
 _TRAIN_OPTIONS = {"out", "config", "resume", "quiet", "help"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. Errors raised on purpose become a message, not a traceback."""
+    """Run one command and return its exit code. A `DifftoriError` is printed as a message, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # out-of-tree components lie where the user works
+        sys.path.append(os.getcwd())  # your own components are importable from the working directory
     logging.basicConfig(format="difftori: %(message)s", level=logging.WARNING)
     try:
         return _dispatch(words)
     except ConfigError as error:
-        _complain(error.faults)
-        return _status(error, 2)
+        print_errors(error.faults)
+        return _exit_code(error, 2)
     except DifftoriError as error:
-        _complain([str(error)])
-        return _status(error, 1)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        print_errors([str(error)])
+        return _exit_code(error, 1)
+    except BrokenPipeError:  # the reader of the output, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        _complain(["interrupted"])
+        print_errors(["interrupted"])
         return 130
 
 
@@ -70,11 +82,13 @@ def _dispatch(words: list[str]) -> int:
         "eval": _eval,
         "sweep": _sweep,
         "report": _report,
-        "study": lambda rest: _module_command("study", "difftori.experiments.paper", rest),
+        "study": _study,
         "bench": _bench,
     }
     if words[0] not in commands:
-        raise ConfigError([f"{words[0]!r} is not a command{suggest(words[0], commands)}; see difftori --help"])
+        raise ConfigError(
+            [f"{words[0]!r} is not a command{suggest(words[0], commands)}. Fix: choose a command of `difftori --help`"]
+        )
     commands[words[0]](words[1:])
     return 0
 
@@ -84,33 +98,33 @@ def _collect(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Collect demonstrations from scripted experts: a data set OUT/ENV-SEED.zarr and its manifest OUT/ENV-SEED.json.
+        """Record demonstrations of scripted experts: a data set OUT/ENV-SEED.zarr and its manifest OUT/ENV-SEED.json.
 
         Re-run the same command to resume an interrupted collection.
         """
 
         env: tuple[str, ...]
-        """Environments with a scripted expert: `metaworld:assembly`, several of them, or `my_env:FAMILY`."""
+        """Environments with a scripted expert, such as `metaworld:assembly`, or your own, `my_env:FAMILY`."""
         episodes: int = 10
-        """Number of episodes to keep for each environment."""
+        """Number of episodes to record for each environment."""
         out: Path = Path("demos")
-        """Folder to write the data sets to."""
+        """Directory of the data sets."""
         seed: int = 0
-        """The seed of each episode follows from this number and the number of the episode."""
+        """Random seed. The seed of an episode is derived from it and the number of the episode."""
         obs: str | None = None
-        """Observation type to record. MetaWorld: `points` (the default) records point clouds and states, `state` only states."""
+        """Observation type to record (default: the expert's). For MetaWorld, `points` records point clouds and states, `state` only states."""
         workers: int | None = None
-        """Number of worker processes, default: one per core. The result does not depend on it."""
+        """Number of worker processes (default: one per core). The data set does not depend on it."""
         keep_failures: bool = False
-        """Keep every episode, instead of only those that succeeded at any step."""
+        """Record every episode. By default, only episodes that succeed at any step are recorded."""
         max_tries: int | None = None
-        """Stop with an error after so many episodes, default: ten for each one requested."""
+        """Stop with an error after playing this number of episodes (default: ten times `--episodes`)."""
         quiet: bool = False
-        """No progress bar."""
+        """Show no progress bar."""
 
     options = tyro.cli(Options, prog="difftori collect", args=words)
     if not options.env:
-        raise ConfigError(["--env: needs at least one value"])
+        raise ConfigError(["--env: no value given. Fix: name at least one environment with a scripted expert"])
     from difftori.collection.collect import CollectRequest, collect
 
     rows = []
@@ -121,16 +135,16 @@ def _collect(words: list[str]) -> None:
             episodes=options.episodes,
             seed=options.seed,
             obs=options.obs,
-            workers=_cores() if options.workers is None else options.workers,
+            workers=_num_cores() if options.workers is None else options.workers,
             keep_failures=options.keep_failures,
             max_tries=options.max_tries,
         )
         rows.append(collect(request, progress=not options.quiet))
-    _print_table("collected", rows if len(rows) > 1 else [{"": name, "value": v} for name, v in rows[0].items()])
+    print_table("collected", rows if len(rows) > 1 else [{"": name, "value": v} for name, v in rows[0].items()])
 
 
-def _cores() -> int:
-    """The processor cores that this process may use."""
+def _num_cores() -> int:
+    """Number of processor cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
@@ -146,11 +160,18 @@ def _train(words: list[str]) -> None:
     if "help" in own:
         _train_help(name, options)
         return
-    faults = [f"--{option}: needs one value" for option, given in own.items() if option != "quiet" and len(given) != 1]
+    faults = [
+        f"--{option}: {len(given)} values given. Fix: give one value"
+        for option, given in own.items()
+        if option != "quiet" and len(given) != 1
+    ]
     if own.get("quiet"):
-        faults.append(f"--quiet: takes no value, not {' '.join(own['quiet'])}")
+        faults.append(f"--quiet: takes no value, but {' '.join(own['quiet'])!r} was given. Fix: remove the value")
     if "resume" in own and (name or options or own.keys() - {"resume", "quiet"}):
-        faults.append("--resume: takes the whole configuration from the run; give nothing else beside it")
+        faults.append(
+            "--resume: the configuration is read from the run, so no other option is allowed. "
+            "Fix: remove the other options, except --quiet"
+        )
     if faults:
         raise ConfigError(faults)
     if "resume" in own:
@@ -161,16 +182,19 @@ def _train(words: list[str]) -> None:
         trainer = trainer_of(values)
         config = trainer.parse(values)
     else:
-        from difftori.config import read_yaml
+        from difftori.config import read_yaml, with_option_names
 
         values = read_yaml(Path(own["config"][0])) if "config" in own else {}
-        trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+        try:
+            trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+        except ConfigError as error:
+            raise ConfigError(with_option_names(error.faults, options)) from error
         default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
     summary = trainer.train(config, out, progress="quiet" not in own)
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
-    _print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", _side_by_side(summary))
+    print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))
 
 
 def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
@@ -178,13 +202,10 @@ def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
 
     from difftori.trainers import known_names, trainer_for
 
+    print(_TRAIN_USAGE.format(name=name or "NAME"))
     if name is None:
-        names = ", ".join(known_names())
-        print(f"{_USAGE}\npolicies and agents: {names}\n\n`difftori train NAME --help` lists its options.")
+        print(f"policies and agents: {', '.join(known_names())}\n\n`difftori train NAME --help` lists their options.")
         return
-    print("--out DIR     where the run goes; the same command again resumes it there (default: runs/NAME-ENV-SEED)")
-    print("--config FILE options from YAML; those on the command line win")
-    print("--quiet       no progress bar")
     env = _first("env", options)
     trainer = trainer_for(name)
     default = trainer.parse({trainer.key: name, **env})
@@ -193,7 +214,7 @@ def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
 
 
 def _first(name: str, options: Mapping[str, list[str]]) -> dict[str, str]:
-    """An option by its name, if it was given a word."""
+    """The first value of an option as a dictionary; empty if the option has no value."""
     words = options.get(name)
     return {name: words[0]} if words else {}
 
@@ -203,23 +224,23 @@ def _eval(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Execute a trained policy or agent from common starts and measure it."""
+        """Evaluate a trained policy or agent. Runs of one seed are evaluated on the same episodes."""
 
         run: Annotated[Path, tyro.conf.Positional]
-        """Directory of a run."""
+        """Run directory."""
         episodes: int | None = None
-        """Starts; as many as the run's own evaluation took if not given."""
+        """Number of evaluation episodes (default: the run's own number)."""
         which: Literal["best", "last"] | None = None
-        """Of a policy: the weights with the least validation error, or the last (the default with `demos`). Agents keep
-        the last."""
+        """Weights of a policy to evaluate: those with the least validation error, or the last ones (default: `last` for runs with
+        `--demos`, otherwise `best`). Runs of agents store the last weights only."""
         device: str = "cpu"
-        """Where it computes."""
+        """Device for inference, such as `cpu` or `cuda`."""
         video: bool = False
-        """Film one evaluation episode into the run's `media/`."""
+        """Record a video of one evaluation episode in the folder `media` of the run directory."""
 
     options = tyro.cli(Options, prog="difftori eval", args=words)
     if options.episodes is not None and options.episodes < 1:
-        raise ConfigError([f"episodes: {options.episodes}: must be at least 1"])
+        raise ConfigError([f"--episodes: {options.episodes} is too small. Fix: give at least 1"])
     from rich.console import Console
 
     from difftori.runs.records import read_config
@@ -230,11 +251,15 @@ def _eval(words: list[str]) -> None:
     if trainer.key == "policy":
         given["which"] = options.which
     elif options.which == "best":
-        raise ConfigError(["--which best: an agent's run keeps its last weights only"])
+        raise ConfigError(
+            [
+                "--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"
+            ]
+        )
     with Console(stderr=True).status(f"evaluating {options.run}"):
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
-    _print_table(title, [{"": name, "value": value} for name, value in results.items()])
+    print_table(title, [{"": name, "value": value} for name, value in results.items()])
 
 
 def _sweep(words: list[str]) -> None:
@@ -242,28 +267,28 @@ def _sweep(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Train every combination of the options that FILE names (docs/sweeps.md).
+        """Train every combination of the options in a YAML file (docs/sweeps.md).
 
-        A finished run is never repeated. Re-run the same command to resume a sweep that was stopped or killed.
+        Finished runs are never repeated. Re-run the same command to resume a sweep that was stopped or killed.
         """
 
         file: Annotated[Path, tyro.conf.Positional]
         """YAML file with `common` options, a `grid` of values, and `variants`."""
         jobs: int = 1
-        """Number of runs at once on this machine, each a process with one thread."""
+        """Number of concurrent runs on this machine, each a process with one thread."""
         ray: str | None = None
-        """Run on a Ray cluster: `auto`, its address, or `local` to start one here (default: processes of this machine). Needs
+        """Run on a Ray cluster: `auto` for this machine's, an address, or `local` to start one here (default: no cluster). Requires
         `difftori[ray]`."""
         slurm: bool = False
-        """Submit each run as a Slurm job. Needs `difftori[slurm]`."""
+        """Submit each run as a Slurm job. Requires `difftori[slurm]`."""
         status: bool = False
-        """Only show the states of the runs."""
+        """Show the states of the runs and start nothing."""
 
     options = tyro.cli(Options, prog="difftori sweep", args=words)
     if options.jobs < 1:
-        raise ConfigError([f"jobs: {options.jobs}: must be at least 1"])
+        raise ConfigError([f"--jobs: {options.jobs} is too small. Fix: give at least 1"])
     if options.slurm and options.ray is not None:
-        raise ConfigError(["--ray and --slurm: give one of them"])
+        raise ConfigError(["--ray and --slurm: both were given. Fix: give one of them"])
     from difftori.experiments.plan import plan, read_sweep
     from difftori.experiments.pool import report_failures
     from difftori.experiments.status import counts, run_status, table
@@ -285,10 +310,10 @@ def _sweep(words: list[str]) -> None:
             engine = on_slurm(place, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries, parameters=sweep.slurm)
         else:
             engine = local(options.jobs, sweep.retries)
-        with _run_bar(len(runs), sum(run.finished for run in runs)) as (say, done):
+        with run_progress(len(runs), sum(run.finished for run in runs)) as (say, done):
             failures = run_sweep(runs, engine, say=say, done=done)
     found = [run_status(run) for run in runs]
-    _print_table(f"{options.file.name}: {counts(found)}", table(found))
+    print_table(f"{options.file.name}: {counts(found)}", table(found))
     try:
         if not options.status and any(s.state == "finished" for s in found):
             from difftori.experiments.report import write_report
@@ -304,20 +329,20 @@ def _report(words: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Options:
-        """Merge runs into one static page, OUT/report.html, with the same numbers as CSV and LaTeX beside it."""
+        """Compare runs on one static page, OUT/report.html. The same numbers are written as CSV and LaTeX files next to it."""
 
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-        """Directories of runs, or directories with runs somewhere below them; also record files of studies."""
+        """Run directories, directories that contain runs at any depth, or record files of studies."""
         out: Path | None = None
-        """Directory of the report (default: `report` in the directory if there is only one, else `report`)."""
+        """Directory of the report (default: the folder `report` in the given directory, or in the working directory if several are given)."""
         title: str | None = None
-        """Title of the page (default: the names of the directories)."""
+        """Title of the page (default: the paths of the runs)."""
         reference: str | None = None
-        """Method that the others are compared with, as the report names it (default: every pair is compared)."""
+        """Method to compare the others with, by its name in the report (default: compare every pair)."""
 
     options = tyro.cli(Options, prog="difftori report", args=words)
     if not options.runs:
-        raise ConfigError(["report: give at least one directory of runs"])
+        raise ConfigError(["report: no runs given. Fix: give at least one run directory"])
     from difftori.experiments.report import write_report
 
     only = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else None
@@ -334,100 +359,27 @@ def _report(words: list[str]) -> None:
     console.print(f"{report.page}", soft_wrap=True, highlight=False)
 
 
-@contextmanager
-def _run_bar(total: int, finished: int) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
-    """A progress bar over runs: a function that prints above it, and one that hears of each run that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.text import Text
+def _study(words: list[str]) -> None:
+    """Run a study of this package, or your own module, named with a dot."""
+    from difftori.experiments.modules import run_module
 
-    columns = (TextColumn("runs"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        line = bar.add_task("runs", total=total, completed=finished)
-        yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
+    run_module("study", "difftori.experiments.paper", words)
 
 
 def _bench(words: list[str]) -> None:
-    """Run a benchmark of the source checkout, or a module of the user's own, whose name has a dot."""
+    """Run a benchmark of the source checkout, or your own module, named with a dot."""
+    from difftori.experiments.modules import run_module
+
     if not words or "." not in words[0]:
         sys.path.insert(0, str(source_checkout()))
-    _module_command("bench", "benchmarks", words)
+    run_module("bench", "benchmarks", words)
 
 
-def _module_command(kind: str, package: str, words: list[str]) -> None:
-    """Run a module of `package` that has a `Config` and a `run(config)`; the options are the fields of `Config`."""
-    import tyro
-
-    if not words or words[0] in ("--help", "-h"):
-        names = [name for name in module_names(package) if _is_runnable(find_module(name, package, kind))]
-        print(f"usage: difftori {kind} NAME [options]\n\nnames: {', '.join(sorted(names)) or 'none yet'}")
-        if not words:
-            raise ConfigError([f"{kind}: a name is missing"])
-        return
-    known = module_names(package)
-    if "." not in words[0] and words[0].replace("_", "-") not in known:
-        known = {name: full for name, full in known.items() if _is_runnable(find_module(name, package, kind))}
-        raise ConfigError([f"{words[0]!r} is not a {kind}{suggest(words[0], known)}"])
-    module = find_module(words[0], package, kind)
-    if not _is_runnable(module):
-        raise ConfigError([f"{words[0]!r} is not a {kind}: {module.__name__} has no Config and run(config)"])
-    prog = f"difftori {kind} {words[0]}"
-    config = tyro.cli(vars(module)["Config"], prog=prog, description=module.__doc__, args=words[1:])
-    rows = vars(module)["run"](config)
-    if isinstance(rows, Mapping):
-        rows = [{"": name, "value": value} for name, value in rows.items()]
-    if rows:
-        _print_table(f"{kind} {words[0]}", rows)
-
-
-def _is_runnable(module: ModuleType) -> bool:
-    return "Config" in vars(module) and callable(vars(module).get("run"))
-
-
-def _side_by_side(summary: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A run's summary with the results of the best and the last weights in two columns, where there are both."""
-    if "best/validation_error" not in summary:
-        return [{"": name, "value": value} for name, value in summary.items()]
-    plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
-    names = dict.fromkeys(name.partition("/")[2] for name in summary if "/" in name)
-    return plain + [{"": n, "best": summary.get(f"best/{n}"), "last": summary.get(f"last/{n}")} for n in names]
-
-
-def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console, table = Console(), Table()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for index, name in enumerate(names):
-        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_shown(row.get(name))) for name in names))
-    console.print(Text(title, style="bold"))
-    console.print(table)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else str(value)
-
-
-def _complain(faults: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, soft_wrap=True)
-    for fault in faults:
-        console.print(Text("error: ", style="bold red") + Text(fault))
-
-
-def _status(error: DifftoriError, status: int) -> int:
-    """The exit status, unless the whole traceback is wished for."""
+def _exit_code(error: DifftoriError, code: int) -> int:
+    """Return the exit code. With DIFFTORI_DEBUG=1, raise the error instead, to show the traceback."""
     if os.environ.get("DIFFTORI_DEBUG") == "1":
         raise error
-    return status
+    return code
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Configurations from YAML and the command line, as plain values that pydantic validates, with every fault listed at once.
+"""Reads configurations from YAML and the command line, and validates them with pydantic. All errors are listed at once.
 
-tyro prints the help but stops at the first faulty option; here options only become values (`read_tokens`, `overlay`), and
-`validated` lists the faults of file and command line together.
+tyro prints the help, but stops at the first invalid option. Therefore options are only converted to plain values here
+(`read_tokens`, `overlay`), and `validated` lists the errors of file and command line together.
 """
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,39 +26,41 @@ _MOST_VALUES = 100_000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a configuration file. Raises ConfigError if it cannot be read or is no mapping."""
+    """Read the values of a configuration file. Raises ConfigError if it cannot be read or is not a mapping."""
     try:
         values = yaml.load(path.read_text(), _PlainLoader)
     except YAML_FAULTS as error:
-        raise ConfigError([f"{path}: cannot be read as YAML: {error}"]) from error
+        raise ConfigError([f"{path}: cannot be read as YAML: {error}. Fix: check the path and the syntax"]) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError([f"{path}: a mapping of names to values is expected, not a {type(values).__name__}"])
+        raise ConfigError(
+            [f"{path}: holds a {type(values).__name__}, not a mapping. Fix: write one `name: value` per line"]
+        )
     faults: list[str] = []
     if _weight(values, {}, faults) > _MOST_VALUES:
-        faults.append(f"stands for more than {_MOST_VALUES} values by & and *; write out what is meant")
+        faults.append(f"expands to more than {_MOST_VALUES} values through & and *. Fix: write the values out")
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in dict.fromkeys(faults)])
     return values
 
 
 def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
-    """How many values this stands for, those that a file repeats by reference counted each time; and names that are no text."""
+    """Count the values, with aliases (`*name`) counted each time. Adds an error to `faults` for each key that is not a string."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = _MOST_VALUES + 1  # until it is known: whoever meets it again inside itself has no end
+        known[id(value)] = _MOST_VALUES + 1  # until it is counted: a value that contains itself is infinite
         for name in value if isinstance(value, dict) else ():
             if not isinstance(name, str):
-                faults.append(f"{name!r}: is no name; put it in quotes")
+                faults.append(f"{name!r}: the key is not a string. Fix: put it in quotes")
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_weight(one, known, faults) for one in inner)
     return known[id(value)]
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Takes only `true` and `false` for booleans, as YAML 1.2 does: `pg: off` is a word."""
+    """Reads only `true` and `false` as booleans, as in YAML 1.2: `pg: off` is a string."""
 
     yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
@@ -66,7 +69,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def fields_of(model: Any) -> dict[str, Any]:
-    """Names and types of the fields of a pydantic model or a dataclass; empty for anything else."""
+    """Return the names and types of the fields of a pydantic model or a dataclass; empty for any other type."""
     if isinstance(model, type) and issubclass(model, BaseModel):
         return {name: field.annotation for name, field in model.model_fields.items()}
     if isinstance(model, type) and dataclasses.is_dataclass(model):
@@ -75,12 +78,15 @@ def fields_of(model: Any) -> dict[str, Any]:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """Return the members of a union, or the type itself as the only member."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[str]) -> tuple[ModelT | None, list[str]]:
-    """The configuration, or None with a fault for everything that is wrong with the values."""
+    """Return the configuration and no errors, or None and one message for each invalid value.
+
+    `also` names further options to suggest for a misspelt one.
+    """
     try:
         return config_type.model_validate(given), []
     except ValidationError as error:
@@ -88,7 +94,7 @@ def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[s
 
 
 def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[str]) -> str:
-    """One fault: the place, the value, and the mend."""
+    """Return the message of one error: the place, the value, and what is wrong."""
     place = [str(part) for part in error["loc"]]
     shown = ".".join(place)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -98,38 +104,39 @@ def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[s
         inner = _known(config_type, ["settings"]) - known
         return f"{shown}: unknown{suggest(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
     if error["type"] == "missing":
-        return f"{shown}: missing; give it a value"
+        return f"{shown}: missing. Fix: give a value"
     value = repr(error["input"])
     return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}"
 
 
 def _known(model: Any, place: list[str]) -> set[str]:
-    """The names that stand at a place. A part of the place that is no field tells which member of a union was tried."""
+    """Return the field names at a place. A part of the place that is not a field names the member of a union, and is skipped."""
     for part in place:
         model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
     return {name for member in alternatives(model) for name in fields_of(member)}
 
 
 def device_faults(name: str) -> list[str]:
-    """What is wrong with the name of a device, if anything."""
+    """Return the error of a device name in a list; empty if the device is valid and available."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        return [f"device: {name!r} is no device; give cpu, cuda or cuda:N"]
+        return [f"device: {name!r} is not a device. Fix: give cpu, cuda or cuda:N"]
     if device.type == "cpu":
         return []
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        return (
-            [] if (device.index or 0) < count else [f"device: {name!r} is not here, {count} CUDA devices are; give cpu"]
-        )
-    return [f"device: {name!r} is not supported; give cpu, cuda or cuda:N"]
+        if (device.index or 0) < count:
+            return []
+        return [f"device: {name!r} is not available; this machine has {count} CUDA devices. Fix: give cpu"]
+    return [f"device: {name!r} is not supported. Fix: give cpu, cuda or cuda:N"]
 
 
 def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
-    """Options and the words that follow each: `--hidden 64 64 --quick` is {"hidden": ["64", "64"], "quick": []}.
+    """Parse options and the words that follow each: `--hidden 64 64 --quick` is {"hidden": ["64", "64"], "quick": []}.
 
-    `--name=value` is allowed too. Raises ConfigError for a word that belongs to no option, or an option given twice.
+    Accepts `--name=value`, and underscores in names. Raises ConfigError for a word that belongs to no option, or an option
+    that is given twice.
     """
     options: dict[str, list[str]] = {}
     faults = []
@@ -139,10 +146,10 @@ def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
             name, sign, value = token[2:].partition("=")
             name = name.replace("-", "_")
             if name in options:
-                faults.append(f"--{name.replace('_', '-')}: given twice; give it once")
+                faults.append(f"--{name.replace('_', '-')}: given twice. Fix: give it once")
             words = options[name] = [value] if sign else []
         elif words is None:
-            faults.append(f"{token!r}: belongs to no option; write --name {token}")
+            faults.append(f"{token!r}: belongs to no option. Fix: write --NAME {token}")
         else:
             words.append(token)
     if faults:
@@ -150,11 +157,29 @@ def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
     return options
 
 
-def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[BaseModel]) -> dict[str, Any]:
-    """`base` with the options laid over it. A name that only the settings have needs no `settings.`.
+def with_option_names(errors: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Write the errors of values given on the command line with option names: `num_train: …` becomes `--num-train: …`."""
+    given, named = set(options), []
+    for error in errors:
+        place, colon, text = error.partition(": ")
+        if colon and (place in given or place.removeprefix("settings.") in given):
+            place = "--" + place.removeprefix("settings.").replace("_", "-")
+            if text.startswith("unknown; "):  # the suggestions are names of options too
+                head, mark, names = text.partition("known: ") if "; known: " in text else text.partition("meant ")
+                text = head + mark + re.sub(r"(?:settings\.)?(\w[\w.]*)", lambda m: _option(m[1]), names)
+        named.append(place + colon + text)
+    return named
 
-    Words stay text, which pydantic converts; a list is made where the setting is one. Raises ConfigError for an option
-    without a value.
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_type: type[BaseModel]) -> dict[str, Any]:
+    """Return a copy of `base` with the options set. The prefix `settings.` may be omitted if the name is unambiguous.
+
+    Values remain strings, which pydantic converts; settings that are sequences get a list of strings. Raises ConfigError for
+    an option without a value.
     """
     merged = _copy(base)
     faults = []
@@ -167,7 +192,7 @@ def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_ty
             path, kind = (positive, bool) if negated else (path, kind)
         members = alternatives(kind)
         if not words and kind is not None and bool not in members and not _is_sequence(members):
-            faults.append(f"--{name.replace('_', '-')}: needs a value")
+            faults.append(f"--{name.replace('_', '-')}: needs a value. Fix: give one")
             continue
         _put(merged, path, not negated if not words and not _is_sequence(members) else _value(words, members), faults)
     if faults:
@@ -186,7 +211,7 @@ def _resolve(name: str, config_type: type[BaseModel]) -> list[str]:
 
 
 def _kind(model: Any, path: Sequence[str]) -> Any:
-    """The annotation at a place of the configuration; None if there is no such place."""
+    """Return the type annotation at a place of the configuration; None if the place does not exist."""
     for part in path:
         found = [fields_of(member)[part] for member in alternatives(model) if part in fields_of(member)]
         if not found:
@@ -211,7 +236,8 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any, faults: list[s
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            faults.append(f"--{'.'.join(path)}: {part} is {inner!r} in the file, which has no settings of its own")
+            option = ".".join(path).replace("_", "-")
+            faults.append(f"--{option}: {part} is {inner!r} in the file. Fix: make it a mapping, or remove it")
             return
         values = inner
     values[path[-1]] = value

@@ -1,4 +1,4 @@
-"""Finds the components that lie in a package, one file each: there is no registry to edit."""
+"""Finds the components of a package, one file each. Nothing is registered."""
 
 from importlib import import_module
 from inspect import isabstract, isclass
@@ -12,9 +12,9 @@ Component = TypeVar("Component", bound=Policy | Agent)
 
 
 def concrete_members(package: str, base: type[Component]) -> dict[str, type[Component]]:
-    """Every concrete subclass of `base` that a module of the package defines, by its `name`; `ConfigError` if two share one.
+    """Return every concrete subclass of `base` that a module of the package defines, by its `name`.
 
-    Modules that begin with an underscore are private helpers and are left out.
+    Modules whose names begin with an underscore are private and are omitted. Raises `ConfigError` if two classes share a name.
     """
     found: dict[str, type[Component]] = {}
     for entry in iter_modules(import_module(package).__path__):
@@ -26,6 +26,8 @@ def concrete_members(package: str, base: type[Component]) -> dict[str, type[Comp
             if not own or not issubclass(member, base) or isabstract(member):
                 continue
             if member.name in found:
-                raise ConfigError([f"two are named {member.name!r}: {found[member.name]} and {member}; rename one"])
+                raise ConfigError(
+                    [f"two classes are named {member.name!r}: {found[member.name]} and {member}. Fix: rename one"]
+                )
             found[member.name] = member
     return found

@@ -1,6 +1,6 @@
-"""Finds what a name means: policies, environments, and studies of this package, or `my_pkg.my_module:Name` in your own code.
+"""Resolves names: policies, agents, environments and studies of this package, or `my_pkg.my_module:Name` in your own code.
 
-Nothing is registered. A component is found because its file lies in the package that is walked.
+There is no registration. A component is found because its file is in the package that is searched.
 """
 
 import importlib
@@ -25,10 +25,10 @@ Component = TypeVar("Component")
 
 
 def module_names(package: str) -> dict[str, str]:
-    """Short name to full name of every module of a package, without importing them; empty if there is no package.
+    """Map the short name of every module of a package to its full name, without importing it; empty if the package does not exist.
 
-    Names that begin with an underscore are private helpers and are left out. An underscore inside a name is written
-    as a hyphen: `solver_speed.py` is `solver-speed`.
+    Modules whose names begin with an underscore are private and are omitted. Underscores inside a name become hyphens:
+    `solver_speed.py` is `solver-speed`.
     """
     if importlib.util.find_spec(package) is None:
         return {}
@@ -37,9 +37,9 @@ def module_names(package: str) -> dict[str, str]:
 
 
 def source_checkout() -> Path:
-    """The source checkout: the one that this package is imported from, or the current directory or one of its parents.
+    """Return the source checkout: the one that this package is imported from, or the working directory or one of its parents.
 
-    Raises ConfigError if there is none: an installed package has no benchmarks.
+    Raises ConfigError if there is none, because the installed package does not contain the benchmarks.
     """
     here = Path.cwd()
     for folder in (Path(__file__).parents[2], here, *here.parents):
@@ -48,15 +48,15 @@ def source_checkout() -> Path:
     raise ConfigError(
         [
             "bench: the benchmarks are in the source checkout, not in the installed package. "
-            "Fix: run the command in a checkout, or name a module of your own: difftori bench my_pkg.my_bench"
+            "Fix: run the command in a checkout, or name your own module: difftori bench my_pkg.my_bench"
         ]
     )
 
 
 def find_module(name: str, package: str, kind: str) -> ModuleType:
-    """The module that `name` means: one of `package`, or, with a dot in the name, your own.
+    """Import and return a module by its name: one of `package`, or your own if the name has a dot.
 
-    Raises ConfigError with a suggestion if there is none.
+    Raises ConfigError, with a suggestion, if the name is unknown.
     """
     if "." in name:
         return _import(name)
@@ -68,7 +68,7 @@ def find_module(name: str, package: str, kind: str) -> ModuleType:
 
 
 def load(reference: str) -> object:
-    """What `my_pkg.my_module:Name` refers to. Raises ConfigError if the module or the name in it does not exist."""
+    """Return the object that `my_pkg.my_module:Name` refers to. Raises ConfigError if the module or the name does not exist."""
     module_name, _, attribute = reference.partition(":")
     names = vars(_import(module_name))
     if attribute not in names:
@@ -78,21 +78,21 @@ def load(reference: str) -> object:
 
 
 def make_env(name: str, *, num_envs: int, seed: int, **options: Any) -> "CheckedVectorEnv":
-    """`num_envs` checked copies of the environment that `name` refers to (see `resolve_env`).
+    """Create `num_envs` checked copies of the environment that `name` refers to (see `resolve_env`).
 
     `options` are those of `difftori.envs.family.ResolvedEnv.make` (workers, timeout, restarts, unit_actions) and of the
-    environment's builder (obs, action_repeat, …). Raises `ConfigError` for an unknown name or option, and what the
-    builder raises.
+    environment's builder (obs, action_repeat, …). Raises `ConfigError` for an unknown name or option, and the errors of the
+    builder.
     """
     return resolve_env(name).make(num_envs=num_envs, seed=seed, **options)
 
 
 def resolve_env(name: str) -> "ResolvedEnv":
-    """The environment family and task that `name` refers to. Raises `ConfigError` if there is none.
+    """Return the environment family and task that `name` refers to. Raises `ConfigError` if the name is unknown.
 
     `dmc:cheetah-run`, `gym:Pendulum-v1`, `pusht`: a module of `difftori.envs` and one of its tasks (default: the first).
-    `my_module:MyEnv`: a name in your own module, which is an `EnvFamily`, a `gymnasium.Env` class, or a function that
-    builds an environment; `my_module:MyEnv:task` gives it a task.
+    `my_module:MyEnv`: a name in your own module: an `EnvFamily`, a `gymnasium.Env` class, or a function that builds an
+    environment. `my_module:MyEnv:task` selects its task.
     """
     from difftori.envs.family import ResolvedEnv, family_of
 
@@ -106,7 +106,7 @@ def resolve_env(name: str) -> "ResolvedEnv":
         written = {known: f"{known}:…" for known in env_families()}
         raise ConfigError(
             [
-                f"env: {name!r} is unknown{suggest(prefix, written, written)} (or give my_module:MyEnv, your own environment)"
+                f"env: {name!r} is unknown{suggest(prefix, written, written)} (or give your own environment, my_module:MyEnv)"
             ]
         )
     reference = f"{prefix}:{member}"
@@ -116,24 +116,24 @@ def resolve_env(name: str) -> "ResolvedEnv":
 
 
 def env_families() -> dict[str, "EnvFamily"]:
-    """Every environment family of `difftori.envs`, by the name of its module."""
+    """Return all environment families of `difftori.envs`, by the names of their modules."""
     found = {name: _built_in_family(name) for name in module_names("difftori.envs")}
     return {name: family for name, family in found.items() if family is not None}
 
 
 def _built_in_family(name: str) -> "EnvFamily | None":
-    """The `FAMILY` of that module of `difftori.envs`; None if there is no such module or it defines none."""
+    """Return the `FAMILY` of a module of `difftori.envs`; None if the module does not exist or defines none."""
     module = module_names("difftori.envs").get(name)
     return None if module is None else vars(importlib.import_module(module)).get("FAMILY")
 
 
 def _importable(module: str) -> bool:
-    """Whether there is a top-level module of that name."""
+    """Return whether a top-level module has this name."""
     return module.isidentifier() and (module in sys.modules or importlib.util.find_spec(module) is not None)
 
 
 def find_policy(name: str) -> type["Policy"]:
-    """The policy of that name, or the one that `my_pkg.my_policy:MyPolicy` refers to; ConfigError if there is none."""
+    """Return the policy class of that name, or the one that `my_pkg.my_policy:MyPolicy` refers to. Raises ConfigError if there is none."""
     from difftori.interfaces import Policy
     from difftori.policies import find_policies
 
@@ -141,7 +141,7 @@ def find_policy(name: str) -> type["Policy"]:
 
 
 def find_agent(name: str) -> type["Agent"]:
-    """The agent of that name, or the one that `my_pkg.my_agent:MyAgent` refers to; ConfigError if there is none."""
+    """Return the agent class of that name, or the one that `my_pkg.my_agent:MyAgent` refers to. Raises ConfigError if there is none."""
     from difftori.agents import find_agents
     from difftori.interfaces import Agent
 
@@ -149,12 +149,17 @@ def find_agent(name: str) -> type["Agent"]:
 
 
 def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[Component]]]) -> type[Component]:
-    """A class of this library by its name, or your own by reference."""
+    """Return a class of this library by its name, or your own class by reference."""
     kind = base.__name__.lower()
     if ":" in name:
         member = load(name)
         if not inspect.isclass(member) or not issubclass(member, base) or inspect.isabstract(member):
-            raise ConfigError([f"{kind}: {name!r} is not a concrete difftori.interfaces.{base.__name__}"])
+            raise ConfigError(
+                [
+                    f"{kind}: {name!r} is not a concrete subclass of difftori.interfaces.{base.__name__}. "
+                    "Fix: derive it from that class and define its abstract methods"
+                ]
+            )
         return member
     found = known()
     if name not in found:
@@ -164,9 +169,9 @@ def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[C
 
 
 def _import(name: str) -> ModuleType:
-    """A module by its full name; an absent one is a ConfigError, a fault inside it stays what it is."""
+    """Import a module by its full name. Raises ConfigError if it does not exist; an error inside the module propagates."""
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError([f"{name!r} is not the name of a module"])
+        raise ConfigError([f"{name!r} is not the name of a module. Fix: write my_pkg.my_module"])
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -174,5 +179,5 @@ def _import(name: str) -> ModuleType:
         if name != missing and not name.startswith(missing + "."):
             raise
         raise ConfigError(
-            [f"there is no module {missing!r} to import {name!r} from; is its folder on sys.path?"]
+            [f"{name!r}: no module {missing!r}. Fix: run the command in its folder, or add the folder to PYTHONPATH"]
         ) from error

@@ -1,4 +1,4 @@
-"""Executing a policy of imitation in an environment: histories of observations, plans, and what came of each episode."""
+"""Executes an imitation policy in an environment: observation histories, plans, and the result of each episode."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from difftori.errors import ConfigError
 from difftori.types import Plans, TaskSpec, WindowObs
 
 Act: TypeAlias = Callable[[WindowObs], Plans]
-"""A policy as the task sees it: the last O observations of B rows, by name, to the actions (B H A)."""
+"""A policy as a function from the last O observations of B rows, by name, to the actions (B H A)."""
 
 
 @dataclass
 class Episode:
-    """How one episode went: whether it succeeded at any step, its score where the environment keeps one, its return, its length."""
+    """The result of one episode: success at any step, score (0 or 1 for success if the environment has none), return, length in steps."""
 
     seed: int
     success: bool = False
@@ -28,7 +28,7 @@ class Episode:
 
 
 def named(observation: Observation) -> dict[str, np.ndarray]:
-    """Observations of all rows by name, as policies see them: one array is `state`, images have their channels last."""
+    """Return the observations of all rows by name, as policies get them. A single array is named `state`; images have channels last."""
     entries = observation if isinstance(observation, dict) else {"state": observation}
     return {
         name: values.transpose(0, 2, 3, 1) if values.dtype == np.uint8 and values.ndim == 4 else values
@@ -37,11 +37,11 @@ def named(observation: Observation) -> dict[str, np.ndarray]:
 
 
 def play(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) -> list[Episode]:
-    """One episode from each seed, in their order, as many at once as `env` has rows.
+    """Run one episode from each seed, `env.num_envs` in parallel, and return them in the order of the seeds.
 
-    Each row asks for a new plan when the `n_action_steps` actions of its last one are spent. Before an episode's first step
-    its first observation stands for earlier ones. An episode counts as over when it has succeeded. After a failure of the
-    environment all is played again, until its budget of restarts is spent (EnvironmentFailed).
+    A row computes a new plan after executing the `n_action_steps` actions of the previous one. The first observation of an
+    episode is repeated in place of earlier ones. An episode ends when it succeeds. If the environment fails and is restarted,
+    all episodes are run again; EnvironmentFailed is raised when no restarts are left.
     """
     while True:
         try:
@@ -51,7 +51,7 @@ def play(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) 
 
 
 def make_step_policy(act: Act, spec: TaskSpec) -> Callable[[Observation], np.ndarray]:
-    """The policy as a function from one row's observation to its next action (1 A), for one episode."""
+    """Return a function from one row's observation to its next action (1 A), for one episode."""
     history: dict[str, list[np.ndarray]] = {}
     waiting: list[np.ndarray] = []
 
@@ -67,7 +67,7 @@ def make_step_policy(act: Act, spec: TaskSpec) -> Callable[[Observation], np.nda
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a success rate at 95 % (Wilson, 1927), which holds for few trials and rates near 0 or 1."""
+    """Return the interval of a success rate (Wilson, 1927), which is valid for few trials and rates near 0 or 1. z = 1.96: 95 %."""
     rate, weight = successes / trials, z * z / trials
     middle = (rate + weight / 2) / (1 + weight)
     reach = z / (1 + weight) * (rate * (1 - rate) / trials + weight / (4 * trials)) ** 0.5
@@ -75,7 +75,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 
 
 class _Play:
-    """The rows of one call of `play`."""
+    """The state of one call of `play`."""
 
     def __init__(self, env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]):
         self.env, self.act, self.spec = env, act, spec
@@ -83,12 +83,12 @@ class _Play:
         self.waiting = list(range(len(seeds)))[::-1]
         rows = env.num_envs
         self.playing: list[int | None] = [None] * rows  # the episode in each row
-        self.cursor = np.full(rows, spec.n_action_steps)  # actions of the row's plan that are spent
+        self.cursor = np.full(rows, spec.n_action_steps)  # number of executed actions of each row's plan
         self.plans = np.zeros((rows, spec.n_action_steps, spec.action_dim), dtype=np.float32)
         self.history: dict[str, np.ndarray] = {}  # (rows O …)
 
     def run(self) -> list[Episode]:
-        """Play them all."""
+        """Run all episodes."""
         self._begin(np.ones(self.env.num_envs, dtype=bool))
         while any(episode is not None for episode in self.playing):
             self._plan()
@@ -98,7 +98,7 @@ class _Play:
             seen, rewards, terminated, truncated, info = self.env.step(actions)
             if "success" not in info:
                 raise ConfigError(
-                    [f"env: {self.env.name} does not say `success` in the info of its steps; let it, to be measured in"]
+                    [f"env: {self.env.name} has no `success` in the info of its steps. Fix: report it in every step"]
                 )
             self._push(named(seen))
             over = terminated | truncated
@@ -116,7 +116,7 @@ class _Play:
         return self.episodes
 
     def _begin(self, rows: np.ndarray) -> None:
-        """Give these rows the next episodes; a row without one idles."""
+        """Start the next episodes in these rows. A row without an episode idles."""
         seeds: list[int | None] = [0] * len(rows)
         for row in np.flatnonzero(rows):
             self.playing[row] = self.waiting.pop() if self.waiting else None
@@ -137,7 +137,7 @@ class _Play:
             self.history[name] = np.concatenate((self.history[name][:, 1:], values[:, None]), 1)
 
     def _plan(self) -> None:
-        """New plans for the playing rows whose plans are spent."""
+        """Compute new plans for the active rows that have executed their plans."""
         due = (self.cursor >= self.spec.n_action_steps) & np.array([episode is not None for episode in self.playing])
         if due.any():
             obs: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self.history.items()}

@@ -1,4 +1,4 @@
-"""The two trainers, imitation and reinforcement learning, and the configuration of a run from a name and options."""
+"""The two trainers, imitation and reinforcement learning. Creates the configuration of a run from a name and options."""
 
 import contextlib
 import inspect
@@ -16,11 +16,12 @@ from difftori.types import Metrics
 
 @dataclass(frozen=True)
 class Trainer:
-    """How one kind of component is trained. `key` names the component in a configuration: "policy" or "agent".
+    """Trains and evaluates policies, or agents.
 
-    `find` returns the component's class by its name, `config_type` the type of its runs' configurations (None: what
-    all components share), `parse` a
-    configuration from plain values and that class. `train` trains a run, `evaluate` evaluates one again.
+    `key` is the configuration key that names the component: "policy" or "agent". `find` returns the component's class by its
+    name. `config_type` returns the configuration type of its runs (for None, the fields that all components share). `parse`
+    returns a configuration from plain values and the component's class. `train` trains a run; `evaluate` evaluates an
+    existing one.
     """
 
     key: Literal["policy", "agent"]
@@ -32,7 +33,7 @@ class Trainer:
 
 
 def imitation() -> Trainer:
-    """Trains policies from demonstrations."""
+    """Return the trainer of policies, which learn from demonstrations."""
     from difftori.il.config import TrainConfig, parse_config
     from difftori.il.train import evaluate_run, train
     from difftori.interfaces import Policy, PolicyConfig
@@ -45,7 +46,7 @@ def imitation() -> Trainer:
 
 
 def reinforcement() -> Trainer:
-    """Trains agents from rewards."""
+    """Return the trainer of agents, which learn from rewards."""
     from difftori.interfaces import Agent, AgentConfig
     from difftori.registry import find_agent
     from difftori.rl.config import RLConfig, parse_rl_config
@@ -59,16 +60,16 @@ def reinforcement() -> Trainer:
 
 
 def trainer_of(config: Mapping[str, Any]) -> Trainer:
-    """The trainer of a run's configuration. Raises ConfigError if it names neither a policy nor an agent."""
+    """Return the trainer of a run's configuration. Raises ConfigError if it names neither a policy nor an agent."""
     if "agent" in config:
         return reinforcement()
     if "policy" in config:
         return imitation()
-    raise ConfigError([f"policy or agent: none given; write difftori train NAME{suggest('', known_names())}"])
+    raise ConfigError([f"policy or agent: none given. Fix: write difftori train NAME{suggest('', known_names())}"])
 
 
 def trainer_for(name: str) -> Trainer:
-    """The trainer of the component of that name. Raises ConfigError if there is none."""
+    """Return the trainer of a policy or an agent by its name. Raises ConfigError if the name is unknown."""
     from difftori.agents import find_agents
     from difftori.interfaces import Agent
     from difftori.policies import find_policies
@@ -84,7 +85,7 @@ def trainer_for(name: str) -> Trainer:
 
 
 def known_names() -> list[str]:
-    """Every policy and agent by name."""
+    """Return the names of all policies and agents, sorted."""
     from difftori.agents import find_agents
     from difftori.policies import find_policies
 
@@ -94,10 +95,10 @@ def known_names() -> list[str]:
 def read_options(
     name: str | None, values: Mapping[str, Any], options: Mapping[str, list[str]], also: Iterable[str] = ()
 ) -> tuple[Trainer, Any]:
-    """Trainer and configuration from a component's name, plain values such as a file's, and options, which win over these.
+    """Return the trainer and the configuration of a run. `options` override `values`, which come from a file, for instance.
 
-    `name` None: `values` has it. `also` names further options to suggest for a misspelt one. Raises ConfigError that lists
-    every error.
+    `name` is the policy or the agent; None reads it from `values`. `also` names further options to suggest for a misspelt one.
+    Raises ConfigError, which lists every error.
     """
     trainer = trainer_of(values) if name is None else trainer_for(name)
     values = {**values, trainer.key: values.get(trainer.key) if name is None else name}

@@ -241,7 +241,7 @@ def test_another_collection_in_that_place_is_refused(collect_request):
     with pytest.raises(ConfigError, match="filter: 'none' here, 'success at any step' there"):
         gather(replace(begun, keep_failures=True))
     (collect_request.out / f"{FILES}.json").unlink()
-    with pytest.raises(ConfigError, match=r"is there without .*json; move it away"):
+    with pytest.raises(ConfigError, match=r"exists without .*json. Fix: move it away"):
         gather(collect_request)
 
 
@@ -300,7 +300,7 @@ def test_every_fault_is_listed(collect_request):
 
 
 def test_an_environment_that_does_not_tell_success_is_refused(collect_request):
-    with pytest.raises(ConfigError, match='its info has no "success"'):
+    with pytest.raises(ConfigError, match='"success" is missing from the info'):
         gather(replace(collect_request, env="my_lab.tiny_expert:SILENT"))
 
 

@@ -181,7 +181,7 @@ def test_finished_runs_are_recorded_and_drawn_from_records_elsewhere(small, tmp_
     shutil.rmtree(tmp_path / "runs")
     text = file.read_text()
     file.write_text(text.replace('"horizon": 5', '"horizon": 4'))
-    with pytest.raises(ConfigError, match=r"horizon: 5 wanted, 4 in .*jsonl, cup-catch/.*/seed-0"):
+    with pytest.raises(ConfigError, match=r"horizon: 5 requested, 4 in .*jsonl, cup-catch/.*/seed-0"):
         curves_of(config)
     file.write_text(text[:100] + "\n")
     with pytest.raises(DataError, match="line 1: no readable run"):
@@ -221,13 +221,13 @@ def test_what_decides_and_what_does_not(small):
     wanted = comparable(run.config.model_dump(mode="json"))
     assert config_mismatch(wanted, result_of(run).record.config) == []
     source.write_text(text.replace("discount: 0.99", "discount: 0.9"))
-    assert config_mismatch(wanted, result_of(run).record.config) == ["settings.discount: 0.99 wanted, 0.9"]
+    assert config_mismatch(wanted, result_of(run).record.config) == ["settings.discount: 0.99 requested, 0.9"]
     with pytest.raises(ConfigError, match="choose another"):
         curves_of(config)
 
 
 def test_without_any_run_nothing_is_drawn(small):
-    with pytest.raises(ConfigError, match="nothing to draw"):
+    with pytest.raises(ConfigError, match="no results in"):
         curves_of(small())
 
 

@@ -132,7 +132,7 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
         "its return is not a number",
     ):
         assert said in page
-    assert "Not finished, not counted: 1" in page
+    assert "Unfinished runs, not included in the results: 1" in page
     assert "data:image/gif;base64," in page
     assert "report.html" in capsys.readouterr().out
 
@@ -177,8 +177,8 @@ def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     said = capsys.readouterr().err
-    assert "no run is in" in said
-    assert "is not there" in said
+    assert "no runs in" in said
+    assert "does not exist" in said
     written(tmp_path / "bad", {"agent": "tdmpc", "env": "dmc:x", "seed": 0}, [], {"return": 1.0})
     (tmp_path / "bad" / "versions.json").write_text("[")
     with pytest.raises(ConfigError, match="bad"):

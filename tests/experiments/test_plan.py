@@ -85,7 +85,7 @@ def test_the_faults_of_all_runs_are_listed_at_once(tmp_path, given, faults):
 
 def test_a_run_that_refines_itself_is_a_fault(tmp_path):
     base = str(tmp_path / "out" / "pendulum" / "residual" / "seed-0")
-    with pytest.raises(ConfigError, match="in a circle"):
+    with pytest.raises(ConfigError, match="refine each other"):
         plan(sweep_of(tmp_path, common={"env": "pendulum", "train": "residual", "base": base}))
 
 

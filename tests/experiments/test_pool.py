@@ -100,7 +100,7 @@ folder = pathlib.Path({str(tmp_path / "runs" / "one")!r}); folder.mkdir(); (fold
     said = []
     failures, _ = run_all([run], jobs=1, seconds=None, say=said.append, retries=1)
     assert [(f.status, f.reason) for f in failures] == [(-9, "words: it")]
-    assert sum("trying again (1 of 1)" in line for line in said) == 1
+    assert sum("restarting (1 of 1)" in line for line in said) == 1
     note = json.loads((tmp_path / "runs" / "one.failed.json").read_text())
     assert (note["status"], note["reason"]) == (-9, "words: it")
 
@@ -138,7 +138,7 @@ def test_a_run_in_another_process_is_waited_for(tmp_path, monkeypatch, finishes)
         )
         waiting.start()
         time.sleep(0.5)
-        assert said == ["it: running in another process; waiting for it"]
+        assert said == ["it: running in another process, waiting for it"]
         if finishes:
             (run.folder / "summary.json").write_text("{}")
     waiting.join(20)

@@ -158,20 +158,20 @@ def test_runs_of_another_policy_or_default_are_refused(config, started):
     (run, *_) = made(config).runs
     key = run.run.key
     change(config, key, lambda plain: plain["config"]["settings"].update(batch_size=7))
-    with pytest.raises(ConfigError, match=r"settings\.batch_size: 32 wanted, 7 in"):
+    with pytest.raises(ConfigError, match=r"settings\.batch_size: 32 requested, 7 in"):
         made(config)
     change(config, key, lambda plain: plain["config"]["settings"].update(batch_size=32))
     change(config, key, lambda plain: plain["config"].update(demos="elsewhere/other.zarr"))
-    with pytest.raises(ConfigError, match=r"data: 'reach-0\.zarr' wanted, 'other\.zarr' in"):
+    with pytest.raises(ConfigError, match=r"data: 'reach-0\.zarr' requested, 'other\.zarr' in"):
         made(config)
 
 
 def test_runs_of_other_settings_are_refused(config, started):
     made(config)
-    with pytest.raises(ConfigError, match=r"base_noise: 0\.5 wanted, 0\.3 in") as caught:
+    with pytest.raises(ConfigError, match=r"base_noise: 0\.5 requested, 0\.3 in") as caught:
         made(config, [METHODS[0], Method("refined", "residual", {"base_noise": 0.5}, base="base")])
     assert "holds runs of other settings" in caught.value.faults[-1]
-    with pytest.raises(ConfigError, match="updates: 9 wanted, 7 in"):
+    with pytest.raises(ConfigError, match="updates: 9 requested, 7 in"):
         made(config.model_copy(update={"updates": 9}))
 
 
@@ -215,7 +215,7 @@ def test_a_damaged_record_is_named(config, started):
     uneven = '"episodes": {"last": {"seed": [1], "success": [], "score": []}}, "summary": {}'
     for damage in ("{", f'{{"run": "x", {uneven}}}'):
         record_file(config).path.write_text(f"{good}{damage}\n")
-        with pytest.raises(DataError, match="line 9: .*; restore it, or remove it to run again"):
+        with pytest.raises(DataError, match="line 9: .* Fix: restore the line, or remove it to run again"):
             made(config)
 
 

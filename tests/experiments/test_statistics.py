@@ -127,5 +127,5 @@ def test_strata_are_kept_apart():
 def test_a_stratum_of_one_makes_the_interval_infinite():
     estimate = stratified_interval([np.array([1.0]), np.array([2.0, 3.0])], mean_of_means, np.random.default_rng(0))
     assert (estimate.value, estimate.low, estimate.high) == (1.75, -np.inf, np.inf)
-    with pytest.raises(ShapeError, match="at least one stratum"):
+    with pytest.raises(ShapeError, match="at least one task"):
         stratified_interval([], mean_of_means, np.random.default_rng(0))

@@ -47,7 +47,7 @@ def test_all_faults_are_listed_at_once():
         "lr": "perhaps you meant 'settings.lr'",
         "num_train": "0: Input should be greater than or equal to 1",
         "env": "perhaps you meant 'pendulum'",
-        "device": "'gpu' is no device",
+        "device": "'gpu' is not a device",
         "settings.hiden": "perhaps you meant 'hidden'",
         "settings.epochs": "'many'",
         "settings.lr": "-1: Input should be greater than 0",
@@ -80,7 +80,7 @@ def test_an_unknown_policy_is_one_fault_among_the_others(policy, words):
 
 
 def test_a_missing_policy_is_named():
-    assert faults_of({"env": TASK}) == ["policy: missing; give it a value"]
+    assert faults_of({"env": TASK}) == ["policy: missing. Fix: give a value"]
 
 
 @pytest.mark.parametrize(

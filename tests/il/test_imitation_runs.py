@@ -130,9 +130,9 @@ def test_refiners_on_refiners(demos, tmp_path):
     ("values", "words"),
     [
         ({"policy": "bc", "env": ENV, "demos": "nowhere.zarr"}, "there is no such file"),
-        ({"policy": "bc", "env": "pusht"}, "imitated from demonstrations"),
-        ({"policy": "bc", "env": "pendulum", "n_obs_steps": 3}, "n_obs_steps: 'pendulum' takes none"),
-        ({"policy": "residual", "env": "pendulum"}, "refines another policy's actions; give --base RUN"),
+        ({"policy": "bc", "env": "pusht"}, "Fix: give its demonstrations, --demos PATH"),
+        ({"policy": "bc", "env": "pendulum", "n_obs_steps": 3}, "n_obs_steps: unknown for 'pendulum'"),
+        ({"policy": "residual", "env": "pendulum"}, "refines another policy's actions. Fix: give --base RUN"),
         ({"policy": "difftori-il", "env": "pendulum"}, "give --base RUN, or --init prior"),
         ({"policy": "difftori-il", "base": "nowhere"}, "is nowhere the directory of a run"),
     ],
@@ -152,7 +152,7 @@ def test_data_that_do_not_fit_the_environment_are_refused(demos):
 
 def test_a_plain_policy_takes_no_base(demos, tmp_path):
     train(config("bc", demos), tmp_path / "base", progress=False)
-    with pytest.raises(ConfigError, match="starts from no other policy"):
+    with pytest.raises(ConfigError, match="does not use a base policy"):
         train(config("bc", base=str(tmp_path / "base")), tmp_path / "run", progress=False)
 
 

@@ -38,7 +38,7 @@ def test_an_unknown_task_is_a_typed_error(name):
 
 
 def test_a_factory_must_make_a_task():
-    with pytest.raises(ConfigError, match="not a function that makes a task"):
+    with pytest.raises(ConfigError, match="name a function that returns an ImitationTask"):
         make_task("builtins:dict", seed=0, num_train=1)
 
 

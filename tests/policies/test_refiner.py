@@ -144,15 +144,15 @@ def test_a_base_is_frozen_and_no_part_of_its_refiner():
 
 
 def test_a_base_of_another_task_is_refused():
-    with pytest.raises(ConfigError, match="it sees and returns .* the task gives"):
+    with pytest.raises(ConfigError, match="it has .* the task has"):
         refiner(NormalizedPolicy(BC(BCConfig(hidden=(8,)), CLOUDS)))
     other = TaskSpec.rows(3, 2, 8, (-1.0, -1.0), (1.0, 1.0))
-    with pytest.raises(ConfigError, match="leave out what differs"):
+    with pytest.raises(ConfigError, match="remove the options that differ"):
         refiner(NormalizedPolicy(BC(BCConfig(hidden=(8,)), other)))
 
 
 def test_a_plain_policy_takes_no_base():
-    with pytest.raises(ConfigError, match="starts from no other policy"):
+    with pytest.raises(ConfigError, match="does not use a base policy"):
         NormalizedPolicy(BC(BCConfig(hidden=(8,)), VECTORS), Counting())
 
 

@@ -1,1 +1,1 @@
-"""Collecting demonstrations from scripted experts: play, keep what succeeded, write a data set."""
+"""Collects demonstrations of scripted experts: runs episodes, selects the successful ones, writes a data set."""

@@ -30,12 +30,12 @@ _MACHINE = ("difftori", "git_commit", "python", "numpy", "platform", "cpu")
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """Collect `episodes` episodes of the expert of `env` into `out`/NAME.zarr, where NAME is ENV-SEED.
+    """A request to collect `episodes` episodes of the expert of `env` into `out`/NAME.zarr, where NAME is ENV-SEED.
 
-    Episodes are numbered, and the seed of each follows from `seed` and its number. The first episodes that succeed are
-    kept, or the first ones if `keep_failures`, so the data set does not depend on `workers` (processes) or interruptions.
-    `obs`: observation type, default: the expert's. `max_tries`: raise `DataError` after so many episodes, default: ten for
-    each one requested.
+    Episodes are numbered. The seed of an episode is derived from `seed` and its number. The data set contains the first
+    successful episodes, or with `keep_failures` the first ones, so it does not depend on `workers` (processes) or interruptions.
+    `obs`: observation type (default: the expert's). `max_tries`: raise `DataError` after this number of episodes (default: ten
+    times `episodes`).
     """
 
     env: str
@@ -49,16 +49,16 @@ class CollectRequest:
 
     @property
     def tries(self) -> int:
-        """The greatest number of episodes to play."""
+        """The largest number of episodes to run."""
         return 10 * self.episodes if self.max_tries is None else self.max_tries
 
 
 def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]:
-    """Collect, or resume a collection that was interrupted, and return a summary.
+    """Collect episodes, or resume an interrupted collection, and return a summary.
 
-    A data set with enough episodes is left as it is; one with too few is extended. Raises `ConfigError` (an invalid
-    request, or another collection in that place), `DataError` (too few successes, damaged or unwritable files),
-    `MissingExtraError`, and what the environment raises.
+    A data set with enough episodes is not changed; one with too few is extended. Raises `ConfigError` (an invalid request, or
+    another collection in that place), `DataError` (too few successes, damaged or unwritable files), `MissingExtraError`, and
+    the errors of the environment.
     """
     env = _with_expert(request.env)
     _refuse_faults(request)
@@ -95,28 +95,28 @@ def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]
 
 
 def _with_expert(name: str) -> ResolvedEnv:
-    """The environment of that name. Raises `ConfigError` if there is none, or if it has no scripted expert."""
+    """Return the environment of that name. Raises `ConfigError` if it is unknown or has no scripted expert."""
     env = resolve_env(name)
     if env.family.expert is None:
         known = ", ".join(f"{family}:…" for family, record in env_families().items() if record.expert is not None)
-        raise ConfigError([f"env: {name!r} has no scripted expert; these have: {known}"])
+        raise ConfigError([f"env: {name!r} has no scripted expert. Fix: choose an environment that has one: {known}"])
     return env
 
 
 def _finished(path: Path, folder: Path, beside: Path) -> dict[str, Any] | None:
-    """The manifest of a complete data set, or None. `ConfigError` if the data set there has no manifest, so as not to lose it."""
+    """Return the manifest of a complete data set, or None. Raises `ConfigError` for a data set without manifest, which is not overwritten."""
     if not path.exists() or read_plan(folder) is not None:
         return None
     manifest = read_manifest(beside)
     if manifest is None:
-        raise ConfigError([f"out: {path} is there without {beside.name}; move it away, or choose another --out"])
+        raise ConfigError([f"out: {path} exists without {beside.name}. Fix: move it away, or choose another --out"])
     return manifest
 
 
 def _play_until_enough(
     request: CollectRequest, episodes: Iterator[ExpertEpisode], log: EpisodeLog, show: Callable[[int, int], None]
 ) -> int:
-    """Play and record the missing episodes, and return how many were played. Raises `DataError` if too many failed."""
+    """Run and record the missing episodes, and return how many were run. Raises `DataError` if too many failed."""
     played = 0
     while True:
         kept, tried = _kept(request, log)
@@ -125,8 +125,8 @@ def _play_until_enough(
             return played
         if tried >= request.tries:
             raise DataError(
-                f"{request.env}: {len(kept)} of the first {tried} episodes succeeded, and {request.episodes} are wanted; raise "
-                "--max-tries, or keep them all with --keep-failures"
+                f"{request.env}: {len(kept)} of the first {tried} episodes succeeded, but {request.episodes} were requested. "
+                "Fix: increase --max-tries, or record all episodes with --keep-failures"
             )
         episode = next(episodes)
         played += 1
@@ -134,14 +134,14 @@ def _play_until_enough(
 
 
 def _missing(request: CollectRequest, log: EpisodeLog) -> Iterator[tuple[int, int]]:
-    """The numbers and seeds of the episodes that are not in the log, without end."""
+    """Yield the numbers and seeds of the episodes that are not in the log, without end."""
     for index in itertools.count():
         if index not in log:
             yield index, episode_seed(request.seed, "demonstrations", index)
 
 
 def _kept(request: CollectRequest, log: EpisodeLog) -> tuple[list[int], int]:
-    """The numbers of the kept episodes, and how many episodes were examined for them, in order, up to a missing one."""
+    """Return the numbers of the selected episodes, and how many consecutive episodes were examined to find them."""
     kept: list[int] = []
     tried = 0
     while len(kept) < request.episodes and tried in log:
@@ -152,7 +152,7 @@ def _kept(request: CollectRequest, log: EpisodeLog) -> tuple[list[int], int]:
 
 
 def _manifest(plan: dict[str, Any], log: EpisodeLog, chosen: list[int], tried: int) -> dict[str, Any]:
-    """The description of the data set. Only `made_with`, the machine, depends on how it was collected."""
+    """Return the description of the data set. Only `made_with`, the machine, depends on how it was collected."""
     heads = [log[index] for index in range(tried)]
     machine = versions("cpu")
     return {
@@ -177,7 +177,7 @@ def _manifest(plan: dict[str, Any], log: EpisodeLog, chosen: list[int], tried: i
 
 
 def _earlier(path: Path, manifest: dict[str, Any]) -> Iterator[ExpertEpisode]:
-    """The episodes from which a finished data set was made."""
+    """Yield the episodes of a finished data set, including those that were not selected."""
     stored = read_episodes(path)
     for row in manifest["tried"]:
         arrays = next(stored) if row["kept"] else {}
@@ -197,10 +197,10 @@ def _versions(expert: Expert) -> dict[str, str | None]:
 def _refuse_faults(request: CollectRequest) -> None:
     faults = numeric_faults(episodes=request.episodes, workers=request.workers, max_tries=request.max_tries)
     if request.seed < 0:
-        faults.append(f"seed is {request.seed}; give 0 or more")
+        faults.append(f"seed is {request.seed}. Fix: give 0 or more")
     if request.max_tries is not None and request.max_tries < request.episodes:
         faults.append(
-            f"max_tries is {request.max_tries}, but {request.episodes} episodes are wanted; allow at least as many"
+            f"--max-tries is {request.max_tries}, but {request.episodes} episodes are requested. Fix: give at least {request.episodes}"
         )
     if faults:
         raise ConfigError(faults)
@@ -220,7 +220,7 @@ def _summary(path: Path, manifest: dict[str, Any], *, played: int, seconds: floa
 
 @contextmanager
 def _bar(name: str, total: int, progress: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the episodes that are kept; yields a function that shows how many are kept and tried."""
+    """Show a progress bar over the selected episodes. Yields a function that updates the numbers of selected and tried episodes."""
     columns = (
         TextColumn(name),
         MofNCompleteColumn(),

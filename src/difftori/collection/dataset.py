@@ -1,9 +1,9 @@
-"""A collection as a data set: a zarr folder as DP3 and Diffusion Policy lay it out, and a manifest beside it.
+"""Writes a collection as a data set: a zarr folder in the layout of DP3 and Diffusion Policy, and a manifest next to it.
 
     NAME.zarr   data/action (T A), data/… (T …), meta/episode_ends (E): the step after each episode's last
-    NAME.json   what it is, with what it was made, and every episode that was tried
+    NAME.json   description, versions, and every episode that was tried
 
-Zarr's format 2, which their code reads too. The manifest stands in the folder's attributes as well.
+Zarr format 2, which their code can read. The manifest is also stored in the folder's attributes.
 """
 
 import json
@@ -19,17 +19,17 @@ from difftori.errors import DataError, MissingExtraError
 from difftori.runs.checkpoint import replace_file
 
 _CHUNK = 100
-"""Steps in a file."""
+"""Number of steps in a chunk file."""
 
 
 def need_zarr() -> tuple[Any, Any]:
-    """The packages zarr and numcodecs, or `MissingExtraError`."""
+    """Import zarr and numcodecs. Raises `MissingExtraError` if they are not installed."""
     try:
         import numcodecs
         import zarr
     except ImportError as error:
         raise MissingExtraError(
-            f"collecting needs the package {error.name!r}, from the extra `metaworld`: pip install 'difftori[metaworld]'"
+            f"difftori collect: the package {error.name!r} is not installed. Fix: pip install 'difftori[metaworld]'"
         ) from error
     return zarr, numcodecs
 
@@ -37,9 +37,9 @@ def need_zarr() -> tuple[Any, Any]:
 def write_dataset(
     path: Path, lengths: Sequence[int], load: Callable[[int], Mapping[str, np.ndarray]], about: Mapping[str, Any]
 ) -> None:
-    """Write the E episodes of these lengths, `load(e)` giving the arrays of one (T …), in place of what is there.
+    """Write the E episodes of these lengths; `load(e)` returns the arrays of one (T …). An existing data set is replaced.
 
-    The folder is there whole or not at all. Raises `DataError` if it cannot be written.
+    The folder is written completely or not at all. Raises `DataError` if it cannot be written.
     """
     partial, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
     zarr, numcodecs = need_zarr()
@@ -75,7 +75,7 @@ def write_dataset(
 
 
 def read_episodes(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of each episode that `write_dataset` wrote. Raises `DataError` if the folder is not what it was."""
+    """Yield the arrays of each episode written by `write_dataset`. Raises `DataError` if the folder is damaged."""
     zarr, _ = need_zarr()
     try:
         root = zarr.open_group(path, mode="r")
@@ -83,23 +83,23 @@ def read_episodes(path: Path) -> Iterator[dict[str, np.ndarray]]:
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
             yield {name: np.asarray(array[begin:end]) for name, array in root["data"].arrays()}
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it and collect again") from error
+        raise DataError(f"{path}: cannot be read ({error}). Fix: remove it and collect again") from error
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write it as JSON; it is there whole or not at all."""
+    """Write the manifest as JSON, completely or not at all."""
     with writing(path):
         replace_file(path, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What `write_manifest` wrote, or None. Raises `DataError` if it cannot be read."""
+    """Read the manifest; None if the file does not exist. Raises `DataError` if it cannot be read."""
     try:
         manifest = json.loads(path.read_bytes())
         if not isinstance(manifest, dict) or not isinstance(manifest["tried"], list):
-            raise ValueError("it is no manifest")
+            raise ValueError("not a manifest")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it and collect again") from error
+        raise DataError(f"{path}: cannot be read ({error}). Fix: remove it and collect again") from error
     return manifest

@@ -1,7 +1,7 @@
 """The folder of a collection in progress: a plan, and one file for each finished episode.
 
-`plan.json` says what is collected. It is written last when the folder is set up, and removed first once the data set is
-written. Every file is written atomically, so a killed process loses only the running episodes.
+`plan.json` describes the collection. It is written last when the folder is created, and removed first when the data set is
+complete. Every file is written atomically, so a killed process loses only the running episodes.
 """
 
 import io
@@ -25,7 +25,7 @@ from difftori.runs.locks import hold
 
 _PLAN = "plan.json"
 _HEAD = "_attempt"
-"""Name of the array (index, seed, steps, first success or −1) beside those of the data set."""
+"""Name of the array (index, seed, steps, first success or −1) that is stored with those of the data set."""
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class EpisodeLog:
-    """The episodes played so far, by number, in `folder`. Use `open_log`."""
+    """The recorded episodes in `folder`, by number. Use `open_log` to create one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,7 +41,7 @@ class EpisodeLog:
         for path in sorted(folder.glob("*.npz")):
             head = _head(path)
             if head is None:
-                _log.warning("%s: damaged, so this episode is played again", path)
+                _log.warning("%s: damaged; the episode is run again", path)
                 path.unlink()
             else:
                 self._known[head.index] = head
@@ -50,11 +50,11 @@ class EpisodeLog:
         return index in self._known
 
     def __getitem__(self, index: int) -> ExpertEpisode:
-        """The episode without its arrays."""
+        """Return the episode without its arrays."""
         return self._known[index]
 
     def record(self, episode: ExpertEpisode) -> None:
-        """Write the episode to disk. Raises `DataError` if the disk is full or gone."""
+        """Write the episode to disk. Raises `DataError` if it cannot be written."""
         first = -1 if episode.first_success is None else episode.first_success
         content = io.BytesIO()
         head = np.array([episode.index, episode.seed, episode.steps, first], dtype=np.int64)
@@ -64,12 +64,14 @@ class EpisodeLog:
         self._known[episode.index] = replace(episode, arrays={})
 
     def load(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays (T …) of an episode. Raises `DataError` if its file cannot be read."""
+        """Read the arrays (T …) of an episode. Raises `DataError` if its file cannot be read."""
         try:
             with np.load(self._path(index), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files if name != _HEAD}
         except _UNREADABLE as error:
-            raise DataError(f"{self._path(index)}: cannot be read ({error}); remove it and collect again") from error
+            raise DataError(
+                f"{self._path(index)}: cannot be read ({error}). Fix: remove it and collect again"
+            ) from error
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npz"
@@ -77,9 +79,9 @@ class EpisodeLog:
 
 @contextmanager
 def open_log(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode]) -> Iterator[EpisodeLog]:
-    """The log of this plan in `folder`, locked against other processes. A new log begins with the episodes `kept`.
+    """Open the log of this plan in `folder`, locked against other processes. A new log starts with the episodes `kept`.
 
-    Raises `ConfigError` if the folder holds another plan's or is in use, and `DataError` if it cannot be written.
+    Raises `ConfigError` if the folder holds the log of another plan or is in use, and `DataError` if it cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,9 @@ def open_log(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode
         try:
             hold(lock)
         except BlockingIOError as error:
-            raise ConfigError([f"out: {folder} is in use by another process; wait, or choose another --out"]) from error
+            raise ConfigError(
+                [f"out: {folder} is in use by another process. Fix: wait, or choose another --out"]
+            ) from error
         before = read_plan(folder)
         if before is not None:
             refuse_other(before, plan, folder)
@@ -106,29 +110,31 @@ def open_log(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan in a folder, or None if no collection is in progress."""
+    """Read the plan in a folder; None if no collection is in progress. Raises `DataError` if it cannot be read."""
     try:
         plan = json.loads((folder / _PLAN).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / _PLAN}: cannot be read ({error}); remove {folder} and collect again") from error
+        raise DataError(
+            f"{folder / _PLAN}: cannot be read ({error}). Fix: remove {folder} and collect again"
+        ) from error
     return plan if isinstance(plan, dict) else {}
 
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
-    """Raise `ConfigError`, naming each difference, if two plans differ."""
+    """Raise `ConfigError` with all differences if two plans differ."""
     faults = [
         f"{name}: {now.get(name)!r} here, {before.get(name)!r} there"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
     if faults:
-        raise ConfigError([*faults, f"out: {place} is another collection; choose another --out, or remove it"])
+        raise ConfigError([*faults, f"out: {place} is another collection. Fix: choose another --out, or remove it"])
 
 
 def remove_log(folder: Path) -> None:
-    """Remove the folder of a collection that has become a data set."""
+    """Remove the folder of a completed collection."""
     (folder / _PLAN).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -139,11 +145,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); free space, or choose another --out") from error
+        raise DataError(f"{path}: cannot be written ({error}). Fix: free space, or choose another --out") from error
 
 
 def _head(path: Path) -> ExpertEpisode | None:
-    """The episode of a file, without its arrays, or None if the file is damaged."""
+    """Read the episode of a file without its arrays; None if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:

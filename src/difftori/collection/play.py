@@ -1,4 +1,4 @@
-"""Plays episodes with a scripted expert, several at once."""
+"""Runs episodes of a scripted expert, several in parallel."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from difftori.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExpertEpisode:
-    """One episode of T steps: its number and seed, and the step after which it first succeeded (None: never).
+    """An episode of T steps: its number and seed, and the number of steps until its first success (None: no success).
 
-    `arrays` (T …) holds the observation before each step, by its name in the data set, and `action` (T A) as executed.
+    `arrays` (T …) holds the observation before each step, by its name in the data set, and `action` (T A), as executed.
     """
 
     index: int
@@ -27,13 +27,13 @@ class ExpertEpisode:
 
     @property
     def success(self) -> bool:
-        """Whether the task was done at any step."""
+        """Whether the episode succeeded at any step."""
         return self.first_success is not None
 
 
 @dataclass
 class _Track:
-    """A running episode of one row."""
+    """The running episode of one row."""
 
     index: int
     seed: int
@@ -52,12 +52,12 @@ class _Track:
 
 
 def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]]) -> Iterator[ExpertEpisode]:
-    """Yield the episodes of `wanted`, an endless iterator of numbers and seeds, as they end.
+    """Run the episodes of `wanted`, an endless iterator of numbers and seeds, and yield each when it ends.
 
-    All rows of the environment play at once, so episodes may come out of order. The expert's actions are clipped to the
-    action space. After a failed environment is restarted, the running episodes are played again from their start.
+    All rows of the environment run in parallel, so episodes may end out of order. The expert's actions are clipped to the
+    action space. When a failed environment is restarted, the running episodes start again.
 
-    Raises `ConfigError` if `info` has no `success`, and what the environment raises.
+    Raises `ConfigError` if `info` has no `success`, and the errors of the environment.
     """
     box = env.action_space
     assert isinstance(box, Box)
@@ -79,9 +79,7 @@ def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]
             continue
         if "success" not in info:
             raise ConfigError(
-                [
-                    f'{env.name}: its info has no "success", so it is unknown which episodes to keep. Fix: report it in every step'
-                ]
+                [f'{env.name}: "success" is missing from the info of a step. Fix: report it in every step']
             )
         for row, track in enumerate(tracks):
             for stored, name in expert.arrays.items():

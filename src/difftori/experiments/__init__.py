@@ -1,1 +1,1 @@
-"""Many runs: plans, execution on one machine or a cluster, statistics, tables, figures, reports."""
+"""Many runs: planning, execution on one machine or a cluster, statistics, tables, figures, reports."""

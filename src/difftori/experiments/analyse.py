@@ -1,4 +1,4 @@
-"""Statistics of runs by measure: task by task, over tasks, and method against method."""
+"""Statistics of runs by measure: by task, over tasks, and for pairs of methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ OVER = {
     "iqm": interquartile_mean,
     "optimality gap": optimality_gap,
 }
-"""Statistics over tasks, of values of which 1 is full; the interquartile mean is rliable's recommendation."""
+"""Statistics over tasks, of values normalised to 1. rliable recommends the interquartile mean (`iqm`)."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a task: the mean over seeds with Student's 95 % interval; over all episodes Wilson's, of success."""
+    """A method on a task: the mean over seeds with Student's 95 % interval, and for success the rate over all episodes with Wilson's."""
 
     task: str
     method: str
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Over:
-    """A method over the tasks that all methods have, full results counting 1: each with its stratified bootstrap interval."""
+    """A method over the tasks that all methods have: normalised statistics with their stratified bootstrap intervals."""
 
     method: str
     tasks: int
@@ -56,8 +56,8 @@ class Over:
 
 @dataclass(frozen=True)
 class Pair:
-    """Method against reference: `difference` over runs of the same task, seed and episodes; `better` the probability that a run
-    of the method is better than one of the reference. `task` is None over all tasks that both have.
+    """A method compared with a reference. `difference` is over runs of the same task, seed and episodes; `better` is the probability
+    that a run of the method is better than one of the reference. `task` None: over all tasks that both have.
     """
 
     task: str | None
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Section:
-    """Everything about one measure. `scaled` are the values of which 1 is full, by method and common task, if tasks may be averaged."""
+    """The statistics of one measure. `scaled` are the normalised values by method and common task; empty if tasks cannot be averaged."""
 
     measure: Measure
     tasks: tuple[str, ...]
@@ -83,13 +83,13 @@ class Section:
 
 
 def sections(runs: Sequence[Run], reference: str | None = None) -> list[Section]:
-    """One section for each measure that finished runs have; `score` only where it says more than success.
+    """Return one section for each measure of the finished runs. `score` is omitted if it equals success.
 
-    `reference`: a method that the others are compared with, instead of every pair. ConfigError if no method has that name.
+    `reference`: the method to compare the others with (default: compare every pair). Raises ConfigError if it is unknown.
     """
     methods = sorted({run.method for run in runs})
     if reference is not None and reference not in methods:
-        raise ConfigError([f"reference: no method is {reference!r}; choose one of: {'; '.join(methods)}"])
+        raise ConfigError([f"reference: no method is named {reference!r}. Fix: choose one of: {'; '.join(methods)}"])
     found = []
     for measure in sorted({m for run in runs for m in run.outcomes}, key=lambda m: m.name):
         own = [run for run in runs if measure in run.outcomes]
@@ -154,7 +154,7 @@ def _pairs(
     method: str,
     reference: str,
 ) -> list[Pair]:
-    """On each task with two pairs of runs or more, and over all tasks that have a pair, where these have a common scale."""
+    """Compare on each task with at least two pairs of runs, and over all tasks with a pair if they have a common scale."""
     sign = 1.0 if measure.higher_is_better else -1.0
     rows, gaps, ours, theirs = [], [], [], []
     for task in tasks:
@@ -176,7 +176,7 @@ def _pairs(
 
 
 def _matched(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of the same seed that were evaluated in the same episodes; agents', in as many from their common seeds."""
+    """Return pairs of runs with the same seed and evaluation episodes. For agents, the number of episodes must be equal."""
     by_seed = {run.seed: run for run in theirs}
     pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
     count = "eval_episodes"

@@ -1,4 +1,4 @@
-"""What the policy-gradient term had to work with in each run: its critic, its planner, its gradient."""
+"""Diagnostics of the policy-gradient term in each run: its critic, its planner, its gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from difftori.experiments.tables import columns, markdown_table, number
 _NETWORKS = ("encoder", "dynamics", "reward", "q")
 
 NOTES = """\
-Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of what was seen and done in
-evaluation over the discounted return that followed (after the time limit: as in the episode's second half); `correlation`: of the two within an evaluation. `gain`: Q̃(s, planner) −
-Q̃(s, prior). `free`: share of the first actions' coordinates inside the box; `strict`: of plans near a strict optimum. `PG / Eq. 3`
-and `cosine`: the term's gradient beside that of Eq. 3 on the same batch, the median over the four networks."""
+Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of the observations and
+actions of an evaluation, divided by the discounted return that followed (after the time limit: as in the episode's second half).
+`correlation`: between the two, within an evaluation. `gain`: Q̃(s, planner) − Q̃(s, prior). `free`: share of the first actions'
+coordinates inside the box. `strict`: share of plans near a strict optimum. `PG / Eq. 3` and `cosine`: norm ratio and cosine of the
+term's gradient and that of Eq. 3 on the same batch, median over the four networks."""
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One line of `diagnostics.csv`: medians over the evaluations of the second half of a task's runs of one form."""
+    """One row of `diagnostics.csv`: medians over the evaluations of the second half of the runs of one task and method."""
 
     task: str
     method: str
@@ -36,7 +37,7 @@ class Diagnostic:
 
 
 def diagnostics(curves: Curves) -> list[Diagnostic]:
-    """One line per task and form, of the runs that logged what is wanted."""
+    """Return one row per task and method, from the runs that logged diagnostics."""
     found = []
     for task in curves.tasks:
         for method in curves.methods:
@@ -48,7 +49,7 @@ def diagnostics(curves: Curves) -> list[Diagnostic]:
 
 
 def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
-    """The same for people."""
+    """Format the diagnostics as a Markdown table."""
     if not rows:
         return "No run has logged diagnostics yet."
     cells = {

@@ -1,4 +1,4 @@
-"""Runs, wherever they come from: their directories, or the record files of studies."""
+"""Reads runs for a report from run directories and from the record files of studies."""
 
 import math
 import re
@@ -38,12 +38,12 @@ _NOT_DISTINGUISHING = {
     "compile",
     "settings.preset",
 }
-"""Keys that do not distinguish methods: task, seed, data and machine. A preset shows in the settings that it stands for."""
+"""Keys that do not distinguish methods: task, seed, data and machine. A preset is visible in its settings."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What runs are compared by. `full` is the value that counts as 1 over tasks; None: tasks are not averaged."""
+    """A measure to compare runs by. `full` is the value that is normalised to 1; None: tasks are not averaged."""
 
     name: str
     full: float | None
@@ -52,9 +52,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left, finished or not. `outcomes` are its final results by measure; `episodes` those of each evaluation
-    episode where they are known, from `episode_seeds`; `curve` its evaluations: steps (k) and values (k).
-    `updates` are those that a finished run made.
+    """A run, finished or not.
+
+    `outcomes` are its final results by measure; `episodes` those of each evaluation episode, if known, with `episode_seeds`.
+    `curve` has the steps (k) and values (k) of its evaluations. `updates` is the number of updates of a finished run.
     """
 
     place: Path
@@ -79,18 +80,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Gathered:
-    """All runs, and what could not be read: the place and why."""
+    """All runs, and the places that were excluded, with the reason."""
 
     runs: tuple[Run, ...]
     left_out: tuple[tuple[Path, str], ...]
 
 
 def gather(places: Sequence[Path]) -> Gathered:
-    """Every run in and below `places`, methods named by what distinguishes them. ConfigError if there is none.
+    """Read every run in and below `places`. Methods are named by the settings that distinguish them.
 
-    Two runs of one method, task and seed are not counted twice: the later one in the order of paths is left out, and named.
+    Of two runs with the same method, task and seed, the later one in the order of paths is excluded. Raises ConfigError if there
+    is no run.
     """
-    missing = [f"{place}: is not there; give directories of runs" for place in places if not place.exists()]
+    missing = [f"{place}: does not exist. Fix: give directories of runs" for place in places if not place.exists()]
     if missing:
         raise ConfigError(missing)
     runs, left_out = [], []
@@ -115,12 +117,12 @@ def gather(places: Sequence[Path]) -> Gathered:
             seen[key] = run
     if not seen:
         lines = [f"{place}: {reason}" for place, reason in left_out]
-        raise ConfigError([*lines, f"no run is in {', '.join(map(str, places))}; give directories of runs"])
+        raise ConfigError([*lines, f"no runs in {', '.join(map(str, places))}. Fix: give directories of runs"])
     return Gathered(tuple(seen.values()), tuple(left_out))
 
 
 def _places(places: Sequence[Path]) -> list[Path]:
-    """Directories of runs and record files, each once, sorted."""
+    """Return the run directories and record files in and below `places`, each once, sorted."""
     found: dict[Path, Path] = {}
     for place in places:
         if place.is_file():
@@ -133,7 +135,7 @@ def _places(places: Sequence[Path]) -> list[Path]:
 
 
 def _records(place: Path) -> dict[Path, Record]:
-    """The records of a run directory or a record file; none if another program wrote it."""
+    """Read the records of a run directory or a record file; empty if another program wrote it."""
     if place.is_file():
         return {place / name: record for name, record in RecordFile(place).read().items()}
     record = read_run(place)
@@ -141,7 +143,7 @@ def _records(place: Path) -> dict[Path, Record]:
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    """What is refined, by its folder: that of `…/bc/seed-0` is `bc`. The same name wherever it is read."""
+    """Return the name of the base policy from its folder: `bc` for `…/bc/seed-0`. It does not depend on the machine."""
     if not config.get("base"):
         return ""
     base = Path(config["base"])
@@ -169,7 +171,7 @@ def _run(place: Path, record: Record) -> Run:
         seeds = tuple(int(seed) for seed in known.get("seed", ()))
     broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
     if broken:
-        raise DataError(f"its {', '.join(broken)} is not a number")
+        raise DataError(f"its {', '.join(broken)} is NaN or Inf")
     if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
         raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is invalid")
     name, base = config.get("agent") or config["policy"], _base(config)
@@ -196,7 +198,7 @@ def _run(place: Path, record: Record) -> Run:
 
 
 def _full_return(env: str) -> float | None:
-    """The most that an episode can return, where the environment's family has such a number."""
+    """Return the largest possible return of an episode; None if unknown for the environment family."""
     return {"dmc": 1000.0, "probe": 1.0}.get(env.partition(":")[0])
 
 
@@ -207,7 +209,7 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
-    """The runs with methods that say in what settings runs of one name differ, and nothing else."""
+    """Append to each method's name the settings in which runs of that name differ."""
     same: dict[str, list[Run]] = {}
     for run in runs:
         same.setdefault(run.method, []).append(run)
@@ -221,7 +223,7 @@ def _named(runs: Sequence[Run]) -> list[Run]:
 
 
 def _distinguishing(runs: Sequence[Run]) -> set[str]:
-    """The settings in which runs of one name differ."""
+    """Return the settings in which runs of one name differ."""
     keys = {key for run in runs for key in run.config} - _NOT_DISTINGUISHING
     return {key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1}
 

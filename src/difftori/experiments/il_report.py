@@ -1,4 +1,4 @@
-"""Tables and figures of studies of imitation: success of each method by task, and paired differences."""
+"""Tables and figures of imitation studies: success of each method by task, and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ from difftori.rollout import wilson_interval
 
 ALL = "all tasks"
 NOTES = """\
-`success`: share of evaluation episodes that succeeded at any step, over all seeds, with Wilson's 95 % interval as if episodes
-were independent; `score`: the mean of the environment's own measure. Every policy is evaluated in the same episodes, from the seeds 100000,
-100001, …, which neither the data nor the choice of weights have used; the last weights are evaluated (the EMA weights, where `ema` is set).
-Differences are of runs from the same seed, that is the same demonstrations, base and episodes; their interval is Student's over runs (a
-run's rate is one number), so it includes the variation of training. Of a single pair of runs the interval is over its episodes, and does
-not include it. `seconds` of training on the hardware named in the records."""
+`success`: share of evaluation episodes that succeed at any step, over all seeds, with Wilson's 95 % interval, which assumes independent
+episodes. `score`: mean of the environment's own measure. Every policy is evaluated in the same episodes, with the seeds 100000, 100001, …, which
+neither the data nor the selection of weights use. The last weights are evaluated (with `ema`, the EMA weights).
+Differences are between runs of the same seed, with the same demonstrations, base and episodes. Their interval is Student's over runs (a
+run's rate is one number), so it includes the variation of training. For a single pair of runs, the interval is over its episodes, and does
+not include it. `seconds`: training time on the hardware named in the records."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of `summary.csv`: a method on a task, over its finished seeds."""
+    """One row of `summary.csv`: a method on a task, over its finished seeds."""
 
     task: str
     method: str
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Published:
-    """A number of the paper, as a share from 0 to 1 of successes or of the score."""
+    """A number of the paper: a success rate or score, from 0 to 1."""
 
     task: str
     method: str
@@ -80,10 +80,10 @@ def run_refinement(
     measure: str = "success",
     runs: str | None = None,
 ) -> Results[ILStudy]:
-    """Run what is missing, and write `out/<study>`. RunsFailedError, after everything is drawn, if runs failed.
+    """Run the missing runs, and write `out/<study>`. Raises RunsFailedError at the end if runs failed.
 
-    `compared` are pairs of methods' labels; `budget` names the folder of a partial study; `runs` the folder of runs, where studies
-    share them.
+    `compared` are pairs of methods' labels. `budget` names the folder of a partial study. `runs` names the folder of runs, if
+    several studies share it.
     """
     console = Console()
     results = run_imitation(
@@ -115,7 +115,7 @@ def run_refinement(
 
 
 def summaries(results: Results, published: Sequence[Published]) -> list[Row]:
-    """Every method on every task, and on all together, where only tasks and seeds count that every method has finished."""
+    """Summarise every method on every task, and over all tasks, from the tasks and seeds that every method has finished."""
     labels = [method.label for method in results.methods]
     rows = []
     for task in results.tasks:
@@ -159,9 +159,9 @@ def _row(task: str, label: str, runs: Sequence[Result], published: Sequence[Publ
 
 
 def differences(results: Results, label: str, reference: str, measure: str) -> list[Difference]:
-    """Method − reference on every task with two pairs or more, and over all pairs. Runs must have had the same episodes.
+    """Return method − reference on every task with at least two pairs, and over all pairs of runs with the same episodes.
 
-    Where there is one pair alone, over its episodes.
+    For a single pair, the interval is over its episodes.
     """
 
     def line(task: str, pairs: int, estimate: Estimate) -> Difference:
@@ -185,7 +185,7 @@ def differences(results: Results, label: str, reference: str, measure: str) -> l
 
 
 def table(rows: Sequence[Row]) -> list[Column]:
-    """For people."""
+    """Return the columns of the formatted table."""
     cells = {
         "task": [row.task for row in rows],
         "method": [row.method for row in rows],
@@ -201,7 +201,7 @@ def table(rows: Sequence[Row]) -> list[Column]:
 
 
 def success_points(rows: Sequence[Row], results: Results, measure: str) -> Figure:
-    """Each method's measure by task, with Wilson intervals where it is success; the paper's numbers as small crosses."""
+    """Plot each method's measure by task, with Wilson intervals for success. Small crosses are the paper's numbers."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     labels = [method.label for method in results.methods]
     with style():

@@ -1,4 +1,4 @@
-"""Studies of imitation: their options, and which demonstrations, base policies and refiners they need."""
+"""Imitation studies: their options, and the demonstrations, base policies and refiners that they need."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,35 +20,35 @@ FULL_SEEDS = 3
 
 
 class ILStudy(StudyOptions):
-    """Options that all studies of imitation share."""
+    """Options of all imitation studies."""
 
     seeds: int = Field(FULL_SEEDS, ge=1)
-    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held out episodes and initial weights."""
+    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
     updates: int = Field(1500, ge=1)
-    """Updates of every training, of base policies and refiners alike."""
+    """Number of updates of every training, for base policies and refiners."""
     episodes: int = Field(50, ge=1)
-    """Evaluation episodes of every policy, from the same seeds."""
+    """Number of evaluation episodes of every policy, with the same seeds."""
     demos: Path = Path("demos")
-    """Directory of demonstrations; those that are missing are collected where the environment has an expert."""
+    """Directory of the demonstrations. Missing ones are collected if the environment has an expert."""
     runs: Path = Path("runs/il")
     """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is imitated: an environment with an observation type. `demos` names the data, with `{seed}` for the run's seed, or
-    a public data set.
+    """An imitation task: an environment with an observation type. `demos` is the path of the data, with `{seed}` for the run's seed,
+    or the name of a public data set.
     """
 
     env: str
     obs: str
     demos: str
     collect: int | None = None
-    """Episodes to collect where the data are missing; None: the data must exist."""
+    """Number of episodes to collect if the data are missing; None: the data must exist."""
 
     @property
     def name(self) -> str:
-        """For folders and tables."""
+        """The name of the task in folders and tables."""
         return self.env.partition(":")[2] or self.env
 
 
@@ -61,12 +61,12 @@ def run_imitation(
     reasons: Sequence[str],
     say: Callable[[str], None],
 ) -> Results[ILStudy]:
-    """Collect and run what is missing, as far as the budget goes, and read what is finished."""
+    """Collect missing demonstrations and run missing runs within the budget, and return the results of all finished runs."""
     engine = local(1, seconds=None if config.budget is None else 60 * config.budget)
     cases_by_run: dict[str, Case] = {}
 
     def prepare(wanted: Sequence[StudyRun]) -> tuple[list[Failure], list[StudyRun]]:
-        """Provide the demonstrations of base policies."""
+        """Collect the missing demonstrations of base policies."""
         demos = {run.key: demos_path(config, cases_by_run[run.key], run.seed) for run in wanted if run.base is None}
         missing = [_collection(cases_by_run[run.key], run, demos[run.key], say) for run in wanted if run.base is None]
         collections = {spec.folder: spec for spec in missing if spec is not None}
@@ -89,13 +89,13 @@ def run_imitation(
         prepare=prepare,
     )
     if retrained := retrained_bases(results.runs):
-        state = f"{len(retrained)} refiners of a base that was trained again"
+        state = f"{len(retrained)} refiners of a base that was retrained"
         results = replace(results, reasons=(*results.reasons, state))
     return results
 
 
 def plan_runs(config: ILStudy, case: Case, methods: Sequence[Method], seed: int, study: str) -> list[StudyRun]:
-    """The runs of all methods on one task from one seed."""
+    """Plan the runs of all methods on one task with one seed."""
     found: dict[str, StudyRun] = {}
     for method in methods:
         base = None if method.base is None else found[method.base]
@@ -116,12 +116,12 @@ def plan_runs(config: ILStudy, case: Case, methods: Sequence[Method], seed: int,
 
 
 def demos_path(config: ILStudy, case: Case, seed: int) -> str:
-    """The data of a task for a seed."""
+    """Return the path or name of a task's data for a seed."""
     return case.demos.format(demos=config.demos, seed=seed)
 
 
 def retrained_bases(results: Sequence[Result]) -> list[Result]:
-    """The refiners whose base was trained again, on another machine perhaps, and is not the one that is compared with."""
+    """Return the refiners whose base has other weights than the base in the results, for example retrained on another machine."""
     weights = {result.run.key: result.record.weights for result in results}
     found = []
     for result in results:
@@ -136,9 +136,9 @@ def _exists(demos: str) -> bool:
 
 
 def _collection(case: Case, run: StudyRun, demos: str, say: Callable[[str], None]) -> RunSpec | None:
-    """The command that collects the demonstrations of a run, if they are missing; public ones are downloaded at once.
+    """Return the command that collects the demonstrations of a run; None if they exist. Public data sets are downloaded immediately.
 
-    ConfigError for data that must exist.
+    Raises ConfigError for data that must exist.
     """
     path = Path(demos)
     if path.exists():
@@ -147,7 +147,7 @@ def _collection(case: Case, run: StudyRun, demos: str, say: Callable[[str], None
         find_demos(demos, say)
         return None
     if case.collect is None:
-        raise ConfigError([f"demos: {path} does not exist; provide the demonstrations of {case.name}"])
+        raise ConfigError([f"demos: {path} does not exist. Fix: provide the demonstrations of {case.name}"])
     words = ("collect", "--env", case.env, "--episodes", str(case.collect), "--seed", str(run.seed), "--obs", case.obs)
     name = f"{case.name}, demonstrations, seed {run.seed}"
     return RunSpec(name, (*words, "--out", str(path.parent), "--quiet"), path)

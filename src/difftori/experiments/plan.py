@@ -1,4 +1,4 @@
-"""What a sweep is: a YAML file that names the options that all runs share and those that vary, and the runs that follow.
+"""Reads a sweep, a YAML file with common and varying options, and plans its runs.
 
 ```yaml
 out: runs/cartpole            # default: runs/ and the file's name
@@ -35,57 +35,57 @@ _MACHINE = ("device", "threads")
 
 
 class Sweep(BaseModel):
-    """A sweep as its file gives it. Options are those of `difftori train`; `train` is the policy's or agent's name."""
+    """The content of a sweep file. Options are those of `difftori train`; `train` is the name of the policy or the agent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     out: Path
-    """Folder of the runs: `OUT/ENV/NAME_OPTIONS/seed-N`."""
+    """Folder of the runs, `OUT/ENV/NAME_OPTIONS/seed-N`."""
     common: dict[str, Any] = {}
     """Options of every run."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    """Options with the values that they take; every combination is a run."""
+    """Options with lists of values; every combination is a run."""
     variants: list[dict[str, Any]] = Field([{}], min_length=1)
-    """Sets of options; each is combined with the whole grid."""
+    """Sets of options, each combined with the whole grid."""
     retries: int = Field(2, ge=0)
-    """How many times a crashed run is restarted, from its last checkpoint, before it counts as failed."""
+    """Number of restarts of a crashed run, from its last checkpoint, before it counts as failed."""
     cpus: float = Field(1.0, gt=0)
-    """Processor cores that each run needs, with Ray or Slurm."""
+    """Number of processor cores of each run on Ray and Slurm."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs that each run needs, with Ray or Slurm; a fraction lets runs share one (Ray)."""
+    """Number of GPUs of each run on Ray and Slurm. On Ray, a fraction lets several runs share a GPU."""
     slurm: dict[str, Any] = {}
     """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, or another command: `words` after `difftori`, and the folder that it writes.
+    """A run, or another command: the `words` after `difftori`, and the folder that it writes.
 
-    A run that was begun is resumed with the options that it was begun with.
+    A run that was started before is resumed with its stored options.
     """
 
     name: str
     words: tuple[str, ...]
     folder: Path
     base: "RunSpec | None" = None
-    """The run that it refines, if that is to be run too."""
+    """The run that it refines, if that is part of the same plan."""
     length: int | None = None
-    """Steps of an agent, or updates of a policy; None where epochs are counted."""
+    """Number of environment steps of an agent, or of updates of a policy; None if the length is given in epochs."""
 
     @property
     def depth(self) -> int:
-        """How many runs must have ended before this one, one after the other."""
+        """Number of runs that must finish, one after another, before this one can start."""
         return 0 if self.base is None else 1 + self.base.depth
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The words that begin the run, or that resume it."""
+        """The command line that starts the run, or that resumes it."""
         begun = (self.folder / "config.yaml").exists()
         return ("train", "--resume", str(self.folder), "--quiet") if begun else self.words
 
     @property
     def log(self) -> Path:
-        """The file that takes its output."""
+        """The file with the output of its processes."""
         return beside(self.folder, ".log")
 
     @property
@@ -95,17 +95,17 @@ class RunSpec:
 
     @property
     def locked(self) -> bool:
-        """Whether another process is at work in the folder."""
+        """Whether a process works in the folder."""
         return is_held(self.folder / "run.lock")
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    """A file beside a run's folder: `.log` has the output of its processes, `.failed.json` why it was given up."""
+    """Return the path of a file next to a run's folder: `.log` is the output of its processes, `.failed.json` its error."""
     return folder.with_name(folder.name + suffix)
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """An option of the command line with its value."""
+    """Return the words of a command-line option with its value."""
     word = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{word}" if value else f"--no-{word}"]
@@ -120,12 +120,12 @@ def plan_run(
     folder: Path,
     base: tuple[RunSpec | None, BaseModel | None] = (None, None),
 ) -> tuple[RunSpec, BaseModel]:
-    """A run of a policy or an agent with these options of `difftori train`, and its configuration.
+    """Plan a run of a policy or an agent with these options of `difftori train`. Returns the run and its configuration.
 
-    `base`: the run that it refines, whose task and data it takes where none are given. ConfigError with all faults.
+    `base` is the run that it refines, whose task and data are the defaults. Raises ConfigError, which lists all errors.
     """
     if not isinstance(component, str):
-        raise ConfigError([f"train: {component!r}: give the name of a policy or an agent"])
+        raise ConfigError([f"train: {component!r} is not a name. Fix: give the name of a policy or an agent"])
     words = [word for option, value in options.items() for word in option_words(option, value)]
     below = {} if base[1] is None else inherited(base[1].model_dump())
     _, config = read_options(component, below, read_tokens(words))
@@ -135,7 +135,7 @@ def plan_run(
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep of a file. Raises ConfigError with every fault of its own; `plan` finds those of its runs."""
+    """Read a sweep file. Raises ConfigError, which lists the errors of the file; `plan` finds those of its runs."""
     given = {"out": Path("runs") / path.stem, **read_yaml(path)}
     sweep, faults = validated(Sweep, given, ())
     if sweep is None:
@@ -144,7 +144,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def plan(sweep: Sweep) -> list[RunSpec]:
-    """Every run. Raises ConfigError with the faults of all of them, each once, and for folders with runs of other settings."""
+    """Plan all runs. Raises ConfigError, which lists the errors of all runs, each once, and folders that hold other runs."""
     faults, mismatches = list[str](), list[str]()
     requests: dict[Path, dict[str, Any]] = {}
     combinations = list(_combinations(sweep))
@@ -152,18 +152,23 @@ def plan(sweep: Sweep) -> list[RunSpec]:
     for options in combinations:
         folder = sweep.out / _place(options, varying)
         if folder in requests:
-            faults.append(f"two runs go to {folder}: {_shown(requests[folder])} and {_shown(options)}; drop one")
+            faults.append(
+                f"two runs have the folder {folder}: {_shown(requests[folder])} and {_shown(options)}. Fix: remove one"
+            )
         requests[folder] = options
     filled = {folder: _filled(options, faults) for folder, options in requests.items()}
     bases = {str(options["base"]) for options in filled.values() if "base" in options}
     nowhere = [base for base in bases if Path(base) not in filled and not (Path(base) / "config.yaml").exists()]
-    faults += [f"base: {base} is neither a run of this sweep nor one that is there" for base in sorted(nowhere)]
+    faults += [
+        f"base: {base} is neither a run of this sweep nor an existing run. Fix: give the folder of a run"
+        for base in sorted(nowhere)
+    ]
     found: dict[Path, RunSpec] = {}
     configs: dict[Path, BaseModel] = {}
     while filled:
         ready = [folder for folder, options in filled.items() if Path(str(options.get("base"))) not in filled]
         if not ready:
-            faults.append(f"base: {', '.join(map(str, filled))} refine each other in a circle")
+            faults.append(f"base: {', '.join(map(str, filled))} refine each other. Fix: give one of them another base")
             break
         for folder in ready:
             options = filled.pop(folder)
@@ -176,7 +181,7 @@ def plan(sweep: Sweep) -> list[RunSpec]:
             except ConfigError as error:
                 faults += error.faults
     if mismatches:
-        faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings; choose another `out`"]
+        faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings. Fix: choose another `out`"]
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return [found[folder] for folder in requests]
@@ -190,24 +195,24 @@ def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted names, as on the command line."""
+    """Flatten nested settings to dotted names, as on the command line."""
     return {name.replace("-", "_"): value for name, value in flat(values).items()}
 
 
 def _varying(sweep: Sweep) -> list[str]:
-    """Options that the grid or a variant gives, so that folders name them, and still do when the sweep grows."""
+    """Return the options of the grid and the variants, which are part of folder names, so that a sweep can grow."""
     return list(dict.fromkeys(name for given in (sweep.grid, *sweep.variants) for name in _flat(given)))
 
 
 def _place(options: Mapping[str, Any], varying: Sequence[str]) -> Path:
-    """ENV/NAME_OPTIONS/seed-N of a run, in letters that every file system takes."""
+    """Return the folder ENV/NAME_OPTIONS/seed-N of a run, in characters that every file system accepts."""
     own = [f"{name}-{_choice(options, name)}" for name in varying if name in options and name not in _NAMED_APART]
     parts = (options.get("env", "env"), "_".join([_word(options.get("train")), *own]), f"seed-{options.get('seed', 0)}")
     return Path(*map(_word, parts))
 
 
 def _choice(options: Mapping[str, Any], name: str) -> str:
-    """A value in a folder's name; of a base, the folder that names its policy."""
+    """Return a value as part of a folder's name. For a base, the folder named after its policy."""
     return _word(Path(str(options[name])).parent.name if name == "base" else options[name])
 
 
@@ -217,18 +222,18 @@ def _word(value: Any) -> str:
 
 
 def _filled(options: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """The options with {names} in texts replaced by the run's own values, as folders write them."""
+    """Replace {names} in strings by the run's own values, in the form used in folder names."""
 
     def value_of(match: re.Match[str]) -> str:
         if match[1] not in options:
-            faults.append(f"{match[0]} in {match.string!r}: the run has no option {match[1]!r}; give it one")
+            faults.append(f"{match[0]} in {match.string!r}: the run has no option {match[1]!r}. Fix: add the option")
         return _word(options.get(match[1]))
 
     return {k: re.sub(r"\{(\w+)\}", value_of, v) if isinstance(v, str) else v for k, v in options.items()}
 
 
 def _mismatches(folder: Path, config: BaseModel) -> list[str]:
-    """How the run that is in the folder already differs from this configuration."""
+    """Return the differences between the existing run in the folder and this configuration."""
     if not (folder / "config.yaml").exists():
         return []
     before = read_config(folder)

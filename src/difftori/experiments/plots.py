@@ -1,6 +1,7 @@
-"""What all figures share: a look for each method, panels of learning curves, paired differences; readable without colour and in print.
+"""Elements of all figures: the look of each method, panels of learning curves, paired differences. Readable without colour and in print.
 
-Every method has its own colour of the Okabe–Ito palette AND its own line style and marker, so that colour alone carries nothing.
+Every method has its own colour of the Okabe–Ito palette AND its own line style and marker, so that no information depends on
+colour alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from matplotlib.ticker import FuncFormatter
 from difftori.experiments.tables import Difference
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, those with contrast on white first."""
+"""The Okabe–Ito palette, colours with high contrast on white first."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("x", "o", "s", "^", "D", "v", "P")
 _ACROSS = 5
@@ -26,7 +27,7 @@ _ACROSS = 5
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn."""
+    """Colour, line style and marker of a method."""
 
     color: str
     dashes: Any
@@ -34,14 +35,14 @@ class Look:
 
 
 def look(index: int) -> Look:
-    """The look of the method at a place of the legend; the second time around, each colour gets another line style and marker."""
+    """Return the look of a method by its index in the legend. When colours repeat, line styles and markers differ."""
     turn, place = divmod(index, len(PALETTE))
     return Look(PALETTE[place], DASHES[(place + turn) % len(DASHES)], MARKERS[(place + turn) % len(MARKERS)])
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One run's curve: values `y` (k) at `steps` (k), drawn over `x` (k), which is steps or time."""
+    """One run's curve: values `y` (k) at `steps` (k), plotted over `x` (k), which is steps or time."""
 
     steps: np.ndarray
     x: np.ndarray
@@ -49,7 +50,7 @@ class Trace:
 
 
 def draw_traces(axis: Axes, traces: Sequence[Trace], index: int, label: str) -> None:
-    """Thin lines for runs, bold for their mean over the steps that all of them have."""
+    """Plot thin lines for runs, and a bold one for their mean over the steps that all of them have."""
     if not traces:
         return
     drawn = look(index)
@@ -71,7 +72,7 @@ def task_panels(
     ylabel: str,
     note: str,
 ) -> Figure:
-    """A panel for each task, which `draw` fills, with one legend."""
+    """Create one panel for each task, filled by `draw`, with a common legend."""
     across = min(_ACROSS, len(tasks))
     down = -(-len(tasks) // across)
     with style():
@@ -93,13 +94,13 @@ def task_panels(
 
 
 def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit: float | None = None) -> Figure:
-    """Differences with their intervals, a line each, drawn within ±`limit`; a point without one is a single pair."""
+    """Plot differences with their intervals, one line each, within ±`limit`. A point without interval is a single pair."""
     with style():
         figure = Figure(figsize=(8.0, 0.26 * len(rows) + 1.3), layout="constrained")
         axis = figure.subplots()
         names = [f"{row.task}: {row.method} − {row.reference}" for row in rows]
         draw_intervals(axis, names, [(row.value, row.low, row.high) for row in rows])
-        if limit is not None:  # intervals from two pairs reach beyond what results can differ by
+        if limit is not None:  # intervals from two pairs may exceed the largest possible difference
             low, high = axis.get_xlim()
             axis.set_xlim(max(low, -limit), min(high, limit))
         axis.set_xlabel(xlabel)
@@ -110,7 +111,7 @@ def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit
 def draw_intervals(
     axis: Axes, names: Sequence[str], rows: Sequence[tuple[float, float | None, float | None]], zero: float = 0.0
 ) -> None:
-    """Values with the ends of their intervals, a line each from the top, and a line at `zero`."""
+    """Plot values with their intervals, one line each from the top, and a vertical line at `zero`."""
     for index, (value, low, high) in enumerate(rows):
         if low is not None and high is not None:
             axis.plot([low, high], [index, index], color=PALETTE[1], linewidth=1.2)
@@ -121,7 +122,7 @@ def draw_intervals(
 
 
 def save_svg(figure: Figure | None, path: Path) -> None:
-    """Write a figure; the same figure gives the same bytes. None: remove the file that an earlier part of a study may have left."""
+    """Write a figure; the same figure gives the same bytes. None removes the file, which may exist from an earlier part of a study."""
     if figure is None:
         return path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,11 +132,11 @@ def save_svg(figure: Figure | None, path: Path) -> None:
 
 
 def style() -> AbstractContextManager[None]:
-    """The style of all figures, as a context to draw in."""
+    """Return a context manager with the style of all figures."""
     return mpl.rc_context(
         {
             "font.size": 9,
-            "text.parse_math": False,  # names are text, whatever they hold
+            "text.parse_math": False,  # names may contain characters of formulas
             "axes.titlesize": 10,
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -149,7 +150,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -> None:
-    """One legend above all panels, with those of `methods` that are drawn, in their order, so many to a line."""
+    """Add one legend above all panels, with the plotted ones of `methods`, in their order, in at most `columns` columns."""
     handles = {}
     for axis in figure.axes:
         drawn, labels = axis.get_legend_handles_labels()
@@ -161,10 +162,10 @@ def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -
 
 
 def thousands(value: float, _: int) -> str:
-    """A tick's label: 20000 is `20k`."""
+    """Format a tick label: 20000 is `20k`."""
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """A note in small letters below the figure."""
+    """Add a note in small letters below the figure."""
     figure.supxlabel(text, fontsize=7.5, color="#444444")

@@ -1,4 +1,4 @@
-"""Runs commands as processes of their own, a few at once, so that one that dies takes no other with it."""
+"""Runs commands as separate processes, several concurrently, so that a crash affects one run only."""
 
 import json
 import os
@@ -19,16 +19,16 @@ _WAIT = 0.1
 _TO_SAVE = 600.0
 _TAKEN = "is in use by another process"
 _HOPELESS = 2
-"""Exit status of a command whose options are at fault: another try says the same."""
+"""Exit code for invalid arguments. The run is not retried, because it would fail again."""
 
 
 class RunsFailedError(DifftoriError, RuntimeError):
-    """Some runs failed; the message names each, why, and its log."""
+    """Some runs failed. The message lists each run, its error and its log."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended with another status than 0; `reason` is the last line of its output."""
+    """A run that ended with an exit code other than 0. `reason` is the last line of its output."""
 
     run: RunSpec
     status: int
@@ -44,12 +44,12 @@ def run_all(
     done: Callable[[RunSpec], None] = lambda run: None,
     retries: int = 0,
 ) -> tuple[list[Failure], list[RunSpec]]:
-    """Run `runs`, `jobs` at once, and return those that failed and those that were never started; `done` hears of the rest.
+    """Run `runs`, with `jobs` concurrent processes. Returns the failures and the runs that were not started; `done` gets each other run.
 
-    One that dies, or ends with another status than 0 and 2, is tried up to `retries` times again, from its last checkpoint.
-    A run that another process is at work on, such as one that outlived the process that started it, is waited for. After `seconds`
-    nothing is started any more; what runs is finished. On SIGTERM or SIGINT every process is asked to save and leave, and
-    SystemExit raised with status 143 or 130.
+    A run that crashes, or ends with an exit code other than 0 and 2, is restarted up to `retries` times, from its last
+    checkpoint. If another process works on a run, such as one that outlived its parent, this call waits for it. After `seconds`,
+    no further run is started; running ones are finished. On SIGTERM or SIGINT, every process saves a checkpoint and exits, and
+    SystemExit is raised with status 143 or 130.
     """
     until = None if seconds is None else time.monotonic() + seconds
     processes = _ProcessPool(runs, say, done, retries)
@@ -57,15 +57,15 @@ def run_all(
         processes.run(jobs, until, lambda: stop.requested)
         if stop.requested:
             say(
-                f"stopped: {len(processes.running)} saved, {len(processes.waiting)} not started; re-run the same command to resume"
+                f"stopped: {len(processes.running)} interrupted, {len(processes.waiting)} not started. Re-run the same command to resume"
             )
             stop.leave()
     return processes.failures, list(processes.waiting)
 
 
 def run_one(run: RunSpec, *, retries: int = 0, say: Callable[[str], None] = print) -> Failure | None:
-    """Carry it out, as `run_all` does, for an engine that has its own way with signals; whatever ends this, the process is
-    asked to save first.
+    """Run one run like `run_all`, for an engine that handles signals itself. If this call is interrupted, the process saves a
+    checkpoint first.
     """
     processes = _ProcessPool([run], say, lambda run: None, retries)
     processes.run(1, None, lambda: False)
@@ -73,7 +73,7 @@ def run_one(run: RunSpec, *, retries: int = 0, say: Callable[[str], None] = prin
 
 
 class _ProcessPool:
-    """The processes at work, here and elsewhere, and what came of those that ended."""
+    """The running processes, those of other programs on the same runs, and the failures so far."""
 
     def __init__(
         self, runs: Sequence[RunSpec], say: Callable[[str], None], done: Callable[[RunSpec], None], retries: int
@@ -84,7 +84,7 @@ class _ProcessPool:
         self._say, self._done, self._retries, self._tries = say, done, retries, Counter[str]()
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
-        """Work until nothing is left to do, or to be done by then. Whatever ends it, no process is left behind."""
+        """Run until all runs have ended, or until the time `until`. All processes are stopped if this call is interrupted."""
         try:
             while not stopped():
                 while self.waiting and self._busy < jobs and (until is None or time.monotonic() < until):
@@ -98,21 +98,21 @@ class _ProcessPool:
 
     @property
     def _busy(self) -> int:
-        """Works that run, here or elsewhere."""
+        """Number of runs in progress, here or in other programs."""
         return len(self.running) + len(self.locked)
 
     def _begin(self, run: RunSpec) -> None:
-        """Start it, unless another process is at it."""
+        """Start a run, unless another process works on it."""
         if run.locked:
-            self._say(f"{run.name}: running in another process; waiting for it")
+            self._say(f"{run.name}: running in another process, waiting for it")
             self.locked.append(run)
         else:
-            self._say(f"{run.name}: running ({len(self.waiting)} wait)")
+            self._say(f"{run.name}: running ({len(self.waiting)} waiting)")
             _forget_failure(run)
             self.running[_start(run)] = run
 
     def _look(self) -> None:
-        """See what has ended since the last time."""
+        """Handle the runs that have ended since the last call."""
         for run in [run for run in self.locked if not run.locked]:
             self.locked.remove(run)
             if run.finished:
@@ -123,13 +123,13 @@ class _ProcessPool:
             run = self.running.pop(process)
             if process.returncode == 0 or run.finished:
                 self._succeed(run)
-            elif run.locked or _TAKEN in _last_line(run):  # another process was faster to take the folder
+            elif run.locked or _TAKEN in _last_line(run):  # another process locked the directory first
                 self.waiting.appendleft(run)
             else:
                 self._fail(Failure(run, process.returncode, _last_line(run)))
 
     def _end(self) -> None:
-        """Ask every process here to save and leave, and wait until they have."""
+        """Terminate every process of this pool, and wait until it has saved its checkpoint."""
         for process in self.running:
             process.terminate()
         until = time.monotonic() + _TO_SAVE
@@ -149,7 +149,7 @@ class _ProcessPool:
         run, ended = failure.run, f"status {failure.status}: {failure.reason}"
         if failure.status != _HOPELESS and self._tries[run.name] < self._retries:
             self._tries[run.name] += 1
-            self._say(f"{run.name}: ended with {ended}; trying again ({self._tries[run.name]} of {self._retries})")
+            self._say(f"{run.name}: ended with {ended}; restarting ({self._tries[run.name]} of {self._retries})")
             self.waiting.appendleft(run)
             return
         self._say(f"{run.name}: FAILED with {ended}")
@@ -160,12 +160,12 @@ class _ProcessPool:
 
 
 def report_failures(failures: Sequence[Failure]) -> None:
-    """Raise RunsFailedError if there are any."""
+    """Raise RunsFailedError if there are failures."""
     if failures:
         lines = [f"  {f.run.name}: status {f.status}, {f.reason} (full log: {f.run.log})" for f in failures]
         raise RunsFailedError(
-            f"{len(failures)} run(s) failed, and what depends on them was not started; re-run the same command to try again:\n"
-            + "\n".join(lines)
+            f"{len(failures)} run(s) failed; runs that depend on them were not started. "
+            "Fix: correct the errors below and re-run the same command:\n" + "\n".join(lines)
         )
 
 
@@ -174,9 +174,10 @@ def _forget_failure(run: RunSpec) -> None:
 
 
 def _start(run: RunSpec) -> subprocess.Popen[bytes]:
-    """A session of its own keeps the terminal's Ctrl-C away from it: `run_all` passes it on. An existing log is appended to.
+    """Start the process of a run. Its output is appended to the run's log.
 
-    With a safe path the working directory is searched last for modules, as by the command itself, and not first.
+    The process has its own session, so that it does not get the terminal's Ctrl-C; `run_all` forwards it. PYTHONSAFEPATH makes
+    the working directory the last place that is searched for modules, as in the command itself, and not the first.
     """
     run.log.parent.mkdir(parents=True, exist_ok=True)
     own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}

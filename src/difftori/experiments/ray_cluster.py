@@ -1,7 +1,7 @@
-"""A sweep on a Ray cluster, which places runs on its machines' processors and GPUs; needs `difftori[ray]`.
+"""Runs a sweep on a Ray cluster, which assigns runs to the cores and GPUs of its machines. Requires `difftori[ray]`.
 
-All machines see the runs' folder under the same path, and have difftori installed. A run is a process that a Ray worker
-watches: when the worker or its machine dies, Ray hands the run to another, which resumes it from its last checkpoint.
+All machines must see the runs' folder under the same path, and have difftori installed. A run is a process started by a Ray
+worker. If the worker or its machine crashes, Ray restarts the run on another one, which resumes from the last checkpoint.
 """
 
 import os
@@ -21,17 +21,19 @@ _TO_SAVE = 60.0
 
 
 def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
-    """The engine. `address`: of a running cluster (`auto` finds this machine's), or `local` to start one here.
+    """Return an engine that runs on Ray. `address`: a running cluster (`auto` finds this machine's), or `local` to start one here.
 
-    A run takes `cpus` cores and `gpus` GPUs, or a fraction of one. `retries`: how often Ray starts a run again whose worker
-    died, and its watcher a run that died itself. MissingExtraError without Ray, ConfigError if no cluster answers.
+    A run uses `cpus` cores and `gpus` GPUs, or a fraction of one. `retries`: number of restarts of a run whose worker crashed, and
+    of a run that crashed itself. Raises MissingExtraError without Ray, and ConfigError if there is no cluster at the address.
     """
     ray = _ray()
     try:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError([f"--ray {address}: no cluster answers ({error}); start one, or give --ray local"]) from error
+        raise ConfigError(
+            [f"--ray {address}: no cluster found ({error}). Fix: start one, or give --ray local"]
+        ) from error
     here = Path.cwd()
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)
@@ -43,7 +45,7 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
         runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
         tasks = {carry_out.remote(run): run for run in runs}
-        say(f"{len(tasks)} runs handed to Ray, {cpus:g} cores and {gpus:g} GPUs each")
+        say(f"{len(tasks)} runs submitted to Ray, {cpus:g} cores and {gpus:g} GPUs each")
         failures: list[Failure] = []
         with StopSignal() as stop:
             while tasks and not stop.requested:
@@ -55,7 +57,7 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
                 for task in tasks:
                     ray.cancel(task, force=False)
                 _wait_until_saved(list(tasks.values()))
-                say(f"stopped: {len(tasks)} not finished; re-run the same command to resume")
+                say(f"stopped: {len(tasks)} not finished. Re-run the same command to resume")
                 stop.leave()
         return failures
 
@@ -67,12 +69,12 @@ def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtraError("--ray needs Ray: pip install 'difftori[ray]'") from error
+        raise MissingExtraError("--ray: Ray is not installed. Fix: pip install 'difftori[ray]'") from error
     return ray
 
 
 def _outcome(ray: ModuleType, task: object, run: RunSpec) -> Failure | None:
-    """What came of a task; one that Ray gave up on is a failure too."""
+    """Return the result of a task. A task that Ray gave up is a failure."""
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
@@ -80,7 +82,7 @@ def _outcome(ray: ModuleType, task: object, run: RunSpec) -> Failure | None:
 
 
 def _wait_until_saved(runs: Sequence[RunSpec]) -> None:
-    """Wait, a minute at most, until no process works in the folders any more."""
+    """Wait until no process works in the folders, at most one minute."""
     until = time.monotonic() + _TO_SAVE
     while time.monotonic() < until and any(run.locked for run in runs):
         time.sleep(_LOOK)

@@ -1,7 +1,7 @@
-"""Records of runs: read from run directories, and kept in one file per study.
+"""Records of runs, read from run directories, and stored in one file per study.
 
-Run directories stay on the machine that made them. A study appends to its record file when a run finishes, so that it can be
-resumed elsewhere, and drawn again from the repository alone.
+Run directories stay on the machine that trained them. A study appends a record to its file when a run finishes, so that it can
+be resumed on another machine, and its tables and figures can be created from the repository alone.
 """
 
 import json
@@ -21,11 +21,11 @@ SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
 
 @dataclass(frozen=True)
 class Record:
-    """What a run left, finished or not.
+    """The record of a run, finished or not.
 
-    `summary` is None until the run is finished. `evaluations` are the logged rows that have a return or a validation error, to six
-    digits. `episodes` holds the columns of the final evaluation's episodes by `last` or `best`. `weights` and `base_weights` are digests of
-    what was learned and of the base policy.
+    `summary` is None until the run is finished. `evaluations` are the logged rows with a return or a validation error, to six
+    digits. `episodes` has the columns of the final evaluation's episodes, by `last` or `best`. `weights` and `base_weights` are
+    digests of the trained weights and of the base policy's.
     """
 
     config: Mapping[str, Any]
@@ -40,12 +40,12 @@ class Record:
 
     @property
     def returns(self) -> list[dict[str, Any]]:
-        """The evaluations that have a return."""
+        """The evaluations with a return."""
         return [row for row in self.evaluations if RETURN in row]
 
 
 def read_run(folder: Path) -> Record | None:
-    """The record of a run directory; None if another program wrote it. DataError or ConfigError if it is damaged."""
+    """Read the record of a run directory; None if another program wrote it. Raises DataError or ConfigError if it is damaged."""
     config = read_config(folder)
     if "agent" not in config and "policy" not in config:
         return None
@@ -53,7 +53,9 @@ def read_run(folder: Path) -> Record | None:
     try:
         hardware = f"{machine.get('device_name') or machine['cpu']}, {machine['threads']} thread(s)"
     except KeyError as error:
-        raise DataError(f"{folder / 'versions.json'}: lacks {error}; it is written when a run starts") from error
+        raise DataError(
+            f"{folder / 'versions.json'}: {error} is missing. Fix: restore the file, or remove the run and train again"
+        ) from error
     episodes, commands = folder / "episodes.json", folder / "command.txt"
     return Record(
         config=config,
@@ -72,12 +74,12 @@ def read_run(folder: Path) -> Record | None:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """The finished runs of a study: JSON lines, each with the name of its run."""
+    """The finished runs of a study, as JSON lines, each with the name of its run."""
 
     path: Path
 
     def read(self) -> dict[str, Record]:
-        """The records by the names of their runs. DataError if a line is damaged; a last line that a kill cut short is left out."""
+        """Read the records by the names of their runs. An incomplete last line is ignored. Raises DataError if another line is damaged."""
         if not self.path.exists():
             return {}
         found: dict[str, Record] = {}
@@ -88,20 +90,20 @@ class RecordFile:
                 name, record = _parsed(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{self.path}, line {number}: no readable run ({error}); restore it, or remove it to run again"
+                    f"{self.path}, line {number}: not a valid record ({error}). Fix: restore the line, or remove it to run again"
                 ) from error
             found[name] = record
         return found
 
     def append(self, name: str, record: Record) -> None:
-        """Add a finished run, unless its name is there. Processes may append at the same time."""
+        """Append a finished run, unless the file has its name. Safe for concurrent processes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             _wait_for(file)
             file.seek(0)
             before = file.read()
             before = before[: before.rfind(b"\n") + 1]
-            file.truncate(len(before))  # without a last line that a kill cut short
+            file.truncate(len(before))  # remove an incomplete last line, left by a killed process
             if any(line.startswith(_head(name)) for line in before.splitlines()):
                 return
             plain = {**asdict(record), "evaluations": record.returns}
@@ -110,13 +112,13 @@ class RecordFile:
 
 
 def is_record_file(path: Path) -> bool:
-    """Whether a file holds a study's records, judging by its first characters."""
+    """Return whether a file holds a study's records, from its first characters."""
     with path.open("rb") as file:
         return file.read(8) == b'{"run": '
 
 
 def _head(name: str) -> bytes:
-    """How the line of a run begins."""
+    """Return the beginning of a run's line."""
     return f'{{"run": {json.dumps(name)}, '.encode()
 
 
@@ -133,7 +135,7 @@ def _parsed(plain: dict[str, Any]) -> tuple[str, Record]:
 
 
 def _wait_for(file: IO[bytes]) -> None:
-    """Keep other processes out until the file closes. Windows has no flock."""
+    """Lock the file until it is closed. Windows has no flock, so there is no lock."""
     try:
         import fcntl
     except ImportError:
@@ -145,14 +147,16 @@ def _mapping(source: Path) -> dict[str, Any]:
     try:
         found = json.loads(source.read_bytes())
         if not isinstance(found, dict):
-            raise TypeError("no mapping")
+            raise TypeError("not a mapping")
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{source}: unreadable ({error}); restore it, or remove the run to train again") from error
+        raise DataError(
+            f"{source}: unreadable ({error}). Fix: restore it, or remove the run and train again"
+        ) from error
     return found
 
 
 def _short(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers to six digits; NaN, which JSON lacks, as None."""
+    """Round floats to six digits. NaN becomes None, because JSON has no NaN."""
     return {
         name: (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
         for name, value in values.items()
@@ -160,6 +164,6 @@ def _short(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(weights: Path) -> str | None:
-    """The digest that stands beside exported weights."""
+    """Return the digest stored next to exported weights."""
     beside = weights.with_name(f"{weights.name}.sha256")
     return beside.read_text().split()[0] if beside.exists() else None

@@ -1,4 +1,4 @@
-"""`difftori report`: any number of runs as one static page, with the same numbers as CSV and LaTeX beside it."""
+"""`difftori report`: compares any number of runs on one static page, and writes the same numbers as CSV and LaTeX."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _IMAGES = 24
 
 @dataclass(frozen=True)
 class Report:
-    """A report that has been written: its page, and its tables, by caption, of each measure."""
+    """A written report: its page, and the tables of each measure, by caption."""
 
     page: Path
     tables: list[dict[str, list[Column]]]
@@ -31,7 +31,7 @@ class Report:
 
 @dataclass(frozen=True)
 class RunLine:
-    """One line of `runs.csv`: a run, finished or not, and the protocol of its result."""
+    """One row of `runs.csv`: a run, finished or not, and the protocol of its result."""
 
     task: str
     method: str
@@ -51,7 +51,7 @@ class RunLine:
 
 @dataclass(frozen=True)
 class EstimateLine:
-    """One line of `results.csv` (per task), `aggregates.csv` (over tasks) or `pairs.csv`."""
+    """One row of `results.csv` (per task), `aggregates.csv` (over tasks) or `pairs.csv`."""
 
     measure: str
     task: str
@@ -69,7 +69,7 @@ def write_report(
 ) -> Report:
     """Write `out/report.html`, `runs.csv`, `results.csv`, `aggregates.csv`, `pairs.csv` and `tables.tex`.
 
-    `reference`: the method that the others are compared with, instead of every pair. ConfigError without runs, or for an
+    `reference`: the method to compare the others with (default: compare every pair). Raises ConfigError without runs, or for an
     unknown reference.
     """
     found = gather(places)
@@ -126,7 +126,7 @@ def _render(
 
 
 def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
-    """Warnings about runs that differ in more than their methods."""
+    """Return warnings about runs that differ in more than their methods."""
     warnings = []
     counted = [run for run in found.runs if run.config.get("settings.updates") is None]
     for name, what in (
@@ -135,35 +135,37 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
         ("settings.epochs", "epochs"),
         ("eval_episodes", "episodes"),
     ):
-        runs = counted if name == "settings.epochs" else found.runs  # where updates are given, they count
+        runs = counted if name == "settings.epochs" else found.runs  # a run with `updates` ignores its epochs
         values = {int(run.config[name]) for run in runs if run.config.get(name) is not None}
         if len(values) > 1:
-            warnings.append(
-                f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. The protocol says which has which."
-            )
+            warnings.append(f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. See the protocol.")
     made = {run.updates for run in counted if run.updates is not None and "policy" in run.config}
     if len(made) > 1:
-        warnings.append(f"Where epochs are counted, runs made between {min(made)} and {max(made)} updates.")
+        warnings.append(f"Runs whose length is given in epochs made between {min(made)} and {max(made)} updates.")
     rules = sorted({run.rule for run in found.runs if run.finished})
     if len(rules) > 1:
-        warnings.append(f"Results are of different weights: {'; '.join(rules)}.")
+        warnings.append(f"Runs differ in the evaluated weights: {'; '.join(rules)}.")
     for part in parts:
         seeds = {cell.seeds for cell in part.cells}
         if len(seeds) > 1:
-            warnings.append(f"{part.measure.name}: between {min(seeds)} and {max(seeds)} seeds on a task.")
+            warnings.append(
+                f"{part.measure.name}: the number of seeds per task is between {min(seeds)} and {max(seeds)}."
+            )
         apart = [task for task in part.tasks if task not in part.common]
         if apart and len(part.methods) > 1:
-            warnings.append(f"{part.measure.name}: over tasks, without {', '.join(apart)}, which some methods lack.")
+            warnings.append(
+                f"{part.measure.name}: results over tasks exclude {', '.join(apart)}, which some methods do not have."
+            )
         sets = {tuple(sorted(run.seed for run in found.runs if run.method == m)) for m in part.methods}
         if len(seeds) == 1 and len(sets) > 1:
-            warnings.append(f"{part.measure.name}: methods have runs from different seeds.")
+            warnings.append(f"{part.measure.name}: methods have runs with different seeds.")
         if part.measure.full is None and len(part.tasks) > 1:
-            warnings.append(f"{part.measure.name} has no common scale over tasks: each task stands for itself.")
+            warnings.append(f"{part.measure.name} has no common scale over tasks, so tasks are not averaged.")
     return warnings
 
 
 def _tables(part: Section) -> dict[str, list[Column]]:
-    """By caption: task by task; over tasks; method against method."""
+    """Return the tables by caption: by task, over tasks, and pairs of methods."""
     cells = {(cell.task, cell.method): cell for cell in part.cells}
 
     def shown(task: str, method: str) -> str:
@@ -181,7 +183,7 @@ def _tables(part: Section) -> dict[str, list[Column]]:
         *(Column(task, tuple(shown(task, method) for method in part.methods)) for task in part.tasks),
     ]
     narrow = by_task if len(part.methods) < len(part.tasks) else by_method
-    found = {f"{_name(part)}, mean ± standard deviation over seeds (how many)": narrow}
+    found = {f"{_name(part)}, mean ± standard deviation over seeds (number of seeds)": narrow}
     if part.over:
         scale = "" if part.measure.full == 1 else f", of {part.measure.full:g}"
         found[f"over {len(part.common)} task(s){scale}, 95 % stratified bootstrap over seeds"] = [
@@ -190,18 +192,18 @@ def _tables(part: Section) -> dict[str, list[Column]]:
             Column("runs", tuple(str(row.runs) for row in part.over)),
         ]
     if part.pairs:
-        found["method against method, runs of the same task, seed and episodes"] = [
+        found["pairs of methods, over runs of the same task, seed and episodes"] = [
             Column("task", tuple(pair.task or "all tasks" for pair in part.pairs), left=True),
             Column("difference", tuple(f"{pair.method} − {pair.reference}" for pair in part.pairs), left=True),
             Column("pairs", tuple(str(pair.runs) for pair in part.pairs)),
             Column("value", tuple(_bounded(pair.difference, signed=True) for pair in part.pairs)),
-            Column("a run is better", tuple(_bounded(pair.better) for pair in part.pairs)),
+            Column("probability of improvement", tuple(_bounded(pair.better) for pair in part.pairs)),
         ]
     return found
 
 
 def _name(part: Section) -> str:
-    """A measure with its scale, which distinguishes the returns of families of environments."""
+    """Return the name of a measure with its scale, which distinguishes the returns of environment families."""
     full = part.measure.full
     return part.measure.name if full in (None, 1) else f"{part.measure.name} of {full:g}"
 
@@ -214,19 +216,19 @@ def _bounded(estimate: Estimate, *, signed: bool = False) -> str:
 
 
 def _digits(value: float) -> int:
-    """Decimals that leave about three figures."""
+    """Return the number of decimals for about three significant digits."""
     return 3 if abs(value) < 2 else 1 if abs(value) < 100 else 0
 
 
 def _latex(tables: Sequence[dict[str, list[Column]]]) -> str:
-    """Every table."""
-    parts = ["% Written by difftori report; needs \\usepackage{booktabs}."]
+    """Format all tables as LaTeX."""
+    parts = ["% Written by difftori report. Requires \\usepackage{booktabs}."]
     parts += ["\n" + latex_table(caption, columns) for by_caption in tables for caption, columns in by_caption.items()]
     return "\n".join(parts) + "\n"
 
 
 def _protocol(runs: Sequence[Run]) -> list[Column]:
-    """One line for each method: what its numbers rest on; what differs between its runs is listed."""
+    """Return one row for each method with its evaluation protocol. Values that differ between its runs are listed."""
     methods = sorted({run.method for run in runs})
 
     def of(take) -> tuple[str, ...]:
@@ -273,7 +275,7 @@ def _budget(run: Run) -> str:
 
 
 def _versions(runs: Sequence[Run]) -> str:
-    """Name by name what they ran with; where runs differ, all of it."""
+    """Format the software versions of runs. If runs differ, all versions are listed."""
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, value in run.versions.items():
@@ -335,7 +337,7 @@ def _line(
 
 
 def _images(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
-    """What runs have drawn or filmed, one seed of each method and task: inside the page, or by a path if it is large."""
+    """Return images and videos of one seed of each method and task, embedded in the page, or as links if they are large."""
     found: dict[tuple[str, str, str], tuple[str, str]] = {}
     for run in runs:
         for image in run.images:

@@ -1,4 +1,4 @@
-"""Figures of a report: learning curves, results over tasks, performance profiles, method against method."""
+"""Figures of a report: learning curves, results over tasks, performance profiles, pairs of methods."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ _THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
 
 def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> Figure | None:
-    """Evaluations over steps, a panel for each task; None without any."""
+    """Plot evaluations over steps, one panel for each task; None without evaluations."""
     drawn = [run for run in runs if run.curve_name == name and len(run.curve[0])]
     tasks = sorted({run.task for run in drawn})
     if not tasks:
@@ -42,12 +42,12 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
             axis.set_yscale("log")
 
     xlabel = "environment steps" if name == RETURN else "updates"
-    note = "thin: seeds; bold: their mean, as far as all have come"
+    note = "thin: seeds; bold: their mean over the steps that all have reached"
     return task_panels(tasks, methods, draw, xlabel=xlabel, ylabel=name.partition("/")[2], note=note)
 
 
 def over_tasks(section: Section) -> Figure:
-    """Mean, median, interquartile mean and optimality gap with their intervals, a line for each method."""
+    """Plot mean, median, interquartile mean and optimality gap with their intervals, one line for each method."""
     with style():
         figure = Figure(figsize=(11.0, 0.34 * len(section.over) + 1.3), layout="constrained")
         axes = figure.subplots(1, len(OVER), sharey=True, squeeze=False)[0]
@@ -59,19 +59,19 @@ def over_tasks(section: Section) -> Figure:
                     axis.plot([estimate.low, estimate.high], [index, index], linewidth=5, alpha=0.35, color=drawn.color)
                 axis.plot([estimate.value], [index], marker=MARKERS[index % len(MARKERS)], color=drawn.color)
             axis.set_title(
-                {"iqm": "interquartile mean", "optimality gap": "optimality gap (less: better)"}.get(name, name)
+                {"iqm": "interquartile mean", "optimality gap": "optimality gap (lower is better)"}.get(name, name)
             )
         axes[0].set_yticks(range(len(section.over)), [row.method for row in section.over])
         axes[0].invert_yaxis()
         runs = ", ".join(sorted({str(row.runs) for row in section.over}))
         footnote(
-            figure, f"{len(section.common)} task(s), {runs} runs a method; bars: 95 % stratified bootstrap over seeds"
+            figure, f"{len(section.common)} task(s), {runs} runs per method; bars: 95 % stratified bootstrap over seeds"
         )
     return figure
 
 
 def profiles(section: Section) -> Figure:
-    """The share of runs above each value, with bands from the bootstrap."""
+    """Plot performance profiles: the share of runs above each value, with bootstrap bands."""
     with style():
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axis = figure.subplots()
@@ -89,14 +89,15 @@ def profiles(section: Section) -> Figure:
         axis.set(xlabel=section.measure.name + ("" if scale == 1 else f" / {scale:g}"), ylabel="share of runs above")
         shared_legend(figure, section.methods, columns=2)
         footnote(
-            figure, f"performance profile over {len(section.common)} task(s); bands: 95 %, where methods have two seeds"
+            figure,
+            f"performance profile over {len(section.common)} task(s); bands: 95 %, for methods with two seeds or more",
         )
     return figure
 
 
 def against(section: Section) -> Figure | None:
-    """Differences and probabilities of improvement over all tasks, or on the only one; None without pairs, or with too many
-    to be read: then a reference helps.
+    """Plot differences and probabilities of improvement over all tasks, or on a single one. None without pairs, or with too many to
+    be readable; `--reference` reduces their number.
     """
     rows = [pair for pair in section.pairs if pair.task is None] or list(section.pairs)
     if not 0 < len(rows) <= _READABLE:
@@ -110,6 +111,6 @@ def against(section: Section) -> Figure | None:
             draw_intervals(axis, names, [(e.value, finite(e.low), finite(e.high)) for e in estimates], zero)
         right.set_xlim(-0.02, 1.02)
         left.set_xlabel(f"difference of {section.measure.name}, paired")
-        right.set_xlabel("probability that a run is better")
+        right.set_xlabel("probability of improvement")
         footnote(figure, "bars: 95 %")
     return figure

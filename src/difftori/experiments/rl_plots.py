@@ -1,4 +1,4 @@
-"""Figures of learning curves of agents: a panel for each task, normalised returns over tasks, differences between methods."""
+"""Figures of agents' learning curves: a panel for each task, normalised returns over tasks, differences between methods."""
 
 from collections.abc import Sequence
 
@@ -25,9 +25,9 @@ from difftori.paper.curves import PublishedCurve, published_curves
 
 
 def return_panels(curves: Curves, *, published: Sequence[PublishedCurve], clock: bool = False) -> Figure:
-    """Return over environment steps, a panel for each task with runs, with published means thin and with marks.
+    """Plot the return over environment steps, one panel for each task with runs. Published means are thin lines with markers.
 
-    `clock`: over seconds of training without evaluation instead.
+    `clock`: over training seconds, without evaluation, instead.
     """
     names = _names(curves, published)
 
@@ -43,19 +43,19 @@ def return_panels(curves: Curves, *, published: Sequence[PublishedCurve], clock:
                 name = _published(curve.method)
                 _draw_published(axis, curve.steps[shown], means, names.index(name), name)
 
-    note = f"{_partial(curves)}evaluation returns; thin: seeds; bold: their mean as far as all have come"
+    note = f"{_partial(curves)}evaluation returns; thin: seeds; bold: their mean over the steps that all have reached"
     return task_panels(
         [task for task in curves.tasks if any(result.run.task == task for result in curves.runs)],
         names,
         draw,
         xlabel="training seconds, without evaluation" if clock else "environment steps",
         ylabel="return",
-        note=f"{note}; published means of other methods with small marks" if published else note,
+        note=f"{note}; small markers: published means of other methods" if published else note,
     )
 
 
 def over_tasks(curves: Curves, rows: Sequence[Aggregate]) -> Figure | None:
-    """Normalised mean and interquartile mean over tasks, with 95 % stratified bootstrap intervals as bands; None without any."""
+    """Plot the normalised mean and interquartile mean over tasks, with 95 % stratified bootstrap intervals as bands; None without rows."""
     if not rows:
         return None
     published = published_curves(observation(curves.options))
@@ -74,12 +74,12 @@ def over_tasks(curves: Curves, rows: Sequence[Aggregate]) -> Figure | None:
         axes[1].set_title("interquartile mean")
         shared_legend(figure, methods, columns=4)
         ours = next(row for row in rows if row.origin == OURS)
-        footnote(figure, f"{_partial(curves)}{ours.tasks} task(s), {ours.runs} finished runs a method; bands: 95 %")
+        footnote(figure, f"{_partial(curves)}{ours.tasks} task(s), {ours.runs} finished runs per method; bands: 95 %")
     return figure
 
 
 def final_differences(curves: Curves, rows: Sequence[Difference]) -> Figure | None:
-    """Final return − the reference's by task and seed; None without any."""
+    """Plot the paired differences of the final return from the reference; None without rows."""
     if not rows:
         return None
     note = f"{_partial(curves)}bars: 95 % (a task: Student over seeds; all tasks: stratified bootstrap)"
@@ -109,7 +109,7 @@ def _draw_aggregate(axis: Axes, rows: Sequence[Aggregate], name: str, index: int
 
 
 def _names(curves: Curves, published: Sequence[PublishedCurve]) -> list[str]:
-    """All that may be drawn, in the order that fixes colours: the same in each figure of a study."""
+    """Return the names of all methods, in the order of their colours. It is the same in all figures of a study."""
     return [method.label for method in curves.methods] + list(
         dict.fromkeys(_published(curve.method) for curve in published)
     )

@@ -1,4 +1,4 @@
-"""What the studies of reinforcement learning write and show: tables, figures and a page."""
+"""Output of the reinforcement learning studies: tables, figures and a page."""
 
 import shlex
 import sys
@@ -37,15 +37,15 @@ from difftori.experiments.tables import (
 )
 
 Draw = Callable[[Curves, Path, Sequence[Summary], Sequence[Aggregate]], list[str]]
-"""Writes a study's own tables and figures into a directory; returns the parts of its page."""
+"""A function that writes a study's own tables and figures into a directory, and returns the parts of its page."""
 
 
 def run_curves(
     config: RLStudy, methods: Sequence[Method], draw: Draw, *, study: str, title: str, further: Sequence[str] = ()
 ) -> None:
-    """Run what is missing, and write `out/<study>`: the tables of all learning curves, what `draw` writes, and the page.
+    """Run the missing runs, and write `out/<study>`: the tables of all learning curves, the output of `draw`, and the page.
 
-    `further` are reasons that make the study partial. RunsFailedError, after everything is drawn, if runs failed.
+    `further` are reasons that make the study partial. Raises RunsFailedError at the end if runs failed.
     """
     console = Console()
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ def run_curves(
 def run_ablation(
     config: RLStudy, methods: Sequence[Method], *, study: str, title: str, further: Sequence[str] = ()
 ) -> None:
-    """A study of methods against the first of them: learning curves, and paired differences."""
+    """Run a study that compares methods with the first of them: learning curves, and paired differences."""
 
     def draw(curves: Curves, out: Path, summaries: Sequence[Summary], rows: Sequence[Aggregate]) -> list[str]:
         changes, diagnosed = differences(curves, methods[0].label), diagnostics(curves)
@@ -81,7 +81,7 @@ def run_ablation(
 
 
 def preface(curves: Curves) -> str:
-    """What was run, how much of it, and by which command."""
+    """Return the first paragraph of the page: protocol, completeness, hardware, software and command."""
     config = curves.options
     label = (
         f"**PARTIAL STUDY: {', '.join(curves.reasons)}.** Not comparable with the paper's figure."
@@ -91,9 +91,9 @@ def preface(curves: Curves) -> str:
     hardware = sorted({result.record.hardware for result in curves.runs})
     software = sorted({_software(result.record.versions) for result in curves.runs})
     return (
-        f"{label} Observation: {observation(config)}; preset: {config.preset}; {num_steps(config)} environment steps a run; "
-        f"up to {num_seeds(config)} seed(s) a task and method; evaluation without exploration, on seeds apart from training, "
-        f"of the last weights. Drawn by `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. "
+        f"{label} Observation: {observation(config)}; preset: {config.preset}; {num_steps(config)} environment steps per run; "
+        f"up to {num_seeds(config)} seed(s) per task and method; evaluation of the last weights without exploration, on seeds "
+        f"that training does not use. Created by `{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. "
         f"Hardware: {'; '.join(hardware)}. Software: {'; '.join(software)}. The command of each run is in `seeds.csv`."
     )
 
@@ -105,9 +105,9 @@ def _software(versions: Mapping[str, str | None]) -> str:
 
 
 def summary_table(summaries: Sequence[Summary], *, methods: Sequence[Method]) -> str:
-    """One line per task and number of steps, one column per method: mean ± half the 95 % interval (seeds)."""
+    """Format one row per task and number of steps, and one column per method: mean ± half the 95 % interval (seeds)."""
     if not summaries:
-        return "No method has come to a first evaluation after the start on any task together with the others."
+        return "There is no task on which all methods have reached their first evaluation after the start."
     published = list(dict.fromkeys(_heading(row) for row in summaries if row.origin != OURS))
     lines = list(dict.fromkeys((row.task, row.steps) for row in summaries))
     texts = {"task": [task for task, _ in lines], "steps": [f"{steps:,}" for _, steps in lines]}
@@ -118,7 +118,7 @@ def summary_table(summaries: Sequence[Summary], *, methods: Sequence[Method]) ->
 
 
 def aggregate_table(rows: Sequence[Aggregate]) -> str:
-    """Ours and published ones at the last number of steps that ours have, or the last that a published one has before."""
+    """Format our results at our last number of steps, and published ones at the same number, or their last one before it."""
     if not rows:
         return ""
     end = max(row.steps for row in rows if row.origin == OURS)
@@ -135,7 +135,7 @@ def aggregate_table(rows: Sequence[Aggregate]) -> str:
 
 
 def show(console: Console, curves: Curves, summaries: Sequence[Summary], title: str, out: Path) -> None:
-    """Our results on the screen, and where the rest is."""
+    """Print our results, and the directory of tables and figures."""
     rows = [row for row in summaries if row.origin == OURS]
     if rows:
         texts = {
@@ -149,22 +149,22 @@ def show(console: Console, curves: Curves, summaries: Sequence[Summary], title: 
 
 
 PAIRED_NOTES = """\
-Differences are paired by task and seed, over runs that have both come to the end: `final` of the last evaluation, `area` of
-the mean of all evaluations. A task's interval is Student's over seeds, that of all tasks a stratified bootstrap of the mean of
-task means. A seed fixes initial weights and the starts of episodes, evaluation's too; what runs do with them drifts apart."""
+Differences are paired by task and seed, over pairs of finished runs: `final` of the last evaluation, `area` of the mean of all
+evaluations. The interval of a task is Student's over seeds; that of all tasks is a stratified bootstrap of the mean of task means. A
+seed determines the initial weights and the starts of training and evaluation episodes; afterwards, the runs of a pair diverge."""
 
 OURS_NOTES = """\
-± is half of Student's 95 % interval over seeds, whose number is in brackets; a single seed has none. A line compares
+± is half of Student's 95 % interval over seeds, with the number of seeds in brackets; a single seed has no interval. A row compares
 methods after the same number of environment steps."""
 
 NOTES = f"""\
-{OURS_NOTES} A published curve without a point there has a line of its
-own. Published returns are the authors', with their networks, action repeats and numbers of seeds (origin in `summary.csv`).
-Printed means have their paper's own ±, which is left out here."""
+{OURS_NOTES} A published curve without a point at that number has
+its own row. Published returns are the authors', with their networks, action repeats and numbers of seeds (origin in `summary.csv`).
+Printed means have a ± in their papers, which is omitted here."""
 
 AGGREGATE_NOTES = """\
-Normalised: return / 1000 (probes: the return). Only tasks and seeds count that every method of these runs has finished;
-published methods are there if they have all of these tasks. Intervals: stratified bootstrap, tasks kept, seeds drawn."""
+Normalised: return / 1000 (probes: the return). The rows use the tasks and seeds that every method of these runs has finished, and
+the published methods that have all of these tasks. Intervals: stratified bootstrap over seeds within tasks."""
 
 
 def _heading(row: Summary) -> str:

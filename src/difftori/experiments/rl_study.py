@@ -1,4 +1,4 @@
-"""Studies of reinforcement learning: their options, and which runs they need."""
+"""Reinforcement learning studies: their options, and the runs that they need."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,25 +46,26 @@ _QUICK_MPPI: dict[str, Any] = {"samples": 8, "elites": 4, "prior_samples": 2, "i
 
 
 class RLStudy(StudyOptions):
-    """Options that all studies of reinforcement learning share."""
+    """Options of all reinforcement learning studies."""
 
     tasks: tuple[Task, ...] = Field(TASKS, min_length=1)
     """Tasks of DeepMind Control (default: the paper's 15)."""
     seeds: int = Field(FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1."""
     steps: int = Field(FULL_STEPS, ge=1)
-    """Environment steps of every run."""
+    """Number of environment steps of every run."""
     obs: Literal["state", "pixels"] = "pixels"
     """Observation type; the paper uses pixels."""
     action_repeat: int | None = Field(None, ge=1)
-    """Environment steps per agent step (default: the paper's for each task). Published TD-MPC from states uses 4 on most tasks."""
+    """Number of environment steps per agent step (default: the paper's for each task). Published TD-MPC from states uses 4 on most
+    tasks."""
     preset: Literal["paper", "compact", "small", "narrow"] = "paper"
-    """Sizes of networks and planner. `compact` and `small` are for CPUs, and not comparable with the paper; `narrow` is `small` with
+    """Sizes of networks and planner. `compact` and `small` are for CPUs, and not comparable with the paper. `narrow` is `small` with
     4 latent dimensions, too few for the model that Eq. 3 learns."""
     compile: bool = False
-    """Compile acting and updating: minutes at the first run, then faster."""
+    """Compile inference and updates with torch.compile. The first run takes minutes to compile; afterwards, runs are faster."""
     eval_every: int = Field(20_000, ge=1)
-    """Environment steps between evaluations, each of 10 episodes."""
+    """Number of environment steps between evaluations, each of 10 episodes."""
     runs: Path = Path("runs/rl")
     """Directory of the runs, shared by all studies. Finished runs in it are not repeated, interrupted ones are resumed."""
     quick: bool = False
@@ -75,27 +76,27 @@ Curves = Results[RLStudy]
 
 
 def num_seeds(config: RLStudy) -> int:
-    """Seeds per task and method."""
+    """Return the number of seeds per task and method."""
     return min(config.seeds, QUICK_SEEDS) if config.quick else config.seeds
 
 
 def num_steps(config: RLStudy) -> int:
-    """Environment steps of every run."""
+    """Return the number of environment steps of every run."""
     return QUICK_STEPS if config.quick else config.steps
 
 
 def observation(config: RLStudy) -> str:
-    """`state`, `pixels`, or `probe` where nothing published compares."""
+    """Return the observation type: `state`, `pixels`, or `probe` for the probe environments, without published results."""
     return "probe" if config.quick else config.obs
 
 
 def full_return(config: RLStudy) -> float:
-    """The return that counts as 1 in normalised scores: 1000 in DeepMind Control, 1 in the probes."""
+    """Return the return that is normalised to 1: 1000 in DeepMind Control, 1 in the probe environments."""
     return 1.0 if config.quick else 1000.0
 
 
 def budget_name(config: RLStudy) -> str:
-    """The folder name of one budget: `state-compact-100000`."""
+    """Return the folder name of a budget, such as `state-compact-100000`."""
     if config.quick:
         return "quick"
     repeat = "" if config.action_repeat is None else f"-repeat{config.action_repeat}"
@@ -103,7 +104,7 @@ def budget_name(config: RLStudy) -> str:
 
 
 def partial_reasons(config: RLStudy) -> list[str]:
-    """Why the configuration is less than the full study; empty if it is not."""
+    """Return the reasons why the configuration is less than the full study; empty if it is the full study."""
     checks = {
         "quick": config.quick,
         "states instead of pixels": config.obs != "pixels",
@@ -117,9 +118,9 @@ def partial_reasons(config: RLStudy) -> list[str]:
 
 
 def plan_runs(config: RLStudy, methods: Sequence[Method]) -> list[StudyRun]:
-    """All runs of the study: every task with every method from the first seed, then from the second, and so on.
+    """Plan all runs: every task with every method from the first seed, then from the second, and so on.
 
-    So what a budget cuts off are whole seeds, and methods stay in pairs.
+    A limited budget therefore omits the last seeds, and methods stay in pairs.
     """
     tasks = QUICK_ENVS if config.quick else config.tasks
     return [
@@ -130,9 +131,9 @@ def plan_runs(config: RLStudy, methods: Sequence[Method]) -> list[StudyRun]:
 def make_curves(
     config: RLStudy, methods: Sequence[Method], *, further: Sequence[str] = (), say: Callable[[str], None]
 ) -> Curves:
-    """Run what is missing, and read what exists, finished or not, as `run_study`.
+    """Run the missing runs, and read all records, finished or not; see `run_study`.
 
-    `further` are reasons of the study's own that make it partial.
+    `further` are the study's own reasons that make it partial.
     """
     file = None if config.quick else RecordFile(config.out / "runs" / f"{budget_name(config)}.jsonl")
     return run_study(
@@ -146,7 +147,7 @@ def make_curves(
 
 
 def common_steps(results: Sequence[Result]) -> np.ndarray:
-    """The environment steps that all of the runs have reached, ascending."""
+    """Return the environment steps at which all runs have an evaluation, ascending."""
     if not results:
         return np.zeros(0, dtype=int)
     common = results[0].steps
@@ -156,7 +157,7 @@ def common_steps(results: Sequence[Result]) -> np.ndarray:
 
 
 def at_steps(results: Sequence[Result], steps: np.ndarray) -> np.ndarray:
-    """Returns (runs k) at `steps` (k), each of which every run has."""
+    """Return the returns (runs k) at `steps` (k). Every run must have an evaluation at each of them."""
     return np.array([result.returns[np.searchsorted(result.steps, steps)] for result in results])
 
 
@@ -183,7 +184,7 @@ def _plan(config: RLStudy, task: str, method: Method, seed: int) -> StudyRun:
 
 
 def _folder_name(method: Method, settings: dict[str, Any]) -> str:
-    """A folder name for the method that stays right when the default of `pg` changes."""
+    """Return the folder name of a method. It includes `pg`, so that it stays valid if the default changes."""
     resolved = find_agent(method.trains).Config.model_validate(settings).model_dump()
     named = {"pg": resolved["pg"], **method.settings} if "pg" in resolved else dict(method.settings)
     words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in named.items()}

@@ -1,4 +1,4 @@
-"""Numbers of learning curves: per task beside published ones, over tasks, and methods against each other by pairs."""
+"""Numbers of learning curves: by task, next to published ones; over tasks; and paired differences between methods."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ BOOTSTRAP_SEED = 0
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One line of `seeds.csv`: a run, finished or not. `steps` is what it came to, `budget` what it was to come to.
+    """One row of `seeds.csv`: a run, finished or not. `steps` are the environment steps done, of `budget`.
 
-    `final` is the last evaluation's return, `area` the mean of all; `seconds` is training without evaluation.
+    `final` is the return of the last evaluation, `area` the mean of all; `seconds` is the training time without evaluation.
     """
 
     task: str
@@ -48,7 +48,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Point:
-    """One line of `curves.csv`: one evaluation of one run."""
+    """One row of `curves.csv`: one evaluation of one run."""
 
     task: str
     method: str
@@ -61,10 +61,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """One line of `summary.csv`: a method on a task after `steps` environment steps, ours or published.
+    """One row of `summary.csv`: a method on a task after `steps` environment steps, ours or published.
 
-    `low` and `high` are Student's 95 % interval over seeds, `std` their standard deviation; empty for a single seed. Of
-    printed numbers only the mean is known. `measure` is `evaluation` or `training episodes`.
+    `low` and `high` are the ends of Student's 95 % interval over seeds, `std` their standard deviation; empty for a single seed.
+    For printed numbers, only the mean is known. `measure` is `evaluation` or `training episodes`.
     """
 
     task: str
@@ -83,7 +83,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One line of `aggregate.csv`: normalised returns over tasks and seeds, with stratified bootstrap intervals (95 %)."""
+    """One row of `aggregate.csv`: normalised returns over tasks and seeds, with stratified bootstrap intervals (95 %)."""
 
     steps: int
     method: str
@@ -100,7 +100,7 @@ class Aggregate:
 
 
 def seed_results(curves: Curves) -> list[SeedResult]:
-    """One line per run."""
+    """Return one row per run."""
     return [
         SeedResult(
             task=result.run.task,
@@ -124,7 +124,7 @@ def seed_results(curves: Curves) -> list[SeedResult]:
 
 
 def points(curves: Curves) -> list[Point]:
-    """One line per evaluation."""
+    """Return one row per evaluation."""
     return [
         Point(r.run.task, r.run.method.label, r.seed, int(step), float(value), int(updates), float(spent))
         for r in curves.runs
@@ -133,9 +133,9 @@ def points(curves: Curves) -> list[Point]:
 
 
 def summarise(curves: Curves) -> list[Summary]:
-    """Per task: ours at the last steps that every method has a run of, and published ones at the same steps.
+    """Summarise each task at the last steps that every method has reached, with published results at the same steps.
 
-    A published curve without a point there is compared at the largest number of steps that both have, and so are ours.
+    A published curve without a point there adds a row at the largest number of steps that both have.
     """
     rows: list[Summary] = []
     for task in curves.tasks:
@@ -153,7 +153,7 @@ def summarise(curves: Curves) -> list[Summary]:
 
 
 def compared_steps(curves: Curves, task: str, published: Sequence[PublishedCurve]) -> list[int]:
-    """The numbers of environment steps that a task's methods are compared at, ascending; never 0."""
+    """Return the numbers of environment steps at which a task's methods are compared, ascending, without 0."""
     runs = [found.values() for method in curves.methods if (found := curves.of(task, method.label))]
     shared = [set().union(*(result.steps.tolist() for result in results)) for results in runs]
     ours = sorted(set.intersection(*shared) - {0}) if shared else []
@@ -167,7 +167,7 @@ def compared_steps(curves: Curves, task: str, published: Sequence[PublishedCurve
 
 
 def block(curves: Curves) -> tuple[list[str], dict[str, list[int]]]:
-    """The methods with finished runs, and by task the seeds that all of them have finished: what is averaged over tasks."""
+    """Return the methods with finished runs, and by task the seeds that all of them have finished. These are averaged over tasks."""
     have = {(r.run.task, r.run.method.label, r.seed) for r in curves.runs if r.finished}
     labels = [method.label for method in curves.methods if any(method.label == label for _, label, _ in have)]
     seeds = {
@@ -178,7 +178,7 @@ def block(curves: Curves) -> tuple[list[str], dict[str, list[int]]]:
 
 
 def aggregates(curves: Curves) -> list[Aggregate]:
-    """Normalised mean and interquartile mean at every evaluation, of ours and of methods published on all of these tasks."""
+    """Return the normalised mean and interquartile mean at every evaluation, for our methods and those published on all of these tasks."""
     labels, seeds = block(curves)
     rows: list[Aggregate] = []
     if not seeds:
@@ -204,10 +204,10 @@ def aggregates(curves: Curves) -> list[Aggregate]:
 
 
 def differences(curves: Curves, reference: str) -> list[Difference]:
-    """Every other method − `reference`, per task and over all tasks, from pairs of runs that have both come to the end.
+    """Return the differences of every other method from `reference`, by task and over all tasks, from pairs of finished runs.
 
-    In returns, `final` or `area`. Per task Student's interval over seeds; over all tasks the mean of the tasks' means with its
-    stratified bootstrap interval.
+    The measures are the returns `final` and `area`. A task has Student's interval over seeds; all tasks together have the mean of
+    the tasks' means with its stratified bootstrap interval.
     """
     end = num_steps(curves.options)
     measures: dict[str, Callable[[Result], float]] = {
@@ -232,7 +232,7 @@ def differences(curves: Curves, reference: str) -> list[Difference]:
 
 
 def pairs_at(curves: Curves, task: str, label: str, reference: str, steps: int) -> list[tuple[Result, Result]]:
-    """Runs of both methods from the same seed that have both reached `steps`."""
+    """Return the pairs of runs of both methods with the same seed that have both reached `steps`."""
     ours, theirs = curves.of(task, label), curves.of(task, reference)
     found = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     return [(a, b) for a, b in found if a.at(steps) is not None and b.at(steps) is not None]

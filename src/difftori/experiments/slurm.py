@@ -1,7 +1,7 @@
-"""A sweep on Slurm, a job per run, in arrays, through submitit; needs `difftori[slurm]`.
+"""Runs a sweep on Slurm through submitit, one job per run, in arrays. Requires `difftori[slurm]`.
 
-Jobs do not depend on the process that submitted them: the same command later finds those that wait or run, and submits only what is
-missing. A job that is preempted, or out of time, is queued again and resumed from its last checkpoint.
+Jobs do not depend on the process that submitted them. Re-running the command finds waiting and running jobs, and submits only
+missing ones. A job that is preempted or reaches its time limit is requeued, and resumes from its last checkpoint.
 """
 
 import json
@@ -24,28 +24,28 @@ from difftori.runs.signals import StopSignal
 _LOGGING = "SUBMITIT_LOG_LEVEL"
 _LOOK = 5.0
 _ARRAY = 1000
-"""Jobs that are submitted at once; Slurm's own limit is 1001 unless a cluster sets another."""
+"""Largest number of jobs in an array. Slurm's default limit is 1001."""
 _TIMEOUTS = 100
-"""How often a run that is out of time is queued again: it is resumed each time."""
+"""Largest number of times that a job is requeued at its time limit. The run resumes each time."""
 _DEFAULTS = {"timeout_min": 240}
 _KNOWN_BY = 600.0
-"""Seconds after which Slurm knows every job that it was given: one that it does not know then, it has forgotten."""
+"""Seconds after which a submitted job must be listed by Slurm. A job in state UNKNOWN after that no longer exists."""
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "FINISHED", "INTERRUPTED")
 
 
 @dataclass(frozen=True)
 class SlurmRun:
-    """What a job carries out; `checkpoint` is what submitit asks for when the job is to be queued again."""
+    """The callable of a job. submitit calls `checkpoint` when the job is requeued."""
 
     run: RunSpec
     retries: int
 
     def __call__(self) -> Failure | None:
-        """Run it to its end."""
+        """Run the run to its end."""
         return run_one(self.run, retries=self.retries)
 
     def checkpoint(self) -> Any:
-        """The same again: the run's own checkpoints say where it was."""
+        """Return the same job for resubmission. The run resumes from its own checkpoints."""
         return _submitit().helpers.DelayedSubmission(self)
 
 
@@ -58,10 +58,10 @@ def on_slurm(
     parameters: Mapping[str, Any],
     cluster: Literal["slurm", "local"] = "slurm",
 ) -> Engine:
-    """The engine. Jobs' scripts and logs go to `folder`; `parameters` are submitit's own, such as `timeout_min`.
+    """Return an engine that submits Slurm jobs. Their scripts and logs are in `folder`; `parameters` are submitit's, such as `timeout_min`.
 
-    Cores and GPUs are rounded up: Slurm gives none in parts. `cluster="local"` starts the jobs as processes here, to try it.
-    MissingExtraError without submitit, ConfigError without Slurm or for a parameter that submitit does not know.
+    Cores and GPUs are rounded up, because Slurm does not assign fractions. `cluster="local"` runs the jobs as local processes,
+    for testing. Raises MissingExtraError without submitit, and ConfigError without Slurm or for an unknown parameter.
     """
     submitit = _submitit()
     try:
@@ -70,7 +70,10 @@ def on_slurm(
         executor.update_parameters(**{**_DEFAULTS, **places, **parameters})
     except (RuntimeError, NameError, ValueError, TypeError) as error:
         raise ConfigError(
-            [f"--slurm: {error}; is `sbatch` here, and is `slurm` in the file as submitit wants it?"]
+            [
+                f"--slurm: {error}. Fix: run the command where `sbatch` is available, and check the key `slurm` of the file "
+                "against submitit's parameters"
+            ]
         ) from error
     jobs_of = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
 
@@ -84,7 +87,7 @@ def on_slurm(
             if job is None:
                 missing.append(run)
             else:
-                say(f"{run.name}: is job {job.job_id}, {job.state}")
+                say(f"{run.name}: already submitted as job {job.job_id}, {job.state}")
                 jobs[job] = run
         for begin in range(0, len(missing), _ARRAY):
             part = missing[begin : begin + _ARRAY]
@@ -101,7 +104,7 @@ def on_slurm(
                     failures += report_result(run, _outcome(submitit, job, run), say, done)
                 time.sleep(_LOOK if jobs else 0)
             if stop.requested:
-                say(f"stopped looking: {len(jobs)} jobs continue; re-run the same command to watch them")
+                say(f"stopped waiting: {len(jobs)} jobs continue. Re-run the same command to wait for them")
                 stop.leave()
         return failures
 
@@ -109,26 +112,27 @@ def on_slurm(
 
 
 def _submit(submitit: ModuleType, executor: Any, runs: Sequence[RunSpec], retries: int, taken: str) -> list[Any]:
-    """Submit the runs as one array of jobs. RunsFailedError if Slurm refuses."""
+    """Submit the runs as one array of jobs. Raises RunsFailedError if Slurm rejects them."""
     try:
         with executor.batch():
             submitted = [executor.submit(SlurmRun(run, retries)) for run in runs]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise RunsFailedError(
-            f"Slurm took {taken} runs and refused the next ({str(error).strip()}). Where that is a limit "
-            "on waiting jobs, let these end, or split the sweep's file; re-run the same command to submit what is missing"
+            f"Slurm accepted {taken} runs and rejected the next ({str(error).strip()}). "
+            "Fix: if this is a limit on the number of jobs, wait until some have ended and re-run the same command, which "
+            "submits the missing ones, or split the sweep's file"
         ) from error
     return submitted
 
 
 def _submitit() -> ModuleType:
-    """The package, imported without its own logging, whose set-up closes the handlers that others have."""
+    """Import submitit without its logging setup, which closes the handlers of other packages."""
     before = os.environ.get(_LOGGING)
     os.environ[_LOGGING] = "NOCONFIG"
     try:
         import submitit
     except ImportError as error:
-        raise MissingExtraError("--slurm needs submitit: pip install 'difftori[slurm]'") from error
+        raise MissingExtraError("--slurm: submitit is not installed. Fix: pip install 'difftori[slurm]'") from error
     finally:
         if before is None:
             del os.environ[_LOGGING]
@@ -138,7 +142,7 @@ def _submitit() -> ModuleType:
 
 
 def _submitted(run: RunSpec, find: Callable[[str], Any]) -> Any:
-    """The job that carries the run out already, if it is not over."""
+    """Return the waiting or running job of a run; None if there is none."""
     note = beside(run.folder, ".job.json")
     try:
         number = json.loads(note.read_bytes())["job"]
@@ -156,7 +160,7 @@ def _note(run: RunSpec, number: str) -> None:
 
 
 def _outcome(submitit: ModuleType, job: Any, run: RunSpec) -> Failure | None:
-    """What came of a job; the folder is what counts where the job left no answer."""
+    """Return the result of a job. If the job has no result, the run's folder determines whether it finished."""
     try:
         return job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:

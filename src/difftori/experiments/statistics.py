@@ -11,7 +11,7 @@ from difftori.errors import NonFiniteError, ShapeError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its interval, in the unit of what was estimated."""
+    """An estimated value with the ends of its interval, in the unit of the data."""
 
     value: float
     low: float
@@ -19,15 +19,15 @@ class Estimate:
 
 
 def mean_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """The mean of `values` (B) with its normal interval, mean ± z·s/√B. One value has an infinite interval.
+    """Return the mean of `values` (B) with its normal interval, mean ± z·s/√B. The interval of one value is infinite.
 
-    For dozens of independent values or more; for few seeds use `student_interval`, or report `spread`.
+    For dozens of independent values or more. For few seeds, use `student_interval`, or report `spread`.
     """
     return _centred(values, lambda count: NormalDist().inv_cdf(0.5 + confidence / 2))
 
 
 def paired_difference(values: np.ndarray, reference: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """Mean of values − reference (B, the same problems in the same order) with its normal interval.
+    """Return the mean of values − reference (B, the same problems in the same order) with its normal interval.
 
     Pairing removes the spread between problems, which in Table 8 is several times the difference between methods.
     """
@@ -42,9 +42,9 @@ def ratio_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """mean(values)/mean(reference) with the percentile bootstrap interval over paired problems (B).
+    """Return mean(values)/mean(reference) with the percentile bootstrap interval over paired problems (B).
 
-    Meaningful only where the reference's mean is clearly positive: resamples with a mean near 0 widen it without bound.
+    Valid only if the reference's mean is clearly positive, because resamples with a mean near 0 widen the interval without bound.
     """
     values, reference = _checked(values), _paired(values, reference)
     rows = generator.integers(0, len(values), size=(resamples, len(values)))
@@ -55,12 +55,12 @@ def ratio_interval(
 
 
 def student_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """The mean of few `values` (B), as over seeds, with Student's interval, mean ± t·s/√B. One value: infinite."""
+    """Return the mean of few `values` (B), such as seeds, with Student's interval, mean ± t·s/√B. The interval of one value is infinite."""
     return _centred(values, lambda count: student_quantile(0.5 + confidence / 2, count - 1))
 
 
 def _centred(values: np.ndarray, quantile: Callable[[int], float]) -> Estimate:
-    """The mean of `values` (B) ± a quantile for B values times the standard error."""
+    """Return the mean of `values` (B) ± the quantile for B values times the standard error."""
     values = _checked(values)
     mean = float(values.mean())
     if len(values) == 1:
@@ -70,13 +70,16 @@ def _centred(values: np.ndarray, quantile: Callable[[int], float]) -> Estimate:
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t distribution with `freedom` degrees, for probabilities from .5 to below 1.
+    """Return the quantile of Student's t distribution with `freedom` degrees of freedom, for probabilities in [0.5, 1).
 
-    With t = √ν tan θ the distribution function is ½ + ∫₀^θ cos^{ν−1} / (2 ∫₀^{π/2} cos^{ν−1}), which is bisected.
-    Beyond 200 degrees it is the normal quantile, which is wrong by less than half a percent there.
+    With t = √ν tan θ, the distribution function is ½ + ∫₀^θ cos^{ν−1} / (2 ∫₀^{π/2} cos^{ν−1}), which is inverted by bisection.
+    For more than 200 degrees, the normal quantile is used, with an error below half a percent.
     """
     if not 0.5 <= probability < 1 or freedom < 1:
-        raise ShapeError(f"quantile {probability} with {freedom} degrees: give a probability in [.5, 1) and 1 or more")
+        raise ShapeError(
+            f"student_quantile: probability {probability}, {freedom} degrees of freedom. "
+            "Fix: give a probability in [0.5, 1) and at least 1 degree"
+        )
     if freedom > 200:
         return NormalDist().inv_cdf(probability)
     nodes, weights = np.polynomial.legendre.leggauss(100)
@@ -93,18 +96,18 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 Strata = Sequence[np.ndarray]
-"""One array per stratum (a task), whose last axis counts its values (seeds); leading axes agree."""
+"""One array per stratum (a task). The last axis is over its values (seeds); the leading axes are equal."""
 
 
 def mean_of_means(strata: Strata) -> np.ndarray:
-    """The mean over strata of each one's mean: every task counts the same, however many seeds it has."""
+    """Return the mean over strata of their means. Every task has the same weight, for any number of seeds."""
     return np.asarray(np.mean([stratum.mean(axis=-1) for stratum in strata], axis=0))
 
 
 def interquartile_mean(strata: Strata) -> np.ndarray:
-    """The mean of all strata's values together without the lowest and the highest quarter, ⌊n/4⌋ of n at each end.
+    """Return the mean of the pooled values of all strata without the lowest and the highest quarter, ⌊n/4⌋ of n at each end.
 
-    Agarwal et al., 2021, arXiv 2108.13264: less noise than the median, less weight on single runs than the mean.
+    Agarwal et al., 2021, arXiv 2108.13264: less noise than the median, less influence of single runs than the mean.
     """
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
     cut = pooled.shape[-1] // 4
@@ -112,24 +115,24 @@ def interquartile_mean(strata: Strata) -> np.ndarray:
 
 
 def median_of_means(strata: Strata) -> np.ndarray:
-    """The median over strata of each one's mean."""
+    """Return the median over strata of their means."""
     return np.asarray(np.median([stratum.mean(axis=-1) for stratum in strata], axis=0))
 
 
 def optimality_gap(strata: Strata) -> np.ndarray:
-    """How far all strata's values together stay below 1 on average; values above 1 count as 1 (Agarwal et al., 2021)."""
+    """Return 1 − the mean of the pooled values of all strata; values above 1 count as 1 (Agarwal et al., 2021)."""
     return np.asarray(1 - np.minimum(np.concatenate(strata, axis=-1), 1).mean(axis=-1))
 
 
 def performance_profile(strata: Strata, thresholds: np.ndarray) -> np.ndarray:
-    """The share of all strata's values above each of the thresholds (T), on a last axis (Agarwal et al., 2021)."""
+    """Return the share of the pooled values above each of the thresholds (T), on the last axis (Agarwal et al., 2021)."""
     return (np.concatenate(strata, axis=-1)[..., None] > thresholds).mean(axis=-2)
 
 
 def improvement(values: Strata, reference: Strata) -> np.ndarray:
-    """The probability that a run of `values` is above one of `reference`, a tie counting half: mean over strata.
+    """Return the probability that a run of `values` is above one of `reference`, mean over strata. A tie counts one half.
 
-    Agarwal et al., 2021; of a stratum it is the Mann–Whitney statistic over the number of pairs.
+    Agarwal et al., 2021. For one stratum, it is the Mann–Whitney statistic divided by the number of pairs.
     """
     shares = []
     for ours, theirs in zip(values, reference, strict=True):
@@ -146,13 +149,13 @@ def improvement_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """`improvement` with its percentile bootstrap interval, both sides resampled within each stratum, independently.
+    """Return `improvement` with its percentile bootstrap interval. Both sides are resampled independently within each stratum.
 
-    A stratum of one value on either side makes the interval infinite. ShapeError for other strata on one side.
+    The interval is infinite if a stratum has only one value on either side. Raises ShapeError if the numbers of strata differ.
     """
     values, reference = [_checked(v) for v in values], [_checked(r) for r in reference]
     if not values or len(values) != len(reference):
-        raise ShapeError(f"improvement: {len(values)} and {len(reference)} strata; give both sides the same tasks")
+        raise ShapeError(f"improvement: {len(values)} and {len(reference)} strata. Fix: give both sides the same tasks")
     value = float(improvement(values, reference))
     if min(map(len, (*values, *reference))) == 1:
         return Estimate(value, -np.inf, np.inf)
@@ -169,7 +172,7 @@ def stratified_band(
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic of many numbers (T), as a profile, with the ends of its percentile bootstrap interval at each."""
+    """Return a statistic of T numbers, such as a profile, with the ends of its percentile bootstrap intervals."""
     strata = [_checked(stratum) for stratum in strata]
     low, high = _ends(statistic(_resampled(strata, generator, resamples)), confidence)
     return statistic(strata), low, high
@@ -183,13 +186,13 @@ def stratified_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate:
-    """`statistic` of the strata (B_k each) with its percentile bootstrap interval, resampled within each stratum.
+    """Return `statistic` of the strata (B_k each) with its percentile bootstrap interval, resampled within each stratum.
 
-    As Agarwal et al., 2021: tasks stay, seeds are drawn. A stratum of one value has no spread, and makes the
-    interval infinite. ShapeError without strata.
+    As in Agarwal et al., 2021, the tasks are fixed and the seeds are resampled. The interval is infinite if a stratum has only
+    one value. Raises ShapeError without strata.
     """
     if not strata:
-        raise ShapeError("a stratified interval needs at least one stratum (task), not none")
+        raise ShapeError("stratified_interval: no strata given. Fix: give the values of at least one task")
     strata = [_checked(stratum) for stratum in strata]
     value = float(statistic(strata))
     if min(len(stratum) for stratum in strata) == 1:
@@ -199,18 +202,18 @@ def stratified_interval(
 
 
 def _resampled(strata: Strata, generator: np.random.Generator, resamples: int) -> list[np.ndarray]:
-    """Each stratum resampled with replacement, so many times on a first axis."""
+    """Resample each stratum with replacement, `resamples` times, on the first axis."""
     return [stratum[generator.integers(0, len(stratum), size=(resamples, len(stratum)))] for stratum in strata]
 
 
-def _ends(drawn: np.ndarray, confidence: float) -> np.ndarray:
-    """The ends of the percentile interval of what was drawn, on the first axis."""
+def _ends(samples: np.ndarray, confidence: float) -> np.ndarray:
+    """Return the ends of the percentile interval of samples over the first axis."""
     tail = (1 - confidence) / 2
-    return np.quantile(drawn, [tail, 1 - tail], axis=0)
+    return np.quantile(samples, [tail, 1 - tail], axis=0)
 
 
 def spread(values: np.ndarray) -> float | None:
-    """Sample standard deviation (ddof 1), as over seeds; None for a single value."""
+    """Return the sample standard deviation (ddof 1), such as over seeds; None for a single value."""
     values = _checked(values)
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
@@ -218,15 +221,20 @@ def spread(values: np.ndarray) -> float | None:
 def _checked(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
-        raise ShapeError(f"statistics take one or more values in one dimension, not shape {values.shape}")
+        raise ShapeError(f"statistics: values of shape {values.shape}. Fix: give at least one value in one dimension")
     broken = np.flatnonzero(~np.isfinite(values))
     if len(broken):
-        raise NonFiniteError(f"{len(broken)} of {len(values)} values are NaN or Inf, the first at {broken[0]}")
+        raise NonFiniteError(
+            f"statistics: {len(broken)} of {len(values)} values are NaN or Inf, the first at index {broken[0]}. "
+            "Fix: remove them, or the runs that they are from"
+        )
     return values
 
 
 def _paired(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     reference = _checked(reference)
     if reference.shape != np.shape(values):
-        raise ShapeError(f"pairs need equal lengths, not {np.shape(values)} and {reference.shape}")
+        raise ShapeError(
+            f"statistics: paired values of shapes {np.shape(values)} and {reference.shape}. Fix: give equal lengths"
+        )
     return reference

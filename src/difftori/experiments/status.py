@@ -1,4 +1,4 @@
-"""The states of a sweep's runs, read from their folders, whichever machine works on them."""
+"""The states of a sweep's runs, read from their folders. Works from any machine that can read them."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from difftori.runs.records import read_metrics, read_summary
 
 State = Literal["finished", "running", "failed", "interrupted", "waiting"]
 HEADLINES = ("return", "last/success", "best/success", "last/excess_cost", "best/excess_cost", "last/validation_error")
-"""The headline of a finished run is the first of these that it has."""
+"""The result shown for a finished run is the first of these that its summary has."""
 
 _MANY = 60
 _URGENT = ("failed", "interrupted", "running")
@@ -20,7 +20,7 @@ _URGENT = ("failed", "interrupted", "running")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, how far it is, and a word of explanation."""
+    """The state of one run, its progress, and a note."""
 
     run: RunSpec
     state: State
@@ -28,7 +28,7 @@ class RunStatus:
     note: str
 
     def row(self) -> dict[str, Any]:
-        """For a table."""
+        """Return the row of this run in the table."""
         return {"run": self.run.name, "state": self.state, "step": self._progress(), "": self.note}
 
     def _progress(self) -> str:
@@ -38,7 +38,7 @@ class RunStatus:
 
 
 def run_status(run: RunSpec) -> RunStatus:
-    """The state of a run. `interrupted`: it was begun, no process works on it, and it is resumed when it is started again."""
+    """Return the state of a run. `interrupted`: it was started, and no process works on it; re-running the sweep resumes it."""
     if run.finished:
         return RunStatus(run, "finished", _step(run), _headline(run))
     failed = beside(run.folder, ".failed.json")
@@ -52,8 +52,8 @@ def run_status(run: RunSpec) -> RunStatus:
 
 
 def table(found: Sequence[RunStatus]) -> list[dict[str, Any]]:
-    """A line for each run; of more than 60, one for each method, over tasks and seeds, and the first 60 that are neither
-    finished nor waiting, those that failed on top.
+    """Return a row for each run. For more than 60 runs, return a row for each method, over tasks and seeds, and rows for the first
+    60 failed, interrupted and running runs, in this order.
     """
     if len(found) <= _MANY:
         return [s.row() for s in found]
@@ -71,7 +71,7 @@ def table(found: Sequence[RunStatus]) -> list[dict[str, Any]]:
 
 
 def counts(found: Sequence[RunStatus]) -> str:
-    """How many runs are in which state, in words."""
+    """Return the number of runs in each state, as text."""
     states = ("finished", "running", "failed", "interrupted", "waiting")
     numbers = {state: sum(s.state == state for s in found) for state in states}
     return ", ".join(f"{number} {state}" for state, number in numbers.items() if number) or "no runs"
@@ -114,4 +114,4 @@ def _reason(note: bytes) -> str:
         plain = json.loads(note)
         return f"status {plain['status']} on {plain['host']}: {plain['reason']}"
     except (ValueError, KeyError, TypeError):
-        return "its note cannot be read; see the log beside the folder"
+        return "the error file cannot be read; see the log next to the folder"

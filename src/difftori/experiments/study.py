@@ -1,4 +1,4 @@
-"""What all studies share: the methods that they compare, the runs that these need, and the results that came of them."""
+"""Base of all studies: the methods that are compared, the runs that they need, and the results."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -24,26 +24,26 @@ _NOT_COMPARED = {
     "policy": {"device", "threads", "save_every", "num_envs", "workers", "base", "demos"},
     "agent": {"device", "threads", "save_every", "compile", "workers", "storage", "keep_episodes"},
 }
-"""Keys of a run's configuration that do not decide what is compared: where and how it computed, and paths."""
+"""Keys of a run's configuration that are not compared: machine, execution and paths."""
 
 
 class StudyOptions(BaseModel):
-    """Options that all studies share."""
+    """Options of all studies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     jobs: int = Field(1, ge=1)
-    """Number of runs at once, each a process with one thread. With more than one, wall-clock times depend on each other."""
+    """Number of concurrent runs, each a process with one thread. With more than one, wall-clock times depend on each other."""
     budget: float | None = Field(None, ge=0)
-    """Minutes after which no further run is started (default: no limit); runs that have started are finished. 0 only draws what
-    exists."""
+    """Minutes after which no further run is started; running ones are finished (default: no limit). 0 starts no run, and writes tables
+    and figures of the existing ones."""
     device: str = "cpu"
-    """Device that runs compute on, such as `cpu` or `cuda`."""
+    """Device of the runs, such as `cpu` or `cuda`."""
     runs: Path
     """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
     out: Path = Path("results")
-    """Directory for tables and figures; those of a partial study go to its folder `partial`. Its folder `runs` keeps a record of each
-    finished run, so that a study can be resumed, or drawn again, on another machine."""
+    """Directory of tables and figures; those of a partial study are in its folder `partial`. Its folder `runs` stores a record of each
+    finished run, so that a study can be resumed, and its tables and figures written, on another machine."""
 
 
 OptionsT = TypeVar("OptionsT", bound=StudyOptions)
@@ -51,7 +51,7 @@ OptionsT = TypeVar("OptionsT", bound=StudyOptions)
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a policy or an agent with settings of its own. `label` names it in tables and figures."""
+    """A method to compare: a policy or an agent with its settings. `label` is its name in tables and figures."""
 
     label: str
     trains: str
@@ -60,14 +60,14 @@ class Method:
     base: str | None = None
     """Label of the method whose policy it refines."""
     updates: int = 1
-    """Length of the training, in the study's number of updates."""
+    """Length of the training, as a multiple of the study's number of updates."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of `difftori train`."""
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: a method on a task from a seed. `key` names it in the study's record file."""
+    """One run of a study: a method on a task with a seed. `key` is its name in the study's record file."""
 
     task: str
     method: Method
@@ -92,59 +92,59 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run is finished."""
         return self.record.summary is not None
 
     @property
     def summary(self) -> Mapping[str, float]:
-        """The finished run's summary."""
+        """The summary of the finished run."""
         assert self.record.summary is not None
         return self.record.summary
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """Environment steps (k) of the evaluations, on the grid of `eval_every`: an evaluation waits for the end of an episode."""
+        """Environment steps (k) of the evaluations, rounded down to multiples of `eval_every`, because they run at the end of an episode."""
         every, last = self.run.config.eval_every, self.run.config.steps
         rows = self.record.returns
         return np.array([last if row["step"] >= last else row["step"] // every * every for row in rows])
 
     @cached_property
     def returns(self) -> np.ndarray:
-        """Mean returns (k) of the evaluations. DataError if one is not a number."""
+        """Mean returns (k) of the evaluations. Raises DataError if one is NaN."""
         broken = [row["step"] for row in self.record.returns if row[RETURN] is None]
         if broken:
             where = self.run.spec.folder
-            raise DataError(f"{where}: the return at step {broken[0]} is not a number; remove the folder and run again")
+            raise DataError(f"{where}: the return at step {broken[0]} is NaN. Fix: remove the folder and run again")
         return np.array([row[RETURN] for row in self.record.returns], dtype=np.float64)
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Training seconds (k) until each evaluation, without evaluation."""
+        """Training seconds (k) until each evaluation, without the time of evaluations."""
         return np.array([row["seconds/total"] - row["seconds/evaluation"] for row in self.record.returns])
 
     @cached_property
     def updates(self) -> np.ndarray:
-        """Updates (k) made until each evaluation."""
+        """Number of updates (k) until each evaluation."""
         return np.array([row["updates"] for row in self.record.returns])
 
     @property
     def area(self) -> float:
-        """The mean of all evaluations, which is the area under the learning curve over its width."""
+        """The mean of all evaluations: the area under the learning curve divided by its width."""
         return float(self.returns.mean())
 
     def at(self, steps: int) -> float | None:
-        """The return at exactly so many environment steps."""
+        """Return the return at this number of environment steps; None if there is no evaluation at it."""
         found = self.returns[self.steps == steps]
         return float(found[0]) if len(found) else None
 
     def episodes(self, measure: str) -> np.ndarray:
-        """A column (N) of the evaluation episodes of the last weights: `seed`, `success` or `score`."""
+        """Return a column (N) of the evaluation episodes of the last weights: `seed`, `success` or `score`."""
         return np.array(self.record.episodes["last"][measure])
 
 
 @dataclass(frozen=True)
 class Results(Generic[OptionsT]):
-    """The runs of a study that have results. `reasons` says why it is less than the full study."""
+    """The runs of a study that have results. `reasons` are the reasons why it is less than the full study."""
 
     options: OptionsT
     tasks: tuple[str, ...]
@@ -154,7 +154,7 @@ class Results(Generic[OptionsT]):
     failures: tuple[Failure, ...] = ()
 
     def of(self, task: str, label: str) -> dict[int, Result]:
-        """The results of a method on a task, by seed."""
+        """Return the results of a method on a task, by seed."""
         return {r.seed: r for r in self.runs if r.run.task == task and r.run.method.label == label}
 
     @property
@@ -163,13 +163,13 @@ class Results(Generic[OptionsT]):
         return f"partial ({', '.join(self.reasons)})" if self.reasons else "full"
 
     def folder(self, study: str, budget: str) -> Path:
-        """Where the study's tables and figures go: `out/study`, or within it a folder of the partial study's budget."""
+        """Return the folder of the study's tables and figures: `out/study`, or for a partial study its subfolder for the budget."""
         out = self.options.out / study
         return out / "partial" / budget if self.reasons else out
 
 
 Prepare = Callable[[Sequence[StudyRun]], tuple[list[Failure], list[StudyRun]]]
-"""Provides what runs need before they start; returns the failures, and the runs that can start."""
+"""A function that provides the data of runs before they start. Returns the failures, and the runs that can start."""
 
 
 def run_study(
@@ -182,17 +182,20 @@ def run_study(
     reasons: Sequence[str] = (),
     prepare: Prepare = lambda runs: ([], list(runs)),
 ) -> Results[OptionsT]:
-    """Run what is missing, as far as the budget goes, and read what exists. Base policies come before what refines them.
+    """Run the missing runs within the budget, bases before their refiners, and return the results of all runs.
 
-    `reasons` make the study partial. A record is appended to `file` when a run finishes. ConfigError if directories or records hold runs of other settings, or if no
-    run has a `usable` record.
+    `reasons` make the study partial. A record is appended to `file` when a run finishes. Raises ConfigError if directories or
+    records hold runs of other settings, or if no run has a `usable` record.
     """
     records = {} if file is None else file.read()
     conflicts = [line for run in runs for line in _conflicts(run, file, records.get(run.key))]
     if conflicts:
         more = f" (and {len(conflicts) - _SHOWN} more)" if len(conflicts) > _SHOWN else ""
         raise ConfigError(
-            [*conflicts[:_SHOWN], f"runs: {options.runs} holds runs of other settings{more}; choose another"]
+            [
+                *conflicts[:_SHOWN],
+                f"runs: {options.runs} holds runs of other settings{more}. Fix: choose another --runs",
+            ]
         )
 
     def keep(run: StudyRun) -> None:
@@ -215,7 +218,7 @@ def run_study(
     results = tuple(Result(run, record) for run, record in found if record is not None and usable(record))
     if not results:
         lines = [f"{failure.run.name}: {failure.reason} (full log: {failure.run.log})" for failure in failures]
-        raise ConfigError([*lines, f"runs: nothing to draw in {options.runs}; give a larger --budget"])
+        raise ConfigError([*lines, f"runs: no results in {options.runs}. Fix: give a larger --budget"])
     ended = sum(result.finished for result in results)
     state = () if ended == len(runs) else (f"{ended} of {len(runs)} runs finished",)
     tasks, methods = dict.fromkeys(run.task for run in runs), {run.method.label: run.method for run in runs}
@@ -223,7 +226,7 @@ def run_study(
 
 
 def _wanted(missing: Sequence[StudyRun]) -> list[StudyRun]:
-    """The missing runs, and the bases that they need here."""
+    """Return the missing runs, and the bases that they need on this machine."""
     found: dict[str, StudyRun] = {}
     for run in missing:
         wanted: StudyRun | None = run
@@ -234,7 +237,7 @@ def _wanted(missing: Sequence[StudyRun]) -> list[StudyRun]:
 
 
 def _read(run: StudyRun) -> Record | None:
-    """The record of the run's directory, with the study's own command; None if there is none."""
+    """Read the record of the run's directory, with the command of the study; None if there is no run."""
     if not (run.spec.folder / "config.yaml").exists():
         return None
     record = read_run(run.spec.folder)
@@ -242,7 +245,7 @@ def _read(run: StudyRun) -> Record | None:
 
 
 def _conflicts(run: StudyRun, file: RecordFile | None, record: Record | None) -> list[str]:
-    """How the run's directory or record differs from what is wanted, or they from each other, one line each."""
+    """Return the differences of the run's directory and record from the requested run, and from each other, one line each."""
     here, faults = _read(run), list[str]()
     if here is None and record is None:
         return faults
@@ -254,21 +257,23 @@ def _conflicts(run: StudyRun, file: RecordFile | None, record: Record | None) ->
         return faults
     if [(row["step"], row[RETURN]) for row in here.returns] != [(row["step"], row[RETURN]) for row in record.returns]:
         line = f"{run.spec.folder} and {file and file.path} hold different runs of {run.spec.name}"
-        faults.append(f"{line}: remove the one that is not to count")
+        faults.append(f"{line}. Fix: remove the invalid one")
     return faults
 
 
 def config_mismatch(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """How a run's configuration differs from the `comparable` values that are wanted."""
+    """Return the differences of a run's configuration from the requested `comparable` values."""
     try:
         there = comparable(config)
     except ConfigError as error:
         return error.faults
-    return [f"{key}: {value!r} wanted, {there.get(key)!r}" for key, value in wanted.items() if value != there.get(key)]
+    return [
+        f"{key}: {value!r} requested, {there.get(key)!r}" for key, value in wanted.items() if value != there.get(key)
+    ]
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a run's outcome: its whole configuration without machine and paths, data by their name. ConfigError if it is invalid."""
+    """Return the configuration without machine and paths, with data by their name. Raises ConfigError if it is invalid."""
     trainer = trainer_of(config)
     given = {**config, "device": "cpu"} | ({"base": None} if trainer.key == "policy" else {})
     plain = trainer.parse(given).model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Bring a sweep's runs to an end, those first that others refine, by whichever engine."""
+"""Runs a sweep with any engine. Bases are run before their refiners."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ from difftori.experiments.pool import Failure, run_all
 
 @runtime_checkable
 class Engine(Protocol):
-    """Where runs are carried out: returns those that failed, when the others are finished."""
+    """Executes runs: local processes, Ray or Slurm."""
 
     def __call__(
         self, runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
-        """Run all of `runs`, telling `say` what happens and `done` of each that has ended well."""
+        """Run all of `runs` and return the failures. Calls `say` with progress messages, and `done` with each finished run."""
         ...
 
 
 def run_sweep(
     runs: Sequence[RunSpec], engine: Engine, *, say: Callable[[str], None], done: Callable[[RunSpec], None]
 ) -> list[Failure]:
-    """Run what is not finished, bases before what refines them, and return what failed.
+    """Run all unfinished runs, bases before their refiners, and return the failures.
 
-    What refines a run that failed is not started.
+    The refiners of a failed run are not started.
     """
     failures: list[Failure] = []
     for depth in range(1 + max((run.depth for run in runs), default=-1)):
@@ -38,7 +38,7 @@ def run_sweep(
 def report_result(
     run: RunSpec, failure: Failure | None, say: Callable[[str], None], done: Callable[[RunSpec], None]
 ) -> list[Failure]:
-    """Say what came of a run; the failure, if it is one, to add to others."""
+    """Report the result of a run with `say` and `done`. Returns the failure in a list, empty if there is none."""
     if failure is None:
         say(f"{run.name}: done")
         done(run)
@@ -48,7 +48,7 @@ def report_result(
 
 
 def local(jobs: int, retries: int = 0, seconds: float | None = None) -> Engine:
-    """Processes of this machine, `jobs` at once; `seconds` from now on none is started any more."""
+    """Return an engine that runs `jobs` concurrent processes on this machine. After `seconds` from now, no further run is started."""
     until = None if seconds is None else time.monotonic() + seconds
 
     def engine(

@@ -1,4 +1,4 @@
-"""Tables of studies and reports: as CSV, Markdown and LaTeX, and on the screen."""
+"""Tables of studies and reports, as CSV, Markdown, LaTeX, and in the terminal."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from difftori.experiments.statistics import Estimate
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table for people: its heading and the text of each line."""
+    """One column of a formatted table: its heading, the text of each row, and whether it is left-aligned."""
 
     heading: str
     cells: tuple[str, ...]
@@ -22,17 +22,17 @@ class Column:
 
 
 _LEFT = ("task", "method", "measure", "setting", "label", "difference")
-"""Headings of columns of text."""
+"""Headings of left-aligned columns."""
 
 
 def columns(cells: Mapping[str, Sequence[str]]) -> list[Column]:
-    """Columns by heading, text to the left."""
+    """Create columns from texts by heading. Columns of text are left-aligned."""
     return [Column(heading, tuple(texts), heading in _LEFT) for heading, texts in cells.items()]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of `differences.csv`: method − reference over pairs of runs of the same task and seed, with its 95 % interval.
+    """One row of `differences.csv`: method − reference over pairs of runs of the same task and seed, with its 95 % interval.
 
     `low` and `high` are None for a single pair.
     """
@@ -51,13 +51,13 @@ class Difference:
     def of(
         cls, task: str, method: str, reference: str, measure: str, pairs: int, estimate: Estimate, label: str
     ) -> "Difference":
-        """The line of an estimate."""
+        """Create the row of an estimate. Infinite ends of the interval become None."""
         low, high = finite(estimate.low), finite(estimate.high)
         return cls(task, method, reference, measure, pairs, estimate.value, low, high, label)
 
 
 def difference_table(rows: Sequence[Difference], *, digits: int) -> list[Column]:
-    """Paired differences with their intervals."""
+    """Return the columns of a table of paired differences with their intervals."""
     return columns(
         {
             "task": [row.task for row in rows],
@@ -70,9 +70,9 @@ def difference_table(rows: Sequence[Difference], *, digits: int) -> list[Column]
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass instances of one type, one line each, with the fields as header; None becomes empty.
+    """Write dataclass instances of one type as rows, with the field names as header. None becomes an empty cell.
 
-    Without rows, remove the file that an earlier part of the study may have left.
+    Without rows, removes the file, which may exist from an earlier part of the study.
     """
     if not rows:
         return path.unlink(missing_ok=True)
@@ -87,12 +87,12 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
 
 
 def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
-    """Writes `summary.md`: the title and the parts that are not empty."""
+    """Write `summary.md`: the title and the non-empty parts."""
     (out / "summary.md").write_text("\n\n".join([f"# {title}", *filter(None, parts)]) + "\n", encoding="utf-8")
 
 
 def markdown_table(columns: Sequence[Column]) -> str:
-    """The columns as a Markdown table, numbers to the right."""
+    """Format the columns as a Markdown table."""
     lines = [
         "| " + " | ".join(column.heading for column in columns) + " |",
         "|" + "|".join("---" if column.left else "---:" for column in columns) + "|",
@@ -103,7 +103,7 @@ def markdown_table(columns: Sequence[Column]) -> str:
 
 
 def screen_table(title: str, columns: Sequence[Column]) -> Table:
-    """The columns as a rich table."""
+    """Format the columns as a `rich` table, for the terminal."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column.heading, justify="left" if column.left else "right")
@@ -125,7 +125,7 @@ _LATEX |= {"σ": "$\\sigma$", "α": "$\\alpha$", "β": "$\\beta$", "γ": "$\\gam
 
 
 def latex_table(caption: str, columns: Sequence[Column]) -> str:
-    """The columns as a LaTeX table, for the package booktabs."""
+    """Format the columns as a LaTeX table, which requires the package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join("".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells) + " \\\\"
@@ -145,30 +145,30 @@ def latex_table(caption: str, columns: Sequence[Column]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """The value to `digits` decimals; a dash for None."""
+    """Format a value with `digits` decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def plus_minus(value: float | None, deviation: float | None, digits: int = 3) -> str:
-    """`value ± deviation`, the deviation left out where there is none."""
+    """Format `value ± deviation`; only the value if `deviation` is None."""
     return number(value, digits) + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def interval(estimate: Estimate, digits: int = 3, *, signed: bool = False) -> str:
-    """`value [low, high]`, with signs if asked."""
+    """Format `value [low, high]`. `signed`: with explicit plus signs."""
     form = f"{'+' if signed else ''}.{digits}f"
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def bounded(value: float, low: float | None, high: float | None, digits: int = 3, *, signed: bool = False) -> str:
-    """`value [low, high]`, or the value alone without an interval."""
+    """Format `value [low, high]`; only the value if an end is None."""
     if low is None or high is None:
         return f"{value:{'+' if signed else ''}.{digits}f}"
     return interval(Estimate(value, low, high), digits, signed=signed)
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for an end of an interval that is infinite because one value has no spread."""
+    """Return the value, or None if it is infinite, such as the end of an interval from a single value."""
     return float(value) if math.isfinite(value) else None
 
 

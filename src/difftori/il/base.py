@@ -1,4 +1,4 @@
-"""The base policy of a refiner in training: its actions at every window, computed once, and kept in the run."""
+"""The base policy of a refiner in training. Its actions at every window are computed once, and stored in a file if that is slow."""
 
 import hashlib
 import logging
@@ -21,12 +21,12 @@ from difftori.types import Window, to_device
 _log = logging.getLogger(__name__)
 
 _WORTH_KEEPING = 5.0
-"""Seconds that computing a base's actions must take for them to be kept in a file."""
+"""The base's actions are stored in a file if computing them takes longer than this, in seconds."""
 
 
 @dataclass(frozen=True)
 class WithBase:
-    """Windows with the base's actions (N K H A) at each of them, as `Window.base`."""
+    """A data set of windows with K samples of the base's actions (N K H A), as `Window.base`."""
 
     windows: Dataset
     actions: Float[Tensor, "N K H A"]
@@ -35,11 +35,11 @@ class WithBase:
         return len(self.windows)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
-        """One pass in random order; `generator` lives on the CPU."""
+        """Iterate once in random order. `generator` must be on the CPU."""
         return map(self._with_base, self.windows.batches(batch_size, generator))
 
     def in_order(self, batch_size: int = 256) -> Iterator[Window]:
-        """One pass in order."""
+        """Iterate once in order."""
         return map(self._with_base, self.windows.in_order(batch_size))
 
     def _with_base(self, batch: Window) -> Window:
@@ -47,16 +47,16 @@ class WithBase:
 
 
 def samples_of_base(policy: NormalizedPolicy) -> int:
-    """K: `base_samples` of a base that may return other actions at each call, 1 of another, 0 without one."""
+    """Return the number K of base samples: `base_samples` for a stochastic base, 1 for a deterministic one, 0 without a base."""
     if policy.base is None or not isinstance(policy.policy, Refiner):
         return 0
     return policy.policy.base_samples if policy.base_stochastic else 1
 
 
 def base_actions(policy: NormalizedPolicy, windows: Dataset, generator: torch.Generator) -> Float[Tensor, "N K H A"]:
-    """The base's actions at every window, on the CPU, computed on the device of the generator.
+    """Compute the base's actions at every window on the device of the generator, and return them on the CPU.
 
-    K is `samples_of_base`, or 1 if a base whose randomness is unknown returns the same actions each time, up to rounding.
+    K is `samples_of_base`, or 1 if a base that is not known to be stochastic returns the same actions each time, up to rounding.
     """
     parts = []
     for batch in windows.in_order():
@@ -71,9 +71,10 @@ def base_actions(policy: NormalizedPolicy, windows: Dataset, generator: torch.Ge
 def kept_base_actions(
     policy: NormalizedPolicy, windows: Dataset, generator: torch.Generator, *, base: str, folder: Path
 ) -> Float[Tensor, "N K H A"]:
-    """`base_actions`, from a file in `folder` if they are there; written there if they took more than five seconds.
+    """Return `base_actions` from a file in `folder` if it exists; write the file if computing them takes more than five seconds.
 
-    `base` identifies the base's weights, the generator and how it computes. All windows' observations belong to the file's name too.
+    `base` identifies the base's weights, the generator and the machine settings. The file's name is a digest of it, of the number
+    of samples and of the observations of all windows.
     """
     seen = hashlib.sha256(f"{base} {samples_of_base(policy)}".encode())
     for batch in windows.in_order():
@@ -84,21 +85,21 @@ def kept_base_actions(
         try:
             return read_weights(file)["actions"]
         except (CheckpointError, KeyError) as error:
-            _log.warning("the base's actions are computed again: %s", error)
+            _log.warning("cannot read the stored actions of the base policy; computing them again: %s", error)
     started = time.perf_counter()
     actions = base_actions(policy, windows, generator)
     if time.perf_counter() - started > _WORTH_KEEPING:
         try:
             write_weights(file, {"actions": actions})
-        except CheckpointError as error:  # another refiner may be writing the same, or the folder be somebody else's
-            _log.warning("the base's actions are not kept: %s", error)
+        except CheckpointError as error:  # another refiner may write the same file, or the folder may be read-only
+            _log.warning("cannot store the actions of the base policy: %s", error)
     return actions
 
 
 def copy_base(base: Path, out: Path, name: str = "policy.pt") -> None:
-    """Copy a base's weights to `out/base.pt`: the run resumes, and acts, if the base's own run is gone."""
+    """Copy a base's weights to `out/base.pt`, so that the run does not depend on the base's run directory."""
     if not (base / name).exists():
-        raise ConfigError([f"base: {base} is not finished; go on with `difftori train --resume {base}`"])
-    read_weights(base / name)  # raises if it is damaged
+        raise ConfigError([f"base: {base} is not finished. Fix: run `difftori train --resume {base}`"])
+    read_weights(base / name)  # raises CheckpointError if the file is damaged
     replace_file(out / "base.pt.sha256", (base / f"{name}.sha256").read_bytes())
     replace_file(out / "base.pt", (base / name).read_bytes())

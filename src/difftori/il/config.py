@@ -1,4 +1,4 @@
-"""The configuration of an imitation run: from YAML and the command line, with every fault listed at once."""
+"""The configuration of an imitation run, from YAML and the command line. All errors are listed at once."""
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -20,71 +20,74 @@ SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
 
 
 class TrainConfig(BaseModel, Generic[SettingsT]):
-    """All that decides how an imitation run comes out. `settings` are the policy's own."""
+    """The complete configuration of an imitation run. `settings` are those of the policy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     policy: Annotated[str, tyro.conf.Suppress]
-    """A policy's name, or `my_pkg.my_policy:MyPolicy`."""
+    """Name of the policy, or your own, `my_pkg.my_policy:MyPolicy`."""
     env: str = "pendulum"
-    """A task's name, or `my_pkg.my_task:make`."""
+    """Task: `pendulum`, `pendulum:damped`, an environment together with `--demos`, or your own, `my_pkg.my_task:make`."""
     seed: int = Field(0, ge=0, lt=2**62)
-    """Decides the demonstrations, the initial weights and every draw."""
+    """Random seed of the demonstrations, the initial weights and all random numbers of the run."""
     demos: str | None = None
-    """Demonstrations of the environment that `env` names: what `difftori collect` wrote, or other data (docs/imitation.md)."""
+    """Demonstrations of the environment: a data set written by `difftori collect`, or your own data (docs/imitation.md) (default:
+    the task generates its demonstrations)."""
     base: str | None = None
-    """Run of the policy to refine. What is not given of task and data, `seed` too, is taken from it."""
+    """Run directory of the base policy to refine. Environment, data, seed and window are taken from it; options on the command line
+    override them."""
     obs: str | None = None
-    """What is seen of the environment: its own option, such as `state`, `points`, `image`."""
+    """Observation type of the environment, such as `state`, `points` or `image` (default: the environment's)."""
     n_obs_steps: int | None = Field(None, ge=1)
-    """Observations that are seen, of the last steps; the policy's or the environment's number unless given."""
+    """Number of observations that the policy gets, those of the last steps (default: the policy's, or the environment's)."""
     horizon: int | None = Field(None, ge=1)
-    """Actions that are predicted, from the oldest observation on; likewise."""
+    """Number of predicted actions, from the oldest observation on (default: the policy's, or the environment's)."""
     n_action_steps: int | None = Field(None, ge=1)
-    """Actions that are executed of these, from the present on, before the next prediction; likewise."""
+    """Number of predicted actions to execute, from the present step on, before the next prediction (default: the policy's, or the
+    environment's)."""
     data_seed: int | None = Field(None, ge=0, lt=2**62)
-    """Decides the demonstrations and which are held out: `seed` unless given, and the base's of a refiner, so that it
-    holds out what its base has not seen."""
+    """Random seed of the demonstrations and of the selection of held-out ones (default: `--seed`; for a refiner, that of its base, so
+    that both hold out the same episodes)."""
     num_train: int | None = Field(None, ge=1)
-    """Demonstrations to learn from: all that are not held out, or as many as the task makes, unless given."""
+    """Number of training demonstrations (default: all that are not held out, or the task's number)."""
     eval_every: int | None = Field(None, ge=1)
-    """Epochs between validations: 1, or with `demos` a twentieth of all, unless given."""
+    """Number of epochs between validations (default: 1; with `--demos`, a twentieth of all epochs)."""
     save_every: int = Field(10, ge=1)
-    """Epochs between checkpoints."""
+    """Number of epochs between checkpoints."""
     eval_episodes: int = Field(100, ge=1)
-    """Episodes, or starts, of the evaluation at the end."""
+    """Number of episodes of the final evaluation."""
     weights: Literal["best", "last", "both"] | None = None
-    """Which are evaluated at the end: those of least validation error, the last, or both; with `demos` the last unless
-    given, because held out episodes are few."""
+    """Weights of the final evaluation: those with the least validation error, the last ones, or both (default: `both`; with `--demos`
+    `last`, because few episodes are held out)."""
     num_envs: int | None = Field(None, ge=1)
-    """Environments that an evaluation plays at once."""
+    """Number of environments that run in parallel during an evaluation (default: 25)."""
     workers: str | None = None
-    """`sync`, or `async` for a process each."""
+    """Execution of parallel environments: `sync` in one process, or `async` in one process each (default: the environment's)."""
     device: str = "cpu"
-    """`cpu`, `cuda`, `cuda:1`, …"""
+    """Device for training and inference: `cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
-    """Threads of torch on the CPU; results differ between thread counts."""
+    """Number of CPU threads of PyTorch. Results depend on it."""
     settings: Annotated[SettingsT, tyro.conf.arg(name="")]
-    """The policy's own settings and how it learns."""
+    """Settings of the policy and of its training."""
 
     @cached_property
     def policy_type(self) -> type[Policy]:
-        """The policy's class. Raises ConfigError if there is none of that name."""
+        """The policy's class. Raises ConfigError if the name is unknown."""
         return find_policy(self.policy)
 
     @cached_property
     def task_factory(self) -> TaskFactory:
-        """The function that makes the task. Raises ConfigError if there is none of that name."""
+        """The function that creates the task. Raises ConfigError if the name is unknown."""
         return find_task(self.env, demos=self.demos is not None)
 
 
 def parse_config(
     values: Mapping[str, Any], policy: type[Policy] | None = None, *, also: Iterable[str] = ()
 ) -> TrainConfig:
-    """A configuration from plain values, as YAML gives them, with its policy and task resolved.
+    """Return a configuration from plain values, such as those of a YAML file, with its policy and task resolved.
 
-    `policy`: its class, where the caller has found it already. `also` names further options to suggest for a misspelt one.
-    Raises ConfigError that lists every error.
+    `policy`: the policy's class, if the caller has already resolved it. `also` names further options to suggest for a misspelt
+    one. Raises ConfigError, which lists every error.
     """
     given, faults = _with_base({"settings": {}, **values})
     if policy is None and isinstance(given.get("policy"), str):
@@ -93,7 +96,7 @@ def parse_config(
         except ConfigError as error:
             faults += error.faults
     if policy is None:
-        given["settings"] = {}  # without the policy its settings cannot be checked; the rest can
+        given["settings"] = {}  # an unknown policy's settings cannot be checked, but the other options can
     config, found = validated(TrainConfig[PolicyConfig if policy is None else policy.Config], given, also)
     faults += found + _range_faults(given["settings"], found)
     task: TaskFactory | None = None
@@ -125,11 +128,11 @@ INHERITED = (
     "num_envs",
     "workers",
 )
-"""What a refiner takes from its base's run unless it is given."""
+"""Options whose defaults a refiner takes from its base's run."""
 
 
 def inherited(below: Mapping[str, Any]) -> dict[str, Any]:
-    """What a refiner takes from its base's configuration; its data are drawn as the base's were."""
+    """Return the options that a refiner takes from its base's configuration. The base's seed becomes the default of `data_seed`."""
     taken = {name: below[name] for name in INHERITED if below.get(name) is not None}
     if "seed" in taken:
         taken.setdefault("data_seed", taken["seed"])
@@ -137,23 +140,23 @@ def inherited(below: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values with those of the base's run where none are given, and what is wrong with that run."""
+    """Fill in missing values from the base's run. Returns the values, and the errors of that run."""
     given = dict(values)
     if not isinstance(given.get("base"), str):
         return given, []
     try:
         below = read_config(Path(given["base"]))
     except DifftoriError as error:
-        # What is given already, as in a run's own configuration, needs no base to be read from.
+        # A run's stored configuration is complete, so its base's run may be missing.
         return given, [] if "env" in given else [f"base: {error}"]
     if "policy" not in below:
-        return given, [f"base: {given['base']} is the run of an agent; give the run of an imitation policy"]
+        return given, [f"base: {given['base']} is the run of an agent. Fix: give the run of an imitation policy"]
     given |= {name: value for name, value in inherited(below).items() if given.get(name) is None}
     return given, []
 
 
 def _with_window(config: TrainConfig, policy: type[Policy]) -> TrainConfig:
-    """The configuration with the policy's own window where it has one and none is given."""
+    """Fill in the policy's default window, if it has one, for demonstrations of an environment."""
     if policy.WINDOW is None or config.demos is None:
         return config
     names = ("n_obs_steps", "horizon", "n_action_steps")
@@ -162,11 +165,11 @@ def _with_window(config: TrainConfig, policy: type[Policy]) -> TrainConfig:
 
 
 def _range_faults(settings: Any, found: list[str]) -> list[str]:
-    """Faults of the learning settings that their types alone allow, unless the type was wrong already."""
+    """Return range errors of the training settings, except of those that already have an error in `found`."""
     if not isinstance(settings, Mapping):
         return []
     try:
-        # A policy that gives a field another default may have dropped its range: the base class still knows it.
+        # A policy that overrides a field's default may have dropped its range; the base class still has it.
         PolicyConfig.model_validate({n: v for n, v in settings.items() if n in PolicyConfig.model_fields})
     except ValidationError as error:
         faults = [

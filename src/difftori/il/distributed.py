@@ -1,9 +1,10 @@
-"""Processes that train one run together, a part of every batch each, as torchrun starts them.
+"""Data-parallel training of one run by several processes, started by torchrun. Each process gets a part of every batch.
 
     torchrun --nproc-per-node 4 -m difftori.cli train dp3 --device cuda --env … --demos …
 
-The gradient of a batch is the mean of the processes' own, weighted by their rows, so that training equals that in one
-process up to rounding, wherever the loss is a mean over rows and draws nothing. The main process (rank 0) writes the run; the others load its checkpoints.
+The gradient of a batch is the mean of the processes' gradients, weighted by their rows. It equals that of one process up to
+rounding, for losses that are a mean over rows and use no random numbers. The main process (rank 0) writes the run; the others
+load its checkpoints.
 """
 
 import os
@@ -19,28 +20,32 @@ from difftori.errors import ConfigError
 from difftori.types import Metrics, Scalar, Window
 
 _PATIENCE = timedelta(hours=12)
-"""How long a process waits for another: an evaluation, which only the first one makes, may take hours."""
+"""How long a process waits for another. Only the main process evaluates, which may take hours."""
 
 
 class Distributed:
-    """The processes of a run: this one's `rank` of `count`. As a context, they join and part; a process alone does neither."""
+    """The processes of a run; this one has `rank` of `count`. A context manager for the process group, which one process does not need."""
 
     def __init__(self, rank: int, count: int, device: str):
         self.rank, self.count, self.device = rank, count, device
 
     @classmethod
     def alone(cls) -> "Distributed":
-        """One process."""
+        """Return a group of one process."""
         return cls(0, 1, "cpu")
 
     @classmethod
     def of_torchrun(cls, device: str) -> "Distributed":
-        """Those that torchrun has started, for each of which `cuda` then means a GPU of its own; without torchrun, this process alone."""
+        """Return the processes started by torchrun, and select this process's GPU for `cuda`. Without torchrun, one process."""
         rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         if count > 1 and torch.device(device).type == "cuda":
             local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= here:
-                raise ConfigError([f"device: process {local} of this machine has no GPU of its own; start {here}"])
+                raise ConfigError(
+                    [
+                        f"device: no GPU for process {local} of this machine, which has {here}. Fix: start {here} processes"
+                    ]
+                )
             torch.cuda.set_device(local)
         return cls(rank, count, device)
 
@@ -56,16 +61,16 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes the run."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Block until all processes have reached this call."""
         if self.count > 1:
             dist.barrier()
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Return whether the flag is true in any process."""
         if self.count == 1:
             return flag
         found = torch.tensor(float(flag), device=self.device)
@@ -73,7 +78,7 @@ class Distributed:
         return bool(found)
 
     def share(self, batch: Window) -> tuple[Window, float]:
-        """The rows of a batch (B …) that are this process's, and what part of it they are. Without any: the first, counting 0."""
+        """Return this process's rows of a batch (B …), and their share of it. A process without rows gets the first one, with share 0."""
         if self.count == 1:
             return batch, 1.0
         rows = torch.arange(len(batch.actions))[self.rank :: self.count]
@@ -83,7 +88,7 @@ class Distributed:
     def average(
         self, parameters: Iterable[Tensor], loss: Scalar, metrics: Metrics, part: float
     ) -> tuple[Scalar, Metrics]:
-        """The whole batch's loss and metrics; gradients become the whole batch's in place. `part` as `share` gave it."""
+        """Return loss and metrics of the whole batch, and average the gradients in place. `part` is the share from `share`."""
         if self.count == 1:
             return loss, metrics
         names = sorted(metrics)

@@ -1,4 +1,4 @@
-"""An environment and recorded demonstrations of it as an imitation task: `--env pusht --demos PATH`."""
+"""An imitation task from an environment and recorded demonstrations: `--env pusht --demos PATH`."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -26,18 +26,18 @@ from difftori.types import TaskSpec
 _log = logging.getLogger(__name__)
 
 VALIDATION = 0.02
-"""Share of the episodes that is held out, at least one, as in Diffusion Policy and DP3."""
+"""Share of the episodes that is held out for validation, at least one, as in Diffusion Policy and DP3."""
 TEST_SEED = 100_000
-"""The first seed of evaluation episodes, which count up from there; collecting uses others."""
+"""Seed of the first evaluation episode; the next ones count up. `difftori collect` uses other seeds."""
 WINDOW = (2, 16, 8)
-"""Observations seen, actions predicted and executed, where neither the policy nor the environment says."""
+"""Default n_obs_steps, horizon and n_action_steps, if neither the policy nor the environment has its own."""
 EVAL_ROWS = 25
-"""Episodes that are evaluated at once."""
+"""Default number of environments that run in parallel during an evaluation."""
 
 
 @dataclass(frozen=True)
 class EnvEvaluator:
-    """Evaluates a policy in an environment, `num_envs` episodes at once. Options that are None take its defaults."""
+    """Evaluates a policy in an environment, with `num_envs` episodes in parallel. Options that are None use the environment's defaults."""
 
     env: ResolvedEnv
     obs: str | None = None
@@ -45,7 +45,7 @@ class EnvEvaluator:
     workers: str | None = None
 
     def evaluate(self, act: Act, spec: TaskSpec, *, episodes: int) -> Evaluation:
-        """Success at any step, with its Wilson interval at 95 %, and mean score, over episodes from fixed seeds.
+        """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score.
 
         The seeds count up from `TEST_SEED`, the same for every policy and run.
         """
@@ -57,7 +57,7 @@ class EnvEvaluator:
         return Evaluation(_metrics(played), _columns(played))
 
     def film(self, act: Act, spec: TaskSpec, path: Path) -> None:
-        """Write the first evaluation episode as a GIF. RenderingError where the environment draws nothing."""
+        """Record the first evaluation episode as a GIF. Raises RenderingError if the environment cannot render."""
         env = self.open(1)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -66,21 +66,21 @@ class EnvEvaluator:
             env.close()
 
     def open(self, num_envs: int) -> CheckedVectorEnv:
-        """`num_envs` copies of the environment."""
+        """Create `num_envs` copies of the environment."""
         options: dict[str, Any] = {"obs": self.obs, "workers": self.workers}
         given = {name: value for name, value in options.items() if value is not None}
-        # Recorded actions are in the environment's own units.
+        # Recorded actions are in the environment's units, so actions are not rescaled.
         return self.env.make(num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
 
 
 @dataclass(frozen=True)
 class EnvTask(ImitationTask):
-    """Imitating recorded episodes of an environment, and measured in it."""
+    """Imitation of recorded episodes of an environment, with evaluation in it."""
 
     evaluator: EnvEvaluator
 
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
-        """See `EnvEvaluator.evaluate`; nothing is drawn from `generator`."""
+        """See `EnvEvaluator.evaluate`. `generator` is not used."""
         return self.evaluator.evaluate(act, self.spec, episodes=episodes)
 
 
@@ -97,11 +97,11 @@ def env_task(
     num_envs: int = EVAL_ROWS,
     workers: str | None = None,
 ) -> EnvTask:
-    """Windows of the demonstrations at `demos`, and the environment to evaluate in.
+    """Create the task: windows of the demonstrations at `demos`, and the environment for evaluation.
 
-    `num_train` episodes are learned from, drawn by `seed`, all but the held out ones unless given. `obs` is the
-    environment's option; `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the actions executed of a plan.
-    Raises ConfigError, DataError for data that do not fit the environment.
+    `num_train` is the number of training episodes, sampled by `seed` (default: all except the held-out ones). `obs` is the
+    observation type of the environment. `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the number of executed
+    actions of a plan. Raises ConfigError or DataError for data that do not match the environment.
     """
     own = env.family.window or WINDOW
     n_obs_steps = own[0] if n_obs_steps is None else n_obs_steps
@@ -120,13 +120,18 @@ def env_task(
     train, validation = whole.split(VALIDATION, seeded(seed, "held out episodes"))
     if num_train is not None:
         if num_train > len(train):
-            raise ConfigError([f"num_train: {num_train}: {demos} has {len(train)} episodes beside the held out ones"])
+            raise ConfigError(
+                [
+                    f"num_train: {num_train} is too large; {demos} has {len(train)} training episodes after holding out "
+                    f"{len(validation)}. Fix: give at most {len(train)}"
+                ]
+            )
         order = torch.randperm(len(train), generator=seeded(seed, "training episodes"))[:num_train]
         train = train.select(sorted(order.tolist()))
     spec = measured_spec(
         train, low=low, high=high, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
     )
-    # Every step is the present of one window, whatever is executed: arms that replan more often learn from the same data.
+    # Every step is the present step of one window, for any n_action_steps: methods that replan more often use the same data.
     reach = max(n_action_steps, horizon - n_obs_steps + 1)
     sets = [
         Windows(part, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach) for part in (train, validation)
@@ -137,10 +142,10 @@ def env_task(
 def _recorded(
     path: Path, family: EnvFamily, obs: str, seen: dict[str, tuple[int, ...]], action_dim: int
 ) -> Trajectories:
-    """The demonstrations as the environment shows them. By default they have the same names."""
+    """Read the demonstrations and convert them to the environment's observations. By default, the names are the same."""
     recorded = family.recorded or {obs: tuple(seen)}
     if obs not in recorded:
-        raise ConfigError([f"obs: {obs!r} cannot be imitated here; choose one of {', '.join(recorded)}"])
+        raise ConfigError([f"obs: {obs!r} is not in the demonstrations. Fix: choose one of {', '.join(recorded)}"])
     stored = read_demos(path, {name: name for name in recorded[obs]})
     if family.from_recorded is not None:
         arrays = {name: values.numpy() for name, values in stored.obs.items()}
@@ -152,11 +157,13 @@ def _recorded(
     faults = []
     if found != seen:
         faults.append(
-            f"demos: {path} holds {found}, and the environment shows {seen}; collect anew, or choose another obs"
+            f"demos: {path} has observations {found}, but the environment has {seen}. "
+            "Fix: collect new demonstrations, or choose another --obs"
         )
     if stored.actions.shape[1] != action_dim:
         faults.append(
-            f"demos: {path} holds actions of {stored.actions.shape[1]} numbers; the environment takes {action_dim}"
+            f"demos: {path} has actions of size {stored.actions.shape[1]}, but the environment needs {action_dim}. "
+            "Fix: give demonstrations of this environment"
         )
     if faults:
         raise ConfigError(faults)

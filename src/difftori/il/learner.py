@@ -1,4 +1,4 @@
-"""One guarded update of an imitation policy, and all that must be kept to repeat or resume it exactly."""
+"""Guarded updates of an imitation policy, and the complete training state, for an exact resume."""
 
 import copy
 import math
@@ -17,11 +17,11 @@ from difftori.runs.checkpoint import State
 from difftori.types import Metrics, Scalar, Window, to_device
 
 MAX_SKIPS = 10
-"""So many updates in a row may be passed over for NaN or Inf before training stops."""
+"""Training stops after this number of consecutive updates that were skipped because of NaN or Inf."""
 
 
 def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torch.optim.Optimizer:
-    """The optimiser that a policy's settings name. Raises ConfigError for another name."""
+    """Create the optimizer named in a policy's settings. Raises ConfigError for an unknown name."""
     lr, decay, betas = settings.lr, settings.weight_decay, (settings.beta1, settings.beta2)
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, betas=betas)
@@ -29,11 +29,11 @@ def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torc
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas)
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, weight_decay=decay, alpha=settings.rmsprop_alpha)
-    raise ConfigError([f"settings.optimizer: {settings.optimizer!r} is none of adam, adamw, rmsprop"])
+    raise ConfigError([f"settings.optimizer: {settings.optimizer!r} is unknown. Fix: give adam, adamw or rmsprop"])
 
 
 def run_length(settings: PolicyConfig, examples: int) -> tuple[int, int]:
-    """The epochs and the updates of a run over so many examples; with `updates`, the last epoch is cut short."""
+    """Return the number of epochs and of updates of a run over `examples` examples. With `updates`, the last epoch may be incomplete."""
     passes = math.ceil(examples / settings.batch_size)
     if settings.updates is None:
         return settings.epochs, settings.epochs * passes
@@ -42,7 +42,7 @@ def run_length(settings: PolicyConfig, examples: int) -> tuple[int, int]:
 
 @dataclass
 class TrainState:
-    """Where a run stands. `batch` counts within the running epoch, `step` all batches ever, skipped ones too."""
+    """The progress of a run. `batch` counts batches of the current epoch, `step` those of all epochs, including skipped ones."""
 
     epoch: int = 0
     batch: int = 0
@@ -57,10 +57,11 @@ class TrainState:
 
 
 class Learner:
-    """A policy in training with its optimiser, its state in the run, and the weights with the least validation error.
+    """A policy in training, with its optimizer, its progress, and the weights with the least validation error.
 
-    `policy` is the network that is trained. `acting` is what is validated and evaluated: the policy given, or with `ema`
-    one with averaged weights. `epochs` is the length of the run, for the schedule. `distributed`: other processes that train the same policy.
+    `policy` is the trained network. `acting` is the policy that is validated and evaluated: the given one, or with `ema` a copy
+    with the EMA weights. `epochs` is the length of the run, for the learning rate schedule. `distributed`: the processes that
+    train the same policy.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Learner:
         self.best: State | None = None
 
     def update(self, batch: Window, generator: torch.Generator) -> None:
-        """One step: loss → backward → guard → clip → step. If loss or gradient is not finite, the weights stay as they are.
+        """Run one update: loss → backward → guard → clip → step. It is skipped if the loss or the gradient is not finite.
 
-        Of several processes each computes the loss of its own rows of `batch`, and all take the same step. Raises NonFiniteError, naming the parameters, when that has happened `MAX_SKIPS` times in a row.
+        With several processes, each computes the loss of its own rows of `batch`, and all take the same step. Raises
+        NonFiniteError, naming the parameters, after `MAX_SKIPS` consecutive skipped updates.
         """
         started = time.perf_counter()
         train_state = self.train_state
@@ -95,7 +97,8 @@ class Learner:
         loss, metrics = self._learning.loss(own, generator=generator)
         if not loss.requires_grad:
             raise ObjectiveError(
-                f"step {train_state.step}: the loss of {self.policy.name!r} depends on no parameter; look for a detach"
+                f"step {train_state.step}: the loss of {self.policy.name!r} depends on no parameter. "
+                "Fix: look for detach() or no_grad() in `loss`"
             )
         loss.backward()
         trained = self._trained_parameters()
@@ -119,7 +122,7 @@ class Learner:
         train_state.seconds += time.perf_counter() - started
 
     def close_epoch(self) -> Metrics:
-        """Count the epoch as done; the means over its updates, ready to log."""
+        """Finish the epoch and return the means over its updates, to log."""
         train_state = self.train_state
         done = train_state.sums.pop("updates", 0.0)
         means = (
@@ -132,7 +135,7 @@ class Learner:
         return {"epoch": float(train_state.epoch), **means, "train/skipped": skipped}
 
     def validate(self, demos: Dataset, generator: torch.Generator) -> Metrics:
-        """Mean squared error of what the policy would execute against the expert; keeps the weights if it is the least yet."""
+        """Compute the mean squared error of the executed actions against the expert's. Stores the weights if it is the least so far."""
         train_state = self.train_state
         train_state.error = validation_error(self.acting, demos, generator)
         if train_state.error < train_state.best_error:
@@ -141,7 +144,7 @@ class Learner:
         return {"validation/error": train_state.error}
 
     def state(self) -> State:
-        """All of it, for a checkpoint."""
+        """Return the complete training state, for a checkpoint."""
         optimizer = self.optimizer.state_dict()
         return {
             "policy": self.policy.state_dict(),
@@ -152,7 +155,7 @@ class Learner:
         }
 
     def load(self, state: State) -> None:
-        """Put a saved state back. Raises CheckpointError if it is of another policy or an older layout."""
+        """Restore a saved state. Raises CheckpointError if it belongs to another policy or has an older layout."""
         try:
             self.policy.load_state_dict(state["policy"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -161,11 +164,11 @@ class Learner:
             self.best, self.train_state = state["best"], TrainState(**state["train_state"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint does not fit this policy: {error}; start in another directory"
+                f"the checkpoint does not match this policy: {error}. Fix: choose another run directory"
             ) from error
 
     def _average(self) -> None:
-        """Move the averaged weights towards those of this update; whatever else a policy keeps is copied."""
+        """Update the EMA weights; buffers are copied."""
         if not self.settings.ema:
             return
         updates = self.train_state.step - self.train_state.skipped
@@ -174,11 +177,11 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self.acting.policy.named_parameters():
                 parameter.lerp_(current[name], share)
-            for kept, buffer in zip(self.acting.policy.buffers(), self.policy.buffers(), strict=True):
-                kept.copy_(buffer)
+            for averaged, buffer in zip(self.acting.policy.buffers(), self.policy.buffers(), strict=True):
+                averaged.copy_(buffer)
 
     def _lr_share(self) -> float:
-        """The share of the learning rate that this epoch's, and at first this update's, place in the schedule leaves."""
+        """Return the factor of the schedule on the learning rate: warm-up by updates, cosine by epochs or by updates."""
         rising = min(1.0, (self.train_state.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         if self.settings.lr_schedule == "constant":
             return rising
@@ -187,11 +190,11 @@ class Learner:
         return rising * 0.5 * (1.0 + math.cos(math.pi * passed))
 
     def _trained_parameters(self) -> list[Tensor]:
-        """The parameters trained in this epoch; the others lose their gradients, so that the optimiser passes by."""
+        """Return the parameters trained in this epoch. The gradients of the others are removed, so that the optimizer skips them."""
         trained = list(self.policy.trainable(self.train_state.epoch))
-        kept = {id(p) for p in trained}
+        trained_ids = {id(p) for p in trained}
         for parameter in self.policy.parameters():
-            if id(parameter) not in kept:
+            if id(parameter) not in trained_ids:
                 parameter.grad = None
         return trained
 
@@ -207,12 +210,12 @@ class Learner:
         return (
             f"epoch {self.train_state.epoch + 1}, step {self.train_state.step}: NaN or Inf in {MAX_SKIPS} updates in a row (loss "
             f"{loss.item():g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
-            "the last good update: lower lr, set clip_norm, or look at the data of that network"
+            "the last finite update. Fix: lower --lr, set --clip-norm, or check the inputs of that network"
         )
 
 
 def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.Generator) -> float:
-    """Mean over rows, executed steps and dimensions of (policy's action − expert's)²; device from the generator's."""
+    """Return the mean of (policy's action − expert's)² over rows, executed steps and dimensions, on the device of the generator."""
     policy.policy.eval()
     total, count = 0.0, 0
     for batch in demos.in_order():
@@ -223,5 +226,5 @@ def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.
 
 
 def _copy(module: nn.Module) -> State:
-    """A module's state on the CPU, sharing nothing with it."""
+    """Copy a module's state to the CPU, without shared memory."""
     return {name: v.detach().cpu().clone() if isinstance(v, Tensor) else v for name, v in module.state_dict().items()}

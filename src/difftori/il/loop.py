@@ -1,4 +1,4 @@
-"""The training loop of imitation, for runs and for `refine` alike."""
+"""The training loop of imitation, for runs and for `refine`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from difftori.types import Metrics
 
 @dataclass(frozen=True)
 class TrainLoop:
-    """Updates of a learner over the windows, epoch after epoch in random order, until its run is over.
+    """Trains a learner on the windows, in random order, until the last epoch.
 
-    The order follows from `seed` and the epoch. `generator` is the loss's, on the device of the policy; of several processes each
-    draws from its own instead.
+    The order depends on `seed` and the epoch only. `generator` provides the random numbers of the loss, on the device of the
+    policy; with several processes, each uses its own generator instead.
     """
 
     learner: Learner
@@ -26,7 +26,7 @@ class TrainLoop:
     generator: torch.Generator
 
     def epochs(self, before_update: Callable[[], None] = lambda: None) -> Iterator[Metrics]:
-        """Train from where the learner stands; the mean metrics of each epoch when it is done."""
+        """Train from the learner's current epoch on. Yields the mean metrics of each epoch."""
         while self.learner.train_state.epoch < self.learner.epochs:
             yield self._epoch(before_update)
 
@@ -43,6 +43,6 @@ class TrainLoop:
         distributed = self.learner.distributed
         if distributed.count == 1:
             return self.generator
-        # one stream for each process and step needs no saving
+        # a random stream per process and step is not part of the checkpoint
         name = f"loss of step {self.learner.train_state.step} in process {distributed.rank}"
         return seeded(self.seed, name, str(self.generator.device))

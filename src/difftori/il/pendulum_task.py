@@ -1,4 +1,4 @@
-"""The pendulum of Amos et al. (2018) as a task of imitation."""
+"""The pendulum of Amos et al. (2018) as an imitation task."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.types import Plans, States, state_obs
 
 PENDULUM_TRAIN, PENDULUM_VALIDATION = 100, 10
-"""Trajectories, as Amos et al. use."""
+"""Numbers of trajectories, as in Amos et al."""
 
 
 @dataclass(frozen=True)
 class PendulumTask(ImitationTask):
-    """Imitating the expert's open-loop torques on the pendulum of Amos et al. (2018), arXiv 1810.13400."""
+    """Imitation of the expert's open-loop torques on the pendulum of Amos et al. (2018), arXiv 1810.13400."""
 
     problem: Pendulum
 
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
-        """Mean true cost of the policy and of the expert from common starts, and the paired difference."""
+        """Return the mean true costs of the policy and of the expert from common starts, and their paired difference."""
         numbers = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         starts = sample_starts(episodes, numbers)
         cost = self.problem.cost(starts, act(state_obs(starts)))
@@ -38,14 +38,14 @@ class PendulumTask(ImitationTask):
 
 
 def expert_plans(problem: Pendulum, starts: States) -> Plans:
-    """The expert's H torques (B H 1) from each start (B 3): box-constrained iLQR on the true dynamics."""
+    """Return the expert's H torques (B H 1) from each start (B 3): box-constrained iLQR on the true dynamics."""
     from difftori.policies.mpc import expert
 
     return expert(problem, starts)
 
 
 def pendulum_task(damped: bool, *, seed: int, num_train: int = PENDULUM_TRAIN) -> PendulumTask:
-    """`num_train` training and 10 validation trajectories of the expert, from starts drawn from `seed`."""
+    """Create the task, with `num_train` training and 10 validation trajectories of the expert, from starts sampled by `seed`."""
     problem = pendulum("damped" if damped else "undamped")
 
     def demos(count: int, stream: int) -> Demos:

@@ -1,4 +1,4 @@
-"""`refine`: DiffTORI around a policy of one's own, as a function; no run directory, no command line."""
+"""`refine`: trains DiffTORI on top of your own policy, as a function, without run directory or command line."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,16 +30,16 @@ def refine(
     device: str = "cpu",
     watch: Callable[[Metrics], None] | None = None,
 ) -> NormalizedPolicy:
-    """Train DiffTORI to refine the actions of `base` on these episodes; the policy that then acts.
+    """Train DiffTORI to refine the actions of `base` on these episodes, and return the refined policy.
 
-    `base`: from the last O = `n_obs_steps` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
-    observation on, in the task's own units; a function, or anything with `act(obs, *, generator)`. It is asked for
-    its actions at every window, `settings.base_samples` times, before training, and is not trained. `low` and `high` bound the actions, A numbers
-    each. Of a plan `n_action_steps` actions are to be executed, `actions[:, O − 1 : O − 1 + n_action_steps]`, and these are refined.
-    `watch` gets the mean metrics of each pass over the windows. The same seed gives the same policy, on the CPU bit by bit.
+    `base` maps the last O = `n_obs_steps` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
+    observation on, in the task's units. It is a function, or an object with `act(obs, *, generator)`. It is evaluated at every
+    window, `settings.base_samples` times, before training, and is not trained. `low` and `high` are the bounds of the actions,
+    A numbers each. `n_action_steps` actions of a plan are executed, `actions[:, O − 1 : O − 1 + n_action_steps]`, and these are
+    refined. `watch` is called with the mean metrics of each epoch. The same seed gives the same policy, on the CPU bit by bit.
 
-    Raises ConfigError for a faulty number, ShapeError if the base's actions do not fit, and NonFiniteError when too many
-    updates in a row are not finite.
+    Raises ConfigError for invalid arguments, ShapeError if the base's actions have the wrong shape, and NonFiniteError after too
+    many consecutive updates with NaN or Inf.
     """
     settings = DiffTORIConfig.model_validate({}) if settings is None else settings
     windows = Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps, device=device)

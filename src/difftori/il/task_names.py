@@ -1,4 +1,4 @@
-"""What the name of an imitation task means."""
+"""Resolves the names of imitation tasks."""
 
 import inspect
 from functools import partial
@@ -17,8 +17,8 @@ TASKS: dict[str, TaskFactory] = {
 
 
 def find_task(name: str, *, demos: bool = False) -> TaskFactory:
-    """The factory of that name in `TASKS`; with `demos`, that of the environment of that name; or the one that
-    `my_pkg.my_task:make` refers to. ConfigError if there is none.
+    """Return the factory of a task: one of `TASKS`, that of an environment with `demos`, or the one that `my_pkg.my_task:make`
+    refers to. Raises ConfigError if the name is unknown.
     """
     if demos:
         env = resolve_env(name)
@@ -27,36 +27,44 @@ def find_task(name: str, *, demos: bool = False) -> TaskFactory:
         return TASKS[name]
     family, colon, _ = name.partition(":")
     if family in env_families() and family not in {known.partition(":")[0] for known in TASKS}:
-        raise ConfigError([f"demos: {name!r} is imitated from demonstrations; name them by --demos PATH"])
+        raise ConfigError([f"demos: missing; {name!r} is an environment. Fix: give its demonstrations, --demos PATH"])
     if not colon or family in env_families():
         raise ConfigError([f"env: {name!r} is unknown{suggest(name, TASKS)} (or give my_pkg.my_task:make)"])
     factory = load(name)
     if not callable(factory):
-        raise ConfigError([f"env: {name!r} is a {type(factory).__name__}, not a function that makes a task"])
+        raise ConfigError(
+            [f"env: {name!r} is a {type(factory).__name__}. Fix: name a function that returns an ImitationTask"]
+        )
     return cast(TaskFactory, factory)
 
 
 def task_options(factory: TaskFactory) -> dict[str, bool]:
-    """The keyword options of a factory, and whether each must be given."""
+    """Return the keyword options of a factory, and whether each is required."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except ValueError as error:
-        raise ConfigError([f"env: {factory} is not a function that makes a task ({error})"]) from error
+        raise ConfigError(
+            [f"env: {factory} has no readable signature ({error}). Fix: name a function that returns an ImitationTask"]
+        ) from error
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def make_task(name: str, factory: TaskFactory, **options: Any) -> ImitationTask:
-    """The task that a factory makes; `name` is for messages. An option that is None takes the factory's default.
+    """Create a task. `name` is used in error messages. Options that are None use the factory's defaults.
 
-    Raises ConfigError for an option that the factory does not have.
+    Raises ConfigError for an option that the factory does not have, or a required one that is missing.
     """
     known = task_options(factory)
     given = {option: value for option, value in options.items() if value is not None}
-    faults = [f"{option}: {name!r} takes none{suggest(option, known)}" for option in given.keys() - known.keys()]
-    faults += [f"{option}: {name!r} needs one" for option, needed in known.items() if needed and option not in given]
+    faults = [f"{option}: unknown for {name!r}{suggest(option, known)}" for option in given.keys() - known.keys()]
+    faults += [
+        f"{option}: missing; {name!r} requires it. Fix: give a value"
+        for option, required in known.items()
+        if required and option not in given
+    ]
     if faults:
         raise ConfigError(sorted(faults))
     task = factory(**given)
     if not isinstance(task, ImitationTask):
-        raise ConfigError([f"env: {name!r} made a {type(task).__name__}, not an ImitationTask"])
+        raise ConfigError([f"env: {name!r} returned a {type(task).__name__}. Fix: return an ImitationTask"])
     return task

@@ -1,7 +1,7 @@
-"""What an imitation run is given: demonstrations to learn from, others to watch, and a way to measure a policy.
+"""The interface of an imitation task: training demonstrations, validation demonstrations, and an evaluation.
 
-A task of one's own is a function `make(*, seed, num_train) -> ImitationTask`, named `my_pkg.my_task:make`. An environment
-together with `--demos` is one too (env_task.py), and so is the pendulum (pendulum_task.py); task_names.py knows them by name.
+Your own task is a function `make(*, seed, num_train) -> ImitationTask`, named `my_pkg.my_task:make`. An environment together
+with `--demos` is a task (env_task.py), and so is the pendulum (pendulum_task.py). task_names.py resolves names.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from difftori.types import Metrics, TaskSpec
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`, what they were made of, episode by episode, in columns of one length, and where the starts came from."""
+    """The result of an evaluation: `metrics`, and `episodes`, the results and seeds of each episode in columns of equal length."""
 
     metrics: Metrics
     episodes: dict[str, list[float]]
@@ -26,7 +26,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ImitationTask(ABC):
-    """`train` is learned from, `validation` watches the error, `evaluate` says how good a policy is."""
+    """A task: `train` and `validation` demonstrations, and `evaluate`, which measures a policy."""
 
     spec: TaskSpec
     train: Dataset
@@ -34,11 +34,11 @@ class ImitationTask(ABC):
 
     @abstractmethod
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
-        """The results of executing the policy from `episodes` starts that are drawn from `generator` (CPU), or are fixed.
+        """Execute the policy from `episodes` starts, which are fixed or sampled from `generator` (CPU), and return the results.
 
-        The same generator state means the same starts, so that policies are compared on common ones.
+        The same generator state must give the same starts, so that policies are compared on common starts.
         """
 
 
 TaskFactory: TypeAlias = Callable[..., ImitationTask]
-"""`(*, seed: int, num_train: int | None, …) -> ImitationTask`: the same seed gives the same demonstrations, bit by bit."""
+"""`(*, seed: int, num_train: int | None, …) -> ImitationTask`. The same seed must give the same demonstrations, bit by bit."""

@@ -1,4 +1,4 @@
-"""Imitation: the loop, and the way from a run directory back to a policy."""
+"""Imitation runs: trains a policy in a run directory, and loads and evaluates the policy of a run."""
 
 import json
 import logging
@@ -34,19 +34,18 @@ from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 _log = logging.getLogger(__name__)
 
 Which: TypeAlias = Literal["best", "last"]
-"""The weights with the least validation error, or those of the last update."""
+"""Weights of a run: those with the least validation error, or those of the last update."""
 
 
 def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
-    """Train a policy by imitation in the directory `out`, and return the run's summary.
+    """Train a policy by imitation in the run directory `out`, and return the run's summary.
 
-    If `out` holds an unfinished run of the same configuration, it goes on from its last checkpoint, on the CPU bit by
-    bit as if it had never stopped; if it holds a finished one, its summary is returned at once.
+    An unfinished run of the same configuration in `out` is resumed from its last checkpoint, on the CPU bit by bit as if it had
+    never stopped. A finished run is not repeated; its summary is returned.
 
-    Raises ConfigError (a faulty configuration, or another one in `out`), DataError (faulty demonstrations),
-    CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many updates in a row with NaN or Inf). On
-    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun all processes train
-    this one run (distributed.py).
+    Raises ConfigError (invalid configuration, or another one in `out`), DataError (invalid demonstrations), CheckpointError (no
+    valid checkpoint, disk full), NonFiniteError (too many consecutive updates with NaN or Inf). On SIGTERM or SIGINT, saves a
+    checkpoint and raises SystemExit with status 143 or 130. Under torchrun, all processes train this one run (distributed.py).
     """
     if (distributed := Distributed.of_torchrun(config.device)).count == 1:
         return _train(config, out, progress, distributed)
@@ -67,7 +66,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
 def _train(
     config: TrainConfig, out: Path, progress: bool, distributed: Distributed, main_dir: Path | None = None
 ) -> Metrics:
-    """`train` in one process. Another process than the main one, in a directory of its own, resumes from the checkpoints of `main_dir`."""
+    """Run `train` in one process. A process other than the main one uses a temporary directory and loads the checkpoints of `main_dir`."""
     settings, device = config.settings, config.device
     with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
         if run.finished:
@@ -104,7 +103,7 @@ def _train(
                 if last or epoch % config.save_every == 0:
                     run.save(learner.train_state.step, _state(learner, task.spec))
                 show(row)
-            if distributed.any(stop.requested):  # in the last epoch's end, which is saved
+            if distributed.any(stop.requested):  # requested at the end of the last epoch, which is saved
                 stop.leave()
 
         if not distributed.is_main:
@@ -117,14 +116,14 @@ def _train(
 
 
 def open_task(config: TrainConfig) -> ImitationTask:
-    """The task of a configuration. Raises ConfigError for an option that it does not have, and what making it raises."""
+    """Create the task of a configuration. Raises ConfigError for an option that the task does not have, and the errors of its factory."""
     options = ("demos", "obs", "n_obs_steps", "horizon", "n_action_steps", "num_train", "num_envs", "workers")
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
 
 def _base(config: TrainConfig, out: Path, distributed: Distributed, main_dir: Path | None) -> NormalizedPolicy | None:
-    """The base policy, of which the run keeps a copy, `base.pt`; other processes copy the main one's."""
+    """Load the base policy. The run stores a copy, `base.pt`; processes other than the main one copy the main one's."""
     if config.base is None:
         return None
     if distributed.is_main and not (out / "base.pt").exists():
@@ -136,7 +135,7 @@ def _base(config: TrainConfig, out: Path, distributed: Distributed, main_dir: Pa
 
 
 def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, out: Path) -> Dataset:
-    """The training windows, with the base's actions at each if there is a base."""
+    """Return the training windows, with the base's actions at each if there is a base."""
     if policy.base is None:
         return task.train
     generator = seeded(config.seed, "base actions", config.device)
@@ -150,7 +149,7 @@ def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig,
 def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
     if settings.warmup >= updates:
         _log.warning(
-            "warmup is %d of %d updates: the learning rate never comes to %g; shorten it",
+            "warmup is %d of %d updates, so the learning rate never reaches %g. Fix: decrease --warmup",
             settings.warmup,
             updates,
             settings.lr,
@@ -160,7 +159,7 @@ def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
 def summarise(
     learner: Learner, task: ImitationTask, config: TrainConfig
 ) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
-    """Evaluate the weights that the configuration names, all from the same starts; with the results episode by episode."""
+    """Evaluate the weights named in the configuration, all from the same starts. Returns the summary, and the results by episode."""
     train_state = learner.train_state
     summary: Metrics = {
         "epochs": float(train_state.epoch),
@@ -188,7 +187,7 @@ def summarise(
 
 
 def evaluate(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
-    """The task's own measure of a policy, from starts that are the same for every policy."""
+    """Evaluate a policy by the task's own measure, from starts that depend only on the seed and the number of episodes."""
     act = _seeded_actor(policy, config)
     return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
 
@@ -196,10 +195,10 @@ def evaluate(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig,
 def evaluate_run(
     run_dir: Path, *, which: Which | None = None, episodes: int | None = None, device: str = "cpu", video: bool = False
 ) -> Metrics:
-    """Evaluate a run's policy again, from as many starts as wished; None takes the run's own number.
+    """Evaluate the policy of a run on `episodes` episodes (default: the run's own number).
 
-    `which` weights: with `demos` the last unless given, else the best. `video`: film the first episode into the run's
-    `media/`. An environment is enough: its demonstrations are not read again.
+    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). `video`: record the first episode in the
+    folder `media` of the run. The demonstrations are not needed if the run has an environment.
     """
     in_env = read_config(run_dir).get("demos") is not None
     policy, config = load_policy(run_dir, which or ("last" if in_env else "best"), device=device)
@@ -209,7 +208,9 @@ def evaluate_run(
     try:
         if not in_env:
             if video:
-                raise ConfigError([f"--video: only environments draw images, and {config.env} is none"])
+                raise ConfigError(
+                    [f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"]
+                )
             return evaluate(policy, open_task(config), config, episodes=count).metrics
         evaluator = EnvEvaluator(resolve_env(config.env), config.obs, config.num_envs or EVAL_ROWS, config.workers)
         if video:
@@ -220,9 +221,9 @@ def evaluate_run(
 
 
 def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
-    """Write `policy.pt`, with the best and the last weights and all that is needed to build the policy, and its sha256.
+    """Write `policy.pt` and its sha256: the best and the last weights, and everything needed to build the policy.
 
-    A refiner's holds all of its base too, so that it acts when the base's run is gone.
+    A refiner's file includes its base policy, so that it does not depend on the base's run.
     """
     weights = {"policy": learner.acting.policy.state_dict(), "best": learner.best}
     base = read_weights(out / "base.pt") if config.base is not None else None
@@ -231,10 +232,10 @@ def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> 
 
 
 def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[NormalizedPolicy, TrainConfig]:
-    """The policy of a run, ready to act on `device`, and the run's configuration (with that device).
+    """Load the policy of a run, for inference on `device`. Returns it with the run's configuration (with that device).
 
-    An unfinished run gives the weights of its newest valid checkpoint. Raises ConfigError if `run_dir` is no run or its
-    policy is unknown, CheckpointError if the weights are absent or damaged.
+    For an unfinished run, the weights are those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or
+    its policy is unknown, and CheckpointError if the weights are missing or damaged.
     """
     config = parse_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "policy.pt")
@@ -244,7 +245,7 @@ def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") ->
 
 
 def _restored(state: State, config: TrainConfig, which: Which, place: str) -> NormalizedPolicy:
-    """A policy from what `export` wrote, with its base."""
+    """Build a policy, with its base, from the state written by `export` or a checkpoint."""
     try:
         below = state.get("base")
         base = None if below is None else _restored_base(below, config, f"{place}, base")
@@ -253,12 +254,14 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> No
         last = learner.get("average") or learner["policy"]
         policy.load_state_dict(learner["best"] or last if which == "best" else last)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{place}: its weights do not fit {config.policy!r}: {error}") from error
+        raise CheckpointError(
+            f"{place}: the weights do not match {config.policy!r}: {error}. Fix: train again"
+        ) from error
     return NormalizedPolicy(policy.to(config.device).eval(), base)
 
 
 def _restored_base(state: State, config: TrainConfig, place: str) -> NormalizedPolicy:
-    """The base policy from what its run exported, on the device of the run that refines it."""
+    """Build the base policy from its exported state, on the device of the run that refines it."""
     return _restored(state, parse_config({**state["config"], "device": config.device, "base": None}), "last", place)
 
 
@@ -267,7 +270,7 @@ def _state(learner: Learner, spec: TaskSpec) -> State:
 
 
 def _seeded_actor(policy: NormalizedPolicy, config: TrainConfig) -> Act:
-    """The policy as a task calls it, from the CPU to the CPU, with a generator of its own."""
+    """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator."""
     policy.policy.eval()
     generator = seeded(config.seed, "evaluation: policy", config.device)
 
@@ -279,7 +282,7 @@ def _seeded_actor(policy: NormalizedPolicy, config: TrainConfig) -> Act:
 
 @contextmanager
 def _bar(total: int, done: int, progress: bool) -> Iterator:
-    """A progress bar over epochs; yields a function that shows an epoch's row."""
+    """Show a progress bar over epochs. Yields a function that updates it with an epoch's metrics."""
     columns = (
         TextColumn("epoch"),
         MofNCompleteColumn(),

@@ -1,7 +1,7 @@
-"""Energies of actions, how they are learned, and how actions of low energy are found: what IBC's policies share.
+"""Energy functions of actions, their training, and the search for actions of low energy. Shared by `ibc` and `ibc-base`.
 
-All is written for the score f(s, a) = −E(s, a), which is high where the expert would act, over n variables: the actions
-that are executed, in units of the training data's range. Candidates are (K B n): K of each of B rows.
+The code uses the score f(s, a) = −E(s, a), which is high for the expert's actions. It is a function of n variables: the
+executed actions, in units of the training data's range. Candidates are (K B n): K for each of B rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,26 +35,26 @@ SMALL: dict[str, Any] = {
 }
 """Settings for a CPU."""
 ACTING = 2**15
-"""Candidates that are scored at once where no gradient is wanted; more fill a machine no better."""
+"""Most candidates scored in one batch at inference, without gradients. Larger batches are not faster."""
 
 
 class EnergyConfig(ChiLearning):
-    """Settings that both policies have. The defaults are those of Diffusion Policy's comparison."""
+    """Settings of both energy-based policies. The defaults are those of Diffusion Policy's comparison."""
 
     batch_size: int = Field(128, ge=1)
     hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
     """Widths of the energy's hidden layers."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the hidden values that is dropped in training."""
+    """Dropout probability of the hidden layers during training."""
     at_once: int = Field(2**18, ge=1)
-    """Candidates of all rows that are scored at once. Training on more computes everything twice, to bound the memory."""
+    """Most candidates, over all rows, scored in one batch. Larger training batches are split and computed twice, to bound the memory."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 class ActionScore(nn.Module):
-    """f(s, a): an MLP with ReLU of features (B F) and actions (K B n), with dropout where a generator is given.
+    """f(s, a): an MLP with ReLU on features (B F) and actions (K B n), with dropout if a generator is given.
 
     The first layer's product with the features is computed once for all candidates of a row.
     """
@@ -68,7 +68,7 @@ class ActionScore(nn.Module):
         self.last = nn.Linear(hidden[-1], 1)
 
     def forward(self, features: Latents, candidates: Candidates, *, generator: torch.Generator | None = None) -> Scores:
-        """(B F), (K B n) → (K B). Without a generator nothing is dropped."""
+        """Score the candidates: (B F), (K B n) → (K B). Without a generator, dropout is off."""
         of_features, of_actions = self.first.weight.tensor_split((self.features,), 1)
         seen = F.linear(features, of_features, self.first.bias)
         values = self._dropped((seen + F.linear(candidates, of_actions)).relu(), generator)
@@ -79,9 +79,10 @@ class ActionScore(nn.Module):
     def in_parts(
         self, features: Latents, candidates: Candidates, *, at_once: int, generator: torch.Generator | None = None
     ) -> Scores:
-        """The same, `at_once` rows and candidates together: with a gradient, every part is computed twice.
+        """Score the candidates in parts of at most `at_once`, counted over all rows.
 
-        So the memory is that of one part. What is dropped depends on how many parts there are.
+        With gradients, every part is computed again in the backward pass, so that the memory is that of one part. The dropout
+        masks depend on the number of parts.
         """
         learning = torch.is_grad_enabled()
         parts = _parts(candidates, at_once if learning else min(at_once, ACTING))
@@ -99,7 +100,7 @@ class ActionScore(nn.Module):
         return torch.cat([part for part in scores if part is not None])
 
     def slopes(self, features: Latents, candidates: Candidates, *, at_once: int = ACTING) -> Candidates:
-        """∂f/∂a (K B n) without a graph; zero where it is not finite."""
+        """Return ∂f/∂a (K B n) without a graph; non-finite values become zero."""
         found = []
         for part in _parts(candidates, at_once):
             with torch.enable_grad():
@@ -108,7 +109,7 @@ class ActionScore(nn.Module):
         return torch.cat(found).nan_to_num(0.0, 0.0, 0.0)
 
     def steepness(self, features: Latents, candidates: Candidates, *, limit: float = 1.0) -> Scalar:
-        """Mean of max(0, ‖∂f/∂a‖_∞ − `limit`)², to be added to the loss. Computed at once.
+        """Return the mean of max(0, ‖∂f/∂a‖_∞ − `limit`)², a penalty for the loss. Computed for all candidates in one batch.
 
         Source: Florence et al. (2021) and their code.
         """
@@ -117,12 +118,12 @@ class ActionScore(nn.Module):
         return (slopes.abs().amax(-1) - limit).clamp_min(0).square().mean()
 
     def _part(self, features: Latents, part: Candidates, seed: int | None) -> Scores:
-        """One part. It is computed again in the backward pass, and draws the same from the same seed."""
+        """Score one part. It is computed again in the backward pass, with the same dropout mask from the same seed."""
         generator = None if seed is None else torch.Generator(part.device).manual_seed(seed)
         return self(features, part, generator=generator)
 
     def _dropped(self, values: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Without a share `dropout` of the values, the others greater by as much."""
+        """Apply dropout: zero the values with probability `dropout`, and divide the others by 1 − `dropout`."""
         if generator is None or not self.dropout:
             return values
         draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
@@ -134,7 +135,7 @@ def _parts(candidates: Candidates, at_once: int) -> tuple[Tensor, ...]:
 
 
 def info_nce(scores: Scores) -> tuple[Scalar, float]:
-    """−log softmax of the first candidate's score, mean over rows; and the share of rows where it is the highest.
+    """Return −log softmax of the first candidate's score, mean over rows, and the share of rows in which it is the highest.
 
     Source: van den Oord et al. (2018); Florence et al. (2021), Sec. 2.
     """
@@ -143,33 +144,33 @@ def info_nce(scores: Scores) -> tuple[Scalar, float]:
 
 
 def uniform(count: int, rows: int, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:
-    """So many candidates of each row, anywhere between the bounds."""
+    """Sample `count` candidates for each row, uniformly between the bounds."""
     draws = torch.rand((count, rows, len(low)), generator=generator, dtype=low.dtype, device=low.device)
     return low + (high - low) * draws
 
 
 def around(centre: Points, count: int, std: float, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:
-    """So many candidates N(centre, std²) of each row, kept between the bounds."""
+    """Sample `count` candidates N(centre, std²) for each row, clamped to the bounds."""
     return (centre + std * _normal((count, *centre.shape), centre, generator)).clamp(low, high)
 
 
 def best(candidates: Candidates, scores: Scores) -> Points:
-    """The candidate of highest score in each row (B n); a score that is not finite counts as the lowest."""
+    """Return the candidate with the highest score in each row (B n). A non-finite score counts as the lowest."""
     index = finite(scores).argmax(0)
     return candidates.gather(0, index[None, :, None].expand(1, -1, candidates.shape[-1])).squeeze(0)
 
 
 def finite(scores: Scores) -> Scores:
-    """Scores, the lowest number there is for those that are not finite."""
+    """Replace non-finite scores by the lowest representable number."""
     return scores.where(scores.isfinite(), torch.finfo(scores.dtype).min)
 
 
 @final
 @dataclass(frozen=True)
 class DerivativeFree:
-    """Resample the candidates by softmax(f), move them by N(0, std²), `shrink` std, and so on.
+    """Derivative-free search: resample the candidates by softmax(f), perturb them by N(0, std²), multiply std by `shrink`, repeat.
 
-    `steps` counts how often candidates are scored, the caller's choice among the last ones included.
+    `steps` is the number of times that candidates are scored, including the caller's selection among the last ones.
     Source: Florence et al. (2021) and their code.
     """
 
@@ -187,9 +188,10 @@ class DerivativeFree:
         generator: torch.Generator,
         keep: int = 0,
     ) -> Candidates:
-        """The last candidates, between the bounds; with `keep`, behind the first so many, unmoved, and the best so far.
+        """Return the last candidates, inside the bounds.
 
-        Those that are kept are not told from others in the resampling.
+        With `keep`, the first `keep` candidates stay unchanged at the front, followed by the best one so far. They take part in
+        the resampling like all others.
         """
         std = self.std
         for _ in range(self.steps - 1):
@@ -207,9 +209,9 @@ class DerivativeFree:
 @final
 @dataclass(frozen=True)
 class Langevin:
-    """a ← a + clip(λ_k (½ ∂f/∂a + noise·N(0, 1)), ±limit), λ falling from `first` to `last` as (1 − k/(N−1))².
+    """Langevin steps a ← a + clip(λ_k (½ ∂f/∂a + noise·N(0, 1)), ±limit), with λ decaying from `first` to `last` as (1 − k/(N−1))².
 
-    With `noise` 0 it climbs. Source: Florence et al. (2021) and their code, whose constants are the defaults.
+    `noise` 0 gives gradient ascent. Source: Florence et al. (2021) and their code, whose constants are the defaults.
     """
 
     steps: int
@@ -227,7 +229,7 @@ class Langevin:
         *,
         generator: torch.Generator,
     ) -> Candidates:
-        """The candidates after all steps, between the bounds. Nothing is drawn without noise."""
+        """Return the candidates after all steps, inside the bounds. With `noise` 0, the generator is not used."""
         for step in range(self.steps):
             rate = self.last + (self.first - self.last) * (1 - step / max(1, self.steps - 1)) ** 2
             pull = 0.5 * slopes(candidates)
@@ -238,7 +240,7 @@ class Langevin:
 
 
 def _resampled(candidates: Candidates, scores: Scores, generator: torch.Generator) -> Candidates:
-    """As many candidates again, drawn with replacement by softmax(scores), row by row."""
+    """Resample the candidates of each row with replacement, with probabilities softmax(scores)."""
     ends = finite(scores).softmax(0).cumsum(0).T.contiguous()  # (B K)
     uniform = torch.rand(ends.shape, generator=generator, dtype=ends.dtype, device=ends.device)
     index = torch.searchsorted(ends, uniform * ends[:, -1:]).clamp_max(len(scores) - 1).T

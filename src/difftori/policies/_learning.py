@@ -1,4 +1,4 @@
-"""How Diffusion Policy's authors train, which several policies share."""
+"""Training settings of Diffusion Policy's authors, shared by several policies."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from difftori.interfaces import PolicyConfig
 
 
 class ChiLearning(PolicyConfig):
-    """Learning settings of Chi et al. (2023), for their own policies and for those that they compare with."""
+    """Training settings of Chi et al. (2023), for their own policies and for those that they compare with."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""What Diffusion Policy and DP3 share: a distribution over windows of H actions, given what was seen."""
+"""Action diffusion, shared by Diffusion Policy and DP3: a distribution over sequences of H actions, conditioned on observations."""
 
 from typing import Annotated, final
 
@@ -17,30 +17,30 @@ from difftori.types import Plans, RowCounts, Scalar, TaskSpec, Window, WindowObs
 
 
 class ActionDiffusionConfig(ChiLearning):
-    """Settings that both policies have. The defaults are those of Chi et al. (2023), which Ze et al. (2024) kept."""
+    """Settings of both diffusion policies. The defaults are those of Chi et al. (2023), also used by Ze et al. (2024)."""
 
     ema: float = Field(0.9999, ge=0, lt=1)
     dims: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = (512, 1024, 2048)
-    """Channels of the U-Net at each depth, multiples of 8."""
+    """Number of channels of the U-Net at each depth, multiples of 8."""
     step_width: int = Field(128, ge=2, multiple_of=2)
-    """Features of the noise step."""
+    """Size of the embedding of the noise step."""
     blocks: int = Field(2, ge=1)
-    """Convolution blocks of the U-Net at each depth."""
+    """Number of convolution blocks of the U-Net at each depth."""
     noise_steps: int = Field(100, ge=1)
-    """K, steps of noise in training."""
+    """Number K of noise steps in training."""
     prediction: Prediction = "epsilon"
-    """What the network says: the noise (`epsilon`), or the actions without it (`sample`)."""
+    """What the network predicts: the noise (`epsilon`), or the actions without noise (`sample`)."""
     inference_steps: int | None = Field(None, ge=1)
-    """Steps when it acts, without fresh noise (DDIM); unless given, all K with fresh noise (DDPM)."""
+    """Number of DDIM steps at inference, without fresh noise (default: all K steps with fresh noise, DDPM)."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 class ActionDiffusion(nn.Module):
-    """p(a | o): noise over all H actions at once, taken away step by step by a U-Net that is told what was seen.
+    """p(a | o): starts from noise over all H actions and removes it step by step with a U-Net conditioned on the observations.
 
-    Rows never interact.
+    Rows are independent of each other.
     """
 
     def __init__(self, config: ActionDiffusionConfig, spec: TaskSpec):
@@ -49,15 +49,15 @@ class ActionDiffusion(nn.Module):
         self.window = WindowEncoder(spec, config.images)
         self.schedule = NoiseSchedule(config.noise_steps, config.prediction)
         self.sampler: Sampler = DDPM() if config.inference_steps is None else DDIM(config.inference_steps)
-        self.sampler.pairs(config.noise_steps)  # refuses numbers that do not fit
+        self.sampler.pairs(config.noise_steps)  # raises an error for invalid numbers of steps
         self.unet = UNet1D(
             spec.action_dim, self.window.width, dims=config.dims, step_width=config.step_width, blocks=config.blocks
         )
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> Scalar:
-        """E ‖U-Net(x_k, k, o) − target‖², each row at a step of its own; mean over rows, steps and dimensions.
+        """Return E ‖U-Net(x_k, k, o) − target‖², with a random noise step for each row; mean over rows, steps and dimensions.
 
-        `generator` draws the crops of images, the noise, and k (Ho et al., 2020, Eq. 14).
+        `generator` samples the image crops, the noise, and k (Ho et al., 2020, Eq. 14).
         """
         clean = batch.actions
         features = self.window(batch.obs, generator)
@@ -68,7 +68,7 @@ class ActionDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """Actions (B H A), one draw for each row."""
+        """Sample actions (B H A), one sequence for each row."""
         features = self.window(obs)
         shape = len(features), *self.plan_shape
         noise = torch.randn(shape, generator=generator, dtype=features.dtype, device=features.device)

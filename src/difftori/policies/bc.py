@@ -1,4 +1,4 @@
-"""Behaviour cloning by a plain multilayer perceptron."""
+"""Behaviour cloning with a multilayer perceptron."""
 
 from typing import final
 
@@ -16,25 +16,25 @@ from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
 class BCConfig(PolicyConfig):
-    """Settings of `BC`. The sizes are ours: no source prescribes them for Table 8."""
+    """Settings of `BC`. The sizes are ours: no source gives them for Table 8."""
 
     epochs: int = Field(500, ge=1)
-    """Passes over the training set."""
+    """Number of passes over the training set."""
 
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     layer_norm: bool = False
-    """Normalise each hidden layer before its activation."""
+    """Apply layer normalisation before the activation of each hidden layer."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 class BC(Policy):
-    """Features of what was seen → all H actions at once: â = centre + half-width·tanh(MLP(s)), trained on mean (â − a*)².
+    """Behaviour cloning: â = centre + half-width·tanh(MLP(features of the observations)), trained on the mean of (â − a*)².
 
-    Actions (B H A) lie in the task's units inside the box, which must be finite (`BoxError`).
-    The mean runs over rows, steps and action dimensions.
+    Outputs all H actions at once. Actions (B H A) are in the task's units, inside the action box, which must be finite
+    (`BoxError`). The mean is over rows, steps and action dimensions.
     """
 
     name = "bc"
@@ -53,16 +53,16 @@ class BC(Policy):
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Plans:
-        """The controls (B H A), with their graph; `crops` as `WindowEncoder` has it."""
+        """Return the actions (B H A), with their graph. `crops`: see `WindowEncoder`."""
         raw = self.net(self.window(obs, crops)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared control error; `generator` draws the crops of images alone."""
+        """Return the mean squared error of the actions. `generator` only samples the image crops."""
         loss = F.mse_loss(self.predict(batch.obs, generator), batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The controls (B H A); deterministic, draws nothing from `generator`."""
+        """Return the actions (B H A). Deterministic; `generator` is not used."""
         return self.predict(obs)

@@ -1,4 +1,4 @@
-"""Behaviour cloning from point clouds, as ManiSkill2-Learn has it."""
+"""Behaviour cloning from point clouds, after ManiSkill2-Learn."""
 
 from typing import final
 
@@ -16,20 +16,20 @@ from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window
 
 
 class BCPointNetConfig(PolicyConfig):
-    """Settings of `BCPointNet`. ManiSkill2-Learn counts 50,000 updates: `--updates 50000`."""
+    """Settings of `BCPointNet`. ManiSkill2-Learn trains for 50,000 updates: `--updates 50000`."""
 
     lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
     batch_size: int = Field(256, ge=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     point_layers: tuple[int, ...] = Field((64, 128, 512), min_length=1)
-    """Widths of the layers that each point passes; the last is the number of features of a cloud."""
+    """Widths of the layers applied to each point; the last one is the number of features of a cloud."""
     hidden: tuple[int, ...] = (256,)
-    """Widths of the hidden layers behind; ManiSkill2-Learn has two of 256 for soft bodies."""
+    """Widths of the hidden layers after the PointNet; ManiSkill2-Learn uses two of 256 for soft bodies."""
 
 
 @final
 class PointFeatures(nn.Module):
-    """Clouds (… N C) → (… width): layers with LayerNorm and ReLU for each point alone, and the maximum over points.
+    """Clouds (… N C) → (… width): layers with LayerNorm and ReLU, applied to each point, then the maximum over points.
 
     PointNet (Qi et al., 2017) without its transforms. C is any number of columns: xyz, colours, masks.
     """
@@ -38,25 +38,25 @@ class PointFeatures(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in zip((columns, *widths), widths, strict=False):
-            # The bias of the normalisation serves for the layer's.
+            # The normalisation has a bias, so the linear layer needs none.
             layers += [nn.Linear(inputs, outputs, bias=False), nn.LayerNorm(outputs, eps=1e-6), nn.ReLU()]
         self.points = nn.Sequential(*layers)
 
     def forward(self, clouds: Float[Tensor, "... N C"]) -> Float[Tensor, "... F"]:
-        """(… N C) → (… F)."""
+        """Encode the clouds: (… N C) → (… F)."""
         return self.points(clouds).amax(-2)
 
 
 @final
 class BCPointNet(Policy):
-    """[PointNet of each cloud, the vectors] → MLP → tanh: the executed actions, trained on their mean squared error.
+    """[PointNet of each cloud, vector observations] → MLP → tanh: the executed actions, trained on their mean squared error.
 
-    Clouds of each of the O observations pass the same PointNet; vectors stand as they are. The last layer begins near
-    zero, so that the first policy acts in the middle of the box, which must be finite (BoxError). Raises ShapeError for a task
-    without a cloud, or with images.
+    The clouds of all O observations share one PointNet; vector observations are concatenated unchanged. The last layer is
+    initialised near zero, so that the untrained policy acts in the centre of the action box, which must be finite (BoxError).
+    Raises ShapeError for a task without a point cloud, or with images.
     Source: ManiSkill2-Learn's BC (Gu et al., 2023), whose settings are the defaults.
 
-    Differs from ManiSkill2-Learn: observations are normalised to the training data's range, there only colours are.
+    Differs from ManiSkill2-Learn: all observations are normalised to the training data's range, there only colours are.
     """
 
     name = "bc-pointnet"
@@ -72,8 +72,8 @@ class BCPointNet(Policy):
         strange = [name for name, shape in others.items() if len(shape) != 1]
         if strange or not clouds:
             raise ShapeError(
-                f"bc-pointnet reads point clouds (points, columns) and vectors; the task shows "
-                f"{ {name: entry.shape for name, entry in spec.obs.items()} }: choose another obs, or policy"
+                "bc-pointnet needs at least one point cloud (points, columns), and otherwise vectors only; the task has "
+                f"{ {name: entry.shape for name, entry in spec.obs.items()} }. Fix: choose another --obs, or another policy"
             )
         self.low: Tensor
         self.high: Tensor
@@ -92,22 +92,22 @@ class BCPointNet(Policy):
             last.bias.zero_()
 
     def predict(self, obs: WindowObs) -> PartPlans:
-        """The executed actions (B P A) in the task's units, with their graph."""
+        """Return the executed actions (B P A) in the task's units, with their graph."""
         raw = self.net(self._features(obs)).unflatten(1, (self.spec.n_action_steps, self.spec.action_dim))
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared error of the executed actions; draws nothing from `generator`."""
+        """Return the mean squared error of the executed actions. `generator` is not used."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, : self.spec.n_action_steps])
         return loss, {"action_mse": loss.item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:
-        """The executed actions (B P A); deterministic, draws nothing from `generator`."""
+        """Return the executed actions (B P A). Deterministic; `generator` is not used."""
         return self.predict(obs)
 
     def _features(self, obs: WindowObs) -> Latents:
-        """Normalised observations in one row (B F)."""
+        """Concatenate the features of all observations (B F)."""
         rows = []
         for name, values in obs.items():
             part = f"obs_{name}"

@@ -1,4 +1,4 @@
-"""Behaviour cloning by a recurrent network with a mixture of Gaussians: BC-RNN-GMM of robomimic."""
+"""Behaviour cloning with a recurrent network and a Gaussian mixture: BC-RNN-GMM of robomimic."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,11 +17,11 @@ from difftori.models.window_encoder import WindowEncoder
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 LOW_NOISE = 1e-4
-"""Standard deviation of every mode when it acts with low noise, in units of the training data's range."""
+"""Standard deviation of every mode at inference with `low_noise`, in units of the training data's range."""
 
 
 class BCRNNGMMConfig(PolicyConfig):
-    """Settings of `BCRNNGMM`. robomimic counts 600 epochs of 500 updates: `--updates 300000`."""
+    """Settings of `BCRNNGMM`. robomimic trains for 600 epochs of 500 updates: `--updates 300000`."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "image": {},
@@ -29,44 +29,45 @@ class BCRNNGMMConfig(PolicyConfig):
         "small": {"hidden": 128, "lr": 1e-3, "batch_size": 64},
     }
     preset: str = "image"
-    """`image`: robomimic's settings for images, DiffTORI's base. `state`: robomimic's for states. `small`: for a CPU."""
+    """Preset of settings. `image`: robomimic's for images, the paper's base policy. `state`: robomimic's for states. `small`: for a CPU."""
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     batch_size: int = Field(16, ge=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     hidden: int = Field(1000, ge=1)
-    """Units of each recurrent layer."""
+    """Number of units of each recurrent layer."""
     layers: int = Field(2, ge=1)
-    """Recurrent layers."""
+    """Number of recurrent layers."""
     modes: int = Field(5, ge=1)
-    """Gaussians of the mixture."""
+    """Number of Gaussians of the mixture."""
     min_std: float = Field(1e-4, gt=0)
-    """What is added to each standard deviation, in units of the training data's range."""
+    """Value added to each standard deviation, in units of the training data's range."""
     low_noise: bool = True
-    """Act with a standard deviation of 1e-4 instead of the learned one: the mean of a mode that is drawn."""
+    """At inference, use a standard deviation of 1e-4 instead of the learned one, so that the action is close to the mean of the
+    sampled mode."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 @dataclass(frozen=True)
 class Mixture:
-    """Σ_m π_m N(µ_m, diag σ_m²) for each step: `logits` (B H M), `means` and `stds` (B H M A)."""
+    """A Gaussian mixture Σ_m π_m N(µ_m, diag σ_m²) for each step: `logits` (B H M), `means` and `stds` (B H M A)."""
 
     logits: Float[Tensor, "B H M"]
     means: Float[Tensor, "B H M A"]
     stds: Float[Tensor, "B H M A"]
 
     def log_prob(self, actions: Plans) -> Float[Tensor, "B H"]:
-        """log Σ_m π_m Π_a N(a; µ_ma, σ_ma²)."""
+        """Return log Σ_m π_m Π_a N(a; µ_ma, σ_ma²)."""
         away = (actions.unsqueeze(-2) - self.means) / self.stds
         inside = (-0.5 * away.square() - self.stds.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return (self.logits.log_softmax(-1) + inside).logsumexp(-1)
 
     def sample(self, generator: torch.Generator) -> Plans:
-        """A draw for each row (B H A). One draw of the mode serves all steps of a row, so that a plan keeps to a mode."""
+        """Sample actions (B H A). The mode is sampled once for all steps of a row, so that a plan stays in one mode."""
         rows, _, modes = self.logits.shape
         uniform = torch.rand((rows, 1, modes), generator=generator, dtype=self.logits.dtype, device=self.logits.device)
-        # argmax of logits plus Gumbel noise is a draw from softmax(logits)
+        # The argmax of logits plus Gumbel noise is a sample from softmax(logits).
         chosen = (self.logits - (-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()).argmax(-1)
         index = chosen[..., None, None].expand(-1, -1, 1, self.means.shape[-1])
         mean, std = (values.gather(-2, index).squeeze(-2) for values in (self.means, self.stds))
@@ -79,14 +80,14 @@ class BCRNNGMM(Policy):
 
         h_t = LSTM(features of o_t, h_{t−1});   (logits, µ, σ)_t = linear(h_t);   µ through tanh, σ = softplus + `min_std`
 
-    The loss is the mean over rows and all H steps of the window. The LSTM
-    starts from zeros at the oldest observation. Steps after the present (H > O) see the last observation again.
+    The loss is the mean over rows and all H steps of the window. The LSTM starts from zeros at the oldest observation. Steps
+    after the present one (H > O) repeat the last observation.
     Source: Mandlekar et al. (2021), "What Matters in Learning from Offline Human Demonstrations", and robomimic's code.
 
-    Differs from robomimic: there, the hidden state is carried from step to step and set to zeros every 10 steps, so that
-    an action follows from 1 to 10 observations. Policies here are functions of the last O observations: every action that
-    is executed follows from O of them, at O times the computation. Windows reach before an episode's first step, by
-    repeating it, because acting begins so. Actions are normalised by their range, theirs by hand to [−1, 1].
+    Differs from robomimic: there, the hidden state is carried from step to step and reset to zeros every 10 steps, so that
+    an action depends on 1 to 10 observations. Policies here are functions of the last O observations: every executed action
+    depends on O of them, at O times the computation. Windows are padded before an episode's first step by repeating it,
+    because inference starts in this way. Actions are normalised by their range; in robomimic by hand to [−1, 1].
     """
 
     name = "bc-rnn-gmm"
@@ -102,7 +103,7 @@ class BCRNNGMM(Policy):
         self.head = nn.Linear(config.hidden, config.modes * (2 * spec.action_dim + 1))
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
-        """The mixture of each of the H steps; `crops` as `WindowEncoder` has it."""
+        """Return the mixture of each of the H steps. `crops`: see `WindowEncoder`."""
         rows, seen, steps = len(next(iter(obs.values()))), self.spec.n_obs_steps, self.spec.horizon
         features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
@@ -114,14 +115,17 @@ class BCRNNGMM(Policy):
         return Mixture(logits, means.tanh().unflatten(-1, (modes, size)), stds.unflatten(-1, (modes, size)))
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean negative log-likelihood over rows and steps, summed over action dimensions; draws the crops of images alone."""
+        """Return the negative log-likelihood, summed over action dimensions, mean over rows and steps.
+
+        `generator` only samples the image crops.
+        """
         mixture = self.predict(batch.obs, generator)
         loss = -mixture.log_prob(batch.actions).mean()
         return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """A draw of the actions (B H A): the mean of one mode of each row, but for 1e-4, with `low_noise`."""
+        """Sample actions (B H A). With `low_noise`, they are the mean of one sampled mode of each row plus noise of σ = 1e-4."""
         mixture = self.predict(obs)
         if self.settings.low_noise:
             mixture = replace(mixture, stds=torch.full_like(mixture.stds, LOW_NOISE))

@@ -1,4 +1,4 @@
-"""DiffTORI for imitation: a policy that is an optimiser over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
+"""DiffTORI for imitation: a policy defined by trajectory optimisation over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
 
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, final
@@ -43,11 +43,11 @@ from difftori.types import (
 )
 
 DEFAULT_NOISE = 1.0
-"""σ of the noise on a start that is always the same for a state (docs/imitation-studies.md)."""
+"""Default σ of the noise on the start of the solve, if the start is a deterministic function of the state (docs/imitation-studies.md)."""
 
 
 class DiffTORIConfig(RefinerConfig):
-    """Settings of `DiffTORI`. What was tried stands in docs/table8.md and docs/imitation-studies.md."""
+    """Settings of `DiffTORI`. docs/table8.md and docs/imitation-studies.md report the experiments behind the defaults."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {},
@@ -82,72 +82,77 @@ class DiffTORIConfig(RefinerConfig):
         },
     }
     preset: str = "fast"
-    """`fast`: short solves, differentiated exactly. `reference`: the release's. `pendulum`: Table 8's, without a base."""
+    """Preset of settings. `fast`: short solves, differentiated exactly. `reference`: the authors' release. `pendulum`: Table 8,
+    without a base policy."""
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(64, ge=1)
     latent_dim: int = Field(64, ge=1)
-    """Z of the encoded observations."""
+    """Size Z of the latent state."""
     latent_norm: bool = True
-    """Normalise the encoded observations (LayerNorm)."""
+    """Apply layer normalisation to the latent state."""
     hidden: tuple[int, ...] = (256, 256)
-    """Widths of the hidden layers of dynamics, score and prior."""
+    """Widths of the hidden layers of the dynamics, score and prior networks."""
     encoder_layers: tuple[int, ...] | None = None
-    """The same of the encoder, behind what is particular to clouds; `hidden` unless given. Empty: none, with Z features."""
+    """Widths of the hidden layers of the encoder after the encoders of clouds and images (default: those of `--hidden`). Empty: no
+    layers, so that the features are the latent state."""
     decision: Literal["step", "chunk"] = "chunk"
-    """`step`: one action a step, with latent dynamics between, horizon H. `chunk`: all H actions are one decision, scored
-    at once, and the planning horizon is 1, as in the MetaWorld release."""
+    """Action model. `step`: one action per step, with latent dynamics between steps. `chunk`: all planned actions are one vector,
+    scored at once, without dynamics, as in the MetaWorld release."""
     plan_horizon: int | None = Field(None, ge=1)
-    """H, actions that are planned, from the present on; as many as are executed unless given."""
+    """Number H of planned actions, from the present step on (default: the number of executed actions)."""
     init: Literal["base", "prior", "zero", "random"] = "base"
-    """Where the solve starts: the base's actions; a network's guess, trained by behaviour cloning; the middle of the
-    box; anywhere in it."""
+    """Start of the solve. `base`: the base policy's actions. `prior`: the output of a network trained by behaviour cloning. `zero`: the
+    centre of the action box. `random`: a uniform sample from it."""
     base_noise: float | None = Field(None, ge=0)
-    """σ of Gaussian noise on the start in training, in half-widths of the training data's range. Unless given: 1 where the start of a state is
-    always the same, because the score would see one action per state and memorise; 0 where it varies by itself, because noise hides
-    which of several good ways the base has taken."""
+    """Standard deviation σ of Gaussian noise on the start of the solve in training, in half-widths of the training data's range
+    (default: 1 for a deterministic start, so that the score does not memorise one action per state; 0 for a stochastic start,
+    because noise hides which of several good ways the base policy took)."""
     anchor: Literal["none", "middle", "base"] = "none"
-    """−½k‖a − c‖² beside the score, c the middle of the box or the base's actions, k learned."""
+    """Add −½k‖a − c‖² to the score, with learned k. `middle`: c is the centre of the action box. `base`: c is the base policy's
+    actions."""
     curvature: float = Field(1.0, gt=0, le=80)
-    """First value of k. Without curvature the score is maximised at corners of the box."""
+    """Initial value of the curvature k of `--anchor`. Without curvature, the score is maximised at corners of the box."""
     cvae_dim: int = Field(0, ge=0)
-    """Size of the latent sample z̃ that tells several good answers apart (Appendix D), 64 in the release; 0: none."""
+    """Size of the latent sample z̃ of the variational autoencoder, for observations with several good answers (Appendix D). 0: no
+    latent sample. The release has 64."""
     kl_coef: float = Field(0.05, ge=0)
-    """β of Eq. 9, for the squared error summed over all planned numbers."""
+    """Weight β of the KL term of Eq. 9, relative to the squared error summed over all planned numbers."""
     act_latent: Literal["zero", "sample"] = "zero"
-    """z̃ when it acts: the mean of its prior, or drawn from it."""
+    """Latent sample z̃ at inference: the mean of its prior (`zero`), or a sample from it (`sample`)."""
     act_samples: int = Field(1, ge=1)
-    """As many draws of z̃ when it acts, of which the plan of highest objective is kept."""
+    """Number of samples of z̃ at inference. The plan with the highest objective is used."""
     solver: Literal["gradient", "spectral", "reference"] = "gradient"
-    """`gradient`: gradient steps of one learned length. `spectral`: step lengths of each row's own. `reference`: the
+    """Solver. `gradient`: gradient steps of one learned length. `spectral`: spectral step lengths for each row. `reference`: the
     release's Levenberg–Marquardt, row by row."""
     step_size: float = Field(0.5, gt=0)
-    """First length of a gradient step; it is learned."""
+    """Initial length of a gradient step. The length is learned."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
-    """How the loss reaches the model: exactly through all steps, through the last five, or through the optimum."""
+    """Gradient of the solve: exactly through all steps (`unrolled`), through the last five (`truncated`), or by the implicit function
+    theorem at the optimum (`implicit`)."""
     max_steps: int = Field(5, ge=1)
-    """Steps of the solve; the release has 100."""
+    """Number of steps of the solve. The release has 100."""
     inward: bool = True
-    """Let the loss's gradient pass a bound where it would bring the action inside (`Box`); experts' actions often lie on
-    bounds, and exactly there nothing would be learned."""
+    """Let the loss's gradient pass through an active bound if it moves the action inside (`Box`). Experts' actions are often on
+    bounds, where the gradient would otherwise be zero."""
     prior_coef: float = Field(1.0, ge=0)
-    """Weight of the prior's own behaviour-cloning loss."""
+    """Weight of the behaviour-cloning loss of the prior network (`--init prior`)."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 class DiffTORI(Refiner):
     """â(θ; s) = argmax_a Σ_{t<H} γ^t f_θ(z_t, a_t), z_0 = h_θ(s), z_{t+1} = d_θ(z_t, a_t) (Eq. 7), trained on ‖â − a*‖² + β KL (Eq. 9).
 
-    The solve starts at the base's actions and refines those from the present on; no base is used where `init` and
-    `anchor` need none. z_t = [z^s_t, z̃]: what was seen, and a sample that stands for the answer meant among several (Appendix D).
-    Encoder h, dynamics d (residual) and score f are MLPs with ELU, because f must bend for the argmax to be anywhere but
-    on the box, [−1, 1] per dimension. The mean squared error runs over rows, steps and dimensions.
+    The solve starts at the base policy's actions and refines those from the present step on. No base is used if `init` and
+    `anchor` do not require one. z_t = [z^s_t, z̃]: the encoded observations, and a latent sample that selects one of several
+    good answers (Appendix D). Encoder h, dynamics d (residual) and score f are MLPs with ELU: f must be curved for the argmax
+    to be inside the box, [−1, 1] per dimension. The mean squared error is over rows, steps and dimensions.
 
-    Differs from paper: no latent sample unless `cvae_dim` is set, because with much noise on the start it was measured
-    harmful where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
+    Differs from the paper: no latent sample by default (`cvae_dim` 0), because with large noise on the start it was measured
+    to be harmful where demonstrations agree; the KL term is added, where Eq. 9 prints a minus sign; γ = 1.
     """
 
     name = "difftori-il"
@@ -164,8 +169,8 @@ class DiffTORI(Refiner):
         if not spec.n_action_steps <= self.planned <= room:
             raise ConfigError(
                 [
-                    f"settings.plan_horizon: {self.planned}: between the {spec.n_action_steps} actions that are executed and the "
-                    f"{room} that there are from the present on"
+                    f"settings.plan_horizon: {self.planned} is out of range. Fix: give at least the {spec.n_action_steps} executed "
+                    f"actions, and at most the {room} predicted actions from the present step on"
                 ]
             )
         chunk = config.decision == "chunk"
@@ -175,11 +180,11 @@ class DiffTORI(Refiner):
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
         self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
-        small_init_(self.score)  # the solve begins as hardly a change, or as a pull to the anchor
+        small_init_(self.score)  # initially the solve hardly changes its start, or moves it to the anchor
         if self.dynamics is not None:
-            # and H steps of the model nearly stand still: no chaos to differentiate through
+            # initially, H steps of the model hardly change the state, so that the gradient does not explode
             nn.init.zeros_(small_init_(self.dynamics).bias)
-        # softplus(raw) is what is learned
+        # the learned value is softplus(raw)
         self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
         outputs = self.planned * spec.action_dim
@@ -189,7 +194,7 @@ class DiffTORI(Refiner):
             self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve; and the prior's own loss."""
+        """Return ‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve, plus the prior's loss."""
         target = batch.actions[:, : self.planned]  # a*
         base = self.planned_base(self.choose_base(batch, generator)) if self.uses_base else None
         guess = self.guess(batch.obs, base, generator, crops=generator)
@@ -217,12 +222,12 @@ class DiffTORI(Refiner):
         *,
         history: bool = False,
     ) -> Plan:
-        """Eq. 7 solved from `start` (B P A); `history`: with every iterate."""
+        """Solve Eq. 7 from `start` (B P A). `history`: record every iterate."""
         first = start.reshape(len(state), self.steps, self.size)
         return self._planner(adjoint).plan(self.objective(state, sample, base), first, history=history)
 
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
-        """Eq. 7 for the states z^s (B Z) and samples z̃ (B W)."""
+        """Return the objective of Eq. 7 for the states z^s (B Z) and latent samples z̃ (B W)."""
         parts = [state, sample]
         if self.settings.anchor == "base" and base is not None:
             parts.append(base.flatten(1))
@@ -230,7 +235,7 @@ class DiffTORI(Refiner):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
-        """The planned actions (B P A): of `act_samples` solves the best by the model."""
+        """Return the planned actions (B P A): those with the highest objective of `act_samples` solves."""
         planned = None if base is None else self.planned_base(base)
         start = self.guess(obs, planned, generator)
         state = self.encode(obs)
@@ -247,7 +252,7 @@ class DiffTORI(Refiner):
         return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
 
     def noise(self, batch: Window) -> float:
-        """σ of the noise on the start in training: none where the start of a state varies, with several samples of the base."""
+        """Return σ of the noise on the start in training. It is 0 by default if the start is stochastic: random, or several base samples."""
         if self.settings.base_noise is not None:
             return self.settings.base_noise
         several = batch.base is not None and batch.base.shape[1] > 1
@@ -261,7 +266,7 @@ class DiffTORI(Refiner):
         generator: torch.Generator,
         crops: torch.Generator | None = None,
     ) -> PartPlans:
-        """Where the solve starts (B P A), P actions from the present on; `crops` as `encode` has it."""
+        """Return the start of the solve (B P A), P actions from the present step on. `crops`: see `encode`."""
         if self.settings.init == "base":
             assert base is not None
             return base
@@ -274,11 +279,11 @@ class DiffTORI(Refiner):
         return 2 * torch.rand(zeros.shape, generator=generator, dtype=zeros.dtype, device=zeros.device) - 1
 
     def encode(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
-        """z^s = h(s); `crops` draws the parts of images that are seen, in training."""
+        """Return z^s = h(s). `crops` samples the image crops in training; None uses the centre crop."""
         return self.encoder(self.window(obs, crops))
 
     def _energy(self, state: States, action: Actions) -> Rows:
-        """f(z, a) − ½k‖a − c‖². What is left of c stands behind z, that of this step first."""
+        """Return f(z, a) − ½k‖a − c‖². The remaining steps of c are appended to z, the current step first."""
         value = self.score(torch.cat((state[..., : self.known], action), -1)).squeeze(-1)
         if self.settings.anchor == "none":
             return value
@@ -286,7 +291,7 @@ class DiffTORI(Refiner):
         return value - 0.5 * F.softplus(self.raw_curvature) * away.square().sum(-1)
 
     def _next(self, state: States, action: Actions) -> States:
-        """d(z, a) = z^s + MLP(z, a); z̃ stays what it is."""
+        """Return d(z, a) = z^s + MLP(z, a); z̃ is unchanged."""
         if self.dynamics is None:
             return state
         seen = state[..., : self.state_dim] + self.dynamics(torch.cat((state[..., : self.known], action), -1))
@@ -295,7 +300,7 @@ class DiffTORI(Refiner):
         return torch.cat((seen, state[..., self.state_dim : self.known], *left), -1)
 
     def _posterior(self, state: Latents, target: PartPlans, generator: torch.Generator) -> tuple[Samples, Scalar]:
-        """A draw of z̃ from N(μ, σ²), which the encoder makes of state and expert's actions; and KL to N(0, I), mean over rows."""
+        """Sample z̃ from the posterior N(μ, σ²) given the state and the expert's actions. Also return the KL to N(0, I), mean over rows."""
         if self.posterior is None:
             return state.new_zeros(len(state), 0), state.new_zeros(())
         mean, log_variance = self.posterior(torch.cat((state, target.flatten(1)), -1)).chunk(2, -1)
@@ -324,12 +329,12 @@ class DiffTORI(Refiner):
         ]
 
     def planned_base(self, base: Plans) -> PartPlans:
-        """The base's actions that are planned."""
+        """Return the planned part of the base policy's actions."""
         return base[:, : self.planned].clamp(-1, 1)
 
 
 def _encoder(config: DiffTORIConfig, features: int) -> tuple[nn.Module, int]:
-    """h behind the window encoder, and the size of its output."""
+    """Return the encoder h after the window encoder, and the size of its output."""
     layers = config.hidden if config.encoder_layers is None else config.encoder_layers
     if not layers:
         return nn.Identity(), features

@@ -27,19 +27,20 @@ class DiffusionConfig(ActionDiffusionConfig):
         },
     }
     preset: str = "paper"
-    """`paper`: Chi et al. for images. `lowdim`: theirs for vectors. `small`: ours, for vectors on a CPU."""
+    """Preset of settings. `paper`: Chi et al. for images. `lowdim`: Chi et al. for vectors. `small`: ours, for vectors on a CPU."""
     epochs: int = Field(3050, ge=1)
     batch_size: int = Field(64, ge=1)
 
 
 @final
 class DiffusionPolicy(Policy):
-    """a ~ p(a | o), drawn by denoising all H actions from the oldest observation on, those before the present too.
+    """a ~ p(a | o), sampled by denoising all H actions from the oldest observation on, including those before the present step.
 
-    The loss is ‖ε̂ − ε‖²; see `ActionDiffusion`. Images pass a ResNet-18 each, vectors stand beside their features.
+    The loss is ‖ε̂ − ε‖²; see `ActionDiffusion`. Each image is encoded by its own ResNet-18; vector observations are
+    concatenated with the features.
 
-    Differs from Chi et al.: the learning rate's cosine falls from the first update on, by epochs unless `updates` are
-    given; the average of the weights begins two updates earlier.
+    Differs from Chi et al.: the cosine of the learning rate decays from the first update on, by epochs, or by updates with
+    `updates`; the average of the weights (EMA) begins two updates earlier.
     """
 
     name = "diffusion"
@@ -51,10 +52,10 @@ class DiffusionPolicy(Policy):
         self.model = ActionDiffusion(config, spec)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared error of what the network says about noised actions."""
+        """Return the mean squared error of the network's prediction from noised actions."""
         loss = self.model.loss(batch, generator=generator)
         return loss, {"denoising_mse": loss.item()}
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """One draw (B H A) for each row."""
+        """Sample actions (B H A), one sequence for each row."""
         return self.model.sample(obs, generator=generator)

@@ -12,14 +12,14 @@ from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
 class DP3Config(ActionDiffusionConfig):
-    """Settings of `DP3`, after its authors' code; see `ActionDiffusionConfig`."""
+    """Settings of `DP3`, from its authors' code; see `ActionDiffusionConfig`."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "simple": {"dims": (128, 256, 384), "blocks": 1},
     }
     preset: str = "paper"
-    """`paper`: DP3. `simple`: its authors' Simple DP3, a smaller U-Net with one block at each depth."""
+    """Preset of settings. `paper`: DP3. `simple`: its authors' Simple DP3, a smaller U-Net with one block at each depth."""
     prediction: Prediction = "sample"
     inference_steps: int | None = Field(10, ge=1)
     epochs: int = Field(3000, ge=1)
@@ -28,13 +28,13 @@ class DP3Config(ActionDiffusionConfig):
 
 @final
 class DP3(Policy):
-    """a ~ p(a | o) by denoising, where o is a cloud that passed a small PointNet, and the robot's own state.
+    """a ~ p(a | o) by denoising, where o is a point cloud, encoded by a small PointNet, and the robot's state.
 
-    The network says the actions rather than the noise, and acts in 10 steps (DDIM); see `ActionDiffusion`. Clouds, states
-    and actions are normalised to [−1, 1] by the training data's range. Without a cloud among the observations it runs too,
-    on vectors or images: then it is Diffusion Policy with these settings.
+    The network predicts the actions rather than the noise, and uses 10 inference steps (DDIM); see `ActionDiffusion`. Clouds,
+    states and actions are normalised to [−1, 1] by the training data's range. It also runs without a cloud, on vectors or
+    images; then it is Diffusion Policy with these settings.
 
-    Differs from Ze et al.: as `DiffusionPolicy` from Chi et al., in the learning rate and the average of the weights.
+    Differs from Ze et al. in the same points as `DiffusionPolicy` from Chi et al.: learning rate and average of the weights.
     """
 
     name = "dp3"
@@ -47,10 +47,10 @@ class DP3(Policy):
         self.model = ActionDiffusion(config, spec)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared error of what the network says about noised actions."""
+        """Return the mean squared error of the network's prediction from noised actions."""
         loss = self.model.loss(batch, generator=generator)
         return loss, {"denoising_mse": loss.item()}
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """One draw (B H A) for each row."""
+        """Sample actions (B H A), one sequence for each row."""
         return self.model.sample(obs, generator=generator)

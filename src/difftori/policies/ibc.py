@@ -1,4 +1,4 @@
-"""Implicit behavioural cloning (Florence et al., 2021): the action of least energy, the energy learned by contrast."""
+"""Implicit behavioural cloning (Florence et al., 2021): the action of least energy, with a contrastive loss for the energy."""
 
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -26,7 +26,7 @@ from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window
 
 
 class IBCConfig(EnergyConfig):
-    """Settings of `IBC`. The defaults are those of Diffusion Policy's comparison, for states with 3,050 epochs."""
+    """Settings of `IBC`. The defaults are those of Diffusion Policy's comparison from states, with 3,050 epochs."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
@@ -49,46 +49,46 @@ class IBCConfig(EnergyConfig):
         "small": SMALL,
     }
     preset: str = "paper"
-    """`paper`: Diffusion Policy's. `langevin`: negatives and acting by gradients, as Florence et al. have them. `small`:
-    for a CPU."""
+    """Preset of settings. `paper`: Diffusion Policy's. `langevin`: negatives and inference by Langevin steps, as in Florence et al.
+    `small`: for a CPU."""
     epochs: int = Field(3050, ge=1)
     negatives: Literal["uniform", "langevin"] = "uniform"
-    """What the expert's action is contrasted with: actions drawn uniformly, or moved from there by Langevin steps."""
+    """Negative samples of the contrastive loss: uniform actions, or uniform actions after Langevin steps."""
     num_negatives: int = Field(1024, ge=1)
-    """How many."""
+    """Number of negative samples per row."""
     positive_noise: float = Field(1e-4, ge=0)
-    """σ of Gaussian noise on the expert's action, in half-widths of the training data's range."""
+    """Standard deviation σ of Gaussian noise on the expert's action, in half-widths of the training data's range."""
     gradient_penalty: float = Field(0.0, ge=0)
-    """Weight of a penalty on slopes of the energy above 1, which Langevin steps need. It is computed for all
-    candidates at once."""
+    """Weight of a penalty on slopes of the energy above 1, which Langevin steps require. Computed for all candidates in one
+    batch."""
     margin: float = Field(0.0, ge=0)
-    """Actions are considered so far beyond the training data's range on each side, as a share of the range."""
+    """Width by which the bounds of actions exceed the training data's range on each side, as a share of the range."""
     inference: Literal["derivative-free", "langevin"] = "derivative-free"
-    """How the action of least energy is sought: by resampling, or by noisy gradient steps."""
+    """Search for the action of least energy: by resampling (`derivative-free`), or by noisy gradient steps (`langevin`)."""
     samples: int = Field(1024, ge=1)
-    """Candidates of each row when it acts."""
+    """Number of candidates of each row at inference."""
     search_steps: int = Field(5, ge=1)
-    """How often derivative-free inference scores its candidates."""
+    """Number of times that derivative-free inference scores its candidates."""
     search_std: float = Field(0.03, ge=0)
-    """How far it moves them after the first resampling, in half-widths of the training data's range."""
+    """Standard deviation of the perturbation after the first resampling, in half-widths of the training data's range."""
     search_shrink: float = Field(0.5, gt=0, le=1)
-    """By what this is multiplied each time."""
+    """Factor on `--search-std` after each resampling."""
     langevin_steps: int = Field(100, ge=1)
-    """Langevin steps, in training and in acting."""
+    """Number of Langevin steps, in training and at inference."""
 
 
 @final
 class IBC(Policy):
-    """â = argmin_a E_θ(s, a), E learned by telling the expert's action from others (InfoNCE).
+    """â = argmin_a E_θ(s, a). E is trained to distinguish the expert's action from others (InfoNCE).
 
         L = −log [ e^{−E(s, a*)} / (e^{−E(s, a*)} + Σ_j e^{−E(s, a_j)}) ]
 
-    (Florence et al., 2021, "Implicit Behavioral Cloning", Sec. 2.) The energy is an MLP of the features of what was
-    seen and of the actions to execute, all as one vector; by default that is one action. Actions are sought inside the box and the
-    training data's range, among candidates that begin uniform.
+    (Florence et al., 2021, "Implicit Behavioral Cloning", Sec. 2.) The energy is an MLP on the features of the observations
+    and the executed actions as one vector; by default, one action is executed. The search is inside the action box and the
+    training data's range. Its candidates are initially uniform.
 
-    Differs from Diffusion Policy's IBC: moves shrink by half each time, as in Florence et al.; the candidate of least
-    energy is executed, theirs is drawn by softmax(−E). Differs from Florence et al.: a plain MLP; no second chain.
+    Differs from Diffusion Policy's IBC: perturbations shrink by half each time, as in Florence et al.; the candidate of least
+    energy is executed, theirs is sampled from softmax(−E). Differs from Florence et al.: a plain MLP; no second chain.
     """
 
     name = "ibc"
@@ -112,7 +112,7 @@ class IBC(Policy):
         self.chain = Langevin(config.langevin_steps)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """InfoNCE, with the penalty on steep energies; and how often the expert's action had the least energy."""
+        """Return the InfoNCE loss plus the gradient penalty. Metrics: the share of rows whose expert action has the least energy."""
         settings = self.settings
         features = self.window(batch.obs, generator)
         target = batch.actions[:, : self.spec.n_action_steps].flatten(1)
@@ -131,7 +131,7 @@ class IBC(Policy):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:
-        """The executed actions (B P A) of least energy that were found."""
+        """Return the executed actions (B P A) with the least energy found."""
         features = self.window(obs)
         candidates = self._uniform(self.settings.samples, len(features), generator)
         score = partial(self.score.in_parts, features, at_once=self.settings.at_once)
@@ -143,7 +143,7 @@ class IBC(Policy):
         return found.unflatten(1, (self.spec.n_action_steps, self.spec.action_dim))
 
     def _moved(self, features: Latents, candidates: Candidates, generator: torch.Generator) -> Candidates:
-        """The candidates after the Langevin steps, without a graph."""
+        """Return the candidates after the Langevin steps, without a graph."""
         slopes = partial(self.score.slopes, features)
         return self.chain.run(slopes, candidates, self.low, self.high, generator=generator)
 

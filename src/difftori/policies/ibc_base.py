@@ -1,4 +1,4 @@
-"""Implicit behavioural cloning around a base: the energy of IBC, searched near another policy's actions."""
+"""Implicit behavioural cloning on a base policy: the energy of IBC, searched around the base's actions."""
 
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -28,50 +28,53 @@ from difftori.types import Latents, Metrics, PartPlans, Plans, Points, Scalar, T
 
 
 class IBCBaseConfig(EnergyConfig, RefinerConfig):
-    """Settings of `IBCBase`. The energy is `ibc`'s; what is done with the base is ours: the paper does not say."""
+    """Settings of `IBCBase`. The energy is that of `ibc`; the use of the base is our interpretation, because the paper does not describe it."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "small": SMALL,
     }
     preset: str = "paper"
-    """`paper`: the sizes of `ibc`. `small`: for a CPU."""
+    """Preset of settings. `paper`: the sizes of `ibc`. `small`: for a CPU."""
     epochs: int = Field(300, ge=1)
     num_negatives: int = Field(1024, ge=4)
-    """Actions that the expert's is contrasted with: the base's, and others in the shares below."""
+    """Number of negative samples per row: the base's action, and others in the shares `--near-base` and `--near-expert`."""
     near_base: float = Field(0.5, ge=0, le=1)
-    """Share of the negatives that lies around the base's action."""
+    """Share of the negative samples around the base's action."""
     near_expert: float = Field(0.25, ge=0, le=1)
-    """Share that lies around the expert's. The others are drawn uniformly."""
+    """Share of the negative samples around the expert's action. The remaining ones are uniform."""
     negative_std: float = Field(0.3, gt=0)
-    """How far around: σ of each negative is drawn uniformly up to this, in half-widths of the training data's range."""
+    """Largest standard deviation σ of the negative samples around an action, in half-widths of the training data's range. The σ of
+    each one is sampled uniformly up to this value."""
     positive_noise: float = Field(1e-4, ge=0)
-    """σ of Gaussian noise on the expert's action, in the same units."""
+    """Standard deviation σ of Gaussian noise on the expert's action, in half-widths of the training data's range."""
     inference: Literal["derivative-free", "gradient"] = "derivative-free"
-    """How a better action is sought: among candidates around the base's, or by gradient steps from it, without noise."""
+    """Search for a better action: among candidates around the base's action (`derivative-free`), or by gradient steps from it,
+    without noise (`gradient`)."""
     samples: int = Field(1024, ge=2)
-    """Candidates of each row when it acts, the base's action always among them."""
+    """Number of candidates of each row at inference, always including the base's action."""
     search_steps: int = Field(5, ge=1)
-    """How often derivative-free inference scores its candidates."""
+    """Number of times that derivative-free inference scores its candidates."""
     search_std: float = Field(0.05, ge=0)
-    """σ of the first candidates around the base, and of their moves after the first resampling, in the same units."""
+    """Standard deviation of the initial candidates around the base's action, and of their perturbation after the first resampling, in
+    half-widths of the training data's range."""
     search_shrink: float = Field(0.5, gt=0, le=1)
-    """By what this is multiplied each time."""
+    """Factor on `--search-std` after each resampling."""
     gradient_steps: int = Field(10, ge=1)
-    """Steps of `gradient`, each at most a tenth of a half-width."""
+    """Number of steps of `--inference gradient`, each at most a tenth of a half-width of the training data's range."""
     advantage: float = Field(0.0, ge=0)
-    """The base's action is replaced only by one whose score is higher by this, in nats."""
+    """Energy difference, in nats, that is required to replace the base's action."""
 
 
 @final
 class IBCBase(Refiner):
-    """â = the action of least energy E_θ(s, a) that is found near the base's, which is itself always a candidate.
+    """â = the action of least energy E_θ(s, a) found near the base's action, which is always a candidate.
 
-    E is `ibc`'s, over all actions that are executed as one vector, and learned by InfoNCE: the expert's actions against
-    the base's own, others around the base's and around the expert's, and uniform ones. If no candidate has less energy
-    than the base's actions, they are returned bit for bit: refining can be declined.
+    E is that of `ibc`, over all executed actions as one vector, trained with InfoNCE: the expert's actions against the base's
+    own, others around the base's and around the expert's, and uniform ones. If no candidate has less energy than the base's
+    actions, they are returned bit for bit: the policy can decline to refine.
 
-    Wan et al. (2024) report IBC on a base and do not say how it was done; this is one fair reading.
+    Wan et al. (2024) report IBC on a base policy and do not describe it; this is our interpretation.
     """
 
     name = "ibc-base"
@@ -93,7 +96,7 @@ class IBCBase(Refiner):
         self.climb = Langevin(config.gradient_steps, noise=0.0)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """InfoNCE; how often the expert's action had the least energy, and how often less than the base's."""
+        """Return the InfoNCE loss. Metrics: the shares of rows whose expert action has the least energy, and less than the base's."""
         target = self._executed(batch.actions)
         base = self._executed(self.choose_base(batch, generator))
         noise = noise_like(target, generator)
@@ -108,19 +111,19 @@ class IBCBase(Refiner):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
-        """The executed actions (B P A): the base's, replaced where better ones were found."""
+        """Return the executed actions (B P A): the base's, replaced in rows where a better candidate was found."""
         assert base is not None
         executed = base[:, : self.spec.n_action_steps]
         features = self.window(obs)
         candidates = self._candidates(features, executed.flatten(1), generator)
         scores = finite(self.score.in_parts(features, candidates, at_once=self.settings.at_once))
-        # Equal energies may differ by rounding, and the base counts as the better of equals.
+        # Equal energies may differ by rounding; in a tie, the base's action is used.
         rounding = 32 * torch.finfo(scores.dtype).eps * scores[0].abs().clamp_min(1.0)
         better = scores.amax(0) > scores[0] + self.settings.advantage + rounding
         return torch.where(better[:, None, None], best(candidates, scores).reshape(executed.shape), executed)
 
     def _candidates(self, features: Latents, base: Points, generator: torch.Generator) -> Candidates:
-        """The base's actions first, and what was found from them."""
+        """Return the candidates, the base's actions first."""
         bounds, settings = (self.low, self.high), self.settings
         if settings.inference == "gradient":
             slopes = partial(self.score.slopes, features)
@@ -132,7 +135,7 @@ class IBCBase(Refiner):
         return self.search.run(score, torch.cat((base.unsqueeze(0), others)), *bounds, generator=generator, keep=1)
 
     def _negatives(self, base: Points, target: Points, generator: torch.Generator) -> Candidates:
-        """All but the base's own action: around it, around the expert's, and uniform."""
+        """Sample the negatives except the base's own action: around it, around the expert's, and uniform."""
         settings = self.settings
         count = settings.num_negatives - 1
         by_base = round(settings.near_base * count)
@@ -145,5 +148,5 @@ class IBCBase(Refiner):
         return torch.cat((near, uniform(count - by_base - by_expert, len(base), *bounds, generator)))
 
     def _executed(self, actions: Plans) -> Points:
-        """The actions of (B H A) that are executed, in one row each (B n)."""
+        """Return the executed part of actions (B H A) as one vector per row (B n)."""
         return actions[:, : self.spec.n_action_steps].flatten(1)

@@ -1,4 +1,4 @@
-"""The recurrent baseline of Amos et al. (2018), Differentiable MPC, arXiv 1810.13400, which Table 8 compares with."""
+"""The recurrent baseline of Table 8, from Amos et al. (2018), "Differentiable MPC", arXiv 1810.13400."""
 
 from typing import final
 
@@ -15,12 +15,12 @@ from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs, 
 class LSTMConfig(PolicyConfig):
     """Settings of `LSTMPolicy`.
 
-    Known from Amos et al.: 256 units everywhere, three-layer embeddings, Adam at 1e-4, batches of 32, no clipping.
-    Ours: `epochs`. Their script allows 10,000 for the undamped pendulum and keeps the best validation error.
+    From Amos et al.: 256 units everywhere, three-layer embeddings, Adam at 1e-4, batches of 32, no gradient clipping.
+    Ours: `epochs`. Their script allows 10,000 for the undamped pendulum and selects the best validation error.
     """
 
     hidden: int = Field(256, ge=1)
-    """Units of the cell and of every layer of the embeddings."""
+    """Number of units of the LSTM cell and of every layer of the embeddings."""
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     epochs: int = Field(500, ge=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -28,15 +28,15 @@ class LSTMConfig(PolicyConfig):
 
 @final
 class LSTMPolicy(Policy):
-    """Emits the H controls one after another, each computed from the one before.
+    """Outputs the H controls one after another, each computed from the previous one.
 
         y_0 = E_s(s);   (h_t, c_t) = LSTMCell(y_t, (h_{t−1}, c_{t−1}));   u_t = D(c_t);   y_{t+1} = E_u(u_t)
 
-    E_s, E_u and D have three linear layers with ReLU between them, the cell starts from zeros, and the loss is the
-    mean of (u_t − u*_t)² with the policy's own controls fed back (no teacher forcing). The controls are read from the
-    cell state c_t rather than from h_t: the authors' released code does so, their paper does not say.
-    Observations in one row of numbers, actions (B H A), both in the task's units. Actions are clamped to the box when it acts, which
-    theirs leaves to the environment.
+    E_s, E_u and D have three linear layers with ReLU between them. The cell starts from zeros. The loss is the mean of
+    (u_t − u*_t)² with the policy's own controls fed back (no teacher forcing). The controls are decoded from the cell state c_t
+    rather than from h_t, as in the authors' released code; their paper does not specify it.
+    Observations are concatenated into one vector per row; actions are (B H A). Both are in the task's units. Actions are clamped
+    to the box at inference; in their code the environment clamps.
     """
 
     name = "lstm"
@@ -52,7 +52,7 @@ class LSTMPolicy(Policy):
         self.cell = nn.LSTMCell(width, width)
 
     def predict(self, obs: WindowObs) -> Plans:
-        """The unclamped controls (B H A), with their graph."""
+        """Return the unclamped controls (B H A), with their graph."""
         entry = self.embed_state(flat_rows(obs))
         memory = None
         controls = []
@@ -63,11 +63,11 @@ class LSTMPolicy(Policy):
         return torch.stack(controls, dim=1)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared control error; draws nothing from `generator`."""
+        """Return the mean squared control error. `generator` is not used."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The controls (B H A); deterministic, draws nothing from `generator`."""
+        """Return the controls (B H A). Deterministic; `generator` is not used."""
         return self.predict(obs)

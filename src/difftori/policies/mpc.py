@@ -1,4 +1,4 @@
-"""Differentiable MPC with known structure: the pendulum's optimal controller, as expert and as Amos et al.'s learner.
+"""Differentiable MPC with known structure: the optimal controller of the pendulum, as expert and as the policy of Amos et al.
 
 Amos et al. (2018), "Differentiable MPC for End-to-end Planning and Control", arXiv 1810.13400.
 """
@@ -23,7 +23,7 @@ from difftori.types import Actions, Metrics, Plans, Rows, Scalar, States, TaskSp
 class PendulumObjective(TrajectoryObjective):
     """Σ_{t<H} ½ τᵀdiag(q)τ + pᵀτ with τ = (cos θ, sin θ, θ̇, u), under the given parameters; no terminal cost.
 
-    `state` (B 3). `quadratic` q and `linear` p have 4 entries, as numbers or as tensors to learn.
+    `state` (B 3). `quadratic` q and `linear` p have 4 entries each and may require gradients.
     """
 
     def __init__(
@@ -38,27 +38,27 @@ class PendulumObjective(TrajectoryObjective):
         self.state, self.horizon, self.action_dim, self.discount = state, horizon, 1, 1.0
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
-        """One step of the pendulum. The box keeps the torque within its limit, so nothing is clamped here."""
+        """Return the next state of the pendulum. The box bounds the torque, so it is not clamped here."""
         return pendulum_step(state, action, self.parameters, dt=DT, torque_limit=float("inf"))
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
-        """½ τᵀdiag(q)τ + pᵀτ."""
+        """Return ½ τᵀdiag(q)τ + pᵀτ."""
         pair = torch.cat((state, action), -1)
         return (0.5 * self.quadratic * pair.square() + self.linear * pair).sum(-1)
 
     def terminal_cost(self, state: States) -> Rows:
-        """Zero: the last control moves no state that counts."""
+        """Return zero: the state after the last control has no cost."""
         return torch.zeros_like(state[..., 0])
 
     def select(self, rows: Tensor) -> "PendulumObjective":
-        """The same problem from some of the starts."""
+        """Return the same problem for a subset of the starts."""
         return PendulumObjective(self.parameters, self.quadratic, self.linear, self.state[rows], self.horizon)
 
 
 def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
-    """The optimal torques (B H 1) under the true model and cost, from each start (B 3): box-DDP from zero torque.
+    """Return the optimal torques (B H 1) under the true model and cost, from each start (B 3): box-DDP from zero torque.
 
-    Solved in float64 to a tolerance of 1e-6; returned in the dtype of `starts`.
+    Solves in float64 to a tolerance of 1e-6; the result has the dtype of `starts`.
     """
     state = starts.double()
     objective = PendulumObjective(
@@ -76,7 +76,7 @@ def expert(problem: Pendulum, starts: States, *, max_steps: int = 100) -> Plans:
 
 
 class MPCConfig(PolicyConfig):
-    """Settings of `PendulumMPC`. The defaults are Amos et al.'s where they say: RMSprop, learning rate, alternation."""
+    """Settings of `PendulumMPC`. Optimizer (RMSprop), learning rate and alternation are those of Amos et al.; the others are ours."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "rmsprop"
     lr: float = Field(1e-2, gt=0, allow_inf_nan=False)
@@ -84,15 +84,15 @@ class MPCConfig(PolicyConfig):
     epochs: int = Field(300, ge=1)
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     learn_cost: bool = True
-    """Learn q and p beside g, m and l; otherwise the true cost is given."""
+    """Learn the cost parameters q and p in addition to g, m and l. Otherwise the true cost is used."""
     init_parameters: tuple[float, float, float] = (15.0, 3.0, 0.5)
-    """First g, m and l."""
+    """Initial values of g, m and l."""
     init_spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Each starts uniformly within this distance of its first value, by the run's seed."""
+    """Half-width of the uniform distribution, around `--init-parameters`, from which g, m and l are initialised by the run's seed."""
     alternate_every: int = Field(10, ge=0)
-    """Epochs of dynamics, then as many of cost, and so on; 0 trains both at once."""
+    """Number of epochs after which training alternates between the dynamics and the cost. 0 trains both together."""
     max_steps: int = Field(60, ge=1)
-    """DDP steps at most."""
+    """Largest number of DDP steps."""
 
 
 @final
@@ -100,11 +100,11 @@ class PendulumMPC(Policy):
     """û(s; θ) = argmin_u Σ_t ½ τᵀdiag(q)τ + pᵀτ under the pendulum with (g, m, l), trained on mean (û − u*)².
 
     Ten unknowns: g, m, l; q = sigmoid(q̂), 4; p = √q·p̂ on the three state entries (the control's is zero, as in the true
-    cost). Solved by box-constrained DDP; differentiated by the implicit function theorem on the free
-    set, second-order terms of the dynamics included (theirs drops them, which biases the gradient).
+    cost). Solved by box-constrained DDP; differentiated by the implicit function theorem on the free set, including
+    second-order terms of the dynamics (theirs drops them, which biases the gradient).
 
-    A training solve starts from the same example's last solution (theirs forgets it every 50 epochs, ours never: the
-    solve runs to convergence either way); a solve at test time starts from zero torque.
+    A training solve starts from the last solution of the same example. Theirs resets it every 50 epochs, ours never; both
+    solve to convergence. At inference, the solve starts from zero torque.
     """
 
     name = "mpc"
@@ -116,8 +116,8 @@ class PendulumMPC(Policy):
         self.settings = config
         if (spec.obs_dim, spec.action_dim) != (3, 1):
             raise ShapeError(
-                f"mpc knows the structure of the pendulum only (S = 3, A = 1); this task has S = {spec.obs_dim}, "
-                f"A = {spec.action_dim}: use difftori, which learns its model"
+                f"mpc supports the pendulum only (S = 3, A = 1); this task has S = {spec.obs_dim}, A = {spec.action_dim}. "
+                "Fix: use difftori-il, which learns its model"
             )
         first = torch.tensor(config.init_parameters)
         spread = torch.tensor(config.init_spread)
@@ -127,15 +127,15 @@ class PendulumMPC(Policy):
         self._last = torch.empty(0, spec.horizon, 1)
 
     def get_extra_state(self) -> Tensor:
-        """The last solution of each training example (N H 1), NaN where there is none: the next solve's start."""
+        """Return the last solution of each training example (N H 1), the start of its next solve; NaN if there is none."""
         return self._last
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Put them back, for an exact resume."""
+        """Restore the last solutions, for an exact resume."""
         self._last = state
 
     def trainable(self, epoch: int) -> Iterable[Tensor]:
-        """Dynamics and cost in turns, or both at once."""
+        """Return the parameters trained in this epoch: dynamics or cost in turns, or both."""
         dynamics, cost = [self.physics], [self.cost_logits, self.cost_linear]
         if not self.settings.learn_cost:
             return dynamics
@@ -144,8 +144,8 @@ class PendulumMPC(Policy):
         return cost if (epoch // self.settings.alternate_every) % 2 else dynamics
 
     def objective(self, obs: States) -> PendulumObjective:
-        """The learned problem from the given states (B 3)."""
-        # A step of the optimiser must not carry a mass or a length through zero, where the model ends.
+        """Return the learned problem from the given states (B 3)."""
+        # An optimizer step must not move a mass or a length to zero or below, where the model is undefined.
         g, (m, l) = self.physics[0].to(obs), self.physics[1:].to(obs).clamp_min(0.05)
         quadratic, linear = obs.new_tensor(QUADRATIC), obs.new_tensor(LINEAR)
         if self.settings.learn_cost:
@@ -154,13 +154,13 @@ class PendulumMPC(Policy):
         return PendulumObjective(PendulumParameters(g, m, l), quadratic, linear, obs, self.spec.horizon)
 
     def predict(self, obs: States, start: Plans, adjoint: Adjoint) -> Plans:
-        """The controls (B H 1) from a first guess, differentiable as the adjoint says. Solved in float64."""
+        """Solve in float64 from the initial guess `start` and return the controls (B H 1). `adjoint` determines the gradient."""
         box = Box(self.spec.low[0], self.spec.high[0])
         planner = Planner(ILQR(second_order=True), adjoint, box, self.settings.max_steps, tolerance=1e-4)
         return planner.plan(self.objective(obs.double()), start.double()).actions.to(obs.dtype)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared control error, differentiated through the controller."""
+        """Return the mean squared control error, differentiated through the controller."""
         controls = self.predict(flat_rows(batch.obs), self._warm_start(batch), Implicit())
         self._last[batch.index.cpu()] = controls.detach().cpu()
         loss = F.mse_loss(controls, batch.actions)
@@ -168,7 +168,7 @@ class PendulumMPC(Policy):
         return loss, {"control_mse": loss.item(), "g": g, "m": m, "l": l}
 
     def _warm_start(self, batch: Window) -> Plans:
-        """The last solution for each example; the demonstrated controls where there is none yet."""
+        """Return the last solution of each example; the demonstrated controls if there is none yet."""
         missing = int(batch.index.max()) + 1 - len(self._last)
         if missing > 0:
             self._last = torch.cat((self._last, torch.full((missing, *self._last.shape[1:]), torch.nan)))
@@ -177,6 +177,6 @@ class PendulumMPC(Policy):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The controls (B H 1); deterministic."""
+        """Return the controls (B H 1). Deterministic; `generator` is not used."""
         states = flat_rows(obs)
         return self.predict(states, states.new_zeros(len(states), self.spec.horizon, 1), Detached())

@@ -1,4 +1,4 @@
-"""A policy in the units of its task: normalization, the step of the present and the base policy live here alone."""
+"""A policy in the units of its task. Normalisation, the present step and the base policy are handled here only."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, final, runtime_checkable
@@ -25,27 +25,27 @@ from difftori.types import (
 
 @runtime_checkable
 class BasePolicy(Protocol):
-    """A policy to refine: a `NormalizedPolicy`, or your own object with this method."""
+    """A base policy: a `NormalizedPolicy`, or your own object with this method."""
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The H actions (B H A) from the oldest observation on, in the task's own units."""
+        """Return the H actions (B H A) from the oldest observation on, in the task's units."""
         ...
 
 
 Base: TypeAlias = BasePolicy | Callable[[WindowObs], Plans]
-"""What a refiner refines: a policy, or a function from observations (B O …) by name to actions (B H A)."""
+"""The base of a refiner: a policy, or a function from observations (B O …) by name to actions (B H A)."""
 
 
 @final
 class NormalizedPolicy:
-    """A policy that reads and returns a task's own units, together with the frozen base policy that a refiner refines.
+    """A policy whose inputs and outputs are in the task's units, together with the frozen base policy of a refiner.
 
-    `policy` sees observations and actions normalised by the training data (`Policy.NORMALIZES`) and, with
-    `Policy.FROM_PRESENT`, the actions from the present on. The base is kept only if the policy uses it, and is no part of the policy's
-    parameters or state. Build it on the device of the policy.
+    `policy` gets observations and actions normalised by the training data (`Policy.NORMALIZES`) and, with
+    `Policy.FROM_PRESENT`, the actions from the present step on. The base is stored only if the policy uses it, and is not part
+    of the policy's parameters or state. It must be on the device of the policy.
 
-    Raises BoxError if actions are normalised by a box that is not finite, ConfigError for a base that is missing, not
-    wanted, or of another task.
+    Raises BoxError if actions are normalised by a box that is not finite, and ConfigError for a base that is missing, not used,
+    or of another task.
     """
 
     def __init__(self, policy: Policy, base: Base | None = None):
@@ -58,30 +58,30 @@ class NormalizedPolicy:
         boxed = actions is min_max and self.spec.moments is None
         if boxed and not (self.low.isfinite().all() and self.high.isfinite().all()):
             raise BoxError(
-                f"{policy.name} normalises actions by the box [{self.spec.low}, {self.spec.high}], which is not finite: "
-                "give finite bounds, or measured data"
+                f"{policy.name} normalises actions by the box [{self.spec.low}, {self.spec.high}], which is not finite. "
+                "Fix: give finite bounds, or the moments of the training data"
             )
         self.normalizer = Normalizer.of(self.spec, obs=obs, actions=actions).to(device)
 
     @property
     def base_stochastic(self) -> bool:
-        """Whether the base may return other actions at each call: known of policies, assumed of everything else."""
+        """Whether the base is stochastic. Unknown for bases that are not a `NormalizedPolicy`, so assumed true."""
         return self.base.stochastic if isinstance(self.base, NormalizedPolicy) else self.base is not None
 
     @property
     def stochastic(self) -> bool:
-        """Whether `act` draws, or its base does, so that a refiner should learn from several samples of it."""
+        """Whether `act` is stochastic, because of the policy or of its base. A refiner trains on several samples of a stochastic base."""
         return self.policy.stochastic or self.base_stochastic
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """The policy's training loss of a batch in the task's units, and named numbers to log."""
+        """Return the training loss of a batch in the task's units, and metrics to log."""
         return self.policy.loss(self.normalized(batch), generator=generator)
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The H actions (B H A) from the oldest observation on, in the task's units, inside the action box.
+        """Return the H actions (B H A) from the oldest observation on, in the task's units, inside the action box.
 
-        What a refiner returns stands in the base's actions; one that it returns unchanged is the base's bit for bit.
+        The actions of a refiner replace those of its base. Actions that it returns unchanged equal the base's bit for bit.
         """
         whole = None if self.base is None else self.base_actions(obs, generator=generator)
         inputs, base = self.inputs(obs, whole)
@@ -97,14 +97,14 @@ class NormalizedPolicy:
         return whole
 
     def inputs(self, obs: WindowObs, base: Plans | None) -> tuple[WindowObs, PartPlans | None]:
-        """Observations, and the base's actions (B H A) where there are some, as the policy sees them when it acts."""
+        """Convert observations and the base's actions (B H A, or None) to the inputs of the policy at inference."""
         inputs = self.normalizer.normalize_obs(obs)
         return inputs, None if base is None else self._base_from_present(base)
 
     def base_actions(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """The base's actions (B H A) in the task's units, in the type and on the device of the observations, without a graph.
+        """Return the base's actions (B H A) in the task's units, with the dtype and device of the observations, without a graph.
 
-        Raises ShapeError if it returns another shape, NonFiniteError for NaN or Inf.
+        Raises ShapeError if the base returns another shape, and NonFiniteError for NaN or Inf.
         """
         assert self.base is not None
         like = next(iter(obs.values()))
@@ -115,16 +115,18 @@ class NormalizedPolicy:
         wanted = (len(like), self.spec.horizon, self.spec.action_dim)
         if plans.shape != wanted:
             raise ShapeError(
-                f"base: it returned {tuple(plans.shape)} for {len(like)} windows; it must be (B H A) = {wanted}, from the "
-                "oldest observation on"
+                f"base: it returned actions of shape {tuple(plans.shape)} for {len(like)} windows. "
+                f"Fix: return (B H A) = {wanted}, from the oldest observation on"
             )
         if not plans.isfinite().all():
             rows = (~plans.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-            raise NonFiniteError(f"base: NaN or Inf in its actions in rows {rows[:8]} of {len(like)}; fix the base")
+            raise NonFiniteError(
+                f"base: NaN or Inf in its actions in rows {rows[:8]} of {len(like)}. Fix: check the base policy"
+            )
         return plans
 
     def normalized(self, batch: Window) -> Window:
-        """The batch as the policy sees it: normalised, the base's actions inside the box, and from the present on."""
+        """Convert a batch to the inputs of the policy: normalised, the base's actions clamped to the box, from the present step on."""
         base = None if batch.base is None else self._base_from_present(batch.base)
         actions = self._from_present(self.normalizer.normalize_actions(batch.actions))
         return Window(self.normalizer.normalize_obs(batch.obs), actions, batch.index, base)
@@ -133,14 +135,14 @@ class NormalizedPolicy:
         return self._from_present(self.normalizer.normalize_actions(base.clamp(self.low, self.high)))
 
     def _from_present(self, actions: AnyPlans) -> AnyPartPlans:
-        """Of actions (… H A), those that the policy sees."""
+        """Return the part of the actions (… H A) that the policy gets."""
         return actions[..., self.spec.n_obs_steps - 1 :, :] if self.policy.FROM_PRESENT else actions
 
     def _in_task_units(self, actions: AnyActions) -> AnyActions:
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
 
     def _whole(self, actions: PartPlans) -> Plans:
-        """The policy's actions (B H A) in the task's units; of (B P A) from the present on, the first and the last are repeated."""
+        """Return actions (B H A) in the task's units. Actions (B P A) from the present step on are padded by repeating the first and last."""
         actions = self._in_task_units(actions)
         if not self.policy.FROM_PRESENT:
             return actions
@@ -151,25 +153,27 @@ class NormalizedPolicy:
 
 
 def _checked_base(policy: Policy, base: Base | None) -> Base | None:
-    """The base, if the policy uses one."""
+    """Return the base, or None if the policy does not use one. Raises ConfigError if base and policy do not match."""
     if not isinstance(policy, Refiner):
         if base is not None:
-            raise ConfigError([f"base: {policy.name!r} starts from no other policy; leave --base out"])
+            raise ConfigError([f"base: {policy.name!r} does not use a base policy. Fix: remove --base"])
         return None
     if not policy.uses_base:
         return None
     if base is None:
-        raise ConfigError([f"base: {policy.name} refines another policy's actions; give --base RUN{policy.OR_ELSE}"])
+        raise ConfigError(
+            [f"base: missing; {policy.name} refines another policy's actions. Fix: give --base RUN{policy.OR_ELSE}"]
+        )
     if isinstance(base, NormalizedPolicy) and _seen(base.spec) != _seen(policy.spec):
         raise ConfigError(
             [
-                f"base: it sees and returns {_seen(base.spec)}, the task gives {_seen(policy.spec)}; leave out what differs"
+                f"base: it has {_seen(base.spec)}, but the task has {_seen(policy.spec)}. Fix: remove the options that differ"
             ]
         )
     return base
 
 
 def _seen(spec: TaskSpec) -> str:
-    """What a base and its refiner must have in common."""
+    """Describe the observations and actions that a base and its refiner must share."""
     entries = ", ".join(f"{name} {entry.shape}" for name, entry in spec.obs.items())
     return f"{spec.n_obs_steps} × ({entries}), {spec.horizon} × {spec.action_dim} actions"

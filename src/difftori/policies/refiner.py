@@ -1,4 +1,4 @@
-"""What policies share that start from a base policy's actions."""
+"""Base class of policies that refine the actions of a base policy."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
@@ -11,24 +11,24 @@ from difftori.types import PartPlans, Plans, TaskSpec, Window, WindowObs
 
 
 class RefinerConfig(PolicyConfig):
-    """Settings that every refiner has."""
+    """Settings of all refiners."""
 
     base_samples: int = Field(8, ge=1)
-    """Actions of a stochastic base policy that are drawn at each training window, before training."""
+    """Number of action samples of a stochastic base policy at each training window, computed once before training."""
     base_choice: Literal["drawn", "nearest"] = "nearest"
-    """Which of these a training step starts from: any, or the one nearest to the expert's action. A draw tells nothing of which
-    of several good ways the expert took, so that from any the best answer is their mean; from the nearest it keeps to the way."""
+    """Sample of the base policy that a training step starts from: a random one (`drawn`), or the one nearest to the expert's action
+    (`nearest`). From a random sample, the best answer is the mean over all demonstrated ways; from the nearest, it is one of them."""
 
 
 class Refiner(Policy, ABC):
-    """A policy that starts from a base policy's actions: of `Window.base` in training, of `base` when it acts.
+    """A policy that starts from a base policy's actions: `Window.base` in training, `base` at inference.
 
-    The base is frozen, and `NormalizedPolicy` asks it.
+    The base is frozen. `NormalizedPolicy` computes its actions.
     """
 
     FROM_PRESENT = True
     OR_ELSE: ClassVar[str] = ""
-    """How to do without a base, for the error where there is none."""
+    """Alternatives to a base policy, for the error message if it is missing."""
 
     def __init__(self, config: RefinerConfig, spec: TaskSpec):
         super().__init__(config, spec)
@@ -37,12 +37,12 @@ class Refiner(Policy, ABC):
 
     @abstractmethod
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
-        """The actions (B P A) from the present on, given the base's from there on (B H A), without a graph."""
+        """Return actions (B P A) from the present step on, given the base's actions from that step on (B H A), without a graph."""
 
     def choose_base(self, batch: Window, generator: torch.Generator) -> Plans:
-        """The base's actions (B H A) that a training batch starts from: of its K samples, the nearest to the expert's, or any.
+        """Return the base's actions (B H A) that a training batch starts from: the nearest of K samples to the expert's, or a random one.
 
-        Nearest is the one whose executed actions have the least squared distance.
+        The nearest sample is the one whose executed actions have the least squared distance.
         """
         samples = batch.base
         assert samples is not None

@@ -1,4 +1,4 @@
-"""Residual refinement: a network adds its correction to a frozen base's actions."""
+"""Residual refinement: a network adds a correction to the actions of a frozen base policy."""
 
 from typing import Literal, final
 
@@ -15,7 +15,7 @@ from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, 
 
 
 class ResidualConfig(RefinerConfig):
-    """Settings of `Residual`. The sizes and the learning settings are DiffTORI's, so that the two can be compared."""
+    """Settings of `Residual`. Sizes and training settings equal DiffTORI's, so that the two can be compared."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -24,19 +24,19 @@ class ResidualConfig(RefinerConfig):
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     scale: float = Field(1.0, gt=0)
-    """α."""
+    """Scale α of the correction."""
     base_noise: float = Field(0.0, ge=0)
-    """σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
+    """Standard deviation σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
     images: Images = Images()
-    """How images are seen."""
+    """Image encoder."""
 
 
 @final
 class Residual(Refiner):
     """â = a_base + α·MLP([features of the observations, a_base]), trained on ‖â − a*‖², for the actions that are executed.
 
-    The last layer starts near zero, so that the first policy is the base. Rows, steps and dimensions share the mean. Source: the residual baseline of Wan et al. (2024), who do not give its
-    sizes; after Johannink et al. (2019).
+    The last layer is initialised near zero, so that the untrained policy equals the base. The loss is the mean over rows, steps
+    and dimensions. Source: the residual baseline of Wan et al. (2024), who do not give its sizes; after Johannink et al. (2019).
     """
 
     name = "residual"
@@ -51,12 +51,12 @@ class Residual(Refiner):
         nn.init.zeros_(small_init_(self.network).bias)
 
     def predict(self, obs: WindowObs, base: PartPlans, crops: torch.Generator | None = None) -> PartPlans:
-        """The base's executed actions (B P A) → corrected ones, with their graph; `crops` as `WindowEncoder` has it."""
+        """Return the corrected actions for the base's executed actions (B P A), with their graph. `crops`: see `WindowEncoder`."""
         correction = self.network(torch.cat((self.window(obs, crops), base.flatten(1)), -1))
         return base + self.settings.scale * correction.reshape(base.shape)
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Mean squared error of the executed actions."""
+        """Return the mean squared error of the executed actions."""
         base = self._executed(self.choose_base(batch, generator))
         start = (base + self.settings.base_noise * noise_like(base, generator)).clamp(-1, 1)
         target = batch.actions[:, : self.spec.n_action_steps]
@@ -65,7 +65,7 @@ class Residual(Refiner):
 
     @torch.no_grad()
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
-        """The base's executed actions (B P A), corrected."""
+        """Return the base's executed actions (B P A), corrected."""
         assert base is not None
         return self.predict(obs, self._executed(base)).clamp(-1, 1)
 

@@ -1,1 +1,1 @@
-"""Tables and figures of the paper, one file each, found by walking this package."""
+"""Tables and figures of the paper, one file each. A study is found because its file is in this package."""

@@ -1,7 +1,7 @@
-"""How much noise on the base's action in training (σ) serves DiffTORI and the residual: MetaWorld from states, a small base.
+"""Standard deviations σ of the noise on the base's action in training, for DiffTORI and the residual: MetaWorld from states, a small base.
 
-The tasks are not among those that Table 1 reports here. Controls: the base, and the base trained as long again, which is what base
-and refiner cost together.
+The tasks are not among those of our Table 1. Controls: the base, and the base trained twice as long, which is the training cost of
+base and refiner together.
 """
 
 from pydantic import Field
@@ -15,7 +15,7 @@ TASKS = ("basketball", "peg-insert-side", "stick-pull")
 FULL_SEEDS, FULL_UPDATES, FULL_EPISODES, DEMOS = 5, 1500, 50, 10
 SIGMAS = (0.0, 0.1, 0.3, 0.5, 1.0)
 RESIDUAL_NOISE = 0.5
-"""σ with which the residual was best here; other studies give it to their control."""
+"""The best σ for the residual in this study. Other studies use it for their control."""
 
 
 class Config(ILStudy):
@@ -24,24 +24,24 @@ class Config(ILStudy):
     tasks: tuple[str, ...] = Field(TASKS, min_length=1)
     """Tasks of MetaWorld."""
     seeds: int = Field(FULL_SEEDS, ge=1)
-    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held out episodes and initial weights."""
+    """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
     sigmas: tuple[float, ...] = Field(SIGMAS, min_length=1)
     """Standard deviations σ of the noise to compare, in half-widths of the action range."""
 
 
 def metaworld_case(task: str) -> Case:
-    """A task from states, with ten demonstrations of the packaged expert for each seed."""
+    """Return a task from states, with ten demonstrations of the packaged expert for each seed."""
     return Case(f"metaworld:{task}", "state", f"{{demos}}/metaworld.{task}-{{seed}}.zarr", collect=DEMOS)
 
 
 def small_base() -> list[Method]:
-    """A multilayer perceptron with DiffTORI's learning settings, and the same trained as long again."""
+    """Return a multilayer perceptron with DiffTORI's training settings, and the same trained twice as long."""
     settings = {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}
     return [Method("base", "bc", settings), Method("base twice as long", "bc", settings, updates=2)]
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/base_noise`."""
+    """Run the missing runs, and write `out/base_noise`."""
     refiners = [
         Method(f"{name} σ {sigma:g}", policy, {"base_noise": sigma}, base="base")
         for name, policy in (("residual", "residual"), ("DiffTORI", "difftori-il"))

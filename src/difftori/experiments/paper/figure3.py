@@ -1,11 +1,11 @@
-"""Figure 3: learning curves of DiffTORI and TD-MPC on the paper's 15 tasks, beside published ones.
+"""Figure 3: learning curves of DiffTORI and TD-MPC on the paper's 15 tasks, next to published ones.
 
-Every task with both agents from the same seeds at the same number of environment steps; then the normalised mean and
-interquartile mean over tasks with 95 % stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264). DiffTORI
-is the library's default form: docs/reinforcement-studies.md says how it differs from the paper's.
+Both agents are compared on every task, with the same seeds and the same number of environment steps. The normalised mean and
+interquartile mean over tasks have 95 % stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264). DiffTORI has the
+library's default settings; docs/reinforcement-studies.md lists the differences from the paper.
 
 The defaults are the full study: 150 runs of a million steps from pixels. `--budget MINUTES`, `--tasks`, `--seeds`, `--steps`, `--obs state` and
-`--preset compact` run a part of it, which is labelled `partial` in every output; re-run the same command to resume.
+`--preset compact` run a part of it, which is labelled `partial` in every output. Re-run the same command to resume.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ METHODS = (Method("difftori", "difftori"), Method("tdmpc", "tdmpc"))
 
 
 class Config(RLStudy):
-    """Learning curves of DiffTORI and TD-MPC (Figure 3), beside published ones."""
+    """Learning curves of DiffTORI and TD-MPC, next to published ones (Figure 3)."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/figure3`. RunsFailedError, after everything is drawn, if runs failed."""
+    """Run the missing runs, and write `out/figure3`. Raises RunsFailedError at the end if runs failed."""
     run_curves(config, METHODS, draw, study="figure3", title="Figure 3: DiffTORI and TD-MPC on DeepMind Control")
 
 
 def draw(curves: Curves, out: Path, summaries: Sequence[Summary], rows: Sequence[Aggregate]) -> list[str]:
-    """The figures, and the tables of the page."""
+    """Write the figures, and return the parts of the page."""
     published = published_curves(observation(curves.options))
     save_svg(return_panels(curves, published=published), out / "tasks.svg")
     save_svg(over_tasks(curves, rows), out / "all_tasks.svg")

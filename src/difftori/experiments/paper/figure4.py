@@ -1,7 +1,7 @@
-"""Figure 4: one state, two latent samples, two landscapes of the learned objective, and the solve's iterates in each.
+"""Figure 4: one state, two latent samples, two landscapes of the learned objective, and the iterates of the solve in each.
 
-From a finished run of `difftori-il` with the variational autoencoder. The figure shows the plane through the shared start and the two
-solutions; what lies outside of the action box is left white.
+Requires a finished run of `difftori-il` with the variational autoencoder. The figure shows the plane through the shared start and the
+two solutions; the area outside of the action box is white.
 """
 
 from dataclasses import dataclass
@@ -30,27 +30,27 @@ _GRID = 61
 
 
 class Config(BaseModel):
-    """Two latent samples at one state: landscapes of the learned objective, and the iterates of the solver (Figure 4)."""
+    """Landscapes of the learned objective for two latent samples at one state, and the iterates of the solver (Figure 4)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run: Path
-    """Directory of a finished run of `difftori-il` with `--cvae-dim`, in an environment."""
+    """Run directory of a finished run of `difftori-il` with `--cvae-dim`, in an environment."""
     episode: int = Field(TEST_SEED, ge=0)
-    """Seed of the episode whose first state is shown."""
+    """Random seed of the episode whose first state is shown."""
     samples: int = Field(0, ge=0)
-    """Seed of the two latent samples."""
+    """Random seed of the two latent samples."""
     out: Path = Path("results/figure4")
-    """Directory for the figure."""
+    """Directory of the figure."""
 
 
 def run(config: Config) -> None:
-    """Draw `out/figure4.svg`. ConfigError for a run of another policy, or one without latent samples."""
+    """Write `out/figure4.svg`. Raises ConfigError for a run of another policy, or one without latent samples."""
     policy, of_run = load_policy(config.run, "last")
     network = policy.policy
     if not isinstance(network, DiffTORI) or network.settings.cvae_dim == 0 or of_run.demos is None:
         raise ConfigError(
-            [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment; train one first"]
+            [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment. Fix: train one first"]
         )
     evaluator = EnvEvaluator(resolve_env(of_run.env), of_run.obs)
     env = evaluator.open(1)
@@ -68,9 +68,8 @@ def run(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Landscape:
-    """The objective over the plane for one latent sample: `axis` (g) coordinates of both sides, `values` (g g), NaN outside
-    of the box, and `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise` of the objective
-    along it.
+    """The objective over the plane for one latent sample: `axis` (g), the coordinates of both sides; `values` (g g), NaN outside of
+    the box; `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise`, the increase of the objective along it.
     """
 
     axis: Tensor
@@ -81,7 +80,7 @@ class Landscape:
 
 @torch.no_grad()
 def landscapes(refined: NormalizedPolicy, obs: WindowObs, *, seed: int) -> list[Landscape]:
-    """Two solves from the same start at one observation (1 O …), under two draws of z̃ ~ N(0, I)."""
+    """Solve from the same start at one observation (1 O …) for two samples z̃ ~ N(0, I), and return both landscapes."""
     generator = seeded(seed, "figure 4")
     policy = refined.policy
     assert isinstance(policy, DiffTORI)
@@ -119,7 +118,7 @@ def landscapes(refined: NormalizedPolicy, obs: WindowObs, *, seed: int) -> list[
 
 
 def _plane(one: Tensor, other: Tensor) -> Tensor:
-    """Two orthonormal directions (2 n) that span both moves, or any second one where they are parallel."""
+    """Return two orthonormal directions (2 n) that span both moves. The second one is arbitrary if the moves are parallel."""
     generator = torch.Generator().manual_seed(0)
     first = one if one.norm() > 1e-8 else torch.randn(one.shape, generator=generator)
     first = first / first.norm()
@@ -131,7 +130,7 @@ def _plane(one: Tensor, other: Tensor) -> Tensor:
 
 
 def draw(panels: list[Landscape], caption: str) -> Figure:
-    """Contours and iterates side by side, each with its own levels."""
+    """Plot contours and iterates of both landscapes, each with its own levels."""
     with style():
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         for index, (axis, panel) in enumerate(

@@ -1,9 +1,9 @@
-"""Figure 5: what the policy-gradient term of Eq. 6 adds: DiffTORI with it, in two schedules, and without it.
+"""Figure 5: the effect of the policy-gradient term of Eq. 6. DiffTORI with the term, in two schedules, and without it.
 
-`off` plans with the optimiser but never learns through it. `per-episode` is the released schedule, `replay` Eq. 6 as
-written. Further forms: `replay-25` takes a step at every 25th update only, `replay-slow` at a tenth of the learning rate,
-`replay-critics` trains Q alone and slowly, `replay-shared` adds the term to Eq. 3's gradient instead of giving it an
-optimizer of its own, `…-flipped` has the sign of c_0 flipped: a term that helps must do worse then. Differences are paired by seed.
+`off` plans by optimisation but does not differentiate through it. `per-episode` is the released schedule, `replay` is Eq. 6 as
+written. Further forms: `replay-25` takes a policy-gradient step at every 25th update only; `replay-slow` has a tenth of the learning
+rate; `replay-critics` trains Q only, with that rate; `replay-shared` adds the term to the gradient of Eq. 3 instead of using a separate
+optimizer; `…-flipped` has the opposite sign of c_0, so that a useful term must give worse results. Differences are paired by seed.
 """
 
 from typing import Literal, get_args
@@ -44,11 +44,11 @@ class Config(RLStudy):
     """DiffTORI with and without the policy-gradient term of Eq. 6 (Figure 5)."""
 
     forms: tuple[Form, ...] = Field(FULL_FORMS, min_length=1)
-    """Forms of the policy-gradient term to compare (docs/reinforcement-studies.md); `off`, the reference, is always among them."""
+    """Forms of the policy-gradient term to compare (docs/reinforcement-studies.md). The reference, `off`, is always included."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/figure5`. RunsFailedError, after everything is drawn, if runs failed."""
+    """Run the missing runs, and write `out/figure5`. Raises RunsFailedError at the end if runs failed."""
     methods = [FORMS[name] for name in dict.fromkeys(("off", *config.forms))]
     lacking = set(FULL_FORMS) - {method.label for method in methods}
     run_ablation(

@@ -1,8 +1,7 @@
 """Figure 6: DiffTORI without the reward loss, without the dynamics (consistency) loss, and without the policy prior.
 
-`no-reward` and `no-consistency` set that coefficient of Eq. 3 to 0; in `no-prior` solves start from zero instead of the
-prior's rollout, while the prior goes on serving Bellman targets and the terminal value. Differences from the whole
-method are paired by seed.
+`no-reward` and `no-consistency` set that coefficient of Eq. 3 to 0. In `no-prior`, solves start from zero instead of the prior's
+rollout; the prior is still used for Bellman targets and the terminal value. Differences from the complete method are paired by seed.
 """
 
 from difftori.experiments.rl_report import run_ablation
@@ -19,10 +18,10 @@ METHODS = (
 
 
 class Config(RLStudy):
-    """DiffTORI without one of its parts: the reward loss, the dynamics loss, the policy prior (Figure 6)."""
+    """DiffTORI without the reward loss, without the dynamics loss, and without the policy prior (Figure 6)."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/figure6`. RunsFailedError, after everything is drawn, if runs failed."""
+    """Run the missing runs, and write `out/figure6`. Raises RunsFailedError at the end if runs failed."""
     title = "Figure 6: dropping the reward loss, the dynamics loss, the prior"
     run_ablation(config, METHODS, study="figure6", title=title)

@@ -1,8 +1,8 @@
-"""Figure 7: the runs of Figure 3 over wall-clock time, and what a decision and an update of DiffTORI cost beside TD-MPC's.
+"""Figure 7: the runs of Figure 3 over wall-clock time, and the time of an agent step and an update of DiffTORI, compared with TD-MPC.
 
-Seconds are those of training without evaluation, of runs without `--compile`, whose seconds would count compilation. Ratios are of runs on the same task, seed and hardware; with `--jobs 1`
-and nothing else running they compare, otherwise load differs between runs. `difftori bench rl` measures the parts
-side by side. The paper: 0.052 s an action against 0.0092 s.
+Seconds are training time without evaluation, of runs without `--compile`, whose seconds would include compilation. Ratios are between
+runs on the same task, seed and hardware. They are comparable with `--jobs 1` and no other load; otherwise the load differs between runs.
+`difftori bench rl` measures both agents under equal conditions. The paper reports 0.052 s per action, compared with 0.0092 s for TD-MPC.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ class Config(RLStudy):
 
 @dataclass(frozen=True)
 class Timing:
-    """One line of `timing.csv`: a pair of finished runs of one task and seed. Times in milliseconds, ratios DiffTORI : TD-MPC.
+    """One row of `timing.csv`: a pair of finished runs of one task and seed. Times in milliseconds, ratios DiffTORI / TD-MPC.
 
-    `action` is acting's time over the decisions after the random ones, `update` sampling's and update's over updates,
-    `step` the whole training's without evaluation over environment steps.
+    `action` is the time of inference per agent step, after the random ones at the start. `update` is the time of sampling a batch and
+    learning, per update. `step` is the time of the whole training without evaluation, per environment step.
     """
 
     task: str
@@ -51,12 +51,12 @@ class Timing:
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/figure7`. RunsFailedError, after everything is drawn, if runs failed."""
+    """Run the missing runs, and write `out/figure7`. Raises RunsFailedError at the end if runs failed."""
     run_curves(config, METHODS, draw, study="figure7", title="Figure 7: return against wall-clock time")
 
 
 def draw(curves: Curves, out: Path, summaries: Sequence[Summary], aggregates: Sequence[Aggregate]) -> list[str]:
-    """The figure, the table of times, and its notes."""
+    """Write the figure and the table of times, and return the parts of the page."""
     save_svg(return_panels(curves, published=(), clock=True), out / "wall_clock.svg")
     rows = timings(curves)
     write_csv(out / "timing.csv", rows)
@@ -64,7 +64,7 @@ def draw(curves: Curves, out: Path, summaries: Sequence[Summary], aggregates: Se
 
 
 def timings(curves: Curves) -> list[Timing]:
-    """One line for each task and seed that both agents have finished."""
+    """Return one row for each task and seed that both agents have finished."""
     rows = []
     for task in curves.tasks:
         ours_by_seed, theirs_by_seed = (curves.of(task, method.label) for method in METHODS)
@@ -96,8 +96,8 @@ def timings(curves: Curves) -> list[Timing]:
 
 
 def _costs(result: Result) -> tuple[float, float, float] | None:
-    """Milliseconds of an action, an update, an environment step; None for an unfinished run, one that only acted at random, or one
-    whose seconds count its compilation.
+    """Return the milliseconds of an action, an update and an environment step. None for an unfinished run, one with random actions
+    only, or one whose seconds include compilation.
     """
     if not result.finished or result.record.config.get("compile"):
         return None
@@ -112,10 +112,10 @@ def _costs(result: Result) -> tuple[float, float, float] | None:
 
 
 def _table(rows: list[Timing]) -> str:
-    """Means over seeds by task, pairs on the same hardware only."""
+    """Format the means over seeds by task, from pairs on the same hardware."""
     same = [row for row in rows if row.same_hardware]
     if not same:
-        return "No task has a finished pair of runs on the same hardware yet."
+        return "There is no task with a pair of finished runs on the same hardware."
     groups = {task: [row for row in same if row.task == task] for task in dict.fromkeys(row.task for row in same)}
     cells = [("task", list(groups))]
     for part in ("action", "update", "step"):
@@ -135,8 +135,8 @@ def _mean(group: list[Timing], name: str) -> float:
 def _notes() -> str:
     printed = "; ".join(f"{row.planner}: {1e3 * row.seconds:g} ms on {row.hardware}" for row in paper_timings())
     return (
-        "`action`: acting over the decisions after the random ones, plans shorter at first as scheduled. `update`: sampling and "
-        "learning on a batch. `step`: the whole training without evaluation over environment steps, policy-gradient steps "
-        "at the end of episodes included. Means over pairs of runs on the same task, seed and hardware. Printed in the "
-        f"paper, per action: {printed}."
+        "`action`: inference per agent step, after the random ones at the start; plans are initially shorter, as scheduled. "
+        "`update`: sampling a batch and learning. `step`: the whole training without evaluation per environment step, including "
+        "policy-gradient steps at the end of episodes. Means over pairs of runs on the same task, seed and hardware. Printed "
+        f"in the paper, per action: {printed}."
     )

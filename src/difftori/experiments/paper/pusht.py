@@ -1,4 +1,4 @@
-"""What the studies on Push-T share: the human demonstrations, how they are seen, the methods of Tables 2, 4 and 7, their runs."""
+"""Base of the studies on Push-T: the human demonstrations, observation types, the methods of Tables 2, 4 and 7, their runs."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,21 +16,21 @@ LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc":
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
 
 SMALL_DRAWS = 4
-"""Of a diffusion policy's actions at each training window: on a CPU, asking for more takes longer than the training itself."""
+"""Number of base samples of a diffusion policy at each training window. On a CPU, more samples take longer than the training."""
 
 
 class PushTConfig(ILStudy):
-    """Options that the studies on Push-T share."""
+    """Options of the studies on Push-T."""
 
     demos: Path = Path("demos")
-    """Directory that holds `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors. If it is missing, it is
+    """Directory of `pusht_cchi_v7_replay.zarr`, the human demonstrations of Diffusion Policy's authors. If it is missing, it is
     downloaded when a base policy has to be trained (as by `difftori train --demos pusht-human`)."""
     obs: Literal["image", "pose"] = "image"
     """Observation type: images, as in the paper, or the pose of agent and block."""
     sizes: Literal["paper", "small"] = "paper"
     """Sizes of the networks of the base policies; `small` is for CPUs."""
     updates: int = Field(FULL_UPDATES, ge=1)
-    """Updates of every training, of base policies and refiners alike."""
+    """Number of updates of every training, for base policies and refiners."""
 
 
 def run_push_t(
@@ -43,9 +43,9 @@ def run_push_t(
     published: dict[str, tuple[float, float | None]],
     further: dict[str, bool],
 ) -> None:
-    """Run what is missing, and write `out/<study>`.
+    """Run the missing runs, and write `out/<study>`.
 
-    `published` are the paper's failure rates by method; `further` are reasons of the study's own that make it partial.
+    `published` are the paper's failure rates by method. `further` are the study's own reasons that make it partial.
     """
     demos = str(config.demos / DATA) if (config.demos / DATA).exists() else PUBLIC_NAME
     checks = {
@@ -72,18 +72,18 @@ def run_push_t(
 
 
 def base(config: PushTConfig, name: str) -> Method:
-    """A base policy at the study's sizes, labelled by its name."""
+    """Return a base policy at the study's sizes, labelled by its name."""
     return Method(name, name, (LARGE if config.sizes == "paper" else SMALL)[name])
 
 
 def refiner(config: PushTConfig, label: str, policy: str, on: str, **settings: object) -> Method:
-    """What refines a base, with its defaults but for `settings`; at small sizes it sees few draws of a diffusion policy's plans."""
+    """Return a refiner with its default settings except `settings`. At small sizes, it gets fewer samples of a diffusion policy."""
     if config.sizes == "small" and on == "diffusion":
         settings = {"base_samples": SMALL_DRAWS, **settings}
     return Method(label, policy, settings, base=on)
 
 
 def failure_rates(table: str) -> dict[str, tuple[float, float | None]]:
-    """The paper's failure rates on Push-T by method, or by horizon in Table 7."""
+    """Return the paper's failure rates on Push-T by method, or by horizon for Table 7."""
     rows = [row for row in paper_numbers(table) if row.task == "push-t"]
     return {row.variant or row.method: (row.mean, row.std) for row in rows}

@@ -1,7 +1,7 @@
 """Table 1: MetaWorld, a base policy, the base with a residual, and the base refined by DiffTORI.
 
-The paper's base is DP3 on point clouds. `--base bc --obs state` and `--base dp3-simple` are for CPUs; they are labelled partial, and the
-paper's numbers beside them are of other policies. DiffTORI with `--reference` is also run as the authors released it.
+The paper's base is DP3 on point clouds. `--base bc --obs state` and `--base dp3-simple` are for CPUs. They are labelled partial, because
+the paper's numbers in the table are of another base policy. With `--reference`, DiffTORI is also run with the settings of the authors' release.
 """
 
 from typing import Literal
@@ -28,7 +28,7 @@ PAPER = {"base": "dp3", "residual": "residual+dp3", "DiffTORI": "difftori+dp3"}
 class Config(ILStudy):
     """MetaWorld: a base policy, a residual on it, DiffTORI on it (Table 1).
 
-    The defaults are the full study; anything less is labelled `partial` in every output.
+    The defaults are the full study; a smaller one is labelled `partial` in every output.
     """
 
     tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
@@ -36,17 +36,17 @@ class Config(ILStudy):
     obs: Literal["points", "state"] = "points"
     """Observation type; the paper uses point clouds."""
     base: Literal["dp3", "dp3-simple", "bc"] = "dp3"
-    """Base policy that is refined; the paper uses DP3."""
+    """Base policy to refine; the paper uses DP3."""
     updates: int = Field(FULL_UPDATES, ge=1)
-    """Updates of every training, of base policies and refiners alike."""
+    """Number of updates of every training, for base policies and refiners."""
     controls: bool = True
-    """Also run the base trained for twice as long, and the residual with noise of 0.5 on the base's action, the best in `base-noise`."""
+    """Also run the base trained twice as long, and the residual with noise σ = 0.5 on the base's action, the best in `base-noise`."""
     reference: bool = False
     """Also run DiffTORI with the solver settings of the authors' release."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/table1`."""
+    """Run the missing runs, and write `out/table1`."""
     policy, settings = BASES[config.base]
     methods = [Method("base", policy, settings)]
     methods += [Method("base twice as long", policy, settings, updates=2)] if config.controls else []

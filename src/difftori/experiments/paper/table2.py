@@ -1,7 +1,7 @@
-"""Table 2, Push-T: three base policies from 206 human demonstrations, and what refines two of them.
+"""Table 2, Push-T: three base policies from 206 human demonstrations, and refiners on two of them.
 
-The paper's failure rate is most likely 1 − the mean score (the greatest coverage/.95 of an episode), so the score stands beside 1 −
-the paper's number; success, coverage above .95 at any step, beside it.
+The paper's failure rate is most likely 1 − the mean score (the greatest coverage / 0.95 of an episode), so the score is compared with
+1 − the paper's number. Success is coverage above 0.95 at any step.
 """
 
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
@@ -21,14 +21,14 @@ PAPER = {
 
 
 class Config(PushTConfig):
-    """Push-T: three base policies, and what refines two of them (Table 2)."""
+    """Push-T: three base policies, and refiners on two of them (Table 2)."""
 
     controls: bool = True
-    """Also run the bases trained for twice as long, and the residual with noise of 0.5 on the base's action, the best in `base-noise`."""
+    """Also run the bases trained twice as long, and the residual with noise σ = 0.5 on the base's action, the best in `base-noise`."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/table2`."""
+    """Run the missing runs, and write `out/table2`."""
     methods = [base(config, "ibc")]
     compared = []
     for name in ("bc-rnn-gmm", "diffusion"):

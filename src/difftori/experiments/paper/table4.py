@@ -1,4 +1,4 @@
-"""Table 4, Push-T: where DiffTORI's solve starts: at the diffusion policy's actions, at zero, or anywhere. Runs are shared with Table 2."""
+"""Table 4, Push-T: the start of DiffTORI's solve: the diffusion policy's actions, zero, or random. Runs are shared with Table 2."""
 
 from difftori.experiments.paper.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
 
@@ -15,7 +15,7 @@ class Config(PushTConfig):
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/table4`."""
+    """Run the missing runs, and write `out/table4`."""
     main = refiner(config, "DiffTORI on diffusion", "difftori-il", "diffusion")
     starts = [
         refiner(config, f"DiffTORI from {init}", "difftori-il", "diffusion", init=init) for init in ("zero", "random")

@@ -1,6 +1,6 @@
-"""Table 7, Push-T: the planning horizon H of DiffTORI on the diffusion policy: one action a step through latent dynamics.
+"""Table 7, Push-T: the planning horizon H of DiffTORI on the diffusion policy, with one action per step through latent dynamics.
 
-H actions are planned and executed before the next plan, so the control is the diffusion policy, of which as many are executed.
+H actions are planned and executed before the next plan, so the control is the diffusion policy with H executed actions.
 """
 
 from dataclasses import replace
@@ -17,11 +17,11 @@ class Config(PushTConfig):
     horizons: tuple[int, ...] = HORIZONS
     """Planning horizons H to compare, in agent steps."""
     controls: bool = True
-    """Also run the diffusion policy alone with H executed actions of each of its plans, each trained from scratch with the same data and seed."""
+    """Also run the diffusion policy alone with H executed actions per plan, for each H, trained from scratch with the same data and seed."""
 
 
 def run(config: Config) -> None:
-    """Run what is missing, and write `out/table7`."""
+    """Run the missing runs, and write `out/table7`."""
     plain = base(config, "diffusion")
     ours = [
         replace(refiner(config, f"H = {h}", "difftori-il", "diffusion", decision="step"), options={"n_action_steps": h})

@@ -1,14 +1,14 @@
-"""Table 8: imitating an optimal pendulum (Amos et al. 2018, arXiv 1810.13400) with and without a realisable model.
+"""Table 8: imitation of an optimal pendulum (Amos et al., 2018, arXiv 1810.13400) with and without a realisable model.
 
-For each setting, method and seed a policy learns the 20 open-loop torques of the expert from 100 trajectories; the
-checkpoint with the best validation control error is kept. Every policy is then executed open loop in the TRUE
-environment, and its summed cost is reported under two protocols:
+For each setting, method and seed, a policy learns the 20 open-loop torques of the expert from 100 trajectories. The weights with
+the least validation error of the controls are selected. Every policy is executed open loop in the TRUE environment, and its summed
+cost is reported under two protocols:
 
-* `test`: 10 test trajectories of that seed. This is how we read the paper, which does not say which trajectories;
-  the standard deviation over starts is about 16, so 10 of them say little;
+* `test`: 10 test trajectories of that seed. This is our interpretation of the paper, which does not specify the trajectories. The
+  standard deviation over starts is about 16, so the mean of 10 is imprecise;
 * `common`: the same 1000 or more starts for every method and seed, with the paired difference to the expert.
 
-Costs differ from the paper's mostly by the draw of starts: compare ratios to the expert.
+Costs differ from the paper's mostly because of other starts. Compare the ratios to the expert.
 """
 
 import json
@@ -55,10 +55,10 @@ OVERRIDES: dict[tuple[str, str], dict[str, object]] = {
     ("no-damping", "difftori-step"): _STEP,
     ("damping", "difftori-step"): _STEP,
 }
-"""(setting, method) → policy settings that differ from the policy's defaults: a policy does not know its setting."""
+"""(setting, method) → settings that differ from the policy's defaults."""
 
 COMMON_STREAM, TEST_STREAM, SHOWN_STREAM = (8, 0), (8, 1), (8, 2)
-"""Seeds of the starts that are evaluated. Training data have (seed, 0) and (seed, 1), so seeds must stay below 8."""
+"""Seeds of the evaluation starts. Training data use (seed, 0) and (seed, 1), so seeds must be below 8."""
 MOST_SEEDS = COMMON_STREAM[0]
 FULL_SEEDS, FULL_STARTS, FULL_TRAIN = 3, 1000, 100
 QUICK_EPOCHS = 20
@@ -70,34 +70,35 @@ VALIDATION = "validation/error"
 
 
 class Config(BaseModel):
-    """Imitation of an optimal pendulum (Table 8). The defaults are the full study; anything less is labelled `partial` in every output."""
+    """Imitation of an optimal pendulum (Table 8). The defaults are the full study; a smaller one is labelled `partial` in every output."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     seeds: int = Field(FULL_SEEDS, ge=1, le=MOST_SEEDS)
-    """Number of seeds: 0 … seeds−1, each with its own trajectories and its own training. At most 8: the ninth would train on common starts."""
+    """Number of seeds: 0 … seeds−1, each with its own trajectories and training. At most 8, because the ninth would train on the common
+    starts."""
     methods: tuple[Method, ...] = Field(METHODS, min_length=1)
-    """Methods to compare: `amos` is the policy `mpc`; `difftori` scores the chunk of 20 torques at once, `difftori-step` plans 20 steps through
-    learned dynamics. `bc` is our addition: the paper has no such row."""
+    """Methods to compare. `amos` is the policy `mpc`. `difftori` scores the chunk of 20 torques at once; `difftori-step` plans 20 steps
+    through learned dynamics. `bc` is our addition and not in the paper."""
     settings: tuple[Setting, ...] = Field(SETTINGS, min_length=1)
-    """Settings of the pendulum; `damping` is the one whose true dynamics the learners' model cannot express."""
+    """Settings of the pendulum. The model of `amos` cannot represent the true dynamics of `damping`."""
     out: Path = Path("results/table8")
-    """Directory for tables and figures; those of a partial run go to its folder `partial`, and never replace full ones."""
+    """Directory of tables and figures; those of a partial study are in its folder `partial`, and never replace full ones."""
     runs: Path = Path("runs/table8")
-    """Directory of the runs; finished runs in it are not repeated."""
+    """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
     num_train: int = Field(FULL_TRAIN, ge=1)
     """Number of training trajectories."""
     test_starts: int = Field(FULL_STARTS, ge=2)
-    """Number of common starts of the second protocol."""
+    """Number of common starts, for the protocol `common`."""
     epochs: int | None = Field(None, ge=1)
-    """Epochs of every training (default: every policy's own number)."""
+    """Number of epochs of every training (default: each policy's own number)."""
     quick: bool = False
     """Run one seed and 20 epochs, to check that everything works."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One setting's true problem with starts (B 3), the expert's controls from them (B 20 1), and their costs (B)."""
+    """The true problem of a setting, with starts (B 3), the expert's controls from them (B 20 1), and their costs (B)."""
 
     setting: Setting
     problem: Pendulum
@@ -108,7 +109,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the selected policy, its learning curve, and what the run took."""
+    """A finished run: the selected policy, its learning curve, and its training cost."""
 
     policy: NormalizedPolicy
     curve: Curve
@@ -121,7 +122,7 @@ class Trained:
 
 
 def run(config: Config) -> None:
-    """Trains what is missing, evaluates everything, and writes tables and figures into `output_folder(config)`."""
+    """Train missing policies, evaluate all, and write tables and figures to `output_folder(config)`."""
     console = Console()
     evaluations: list[Evaluation] = []
     curves: dict[str, dict[str, list[Curve]]] = {}
@@ -146,7 +147,7 @@ def run(config: Config) -> None:
 
 
 def partial_reasons(config: Config) -> list[str]:
-    """Why the configuration is less than the full study; empty if it is not."""
+    """Return the reasons why the configuration is less than the full study; empty if it is the full study."""
     checks = {
         "quick": config.quick,
         f"{config.epochs} epochs": config.epochs is not None,
@@ -160,7 +161,7 @@ def partial_reasons(config: Config) -> list[str]:
 
 
 def output_folder(config: Config) -> Path:
-    """Directory of this configuration's tables and figures."""
+    """Return the directory of the tables and figures."""
     return config.out / "partial" if partial_reasons(config) else config.out
 
 
@@ -195,19 +196,19 @@ def _train_config(config: Config, setting: Setting, method: Method, seed: int) -
 
 
 def _run_dir(config: Config, setting: Setting, method: Method, seed: int) -> Path:
-    """A folder for each training; shortened trainings have folders of their own and never replace full ones."""
+    """Return the run directory of a training. Shortened trainings have separate directories, and never replace full ones."""
     size = "" if config.num_train == FULL_TRAIN else f"-{config.num_train}-trajectories"
     length = "" if _epochs(config) is None else f"-{_epochs(config)}-epochs"
     return config.runs / f"{setting}-{method}{size}{length}" / f"seed-{seed}"
 
 
 def _trained(config: Config, setting: Setting, method: Method, seed: int, console: Console) -> Trained:
-    """Trains, unless the run is finished already, and reads what it left.
+    """Train unless the run is finished, and load the result.
 
-    `train` raises `ConfigError` if the folder holds a run of another configuration.
+    Raises `ConfigError` if the folder holds a run of another configuration.
     """
     folder = _run_dir(config, setting, method, seed)
-    state = "finished already" if (folder / "summary.json").exists() else "training"
+    state = "already finished" if (folder / "summary.json").exists() else "training"
     console.print(f"{setting}, {method}, seed {seed}: {state}, {folder}", highlight=False, soft_wrap=True)
     summary = train(_train_config(config, setting, method, seed), folder, progress=console.is_terminal)
     policy, _ = load_policy(folder, "best")
@@ -226,7 +227,7 @@ def _trained(config: Config, setting: Setting, method: Method, seed: int, consol
 
 
 def _plans(policy: NormalizedPolicy, starts: States, seed: int) -> Plans:
-    """The policy's controls (B 20 1), a few hundred rows at a time so that planners stay small in memory."""
+    """Return the policy's controls (B 20 1), computed in batches of a few hundred rows to bound the memory of planners."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([policy.act(state_obs(rows), generator=generator) for rows in starts.split(ROWS_AT_ONCE)])
 
@@ -234,7 +235,7 @@ def _plans(policy: NormalizedPolicy, starts: States, seed: int) -> Plans:
 def _evaluate(
     config: Config, method: Method, seed: int, trained: Trained | None, test: Bench, common: Bench
 ) -> Evaluation:
-    """The numbers of one run under both protocols; the expert's own where `trained` is None."""
+    """Evaluate one run under both protocols; the expert if `trained` is None."""
     costs, errors = [], []
     for bench in (test, common):
         plans = bench.controls if trained is None else _plans(trained.policy, bench.starts, seed)
@@ -283,7 +284,7 @@ def _preface(config: Config) -> str:
     label = f"**PARTIAL RUN: {', '.join(reasons)}.** Not comparable with the paper." if reasons else "Full study."
     return (
         f"{label} {config.num_train} training, 10 validation trajectories per seed, {_seeds(config)} seed(s); the "
-        "checkpoint with the least validation control error is evaluated open loop in the true environment. Written by "
+        "weights with the least validation control error are evaluated open loop in the true environment. Created by "
         f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; per-seed numbers, hardware and commands are in "
         "`seeds.csv`."
     )
@@ -299,7 +300,7 @@ def _draw(
         save_svg(figure, out / "learning_curves.svg")
     caption = (
         f"{partial}{SHOWN_STARTS} common starts, seed 0, open loop in the true environment; grey: the expert; "
-        "ring: start, dot: 0.95 s later, the last state that counts"
+        "ring: start, dot: 0.95 s later, the last state with a cost"
     )
     figure = phase_plane(swings, METHODS, reference="expert", caption=caption)
     save_svg(figure, out / "phase_plane.svg")

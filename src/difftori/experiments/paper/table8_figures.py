@@ -1,4 +1,4 @@
-"""Figures of Table 8's study: learning curves of control errors, and phase planes."""
+"""Figures of the Table 8 study: learning curves of control errors, and phase planes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from difftori.experiments.plots import DASHES, MARKERS, PALETTE, footnote, share
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's learning curve: errors `values` at `epochs`, (k) each, the epochs above 0 and ascending."""
+    """One run's learning curve: errors `values` (k) at `epochs` (k), which are positive and ascending."""
 
     epochs: np.ndarray
     values: np.ndarray
@@ -31,11 +31,11 @@ class Swing:
 def learning_curves(
     panels: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Sequence[str], *, ylabel: str, caption: str
 ) -> Figure:
-    """The least error so far, one panel per setting: thin lines for seeds, bold for their median. Logarithmic axes.
+    """Plot the least error so far, one panel per setting: thin lines for seeds, bold for their median. Logarithmic axes.
 
-    The least so far is what the selected checkpoint has, and stays readable over thousands of epochs.
+    The least error so far is that of the selected weights, and its curve is readable over thousands of epochs.
 
-    `panels` maps setting → method → one curve per seed; `methods` fixes colours and the order of the legend.
+    `panels` maps setting → method → one curve per seed. `methods` determines the colours and the order of the legend.
     """
     with style():
         figure = Figure(figsize=(4.4 * len(panels) + 0.6, 3.9), layout="constrained")
@@ -56,10 +56,10 @@ def learning_curves(
 def phase_plane(
     panels: Mapping[str, Mapping[str, Swing]], methods: Sequence[str], *, reference: str, caption: str
 ) -> Figure:
-    """A grid of phase planes, settings down and methods across, all from the same starts.
+    """Plot a grid of phase planes, with settings as rows and methods as columns, all from the same starts.
 
-    Grey lines repeat the method `reference` behind each of the others. A ring marks a start, a dot an end. `methods`
-    fixes the colours and the order of the columns; those that no panel holds are left out.
+    Grey lines show the method `reference` behind each of the others. A ring marks a start, a dot an end. `methods` determines
+    the colours and the order of the columns; methods that are in no panel are omitted.
     """
     shown = [method for method in methods if any(method in by_method for by_method in panels.values())]
     with style():

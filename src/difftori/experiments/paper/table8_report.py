@@ -1,4 +1,4 @@
-"""What Table 8's study writes: one line per seed, the summary beside the paper's numbers, the screen."""
+"""Output of the Table 8 study: one row per seed, and the summary next to the paper's numbers, as files and in the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,16 +24,17 @@ from difftori.paper.numbers import PaperNumber, paper_numbers
 PAPER_TABLE = "table8_pendulum_cost"
 BOOTSTRAP_SEED = 0
 PRINTED_AS = {"difftori-step": "difftori"}
-"""The paper prints one row for DiffTORI, and does not say which of the two it was."""
+"""The paper prints one row for DiffTORI, and does not specify which of the two variants it is."""
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One line of `seeds.csv`. Costs are summed over the horizon and averaged over starts; the fields' order is the file's.
+    """One row of `seeds.csv`. Costs are summed over the horizon and averaged over starts. The fields are the columns of the file.
 
-    `…_test` is the protocol of the seed's own 10 test trajectories, `…_common` that of the common starts. `difference`
-    is cost − expert's cost on the same common starts with its 95 % interval over starts. `control_mse_…` is against
-    the expert's controls. `seconds` is the wall-clock of training; it and what follows are None for the expert.
+    `…_test` is the protocol of the seed's own 10 test trajectories, `…_common` that of the common starts. `difference` is cost −
+    expert's cost on the same common starts, with its 95 % interval over starts. `control_mse_…` is the error against the expert's
+    controls. `epochs`, `updates`, `seconds` (the wall-clock time of training), `threads`, `hardware` and `command` are None for
+    the expert.
     """
 
     setting: str
@@ -63,7 +64,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A line of `seeds.csv` with the costs on each common start (B), which the summary pairs."""
+    """A row of `seeds.csv` with the costs on each common start (B), which the summary pairs."""
 
     result: SeedResult
     costs: np.ndarray
@@ -72,11 +73,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Summary:
-    """One line of `summary.csv`: a method in a setting over its seeds, beside the paper.
+    """One row of `summary.csv`: a method in a setting over its seeds, next to the paper's numbers.
 
-    `…_std` are standard deviations over seeds. The intervals of `difference` and `ratio_common` are over the common
-    starts, after averaging each start's cost over the seeds: they say how well the starts pin the number down, not
-    how much training varies. Ratios are to the expert under the same protocol.
+    `…_std` are standard deviations over seeds. The intervals of `difference` and `ratio_common` are over the common starts, with
+    each start's cost averaged over the seeds. They include the variation over starts, not that of training. Ratios are to the
+    expert under the same protocol.
     """
 
     setting: str
@@ -103,7 +104,7 @@ class Summary:
 
 
 def summarise(evaluations: Sequence[Evaluation]) -> list[Summary]:
-    """One `Summary` per setting and method, in the order in which they first appear."""
+    """Return one `Summary` per setting and method, in the order of their first appearance."""
     groups: dict[tuple[str, str], list[Evaluation]] = {}
     for evaluation in evaluations:
         groups.setdefault((evaluation.result.setting, evaluation.result.method), []).append(evaluation)
@@ -112,23 +113,23 @@ def summarise(evaluations: Sequence[Evaluation]) -> list[Summary]:
 
 
 def write_report(evaluations: Sequence[Evaluation], out: Path, *, preface: str, console: Console) -> None:
-    """Writes `seeds.csv`, `summary.csv` and `summary.md` into `out`, and shows the summary on the screen."""
+    """Write `seeds.csv`, `summary.csv` and `summary.md` to `out`, and print the summary."""
     summaries = summarise(evaluations)
     write_csv(out / "seeds.csv", [evaluation.result for evaluation in evaluations])
     write_csv(out / "summary.csv", summaries)
     write_page(
         out, "Table 8: summed cost of 20 open-loop torques", [preface, markdown_table(_columns(summaries)), _NOTES]
     )
-    title = f"Table 8, {summaries[0].label}: cost as ratio to the expert's, lower is better"
+    title = f"Table 8, {summaries[0].label}: ratio of the cost to the expert's, lower is better"
     console.print(screen_table(title, _screen_columns(summaries)))
 
 
 _NOTES = """\
-**test**: each seed's own 10 test trajectories, our reading of the paper's protocol. **common**: the same starts for
-every method and seed, uniform in ±90° and ±1 rad/s; they were drawn apart from all training data. Brackets are 95 %
-intervals over the common starts, each start's cost averaged over seeds first (difference: normal, paired with the
+**test**: each seed's own 10 test trajectories, our interpretation of the paper's protocol. **common**: the same starts for
+every method and seed, uniform in ±90° and ±1 rad/s, sampled independently of all training data. Brackets are 95 %
+intervals over the common starts, with each start's cost averaged over seeds (difference: normal, paired with the
 expert on the same start; ratio: percentile bootstrap). ± is the standard deviation over seeds. The paper's costs depend
-on its own draw of starts, which is unknown: compare ratios. The row `bc` is ours and not in the paper."""
+on its own starts, which are unknown: compare ratios. The row `bc` is ours and not in the paper."""
 
 
 def _summary(
@@ -169,7 +170,7 @@ def _summary(
 
 
 def _screen_columns(rows: Sequence[Summary]) -> list[Column]:
-    """The few columns that fit on 80 characters."""
+    """Return the columns for the terminal, which fit in 80 characters."""
     texts = {
         "setting": [row.setting for row in rows],
         "method": [row.method for row in rows],

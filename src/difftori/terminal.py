@@ -1,0 +1,59 @@
+"""Terminal output of the command line: tables, error messages, progress. `rich` is imported when something is printed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table whose columns are the keys, in order of appearance. Floats have six digits; None is left empty."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(), Table()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for index, name in enumerate(names):
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name))) for name in names))
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def best_and_last(summary: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Rows for `print_table` from a run's summary; results of the best and the last weights are two columns, if both exist."""
+    if "best/validation_error" not in summary:
+        return [{"": name, "value": value} for name, value in summary.items()]
+    plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
+    names = dict.fromkeys(name.partition("/")[2] for name in summary if "/" in name)
+    return plain + [{"": n, "best": summary.get(f"best/{n}"), "last": summary.get(f"last/{n}")} for n in names]
+
+
+def print_errors(messages: Sequence[str]) -> None:
+    """Print each message on stderr, prefixed with `error: `."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True)
+    for message in messages:
+        console.print(Text("error: ", style="bold red") + Text(message))
+
+
+@contextmanager
+def run_progress(total: int, finished: int) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
+    """Show a progress bar over runs on stderr. Yields a function that prints a line above it and one to call after each finished run."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    columns = (TextColumn("runs"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        line = bar.add_task("runs", total=total, completed=finished)
+        yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
