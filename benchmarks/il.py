@@ -7,7 +7,7 @@ of steps. The update of a refiner does not include its base (the base actions ar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 

@@ -120,7 +120,7 @@ def test_the_command_of_a_run_means_its_configuration(small, quick):
         given = read_tokens(options)
         assert given.pop("out") == [str(run.spec.folder)]
         assert given.pop("quiet") == []
-        config_type = kind.config_type(agent)
+        config_type = kind.config_type(kind.find(agent))
         assert set(given) <= set(fields_of(config_type)) | set(fields_of(fields_of(config_type)["settings"]))
         assert kind.parse(overlay({"agent": agent}, given, config_type)) == run.config
 
