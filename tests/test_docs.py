@@ -30,7 +30,7 @@ OTHER_TOOLS = {"--nproc-per-node", "--standalone"}  # torchrun's
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 FORBIDDEN = (
     r"made anew|the mend\b|one's own|likewise|of which|\bstoreys?\b|that are optimisers|go(es)? on where|unless given|"
-    r"\bimages?\b(?!\.)|nobody knows|whoever|what was asked|contestant(?!=)|of (its|their|our|your) own\b"
+    r"\bpictures?\b(?!\.)|nobody knows|whoever|what was asked|contestant(?!=)|of (its|their|our|your) own\b"
 )
 
 
