@@ -32,9 +32,9 @@ def test_the_page_of_a_run_holds_everything_and_fetches_nothing(tmp_path):
     out = tmp_path / "my <run>"
     train(tiny_config(epochs=3), out, progress=False)
     (out / "media").mkdir()
-    (out / "images" / "swing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
-    (out / "images" / "dot.png").write_bytes(b"\x89PNG")
-    (out / "images" / "notes.txt").write_text("left out")
+    (out / "media" / "swing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
+    (out / "media" / "dot.png").write_bytes(b"\x89PNG")
+    (out / "media" / "notes.txt").write_text("left out")
     page = write_report(out).read_text()
     checker = Checker()
     checker.feed(page)
