@@ -301,8 +301,8 @@ def test_collecting_ends_with_a_table_and_a_second_time_at_once(command, tmp_pat
     ("words", "message"),
     [
         (["--env", "metaworld:asembly"], "perhaps you meant 'assembly'"),
-        (["--env", "metaworld:assembly", "--episodes", "0"], "episodes is 0; give at least 1"),
-        (["--env", "metaworld:assembly", "--workers", "0"], "workers is 0; give at least 1"),
+        (["--env", "metaworld:assembly", "--episodes", "0"], "episodes is 0; it must be at least 1"),
+        (["--env", "metaworld:assembly", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["--env"], "env"),
         ([], "env"),
     ],

@@ -32,16 +32,16 @@ class Canary:
         (torch.zeros(3, 2), torch.zeros(3, 2), "shape"),
         (torch.zeros(3, 2), torch.zeros(4, 2, 1), "3 rows of obs and 4"),
         (torch.zeros(0, 2), torch.zeros(0, 2, 1), "at least one"),
-        (torch.zeros(3, 2), torch.zeros(3, 2, 1, dtype=torch.long), "make them float"),
+        (torch.zeros(3, 2), torch.zeros(3, 2, 1, dtype=torch.long), "convert them to float"),
         (
             torch.tensor([[0.0], [1.0], [float("nan")]]),
             torch.zeros(3, 2, 1),
-            "obs holds NaN or Inf in 1 of 3 rows, first in row 2",
+            "obs contains NaN or Inf in 1 of 3 rows, first in row 2",
         ),
         (
             torch.zeros(2, 1),
             torch.tensor([[[0.0]], [[float("inf")]]]),
-            "actions holds NaN or Inf in 1 of 2 rows, first in row 1",
+            "actions contains NaN or Inf in 1 of 2 rows, first in row 1",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, form):
 def test_other_contents_are_named(tmp_path):
     path = tmp_path / "d.npz"
     np.savez(path, obs=np.zeros((2, 1)), action=np.zeros((2, 1, 1)))
-    with pytest.raises(DataError, match=r"no array named actions; it holds obs, action$"):
+    with pytest.raises(DataError, match=r"no array named actions; it contains obs, action$"):
         Demos.load(path)
     np.savez(path, obs=np.array(["a", "b"]), actions=np.zeros((2, 1, 1)))
     with pytest.raises(DataError, match="obs is of type <U1"):

@@ -69,8 +69,8 @@ def test_what_is_there_is_what_is_meant(serve, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entries", "link", "words"),
     [
-        (b"no archive", None, "cannot be fetched.*name the folder by --demos"),
-        ({"elsewhere/x": "1"}, None, "holds no all/tiny.zarr"),
+        (b"no archive", None, "cannot be downloaded.*pass the folder to --demos"),
+        ({"elsewhere/x": "1"}, None, "contains no all/tiny.zarr"),
         ({"all/tiny.zarr/../../../x": "1"}, None, "leads out of the archive"),
         ({"all/tiny.zarr/x": "1"}, "all/tiny.zarr/y", "leads out of the archive"),
     ],

@@ -194,18 +194,26 @@ def step(player: Player, action=ACTION, reward=0.0, obs=OBS, row=0):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda p: step(p, reward=NAN), NonFiniteError, "row 0, step 1: the reward holds nan"),
-        (lambda p: step(p, reward=1e39), NonFiniteError, "the reward holds inf"),
-        (lambda p: step(p, action=np.array([0, NAN])), NonFiniteError, r"row 0, step 1: the action holds nan at \[1\]"),
-        (lambda p: step(p, obs=np.array([0, np.inf], np.float32)), NonFiniteError, r"observation holds inf at \[1\]"),
+        (lambda p: step(p, reward=NAN), NonFiniteError, "row 0, step 1: the reward contains nan"),
+        (lambda p: step(p, reward=1e39), NonFiniteError, "the reward contains inf"),
+        (
+            lambda p: step(p, action=np.array([0, NAN])),
+            NonFiniteError,
+            r"row 0, step 1: the action contains nan at \[1\]",
+        ),
+        (
+            lambda p: step(p, obs=np.array([0, np.inf], np.float32)),
+            NonFiniteError,
+            r"observation contains inf at \[1\]",
+        ),
         (lambda p: p.replay.begin(1, np.array([NAN, 0])), NonFiniteError, "row 1, first observation"),
         (lambda p: step(p, action=np.zeros(3)), DataError, r"action has shape \(3,\); it must be \(2,\)"),
         (lambda p: step(p, obs=np.zeros(3)), DataError, r"observation is float64 of shape \(3,\)"),
         (lambda p: step(p, row=1), DataError, r"call begin\(1, obs\) first"),
         (lambda p: step(p, row=2), DataError, "row 2 of 2"),
-        (lambda p: p.replay.begin(0, OBS), DataError, r"episode of 1 steps has not ended; end it, or drop\(0\)"),
+        (lambda p: p.replay.begin(0, OBS), DataError, r"episode of 1 steps has not ended. Fix: end it, or drop\(0\)"),
         (lambda p: [step(p) for _ in range(5)], DataError, "longer than the capacity of 5 steps"),
-        (lambda p: p.replay.sample(0, generator=seeded()), DataError, "asked for 0 slices"),
+        (lambda p: p.replay.sample(0, generator=seeded()), DataError, "cannot sample 0 segments"),
         (
             lambda p: p.replay.update_priorities(torch.tensor([0, 1]), torch.tensor([1.0, NAN])),
             NonFiniteError,
@@ -214,10 +222,10 @@ def step(player: Player, action=ACTION, reward=0.0, obs=OBS, row=0):
         (
             lambda p: p.replay.update_priorities(torch.tensor([0, 1]), torch.tensor([1.0, -2.0])),
             DataError,
-            "slice at 1 to -2.0",
+            "segment at 1 to -2.0",
         ),
-        (lambda p: p.replay.update_priorities(torch.tensor([2]), torch.ones(1)), DataError, "no slice starts there"),
-        (lambda p: p.replay.update_priorities(torch.tensor([90]), torch.ones(1)), DataError, "slice at 90"),
+        (lambda p: p.replay.update_priorities(torch.tensor([2]), torch.ones(1)), DataError, "no segment starts there"),
+        (lambda p: p.replay.update_priorities(torch.tensor([90]), torch.ones(1)), DataError, "segment at 90"),
     ],
 )
 def test_faults_are_named_and_change_nothing(call, error, words):

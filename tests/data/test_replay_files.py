@@ -202,7 +202,7 @@ def test_another_shape_is_refused(tmp_path, monkeypatch):
     def short(buffer, frames, steps):
         plain(buffer, frames=frames[1:], steps=steps)
 
-    with pytest.raises(CheckpointError, match=r"holds float32 frames \(4, 2\).*expected float32 \(5, 2\)"):
+    with pytest.raises(CheckpointError, match=r"contains float32 frames \(4, 2\).*expected float32 \(5, 2\)"):
         make_player().replay.load(tmp_path, stored(tmp_path, monkeypatch, short))
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_while_saving_is_typed_and_leaves_the_earlier_files(tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(_episodes.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left.*Free space"):
+    with pytest.raises(CheckpointError, match="No space left.*free space"):
         player.replay.save(tmp_path)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [state["episodes"][0][2]]

@@ -68,19 +68,22 @@ def nan_at(step):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ends": [4, 4, 9]}, "episode 1 begins at step 4 and ends at 4; ends must rise"),
+        ({"ends": [4, 4, 9]}, "episode 1 begins at step 4 and ends at 4; ends must increase"),
         ({"ends": [4, 3, 9]}, "episode 1 begins at step 4 and ends at 3"),
         ({"ends": [0, 9]}, "episode 0 begins at step 0 and ends at 0"),
         ({"ends": np.array([4.0, 9.0])}, "ends are float64 of shape (2,); they must be integers"),
         ({"ends": np.zeros(0, int)}, "at least one"),
-        ({"ends": [4, 8]}, "state: holds 9 steps, and the episodes have 8"),
-        ({"ends": [4, 10]}, "state: holds 9 steps, and the episodes have 10"),
-        ({"state": nan_at(5)}, "state: holds nan at step 5 (episode 1, its step 1), number 1; drop that episode"),
+        ({"ends": [4, 8]}, "state: holds 9 steps, but the episodes have 8"),
+        ({"ends": [4, 10]}, "state: holds 9 steps, but the episodes have 10"),
+        (
+            {"state": nan_at(5)},
+            "state: holds nan at step 5 (episode 1, its step 1), number 1; values must be finite. Fix: drop that episode",
+        ),
         ({"state": np.full((9, 2), 1e300)}, "state: holds inf at step 0 (episode 0, its step 0)"),
         ({"actions": nan_at(8)}, "actions: holds nan at step 8 (episode 2, its step 1)"),
         ({"actions": np.zeros((9, 2, 2))}, "actions are torch.float32 of shape (9, 2, 2); they must be float32 (T A)"),
-        ({"state": np.array(["a"] * 9)}, "holds <U1, which are no plain numbers"),
-        ({"state": np.array([{}] * 9)}, "holds object, which are no plain numbers"),
+        ({"state": np.array(["a"] * 9)}, "has the dtype <U1, which is not numeric"),
+        ({"state": np.array([{}] * 9)}, "has the dtype object, which is not numeric"),
         ({"state": np.zeros((9, 0))}, "a step has the shape (0,)"),
         ({"state": np.float32(3)}, "holds 0 steps"),
     ],
@@ -97,10 +100,10 @@ def test_an_image_that_is_none_later_is_refused():
     made = Trajectories.of({"image": image}, np.zeros((9, 1)), ENDS)
     assert made.obs["image"].dtype == torch.uint8
     parts = [image[:5], image[5:] + 0.5]
-    from difftori.data._filling import Part, Room
+    from difftori.data._filling import Field, TensorWriter
 
     with pytest.raises(DataError, match=r"holds 0.5 at step 5 \(episode 1.*whole numbers from 0 to 255"):
-        Room(np.array(ENDS)).fill([Part("file: img", (4, 4, 3), iter(parts))])
+        TensorWriter(np.array(ENDS)).fill([Field("file: img", (4, 4, 3), iter(parts))])
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,12 @@ def test_an_image_that_is_none_later_is_refused():
         ({"obs": {"state": torch.zeros(8, 2)}}, r"'state' is torch.float32 of shape \(8, 2\)"),
         ({"obs": {"state": torch.zeros(9)}}, r"of shape \(9,\)"),
         ({"obs": {"state": torch.zeros(9, 2).double()}}, "'state' is torch.float64"),
-        ({"obs": {"state": torch.zeros(9, 2, device="meta")}}, "lies on meta and the actions on cpu"),
+        ({"obs": {"state": torch.zeros(9, 2, device="meta")}}, "is on meta and the actions on cpu"),
         ({"actions": torch.zeros(9)}, r"actions are torch.float32 of shape \(9,\)"),
         ({"spans": torch.zeros(0, 2, dtype=torch.int64)}, "at least one episode"),
-        ({"spans": torch.tensor([[0, 4], [4, 10]])}, "episode 1 goes from step 4 to before 10"),
-        ({"spans": torch.tensor([[3, 3]])}, "episode 0 goes from step 3 to before 3"),
-        ({"spans": torch.tensor([[-1, 3]])}, "episode 0 goes from step -1"),
+        ({"spans": torch.tensor([[0, 4], [4, 10]])}, r"episode 1 has the span \[4, 10\)"),
+        ({"spans": torch.tensor([[3, 3]])}, r"episode 0 has the span \[3, 3\)"),
+        ({"spans": torch.tensor([[-1, 3]])}, r"episode 0 has the span \[-1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, words):

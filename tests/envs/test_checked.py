@@ -184,7 +184,7 @@ def test_what_cannot_be_built_says_why_at_once(workers):
 
 
 @pytest.mark.parametrize(
-    ("what", "words"), [("raise", "TwoPartsError: raised and"), ("die", "exit code 9"), ("hang", "no answer in time")]
+    ("what", "words"), [("raise", "TwoPartsError: raised and"), ("die", "exit code 9"), ("hang", "timed out")]
 )
 def test_a_process_that_fails_is_replaced_and_nothing_hangs(what, words):
     env = troubled(what, workers="async", restarts=1)
@@ -310,10 +310,10 @@ def test_the_door_wraps_a_users_environment_and_restarts_it(own_package):
         ("dcm:cheetah-run", {}, "'dcm:cheetah-run' is unknown; perhaps you meant 'dmc:…'"),
         ("probe:three-step", {}, "'three-step' is unknown.*perhaps you meant"),
         ("gym:Pendulum-v1", {"obss": "state"}, "takes no option 'obss'; perhaps you meant 'obs'"),
-        ("robots.arm:autoreset", {}, "NEXT_STEP.*make it with AutoresetMode.DISABLED"),
+        ("robots.arm:autoreset", {}, "NEXT_STEP.*create it with AutoresetMode.DISABLED"),
         ("robots.arm:owl", {}, "perhaps you meant 'own'"),
-        ("robots.arm:number", {}, "is a int; give a gymnasium.Env class"),
-        ("robots.arm:not_an_env", {}, "made a int, not a gymnasium.vector.VectorEnv"),
+        ("robots.arm:number", {}, "is a int. Fix: pass a gymnasium.Env class"),
+        ("robots.arm:not_an_env", {}, "returned a int, not a gymnasium.vector.VectorEnv"),
         ("no.such.module:make", {}, "no module"),
     ],
 )

@@ -82,11 +82,11 @@ def test_images_are_stacked_channels_first(registered):
 @pytest.mark.parametrize(
     ("observations", "actions", "obs", "message"),
     [
-        (UNIT, gymnasium.spaces.Discrete(3), "state", "only a Box"),
+        (UNIT, gymnasium.spaces.Discrete(3), "state", "use a Box"),
         (UNIT, Box(-np.inf, np.inf, (2,), np.float32), "state", "no bounds"),
         (Dict({"a": UNIT}), UNIT, "state", "flatten them"),
-        (UNIT, UNIT, "pixels", "obs='pixels' does not fit"),
-        (Box(0, 255, (8, 8, 3), np.uint8), UNIT, "state", "obs='state' does not fit"),
+        (UNIT, UNIT, "pixels", "obs='pixels' does not support"),
+        (Box(0, 255, (8, 8, 3), np.uint8), UNIT, "state", "obs='state' does not support"),
     ],
 )
 def test_spaces_that_cannot_be_learnt_from_are_refused(registered, observations, actions, obs, message):

@@ -47,7 +47,7 @@ def test_a_drawer_is_freed_quietly_when_python_ends():
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a screen")
 def test_whoever_imported_mujoco_first_is_told_what_to_do():
     done = drawn()
-    assert done.stdout.startswith("refused: MuJoCo was imported to draw in windows")
+    assert done.stdout.startswith("refused: MuJoCo was imported with windows for rendering")
     assert "MUJOCO_GL=egl before Python starts" in done.stdout
     assert done.stderr == ""
 

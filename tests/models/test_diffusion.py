@@ -93,5 +93,5 @@ def test_nothing_is_saved_of_a_schedule():
 
 @pytest.mark.parametrize("count", [0, 40, 60, 101])
 def test_steps_that_begin_far_from_pure_noise_are_refused(count):
-    with pytest.raises(ConfigError, match=r"inference_steps: \d+ do not spread over the 100"):
+    with pytest.raises(ConfigError, match=r"inference_steps: \d+ steps do not cover the 100"):
         DDIM(count).pairs(100)

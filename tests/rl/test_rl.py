@@ -239,7 +239,7 @@ def test_with_a_damaged_episode_the_checkpoint_before_is_used(tmp_path, monkeypa
     newest.write_bytes(newest.read_bytes()[:-1])
     rl.train(wanted, tmp_path / "hit", progress=False)
     assert digest(tmp_path / "hit") == digest(tmp_path / "whole")
-    assert "damaged checkpoint passed over" in caplog.text
+    assert "damaged checkpoint skipped" in caplog.text
     assert len(list((tmp_path / "hit" / "checkpoints").glob("corrupt-step-*"))) == 1
 
 

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     assert found is not None
     assert found.state["value"] == 1
     assert names(checkpoints) == ["corrupt-step-2", "step-1"]
-    assert "damaged checkpoint passed over" in caplog.text
+    assert "damaged checkpoint skipped" in caplog.text
     checkpoints.save(2, state(22))
     damage(checkpoints.root / "step-2")  # again: the name corrupt-step-2 is taken
     checkpoints.latest()

@@ -177,7 +177,7 @@ def test_a_directory_in_use_or_of_another_kind_is_refused(tmp_path):
         opened(tmp_path / "run")
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"holds thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"contains thesis\.tex"):
         opened(tmp_path / "papers")
     assert os.listdir(tmp_path / "papers") == ["thesis.tex"]
     with pytest.raises(ConfigError, match="cannot be a run directory"):

@@ -1,1 +1,1 @@
-"""Demonstrations and replay: storage and sampling, ignorant of policies and planning."""
+"""Demonstrations and replay: storage and sampling. Independent of policies and planning."""

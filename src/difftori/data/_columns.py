@@ -1,4 +1,4 @@
-"""Rows kept by slot number, in memory, in a file or on a device, and gathered by index into batches."""
+"""Rows stored by slot number, in memory, in a file or on a device, and gathered by index into batches."""
 
 import os
 import sys
@@ -15,17 +15,17 @@ from torch import Tensor
 from difftori.errors import DataError
 
 Storage: TypeAlias = Literal["memory", "device", "mmap"]
-"""In the memory of this process; on the device that batches go to; in a file that is mapped into memory."""
+"""`memory`: this process's memory; `device`: the device of the batches; `mmap`: a memory-mapped file."""
 
 _SPARE = 2
 
 
 @final
 class Column:
-    """`size` rows of `width` numbers; `gather` brings chosen ones to `device`.
+    """`size` rows of `width` numbers. `gather` copies selected rows to `device`.
 
-    Rows that lie on `device` are gathered there. Others are gathered into a buffer that is used again, because fresh
-    pages cost more than the copy: pinned for CUDA, and on the CPU never one that a living tensor still looks into.
+    Rows on `device` are gathered there. Other rows are gathered into a reused buffer, because allocating new pages costs
+    more than the copy. The buffer is pinned for CUDA; on the CPU it is not reused while a tensor still refers to it.
     """
 
     def __init__(self, rows: Shaped[Tensor, "size width"], device: torch.device):
@@ -36,19 +36,19 @@ class Column:
         self._copied: torch.cuda.Event | None = None
 
     def write(self, start: int, values: Shaped[np.ndarray, "B width"]) -> None:
-        """Put rows at slots start, start + 1, …, going on at 0 after the last; no more than there are slots."""
+        """Write rows to slots start, start + 1, …, wrapping to 0 after the last. At most as many rows as slots."""
         size = len(self._rows)
         first = min(len(values), size - start)
         self._rows[start : start + first] = torch.from_numpy(values[:first]).to(self._rows.device)
         self._rows[: len(values) - first] = torch.from_numpy(values[first:]).to(self._rows.device)
 
     def read(self, start: int, count: int) -> Shaped[np.ndarray, "count width"]:
-        """A copy of `count` rows from slot `start`, going on at 0 after the last."""
+        """Return a copy of `count` rows from slot `start`, wrapping to 0 after the last."""
         slots = (start + torch.arange(count)) % len(self._rows)
         return self._rows.index_select(0, slots.to(self._rows.device)).cpu().numpy()
 
     def gather(self, slots: Int[np.ndarray, "B"]) -> Shaped[Tensor, "B width"]:
-        """The rows of these slots, on `device`."""
+        """Return the rows of these slots, on `device`."""
         index = torch.from_numpy(slots)
         if self._rows.device.type != "cpu":
             return self._rows.index_select(0, index.to(self._device))
@@ -62,11 +62,11 @@ class Column:
         free = [buffer for buffer, user in self._lent if user() is None and len(buffer) >= len(index)]
         rows = self._rows.numpy()
         buffer = free[0] if free else np.empty((len(index), rows.shape[1]), rows.dtype)
-        # Every tensor made from this array, and every view of it, keeps this very array alive: so its end is theirs.
+        # Every tensor made from this array, and every view of it, holds a reference to it, so it dies after all of them.
         view = buffer[: len(index)]
         out = torch.from_numpy(view)
         torch.index_select(self._rows, 0, index, out=out)
-        others = [(kept, user) for kept, user in self._lent if kept is not buffer]
+        others = [(other, user) for other, user in self._lent if other is not buffer]
         self._lent = [*others, (buffer, weakref.ref(view))][-_SPARE:]
         return out
 
@@ -95,28 +95,29 @@ def make_rows(
     owner: str = "replay",
     less: str = "lower the capacity",
 ) -> Shaped[Tensor, "size width"]:
-    """Room for `size` rows. Raises DataError if it cannot be had, naming the `owner` and how it would need `less`.
+    """Allocate `size` rows of `width` numbers.
 
-    "memory" takes pages as they are first written; "device" and "mmap" take all of them at once. The mapped file has
-    no name in `folder`, so that nothing is left there after a kill.
+    "memory" takes pages when they are first written; "device" and "mmap" take all of them at once. The mapped file has
+    no name in `folder`, so nothing remains there after a kill.
+    Raises DataError if the allocation fails; the message names the `owner` and suggests `less`, a way to need less.
     """
     count = size * width * dtype.itemsize
     try:
         if storage == "device":
             return torch.empty((size, width), dtype=dtype, device=device)
-        # numpy's memory, unlike torch's, comes in huge pages where the system offers them.
+        # numpy allocates in huge pages where the system offers them; torch does not.
         content = np.empty(count, np.uint8) if storage == "memory" else _map_file(count, folder)
         return torch.from_numpy(content).view(dtype).view(size, width)
     except (OSError, RuntimeError, MemoryError, ValueError, OverflowError) as error:
         place = {"memory": "memory", "device": f"memory on {device}", "mmap": f"disk space in {folder}"}[storage]
         raise DataError(
-            f"{owner}: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}); "
-            f"free some, {less}, or choose another storage"
+            f"{owner}: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}). "
+            f"Fix: free some, {less}, or choose another storage"
         ) from error
 
 
 def _map_file(count: int, folder: Path | None) -> np.ndarray:
-    """`count` bytes of a nameless file. The space is reserved first: a full disk met later kills the process."""
+    """Map `count` bytes of an unnamed file. The space is reserved first, because a later write to a full disk kills the process."""
     if sys.platform != "linux":
         raise OSError(f"disk space cannot be reserved on {sys.platform}")
     if folder is None:

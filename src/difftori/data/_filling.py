@@ -1,4 +1,4 @@
-"""How the rows of a data set come into tensors: their type, their room, and what is wrong with them if anything is."""
+"""Copies the rows of a data set into tensors: dtypes, memory and checks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from difftori.errors import DataError
 
 @final
 @dataclass(frozen=True)
-class Part:
-    """One key of a data set: how messages call it, the shape of a step, and its rows, block after block."""
+class Field:
+    """One key of a data set: its name in error messages (`place`), the shape of a step, and its rows, block by block."""
 
     place: str
     shape: tuple[int, ...]
@@ -27,14 +27,14 @@ class Part:
 
     @property
     def width(self) -> int:
-        """The numbers in one step."""
+        """Number of values in one step."""
         return math.prod(self.shape)
 
 
 @final
 @dataclass(frozen=True)
-class Room:
-    """Where entries of `ends[-1]` steps are put; `ends` (E) says where the episodes end, for messages."""
+class TensorWriter:
+    """Allocates and fills tensors of `ends[-1]` steps. `ends` (E) are the ends of the episodes, for error messages."""
 
     ends: Int[np.ndarray, "E"]
     storage: Storage = "memory"
@@ -43,21 +43,21 @@ class Room:
 
     @property
     def steps(self) -> int:
-        """All steps of all episodes."""
+        """Number of steps of all episodes together."""
         return int(self.ends[-1])
 
-    def fill(self, parts: Sequence[Part]) -> Tensor:
-        """The steps of one key (T …), or of several vectors side by side (T ΣS), as float32 or uint8.
+    def fill(self, parts: Sequence[Field]) -> Tensor:
+        """Return the steps of one key (T …), or several vectors concatenated (T ΣS), as float32 or uint8.
 
-        uint8 stays where a step has two dimensions or more. Colour images kept as floats, (height width 3) in whole
-        numbers from 0 to 255, become uint8 without loss. Everything else becomes float32.
-        Raises DataError: NaN, Inf, a number of steps other than T, vectors that cannot be joined, no room.
+        uint8 is preserved if a step has two dimensions or more. Colour images stored as floats, (height width 3) with
+        integers from 0 to 255, become uint8 without loss. Everything else becomes float32.
+        Raises DataError for NaN, Inf, a number of steps other than T, vectors that cannot be concatenated, or no memory.
         """
         shape = parts[0].shape or (1,)
         if len(parts) > 1:
             shape = (sum(_vector_width(part) for part in parts),)
         if 0 in shape:
-            raise DataError(f"{parts[0].place}: a step has the shape {shape} and so holds nothing; leave this key out")
+            raise DataError(f"{parts[0].place}: a step has the shape {shape}, so it is empty. Fix: omit this key")
         first = list(islice(parts[0].blocks, 1))
         is_image = len(parts) == 1 and len(first) > 0 and _holds_images(first[0], shape)
         dtype = torch.uint8 if is_image else torch.float32
@@ -83,8 +83,8 @@ class Room:
         for block in blocks:
             if block.shape[1:] != shape:
                 raise DataError(
-                    f"{place}: steps have the shape {block.shape[1:]} from {self.locate(done)} on, and {shape} was "
-                    "expected; leave that episode out, or make the data anew"
+                    f"{place}: steps have the shape {block.shape[1:]} from {self.locate(done)} on; expected {shape}. "
+                    "Fix: exclude that episode, or create the data set again"
                 )
             if 0 < len(block) <= self.steps - done:
                 values = self._checked(place, block.reshape(len(block), -1), done, rows.dtype)
@@ -92,22 +92,26 @@ class Room:
             done += len(block)
         if done != self.steps:
             raise DataError(
-                f"{place}: holds {done} steps, and the episodes have {self.steps}; it is truncated, or belongs to other "
-                "data: make it anew"
+                f"{place}: holds {done} steps, but the episodes have {self.steps}; it is truncated, or belongs to another "
+                "data set. Fix: create the data set again"
             )
 
     def _checked(self, place: str, block: np.ndarray, first: int, dtype: torch.dtype) -> np.ndarray:
-        """The block as `dtype`."""
+        """Return the block as `dtype`. Raises DataError for values that do not fit."""
         if block.dtype.kind not in "fiub":
-            raise DataError(f"{place}: holds {block.dtype}, which are no plain numbers; leave it out or make it anew")
+            raise DataError(
+                f"{place}: has the dtype {block.dtype}, which is not numeric. Fix: omit this key or create the data set again"
+            )
         if dtype == torch.uint8:
             bad = np.zeros((), bool) if block.dtype == np.uint8 else ~_whole_bytes(block)
-            words = "an image, as its first steps are, holds whole numbers from 0 to 255"
+            words = (
+                "the first steps are images, so all values must be whole numbers from 0 to 255. Fix: correct the value"
+            )
         else:
-            with np.errstate(over="ignore"):  # what is too large becomes Inf, and is reported as such
+            with np.errstate(over="ignore"):  # values that are too large become Inf, and are reported as such
                 block = block.astype(np.float32)
             bad = ~np.isfinite(block)
-            words = "drop that episode or mend the value"
+            words = "values must be finite. Fix: drop that episode or correct the value"
         if bad.any():
             row, column = (int(i) for i in np.argwhere(bad)[0])
             raise DataError(
@@ -116,14 +120,14 @@ class Room:
         return np.ascontiguousarray(block, dtype=np.uint8 if dtype == torch.uint8 else np.float32)
 
     def locate(self, step: int) -> str:
-        """A step as people look for it."""
+        """Describe a step by its episode and its number in the episode, for error messages."""
         episode = int(np.searchsorted(self.ends, step, side="right"))
         start = int(self.ends[episode - 1]) if episode else 0
         return f"step {step} (episode {episode}, its step {step - start})"
 
 
 def checked_ends(ends: object, place: str) -> Int[np.ndarray, "E"]:
-    """Where each episode ends, as int64. Raises DataError unless they are integers that rise from above zero."""
+    """Return the end of each episode as int64. Raises DataError unless the ends are positive, increasing integers."""
     array = np.asarray(ends)
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise DataError(
@@ -136,15 +140,15 @@ def checked_ends(ends: object, place: str) -> Int[np.ndarray, "E"]:
     if len(wrong):
         episode = int(wrong[0])
         raise DataError(
-            f"{place}: episode {episode} begins at step {starts[episode]} and ends at {array[episode]}; ends must rise: "
-            "write them anew as the running sum of the episodes' lengths"
+            f"{place}: episode {episode} begins at step {starts[episode]} and ends at {array[episode]}; ends must increase. "
+            "Fix: write them as the cumulative sum of the episodes' lengths"
         )
     return array
 
 
-def _vector_width(part: Part) -> int:
+def _vector_width(part: Field) -> int:
     if len(part.shape) > 1:
-        raise DataError(f"{part.place}: steps of shape {part.shape}; only vectors can be joined into one entry")
+        raise DataError(f"{part.place}: steps of shape {part.shape}; only vectors can be concatenated into one entry")
     return part.width
 
 
@@ -155,5 +159,5 @@ def _holds_images(block: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def _whole_bytes(block: np.ndarray) -> np.ndarray:
-    """Where a whole number from 0 to 255 stands."""
+    """Return a mask of the values that are whole numbers from 0 to 255."""
     return (block >= 0) & (block <= 255) & (block == np.rint(block))

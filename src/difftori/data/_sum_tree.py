@@ -1,4 +1,4 @@
-"""A binary tree of sums: draws in proportion to priorities, in O(log n), for whole batches at once."""
+"""A binary tree of sums: samples in proportion to priorities, in O(log n), for a whole batch at once."""
 
 from typing import final
 
@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 
 @final
 class SumTree:
-    """`size` non-negative leaves, of which each inner node holds the sum of two children; at first all are 0.
+    """A tree with `size` non-negative leaves, initially 0. Each inner node holds the sum of its two children.
 
-    A node is always recomputed from its children, never incremented: rounding does not pile up, and a tree built anew
-    from the same leaves is the same bit by bit.
+    A node is always recomputed from its children, never incremented. Rounding errors therefore do not accumulate, and a
+    tree rebuilt from the same leaves is identical to the last bit.
     """
 
     def __init__(self, size: int):
@@ -19,7 +19,7 @@ class SumTree:
         self._width = 1 << self._depth
         self._sums = np.zeros(2 * self._width)
         self.leaves = self._sums[self._width : self._width + size]
-        """The leaves (size) to read; write them with `set` or `fill`."""
+        """The leaves (size), to read. Write them with `set` or `fill`."""
 
     @property
     def total(self) -> float:
@@ -27,7 +27,7 @@ class SumTree:
         return float(self._sums[1])
 
     def set(self, index: Int[np.ndarray, "B"], values: Float[np.ndarray, "B"] | float) -> None:
-        """Write leaves and the sums above them. Of an index that stands twice, the last value counts."""
+        """Write leaves and update the sums above them. If an index occurs twice, its last value is used."""
         node = index.astype(np.int64) + self._width
         self._sums[node] = values
         left = np.empty_like(node)
@@ -49,9 +49,9 @@ class SumTree:
             level = half
 
     def find(self, mass: Float[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-        """For each mass in [0, total), the leaf at which the running sum of the leaves passes it: never one of 0.
+        """Return for each mass in [0, total) the leaf at which the cumulative sum of the leaves exceeds it.
 
-        The total must be above 0.
+        The total must be above 0. A leaf of 0 is never returned.
         """
         node = np.ones(len(mass), dtype=np.int64)
         rest = mass.copy()
@@ -62,14 +62,14 @@ class SumTree:
             left *= right
             rest -= left
             node += right
-        # Rounding can push a mass past the last positive leaf of a branch: rare, hence mended only where it happened.
+        # Rounding can push a mass past the last positive leaf of a branch. This is rare, so only those rows are repeated.
         stray = self._sums.take(node) == 0
         if stray.any():
             node[stray] = self._find_positive(mass[stray])
         return node - self._width
 
     def _find_positive(self, mass: Float[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-        """As `find`, and never into a branch whose sum is 0."""
+        """Like `find`, but never enters a branch whose sum is 0."""
         node = np.ones(len(mass), dtype=np.int64)
         rest = mass.copy()
         for _ in range(self._depth):

@@ -1,4 +1,4 @@
-"""Demonstrations: what was seen, and the H actions that the expert then took."""
+"""Demonstrations as rows: an observation, and the next H actions of the expert."""
 
 import io
 import os
@@ -22,11 +22,11 @@ _ARRAYS = ("obs", "actions")
 class Demos:
     """A set of N demonstrations in the task's own units: `obs` (N S) or (N …), `actions` (N H A).
 
-    Raises DataError if the shapes do not fit together, a type is not floating (integers are allowed for `obs`, as
-    images are), or a row holds NaN or Inf.
+    Raises DataError if the shapes do not match, a dtype is not floating-point (`obs` may be integers, such as images), or
+    a row contains NaN or Inf.
     """
 
-    # Plain types: what stands in files is checked here, always, and not only under the tests' shape checker.
+    # Plain types: the content of files is always checked here, not only under the tests' shape checker.
     obs: Tensor
     actions: Tensor
 
@@ -34,16 +34,16 @@ class Demos:
         if self.obs.ndim < 2 or self.actions.ndim != 3:
             raise DataError(
                 f"demonstrations: obs of shape {tuple(self.obs.shape)} and actions of shape "
-                f"{tuple(self.actions.shape)}; they must be (N S) or (N …), and (N H A)"
+                f"{tuple(self.actions.shape)}; obs must be (N S) or (N …), and actions (N H A)"
             )
         if len(self.obs) != len(self.actions) or len(self.obs) == 0:
             raise DataError(
                 f"demonstrations: {len(self.obs)} rows of obs and {len(self.actions)} of actions; "
-                "there must be as many of both, and at least one"
+                "both must have the same number of rows, at least one"
             )
         if not self.actions.is_floating_point() or self.obs.is_complex() or self.obs.dtype == torch.bool:
             raise DataError(
-                f"demonstrations: obs are {self.obs.dtype} and actions {self.actions.dtype}; make them float"
+                f"demonstrations: obs are {self.obs.dtype} and actions {self.actions.dtype}. Fix: convert them to float"
             )
         _check_finite("obs", self.obs)
         _check_finite("actions", self.actions)
@@ -52,9 +52,9 @@ class Demos:
         return len(self.obs)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
-        """One pass over the set in random order; the last batch may be smaller.
+        """Iterate once over the set in random order; the last batch may be smaller.
 
-        `generator` lives on the CPU. The whole order is drawn from it when the first batch is asked for.
+        `generator` is a CPU generator. The whole order is sampled from it when the first batch is requested.
         """
         if batch_size < 1:
             raise DataError(f"batches: batch_size is {batch_size}; it must be at least 1")
@@ -63,16 +63,16 @@ class Demos:
             yield self.batch(rows)
 
     def in_order(self, batch_size: int = 1024) -> Iterator[Window]:
-        """One pass over the set in order."""
+        """Iterate once over the set in order."""
         for rows in torch.arange(len(self), device=self.obs.device).split(batch_size):
             yield self.batch(rows)
 
     def batch(self, index: RowCounts) -> Window:
-        """These examples, as windows of one observation `state`."""
+        """Return these rows as windows with one observation, `state`."""
         return Window(state_obs(self.obs[index]), self.actions[index], index)
 
     def save(self, path: Path) -> None:
-        """Write an .npz file without pickle; it appears whole or not at all. Raises DataError if it cannot be written."""
+        """Write an .npz file atomically and without pickle. Raises DataError if it cannot be written."""
         partial = path.with_name(path.name + ".tmp")
         content = io.BytesIO()
         np.savez(content, obs=self.obs.cpu().numpy(), actions=self.actions.cpu().numpy())
@@ -85,21 +85,23 @@ class Demos:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise DataError(f"{path}: cannot be written ({error}); free space or choose another place") from error
+            raise DataError(
+                f"{path}: cannot be written ({error}). Fix: free space, or choose another location"
+            ) from error
 
     @staticmethod
     def load(path: Path) -> "Demos":
-        """Read what `save` wrote. Raises DataError if the file is missing, truncated, corrupt or holds pickled objects."""
+        """Read a file of `save`. Raises DataError if it is missing, truncated or corrupt, or contains pickled objects."""
         try:
             arrays = _read_arrays(path)
         except DataError:
             raise
         except FileNotFoundError as error:
-            raise DataError(f"{path}: there is no such file") from error
+            raise DataError(f"{path}: no such file. Fix: check the path") from error
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise DataError(
-                f"{path}: not a readable .npz of plain arrays ({error}); it is truncated, corrupt, or holds pickled "
-                "objects, which are refused: make it anew"
+                f"{path}: not a readable .npz of plain arrays ({error}); it is truncated or corrupt, or contains pickled "
+                "objects, which are refused. Fix: create the file again"
             ) from error
         return Demos(torch.from_numpy(arrays["obs"]), torch.from_numpy(arrays["actions"]))
 
@@ -108,18 +110,18 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise DataError(f"{path}: a single array, not an .npz of {' and '.join(_ARRAYS)}")
+            raise DataError(f"{path}: a single array; expected an .npz with {' and '.join(_ARRAYS)}")
         missing = [name for name in _ARRAYS if name not in archive.files]
         if missing:
             raise DataError(
-                f"{path}: no array named {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}"
+                f"{path}: no array named {', '.join(missing)}; it contains {', '.join(archive.files) or 'nothing'}"
             )
         return {name: _numeric(archive[name], name, path) for name in _ARRAYS}
 
 
 def _numeric(array: object, name: str, path: Path) -> np.ndarray:
-    if not isinstance(array, np.ndarray):  # numpy hands out the raw bytes of what is no array
-        raise DataError(f"{path}: {name} is no array; make the file anew")
+    if not isinstance(array, np.ndarray):  # numpy returns the raw bytes of a member that is not an array
+        raise DataError(f"{path}: {name} is not an array. Fix: create the file again")
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8 or not array.dtype.isnative:
         raise DataError(
             f"{path}: {name} is of type {array.dtype}; it must be a native integer or float of at most 64 bits"
@@ -132,6 +134,6 @@ def _check_finite(name: str, values: Tensor) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise DataError(
-            f"demonstrations: {name} holds NaN or Inf in {int(bad.sum())} of {len(values)} rows, first in row {row}; "
-            "drop or mend those rows"
+            f"demonstrations: {name} contains NaN or Inf in {int(bad.sum())} of {len(values)} rows, first in row {row}. "
+            "Fix: drop or correct those rows"
         )

@@ -1,4 +1,4 @@
-"""Public data sets by name: fetched from where their authors publish them, once, into a folder of the user's."""
+"""Public data sets by name: downloaded once from their authors' site into a cache folder."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ from difftori.data.formats._writing import whole_folder
 from difftori.errors import DataError
 
 CACHE = "DIFFTORI_DATA"
-"""Environment variable that names the folder; ~/.cache/difftori unless it is set."""
+"""Environment variable for the cache folder; default: ~/.cache/difftori."""
 _BLOCK = 2**20
 _MOST = 8 * 2**30
-"""Bytes that an archive may unpack to."""
+"""Largest unpacked size of an archive, in bytes."""
 
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A data set as its authors publish it: a zip archive, and the folder in it that is the data set."""
+    """A published data set: the URL of a zip archive, the data set's folder inside it, and a description (`origin`)."""
 
     url: str
     folder: str
@@ -41,10 +41,10 @@ PUBLIC = {
 
 
 def find_demos(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The path that `name` means: itself if something is there, else a public data set's, downloaded if it is not here yet.
+    """Return the path of a data set: `name` itself if that path exists, else the public data set of that name.
 
-    `say` hears of a download. Raises DataError if nothing has that name, or it cannot be fetched; then it says how to do
-    without.
+    A public data set that is not in the cache is downloaded; `say` is called with a line about it. A name that is neither
+    is returned as a path. Raises DataError if the download fails, with instructions for a manual download.
     """
     path = Path(name)
     if path.exists() or name not in PUBLIC:
@@ -58,15 +58,15 @@ def find_demos(name: str, say: Callable[[str], None] = lambda text: None) -> Pat
 
 
 def cache_folder() -> Path:
-    """Where public data sets are kept."""
+    """Return the folder where public data sets are stored."""
     given = os.environ.get(CACHE)
     return Path(given) if given else Path.home() / ".cache" / "difftori"
 
 
 def download(known: PublicSet, place: Path) -> None:
-    """Fetch the archive and unpack its data set as `place`, which is there whole or not at all.
+    """Download the archive and unpack its data set to `place`, atomically.
 
-    Nothing outside of the named folder is unpacked, and no links. Raises DataError.
+    Links, and files outside of the named folder, are not unpacked. Raises DataError if it fails.
     """
     archive = place.with_name(f"{place.name}.{os.getpid()}.zip.tmp")
     try:
@@ -77,7 +77,7 @@ def download(known: PublicSet, place: Path) -> None:
             _unpack(archive, PurePosixPath(known.folder), folder)
     except (URLError, OSError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(
-            f"{known.url}: cannot be fetched ({error}); download and unpack it yourself, and name the folder by --demos"
+            f"{known.url}: cannot be downloaded ({error}). Fix: download and unpack it yourself, and pass the folder to --demos"
         ) from error
     finally:
         archive.unlink(missing_ok=True)
@@ -89,14 +89,14 @@ def _unpack(archive: Path, wanted: PurePosixPath, folder: Path) -> None:
         files = [entry for entry in entries if not entry.is_dir()]
         if not files:
             raise DataError(
-                f"{archive}: holds no {wanted}; its authors may have changed it: name another folder by --demos"
+                f"{archive}: contains no {wanted}; its authors may have changed it. Fix: pass another folder to --demos"
             )
         if sum(entry.file_size for entry in files) > _MOST:
-            raise DataError(f"{archive}: unpacks to more than {_MOST} bytes; look at it before you use it")
+            raise DataError(f"{archive}: unpacks to more than {_MOST} bytes. Fix: inspect it before you use it")
         for entry in files:
             inner = PurePosixPath(entry.filename).relative_to(wanted)
             if ".." in inner.parts or stat.S_ISLNK(entry.external_attr >> 16):
-                raise DataError(f"{archive}: {entry.filename} leads out of the archive; do not use it")
+                raise DataError(f"{archive}: {entry.filename} leads out of the archive. Fix: do not use it")
             target = folder.joinpath(*inner.parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             with source.open(entry) as content, target.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Normalisers: shift and scale per dimension, fitted on training data only, and kept with a policy's weights."""
+"""Normalisers: shift and scale per dimension, fitted to training data only, and saved with a policy's weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias, final
@@ -12,13 +12,13 @@ from difftori.errors import DataError, ShapeError
 from difftori.types import AnyActions, EntrySpec, Moments, TaskSpec, Window
 
 FLAT = 1e-4
-"""A dimension that spans less than this over the training data counts as constant, as in Diffusion Policy."""
+"""A dimension whose range over the training data is below this is treated as constant, as in Diffusion Policy."""
 
 
 def measure(blocks: Iterable[Shaped[Tensor, "... D"]]) -> Moments:
-    """The moments of the last dimension, over all others and over all blocks, in one pass.
+    """Compute the moments of the last dimension over all other dimensions and all blocks, in one pass.
 
-    Blocks are merged by their means and deviations, so that nothing cancels (Chan et al., 1983).
+    Blocks are merged by their means and deviations, which avoids cancellation (Chan et al., 1983).
     Raises DataError if there is no block.
     """
     count, whole = 0, None
@@ -28,16 +28,16 @@ def measure(blocks: Iterable[Shaped[Tensor, "... D"]]) -> Moments:
         whole = own if whole is None else _merge(whole, count, own, len(rows))
         count += len(rows)
     if whole is None:
-        raise DataError("normalise: there is no data to fit to")
+        raise DataError("normalise: there is no data to fit to. Fix: pass at least one episode")
     return Moments(*(tuple(row) for row in whole.tolist()))
 
 
 @final
 class Affine(nn.Module):
-    """y = (x − shift) / scale over the last dimension D, and back; leading dimensions are free, D = 1 fits all.
+    """y = (x − shift) / scale over the last dimension D, and its inverse. Any leading dimensions; D = 1 fits every size.
 
-    `shift` and `scale` (D) are buffers: they go where the policy goes and are saved with it. Made from data by
-    `min_max`, `mean_std` or `identity`; another state of the same D can be loaded.
+    `shift` and `scale` (D) are buffers: they move to devices and are saved with the policy. `min_max`, `mean_std` and
+    `identity` compute them from data. A state of the same D can be loaded.
     """
 
     def __init__(self, shift: Shaped[Tensor, "D"], scale: Shaped[Tensor, "D"]):
@@ -48,24 +48,24 @@ class Affine(nn.Module):
         self.register_buffer("scale", scale.detach().float().clone())
 
     def forward(self, values: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Normalised (… D). Raises ShapeError for another D."""
+        """Normalise values (… D). Raises ShapeError for a different D."""
         return (self._fitting(values) - self.shift) / self.scale
 
     def inverse(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Back in the task's own units (… D). Raises ShapeError for another D."""
+        """Convert normalised values (… D) to the task's own units. Raises ShapeError for a different D."""
         return self._fitting(values) * self.scale + self.shift
 
     def _fitting(self, values: Tensor) -> Tensor:
         if values.ndim == 0 or len(self.scale) not in (1, values.shape[-1]):
             raise ShapeError(
-                f"normalise: values of shape {tuple(values.shape)}, and the normaliser was made for "
-                f"{len(self.scale)} dimensions; give (… {len(self.scale)})"
+                f"normalise: values of shape {tuple(values.shape)}, but the normaliser was made for "
+                f"{len(self.scale)} dimensions. Fix: pass (… {len(self.scale)})"
             )
         return values
 
 
 def _merge(one: Float[Tensor, "4 D"], rows: int, other: Float[Tensor, "4 D"], more: int) -> Float[Tensor, "4 D"]:
-    """Low, high, mean and deviation of both, which stand for so many rows each."""
+    """Merge low, high, mean and deviation of `rows` rows (`one`) and of `more` rows (`other`)."""
     share, delta = more / (rows + more), other[2] - one[2]
     variance = (1 - share) * one[3].square() + share * other[3].square() + share * (1 - share) * delta.square()
     low, high = torch.minimum(one[0], other[0]), torch.maximum(one[1], other[1])
@@ -73,23 +73,23 @@ def _merge(one: Float[Tensor, "4 D"], rows: int, other: Float[Tensor, "4 D"], mo
 
 
 Rule: TypeAlias = Callable[[Moments], Affine]
-"""How a normaliser follows from the training data: `min_max`, `mean_std`, `identity`, or a function of one's own."""
+"""Computes a normaliser from training data: `min_max`, `mean_std`, `identity`, or your own function."""
 
 
 def min_max(moments: Moments) -> Affine:
-    """[least, greatest] of each dimension to [−1, 1]; a constant dimension (see `FLAT`) to 0, without scaling."""
+    """Map [minimum, maximum] of each dimension to [−1, 1], and a constant dimension (see `FLAT`) to 0 without scaling."""
     low, high = _numbers(moments.low), _numbers(moments.high)
     return Affine((low + high) / 2, torch.where(high - low < FLAT, 1.0, (high - low) / 2))
 
 
 def mean_std(moments: Moments) -> Affine:
-    """Mean 0 and standard deviation 1 in each dimension; a constant one (see `FLAT`) to 0, without scaling."""
+    """Map each dimension to mean 0 and standard deviation 1, and a constant one (see `FLAT`) to 0 without scaling."""
     flat = _numbers(moments.high) - _numbers(moments.low) < FLAT
     return Affine(_numbers(moments.mean), torch.where(flat, 1.0, _numbers(moments.std)))
 
 
 def identity(moments: Moments) -> Affine:
-    """Nothing changes."""
+    """Leave values unchanged."""
     return Affine(torch.zeros(len(moments.mean)), torch.ones(len(moments.mean)))
 
 
@@ -98,7 +98,7 @@ def _numbers(values: tuple[float, ...]) -> Float[Tensor, "D"]:
 
 
 def pixels() -> Affine:
-    """uint8 to [0, 1]: y = x / 255."""
+    """Map uint8 to [0, 1]: y = x / 255."""
     return Affine(torch.zeros(1), torch.full((1,), 255.0))
 
 
@@ -106,7 +106,7 @@ def pixels() -> Affine:
 class Normalizer(nn.Module):
     """One `Affine` for each entry of the observations and one for the actions.
 
-    `fit_normalizer` makes it. A policy that is to load a saved one builds it with any values of the right sizes first.
+    `fit_normalizer` creates it. To load a saved one, first create a normaliser with any values of the right sizes.
     """
 
     def __init__(self, obs: Mapping[str, Affine], actions: Affine):
@@ -117,36 +117,38 @@ class Normalizer(nn.Module):
 
     @staticmethod
     def of(spec: TaskSpec, *, obs: "Rule | None" = None, actions: "Rule | None" = None) -> "Normalizer":
-        """That of a task's training data; `min_max` by default, and images are divided by 255.
+        """Create the normaliser of a task's training data. Default rule: `min_max`; images are divided by 255.
 
-        Where the spec has no moments, vectors stay what they are and actions are brought from their box to [−1, 1].
+        If the spec has no moments, vectors are unchanged and actions are mapped from their box to [−1, 1].
         """
         affines = {name: _entry_affine(entry, obs or min_max) for name, entry in spec.obs.items()}
         rule = actions or min_max
         return Normalizer(affines, rule(spec.moments or Moments(spec.low, spec.high, spec.low, spec.high)))
 
     def forward(self, window: Window) -> Window:
-        """The window with observations and actions normalised, the base's too."""
+        """Normalise the observations and actions of a window, including the base actions."""
         base = None if window.base is None else self.normalize_actions(window.base)
         return Window(self.normalize_obs(window.obs), self.normalize_actions(window.actions), window.index, base)
 
     def normalize_obs(self, obs: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Float[Tensor, "..."]]:
-        """Each entry (… D) by its own normaliser; not all that were fitted need be there.
+        """Normalise each entry (… D) with its own normaliser. `obs` may have fewer entries than were fitted.
 
         Raises DataError for an entry that was not fitted.
         """
         unknown = [name for name in obs if f"obs_{name}" not in self.obs]
         if unknown:
             known = ", ".join(name.removeprefix("obs_") for name in self.obs)
-            raise DataError(f"normalise: the entry {unknown[0]!r} was not in the training data, which had {known}")
+            raise DataError(
+                f"normalise: the entry {unknown[0]!r} was not in the training data, which had {known}. Fix: omit it"
+            )
         return {name: self.obs[f"obs_{name}"](values) for name, values in obs.items()}
 
     def normalize_actions(self, actions: AnyActions) -> AnyActions:
-        """Actions (… A) as the policy sees them."""
+        """Normalise actions (… A) for the policy."""
         return self.actions(actions)
 
     def denormalize_actions(self, actions: AnyActions) -> AnyActions:
-        """Actions (… A) in the task's own units."""
+        """Convert normalised actions (… A) to the task's own units."""
         return self.actions.inverse(actions)
 
 
@@ -166,10 +168,10 @@ def measured_spec(
     horizon: int,
     n_action_steps: int,
 ) -> TaskSpec:
-    """The task of imitating these episodes, measured at every step of them: hand in the training part alone.
+    """Create the `TaskSpec` of imitating these episodes, with statistics over all their steps. Pass the training part only.
 
-    Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs; images have none.
-    `low` and `high` bound the actions, A numbers each; the rest is `TaskSpec`'s.
+    Statistics are per last dimension of an entry, so all points of a cloud (T N 3) share them; images have none. `low` and
+    `high` are the bounds of the actions, A numbers each. See `TaskSpec` for the other arguments.
     """
     obs = {
         name: EntrySpec(
@@ -190,16 +192,16 @@ def fit_normalizer(
     actions: Rule = min_max,
     entries: Mapping[str, Rule] | None = None,
 ) -> Normalizer:
-    """Fit to every step of these episodes: hand in the training part alone.
+    """Fit a normaliser to every step of these episodes. Pass the training part only.
 
-    Statistics run over the last dimension of an entry, so all points of a cloud (T N 3) share theirs. `entries` names
-    entries that follow a rule of their own; without one, uint8 entries are divided by 255, and the others follow `obs`.
-    Raises DataError if `entries` names what is not there.
+    Statistics are per last dimension of an entry, so all points of a cloud (T N 3) share them. `entries` maps entries to
+    their own rules. Default: uint8 entries are divided by 255, the others use the rule `obs`.
+    Raises DataError if `entries` names an entry that does not exist.
     """
     own = dict(entries or {})
     unknown = [name for name in own if name not in train.obs]
     if unknown:
-        raise DataError(f"normalise: there is no entry {unknown[0]!r}; the data has {', '.join(train.obs)}")
+        raise DataError(f"normalise: there is no entry {unknown[0]!r}. Fix: choose from {', '.join(train.obs)}")
     fitted = {}
     for name, values in train.obs.items():
         if name not in own and values.dtype == torch.uint8:

@@ -1,4 +1,4 @@
-"""Prioritised replay: recorded episodes, of which slices of T steps are drawn by priority."""
+"""Prioritised replay buffer: stores episodes and samples segments of T steps by priority."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difftori.data._columns import Column, Storage, make_rows
-from difftori.data._episodes import Episode, Frames, Growing, as_finite, read_episode, write_episode
+from difftori.data._episodes import Episode, EpisodeBuffer, Frames, as_finite, read_episode, write_episode
 from difftori.data._sum_tree import SumTree
 from difftori.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from difftori.types import RowCounts, Rows, Segment
@@ -31,8 +31,8 @@ class DamagedEpisodeError(CheckpointError):
 
 @final
 @dataclass
-class _Kept:
-    """A committed episode: the position of its first frame, its steps L, and its file once it has one."""
+class _StoredEpisode:
+    """A finished episode: the position of its first frame, its number of steps L, and the name of its file, if written."""
 
     start: int
     length: int
@@ -45,22 +45,24 @@ class _Kept:
 
 @final
 class Replay:
-    """A ring of whole episodes, and slices of T steps drawn from them in proportion to priority^α.
+    """A ring buffer of whole episodes that samples segments of T steps in proportion to priority^α.
 
-    P(i) = p_i^α / Σ_j p_j^α; weights (N·P(i))^−β over their maximum in the batch, of N slices; drawn independently,
-    with replacement (Schaul et al. 2016, Eq. 1, §3.4). As in TD-MPC (Hansen et al. 2022), the slices of a new episode
-    get the greatest priority there is, 1 at first, and a slice starts only where its T steps fit. Differs from paper:
-    an episode of fewer than T steps can be drawn too, as one slice, padded and masked; TD-MPC's are all of one length.
+    P(i) = p_i^α / Σ_j p_j^α for N segments; weights (N·P(i))^−β, divided by their maximum in the batch. Samples are
+    independent, with replacement (Schaul et al. 2016, Eq. 1, §3.4). As in TD-MPC (Hansen et al. 2022), the segments of a
+    new episode get the greatest priority in the buffer, initially 1, and a segment starts only where its T steps fit.
+    Differs from paper: an episode of fewer than T steps is sampled too, as one padded and masked segment; in TD-MPC all
+    episodes have one length.
 
-    `capacity` counts steps. When it is reached the oldest episodes go, whole. There is room for 5 % more observations
-    than steps, because an episode has one more: if episodes are shorter than 20 steps on average, fewer are held.
+    `capacity` is the number of steps. When it is exceeded, the oldest episodes are removed, as a whole. The buffer holds
+    5 % more observations than steps, because an episode has one more observation than steps. If episodes are shorter than
+    20 steps on average, it holds fewer of them.
 
-    `obs_shape` is the observation's as the environment gives it, `stack` frames along its first dimension, oldest
-    first; only the newest frame is stored, once. `obs_dtype` is uint8 or float32. The stacks are made on `device`.
-    `length` is T; `num_rows` counts the environment rows that record at once. `storage` says where observations and
-    steps lie: "memory", "device" (on `device`), or "mmap", a nameless file in `folder` (Linux).
+    `obs_shape` is the shape of the environment's observation: `stack` frames along the first dimension, oldest first. Only
+    the newest frame is stored, once; the stacks are built on `device`. `obs_dtype` is uint8 or float32. `length` is T.
+    `num_rows` is the number of environment rows that record at the same time. `storage` selects where observations and
+    steps are stored: "memory", "device" (on `device`), or "mmap", an unnamed file in `folder` (Linux).
 
-    Raises ConfigError listing every faulty setting, and DataError if there is no room for so many steps.
+    Raises ConfigError listing every invalid setting, and DataError if there is no memory for `capacity` steps.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Replay:
             faults.append(f"replay: alpha is {alpha} and beta {beta}; both must be from 0 to 1")
         if (storage == "mmap") != (folder is not None):
             faults.append(
-                f"replay: storage is {storage!r} and folder {folder}; give a folder for 'mmap', and only then"
+                f"replay: storage is {storage!r} and folder {folder}. Fix: set folder if storage is 'mmap', and only then"
             )
         if faults:
             raise ConfigError(faults)
@@ -106,12 +108,12 @@ class Replay:
         self._steps = Column(make_rows(self._size, action_dim + 2, torch.float32, **place), self.device)
         self._age = np.zeros(self._size, dtype=np.int32)  # steps since the episode began, of each slot
         self._left = np.zeros(self._size, dtype=np.int32)  # steps until it ended
-        self._growing: list[Growing | None] = [None] * num_rows
+        self._growing: list[EpisodeBuffer | None] = [None] * num_rows
         self._clear()
 
     def _clear(self) -> None:
         self._tree = SumTree(self._size)
-        self._kept: deque[_Kept] = deque()
+        self._stored: deque[_StoredEpisode] = deque()
         self._head = 0  # positions count all frames ever written; a position's slot is its remainder by the size
         self._count = 0
 
@@ -119,20 +121,22 @@ class Replay:
         return self._count
 
     def begin(self, row: int, obs: np.ndarray) -> None:
-        """The first observation of an episode of environment row `row`: the whole stack, one frame repeated.
+        """Begin an episode of environment row `row` with its first observation: the whole stack, one frame repeated.
 
-        Raises DataError (the row has an unfinished episode; another shape or type; frames that differ) and
+        Raises DataError if the row has an unfinished episode, the shape or dtype is wrong, or the frames differ; and
         NonFiniteError.
         """
         growing = self._growing[self._checked(row)]
         if growing is not None:
             raise DataError(
-                f"replay, row {row}: an episode of {len(growing.steps)} steps has not ended; end it, or drop({row})"
+                f"replay, row {row}: an episode of {len(growing.steps)} steps has not ended. Fix: end it, or drop({row})"
             )
         frames = self._frames.split(obs, f"replay, row {row}, first observation")
         if (frames != frames[-1]).any():
-            raise DataError(f"replay, row {row}: the frames of the first observation differ; repeat the first frame")
-        self._growing[row] = Growing([frames[-1].copy()])
+            raise DataError(
+                f"replay, row {row}: the frames of the first observation differ. Fix: repeat the first frame"
+            )
+        self._growing[row] = EpisodeBuffer([frames[-1].copy()])
 
     def add(
         self,
@@ -144,20 +148,24 @@ class Replay:
         terminated: bool | np.bool_,
         truncated: bool | np.bool_,
     ) -> None:
-        """One step of environment row `row`. When it ends the episode, the episode can be drawn from then on.
+        """Add one step of environment row `row`. A step that ends the episode makes the episode available to `sample`.
 
-        `action` (A); `next_obs` is what the step led to, also at the end: not the first one of the next episode.
-        `terminated` wins over `truncated`.
+        `action` (A). `next_obs` is the observation after the step, also at the end of the episode: not the first one of the
+        next episode. `terminated` takes precedence over `truncated`.
 
-        Raises NonFiniteError, and DataError: no episode was begun, it is longer than the capacity, a wrong shape or
-        type, or frames that do not follow those before. The episode is then as it was before the call.
+        Raises NonFiniteError, and DataError if no episode was begun, the episode is longer than the capacity, a shape or
+        dtype is wrong, or frames do not continue the previous ones. The episode is then unchanged.
         """
         growing = self._growing[self._checked(row)]
         if growing is None:
-            raise DataError(f"replay, row {row}: a step before the first observation; call begin({row}, obs) first")
+            raise DataError(
+                f"replay, row {row}: a step before the first observation. Fix: call begin({row}, obs) first"
+            )
         place = f"replay, row {row}, step {len(growing.steps)}"
         if len(growing.steps) == self.capacity:
-            raise DataError(f"{place}: the episode is longer than the capacity of {self.capacity} steps; raise it")
+            raise DataError(
+                f"{place}: the episode is longer than the capacity of {self.capacity} steps. Fix: raise capacity"
+            )
         if np.shape(action) != (self.action_dim,):
             raise DataError(f"{place}: the action has shape {np.shape(action)}; it must be ({self.action_dim},)")
         action = as_finite(action, _FLOAT, "the action", place)
@@ -167,8 +175,8 @@ class Replay:
         past = [past[0]] * (len(frames) - len(past)) + past
         if any((frame != before).any() for frame, before in zip(frames[:-1], past[1:], strict=True)):
             raise DataError(
-                f"{place}: the older frames of the next observation are not those seen before; give what the step led "
-                "to, not the first observation of the next episode"
+                f"{place}: the older frames of the next observation are not the previous ones. Fix: pass the observation after "
+                "the step, not the first observation of the next episode"
             )
         growing.steps.append(np.array([*action, reward, terminated], dtype=_FLOAT))
         growing.frames.append(frames[-1].copy())
@@ -177,19 +185,19 @@ class Replay:
             self._commit(growing.end())
 
     def drop(self, row: int) -> None:
-        """Forget the unfinished episode of environment row `row`, if there is one."""
+        """Discard the unfinished episode of environment row `row`, if there is one."""
         self._growing[self._checked(row)] = None
 
     def sample(self, batch_size: int, *, generator: torch.Generator) -> Segment:
-        """Draw `batch_size` slices, on `device`; what they hold stays as it is for as long as they are used.
+        """Sample `batch_size` segments, on `device`. Their content does not change while they are in use.
 
-        `generator` lives on the CPU, and its state is a tensor: with it and the buffer restored, the draw is the same.
-        Raises DataError if there is no whole episode yet.
+        `generator` is a CPU generator. With its state and the buffer restored, the sample is the same.
+        Raises DataError if there is no finished episode yet.
         """
         if self._count == 0 or batch_size < 1 or generator.device.type != "cpu":
             raise DataError(
-                f"replay: asked for {batch_size} slices of {self._count} recorded steps with a generator on "
-                f"{generator.device}; ask for at least 1, after at least one whole episode, with one on the CPU"
+                f"replay: cannot sample {batch_size} segments from {self._count} recorded steps with a generator on "
+                f"{generator.device}. Fix: sample at least 1, after at least one whole episode, with a CPU generator"
             )
         mass = torch.rand(batch_size, dtype=torch.float64, generator=generator).numpy() * self._tree.total
         slots = self._tree.find(mass)
@@ -201,7 +209,7 @@ class Replay:
         steps = self._steps.gather(self._wrapped(slots + np.minimum(time, left - 1)).reshape(-1))
         present = self._tensor(mask.astype(_FLOAT))
         steps = steps.view(self.length, batch_size, -1) * present[..., None]
-        tail = self._kept[0].start
+        tail = self._stored[0].start
         return Segment(
             obs=self._observations(slots, age, left),
             actions=steps[..., :-2].contiguous(),
@@ -213,51 +221,51 @@ class Replay:
         )
 
     def update_priorities(self, index: RowCounts, priorities: Rows) -> None:
-        """Set the priorities (B), at least 0, of the slices that start at `index` (B), as a Segment names them.
+        """Set the priorities (B), at least 0, of the segments with the positions `index` (B) of a `Segment`.
 
-        10⁻⁶ is added, so that every slice can still be drawn. Slices of episodes that are gone are passed over.
-        Raises NonFiniteError for NaN or Inf, DataError for a priority below 0 or where no slice starts.
+        10⁻⁶ is added, so that every segment can still be sampled. Segments of removed episodes are skipped.
+        Raises NonFiniteError for NaN or Inf, and DataError for a priority below 0 or a position where no segment starts.
         """
         positions = index.detach().cpu().numpy()
         values = priorities.detach().cpu().double().numpy()
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise NonFiniteError(
-                f"replay: {len(bad)} of {len(values)} priorities are NaN or Inf, first {values[bad[0]]} of row {bad[0]}"
-                "; look at the losses of that row"
+                f"replay: {len(bad)} of {len(values)} priorities are NaN or Inf, first {values[bad[0]]} of row {bad[0]}. "
+                "Fix: check the losses of that row"
             )
-        alive = positions >= (self._kept[0].start if self._kept else self._head)
+        alive = positions >= (self._stored[0].start if self._stored else self._head)
         slots = self._wrapped(positions[alive])
         faulty = (values[alive] < 0) | (positions[alive] >= self._head) | (self._tree.leaves[slots] == 0)
         if faulty.any():
             first = int(np.flatnonzero(alive)[faulty.argmax()])
             raise DataError(
-                f"replay: row {first} sets the priority of the slice at {positions[first]} to {values[first]}; no "
-                "slice starts there, or it is below 0: give a Segment's index, and priorities from 0"
+                f"replay: row {first} sets the priority of the segment at {positions[first]} to {values[first]}; no "
+                "segment starts there, or the priority is below 0. Fix: pass a Segment's index, and priorities of at least 0"
             )
         self._tree.set(slots, (values[alive] + _EPS) ** self.alpha)
 
     def save(self, folder: Path) -> State:
-        """Write the episodes that `folder` does not have yet, one file each, and return the state for a checkpoint.
+        """Write the episodes that are missing in `folder`, one file each, and return the state for a checkpoint.
 
-        No file is ever changed, so that earlier states keep theirs. The state names the files with their sha256 and
-        holds priorities, positions and unfinished episodes. Raises CheckpointError if a file cannot be written.
+        Files are never changed, so earlier states stay valid. The state contains the names of the files with their sha256,
+        the priorities, the positions and the unfinished episodes. Raises CheckpointError if a file cannot be written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for kept in self._kept:
-                if kept.name is None or not (folder / kept.name).exists():
-                    kept.name = write_episode(folder, kept.start, self._episode(kept))
+            for stored in self._stored:
+                if stored.name is None or not (folder / stored.name).exists():
+                    stored.name = write_episode(folder, stored.start, self._episode(stored))
         except OSError as error:
             raise CheckpointError(
-                f"{folder}: an episode cannot be written ({error}); what earlier checkpoints name is intact. "
-                "Free space on that disk, or give another directory"
+                f"{folder}: an episode cannot be written ({error}); the episodes of earlier checkpoints are intact. "
+                "Fix: free space on that disk, or choose another directory"
             ) from error
         live = self._live_slots()
         return {
             "format": _FORMAT,
             "settings": self._settings(),
-            "episodes": [[kept.start, kept.length, kept.name] for kept in self._kept],
+            "episodes": [[stored.start, stored.length, stored.name] for stored in self._stored],
             "priorities": torch.from_numpy(self._tree.leaves[live]),
             "growing": [
                 growing
@@ -270,22 +278,23 @@ class Replay:
         }
 
     def load(self, folder: Path, state: State) -> None:
-        """Make this buffer what it was when `save` returned `state`: the next draw is the same.
+        """Restore the buffer as it was when `save` returned `state`. The next sample is the same.
 
-        Raises DamagedEpisodeError if a file is missing or damaged, CheckpointError if the buffer was made otherwise (`beta`, storage and
-        device may differ); this buffer is then empty.
+        Raises DamagedEpisodeError if a file is missing or damaged, and CheckpointError if the settings differ (`beta`,
+        storage and device may differ). The buffer is then empty.
         """
         self._clear()
         self._growing = [None] * len(self._growing)
         if state.get("format") != _FORMAT or state.get("settings") != self._settings():
             raise CheckpointError(
-                f"{folder}: the recorded replay is of format {state.get('format')} and made with "
-                f"{state.get('settings')}; this one is of format {_FORMAT} and made with {self._settings()}"
+                f"{folder}: the recorded replay has format {state.get('format')} and was made with "
+                f"{state.get('settings')}; this one has format {_FORMAT} and was made with {self._settings()}. "
+                "Fix: use the same settings, or start a new run"
             )
         try:
             for start, length, name in state["episodes"]:
                 episode = read_episode(folder / name, length, self._frames, self.action_dim + 2)
-                self._write(_Kept(start, length, name), episode)
+                self._write(_StoredEpisode(start, length, name), episode)
         except CheckpointError as error:
             self._clear()
             raise DamagedEpisodeError(str(error)) from error
@@ -293,46 +302,48 @@ class Replay:
         leaves[self._live_slots()] = state["priorities"].numpy()
         self._tree.fill(leaves)
         self._growing = [
-            growing and Growing(list(growing["frames"].numpy().copy()), list(growing["steps"].numpy().copy()))
+            growing and EpisodeBuffer(list(growing["frames"].numpy().copy()), list(growing["steps"].numpy().copy()))
             for growing in state["growing"]
         ]
 
     def _checked(self, row: int) -> int:
         if not 0 <= row < len(self._growing):
-            raise DataError(f"replay: row {row} of {len(self._growing)}; raise num_rows, or mend the row")
+            raise DataError(
+                f"replay: row {row} of {len(self._growing)}. Fix: raise num_rows, or pass a row that exists"
+            )
         return row
 
     def _commit(self, episode: Episode) -> None:
-        """Make an episode one that can be drawn; the oldest go until there is room."""
+        """Add a finished episode to the buffer. Removes the oldest episodes until it fits."""
         greatest = float(self._tree.leaves.max()) or 1.0
-        kept = _Kept(self._head, len(episode))
-        while self._kept and (
-            self._count + kept.length > self.capacity or kept.stop - self._kept[0].start > self._size
+        stored = _StoredEpisode(self._head, len(episode))
+        while self._stored and (
+            self._count + stored.length > self.capacity or stored.stop - self._stored[0].start > self._size
         ):
-            oldest = self._kept.popleft()
+            oldest = self._stored.popleft()
             self._count -= oldest.length
             self._tree.set(self._slots(oldest.start, oldest.stop), 0.0)
-        self._write(kept, episode)
-        starts = max(kept.length - self.length + 1, 1)
-        self._tree.set(self._slots(kept.start, kept.start + starts), greatest)
+        self._write(stored, episode)
+        starts = max(stored.length - self.length + 1, 1)
+        self._tree.set(self._slots(stored.start, stored.start + starts), greatest)
 
-    def _write(self, kept: _Kept, episode: Episode) -> None:
-        first = kept.start % self._size
+    def _write(self, stored: _StoredEpisode, episode: Episode) -> None:
+        first = stored.start % self._size
         self._obs.write(first, episode.frames)
         self._steps.write(first, episode.steps)
-        slots = self._slots(kept.start, kept.stop)
-        self._age[slots] = np.arange(kept.length + 1)
-        self._left[slots] = np.arange(kept.length, -1, -1)
-        self._kept.append(kept)
-        self._count += kept.length
-        self._head = kept.stop
+        slots = self._slots(stored.start, stored.stop)
+        self._age[slots] = np.arange(stored.length + 1)
+        self._left[slots] = np.arange(stored.length, -1, -1)
+        self._stored.append(stored)
+        self._count += stored.length
+        self._head = stored.stop
 
-    def _episode(self, kept: _Kept) -> Episode:
-        first = kept.start % self._size
-        return Episode(self._obs.read(first, kept.length + 1), self._steps.read(first, kept.length))
+    def _episode(self, stored: _StoredEpisode) -> Episode:
+        first = stored.start % self._size
+        return Episode(self._obs.read(first, stored.length + 1), self._steps.read(first, stored.length))
 
     def _observations(self, slots: np.ndarray, age: np.ndarray, left: np.ndarray) -> Tensor:
-        """The stacked observations (T+1 B *S). With T + k frames of a row side by side, each stack is a view of k."""
+        """Return the stacked observations (T+1 B *S). The T + k frames of a row are contiguous; each stack is a view of k."""
         rows, stack, width = len(slots), self._frames.stack, self._frames.width
         steps = self.length + 1
         time = np.arange(1 - stack, steps)
@@ -348,7 +359,7 @@ class Replay:
         return np.arange(start, stop) % self._size
 
     def _live_slots(self) -> np.ndarray:
-        return self._slots(self._kept[0].start, self._head) if self._kept else np.zeros(0, dtype=np.int64)
+        return self._slots(self._stored[0].start, self._head) if self._stored else np.zeros(0, dtype=np.int64)
 
     def _wrapped(self, slots: np.ndarray) -> np.ndarray:
         return slots % self._size
@@ -370,7 +381,7 @@ class Replay:
 
 
 def prune(folder: Path, states: Iterable[State]) -> None:
-    """Delete the episode files in `folder`, and what a kill left half-written, that none of `states` names."""
+    """Delete the episode files in `folder` that none of `states` names, including partial files left by a kill."""
     named = {name for state in states for _, _, name in state["episodes"]}
     for path in [*folder.glob("episode-*.npz"), *folder.glob("episode-*.npz.tmp")]:
         if path.name not in named:

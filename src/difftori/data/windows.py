@@ -1,4 +1,4 @@
-"""Windows of demonstrations: the last observations, and the actions around them, never across episodes."""
+"""Windows of demonstrations: the last observations and the actions around them. A window never crosses episodes."""
 
 from collections.abc import Iterator
 from typing import final
@@ -16,17 +16,17 @@ from difftori.types import RowCounts, Window
 
 @final
 class Windows:
-    """Every window of a set of episodes: O observations (`n_obs_steps`) and H actions (`horizon`) from the same step on.
+    """All windows of a set of episodes: O observations (`n_obs_steps`) and H actions (`horizon`) from the same step on.
 
-    Windows are those of Diffusion Policy (Chi et al., 2023): in an episode of L steps one begins at each step from
-    −(O − 1) to L − H + `n_action_steps` − 1. Steps before the first repeat the first, steps after the last repeat the last,
-    observations and actions alike. The present is the O-th step of a window; a policy that observes it will execute
+    Windows are those of Diffusion Policy (Chi et al., 2023): in an episode of L steps, one window begins at each step from
+    −(O − 1) to L − H + `n_action_steps` − 1. Observations and actions before the first step repeat the first, and those
+    after the last step repeat the last. The present is the O-th step of a window; a policy that observes it executes
     `n_action_steps` actions from there on.
-    Differs from Diffusion Policy: an episode too short for any window gives one, with the first step as the present;
-    theirs passes it over.
+    Differs from Diffusion Policy: an episode that is too short for any window gives one, with the first step as the
+    present; Diffusion Policy skips it.
 
-    Batches come to `device`, by default where the set lies; `index` counts windows through episode after episode.
-    Raises ConfigError listing every faulty setting.
+    `device` is the device of the batches; default: the device of the demonstrations. Windows are numbered through all
+    episodes (`index`). Raises ConfigError listing every invalid setting.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Windows:
         ]
         if not faults and n_obs_steps - 1 + n_action_steps > horizon:
             faults.append(
-                f"windows: {n_action_steps} actions are to be executed from the last of {n_obs_steps} observations on, and the window "
-                f"has {horizon}; make horizon at least {n_obs_steps - 1 + n_action_steps}"
+                f"windows: a window has {horizon} actions, too few to execute {n_action_steps} from the last of {n_obs_steps} "
+                f"observations on. Fix: make horizon at least {n_obs_steps - 1 + n_action_steps}"
             )
         here = demos.actions.device
         self.device = here if device is None else torch.device(device)
         if here.type != "cpu" and self.device != here:
             faults.append(
-                f"windows: the demonstrations lie on {here} and batches are to come to {self.device}; choose one"
+                f"windows: the demonstrations are on {here} and the batches on {self.device}. Fix: choose one device"
             )
         if faults:
             raise ConfigError(faults)
@@ -72,11 +72,11 @@ class Windows:
         return len(self._first)
 
     def episodes(self, index: RowCounts) -> RowCounts:
-        """The episode of each of these windows, on the CPU."""
+        """Return the episode of each of these windows, on the CPU."""
         return torch.from_numpy(self._episode[self._checked(index)])
 
     def batch(self, index: RowCounts) -> Window:
-        """These windows. Raises ShapeError if there is no such one."""
+        """Return the windows of these indices. Raises ShapeError if an index is out of range."""
         chosen = self._checked(index)
         obs = {
             name: self._gather(column, chosen, self.n_obs_steps).unflatten(-1, self.demos.obs[name].shape[1:])
@@ -85,20 +85,20 @@ class Windows:
         return Window(obs, self._gather(self._actions, chosen, self.horizon), index.to(self.device))
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Window:
-        """As many windows, each drawn from all of them. `generator` lives on the CPU."""
+        """Sample `batch_size` windows uniformly, with replacement. `generator` is a CPU generator."""
         return self.batch(torch.randint(len(self), (_at_least_one(batch_size),), generator=generator))
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Window]:
-        """One pass over all windows in random order; the last batch may be smaller.
+        """Iterate once over all windows in random order; the last batch may be smaller.
 
-        `generator` lives on the CPU. The whole order is drawn from it when the first batch is asked for.
+        `generator` is a CPU generator. The whole order is sampled from it when the first batch is requested.
         """
         order = torch.randperm(len(self), generator=generator)
         for index in order.split(_at_least_one(batch_size)):
             yield self.batch(index)
 
     def in_order(self, batch_size: int = 256) -> Iterator[Window]:
-        """One pass over all windows in order."""
+        """Iterate once over all windows in order."""
         for index in torch.arange(len(self)).split(_at_least_one(batch_size)):
             yield self.batch(index)
 
@@ -106,7 +106,7 @@ class Windows:
         return Column(values.reshape(len(values), -1), self.device)
 
     def _gather(self, column: Column, chosen: Int[np.ndarray, "B"], count: int) -> Tensor:
-        """`count` steps from each window's first, (B count width), those outside of the episode clipped into it."""
+        """Return `count` steps from each window's first, (B count width). Steps outside of the episode are clipped into it."""
         steps = self._first[chosen, None] + np.arange(count)
         steps = np.clip(steps, self._low[chosen, None], self._high[chosen, None])
         return column.gather(steps.reshape(-1)).unflatten(0, (len(chosen), count))
@@ -115,7 +115,7 @@ class Windows:
         chosen = index.cpu().numpy()
         wrong = chosen[(chosen < 0) | (chosen >= len(self))]
         if len(wrong):
-            raise ShapeError(f"windows: there is no window {wrong[0]}; they count from 0 to {len(self) - 1}")
+            raise ShapeError(f"windows: there is no window {wrong[0]}. Fix: choose from 0 to {len(self) - 1}")
         return chosen
 
 

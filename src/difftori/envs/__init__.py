@@ -1,1 +1,1 @@
-"""Environments: one file each, offering what `difftori.envs.base` names."""
+"""Environments, one file each. Every environment file defines `FAMILY`, see `difftori.envs.family`."""

@@ -1,4 +1,4 @@
-"""The wrapper around every environment that is learnt from: checks, episode seeds, and restarts within a budget."""
+"""The wrapper of every training environment: checks, episode seeds, and a limited number of restarts."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,21 +20,21 @@ from difftori.envs.base import (
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
 
 SEEDS = 2**31
-"""Seeds that are drawn lie below it."""
+"""Upper bound of sampled seeds, exclusive."""
 ObsT = TypeVar("ObsT", bound=Observation)
-"""One array (num_envs, …), or several by name: whichever the environment's space says."""
+"""One array (num_envs, …) or a dictionary of arrays, according to the environment's observation space."""
 
 
 class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
-    """A vector environment whose inputs and outputs are finite, whose episodes have seeds, and that survives failures.
+    """A vector environment with checks for NaN and shapes, a seed for each episode, and restarts after failures.
 
-    Rows are reset by the caller (`AutoresetMode.DISABLED`): after an end, `reset(options={"reset_mask": rows})`. Each
-    episode has a seed of its own and is replayed exactly by that seed and its actions. `build` makes `env` anew after a
-    failure, `restarts` times at most. Not to be shared between threads.
+    The caller resets rows (`AutoresetMode.DISABLED`): after the end of an episode, `reset(options={"reset_mask": rows})`.
+    Each episode has its own seed; the seed and the actions reproduce the episode exactly. After a failure, `build` creates
+    a new `env`, at most `restarts` times (default: 3). Do not share it between threads.
 
     Raised by `reset` and `step`: `EnvironmentRestarted` (all episodes are lost; reset every row), `EnvironmentFailed`
-    (the budget is spent), `NonFiniteError` (NaN or Inf in observations, rewards or actions; names rows and step),
-    `ShapeError`, `ResetNeededError`.
+    (too many restarts), `NonFiniteError` (NaN or Inf in observations, rewards or actions, with rows and step), `ShapeError`,
+    `ResetNeededError`.
     """
 
     def __init__(self, env: VectorEnv, build: Callable[[], VectorEnv], *, name: str, seed: int, restarts: int = 3):
@@ -48,8 +48,8 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
             self._env.close()
             raise ConfigError(
                 [
-                    f"{name}: autoreset mode {mode}, actions {actions}; make it with AutoresetMode.DISABLED and Box actions, "
-                    "or return a single environment, of which the library makes copies"
+                    f"{name}: autoreset mode {mode}, actions {actions}. Fix: create it with AutoresetMode.DISABLED and Box "
+                    "actions, or return a single environment, which the library copies"
                 ]
             )
         self.num_envs = self._env.num_envs
@@ -69,19 +69,21 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[ObsT, dict[str, Any]]:
-        """Begin new episodes, in all rows or where `options["reset_mask"]` (num_envs, bool) says so.
+        """Begin new episodes in the rows of `options["reset_mask"]` (num_envs, bool). Default: all rows.
 
-        `seed`: one per row, each the seed of that row's episode (None: drawn; rows outside the mask ignore theirs);
-        or one number from which this and all later seeds are drawn; or nothing: drawn from the seed of `make`.
-        `info["episode_seed"]` (num_envs) tells which were used. Observations of the other rows are their last ones.
+        `seed`: a list with the seed of each row's episode (None: sampled; rows outside the mask ignore theirs), or one
+        number that seeds the sampling of this and all later seeds. Default: seeds are sampled from the seed of `make`.
+        `info["episode_seed"]` (num_envs) contains the seeds. Rows outside the mask return their last observations.
         """
         rest = dict(options or {})
         mask = self._mask(rest.pop("reset_mask", None))
         if not (self._begun | mask).all():
-            raise ResetNeededError(f"{self.name}: the first reset, and the one after a restart, must be of all rows")
+            raise ResetNeededError(
+                f"{self.name}: reset_mask omits rows that have no episode yet. Fix: reset all rows at first, and after a restart"
+            )
         seeds = self._chosen_seeds(seed, mask)
         forwarded = rest if mask.all() else {**rest, "reset_mask": mask}
-        # The base class knows one seed only; vector environments that reset by mask take a list.
+        # The base class declares one seed only; vector environments that reset by mask take a list.
         observations, info = self._survive(
             lambda: self._env.reset(seed=seeds, options=forwarded or None)  # pyright: ignore[reportArgumentType]
         )
@@ -95,14 +97,16 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         return observations, self._info(info)
 
     def step(self, actions: np.ndarray) -> tuple[ObsT, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One decision per row: actions (num_envs, A) are clipped to the box, and `info["clipped"]` (num_envs) counts
-        those of the running episodes that had to be. Everything returned belongs to the caller.
+        """Take one agent step in each row.
+
+        Actions (num_envs, A) are clipped to the box; `info["clipped"]` (num_envs) counts the clipped actions of the running
+        episodes. The returned arrays are copies.
         """
         executed, cut = clip_actions(actions, self.action_space, env=self.name, step=self._steps)
         if not self._running.all():
             rows = np.flatnonzero(~self._running).tolist()
             raise ResetNeededError(
-                f"{self.name}, step {self._steps}: rows {rows[:8]} have no running episode; reset them first, by "
+                f"{self.name}, step {self._steps}: rows {rows[:8]} have no running episode. Fix: reset them first, with "
                 'reset(options={"reset_mask": rows})'
             )
         executed = executed.astype(self.action_space.dtype)
@@ -116,11 +120,11 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         return observations, rewards, terminated, truncated, self._info(info)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """One RGB frame (height, width, 3) uint8 per row, where the environment draws."""
+        """Return one RGB frame (height, width, 3) uint8 per row, if the environment renders frames."""
         return self._survive(self._env.render)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close the environment inside."""
+        """Close the wrapped environment."""
         self._env.close()
 
     def _info(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -132,45 +136,45 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         mask = np.array(given)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ShapeError(
-                f"{self.name}: reset_mask is {mask.dtype} {mask.shape} with {np.count_nonzero(mask)} rows; give "
-                f"({self.num_envs},) booleans, at least one of them true"
+                f"{self.name}: reset_mask is {mask.dtype} {mask.shape} with {np.count_nonzero(mask)} rows. Fix: pass "
+                f"({self.num_envs},) booleans, at least one of them True"
             )
         return mask
 
     def _chosen_seeds(self, seed: int | Sequence[int | None] | None, mask: np.ndarray) -> list[int]:
-        """A seed for each row; only those of the mask are used up from the generator."""
+        """Return a seed for each row. Only missing seeds of rows in the mask are sampled from the generator."""
         if isinstance(seed, (int, np.integer)):
             self._seeds = np.random.default_rng(_valid_seed(int(seed), self.name))
             seed = None
         given = [None] * self.num_envs if seed is None else list(seed)
         if len(given) != self.num_envs:
-            raise ShapeError(f"{self.name}: {len(given)} seeds for {self.num_envs} rows; give one per row")
+            raise ShapeError(f"{self.name}: {len(given)} seeds for {self.num_envs} rows. Fix: pass one per row")
         chosen = []
         for one, wanted in zip(given, mask, strict=True):
-            drawn = wanted and one is None
-            chosen.append(int(self._seeds.integers(SEEDS)) if drawn else _valid_seed(int(one or 0), self.name))
+            sampled = wanted and one is None
+            chosen.append(int(self._seeds.integers(SEEDS)) if sampled else _valid_seed(int(one or 0), self.name))
         return chosen
 
     def _owned(self, observations: Any) -> Any:
-        """A copy of the observations, none of which holds NaN or Inf."""
+        """Return a copy of the observations. Raises NonFiniteError for NaN or Inf."""
         if isinstance(observations, dict):
             return {name: self._finite(f"observations {name!r}", part) for name, part in observations.items()}
         return self._finite("observations", observations)
 
     def _finite(self, what: str, values: np.ndarray) -> np.ndarray:
-        """A copy of the values (num_envs, …), none of which is NaN or Inf."""
+        """Return a copy of the values (num_envs, …). Raises NonFiniteError for NaN or Inf."""
         values = np.array(values)
         if np.issubdtype(values.dtype, np.floating):
             rows = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(axis=1)).tolist()
             if rows:
                 raise NonFiniteError(
                     f"{self.name}, step {self._steps}: NaN or Inf in the {what} of rows {rows[:8]} (episode seeds "
-                    f"{self._episode_seeds[rows[:8]].tolist()}); the simulation diverged there, look at the actions"
+                    f"{self._episode_seeds[rows[:8]].tolist()}); the simulation diverged there. Fix: check the actions"
                 )
         return values
 
     def _survive(self, call: Callable[[], Any]) -> Any:
-        """The result of a call; if it fails, a new environment inside, and `EnvironmentRestarted`."""
+        """Return the result of `call`. If it fails, restart the environment and raise `EnvironmentRestarted`."""
         try:
             return call()
         except (ConfigError, MissingExtraError, RenderingError):
@@ -181,15 +185,15 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
             self._restart(error)
             raise EnvironmentRestarted(
                 f"{self.name}, step {self._steps}: restarted ({self.restarts} of {self.budget}) after {_named(error)}. "
-                "Partial episodes are dropped: reset all rows",
+                "Unfinished episodes are dropped. Fix: reset all rows",
                 restarts=self.restarts,
             ) from error
 
     def _restart(self, error: Exception) -> None:
-        """Make the environment inside anew; trying costs from the budget, whether or not it works."""
+        """Restart the wrapped environment. Failed attempts count as restarts too."""
         while self.restarts < self.budget:
             self.restarts += 1
-            # What has failed may well fail to close; its successor matters more.
+            # A failed environment may also fail to close; this must not prevent the restart.
             with suppress(Exception):
                 self._env.close()
             try:
@@ -200,17 +204,17 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         with suppress(Exception):
             self._env.close()
         raise EnvironmentFailed(
-            f"{self.name}, step {self._steps}: failed once more after {self.restarts} restarts: {_named(error)}. Mend the "
-            "environment, or raise `restarts`"
+            f"{self.name}, step {self._steps}: failed once more after {self.restarts} restarts: {_named(error)}. Fix: correct "
+            "the environment, or increase `restarts`"
         ) from error
 
 
 def _named(error: Exception) -> str:
-    """The error with its type, unless it already speaks for itself."""
+    """Return the message of an error, with its type unless it is a `WorkerError`."""
     return str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
 
 
 def _valid_seed(seed: int, name: str) -> int:
     if not 0 <= seed < 2**63:
-        raise ConfigError([f"{name}: seed is {seed}; give a number from 0 to 2⁶³ − 1"])
+        raise ConfigError([f"{name}: seed is {seed}. Fix: pass a number from 0 to 2⁶³ − 1"])
     return seed

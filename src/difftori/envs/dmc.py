@@ -1,8 +1,8 @@
-"""DeepMind Control (Tassa et al. 2018, arXiv 1801.00690), from states or from images.
+"""DeepMind Control (Tassa et al. 2018, arXiv 1801.00690), with state or image observations.
 
-A task is named `domain-task`, as in `cheetah-run`; underscores and capitals may stand for hyphens and small letters,
-and `cup-catch` is the paper's name of `ball-in-cup-catch`. `lqr` is left out: its actions have no bounds. Rewards of
-repeated steps are summed; episodes are truncated after 1000 steps and terminate only where the task's discount is 0.
+Tasks are named `domain-task`, such as `cheetah-run`. Underscores and capitals are accepted too, and `cup-catch` is the
+paper's name of `ball-in-cup-catch`. `lqr` is omitted, because its actions have no bounds. Rewards of repeated steps are
+summed. Episodes are truncated after 1000 steps, and terminate only if the task's discount is 0.
 """
 
 import importlib.util
@@ -48,14 +48,14 @@ DOMAINS = {
     "swimmer": ("swimmer6", "swimmer15"),
     "walker": ("stand", "walk", "run"),
 }
-"""Tasks by domain, as dm_control writes them. Here rather than asked for, so that a wrong name needs no simulator."""
+"""Tasks by domain, in dm_control's spelling. Listed here, so that a wrong name is detected without the simulator."""
 
 PARTS = {f"{d}-{t}".replace("_", "-").lower(): (d, t) for d, tasks in DOMAINS.items() for t in tasks}
 ALIASES = {"cup-catch": "ball-in-cup-catch"}
 TASKS = tuple(PARTS)
 EPISODE_STEPS = 1000
 ACTION_REPEAT = {ALIASES.get(task.task, task.task): task.action_repeat for task in paper_tasks()}
-"""The paper's, for its 15 tasks; `OTHER_REPEAT` for the others."""
+"""Action repeats of the paper's 15 tasks. The other tasks use `OTHER_REPEAT`."""
 OTHER_REPEAT = 2
 FRAMES = 3
 IMAGE_SIZE = 84
@@ -64,18 +64,18 @@ VIDEO = (240, 320)
 
 
 def full_name(task: str) -> str:
-    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
+    """Return the name in `TASKS` that `task` refers to; "" is the first. Raises `ConfigError` if there is none."""
     plain = task.replace("_", "-").lower()
     return chosen_task(ALIASES.get(plain, plain), TASKS, env="dmc")
 
 
 class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One task with actions in [−1, 1]^A. The seed of a reset and the actions determine the episode.
+    """A task with actions in [−1, 1]^A. The seed of the reset and the actions determine the episode.
 
     `obs`: `state`, all observations of the task as float32 (S), or `pixels`, three RGB frames of 84×84 from camera 0
-    (quadruped: 2) as uint8 (9, 84, 84). `action_repeat`: default: the paper's, or 2 for tasks that it does not name.
-    `render="fast"` has shadows of lower resolution and no antialiasing: several times faster, but the images differ, so
-    results are not comparable.
+    (quadruped: 2) as uint8 (9, 84, 84); default: `state`. `action_repeat`: steps per action; default: the paper's value, or
+    2 for tasks that are not in the paper. `render`: `default` or `fast`. `fast` has shadows of lower resolution and no
+    antialiasing. It is several times faster, but the images differ, so results are not comparable.
 
     Raises `ConfigError`, `MissingExtraError` (extra `dmc`), `RenderingError` (no OpenGL).
     """
@@ -85,8 +85,8 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         domain, name = PARTS[task]
         self._repeat = action_repeat or ACTION_REPEAT.get(task, OTHER_REPEAT)
         suite = _suite(needs_images=obs == "pixels" or task == "quadruped-escape")
-        # The task draws all its randomness from this object, which `reset` seeds. It is seeded here too because a few
-        # tasks draw parts of their model, which must be the same in all copies.
+        # The task samples all its randomness from this object, which `reset` seeds. It is seeded here too, because a few
+        # tasks sample parts of their model, which must be the same in all copies.
         self._random = np.random.RandomState(0)
         self._env: Any = suite.load(domain, name, task_kwargs={"random": self._random})
         if render == "fast":
@@ -114,10 +114,12 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new episode; without a seed the stream of the last one goes on. There are no options."""
+        """Begin a new episode. Without a seed, the random stream of the previous episode continues. There are no options."""
         super().reset(seed=seed)
         if options:
-            raise ConfigError([f"dmc: reset options {sorted(options)} are unknown; this environment takes none"])
+            raise ConfigError(
+                [f"dmc: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"]
+            )
         fresh = np.random.RandomState(np.random.MT19937(int(self.np_random.integers(2**32))))
         self._random.set_state(fresh.get_state())
         observation = self._env.reset().observation
@@ -126,7 +128,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._frames.restart(self._render_image(IMAGE_SIZE, IMAGE_SIZE)), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Take the action (A) `action_repeat` times, or until the episode ends."""
+        """Repeat the action (A) `action_repeat` times, or until the episode ends. Rewards are summed."""
         executed = rescaled(action, self._low, self._high)
         reward = 0.0
         for _ in range(self._repeat):
@@ -142,7 +144,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return observation, reward, terminated, now.last() and not terminated, {}
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A frame (240, 320, 3) uint8 for a film. `RenderingError` without OpenGL."""
+        """Render a frame (240, 320, 3) uint8 for a video. Raises `RenderingError` without OpenGL."""
         return self._render_image(*VIDEO)
 
     def close(self) -> None:
@@ -153,7 +155,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         try:
             return self._env.physics.render(height, width, camera_id=self._camera)
         except RuntimeError as error:
-            raise RenderingError(f"no image can be drawn ({error}): {HELP}") from error
+            raise RenderingError(f"images cannot be rendered ({error}). Fix: {HELP}") from error
 
 
 FAMILY = EnvFamily(build=DmcEnv, tasks=TASKS, full_name=full_name)
@@ -164,20 +166,20 @@ def _refuse_options(obs: str, action_repeat: int | None, render: str) -> None:
     faults += choice_fault("obs", obs, OBSERVE) + choice_fault("render", render, ("default", "fast", "warp"))
     if render == "warp":
         faults.append(
-            "render is 'warp': mujoco-warp needs a newer MuJoCo than the 3.3 that dm_control 1.0.28 is pinned to, so it is "
-            "not supported; choose default or fast"
+            "render is 'warp', which is not supported: mujoco-warp needs a newer MuJoCo than 3.3, the version that dm_control "
+            "1.0.28 requires. Fix: choose default or fast"
         )
     if faults:
         raise ConfigError(faults)
 
 
 def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
-    """All entries one after another, float32 (S)."""
+    """Concatenate all entries to float32 (S)."""
     return np.concatenate([np.ravel(value) for value in observation.values()], dtype=np.float32, casting="same_kind")
 
 
 def _suite(*, needs_images: bool) -> ModuleType:
-    """dm_control's suite, drawing headless by EGL unless MUJOCO_GL says otherwise, or not at all where EGL is missing."""
+    """Import dm_control's suite, with headless rendering by MUJOCO_GL (default: EGL), or without rendering if EGL is missing."""
     if importlib.util.find_spec("dm_control") is None:
-        raise MissingExtraError("DeepMind Control needs the extra `dmc`: pip install 'difftori[dmc]'")
+        raise MissingExtraError("DeepMind Control needs the extra `dmc`. Fix: pip install 'difftori[dmc]'")
     return import_drawing("dm_control.suite", needs_images=needs_images)

@@ -1,4 +1,4 @@
-"""What an environment file supplies, and how the library turns it into a checked vector environment.
+"""The interface of an environment file, and its conversion to a checked vector environment.
 
 A module of this package is an environment if it defines `FAMILY`, for instance
 
@@ -34,11 +34,11 @@ FILLED = ("task", "seed", "render_mode", "num_envs")
 
 @dataclass(frozen=True)
 class Expert:
-    """A scripted expert and the environment it acts in.
+    """A scripted expert and the environment in which it acts.
 
-    `build` makes one environment with named observations, whose `info["success"]` says whether the episode has succeeded
-    so far. `act` maps batched observations to actions (num_envs, A), which are clipped to the action space. `arrays` maps
-    each name in the data set to the observation that is stored under it. The versions of `packages` are recorded.
+    `build` creates one environment with named observations and `info["success"]`, true if the episode has succeeded so far.
+    `act` maps batched observations to actions (num_envs, A), which are clipped to the action space. `arrays` maps each name
+    in the data set to the observation that is stored under it. The versions of `packages` are recorded.
     """
 
     build: Callable[[], gymnasium.Env]
@@ -49,7 +49,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class EnvFamily:
-    """How to build the environments of one family, and what training needs to know about them. Only `build` is required."""
+    """A family of environments: how to build them, and how to imitate in them. Only `build` is required."""
 
     build: Callable[..., gymnasium.Env | VectorEnv]
     """A `gymnasium.Env` class, or a function that returns one environment. The library fills in the parameters `task`,
@@ -58,13 +58,13 @@ class EnvFamily:
     tasks: tuple[str, ...] = ("",)
     """Names of the tasks; the first is the default."""
     full_name: Callable[[str], str] | None = None
-    """Maps what the user wrote to the name of a task, or raises `ConfigError`. Default: the name must be in `tasks`."""
+    """Maps the user's spelling to the name of a task, or raises `ConfigError`. Default: the name must be in `tasks`."""
     expert: Callable[..., Expert] | None = None
-    """Makes the scripted expert for `difftori collect`. Parameters: `task` and `obs`, each optional."""
+    """Creates the scripted expert for `difftori collect`. Parameters: `task` and `obs`, each optional. Default: no expert."""
     window: tuple[int, int, int] | None = None
-    """Observations seen, actions predicted and actions executed by imitation policies. Default: (2, 16, 8)."""
+    """`n_obs_steps`, `horizon` and `n_action_steps` of imitation policies. Default: (2, 16, 8)."""
     recorded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """For each observation type `obs`, the arrays of a data set that it is made from. Default: the observation's own."""
+    """For each observation type `obs`, the arrays of a data set that it is computed from. Default: the observation's names."""
     from_recorded: Callable[[Arrays, np.ndarray, str], tuple[Arrays, np.ndarray]] | None = None
     """Maps recorded arrays (T, …), recorded actions (T, A) and `obs` to observations and actions of the environment.
     Default: they are the same."""
@@ -74,18 +74,20 @@ class EnvFamily:
         if self.full_name is not None:
             return self.full_name(task)
         if task and self.tasks == ("",):
-            raise ConfigError([f"env: {env!r} takes no task, so remove {task!r}"])
+            raise ConfigError([f"env: {env!r} takes no task. Fix: remove {task!r}"])
         return chosen_task(task, self.tasks, env=env)
 
 
 def family_of(member: object, name: str) -> EnvFamily:
-    """`member` if it is an `EnvFamily`, else the family of a `gymnasium.Env` class or of a function that builds one."""
+    """Return `member` if it is an `EnvFamily`, else the family of a `gymnasium.Env` class or of a function that builds one."""
     if isinstance(member, EnvFamily):
         return member
     if not callable(member) or (inspect.isclass(member) and not issubclass(member, gymnasium.Env)):
         kind = member.__name__ if inspect.isclass(member) else type(member).__name__
         raise ConfigError(
-            [f"env: {name!r} is a {kind}; give a gymnasium.Env class, a function that returns one, or an EnvFamily"]
+            [
+                f"env: {name!r} is a {kind}. Fix: pass a gymnasium.Env class, a function that returns one, or an EnvFamily"
+            ]
         )
     build = cast(Callable[..., gymnasium.Env | VectorEnv], member)
     return EnvFamily(build, full_name=str if "task" in _parameters(build, name) else None)
@@ -93,7 +95,7 @@ def family_of(member: object, name: str) -> EnvFamily:
 
 @dataclass(frozen=True)
 class ResolvedEnv:
-    """One task of an environment family. `name` is its full name, such as `dmc:ball-in-cup-catch`."""
+    """A task of an environment family. `name` is its full name, such as `dmc:ball-in-cup-catch`."""
 
     name: str
     family: EnvFamily
@@ -116,10 +118,10 @@ class ResolvedEnv:
         unit_actions: bool = True,
         **options: object,
     ) -> CheckedVectorEnv:
-        """`num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
+        """Create `num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
 
-        `unit_actions` maps actions in [−1, 1] to the environment's own bounds, as agents need it; False leaves the actions
-        as they are. Raises `ConfigError`, and what the builder raises.
+        `unit_actions` maps actions in [−1, 1] to the environment's own bounds, which agents need; False leaves the actions
+        unchanged. Default: True. Raises `ConfigError`, and the errors of the builder.
         """
         build = self.family.build
         if self._vector and workers != "sync":
@@ -151,7 +153,7 @@ class ResolvedEnv:
         return "" if parameter is None else str(parameter.default)
 
     def make_expert(self, obs: str) -> Expert:
-        """The family's expert for this task, with the observation type `obs`."""
+        """Create the family's expert for this task, with the observation type `obs`."""
         assert self.family.expert is not None
         given = {"task": self.task, "obs": obs}
         names = _parameters(self.family.expert, self.name)
@@ -159,7 +161,7 @@ class ResolvedEnv:
 
     @property
     def _vector(self) -> bool:
-        """Whether the builder makes a vector environment itself."""
+        """Whether the builder returns a vector environment."""
         return "num_envs" in _parameters(self.family.build, self.name)
 
     def _refuse_unknown(self, given: Mapping[str, object]) -> None:
@@ -168,7 +170,7 @@ class ResolvedEnv:
             f"env: {self.name!r} takes no option {name!r}{suggest(name, known)}" for name in given if name not in known
         ]
         faults += [
-            f"env: {self.name!r} needs the option {name!r}"
+            f"env: {self.name!r} needs the option {name!r}. Fix: pass it"
             for name, default in self.options.items()
             if default is inspect.Parameter.empty and name not in given
         ]
@@ -177,7 +179,7 @@ class ResolvedEnv:
 
 
 def _filled(build: Callable[..., object], env: ResolvedEnv, seed: int, num_envs: int) -> dict[str, object]:
-    """The arguments among `FILLED` that the builder has."""
+    """Return the values of those parameters in `FILLED` that the builder has."""
     parameters = _parameters(build, env.name)
     values = {"task": env.task, "seed": seed, "num_envs": num_envs, "render_mode": "rgb_array"}
     if not env.task and "task" in parameters and parameters["task"].default is not inspect.Parameter.empty:
@@ -192,33 +194,37 @@ def _filled(build: Callable[..., object], env: ResolvedEnv, seed: int, num_envs:
 
 
 def _parameters(build: Callable[..., object], name: str) -> dict[str, inspect.Parameter]:
-    """The parameters of a builder that can be given by name."""
+    """Return the parameters of a builder that can be passed by name."""
     try:
         parameters = inspect.signature(build).parameters.values()
     except ValueError as error:
-        raise ConfigError([f"env: {name!r} is not a function that builds an environment ({error})"]) from error
+        raise ConfigError(
+            [f"env: {name!r} is not a function that builds an environment ({error}). Fix: use a Python function"]
+        ) from error
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {parameter.name: parameter for parameter in parameters if parameter.kind in by_name}
 
 
 def _build(build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool) -> gymnasium.Env:
-    """One environment, with the spaces that the library works with. Runs in the worker's process."""
+    """Build one environment and convert its spaces to those that the library uses. Runs in the worker's process."""
     env = build(**arguments)
     if not isinstance(env, gymnasium.Env):
-        fix = "; give the function the parameter num_envs" if isinstance(env, VectorEnv) else ""
-        raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.Env{fix}"])
+        fix = "add the parameter num_envs to the function" if isinstance(env, VectorEnv) else "return a gymnasium.Env"
+        raise ConfigError([f"env: {name!r} returned a {type(env).__name__}, not a gymnasium.Env. Fix: {fix}"])
     env = float32_observations(env, name=name)
     return unit_actions(env, name=name) if unit else env
 
 
 def _build_vector(build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool) -> VectorEnv:
-    """The vector environment that a builder with the parameter `num_envs` makes."""
+    """Build the vector environment of a builder with the parameter `num_envs`."""
     env = build(**arguments)
     if not isinstance(env, VectorEnv):
-        fix = "; remove the parameter num_envs" if isinstance(env, gymnasium.Env) else ""
-        raise ConfigError([f"env: {name!r} made a {type(env).__name__}, not a gymnasium.vector.VectorEnv{fix}"])
+        fix = "remove the parameter num_envs" if isinstance(env, gymnasium.Env) else "return a VectorEnv"
+        raise ConfigError(
+            [f"env: {name!r} returned a {type(env).__name__}, not a gymnasium.vector.VectorEnv. Fix: {fix}"]
+        )
     actions = env.single_action_space
     if unit and isinstance(actions, Box) and not (np.all(actions.low == -1) and np.all(actions.high == 1)):
         env.close()
-        raise ConfigError([f"{name}: its actions are {actions}; scale them to ±1, or return a single environment"])
+        raise ConfigError([f"{name}: its actions are {actions}. Fix: scale them to ±1, or return a single environment"])
     return env

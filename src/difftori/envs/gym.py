@@ -1,4 +1,4 @@
-"""Any environment of Gymnasium's registry whose actions fill a bounded box, by its id, as in `gym:Pendulum-v1`."""
+"""Environments of Gymnasium's registry with bounded Box actions, by id, such as `gym:Pendulum-v1`."""
 
 import importlib
 import inspect
@@ -14,19 +14,19 @@ from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, MissingExtraError
 
 TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
-"""Those that need nothing but Gymnasium. Any other id of its registry is as good."""
+"""Tasks that need no other packages than Gymnasium. Any other id of its registry can be used too."""
 FRAMES = 3
 
 
 class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One registered environment with flat float32 observations, or stacked images.
+    """A registered environment with flat float32 observations or stacked images.
 
-    `task`: its id; `my_module:Id-v0` imports the module that registers it. `obs`: `state` for Box observations, flattened
-    to float32 (S), or `pixels` for those that are images themselves (height, width, C) uint8, the last three stacked,
-    channels first. `action_repeat`: steps per action, default: 1.
+    `task`: the id; `my_module:Id-v0` imports the module that registers it. `obs`: `state` for Box observations, flattened
+    to float32 (S), or `pixels` for image observations (height, width, C) uint8, the last three stacked with channels first;
+    default: `state`. `action_repeat`: steps per action; default: 1.
 
-    Raises `ConfigError` for an unknown id and for observations of another kind, and `MissingExtraError` where the
-    environment needs a package that is not installed.
+    Raises `ConfigError` for an unknown id and for other observation spaces, and `MissingExtraError` if the environment
+    needs a package that is not installed.
     """
 
     def __init__(self, task: str, *, obs: str = "state", action_repeat: int | None = None):
@@ -46,7 +46,7 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self.observation_space = Box(0, 255, (channels * FRAMES, height, width), np.uint8)
         else:
             self._frames = None
-            # Bounds of float64 that float32 cannot hold become infinite, which is what they mean.
+            # float64 bounds that exceed float32 become infinite, which is their meaning.
             with np.errstate(over="ignore"):
                 low, high = (bound.astype(np.float32).ravel() for bound in (observations.low, observations.high))
             self.observation_space = Box(low, high, dtype=np.float32)
@@ -58,7 +58,7 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new episode; seed and options go to the environment inside."""
+        """Begin a new episode. Seed and options are passed to the wrapped environment."""
         super().reset(seed=seed)
         observation, info = self._env.reset(seed=seed, options=options)
         if self._frames is None:
@@ -66,28 +66,30 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._frames.restart(np.asarray(observation)), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Take the action `action_repeat` times, or until the episode ends; rewards are summed."""
+        """Repeat the action `action_repeat` times, or until the episode ends. Rewards are summed."""
         total = 0.0
         for _ in range(self._repeat):
             observation, reward, terminated, truncated, info = self._env.step(action)
             total += float(reward)
             if terminated or truncated:
                 break
-        seen = self._flat(observation) if self._frames is None else self._frames.push(np.asarray(observation))
-        return seen, total, bool(terminated), bool(truncated), info
+        obs = self._flat(observation) if self._frames is None else self._frames.push(np.asarray(observation))
+        return obs, total, bool(terminated), bool(truncated), info
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The environment's own RGB frame. `RenderingError` if it has none, or lacks a package to draw it."""
+        """Return the environment's RGB frame. Raises `RenderingError` if it renders none, or a package is missing."""
         if self.render_mode != "rgb_array":
-            raise RenderingError(f"{self.metadata['name']} draws no frames: it has no render mode rgb_array")
+            raise RenderingError(
+                f"{self.metadata['name']} renders no frames, because it has no render mode rgb_array. Fix: omit the video"
+            )
         try:
             frame = self._env.render()
         except gymnasium.error.DependencyNotInstalled as error:
-            raise RenderingError(f"{self.metadata['name']} cannot draw: {error}") from error
+            raise RenderingError(f"{self.metadata['name']} cannot render: {error}") from error
         return np.asarray(frame)
 
     def close(self) -> None:
-        """Close the environment inside."""
+        """Close the wrapped environment."""
         self._env.close()
 
     def _flat(self, observation: Any) -> np.ndarray:
@@ -95,7 +97,7 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 def full_name(task: str) -> str:
-    """The id `task`; "" is the first of `TASKS`. Any id of the registry is a task."""
+    """Return the id `task`, or the first of `TASKS` if it is "". Any id of the registry is a task."""
     return task or TASKS[0]
 
 
@@ -103,7 +105,7 @@ FAMILY = EnvFamily(build=GymEnv, tasks=TASKS, full_name=full_name)
 
 
 def _registered(identifier: str) -> gymnasium.Env:
-    """The environment of that id, ready to draw if it can; `module:Id-v0` imports the module that registers it."""
+    """Create the environment of an id, with rendering if supported. `module:Id-v0` imports the module that registers it."""
     module, _, name = identifier.rpartition(":")
     try:
         if module:
@@ -113,29 +115,32 @@ def _registered(identifier: str) -> gymnasium.Env:
         modes = (
             kind.metadata.get("render_modes", []) if inspect.isclass(kind) and issubclass(kind, gymnasium.Env) else []
         )
-        # Gymnasium's own checker only warns; CheckedVectorEnv refuses.
+        # Gymnasium's checker only warns; CheckedVectorEnv raises errors.
         if "rgb_array" in modes:
             return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
         return gymnasium.make(name, disable_env_checker=True)
     except gymnasium.error.DependencyNotInstalled as error:
-        raise MissingExtraError(f"gym:{identifier} needs a package of its own: {error}") from error
+        raise MissingExtraError(f"gym:{identifier} needs another package: {error}") from error
     except ModuleNotFoundError as error:
         if module and module.startswith(error.name or ""):
             raise ConfigError(
-                [f"gym:{identifier}: there is no module {error.name!r}; is its folder on sys.path?"]
+                [f"gym:{identifier}: there is no module {error.name!r}. Fix: add its folder to sys.path"]
             ) from error
         raise MissingExtraError(
-            f"gym:{identifier} needs the package {error.name!r}; Gymnasium's own extras are gymnasium[mujoco], "
+            f"gym:{identifier} needs the package {error.name!r}. Fix: install it; Gymnasium's extras are gymnasium[mujoco], "
             "gymnasium[box2d] and gymnasium[classic-control]"
         ) from error
     except gymnasium.error.Error as error:
-        raise ConfigError([f"gym:{identifier}: {error} Known without further packages: {', '.join(TASKS)}"]) from error
+        raise ConfigError(
+            [f"gym:{identifier}: {error} Available without other packages: {', '.join(TASKS)}"]
+        ) from error
 
 
 def _observation_fault(observations: gymnasium.Space, obs: str) -> str | None:
-    """Why these observations do not fit the option `obs`."""
+    """Return an error message if these observations do not match the option `obs`, else None."""
     if not isinstance(observations, Box):
-        return f"its observations are {observations}; flatten them to a Box, as FlattenObservation does"
+        return f"its observations are {observations}. Fix: flatten them to a Box, for example with FlattenObservation"
     if (observations.dtype == np.uint8 and len(observations.shape) == 3) != (obs == "pixels"):
-        return f"its observations are {observations}; obs='{obs}' does not fit them, the other choice does"
+        fitting = "state" if obs == "pixels" else "pixels"
+        return f"its observations are {observations}, which obs='{obs}' does not support. Fix: obs='{fitting}'"
     return None

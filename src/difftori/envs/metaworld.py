@@ -1,12 +1,12 @@
-"""MetaWorld v3 (Yu et al. 2019, arXiv 1910.10897): a Sawyer arm's 50 tasks, from states or from point clouds.
+"""MetaWorld v3 (Yu et al. 2019, arXiv 1910.10897): 50 tasks of a Sawyer arm, with state or point cloud observations.
 
-    state   39 numbers: the hand, the objects, both one step before, and the goal
-    points  `point_cloud` (512 3), metres, as DP3 makes it, and `agent_pos` (9): hand and both fingers
-    action  4 numbers: the hand's motion (1 is a centimetre a step) and the gripper's effort
+    state   39 numbers: the hand, the objects, both one step earlier, and the goal
+    points  `point_cloud` (512 3), metres, computed as in DP3, and `agent_pos` (9): hand and both fingers
+    action  4 numbers: the hand's motion (1 is a centimetre per step) and the gripper's effort
 
-An episode is truncated after 200 steps, as in DP3, and never terminates. `info["success"]` is true from the first step
-at which the task was done, since several tasks are undone again: success means success at any step. A task is named as in
-the paper, `assembly`; `assembly-v3` is the same. Every episode has another goal, drawn from its seed.
+Episodes are truncated after 200 steps, as in DP3, and never terminate. `info["success"]` remains true after the first
+success, because in several tasks the goal is left again: success means success at any step. Tasks have the paper's names,
+such as `assembly`; `assembly-v3` is the same. Each episode has its own goal, determined by its seed.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from difftori.errors import ConfigError, MissingExtraError
 from difftori.paper.numbers import paper_numbers
 
 PAPER_TASKS = tuple(dict.fromkeys(number.task for number in paper_numbers("table1_metaworld_success_percent")))
-"""The 22 of the paper's Table 1, in its order."""
+"""The 22 tasks of the paper's Table 1, in its order."""
 OTHER_TASKS = (
     "button-press",
     "button-press-topdown",
@@ -58,12 +58,12 @@ OTHER_TASKS = (
     "window-close",
     "window-open",
 )
-"""The rest of MetaWorld. Here rather than asked for, so that a wrong name needs no simulator."""
+"""The other tasks of MetaWorld. Listed here, so that a wrong name is detected without the simulator."""
 TASKS = (*PAPER_TASKS, *OTHER_TASKS)
 OBSERVE = ("state", "points")
 EPISODE_STEPS = 200
 STEP_LIMIT = 500
-"""MetaWorld's own, beyond which it refuses to step."""
+"""MetaWorld's limit of steps in an episode."""
 FPS = 80.0
 
 SPACES = {
@@ -73,21 +73,22 @@ SPACES = {
 }
 POINT_PARTS = ("point_cloud", "agent_pos")
 ARRAYS = {"state": "agent_pos", "full_state": "state", "point_cloud": "point_cloud"}
-"""DP3's names of the recorded arrays, and the names of the observations."""
+"""Maps DP3's names of the recorded arrays to the names of the observations."""
 RECORDED = {"state": ("full_state",), "points": ("point_cloud", "state")}
-"""For each `obs`, the arrays of a collection or of DP3's data sets that it is made from."""
+"""For each `obs`, the arrays of a collected or DP3 data set that it is computed from."""
 
 
 def full_name(task: str) -> str:
-    """The name in `TASKS` that `task` means; "" is the first. `ConfigError` if there is none."""
+    """Return the name in `TASKS` that `task` refers to; "" is the first. Raises `ConfigError` if there is none."""
     plain = task.replace("_", "-").lower().removesuffix("-goal-observable").removesuffix("-v3")
     return chosen_task(plain, TASKS, env="metaworld")
 
 
 class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
-    """One task; see the head of this file. An episode is determined by the seed of its reset and its actions.
+    """A task, as described at the head of this file. The seed of the reset and the actions determine the episode.
 
-    `parts` names the observations of `SPACES` to show, or is None for the state alone, as one array.
+    `parts`: the names of the observations in `SPACES`, or None for the state only, as one array. `max_steps`: the step after
+    which an episode is truncated.
     """
 
     def __init__(self, task: str, *, parts: tuple[str, ...] | None, max_steps: int):
@@ -98,18 +99,22 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
         self._steps, self._success = 0, False
         self._state = np.zeros(39, dtype=np.float32)
         self.action_space = Box(-1.0, 1.0, (4,), np.float32)
-        shown: Any = SPACES["state"] if parts is None else Dict({name: SPACES[name] for name in parts})
-        self.observation_space = shown
+        space: Any = SPACES["state"] if parts is None else Dict({name: SPACES[name] for name in parts})
+        self.observation_space = space
         self.render_mode = "rgb_array"
         self.metadata = episode_metadata(f"metaworld:{task}", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """A new episode with another goal; without a seed the stream of the last one goes on. There are no options."""
+        """Begin a new episode with a new goal. Without a seed, the previous random stream continues. There are no options."""
         super().reset(seed=seed)
         if options:
-            raise ConfigError([f"metaworld: reset options {sorted(options)} are unknown; this environment takes none"])
+            raise ConfigError(
+                [
+                    f"metaworld: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"
+                ]
+            )
         if seed is not None:
             self._env.seed(seed)
         state, _ = self._env.reset()
@@ -118,7 +123,7 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
         return self._observation(state), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One step of MetaWorld: an eightieth of a second."""
+        """Take one step of MetaWorld, 1/80 s."""
         state, reward, _, _, info = self._env.step(np.asarray(action, dtype=np.float32))
         self._steps += 1
         self._success = self._success or bool(info["success"])
@@ -126,7 +131,7 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
         return self._observation(state), float(reward), False, truncated, {"success": self._success}
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A frame (240, 240, 3) uint8 for a film. `RenderingError` without OpenGL."""
+        """Render a frame (240, 240, 3) uint8 for a video. Raises `RenderingError` without OpenGL."""
         return self._camera.image()
 
     def close(self) -> None:
@@ -150,14 +155,14 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
 
 
 def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> MetaworldEnv:
-    """One task. `obs`: `state`, float32 (39), or `points`, `point_cloud` (512 3) and `agent_pos` (9), both float32.
+    """Build a task. `obs`: `state`, float32 (39), or `points`, `point_cloud` (512 3) and `agent_pos` (9), both float32.
 
-    `max_steps`: the step after which an episode is truncated, at most 500. Raises `ConfigError`, `MissingExtraError`
-    (extra `metaworld`), `RenderingError` (no OpenGL).
+    `max_steps`: the step after which an episode is truncated, at most 500. Defaults: `state`, 200. Raises `ConfigError`,
+    `MissingExtraError` (extra `metaworld`), `RenderingError` (no OpenGL).
     """
     faults = choice_fault("obs", obs, OBSERVE) + numeric_faults(max_steps=max_steps)
     if max_steps > STEP_LIMIT:
-        faults.append(f"max_steps is {max_steps}; MetaWorld allows {STEP_LIMIT} at most")
+        faults.append(f"max_steps is {max_steps}; it must be at most {STEP_LIMIT}, MetaWorld's limit")
     if faults:
         raise ConfigError(faults)
     return MetaworldEnv(task, parts=POINT_PARTS if obs == "points" else None, max_steps=max_steps)
@@ -166,14 +171,15 @@ def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> M
 def from_recorded(
     stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Observations (T, …) under their own names, and the actions clipped to ±1, as they are executed."""
+    """Return recorded observations (T, …) with the environment's names, and actions clipped to ±1, as executed."""
     return {ARRAYS[name]: stored[name] for name in RECORDED[obs]}, np.clip(actions, -1.0, 1.0)
 
 
 def expert(task: str, *, obs: str = "points") -> Expert:
-    """The expert that MetaWorld's authors scripted for the task, which reads the whole state.
+    """Create the expert that MetaWorld's authors scripted for the task. It sees the full state.
 
-    Recorded are DP3's `state` (9), the robot's own, and `full_state` (39), and with `obs="points"` `point_cloud` (512 3).
+    It records DP3's `state` (9) of the robot and `full_state` (39), and with `obs="points"` (default) also `point_cloud`
+    (512 3).
     """
     faults = choice_fault("obs", obs, OBSERVE)
     if faults:
@@ -195,25 +201,25 @@ FAMILY = EnvFamily(
 
 
 def _simulation(task: str, *, needs_images: bool) -> Any:
-    """MetaWorld's own environment, with the goal in its state and a new goal in every episode."""
+    """Create MetaWorld's environment, with the goal in its state and a new goal in every episode."""
     if importlib.util.find_spec("metaworld") is None:
-        raise MissingExtraError("MetaWorld needs the extra `metaworld`: pip install 'difftori[metaworld]'")
+        raise MissingExtraError("MetaWorld needs the extra `metaworld`. Fix: pip install 'difftori[metaworld]'")
     known = import_drawing("metaworld.env_dict", needs_images=needs_images).ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
-    # The seed only keeps the making from NumPy's global generator; episodes are seeded by `reset`.
+    # This seed only avoids the use of NumPy's global generator; `reset` seeds the episodes.
     simulation = known[f"{task}-v3-goal-observable"](seed=0)
-    # Otherwise every episode had the goal of the first, or one from NumPy's global generator.
+    # Otherwise every episode would have the goal of the first, or one from NumPy's global generator.
     vars(simulation).update(_freeze_rand_vec=False, seeded_rand_vec=True)
     return simulation
 
 
 def _script(task: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The script of MetaWorld's authors: observations by name to actions (num_envs 4), not yet clipped."""
+    """Return the script of MetaWorld's authors: a function of observations by name to actions (num_envs 4), not clipped."""
     known = import_drawing("metaworld.policies", needs_images=False).ENV_POLICY_MAP
     script = known[f"{task}-v3"]()
 
     def act(observations: dict[str, np.ndarray]) -> np.ndarray:
         with warnings.catch_warnings():
-            # The scripts ask for more than ±1 on purpose, and a warning is all that says so.
+            # The scripts request more than ±1 intentionally, and MetaWorld warns about it.
             warnings.filterwarnings("ignore", "Constant.* may be too high")
             return np.stack([script.get_action(state) for state in observations["state"]])
 

@@ -1,7 +1,7 @@
-"""How DP3 looks at MetaWorld: one camera's depth image as a cloud of 512 points (Ze et al. 2024, arXiv 2403.03954).
+"""Point clouds of MetaWorld as in DP3: one camera's depth image, as 512 points (Ze et al. 2024, arXiv 2403.03954).
 
-The camera `corner2` stands at `POSITION` and keeps its own direction. Points stay in its frame, tilted by fixed angles so
-that z is vertical: z is the world's height − 0.8 m. The crop removes the table, whose top is at −0.795, and what is beyond.
+The camera `corner2` is moved to `POSITION`, with its direction unchanged. Points are in the camera frame, rotated by fixed
+angles so that z is vertical: the world's height − 0.8 m. The crop removes the table, whose top is at −0.795, and the background.
 
 Differs from the release of DiffTORI, a fork of DP3, whose wrapper has the camera at (0.75, 0.075, 0.7) and 84×84 pixels.
 """
@@ -17,19 +17,19 @@ POINTS = 512
 CAMERA = "corner2"
 POSITION = (0.6, 0.295, 0.8)
 FIELD_OF_VIEW = 60.0
-"""Degrees, top to bottom."""
+"""Vertical field of view, in degrees."""
 NEAR, FAR = 0.1, 1.5
-"""What is drawn, in the model's own extent (some 2.3 m)."""
+"""Clipping planes, in units of the model's extent (about 2.3 m)."""
 SIDE = 128
 TILT = (61.4, -7.0)
 LOW = np.array([-0.5, -1.5, -0.795])
 HIGH = np.array([1.0, -0.4, 100.0])
 VIDEO = 240
-"""Pixels along a side of `image`."""
+"""Side of `image`, in pixels."""
 
 
 class Camera:
-    """Draws one MetaWorld simulation; OpenGL is asked for when the first image is."""
+    """Renders a MetaWorld simulation. OpenGL is initialised at the first image."""
 
     def __init__(self, simulation: Any):
         self._simulation = simulation
@@ -43,16 +43,16 @@ class Camera:
         self._film: Any = None
 
     def refresh(self) -> None:
-        """Bring the scene up to date after a reset, which moves parts of the model without telling the simulator.
+        """Update the scene after a reset, which moves parts of the model without updating the simulator.
 
-        Only where things are is computed, so that the physics stay MetaWorld's to the last bit.
+        Only positions are computed, so the physics remain identical to MetaWorld's, to the last bit.
         """
         mujoco = import_drawing("mujoco", needs_images=False)
         mujoco.mj_kinematics(self._simulation.model, self._simulation.data)
         mujoco.mj_camlight(self._simulation.model, self._simulation.data)
 
     def cloud(self) -> np.ndarray:
-        """The scene as (512 3) float32, metres."""
+        """Return the scene as a point cloud (512 3) float32, in metres."""
         if self._depth is None:
             self._depth = renderer(self._simulation.model, SIDE, SIDE)
             self._depth.enable_depth_rendering()
@@ -60,7 +60,7 @@ class Camera:
         return farthest_points(cropped(depth.reshape(-1, 1) * self._rays, LOW, HIGH), POINTS)
 
     def image(self) -> np.ndarray:
-        """The scene (240, 240, 3) uint8, turned upright: the camera is mounted upside down."""
+        """Return an image of the scene (240, 240, 3) uint8. It is rotated, because the camera is mounted upside down."""
         if self._film is None:
             self._film = renderer(self._simulation.model, VIDEO, VIDEO)
         return np.ascontiguousarray(self._drawn(self._film)[::-1, ::-1])
@@ -72,7 +72,7 @@ class Camera:
                 one.close()
 
     def _drawn(self, drawer: Any) -> np.ndarray:
-        # MetaWorld moves its goal markers and then lets the simulator put them back where the model has them.
+        # MetaWorld moves its goal markers, but the simulator then moves them back to their positions in the model.
         for name, position in self._simulation._target_site_config:  # noqa: SLF001 (there is no public way to them)
             self._simulation.data.site(name).xpos = position[:3]
         drawer.update_scene(self._simulation.data, self._camera)

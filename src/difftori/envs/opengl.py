@@ -1,4 +1,4 @@
-"""Drawing with MuJoCo without a screen."""
+"""Headless rendering with MuJoCo."""
 
 import importlib
 import os
@@ -14,13 +14,13 @@ HELP = (
     "to a backend that works here (egl, osmesa, glfw)"
 )
 OFF = ("disable", "disabled", "off", "false", "0")
-"""What MUJOCO_GL may say so that nothing is drawn."""
+"""Values of MUJOCO_GL that disable rendering."""
 
 
 def import_drawing(module: str, *, needs_images: bool) -> ModuleType:
-    """Import a module that imports MuJoCo: by EGL unless MUJOCO_GL says otherwise, or without OpenGL where it is missing.
+    """Import a module that imports MuJoCo, with the backend MUJOCO_GL. Default: EGL, or no OpenGL if EGL is missing.
 
-    Raises `RenderingError` if the backend that was asked for does not work, or if there is none and images are needed.
+    Raises `RenderingError` if the backend in MUJOCO_GL does not work, or if there is none and images are needed.
     """
     asked = os.environ.get("MUJOCO_GL")
     if asked is None and sys.platform == "linux":
@@ -28,46 +28,46 @@ def import_drawing(module: str, *, needs_images: bool) -> ModuleType:
     try:
         found = importlib.import_module(module)
     except (ImportError, AttributeError, RuntimeError) as error:
-        # PyOpenGL shows a missing library as an AttributeError.
+        # PyOpenGL raises AttributeError for a missing library.
         if asked is not None or sys.platform != "linux":
-            raise RenderingError(f"MUJOCO_GL={asked} does not work ({error}): unset it, or {HELP}") from error
+            raise RenderingError(f"MUJOCO_GL={asked} does not work ({error}). Fix: unset it, or {HELP}") from error
         os.environ["MUJOCO_GL"] = "disable"
         os.environ.pop("PYOPENGL_PLATFORM", None)
         found = importlib.import_module(module)
     if needs_images and os.environ.get("MUJOCO_GL") in OFF:
-        raise RenderingError(f"MUJOCO_GL={os.environ['MUJOCO_GL']}, so no image can be drawn: {HELP}")
+        raise RenderingError(f"MUJOCO_GL={os.environ['MUJOCO_GL']}, so images cannot be rendered. Fix: {HELP}")
     return found
 
 
 def renderer(model: Any, height: int, width: int) -> Any:
-    """A `mujoco.Renderer` without shadows and reflections, which is freed at the latest when Python ends.
+    """Create a `mujoco.Renderer` without shadows and reflections. It is freed with the model, at the latest when Python ends.
 
-    Raises `RenderingError` where no image can be drawn.
+    Raises `RenderingError` if images cannot be rendered.
     """
     mujoco = import_drawing("mujoco", needs_images=True)
     _refuse_windows(mujoco)
     try:
         made = mujoco.Renderer(model, height, width)
     except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
-        # With MUJOCO_GL=disable there is no context to ask for, an AttributeError.
-        raise RenderingError(f"no image can be drawn ({error}): {HELP}, before Python starts") from error
+        # With MUJOCO_GL=disable there is no context, which raises AttributeError.
+        raise RenderingError(f"images cannot be rendered ({error}). Fix: {HELP}, before Python starts") from error
     made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-    # Freed by the collector after OpenGL has gone, it would complain.
+    # If the garbage collector freed it after OpenGL, it would print errors.
     weakref.finalize(model, made.close)
     return made
 
 
 def _refuse_windows(mujoco: ModuleType) -> None:
-    """Raise `RenderingError` if MuJoCo will open a window and there is no screen for it; it would fail noisily.
+    """Raise `RenderingError` if MuJoCo would open a window without a screen, which fails with unclear errors.
 
-    It chooses when it is imported, so whoever imports it before us without MUJOCO_GL gets windows.
+    MuJoCo selects its backend on import, so an earlier import without MUJOCO_GL selects windows.
     """
     context = getattr(mujoco.gl_context, "GLContext", None)
     windows = getattr(context, "__module__", "").endswith("glfw")
     screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if windows and sys.platform == "linux" and not screen:
         raise RenderingError(
-            "MuJoCo was imported to draw in windows (MUJOCO_GL was not egl then), and there is no screen: set MUJOCO_GL=egl "
-            "before Python starts, import mujoco later, or take workers='async', whose processes import it anew"
+            "MuJoCo was imported with windows for rendering (MUJOCO_GL was not egl), and there is no screen. Fix: set "
+            "MUJOCO_GL=egl before Python starts, import mujoco later, or use workers='async', whose processes import it again"
         )

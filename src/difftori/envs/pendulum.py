@@ -4,9 +4,9 @@ State (cos θ, sin θ, θ̇) with θ = 0 upright, in radians and radians per sec
 
     θ̇⁺ = θ̇ + dt·( 3g/(2l)·sin(θ + b) + 3u/(m l²) − d·θ )          θ⁺ = θ + dt·θ̇⁺
 
-Their `damping` d multiplies the angle, not the angular velocity: it is a spring towards upright. We keep that for
-comparability. θ is read from the state by atan2, so it lies in (−π, π]: the spring's torque jumps where the pendulum
-hangs straight down. The numbers equal `mpc.env_dx.pendulum` of mpc==0.0.6 (a test compares them).
+Their `damping` d multiplies the angle, not the angular velocity: it is a spring towards upright. It is the same here, for
+comparability. θ is computed from the state by atan2, so it is in (−π, π]: the spring's torque is discontinuous where the
+pendulum hangs straight down. The numbers equal `mpc.env_dx.pendulum` of mpc==0.0.6 (tested).
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from difftori.errors import ConfigError, ShapeError
 from difftori.types import Plans, Rows, Scalar, TaskSpec
 
 TASKS = ("undamped", "damped")
-"""`undamped` is the realisable setting of Table 8 (`no-damping`), `damped` the other one (`damping`)."""
+"""`undamped` is the realisable setting of Table 8 (`no-damping`), `damped` the other setting (`damping`)."""
 
 DT = 0.05
 TORQUE_LIMIT = 2.0
@@ -45,7 +45,7 @@ Weights: TypeAlias = tuple[float, float, float, float] | Float[Tensor, "4"]
 class PendulumParameters:
     """Gravity `g` (m/s²), mass `m` (kg), length `l` (m), `damping` (1/s²), `offset` (rad).
 
-    Each is a number, a tensor of one element, or one value per row (B), so that gradients reach whatever is learnt.
+    Each is a number, a tensor of one element, or one value per row (B). Gradients flow to tensors.
     """
 
     g: Parameter = 10.0
@@ -63,10 +63,10 @@ def pendulum_step(
     dt: float = DT,
     torque_limit: float = TORQUE_LIMIT,
 ) -> PendulumStates:
-    """One step of semi-implicit Euler, the equation at the head of this file; differentiable in all its inputs.
+    """Compute one step of semi-implicit Euler, the equation at the head of this file. Differentiable in all inputs.
 
-    Shapes: `state` (B 3), `action` (B 1), result (B 3). The torque is clamped to ±`torque_limit` first, as the
-    original does, so that its gradient is zero outside. The result lies on the unit circle even if `state` does not.
+    Shapes: `state` (B 3), `action` (B 1), result (B 3). The torque is first clamped to ±`torque_limit`, as in the
+    original, so its gradient is zero outside. The result is on the unit circle even if `state` is not.
     """
     p = parameters
     torque = action[:, 0].clamp(-torque_limit, torque_limit)
@@ -83,13 +83,13 @@ def pendulum_step(
 def pendulum_cost(
     states: PendulumTrajectories, actions: Plans, *, quadratic: Weights = QUADRATIC, linear: Weights = LINEAR
 ) -> Rows:
-    """Σ_t ½ τ_tᵀ diag(q) τ_t + pᵀτ_t with τ_t = (states_t, actions_t), summed over the H steps: (B).
+    """Compute Σ_t ½ τ_tᵀ diag(q) τ_t + pᵀτ_t with τ_t = (states_t, actions_t), summed over the H steps: (B).
 
-    `states` (B H 3) are those in which the `actions` (B H 1) are taken, the start first: `Pendulum.rollout` gives
-    them. The defaults are the true cost; a learner passes tensors of 4 entries. No units: the terms are mixed.
+    `states` (B H 3) are those in which the `actions` (B H 1) are taken, the start first; `Pendulum.rollout` returns
+    them. Default: the true cost; learned costs are tensors of 4 entries. The cost has no unit, because its terms differ.
     """
     if actions.shape[2] != 1:
-        raise ShapeError(f"actions have {actions.shape[2]} dimensions; the pendulum takes one torque, (B H 1)")
+        raise ShapeError(f"actions have {actions.shape[2]} dimensions. Fix: pass one torque per step, (B H 1)")
     pairs = torch.cat((states, actions), dim=2)
     q = torch.as_tensor(quadratic, dtype=pairs.dtype, device=pairs.device)
     p = torch.as_tensor(linear, dtype=pairs.dtype, device=pairs.device)
@@ -97,7 +97,7 @@ def pendulum_cost(
 
 
 def sample_starts(count: int, generator: np.random.Generator, *, dtype: torch.dtype = torch.float32) -> PendulumStates:
-    """Starts (count 3): θ uniform in ±π/2 rad, θ̇ uniform in ±1 rad/s, as Amos et al. draw them."""
+    """Sample starts (count 3): θ uniform in ±π/2 rad, θ̇ uniform in ±1 rad/s, as in Amos et al."""
     angle = torch.as_tensor(generator.uniform(-np.pi / 2, np.pi / 2, count), dtype=dtype)
     velocity = torch.as_tensor(generator.uniform(-1.0, 1.0, count), dtype=dtype)
     return torch.stack((angle.cos(), angle.sin(), velocity), dim=1)
@@ -105,9 +105,9 @@ def sample_starts(count: int, generator: np.random.Generator, *, dtype: torch.dt
 
 @dataclass(frozen=True)
 class Pendulum:
-    """The true problem of one setting: what a plan costs when the environment itself executes it.
+    """The true problem of a setting: the cost of a plan that the environment executes.
 
-    `horizon` H is the number of open-loop controls, 20 in the paper: one second.
+    `horizon` H is the number of open-loop controls; default: 20, as in the paper, which is one second.
     """
 
     parameters: PendulumParameters = field(default_factory=PendulumParameters)
@@ -117,19 +117,19 @@ class Pendulum:
 
     @property
     def spec(self) -> TaskSpec:
-        """Sizes and box as policies ask for them."""
+        """Sizes and action bounds, for policies."""
         return TaskSpec.rows(
             obs_dim=3, action_dim=1, horizon=self.horizon, low=(-self.torque_limit,), high=(self.torque_limit,)
         )
 
     def step(self, state: PendulumStates, action: Torques) -> PendulumStates:
-        """`pendulum_step` under the true parameters."""
+        """Compute `pendulum_step` with the true parameters."""
         return pendulum_step(state, action, self.parameters, dt=self.dt, torque_limit=self.torque_limit)
 
     def rollout(self, start: PendulumStates, actions: Plans) -> PendulumTrajectories:
-        """The states (B H 3) in which the actions (B H 1) are taken: `start` first, the state after the last one absent.
+        """Return the states (B H 3) in which the actions (B H 1) are taken: `start` first, without the state after the last.
 
-        This pairs states and controls as Amos et al. do. The last control therefore moves no state that counts.
+        This pairs states and controls as in Amos et al. The last control therefore affects no state in the cost.
         """
         states = [start]
         for t in range(actions.shape[1] - 1):
@@ -137,23 +137,23 @@ class Pendulum:
         return torch.stack(states, dim=1)
 
     def cost(self, start: PendulumStates, actions: Plans) -> Rows:
-        """The summed true cost (B) of executing `actions` (B H 1) open loop; controls count as clamped to the box."""
+        """Return the summed true cost (B) of executing `actions` (B H 1) open loop, clamped to the torque limit."""
         executed = actions.clamp(-self.torque_limit, self.torque_limit)
         return pendulum_cost(self.rollout(start, executed), executed)
 
 
 def pendulum(task: str) -> Pendulum:
-    """The setting of that name, one of `TASKS`; "" is the undamped one. `ConfigError` for another name."""
+    """Return the setting of a name in `TASKS`; "" is the undamped one. Raises `ConfigError` for other names."""
     if chosen_task(task, TASKS, env="pendulum") == "damped":
         return Pendulum(PendulumParameters(damping=1.0, offset=0.1))
     return Pendulum()
 
 
 class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """A pendulum whose reward is minus the true cost of the state left and the torque.
+    """A pendulum whose reward is minus the true cost of the torque and the state in which it is applied.
 
-    Observation (cos θ, sin θ, θ̇) float32; action: the torque (1). An episode never terminates, and is truncated after
-    `max_steps` steps (default: 200, which is 10 s).
+    Observation: (cos θ, sin θ, θ̇) float32. Action: the torque (1). Episodes never terminate. They are truncated after
+    `max_steps` steps; default: 200, which is 10 s.
     """
 
     def __init__(self, task: str, *, max_steps: int = 200):
@@ -174,16 +174,20 @@ class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new start, drawn as by `sample_starts`. There are no options."""
+        """Begin an episode at a start sampled by `sample_starts`. There are no options."""
         super().reset(seed=seed)
         if options:
-            raise ConfigError([f"pendulum: reset options {sorted(options)} are unknown; this environment takes none"])
+            raise ConfigError(
+                [
+                    f"pendulum: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"
+                ]
+            )
         self._state = sample_starts(1, self.np_random, dtype=torch.float64)
         self._steps = 0
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One step of `pendulum_step`."""
+        """Take one step of `pendulum_step`."""
         torque = torch.as_tensor(action, dtype=torch.float64)[None]
         reward = -float(pendulum_cost(self._state[:, None], torque[:, None]))
         self._state = self.problem.step(self._state, torque)

@@ -1,14 +1,14 @@
-"""Tiny environments with a known best return of 1, each of which one fault of an agent makes unsolvable.
+"""Small environments with a known best return of 1, to find bugs in agents. A bug makes one of them unsolvable.
 
-One action a in [−1, 1]; episodes terminate (never truncate) after a fixed number of steps; the start s is uniform in
-[−1, 1]. Observations are float32.
+One action a in [−1, 1]. Episodes terminate after a fixed number of steps, and are not truncated. The start s is uniform in
+[−1, 1]. Observations are float32. Below each task: what a failure indicates.
 
     one-step        o = (s)                  r = 1 − (a − 0.7·s)²
-                    learns nothing: reward model, policy loss, or the observations' way to them
+                    nothing is learned: bug in the reward model, the policy loss, or the path of the observations to them
     two-step        o₀ = (s, 0)   r₀ = 0     o₁ = (m, 1) with m = a₀ − s/2     r₁ = 1 − m² − (a₁ − m/2 − 0.3)²
-                    first step at random: the value of the next state is not used, or termination not noticed
+                    the first action is random: the value of the next state is not used, or termination is ignored
     delayed-reward  o_t = (s, p, t/8)        p = mean of the first two actions (0 before)     r₇ = 1 − (p − s/2)²
-                    8 steps, all reward on the last: the value must travel farther than a plan of 5 steps sees
+                    8 steps, with the reward at the last: the value must propagate farther than a plan of 5 steps
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError
 
 STEPS = {"one-step": 1, "two-step": 2, "delayed-reward": 8}
-"""Length of every episode, by task."""
+"""Number of steps of an episode, by task."""
 OPTIMAL_RETURN = {"one-step": 1.0, "two-step": 1.0, "delayed-reward": 1.0}
 """The undiscounted return of `optimal_action`, from every start."""
 RANDOM_RETURN = {
@@ -35,11 +35,11 @@ TASKS = tuple(STEPS)
 SIZES = {"one-step": 1, "two-step": 2, "delayed-reward": 3}
 """Observation dimension S, by task."""
 LEADING = 2
-"""The actions that count in `delayed-reward`."""
+"""Number of first actions that determine the reward in `delayed-reward`."""
 
 
 def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
-    """The best actions (B 1) for observations (B S) of a task in `TASKS`."""
+    """Return the best actions (B 1) for observations (B S) of a task in `TASKS`."""
     first = np.asarray(observations, dtype=np.float64)[:, :1]
     if task == "one-step":
         return 0.7 * first
@@ -49,7 +49,7 @@ def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
 
 
 class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One of `TASKS`; the head of this file has the equations. `action_repeat`: steps per action, default: 1."""
+    """A task in `TASKS`, with the equations at the head of this file. `action_repeat`: steps per action; default: 1."""
 
     def __init__(self, task: str, *, action_repeat: int | None = None):
         if faults := numeric_faults(action_repeat=action_repeat):
@@ -69,17 +69,19 @@ class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new start. There are no options."""
+        """Begin an episode at a random start. There are no options."""
         super().reset(seed=seed)
         if options:
-            raise ConfigError([f"probe: reset options {sorted(options)} are unknown; this environment takes none"])
+            raise ConfigError(
+                [f"probe: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"]
+            )
         self._start = float(self.np_random.uniform(-1.0, 1.0))
         self._memory = 0.0
         self._time = 0
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Take the action `action_repeat` times, or until the episode ends."""
+        """Repeat the action `action_repeat` times, or until the episode ends. Rewards are summed."""
         total, ended = 0.0, False
         for _ in range(self._repeat):
             total += self._advance(float(action[0]))
@@ -90,7 +92,7 @@ class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), total, ended, False, {}
 
     def _advance(self, action: float) -> float:
-        """The reward of one step, whose trace is kept in the memory."""
+        """Return the reward of one step, and update the memory."""
         if self._task == "one-step":
             return 1.0 - (action - 0.7 * self._start) ** 2
         if self._task == "two-step":

@@ -1,16 +1,15 @@
 """Push-T (Chi et al. 2023, Diffusion Policy, arXiv 2303.04137): a disc pushes a T-shaped block onto its outline.
 
     state    (x, y) of the agent, (x, y) and angle of the block: pixels of a 512×512 plane, and radians in [0, 2π)
-    action   where the agent is to go, −1 and 1 standing for pixels 0 and 512, at 10 Hz
-    reward   coverage / 0.95, at most 1, where coverage is the share of the outline that the block covers
+    action   the agent's target position, ±1 for pixels 0 and 512, at 10 Hz
+    reward   coverage / 0.95, at most 1; coverage is the share of the outline that the block covers
 
-An episode terminates with success, which is coverage above 0.95, and is truncated after 300 steps. Both measures in use
-are in `info`: `success`, and `score`, the greatest reward of the episode so far, whose mean over episodes is what
-Diffusion Policy reports.
+An episode terminates with success, which is coverage above 0.95, and is truncated after 300 steps. `info` has both metrics:
+`success`, and `score`, the greatest reward of the episode so far. Diffusion Policy reports the mean score.
 
-The start of seed s is that of Diffusion Policy's evaluation, whose 50 test seeds count up from `TEST_SEED`: drawn alike,
-and set with its fault, position before angle, which moves the block by tens of pixels. A state that is asked for is set
-rightly, so that recorded episodes can be replayed.
+The start of seed s equals the start that Diffusion Policy's evaluation samples from s; its 50 test seeds start at
+`TEST_SEED`. This includes its bug: the position is set before the angle, which moves the block by tens of pixels. A state in
+`reset_to_state` is set correctly, so that recorded episodes can be replayed.
 """
 
 import importlib.util
@@ -38,21 +37,22 @@ EPISODE_STEPS = 300
 TEST_SEED = 100_000
 """The first evaluation seed of Diffusion Policy."""
 PLANE = 512.0
-"""Pixels along a side; actions and states live in them."""
+"""Side of the plane, in pixels, the unit of actions and states."""
 IMAGE_SIZE = 96
 VIDEO = 240
 FRAMES = 3
 FPS = 10.0
 APART = (50.0, 50.0, 256.0, 256.0, 0.0)
-"""A state in which nothing touches, from which any other is set."""
+"""A state without contacts, from which any other state is set."""
 
 
 class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
-    """One board; see the head of this file. The seed or the state of a reset and the actions determine the episode.
+    """Push-T, as described at the head of this file. The seed or state of the reset and the actions determine the episode.
 
     `obs`: `state`, float32 (5), in pixels and radians; `pose`, the same (6) with the angle's cosine and sine; `pixels`,
     the last three images of 96×96 as uint8 (9, 96, 96); `image`, a dictionary of the last image `image` (3, 96, 96) uint8
-    and the agent's position `agent_pos` (2) float32 in pixels. `max_steps`: the step after which an episode is truncated.
+    and the agent's position `agent_pos` (2) float32 in pixels. Default: `state`. `max_steps`: the step after which an
+    episode is truncated; default: 300.
 
     Raises `ConfigError` and `MissingExtraError` (extra `pusht`).
     """
@@ -79,57 +79,57 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """A new episode, from the seed or from `options["reset_to_state"]` (5), a state as observations give it."""
+        """Begin a new episode from the seed, or from `options["reset_to_state"]` (5), a state as in the observations."""
         super().reset(seed=seed)
         state = _requested_state(options)
         if state is not None:
             self._env.reset(options={"reset_to_state": np.array(APART)})
             self._place(state)
         else:
-            drawn = int(self.np_random.integers(2**31)) if seed is None else seed
-            self._env.reset(options={"reset_to_state": diffusion_policy_start(drawn)})
+            start_seed = int(self.np_random.integers(2**31)) if seed is None else seed
+            self._env.reset(options={"reset_to_state": diffusion_policy_start(start_seed)})
         self._steps, self._score, self._success = 0, 0.0, False
         return self._observation(self._env.get_obs(), first=True), {"success": False, "score": 0.0}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Go towards where the action (2) says, for a tenth of a second."""
+        """Move the agent towards the target position (2) for 0.1 s."""
         target = rescaled(action, np.zeros(2), np.full(2, PLANE))
-        seen, reward, terminated, _, info = self._env.step(target)
+        raw, reward, terminated, _, info = self._env.step(target)
         self._steps += 1
         self._score = max(self._score, float(reward))
         self._success = self._success or bool(info["is_success"])
-        told = {"success": self._success, "score": self._score, "coverage": float(info["coverage"])}
+        metrics = {"success": self._success, "score": self._score, "coverage": float(info["coverage"])}
         truncated = not terminated and self._steps >= self._max_steps
-        return self._observation(seen, first=False), float(reward), bool(terminated), truncated, told
+        return self._observation(raw, first=False), float(reward), bool(terminated), truncated, metrics
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A frame (240, 240, 3) uint8 for a film, with a red cross where the agent is to go."""
+        """Render a frame (240, 240, 3) uint8 for a video, with a red cross at the target position."""
         return np.ascontiguousarray(self._env.render())
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Close the wrapped environment."""
         self._env.close()
 
     def _place(self, state: np.ndarray) -> None:
-        """Set the state (5). The angle comes first: turning the block moves its position."""
+        """Set the state (5). The angle is set first, because rotating the block moves its position."""
         self._env.agent.position = state[:2].tolist()
         self._env.block.angle = float(state[4])
         self._env.block.position = state[2:4].tolist()
         self._env.space.step(self._env.dt)
 
-    def _observation(self, seen: np.ndarray, *, first: bool) -> Observation:
-        """What `obs` names, from what the board shows: its state (5), or an image (96, 96, 3) without the cross."""
+    def _observation(self, raw: np.ndarray, *, first: bool) -> Observation:
+        """Convert gym-pusht's observation, a state (5) or an image (96, 96, 3) without the cross, to the type `obs`."""
         if self._obs == "state":
-            return seen.astype(np.float32)
+            return raw.astype(np.float32)
         if self._obs == "pose":
-            return pose(seen)
+            return pose(raw)
         if self._obs == "pixels":
-            return self._frames.restart(seen) if first else self._frames.push(seen)
-        return {"image": seen.transpose(2, 0, 1), "agent_pos": np.array(self._env.agent.position, dtype=np.float32)}
+            return self._frames.restart(raw) if first else self._frames.push(raw)
+        return {"image": raw.transpose(2, 0, 1), "agent_pos": np.array(self._env.agent.position, dtype=np.float32)}
 
 
 def pose(state: np.ndarray) -> np.ndarray:
-    """States (… 5) without the jump of the angle at 2π: (… 6) float32, the last two its cosine and sine."""
+    """Convert states (… 5) to float32 (… 6), with the angle's cosine and sine instead of the angle, which jumps at 2π."""
     angle = state[..., 4:5]
     return np.concatenate([state[..., :4], np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
@@ -137,7 +137,7 @@ def pose(state: np.ndarray) -> np.ndarray:
 def from_recorded(
     stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Observations and actions (T, …) of the environment, from the arrays of Diffusion Policy's data set."""
+    """Convert the arrays of Diffusion Policy's data set to observations and actions (T, …) of the environment."""
     entries = {
         "state": lambda: {"state": stored["state"]},
         "pose": lambda: {"state": pose(stored["state"])},
@@ -147,7 +147,7 @@ def from_recorded(
 
 
 def diffusion_policy_start(seed: int) -> np.ndarray:
-    """The state (5) that Diffusion Policy's evaluation draws from a seed, before it is set in its faulty order."""
+    """Return the state (5) that Diffusion Policy's evaluation samples from a seed, before it is set in the wrong order."""
     draw = np.random.RandomState(seed % 2**32)
     agent = [draw.randint(50, 450), draw.randint(50, 450)]
     block = [draw.randint(100, 400), draw.randint(100, 400)]
@@ -157,7 +157,7 @@ def diffusion_policy_start(seed: int) -> np.ndarray:
 FAMILY = EnvFamily(
     build=PushTEnv,
     tasks=("push-t",),
-    # As in Diffusion Policy, whose data set holds these arrays.
+    # As in Diffusion Policy, whose data set contains these arrays.
     window=(2, 16, 8),
     recorded={"state": ("state",), "pose": ("state",), "image": ("img", "state")},
     from_recorded=from_recorded,
@@ -165,12 +165,12 @@ FAMILY = EnvFamily(
 
 
 def _board(*, images: bool) -> Any:
-    """gym-pusht's environment, which shows its state or images; imported without greetings."""
+    """Create gym-pusht's environment with state or image observations. It is imported without pygame's banner."""
     if importlib.util.find_spec("gym_pusht") is None:
-        raise MissingExtraError("Push-T needs the extra `pusht`: pip install 'difftori[pusht]'")
+        raise MissingExtraError("Push-T needs the extra `pusht`. Fix: pip install 'difftori[pusht]'")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     with warnings.catch_warnings():
-        # pygame 2.6 asks setuptools for pkg_resources, which announces its end.
+        # pygame 2.6 imports pkg_resources of setuptools, which is deprecated.
         warnings.filterwarnings("ignore", "pkg_resources is deprecated")
         from gym_pusht.envs.pusht import PushTEnv as Board
     return Board(
@@ -183,11 +183,13 @@ def _board(*, images: bool) -> Any:
 
 
 def _requested_state(options: dict[str, Any] | None) -> np.ndarray | None:
-    """What `reset_to_state` asks for, (5) finite numbers, or None. `ConfigError` for anything else."""
+    """Return the option `reset_to_state`, (5) finite numbers, or None. Raises `ConfigError` for other values."""
     rest = dict(options or {})
     requested = rest.pop("reset_to_state", None)
     if rest:
-        raise ConfigError([f"pusht: reset options {sorted(rest)} are unknown; there is reset_to_state"])
+        raise ConfigError(
+            [f"pusht: reset options {sorted(rest)} are unknown. Fix: remove them; the only option is reset_to_state"]
+        )
     if requested is None:
         return None
     try:
@@ -196,6 +198,6 @@ def _requested_state(options: dict[str, Any] | None) -> np.ndarray | None:
         state = np.empty(0)
     if state.shape != (5,) or not np.isfinite(state).all():
         raise ConfigError(
-            [f"pusht: reset_to_state is {requested!r}; give five finite numbers: agent x y, block x y, angle"]
+            [f"pusht: reset_to_state is {requested!r}. Fix: pass five finite numbers: agent x y, block x y, angle"]
         )
     return state

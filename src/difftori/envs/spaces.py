@@ -1,4 +1,4 @@
-"""Conversions of a single environment's spaces to those that the library works with. An environment that fits is unchanged."""
+"""Conversions of an environment's spaces to those that the library uses. An environment with such spaces is unchanged."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from difftori.errors import ConfigError
 
 
 def unit_actions(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
-    """`env` with float32 actions (A) in [−1, 1], mapped linearly to its own bounds. `ConfigError` if it has none."""
+    """Wrap `env` to take float32 actions (A) in [−1, 1], mapped linearly to its bounds. Raises `ConfigError` without bounds."""
     space = env.action_space
     if not isinstance(space, Box) or not space.shape or 0 in space.shape:
-        raise ConfigError([f"{name}: its actions are {space}; only a Box of at least one number is supported"])
+        raise ConfigError([f"{name}: its actions are {space}. Fix: use a Box with at least one number"])
     if not space.is_bounded():
-        raise ConfigError([f"{name}: its actions {space} have no bounds to map ±1 to; bound them with a wrapper"])
+        raise ConfigError([f"{name}: its actions {space} have no bounds to map ±1 to. Fix: bound them with a wrapper"])
     unit = Box(-1.0, 1.0, (int(np.prod(space.shape)),), np.float32)
     if space == unit:
         return env
@@ -30,13 +30,15 @@ def unit_actions(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
 
 
 def float32_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
-    """`env` with its floating-point observations as float32. `ConfigError` if they are not a Box or a Dict of Boxes."""
+    """Wrap `env` to return floating-point observations as float32. Raises `ConfigError` unless they are a Box or Dict of Boxes."""
     space = env.observation_space
     parts = space.spaces if isinstance(space, Dict) else {"": space}
     boxes: dict[str, Any] = {key: _float32(part) for key, part in parts.items() if isinstance(part, Box)}
     if len(boxes) < len(parts):
         raise ConfigError(
-            [f"{name}: its observations are {space}; flatten them to a Box (FlattenObservation) or to a Dict of Boxes"]
+            [
+                f"{name}: its observations are {space}. Fix: flatten them to a Box (FlattenObservation) or to a Dict of Boxes"
+            ]
         )
     if all(boxes[key] is part for key, part in parts.items()):
         return env
@@ -50,9 +52,9 @@ def float32_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
 
 
 def _float32(box: Box) -> Box:
-    """The same box in float32, or `box` itself if it holds no other floating-point type."""
+    """Return the box in float32, or `box` itself if its dtype is float32 or an integer type."""
     if not np.issubdtype(box.dtype, np.floating) or box.dtype == np.float32:
         return box
-    # Bounds of float64 that float32 cannot hold become infinite, which is what they mean.
+    # float64 bounds that exceed float32 become infinite, which is their meaning.
     with np.errstate(over="ignore"):
         return Box(box.low.astype(np.float32), box.high.astype(np.float32), dtype=np.float32)

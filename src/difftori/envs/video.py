@@ -1,4 +1,4 @@
-"""Films of episodes."""
+"""Videos of episodes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from difftori.errors import ConfigError
 
 @dataclass(frozen=True)
 class Recording:
-    """One filmed episode: `frames` (T+1 height width 3) uint8, `rewards` (T), frames per second."""
+    """A recorded episode: `frames` (T+1 height width 3) uint8, `rewards` (T), and `fps` in frames per second."""
 
     frames: np.ndarray
     rewards: np.ndarray
@@ -23,12 +23,15 @@ class Recording:
 def record(
     env: VectorEnv, act: Callable[[np.ndarray], np.ndarray], *, seed: int, max_decisions: int = 10_000
 ) -> Recording:
-    """Film the episode of that seed. `env` has one copy; `act` maps observations (1, …) to actions (1, A).
+    """Record the episode of a seed, for at most `max_decisions` agent steps (default: 10,000).
 
-    Raises `RenderingError` where the environment draws no frames, and `ConfigError` for more copies than one.
+    `env` has one copy. `act` maps observations (1, …) to actions (1, A).
+    Raises `RenderingError` if the environment renders no frames, and `ConfigError` for more than one copy.
     """
     if env.num_envs != 1:
-        raise ConfigError([f"{env.num_envs} copies of the environment cannot be filmed; make it with num_envs=1"])
+        raise ConfigError(
+            [f"{env.num_envs} copies of the environment cannot be recorded. Fix: create it with num_envs=1"]
+        )
     observations, _ = env.reset(seed=[seed])  # pyright: ignore[reportArgumentType]
     frames, rewards = [_frame(env)], []
     for _ in range(max_decisions):
@@ -41,7 +44,7 @@ def record(
 
 
 def write_gif(recording: Recording, path: Path) -> None:
-    """Write the film as an endless GIF. It knows hundredths of a second, and readers no less than two of them."""
+    """Write the recording as a looping GIF. Frame times are rounded to 0.01 s, and at least 0.02 s, the minimum of viewers."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in recording.frames]
@@ -52,5 +55,7 @@ def write_gif(recording: Recording, path: Path) -> None:
 def _frame(env: VectorEnv) -> np.ndarray:
     frames = env.render()
     if not frames or not isinstance(frames[0], np.ndarray):
-        raise RenderingError(f"{env.metadata.get('name', env)} draws no frames: it has no render mode rgb_array")
+        raise RenderingError(
+            f"{env.metadata.get('name', env)} renders no frames, because it has no render mode rgb_array. Fix: omit the video"
+        )
     return frames[0]

@@ -1,7 +1,7 @@
 """Runs copies of a single environment, in this process or in one process each, as one vector environment.
 
-A process that raises, dies or does not answer in time becomes a `WorkerError` that names the row: nothing waits for
-ever. Processes are spawned, not forked, since a fork beside torch's threads or an OpenGL context can hang.
+A process that raises an exception, crashes or times out causes a `WorkerError` with its row, so nothing waits forever.
+Processes are spawned, not forked, because a fork with torch's threads or an OpenGL context can hang.
 """
 
 import multiprocessing
@@ -32,9 +32,9 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import ConfigError, DifftoriError, MissingExtraError
 
 TIMEOUT = 120.0
-"""Seconds that a process may take to start, reset or step; a first frame on a busy machine takes several."""
+"""Default time limit of a process to start, reset or step, in seconds. A first frame on a busy machine takes several."""
 GRACE = 3.0
-"""Seconds that a process may take to close before it is killed."""
+"""Time limit of a process to close before it is killed, in seconds."""
 
 Builder: TypeAlias = Callable[[], gymnasium.Env]
 
@@ -49,17 +49,18 @@ def launch(
     timeout: float = TIMEOUT,
     restarts: int = 3,
 ) -> CheckedVectorEnv:
-    """`num_envs` checked copies of the environment that `build` makes, with actions in a Box.
+    """Create `num_envs` checked copies of the environment that `build` returns, which must have Box actions.
 
-    `build` is called in the worker's process, so with `workers="async"` it must pickle (cloudpickle, so lambdas do).
-    Faults of the configuration raise `ConfigError`, `MissingExtraError` or `RenderingError` at once; see
-    `CheckedVectorEnv` for what comes later. `timeout` in seconds binds processes only.
+    `build` is called in the worker's process, so with `workers="async"` it must be picklable by cloudpickle; lambdas are.
+    `timeout` is the time limit of worker processes in seconds; default: 120. `restarts`: default: 3.
+    Invalid configurations raise `ConfigError`, `MissingExtraError` or `RenderingError` immediately. See `CheckedVectorEnv`
+    for later errors.
     """
     faults = numeric_faults(num_envs=num_envs) + choice_fault("workers", workers, WORKERS)
     if timeout <= 0:
-        faults.append(f"timeout is {timeout}; give seconds above 0")
+        faults.append(f"timeout is {timeout}; it must be above 0 seconds")
     if restarts < 0 or seed < 0:
-        faults.append(f"restarts is {restarts} and seed is {seed}; give 0 or more")
+        faults.append(f"restarts is {restarts} and seed is {seed}; both must be 0 or more")
     if faults:
         raise ConfigError(faults)
 
@@ -77,42 +78,42 @@ def launch(
 
 
 class _Fault(Exception):
-    """What happened to a process, in words that need no type beside them."""
+    """A failure of a process, with a complete message that needs no exception type."""
 
 
 class Worker(ABC):
-    """One copy of an environment: `send` a request, then `receive` its answer."""
+    """One copy of an environment. `send` a request, then `receive` the result."""
 
     @abstractmethod
     def send(self, command: str, *values: Any) -> None:
-        """`spaces`, `reset` (seed, options), `step` (action), `render`."""
+        """Send a request: `spaces`, `reset` (seed, options), `step` (action) or `render`."""
 
     @abstractmethod
     def receive(self, deadline: float) -> Any:
-        """The answer. Whatever went wrong is raised, as is a silence beyond `deadline` (`time.monotonic`)."""
+        """Return the result. Raises the errors of the request, and an error after `deadline` (`time.monotonic`)."""
 
     @abstractmethod
     def close(self, deadline: float) -> None:
-        """Let go of everything, by force after `deadline`. Raises nothing."""
+        """Release all resources, by force after `deadline`. Raises nothing."""
 
 
 class LocalWorker(Worker):
-    """A copy in this process. It answers when it is asked, so that nothing can time out."""
+    """A copy in this process. `send` executes the request, so it cannot time out."""
 
     def __init__(self, build: Builder):
         self._env = build()
         self._answer: Any = None
 
     def send(self, command: str, *values: Any) -> None:
-        """Do it at once."""
+        """Execute the request immediately."""
         self._answer = _execute(self._env, command, values)
 
     def receive(self, deadline: float) -> Any:
-        """What `send` computed."""
+        """Return the result of `send`."""
         return self._answer
 
     def close(self, deadline: float) -> None:
-        """Close the environment; a fault in closing is nobody's loss."""
+        """Close the environment. Errors are only logged."""
         try:
             self._env.close()
         except Exception as error:
@@ -120,7 +121,7 @@ class LocalWorker(Worker):
 
 
 class ProcessWorker(Worker):
-    """A copy in a process of its own."""
+    """A copy in a separate process."""
 
     def __init__(self, build: Builder, name: str, row: int):
         context = multiprocessing.get_context("spawn")
@@ -131,20 +132,24 @@ class ProcessWorker(Worker):
         try:
             self._process.start()
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ConfigError([f"{name}: the environment cannot be sent to a process: {error}"]) from error
+            raise ConfigError(
+                [
+                    f"{name}: the environment cannot be sent to a process: {error}. Fix: make it picklable, or workers='sync'"
+                ]
+            ) from error
         theirs.close()
 
     def send(self, command: str, *values: Any) -> None:
-        """Raises `_Fault` if the process has gone."""
+        """Send the request. Raises `_Fault` if the process has ended."""
         try:
             self._pipe.send((command, values))
         except OSError as error:
             raise self._death() from error
 
     def receive(self, deadline: float) -> Any:
-        """A dead process shows as its closed pipe."""
+        """Return the result. A process that crashed is detected by its closed pipe."""
         if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-            raise _Fault("no answer in time")
+            raise _Fault("timed out")
         try:
             worked, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -152,16 +157,16 @@ class ProcessWorker(Worker):
         if worked:
             return answer
         kind, text, trace = answer
-        if kind in _SPEAKING:
-            raise _SPEAKING[kind](text)
+        if kind in _TYPED_ERRORS:
+            raise _TYPED_ERRORS[kind](text)
         raise _Fault(f"{text}\n{trace}")
 
     def _death(self) -> "_Fault":
         self._process.join(GRACE)
-        return _Fault(f"its process died with exit code {self._process.exitcode}")
+        return _Fault(f"its process crashed with exit code {self._process.exitcode}")
 
     def close(self, deadline: float) -> None:
-        """The closed pipe tells the process to end."""
+        """Close the pipe, which ends the process."""
         if self._pipe.closed:
             return
         self._pipe.close()
@@ -172,16 +177,16 @@ class ProcessWorker(Worker):
         self._process.close()
 
 
-_SPEAKING: dict[str, Callable[[str], DifftoriError]] = {
+_TYPED_ERRORS: dict[str, Callable[[str], DifftoriError]] = {
     "ConfigError": lambda text: ConfigError([text]),
     "MissingExtraError": MissingExtraError,
     "RenderingError": RenderingError,
 }
-"""Errors of the configuration: they keep their type on the way out of a process, and are no reason to restart."""
+"""Configuration errors. Their type is preserved across processes, and they do not cause a restart."""
 
 
 def _execute(env: gymnasium.Env, command: str, values: tuple) -> Any:
-    """One request to one environment."""
+    """Execute a request in an environment."""
     if command == "spaces":
         limit = {} if env.spec is None else {"max_episode_steps": env.spec.max_episode_steps}
         return env.observation_space, env.action_space, limit | env.metadata, env.render_mode
@@ -193,8 +198,8 @@ def _execute(env: gymnasium.Env, command: str, values: tuple) -> Any:
 
 
 def _serve(build: CloudpickleWrapper, pipe: Connection) -> None:
-    """The life of a worker's process: answer until the pipe closes or something raises."""
-    # Ctrl-C reaches the whole group; the parent decides what it means.
+    """Serve requests in a worker's process until the pipe is closed or an exception is raised."""
+    # Ctrl-C is sent to the whole process group; the parent process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     env = None
     try:
@@ -216,9 +221,9 @@ def _serve(build: CloudpickleWrapper, pipe: Connection) -> None:
 
 
 def _report(pipe: Connection, error: Exception) -> None:
-    """Tell the parent what went wrong, as text: not every exception survives pickling."""
+    """Send the error to the parent process as text, because not every exception can be pickled."""
     kind, text = type(error).__name__, str(error)
-    answer = kind, text if kind in _SPEAKING else f"{kind}: {text}", traceback.format_exc()
+    answer = kind, text if kind in _TYPED_ERRORS else f"{kind}: {text}", traceback.format_exc()
     try:
         pipe.send((False, answer))
     except OSError:
@@ -226,18 +231,20 @@ def _report(pipe: Connection, error: Exception) -> None:
 
 
 class WorkerVectorEnv(VectorEnv):
-    """The copies as one environment without autoreset. `reset` takes one seed per row; use it through `launch`."""
+    """The copies as one vector environment without autoreset. `reset` takes one seed per row. Use `launch` to create it."""
 
     def __init__(self, workers: Sequence[Worker], *, name: str, timeout: float):
         self.num_envs = len(workers)
         self.name = name
         self.timeout = timeout
         self._workers = list(workers)
-        spaces = self._ask("spaces", [()] * self.num_envs)
+        spaces = self._request("spaces", [()] * self.num_envs)
         self.single_observation_space, self.single_action_space, metadata, self.render_mode = spaces[0]
         different = [row for row, other in enumerate(spaces) if other[:2] != spaces[0][:2]]
         if different:
-            raise ConfigError([f"{name}: rows {different[:8]} have other spaces than row 0; copies must be alike"])
+            raise ConfigError(
+                [f"{name}: rows {different[:8]} have other spaces than row 0. Fix: build copies with equal spaces"]
+            )
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.metadata = {**metadata, "autoreset_mode": AutoresetMode.DISABLED}
@@ -246,11 +253,11 @@ class WorkerVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Reset the rows of `options["reset_mask"]`, or all, with the seeds of the list `seed` (num_envs)."""
+        """Reset the rows of `options["reset_mask"]` (default: all) with the seeds of the list `seed` (num_envs)."""
         rest = dict(options or {})
         rows = np.flatnonzero(rest.pop("reset_mask", np.ones(self.num_envs, dtype=bool))).tolist()
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * self.num_envs
-        answers = self._ask("reset", [(seeds[row], rest or None) for row in rows], rows)
+        answers = self._request("reset", [(seeds[row], rest or None) for row in rows], rows)
         infos: dict[str, Any] = {}
         for row, (observation, info) in zip(rows, answers, strict=True):
             self._observations[row] = observation
@@ -258,8 +265,8 @@ class WorkerVectorEnv(VectorEnv):
         return stacked(self._observations), infos
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step every row."""
-        answers = self._ask("step", [(action,) for action in actions])
+        """Take one step in every row."""
+        answers = self._request("step", [(action,) for action in actions])
         infos: dict[str, Any] = {}
         for row, answer in enumerate(answers):
             self._observations[row] = answer[0]
@@ -269,26 +276,26 @@ class WorkerVectorEnv(VectorEnv):
         return stacked(self._observations), rewards, terminated, truncated, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """A frame of every row."""
-        return tuple(self._ask("render", [()] * self.num_envs))
+        """Return a frame of every row."""
+        return tuple(self._request("render", [()] * self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """End all workers."""
         _close_all(self._workers)
 
-    def _ask(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> list[Any]:
-        """Ask the rows at once and wait for all answers; then `WorkerError` for the first row that failed."""
+    def _request(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> list[Any]:
+        """Send a request to the rows and receive all results. Raises `WorkerError` for the first row that failed."""
         rows = range(self.num_envs) if rows is None else rows
         deadline = time.monotonic() + self.timeout
-        answers, failures, asked = [], {}, []
+        answers, failures, pending = [], {}, []
         for row, value in zip(rows, values, strict=True):
             try:
                 self._workers[row].send(command, *value)
-                asked.append(row)
+                pending.append(row)
             except Exception as error:
                 failures[row] = error
-        # Every answer is taken, even after a failure: one left in its pipe would be mistaken for the next.
-        for row in asked:
+        # Every result is received, even after a failure: one left in its pipe would be taken for the next one.
+        for row in pending:
             try:
                 answers.append(self._workers[row].receive(deadline))
             except Exception as error:

@@ -1,11 +1,11 @@
-"""Denoising diffusion over plans of actions: how noise is added, and the samplers that take it away again.
+"""Denoising diffusion over plans of actions: the noise schedule, and the samplers that remove the noise.
 
-K steps of noise, counted 0 … K − 1 as in Hugging Face diffusers, with which tests/models/test_diffusion.py compares:
+K noise steps, numbered 0 … K − 1 as in Hugging Face diffusers (compared in tests/models/test_diffusion.py):
 
     x_k = √ᾱ_k · a + √(1 − ᾱ_k) · ε,   ε ~ N(0, I)                                     (Ho et al., 2020, Eq. 4)
 
-ᾱ is the share of the actions' variance that is left, from nearly 1 at k = 0 to nearly 0 at k = K − 1. A network is given
-x_k and k and says ε, or a. Actions lie in [−1, 1].
+ᾱ is the remaining share of the actions' variance, from nearly 1 at k = 0 to nearly 0 at k = K − 1. A network predicts ε, or
+a, from x_k and k. Actions are in [−1, 1].
 """
 
 import math
@@ -23,9 +23,9 @@ from difftori.models.nets import noise_like
 from difftori.types import Plans, RowCounts, Scalar
 
 Prediction: TypeAlias = Literal["epsilon", "sample"]
-"""What the network says: the noise ε, or the actions without it."""
+"""What the network predicts: `epsilon`, the noise ε, or `sample`, the actions without noise."""
 Denoiser: TypeAlias = Callable[[Plans, RowCounts], Plans]
-"""The network: noisy actions (B H A) and the step of each row (B) → what it says (B H A)."""
+"""The network: noisy actions (B H A) and the noise step of each row (B) → prediction (B H A)."""
 
 
 def squared_cosine(steps: int) -> Float[Tensor, "k"]:
@@ -40,9 +40,9 @@ def squared_cosine(steps: int) -> Float[Tensor, "k"]:
 
 @final
 class NoiseSchedule(nn.Module):
-    """ᾱ of K `steps` by `squared_cosine`, and what the network is to say.
+    """The noise schedule ᾱ of K `steps` (default: 100) by `squared_cosine`, for a network with this `prediction`.
 
-    Nothing is learned, and nothing is saved with a policy's weights: `signal`, ᾱ (K), follows from the settings.
+    It has no parameters and is not saved with a policy's weights: the settings determine `signal`, ᾱ (K).
     """
 
     def __init__(self, steps: int = 100, prediction: Prediction = "epsilon"):
@@ -53,104 +53,105 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("signal", squared_cosine(steps).float(), persistent=False)
 
     def noised(self, clean: Plans, noise: Plans, step: RowCounts) -> Plans:
-        """x_k of each row (B H A), at steps (B) of their own."""
+        """Add noise: return x_k (B H A), where each row has its own step k (B)."""
         signal = self.signal[step][:, None, None]
         return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
     def target(self, clean: Plans, noise: Plans) -> Plans:
-        """What the network should have predicted."""
+        """Return the training target of the network (B H A)."""
         return noise if self.prediction == "epsilon" else clean
 
     def estimate(self, noisy: Plans, predicted: Plans, step: int) -> tuple[Plans, Plans]:
-        """The actions that follow from what the network predicted at step k, clipped to [−1, 1], and the noise, not clipped."""
+        """Convert the network's prediction at step k to actions, clipped to [−1, 1], and noise, not clipped."""
         signal = self.at(step)
         if self.prediction == "epsilon":
             return ((noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()).clamp(-1, 1), predicted
         return predicted.clamp(-1, 1), (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
 
     def at(self, step: int) -> Scalar:
-        """ᾱ_k; 1 before the first step, where nothing is noise."""
+        """Return ᾱ_k, or 1 for k < 0, where there is no noise."""
         return self.signal[step] if step >= 0 else torch.ones_like(self.signal[0])
 
 
 class Sampler(ABC):
-    """Which steps of noise are visited on the way back, and how to go from one to the next."""
+    """Selects the noise steps of the denoising process, and computes each from the previous one."""
 
     DRAWS: ClassVar[bool]
-    """Whether fresh noise is added on the way."""
+    """Whether the sampler adds random noise."""
 
     @abstractmethod
     def pairs(self, trained: int) -> list[tuple[int, int]]:
-        """The steps and the one after each, noisiest first, of K `trained`; the last leads to −1, the actions themselves."""
+        """Return pairs of a noise step and the next one, noisiest first, of K `trained` steps. The last pair ends at −1, no noise."""
 
     @abstractmethod
     def back(self, noisy: Plans, clean: Plans, noise: Plans, fresh: Plans, now: Scalar, before: Scalar) -> Plans:
-        """From x_k to the x of the next, less noisy step.
+        """Compute x of the next, less noisy step from x_k (`noisy`).
 
-        `clean` and `noise` are `NoiseSchedule.estimate`'s, `fresh` is drawn from N(0, I), and `now` and `before` are ᾱ here
-        and there.
+        `clean` and `noise` are from `NoiseSchedule.estimate`, `fresh` is sampled from N(0, I), and `now` and `before` are ᾱ
+        at step k and at the next step.
         """
 
 
 @final
 @dataclass(frozen=True)
 class DDPM(Sampler):
-    """Every step, x_{k−1} ~ N(μ(x_k, â), σ²) with the variance of the forward process's posterior (Ho et al., 2020, Eq. 7).
+    """Ancestral sampling in all K steps, x_{k−1} ~ N(μ(x_k, â), σ²), with the posterior variance (Ho et al., 2020, Eq. 7).
 
         μ = √ᾱ_{k−1} · β / (1 − ᾱ_k) · â + √(1 − β) · (1 − ᾱ_{k−1}) / (1 − ᾱ_k) · x_k,   β = 1 − ᾱ_k / ᾱ_{k−1}
         σ² = β · (1 − ᾱ_{k−1}) / (1 − ᾱ_k)
 
-    `DDPMScheduler` of diffusers with `variance_type="fixed_small"` and `clip_sample=True`.
+    Equals `DDPMScheduler` of diffusers with `variance_type="fixed_small"` and `clip_sample=True`.
     """
 
     DRAWS: ClassVar[bool] = True
 
     def pairs(self, trained: int) -> list[tuple[int, int]]:
-        """K − 1 → K − 2 → … → 0 → −1."""
+        """Return the pairs of K − 1 → K − 2 → … → 0 → −1."""
         return [(step, step - 1) for step in reversed(range(trained))]
 
     def back(self, noisy: Plans, clean: Plans, noise: Plans, fresh: Plans, now: Scalar, before: Scalar) -> Plans:
-        """μ + σ · `fresh`; `noise` is not looked at. The last step has σ = 0 and μ = â."""
-        kept, left = now / before, (1 - before) / (1 - now)
-        mean = before.sqrt() * (1 - kept) / (1 - now) * clean + kept.sqrt() * left * noisy
-        return mean + ((1 - kept) * left).sqrt() * fresh
+        """Return μ + σ · `fresh`. `noise` is not used. The last step has σ = 0 and μ = â."""
+        alpha, ratio = now / before, (1 - before) / (1 - now)
+        mean = before.sqrt() * (1 - alpha) / (1 - now) * clean + alpha.sqrt() * ratio * noisy
+        return mean + ((1 - alpha) * ratio).sqrt() * fresh
 
 
 @final
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """`steps` of the K, without fresh noise (Song et al., 2021, Eq. 12 with σ = 0): x' = √ᾱ' · â + √(1 − ᾱ') · ε̂.
+    """Deterministic sampling in `steps` of K (Song et al., 2021, Eq. 12 with σ = 0): x' = √ᾱ' · â + √(1 − ᾱ') · ε̂.
 
-    They are 0, c, 2c, … with c = ⌊K / steps⌋, and the last leads to the actions themselves: `DDIMScheduler` of diffusers
-    with `eta=0`, `timestep_spacing="leading"`, `steps_offset=0`, `set_alpha_to_one=True` and `clip_sample=True`.
+    The steps are 0, c, 2c, … with c = ⌊K / steps⌋, and the last one ends at the actions without noise. Default: 10 steps.
+    Equals `DDIMScheduler` of diffusers with `eta=0`, `timestep_spacing="leading"`, `steps_offset=0`,
+    `set_alpha_to_one=True` and `clip_sample=True`.
     """
 
     steps: int = 10
     DRAWS: ClassVar[bool] = False
 
     def pairs(self, trained: int) -> list[tuple[int, int]]:
-        """(steps − 1)·c → … → c → 0 → −1.
+        """Return the pairs of (steps − 1)·c → … → c → 0 → −1.
 
-        Raises ConfigError for more steps than there are, or so many that rounding c down leaves out more than a sixth of
-        the noisiest: sampling would start there from pure noise where the network expects little.
+        Raises ConfigError for more steps than K, and for numbers of steps where rounding c down omits more than the
+        noisiest sixth: sampling would start from pure noise at a step where the network expects little noise.
         """
         stride = trained // max(self.steps, 1)
         if self.steps < 1 or self.steps * stride < trained * 5 / 6:
             fitting = ", ".join(str(n) for n in range(1, trained + 1) if trained % n == 0)
-            fault = f"settings.inference_steps: {self.steps} do not spread over the {trained} of training"
-            raise ConfigError([f"{fault}; take one of {fitting}"])
+            fault = f"settings.inference_steps: {self.steps} steps do not cover the {trained} noise steps of training"
+            raise ConfigError([f"{fault}. Fix: choose one of {fitting}"])
         steps = [number * stride for number in reversed(range(self.steps))]
         return [(step, step - stride) if step else (0, -1) for step in steps]
 
     def back(self, noisy: Plans, clean: Plans, noise: Plans, fresh: Plans, now: Scalar, before: Scalar) -> Plans:
-        """√ᾱ' · `clean` + √(1 − ᾱ') · `noise`; the others are not looked at."""
+        """Return √ᾱ' · `clean` + √(1 − ᾱ') · `noise`. The other arguments are not used."""
         return before.sqrt() * clean + (1 - before).sqrt() * noise
 
 
 def denoise(
     denoiser: Denoiser, schedule: NoiseSchedule, sampler: Sampler, noise: Plans, *, generator: torch.Generator
 ) -> Plans:
-    """Actions (B H A) in [−1, 1] from pure noise. Fresh noise, where the sampler adds some, comes from `generator`."""
+    """Denoise pure noise (B H A) to actions in [−1, 1]. If the sampler adds noise, it is sampled from `generator`."""
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)
     for step, before in pairs:

@@ -1,4 +1,4 @@
-"""Encoders: observation (B *S) → latent (B Z), for states and for pixels."""
+"""Encoders of state or pixel observations (B *S) to latents (B Z)."""
 
 import math
 from typing import Literal, TypeAlias
@@ -15,7 +15,7 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 class StateEncoder(nn.Module):
-    """S → `hidden` → Z with ELU, as TD-MPC has it for states (Hansen et al., 2022); leading dimensions are free."""
+    """MLP S → `hidden` → Z with ELU, the state encoder of TD-MPC (Hansen et al., 2022). Any leading dimensions."""
 
     def __init__(self, obs_dim: int, hidden: int, latent_dim: int):
         super().__init__()
@@ -29,8 +29,8 @@ class StateEncoder(nn.Module):
 class PixelEncoder(nn.Module):
     """uint8 frames (B C h w) → /255 → four convolutions, kernels 7, 5, 3, 3 of stride 2 with ReLU → Z (Hansen et al., 2022).
 
-    Images lie channels-last, which is 1.5 times as fast on the CPU that it was measured on; `precision` "bfloat16" is 2.8
-    times, and differs in the third digit. Latents come out in the weights' own precision.
+    Images are stored channels-last, which was 1.5 times as fast on the measured CPU. `precision` "bfloat16" was 2.8 times as
+    fast, and its results differ in the third digit. The latents have the precision of the weights.
     """
 
     def __init__(self, obs_shape: tuple[int, int, int], channels: int, latent_dim: int, precision: Precision):
@@ -60,21 +60,21 @@ class PixelEncoder(nn.Module):
 def make_encoder(
     obs_shape: tuple[int, ...], *, hidden: int, channels: int, latent_dim: int, precision: Precision = "float32"
 ) -> nn.Module:
-    """The encoder that suits a shape: (S,) states, (C, h, w) pixels. ShapeError for anything else.
+    """Create the encoder for an observation shape: (S,) states or (C, h, w) pixels. Raises ShapeError for other shapes.
 
-    `hidden` is the width for states, `channels` and `precision` are the convolutions'.
+    `hidden` is the width of the state encoder. `channels` and `precision` (default: float32) are those of the convolutions.
     """
     if len(obs_shape) == 1:
         return StateEncoder(obs_shape[0], hidden, latent_dim)
     if len(obs_shape) == 3:
         return PixelEncoder((obs_shape[0], obs_shape[1], obs_shape[2]), channels, latent_dim, precision)
-    raise ShapeError(f"observations of shape {obs_shape}: an encoder reads (S,) states or (C, h, w) pixels")
+    raise ShapeError(f"observations of shape {obs_shape} have no encoder. Fix: use states (S,) or pixels (C, h, w)")
 
 
 def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Shift each of B images (B C h w) by up to `pad` whole pixels, edges repeated: float of the same shape.
+    """Shift each of B images (B C h w) by up to `pad` whole pixels, with repeated edges. Returns floats of the same shape.
 
-    Source: Yarats et al. (2021), "Mastering visual continuous control" (DrQ-v2), which TD-MPC uses too.
+    Source: Yarats et al. (2021), "Mastering visual continuous control" (DrQ-v2); also used in TD-MPC.
     """
     rows, _, height, width = images.shape
     padded = F.pad(images.float(), (pad, pad, pad, pad), mode="replicate")

@@ -1,4 +1,4 @@
-"""Encoder of images: random crops, ResNet-18 from scratch with group normalisation, spatial softmax."""
+"""Image encoder: random crops, untrained ResNet-18 with group normalisation, spatial softmax."""
 
 from dataclasses import dataclass
 from typing import final
@@ -11,39 +11,39 @@ from difftori.errors import ShapeError
 from difftori.types import Latents
 
 IMAGE_WIDTH = 64
-"""Features of an image."""
+"""Number of features of an image."""
 SMALLEST = 33
-"""Pixels along a side, after cropping, below which a ResNet leaves a single place, and so nothing to tell places by."""
+"""Smallest side of a cropped image, in pixels. From smaller images, ResNet returns a single location, without positions."""
 
 
 @final
 @dataclass(frozen=True)
 class Images:
-    """How images are seen; unless given, as Diffusion Policy sees them (Chi et al., 2023)."""
+    """Settings of the image encoder. Default: those of Diffusion Policy (Chi et al., 2023)."""
 
     crop: float | None = None
-    """Share of height and width that is seen: anywhere in training, in the middle afterwards. Unless given 0.9 (84 → 76
-    pixels, 240 → 216), and 0.875 of images of 96 (→ 84); 1: all."""
+    """Cropped share of height and width, in (0, 1]: a random crop in training, the centre otherwise. 1: no crop. Default: 0.9
+    (84 → 76 pixels, 240 → 216), and 0.875 for images of 96 pixels (→ 84)."""
     width: int = 64
-    """Channels of the network's first stage, a multiple of 16; 64 is ResNet-18."""
+    """Channels of the first stage of the ResNet, a multiple of 16. Default: 64, as in ResNet-18."""
     keypoints: int = 32
-    """Places that are looked for."""
+    """Number of keypoints of the spatial softmax. Default: 32."""
 
     def __post_init__(self):
         share = 1.0 if self.crop is None else self.crop
         if self.width < 16 or self.width % 16 or self.keypoints < 1 or not 0 < share <= 1:
             raise ShapeError(
-                f"images: {self}: crop must lie in (0, 1], width be a multiple of 16, and keypoints 1 or more"
+                f"images: {self}: crop must be in (0, 1], width a multiple of 16, and keypoints at least 1"
             )
 
     def seen(self, side: int) -> int:
-        """Pixels of a side that remain."""
+        """Return the length of a side after cropping, in pixels."""
         share = self.crop if self.crop is not None else 0.875 if side == 96 else 0.9
         return round(share * side)
 
 
 class ResidualBlock(nn.Module):
-    """ReLU(F(x) + W x), F: 3×3 → norm → ReLU → 3×3 → norm; W, 1×1 → norm, only where the shape changes (He et al., 2016)."""
+    """ReLU(F(x) + W x) with F: 3×3 → norm → ReLU → 3×3 → norm, and W: 1×1 → norm if the shape changes (He et al., 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -64,10 +64,10 @@ class ResidualBlock(nn.Module):
 
 
 def resnet18(channels: int, width: int = 64) -> nn.Sequential:
-    """The convolutions of ResNet-18 (He et al., 2016): (N `channels` h w) → (N 8·`width` h/32 w/32).
+    """Create the convolutions of ResNet-18 (He et al., 2016): (N `channels` h w) → (N 8·`width` h/32 w/32).
 
-    GroupNorm, 16 channels to a group, stands for BatchNorm, which does not go with averaged weights (Chi et al., 2023).
-    Convolutions start from He's normal distribution, fan-out.
+    GroupNorm with 16 channels per group replaces BatchNorm, which does not work with EMA weights (Chi et al., 2023).
+    Convolutions are initialised from He's normal distribution, fan-out.
     """
     stages: list[nn.Module] = [
         nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False),
@@ -87,10 +87,10 @@ def resnet18(channels: int, width: int = 64) -> nn.Sequential:
 
 
 class SpatialSoftmax(nn.Module):
-    """Where K keypoints are expected: (N C h w) → (N 2K), x and y of each in [−1, 1].
+    """The expected positions of K keypoints: (N C h w) → (N 2K), x and y of each in [−1, 1].
 
-    A 1×1 convolution makes K maps, a softmax over all places makes each a distribution, and its mean is what is read.
-    Source: Finn et al. (2016); temperature 1 as in robomimic.
+    A 1×1 convolution computes K maps, a softmax over all locations converts each to a distribution, and the output is its
+    mean. Source: Finn et al. (2016); temperature 1 as in robomimic.
     """
 
     def __init__(self, channels: int, keypoints: int):
@@ -107,7 +107,7 @@ class SpatialSoftmax(nn.Module):
 def cropped(
     images: Float[Tensor, "N h w C"], height: int, width: int, generator: torch.Generator | None = None
 ) -> Float[Tensor, "N i j C"]:
-    """A part of each image, `height` × `width`: anywhere, drawn for each image, or without `generator` the middle."""
+    """Crop each image to `height` × `width`: at a random position sampled from `generator`, or without it at the centre."""
     count, high, wide = images.shape[:3]
     room = high - height, wide - width
     if generator is None:
@@ -125,7 +125,7 @@ class ImageEncoder(nn.Module):
     """Images in [0, 1] (… h w C) → crop → [−1, 1] → ResNet → spatial softmax → linear, ReLU → (… 64).
 
     `shape` is (h w C). Raises ShapeError for images that are too small. Source: Diffusion Policy's "hybrid" encoder
-    (Chi et al., 2023), which is robomimic's (Mandlekar et al., 2021) with GroupNorm.
+    (Chi et al., 2023), the encoder of robomimic (Mandlekar et al., 2021) with GroupNorm.
     """
 
     def __init__(self, shape: tuple[int, ...], images: Images):
@@ -133,8 +133,8 @@ class ImageEncoder(nn.Module):
         self.size = images.seen(shape[0]), images.seen(shape[1])
         if min(self.size) < SMALLEST:
             raise ShapeError(
-                f"images of {shape}, of which {self.size} is seen: the network needs {SMALLEST} pixels of each side at least; "
-                "show larger ones, or crop less"
+                f"images of {shape}, cropped to {self.size}: the network needs at least {SMALLEST} pixels on each side. "
+                "Fix: use larger images, or crop less"
             )
         self.layers = nn.Sequential(
             resnet18(shape[2], images.width),
@@ -147,7 +147,7 @@ class ImageEncoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "... h w C"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "... F"]:
-        """(… h w C) → (… 64), of a part drawn from `generator`, or without one of the middle."""
+        """(… h w C) → (… 64). The crop is random, sampled from `generator`, or central without it."""
         leading = images.shape[:-3]
         parts = cropped(images.reshape(-1, *images.shape[-3:]), *self.size, generator)
         return self.layers(2 * parts.permute(0, 3, 1, 2) - 1).reshape(*leading, IMAGE_WIDTH)

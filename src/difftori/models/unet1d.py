@@ -1,4 +1,4 @@
-"""A 1-D U-Net over the steps of a plan, conditioned on the noise step and on features of the observations."""
+"""A 1-D U-Net over the steps of a plan, conditioned on the noise step and on observation features."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from difftori.errors import ShapeError
 from difftori.types import Latents, Plans, RowCounts
 
 GROUPS = 8
-"""Of channels, each normalised on its own (GroupNorm)."""
+"""Number of groups of channels in GroupNorm."""
 
 
 def step_features(step: RowCounts, width: int) -> Latents:
-    """sin(k·ω_i) and cos(k·ω_i), ω_i = 10000^(−i / (w/2 − 1)) for i < w/2, side by side: (B) → (B `width`).
+    """Return sin(k·ω_i) and cos(k·ω_i), concatenated, ω_i = 10000^(−i / (w/2 − 1)) for i < w/2: (B) → (B `width`).
 
-    Source: Vaswani et al. (2017), with the frequencies as Diffusion Policy spaces them.
+    Source: Vaswani et al. (2017), with the frequencies of Diffusion Policy.
     """
     half = width // 2
     share = torch.arange(half, dtype=torch.float32, device=step.device) / max(half - 1, 1)
@@ -28,16 +28,16 @@ def step_features(step: RowCounts, width: int) -> Latents:
 
 
 def convolution_block(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution → GroupNorm → Mish, of the same length: (B `inputs` L) → (B `outputs` L)."""
+    """Create convolution → GroupNorm → Mish with unchanged length: (B `inputs` L) → (B `outputs` L)."""
     return nn.Sequential(
         nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(GROUPS, outputs), nn.Mish()
     )
 
 
 class FiLMBlock(nn.Module):
-    """x → block₂(γ ⊙ block₁(x) + δ) + W x with (γ, δ) = Linear(Mish(condition)), one number of each per channel.
+    """x → block₂(γ ⊙ block₁(x) + δ) + W x with (γ, δ) = Linear(Mish(condition)), one γ and one δ per channel.
 
-    Source: Perez et al. (2018), FiLM, as in Diffusion Policy. W is left out where the number of channels stays.
+    Source: Perez et al. (2018), FiLM, as in Diffusion Policy. There is no W if the number of channels does not change.
     """
 
     def __init__(self, inputs: int, outputs: int, condition: int, kernel: int):
@@ -54,7 +54,7 @@ class FiLMBlock(nn.Module):
 
 
 class _Level(nn.Module):
-    """FiLM blocks of one length, then a change of length (none at the deepest)."""
+    """FiLM blocks at one length, followed by a change of length (none at the deepest level)."""
 
     def __init__(self, inputs: int, outputs: int, condition: int, kernel: int, blocks: int, resize: nn.Module):
         super().__init__()
@@ -63,7 +63,7 @@ class _Level(nn.Module):
         self.resize = resize
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The blocks alone: what the way up is shown."""
+        """Apply the blocks without the change of length. The result is the skip connection."""
         for block in self.blocks:
             x = block(x, condition)
         return x
@@ -71,16 +71,16 @@ class _Level(nn.Module):
 
 @final
 class UNet1D(nn.Module):
-    """Noisy actions (B H A), steps of noise (B) and features (B F) → what is said of them (B H A).
+    """Noisy actions (B H A), noise steps (B) and features (B F) → prediction (B H A).
 
-    Convolutions run along H. At each of the `dims` there are `blocks` FiLM blocks on the way down, halving the length
-    between (stride 2), as many in the middle, and as many on the way up, which see what the way down had at their depth
-    too. The condition is [MLP of the step's `step_features`, features].
+    Convolutions are along H. There are `blocks` FiLM blocks (default: 2) at each of the `dims` in the encoder, which halves the
+    length between them (stride 2), in the middle, and in the decoder, which has skip connections from the encoder. The
+    condition is [MLP of the step's `step_features`, features].
 
-    H may be any: a halved length is rounded up, and what is doubled again is cut to the length it came from. For H that
-    the halvings divide this is Diffusion Policy's network (Chi et al., 2023), with its weights number by number: like there,
-    the finest level of the way down is not shown to the way up. `blocks` 1 is the smaller one of Simple DP3 (Ze et al., 2024).
-    Raises ShapeError for dims that are not multiples of 8, an odd `step_width` or an even `kernel`.
+    H is arbitrary: a halved length is rounded up, and a doubled length is cut to that of the encoder. If H is divisible by
+    the halvings, this is Diffusion Policy's network (Chi et al., 2023), with the same parameters; as there, the finest level
+    of the encoder has no skip connection. `blocks` = 1 is the smaller network of Simple DP3 (Ze et al., 2024).
+    Raises ShapeError for `dims` that are not multiples of 8, an odd `step_width` or an even `kernel`.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class UNet1D(nn.Module):
     ):
         super().__init__()
         if not dims or any(size < 1 or size % GROUPS for size in dims):
-            raise ShapeError(f"U-Net of dims {list(dims)}: give at least one, and multiples of {GROUPS}")
+            raise ShapeError(f"U-Net of dims {list(dims)}. Fix: pass at least one, each a multiple of {GROUPS}")
         if step_width % 2 or step_width < 2 or kernel % 2 == 0 or blocks < 1:
             raise ShapeError(
-                f"U-Net with step_width {step_width}, kernel {kernel}, blocks {blocks}: the first must be even, the second odd, "
-                "the third at least 1"
+                f"U-Net with step_width {step_width}, kernel {kernel}, blocks {blocks}: step_width must be even, kernel odd, "
+                "and blocks at least 1"
             )
         self.step_width = step_width
         self.step = nn.Sequential(
@@ -123,12 +123,12 @@ class UNet1D(nn.Module):
         """(B H A), (B), (B F) → (B H A)."""
         condition = torch.cat((self.step(step_features(step, self.step_width)), features), -1)
         x = actions.transpose(1, 2)
-        seen: list[Tensor] = []
+        skips: list[Tensor] = []
         for level in self.down:
-            seen.append(level(x, condition))
-            x = level.get_submodule("resize")(seen[-1])
+            skips.append(level(x, condition))
+            x = level.get_submodule("resize")(skips[-1])
         x = self.middle(x, condition)
         for level in self.up:
-            x = level(torch.cat((x, seen.pop()), 1), condition)
-            x = level.get_submodule("resize")(x)[..., : seen[-1].shape[-1]]
+            x = level(torch.cat((x, skips.pop()), 1), condition)
+            x = level.get_submodule("resize")(x)[..., : skips[-1].shape[-1]]
         return self.last(x).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Encoder of windows: the last O observations by name, normalised → features (B F), for vectors, clouds and images."""
+"""Window encoder: the last O normalised observations by name → features (B F), for vectors, point clouds and images."""
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,13 @@ from difftori.models.nets import mlp
 from difftori.types import EntrySpec, Latents, TaskSpec, WindowObs
 
 CLOUD_WIDTH = 64
-"""Features of a cloud, and of a vector beside one."""
+"""Number of features of a point cloud, and of a vector that is observed together with one."""
 
 
 class PointNet(nn.Module):
-    """Clouds (… N C) → features (… `width`): a layer-normed MLP 64, 128, 256 of each point, the maximum over points, a linear layer.
+    """Clouds (… N C) → features (… `width`): an MLP 64, 128, 256 with LayerNorm per point, max pooling, a linear layer.
 
-    Source: DP3 (Ze et al., 2024), which found it better than deeper point networks.
+    Source: DP3 (Ze et al., 2024), where it was better than deeper point networks.
     """
 
     def __init__(self, columns: int, width: int = CLOUD_WIDTH):
@@ -35,11 +35,11 @@ class PointNet(nn.Module):
 
 
 class WindowEncoder(nn.Module):
-    """Normalised observations by name → one row of features (B `width`), entry after entry, oldest first in each.
+    """Normalised observations by name → features (B `width`): the entries concatenated, each with its oldest step first.
 
-    Vectors (B O S) stand in the row as they are; beside a cloud each passes S → 64 → 64 first, as in DP3. Clouds
-    (B O N C) pass a `PointNet` step by step, images (B O h w C) in [0, 1] a `ImageEncoder`, one for each entry.
-    Raises ShapeError for an entry that is none of these.
+    Vectors (B O S) are unchanged; if there is a cloud, an MLP S → 64 → 64 encodes them first, as in DP3. A `PointNet` encodes
+    each step of clouds (B O N C), and an `ImageEncoder` images (B O h w C) in [0, 1]. Each entry has its own encoder.
+    Raises ShapeError for an entry of any other type.
     """
 
     def __init__(self, spec: TaskSpec, images: Images | None = None):
@@ -61,10 +61,10 @@ class WindowEncoder(nn.Module):
             self.width += spec.n_obs_steps * size
 
     def forward(self, obs: WindowObs, crops: torch.Generator | None = None) -> Latents:
-        """By name (B O …) → (B F).
+        """Observations by name (B O …) → (B F).
 
-        In training, `crops` draws the part of each image that is seen; without it, it is the middle. Without images
-        nothing is drawn.
+        In training, the random crops of images are sampled from `crops`. Without it, images are cropped at the centre.
+        Without images, nothing is sampled.
         """
         rows = []
         for name, values in obs.items():
@@ -77,12 +77,12 @@ class WindowEncoder(nn.Module):
 
 
 def _kind(name: str, entry: EntrySpec) -> str:
-    """What an entry is, by its shape at one step and its dtype."""
+    """Return the type of an entry, determined by its shape at one step and its dtype."""
     kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "image"}
     kind = kinds.get((len(entry.shape), entry.dtype))
     if kind is None:
         raise ShapeError(
             f"observations: the entry {name!r} of shape {entry.shape} and dtype {entry.dtype} is neither a vector (S) nor a "
-            "cloud (N C) of float32 nor an image (height width channels) of uint8; leave it out"
+            "cloud (N C) of float32 nor an image (height width channels) of uint8. Fix: omit this entry"
         )
     return kind

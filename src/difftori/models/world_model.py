@@ -1,4 +1,4 @@
-"""The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), which DiffTORI shares."""
+"""The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), also used by DiffTORI."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from difftori.types import AnyActions, AnyLatents, AnyObservations, AnyPlans, An
 
 
 class Critics(nn.Module):
-    """K independent action values of (state, action): Linear–LayerNorm–Tanh–Linear–ELU–Linear each, zero at first."""
+    """K independent Q-functions of (state, action), each Linear–LayerNorm–Tanh–Linear–ELU–Linear, initially zero."""
 
     def __init__(self, state_dim: int, action_dim: int, width: int, count: int = 2):
         super().__init__()
@@ -32,9 +32,9 @@ def _critic(inputs: int, width: int) -> nn.Sequential:
 
 
 class WorldModel(nn.Module):
-    """Encoder h, latent dynamics d, reward R, twin critics Q, policy prior π, over latents of `latent_dim` Z.
+    """Encoder h, latent dynamics d, reward R, twin critics Q and policy prior π, for latents of `latent_dim` Z.
 
-    Every method takes any leading dimensions (…). Weights are orthogonal, those of the last layers of R and Q zero.
+    Every method takes any leading dimensions (…). Initial weights are orthogonal; those of the last layers of R and Q are zero.
     """
 
     def __init__(self, encoder: nn.Module, action_dim: int, *, latent_dim: int, width: int):
@@ -70,9 +70,9 @@ class WorldModel(nn.Module):
         return self.critics(latent, action).amin(0)
 
     def prior(self, latent: AnyLatents, noise: AnyActions | None = None) -> AnyActions:
-        """π(z), plus `noise` (… A) if there is any, kept in [−1, 1]: (… Z) → (… A).
+        """π(z), plus `noise` (… A) if it is not None, clipped to [−1, 1]: (… Z) → (… A).
 
-        The derivative is π's, also where the bound holds the noisy action, as in TD-MPC's release.
+        The derivative is that of π, also where the noisy action is clipped, as in TD-MPC's release.
         """
         action = torch.tanh(self.policy(latent))
         if noise is None:
@@ -84,36 +84,36 @@ class WorldModel(nn.Module):
         return self.min_q(latent, self.prior(latent))
 
     def rollout(self, latent: AnyLatents, noise: AnyPlans) -> AnyPlans:
-        """The prior's own actions over H steps of the model, with `noise` (… H A): (… Z) → (… H A)."""
+        """The prior's actions over H steps of the model, with `noise` (… H A): (… Z) → (… H A)."""
         actions = []
-        for step, drawn in enumerate(noise.unbind(-2)):
+        for step, step_noise in enumerate(noise.unbind(-2)):
             if step:
                 latent = self.next(latent, actions[-1])
-            actions.append(self.prior(latent, drawn))
+            actions.append(self.prior(latent, step_noise))
         return torch.stack(actions, -2)
 
 
 def action_noise(
     shape: Sequence[int], std: float, *, like: Tensor, generator: torch.Generator | None, limit: float = 0.3
 ) -> Tensor:
-    """N(0, std²) clipped at ±limit, of this shape, on the device and in the precision of `like`."""
+    """Sample N(0, std²) clipped to ±`limit` (default: 0.3), of this shape, with the device and dtype of `like`."""
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     return (std * noise).clamp(-limit, limit)
 
 
 def orthogonal(network: nn.Module) -> None:
-    """Orthogonal weights, zero biases; convolutions with the gain of ReLU."""
+    """Initialise linear layers and convolutions with orthogonal weights and zero biases; convolutions with the gain of ReLU."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else 1.0
-            # In a tensor of its own: the weights of convolutions lie channels-last, which the initialiser does not take.
+            # In a separate tensor, because the initialiser does not accept channels-last weights of convolutions.
             module.weight.data.copy_(nn.init.orthogonal_(torch.empty(module.weight.shape), gain))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
 def zero_init_(network: nn.Sequential) -> None:
-    """A last layer of zeros: the network says 0 until it has learned something."""
+    """Initialise the last layer with zeros, so that the network's initial output is 0."""
     last = network[-1]
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)

@@ -1,1 +1,1 @@
-"""The numbers printed in the DiffTORI paper, as data: see README.md beside this file."""
+"""The numbers printed in the DiffTORI paper, as data. See README.md in this folder."""

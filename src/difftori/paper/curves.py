@@ -1,4 +1,4 @@
-"""Reads the published learning curves in `published/` (origin, licence and conventions: README.md there)."""
+"""Reads the published learning curves in `published/`. Its README.md has their origin, licence and conventions."""
 
 import csv
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FOLDER = "published"
 
 @dataclass(frozen=True)
 class PublishedCurve:
-    """Returns (seeds k) of `method` on `task` at `steps` (k), which are environment steps; NaN where a seed has no point.
+    """Episode returns (seeds k) of `method` on `task` at `steps` (k) environment steps. NaN if a seed has no point.
 
     `measure`: `evaluation`, or `training episodes` for returns with exploration. `origin`: repository, path and commit.
     """
@@ -28,14 +28,14 @@ class PublishedCurve:
     returns: np.ndarray
 
     def at(self, steps: int) -> np.ndarray:
-        """The returns of all seeds that have a point at exactly so many environment steps; empty if none has."""
+        """Return the episode returns of all seeds with a point at exactly `steps` environment steps. May be empty."""
         values = self.returns[:, self.steps == steps].ravel()
         return values[np.isfinite(values)]
 
 
 @dataclass(frozen=True)
 class PrintedPoint:
-    """A mean that a paper prints without curves: `mean` ± `plus_minus` of `method` after `steps` environment steps."""
+    """A mean that a paper reports without curves: `mean` ± `plus_minus` of `method` after `steps` environment steps."""
 
     method: str
     observation: str
@@ -48,7 +48,7 @@ class PrintedPoint:
 
 @cache
 def published_curves(observation: str) -> tuple[PublishedCurve, ...]:
-    """All curves from `state` or `pixels`, methods in the order of methods.csv; empty for another observation.
+    """Return all curves for an observation type, `state` or `pixels`, in the order of methods.csv; empty for other types.
 
     Raises DataError if a file is missing or damaged.
     """
@@ -69,7 +69,7 @@ def published_curves(observation: str) -> tuple[PublishedCurve, ...]:
 
 
 def printed_points(observation: str) -> list[PrintedPoint]:
-    """The printed means from `state` or `pixels`."""
+    """Return the reported means for an observation type, `state` or `pixels`."""
     return [
         PrintedPoint(
             method=row["method"],
@@ -86,7 +86,7 @@ def printed_points(observation: str) -> list[PrintedPoint]:
 
 
 def _tasks(stem: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Task → steps (k) and returns (seeds k)."""
+    """Return the steps (k) and returns (seeds k) of each task."""
     rows = _rows(stem)
     try:
         names = [name for name in rows[0] if name not in ("task", "seed")]
@@ -95,9 +95,9 @@ def _tasks(stem: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for row in rows:
             found.setdefault(row["task"], []).append([float(row[name] or "nan") for name in names])
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{FOLDER}/{stem}.csv: damaged ({error!r}); reinstall difftori") from error
+        raise DataError(f"{FOLDER}/{stem}.csv: damaged ({error!r}). Fix: reinstall difftori") from error
     if (np.diff(steps) <= 0).any():
-        raise DataError(f"{FOLDER}/{stem}.csv: its steps do not ascend; reinstall difftori")
+        raise DataError(f"{FOLDER}/{stem}.csv: its steps do not increase. Fix: reinstall difftori")
     return {task: (steps, np.array(returns)) for task, returns in found.items()}
 
 
@@ -105,5 +105,5 @@ def _rows(stem: str) -> list[dict[str, str]]:
     try:
         text = files("difftori.paper").joinpath(f"{FOLDER}/{stem}.csv").read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{FOLDER}/{stem}.csv: cannot be read ({error}); reinstall difftori") from error
+        raise DataError(f"{FOLDER}/{stem}.csv: cannot be read ({error}). Fix: reinstall difftori") from error
     return list(csv.DictReader(text.splitlines()))

@@ -1,4 +1,4 @@
-"""Reads the paper's printed numbers (arXiv 2402.05421) from the CSV files beside this one."""
+"""Reads the numbers printed in the paper (arXiv 2402.05421) from the CSV files in this folder."""
 
 import csv
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ RESULTS = {
 
 @dataclass(frozen=True)
 class PaperNumber:
-    """One printed result: `mean` ± `std` of `method` on `task`, in the unit that the table's name says.
+    """A printed result: `mean` ± `std` of `method` on `task`. The name of the table contains the unit.
 
-    `variant` is the table's further column where it has one (level, data set or horizon), else "". `std` is None where
-    the paper prints none. Table 7 has one method, DiffTORI; Table 8's `task` is its setting.
+    `variant` is the additional column of the table (level, data set or horizon), or "" if it has none. `std` is None if the
+    paper prints none. Table 7 has one method, DiffTORI. In Table 8, `task` is the setting.
     """
 
     task: str
@@ -45,7 +45,7 @@ class PaperTask:
 
 @dataclass(frozen=True)
 class PaperSetting:
-    """One line of Table 9: `part` is `rl` or `il`, `value` is as printed."""
+    """A row of Table 9: `part` is `rl` or `il`, `value` is as printed."""
 
     part: str
     name: str
@@ -54,7 +54,7 @@ class PaperSetting:
 
 @dataclass(frozen=True)
 class PaperTiming:
-    """Seconds for one action with `planner` on `hardware`."""
+    """The time for one action with `planner` on `hardware`, in seconds."""
 
     planner: str
     seconds: float
@@ -62,9 +62,9 @@ class PaperTiming:
 
 
 def paper_numbers(table: str) -> list[PaperNumber]:
-    """The rows of one result table, in print order; `table` is a key of `RESULTS`, else `ConfigError`."""
+    """Return the rows of a result table in print order. Raises `ConfigError` if `table` is not a key of `RESULTS`."""
     if table not in RESULTS:
-        raise ConfigError([f"paper table {table!r} is unknown: choose one of {', '.join(RESULTS)}"])
+        raise ConfigError([f"paper table {table!r} is unknown. Fix: choose one of {', '.join(RESULTS)}"])
     variant = RESULTS[table]
     return [
         PaperNumber(
@@ -79,7 +79,7 @@ def paper_numbers(table: str) -> list[PaperNumber]:
 
 
 def paper_tasks() -> list[PaperTask]:
-    """The 15 DeepMind Control tasks."""
+    """Return the 15 DeepMind Control tasks."""
     return [
         PaperTask(
             task=row["task"],
@@ -93,12 +93,12 @@ def paper_tasks() -> list[PaperTask]:
 
 
 def paper_settings() -> list[PaperSetting]:
-    """Table 9, the hyperparameters."""
+    """Return Table 9, the hyperparameters."""
     return [PaperSetting(row["part"], row["name"], row["value"]) for row in _rows("table9_hyperparameters")]
 
 
 def paper_timings() -> list[PaperTiming]:
-    """Seconds per action."""
+    """Return the times per action."""
     rows = _rows("timing_seconds_per_action")
     return [PaperTiming(row["planner"], float(row["seconds"]), row["hardware"]) for row in rows]
 

@@ -1,1 +1,1 @@
-"""One run's directory: configuration, checkpoints, metrics, locks, signals, its page."""
+"""The directory of a run: configuration, checkpoints, metrics, locks, signals and report."""

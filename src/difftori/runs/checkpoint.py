@@ -1,10 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped byte.
 
-A checkpoint is a directory `step-N` with `state.pt` and `MANIFEST.json`. It is written under the name `step-N.tmp`,
-with the sha256 of what is written in the manifest; the files and the directory are flushed to the disk; only then is
-it renamed, and the parent flushed. A reader therefore meets a whole checkpoint or none. Because a flipped byte loads
-silently in torch.load, the reader compares the hashes first; a damaged directory is set aside as `corrupt-step-N` and
-the one before it is used.
+A checkpoint is a directory `step-N` with `state.pt` and `MANIFEST.json`. It is written as `step-N.tmp`, with the sha256 of
+the content in the manifest. The files and the directory are flushed to the disk, then the directory is renamed and its
+parent flushed. A reader therefore finds a complete checkpoint or none. torch.load does not detect a flipped byte, so the
+reader compares the hashes first. A damaged directory is renamed to `corrupt-step-N`, and the previous checkpoint is used.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from difftori.errors import CheckpointError
 
 State: TypeAlias = dict[str, Any]
-"""Tensors, numbers, text, None, and lists, tuples and dictionaries of them: what can be read back without pickled code."""
+"""Tensors, numbers, text, None, and lists, tuples and dictionaries of them. These can be read without pickled code."""
 
 _FORMAT = 1
 _STATE = "state.pt"
@@ -43,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint as read: the step it was taken at, where it lies, and its state, on the CPU."""
+    """A checkpoint that was read: its step, its path, and its state on the CPU."""
 
     step: int
     path: Path
@@ -52,17 +51,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, in the directory `root`; the last `keep` stay, and the one marked best."""
+    """The checkpoints of a run, in the directory `root`. The last `keep` (default: 2) and the best one are kept."""
 
     root: Path
     keep: int = 2
 
     def save(self, step: int, state: State, *, best: bool = False) -> Path:
-        """Write `state` as `step-N`, then drop what is older than the last `keep`.
+        """Write `state` as `step-N`, then delete checkpoints older than the last `keep`.
 
-        One of the same step is replaced if its state is another. `best` also marks this one as the best, which keeps it.
-        Raises CheckpointError if the state holds what cannot be read back safely, or if it cannot be written; then
-        the earlier checkpoints are intact and nothing half-written is left.
+        A checkpoint of the same step is replaced if its state differs. `best` also marks this checkpoint as the best, so it
+        is not deleted. Raises CheckpointError if the state contains values that cannot be read back safely, or if it cannot
+        be written. The earlier checkpoints are then intact, and no partial checkpoint remains.
         """
         content = pack(state)
         final = self.root / f"step-{step}"
@@ -84,22 +83,22 @@ class Checkpoints:
         except (OSError, RuntimeError, MemoryError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{final}: cannot be written ({error}); the earlier checkpoints are intact. "
-                "Free space on that disk, or give another directory, and start the same command again"
+                f"{final}: cannot be written ({error}); the earlier checkpoints are intact. Fix: free space on that disk, or "
+                "choose another directory, and re-run the same command to resume"
             ) from error
         self._prune()
         return final
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, valid or not, ascending."""
+        """Return the steps that have a checkpoint, valid or not, in ascending order."""
         names = [p.name.removeprefix("step-") for p in self.root.glob("step-*") if p.is_dir()]
         return sorted(int(name) for name in names if _is_step(name))
 
     def latest(self, *, repair: bool = True) -> Checkpoint | None:
-        """The newest valid checkpoint; None if there has never been one.
+        """Return the newest valid checkpoint, or None if there has never been one.
 
-        Damaged ones that are newer are renamed to `corrupt-…` (with `repair=False` only passed over) and reported in
-        the log. Raises CheckpointError if there are only damaged ones.
+        Newer, damaged checkpoints are renamed to `corrupt-…` and logged; with `repair=False` they are only skipped and
+        logged. Raises CheckpointError if all checkpoints are damaged.
         """
         faults = []
         if repair:
@@ -116,28 +115,30 @@ class Checkpoints:
         if faults or damaged:
             raise CheckpointError(
                 f"{self.root}: no valid checkpoint is left; damaged: {'; '.join(faults or damaged)}. Nothing was "
-                "overwritten: restore a copy, or start again in another directory"
+                "overwritten. Fix: restore a copy, or start over in another directory"
             )
         return None
 
     def set_aside(self, step: int, fault: Exception) -> None:
-        """Rename a checkpoint whose companions are damaged, so that `latest` finds the one before."""
+        """Rename a checkpoint whose associated files are damaged, so that `latest` returns the previous one."""
         _pass_over(fault, _quarantine(self.root / f"step-{step}"))
 
     def best(self) -> Checkpoint:
-        """The checkpoint marked best. Raises CheckpointError if none is marked or it is damaged."""
+        """Return the checkpoint marked as best. Raises CheckpointError if none is marked, or it is damaged."""
         try:
             name = (self.root / _BEST).read_text().strip()
         except OSError as error:
             raise CheckpointError(f"{self.root}: no checkpoint is marked best ({error})") from error
         step = name.removeprefix("step-")
         if not _is_step(step):
-            raise CheckpointError(f"{self.root / _BEST}: holds {name!r} instead of the name of a checkpoint")
+            raise CheckpointError(
+                f"{self.root / _BEST}: contains {name!r} instead of the name of a checkpoint. Fix: write the name into it"
+            )
         path = self.root / f"step-{step}"
         return Checkpoint(int(step), path, _read(path, int(step)))
 
     def _settle(self) -> None:
-        """Drop checkpoints whose successor of the same step is there; put those back that a kill left without one."""
+        """Delete replaced checkpoints. Restore those whose replacement was interrupted by a kill."""
         for old in self.root.glob(f"step-*{_SUPERSEDED}"):
             final = old.with_name(old.name.removesuffix(_SUPERSEDED))
             if final.exists():
@@ -154,7 +155,7 @@ class Checkpoints:
                 leftover.unlink()
 
     def _prune(self) -> None:
-        """Drop old checkpoints; each is renamed first, so that a kill leaves none that is only half there."""
+        """Delete old checkpoints. Each is renamed first, so that a kill leaves no partial checkpoint."""
         best = self.root / _BEST
         marked = best.read_text().strip() if best.exists() else ""
         for step in self.steps()[: -self.keep]:
@@ -170,7 +171,7 @@ class Checkpoints:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, sees the old content or the new, never a part. Raises OSError."""
+    """Replace a file atomically: after a kill it has the old content or the new one. Raises OSError."""
     partial = path.with_name(path.name + ".tmp")
     try:
         _write_flushed(partial, content)
@@ -182,7 +183,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush the entries of a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -191,7 +192,7 @@ def flush_directory(path: Path) -> None:
 
 
 def pack(state: State) -> bytes:
-    """`state` as the bytes of a torch file that `unpack` reads back. Raises CheckpointError naming what cannot be."""
+    """Serialise `state` to the bytes of a torch file for `unpack`. Raises CheckpointError naming a value that cannot be."""
     _require_plain(state, "state")
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -199,60 +200,67 @@ def pack(state: State) -> bytes:
 
 
 def unpack(content: bytes, source: Path) -> State:
-    """Read a torch file without running any code that it may hold. Raises CheckpointError naming `source`."""
+    """Read a torch file without running code that it may contain. Raises CheckpointError naming `source`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on foreign pickles before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about other pickles before it refuses them
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, *_READ_FAULTS) as error:
         raise CheckpointError(
-            f"{source}: refused, it is damaged or holds more than tensors and plain values ({_first_line(error)})"
+            f"{source}: refused, because it is damaged or contains other things than tensors and plain values "
+            f"({_first_line(error)}). Fix: restore a copy"
         ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{source}: holds a {type(state).__name__}, not the dictionary of a checkpoint")
+        raise CheckpointError(
+            f"{source}: contains a {type(state).__name__}, not the dictionary of a checkpoint. Fix: restore a copy"
+        )
     return state
 
 
 def digest(content: bytes) -> str:
-    """The sha256 of some bytes, in hexadecimal."""
+    """Return the sha256 of `content`, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def write_weights(path: Path, state: State) -> None:
-    """Write a finished run's weights, with the sha256 in a file beside them. Raises CheckpointError if it cannot."""
+    """Write the weights of a finished run, and their sha256 into a file next to them. Raises CheckpointError if it fails."""
     content = pack(state)
     try:
         replace_file(path, content)
         replace_file(path.with_name(f"{path.name}.sha256"), f"{digest(content)}  {path.name}\n".encode())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error}); free space and start again") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Fix: free space, and re-run the same command to resume"
+        ) from error
 
 
 def read_weights(path: Path) -> State:
-    """What `write_weights` wrote, or, if the run of that directory is not finished, the state of its newest checkpoint.
+    """Read the weights of `write_weights`. If the run is not finished, return the state of its newest checkpoint instead.
 
-    Raises CheckpointError if neither is there, or the weights are damaged.
+    Raises CheckpointError if neither exists, or the weights are damaged.
     """
     if not path.exists():
         found = Checkpoints(path.parent / "checkpoints").latest(repair=False)
         if found is None:
-            raise CheckpointError(f"{path.parent}: neither {path.name} nor a checkpoint; train it first")
+            raise CheckpointError(f"{path.parent}: contains neither {path.name} nor a checkpoint. Fix: train it first")
         return found.state["state"]
     record = path.with_name(f"{path.name}.sha256")
     try:
         content = path.read_bytes()
         expected = record.read_text().split()[:1]
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read with its sha256 ({error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read with its sha256 ({error}). Fix: remove both files to use the last checkpoint"
+        ) from error
     if expected != [digest(content)]:
         raise CheckpointError(
-            f"{path}: its sha256 is not the one in {record.name}: damaged; remove both to use the last checkpoint"
+            f"{path}: damaged, its sha256 is not the one in {record.name}. Fix: remove both files to use the last checkpoint"
         )
     return unpack(content, path)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """The sha256 of a module's parameters and buffers, names included: equal only if every bit is."""
+    """Return the sha256 of a module's parameters and buffers with their names. It is equal only if every bit is equal."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         total.update(name.encode())
@@ -282,7 +290,7 @@ def _write_flushed(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path, step: int) -> State:
-    """The state of one checkpoint, once its hash is found right; CheckpointError otherwise."""
+    """Read the state of a checkpoint after a check of its hash. Raises CheckpointError if it is damaged."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         content = (path / _STATE).read_bytes()
@@ -290,8 +298,8 @@ def _read(path: Path, step: int) -> State:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
     if manifest != _manifest(step, content):
         raise CheckpointError(
-            f"{path}: {_STATE} ({len(content)} bytes, sha256 {digest(content)[:12]}…) is not what {_MANIFEST} says "
-            f"it is, or the manifest is not of format {_FORMAT}"
+            f"{path}: {_STATE} ({len(content)} bytes, sha256 {digest(content)[:12]}…) does not match {_MANIFEST}, "
+            f"or the manifest does not have format {_FORMAT}"
         )
     return unpack(content, path / _STATE)
 
@@ -305,14 +313,14 @@ def _fault(path: Path, step: int) -> str | None:
 
 
 def _pass_over(fault: Exception, where: Path) -> str:
-    """Say that a damaged checkpoint is passed over, and return what was said of it."""
-    said = f"{fault} [kept as {where.name}]"
-    _log.warning("damaged checkpoint passed over: %s", said)
-    return said
+    """Log that a damaged checkpoint is skipped, and return the message."""
+    message = f"{fault} [stored as {where.name}]"
+    _log.warning("damaged checkpoint skipped: %s", message)
+    return message
 
 
 def _quarantine(path: Path) -> Path:
-    """Rename a damaged checkpoint, to a name that is free: renaming onto an existing directory fails."""
+    """Rename a damaged checkpoint to an unused name. Renaming to an existing directory would fail."""
     count = 0
     while True:
         target = path.with_name(f"corrupt-{path.name}" + (f"-{count}" if count else ""))
@@ -328,10 +336,10 @@ def _is_step(text: str) -> bool:
 
 
 def _require_plain(value: object, place: str) -> None:
-    """Refuse at writing what the safe reader would refuse at reading."""
+    """Raise CheckpointError for values that the safe reader would refuse."""
     if isinstance(value, Mapping):
         if type(value) not in (dict, OrderedDict):
-            raise CheckpointError(f"{place} is a {type(value).__name__}; make it a dict")
+            raise CheckpointError(f"{place} is a {type(value).__name__}. Fix: convert it to a dict")
         for key, item in value.items():
             _require_plain(key, f"a key of {place}")
             _require_plain(item, f"{place}[{key!r}]")
@@ -341,7 +349,7 @@ def _require_plain(value: object, place: str) -> None:
     elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
         raise CheckpointError(
             f"{place} is a {type(value).__module__}.{type(value).__name__}, which cannot be read back without running "
-            "pickled code; turn it into tensors, numbers or text"
+            "pickled code. Fix: convert it to tensors, numbers or text"
         )
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a directory."""
+"""File locks that allow one process at a time in a directory."""
 
 import time
 from pathlib import Path
@@ -8,10 +8,10 @@ _TRIES, _PAUSE = 10, 0.02
 
 
 def hold(lock: IO[str]) -> None:
-    """Keep other processes out until the file closes, which the system does for a process that ends.
+    """Lock the file until it is closed. The system closes it when the process ends.
 
-    Raises BlockingIOError if another holds it, and not only looks whether it is held. Windows has no flock; there two
-    processes in one place are the user's care.
+    Retries briefly, because `is_held` in another process locks the file for a moment; then raises BlockingIOError if another
+    process holds the lock. Windows has no flock; there the caller must avoid two processes in one directory.
     """
     try:
         import fcntl
@@ -28,7 +28,7 @@ def hold(lock: IO[str]) -> None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds the file, which need not be there."""
+    """Return whether a process holds the lock. The file may be absent."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""One static page that tells what a run was and what came out; it opens without a network and runs no script."""
+"""The report of a run: one static page with its settings and results. It needs no network and runs no script."""
 
 import base64
 import io
@@ -21,14 +21,14 @@ _COLUMNS = 3
 
 
 def write_report(path: Path) -> Path:
-    """Write `report.html` of a finished run anew, for instance once `media/` has been filled."""
+    """Rewrite `report.html` of a finished run, for example after adding files to `media/`."""
     target = path / "report.html"
     replace_file(target, render(path, read_summary(path)).encode())
     return target
 
 
 def render(path: Path, summary: Metrics) -> str:
-    """The page: summary, learning curves, media, configuration, versions, commands."""
+    """Return the page: summary, learning curves, media, configuration, versions, commands."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("difftori.runs", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -44,7 +44,7 @@ def render(path: Path, summary: Metrics) -> str:
 
 
 def curves(rows: list[dict]) -> str:
-    """All logged numbers over the step, one small plot each, as one SVG element; empty if there is nothing to draw."""
+    """Plot each logged metric over the step, as one SVG element. Returns "" if there are no metrics."""
     names = sorted({name for row in rows for name, value in row.items() if type(value) in (int, float)})
     names = [name for name in names if name not in ("step", "time", "epoch")]
     if not names:
@@ -59,7 +59,7 @@ def curves(rows: list[dict]) -> str:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, linewidth=1)
             if len(points) > 1 and min(value for _, value in points) > 0:
                 axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")  # plain words: mathematical labels take a second to set
+            axes.yaxis.set_major_formatter("{x:g}")  # plain text, because mathematical labels take a second to render
             axes.yaxis.set_minor_formatter("")
             axes.set_title(name)
             axes.grid(alpha=0.3)
@@ -67,7 +67,7 @@ def curves(rows: list[dict]) -> str:
 
 
 def svg_element(figure: Figure) -> str:
-    """A figure as an <svg> element alone: no XML declaration, no document type, no metadata with addresses."""
+    """Convert a figure to a single <svg> element, without XML declaration, document type and metadata with URLs."""
     drawing = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "difftori"}):
         FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None})
@@ -76,7 +76,7 @@ def svg_element(figure: Figure) -> str:
 
 
 def inline(image: Path) -> str:
-    """An image as a data address. As an image, an SVG can run no script of its own."""
+    """Encode an image as a data URL. An SVG in an <img> element cannot run scripts."""
     content = base64.b64encode(image.read_bytes()).decode()
     return f"data:{MEDIA[image.suffix]};base64,{content}"
 
@@ -89,4 +89,6 @@ def _versions(path: Path) -> dict[str, str]:
     try:
         return {name: str(value) for name, value in json.loads(path.read_bytes()).items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: unreadable ({error}); it is written when a run starts") from error
+        raise DataError(
+            f"{path}: unreadable ({error}); it is written when a run starts. Fix: restore the file"
+        ) from error

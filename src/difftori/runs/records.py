@@ -1,4 +1,4 @@
-"""Reading what a run directory holds: rows, summary, configuration, each fault a typed error."""
+"""Reads the files of a run directory: metrics, summary, configuration. Invalid files raise typed errors."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from difftori.errors import ConfigError, DataError
 from difftori.types import Metrics
 
 YAML_FAULTS = (OSError, ValueError, RecursionError, yaml.YAMLError)
-"""What reading YAML raises: dates and numbers that are none are ValueErrors, and deep nesting overflows the stack."""
+"""Exceptions of reading YAML: invalid dates and numbers are ValueErrors, and deep nesting overflows the stack."""
 _QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's takes a fifth of the time, which counts where thousands of runs are read."""
+"""libyaml's loader takes a fifth of the time, which matters when thousands of runs are read."""
 _SHORT = 4000
-"""Characters up to which it is used: it is not guarded against nesting that is too deep for the stack."""
+"""Longest text, in characters, for libyaml's loader, which does not check for nesting that overflows the stack."""
 
 ANY_VALUE = object()
 RETIRED: dict[str, dict[str, object]] = {
@@ -26,14 +26,14 @@ RETIRED: dict[str, dict[str, object]] = {
         "obs_q_lambda": 0.0,
     }
 }
-"""Settings that earlier versions wrote although the agent does not use them, and those whose only use was this value."""
+"""Settings that earlier versions wrote although the agent does not use them, with the value that has no effect."""
 
 RENAMED = {"observe": "n_obs_steps", "execute": "n_action_steps", "pictures": "images"}
-"""Names of options that earlier versions wrote, and today's."""
+"""Names of options in earlier versions, and their current names."""
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a run's `metrics.jsonl`. A last line that a kill cut short is left out; DataError for any other fault."""
+    """Read the rows of a run's `metrics.jsonl`. Skips a last line that a kill truncated; other invalid lines raise DataError."""
     source = path / "metrics.jsonl"
     lines = source.read_text().splitlines() if source.exists() else []
     rows = []
@@ -45,23 +45,27 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{source}, line {number}: not a row of metrics ({error}); remove that line") from error
+            raise DataError(
+                f"{source}, line {number}: not a row of metrics ({error}). Fix: remove that line"
+            ) from error
         rows.append(row)
     return rows
 
 
 def read_summary(path: Path) -> Metrics:
-    """A finished run's summary, null read as NaN. Raises DataError if there is none or it is damaged."""
+    """Read the summary of a finished run, with null as NaN. Raises DataError if it is missing or damaged."""
     source = path / "summary.json"
     try:
         plain = json.loads(source.read_bytes())
         return {name: math.nan if value is None else float(value) for name, value in plain.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{source}: no readable summary ({error}); is the run finished?") from error
+        raise DataError(
+            f"{source}: no readable summary ({error}). Fix: re-run the run's command to finish it"
+        ) from error
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names."""
+    """Flatten nested mappings to one with dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -69,27 +73,29 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict:
-    """A run's configuration as plain values. Raises ConfigError if there is none or it is no YAML."""
+    """Read a run's configuration as plain values. Raises ConfigError if it is missing or not YAML."""
     source = path / "config.yaml"
     try:
         text = source.read_text()
         values = yaml.load(text, _QUICK if len(text) <= _SHORT else yaml.SafeLoader)
     except YAML_FAULTS as error:
         raise ConfigError(
-            [f"{source}: no readable configuration ({error}); is {path} the directory of a run?"]
+            [f"{source}: no readable configuration ({error}). Fix: check that {path} is the directory of a run"]
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError([f"{source}: holds no mapping of names to values; restore it, or use another directory"])
+        raise ConfigError(
+            [f"{source}: not a mapping of names to values. Fix: restore the file, or use another directory"]
+        )
     return current_config(values)
 
 
 def to_yaml(config: BaseModel) -> str:
-    """A configuration as YAML that its parser reads back."""
+    """Convert a configuration to YAML that its parser can read."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def current_config(config: dict) -> dict:
-    """A stored configuration with today's names, without settings that had no effect on the run."""
+    """Return a stored configuration with the current names, without settings that had no effect on the run."""
     config = {RENAMED.get(name, name): value for name, value in config.items()}
     settings = config.get("settings")
     if isinstance(settings, dict):
@@ -98,5 +104,5 @@ def current_config(config: dict) -> dict:
     retired = RETIRED.get(str(config.get("agent") or config.get("policy")), {})
     if not isinstance(settings, dict) or not retired:
         return config
-    kept = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
-    return {**config, "settings": kept}
+    used = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
+    return {**config, "settings": used}

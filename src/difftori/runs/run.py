@@ -1,9 +1,9 @@
-"""One run: a directory that explains itself, a log, checkpoints, exact resumption. Shared by every trainer.
+"""The run directory, which every trainer uses: configuration, log, checkpoints, exact resumption.
 
 - `config.yaml`: the whole configuration; `versions.json`: software, machine, source; `command.txt`: one line per start
-- `metrics.jsonl`: one row per `log`, the truth; `tensorboard/`: the same numbers for TensorBoard
+- `metrics.jsonl`: one row per `log`, the primary record; `tensorboard/`: the same numbers for TensorBoard
 - `checkpoints/`: see checkpoint.py
-- `summary.json`: written last, so it says that the run is finished; `report.html`: all of it on one page
+- `summary.json`: written last, so it marks the run as finished; `report.html`: all of this on one page
 """
 
 import contextlib
@@ -43,26 +43,26 @@ _log = logging.getLogger(__name__)
 
 
 def seeded(seed: int, name: str, device: str = "cpu") -> torch.Generator:
-    """A generator of its own for each purpose: `name` keeps the streams of one seed apart."""
+    """Create the random generator for a purpose. Each `name` has a separate stream for the same seed."""
     number = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     return torch.Generator(device=device).manual_seed(int.from_bytes(number, "little") >> 1)
 
 
 def flush_tiny_numbers() -> None:
-    """Let numbers below 1e-38 count as 0, until `torch.set_flush_denormal(False)`.
+    """Round numbers below 1e-38 to 0, until `torch.set_flush_denormal(False)`.
 
-    The processor takes many times as long for them, and weights near zero meet many.
+    Operations on such numbers are many times slower, and weights near zero produce many of them.
     """
-    # NumPy measures its number types when first asked, and warns if that is after the switch.
+    # NumPy measures its number types on first use, and warns if that is after the switch.
     _ = str(np.finfo(np.float32)), str(np.finfo(np.float64))
     torch.set_flush_denormal(True)
 
 
 class Run:
-    """An open run directory. Use it as a context: on leaving, the files close and torch's settings are put back.
+    """An open run directory. Use it as a context manager: at the end, the files are closed and torch's settings restored.
 
-    While it is open, torch uses `threads` threads and its global generator is seeded (networks draw their initial
-    weights from it). Everything else draws from `generator(name)`.
+    While it is open, torch uses `threads` threads and its global generator is seeded, because networks sample their initial
+    weights from it. Everything else samples from `generator(name)`.
     """
 
     def __init__(self, path: Path, config: BaseModel, *, seed: int, threads: int, device: str):
@@ -95,7 +95,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Close the files, release the directory, put torch's generator and threads back."""
+        """Close the files, release the directory, and restore torch's generator and number of threads."""
         self._close_logs()
         self._close.close()
         state, threads = self._outside
@@ -104,7 +104,7 @@ class Run:
         torch.set_flush_denormal(False)
 
     def generator(self, name: str, device: str = "cpu") -> torch.Generator:
-        """The generator of that name: made from the seed once, saved with each checkpoint, restored with it."""
+        """Return the generator of that name. It is created once from the seed, and saved and restored with checkpoints."""
         if name not in self._generators:
             self._generators[name] = seeded(self.seed, name, device)
             if name in self._restored:
@@ -112,10 +112,10 @@ class Run:
         return self._generators[name]
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Append a row. NaN and Inf are written as null, with a `warning` column that says so."""
+        """Append a row to the log. NaN and Inf are written as null, and listed in a `warning` column."""
         taken = [name for name in metrics if name in _RESERVED]
         if taken:
-            raise DataError(f"metrics named {', '.join(taken)}: these names are the log's own, choose others")
+            raise DataError(f"metrics named {', '.join(taken)}: these names are reserved for the log. Fix: rename them")
         row: dict[str, float | int | str | None] = {"step": step}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         row["time"] = round(time.time(), 3)
@@ -127,7 +127,7 @@ class Run:
             self._append(step, json.dumps(row, allow_nan=False), metrics)
 
     def save(self, step: int, state: State, *, best: bool = False) -> Path:
-        """Write a checkpoint of `state`, of torch's global generator and of every generator of this run."""
+        """Write a checkpoint of `state`, torch's global generators and every generator of this run."""
         if self._rows is not None:
             os.fsync(self._rows.fileno())
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -141,10 +141,10 @@ class Run:
         return self.checkpoints.save(step, {"run": own, "state": state}, best=best)
 
     def restore(self) -> Checkpoint | None:
-        """The newest valid checkpoint with the caller's `state`, or None if the run is to start from the beginning.
+        """Return the newest valid checkpoint with the caller's `state`, or None if there is none yet.
 
-        Sets all generators back to it and drops the rows that were logged after it. Call it before the first `log`.
-        Raises CheckpointError if there are checkpoints but none is valid; then nothing is changed.
+        Restores all generators, and removes the rows that were logged after the checkpoint. Call it before the first `log`.
+        Raises CheckpointError if there are checkpoints but none is valid. Nothing is changed then.
         """
         found = self.checkpoints.latest()
         if found is None:
@@ -158,26 +158,28 @@ class Run:
             self._restored = own["generators"]
             threads, logged = own["threads"], own["rows"]
         except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{found.path}: not a checkpoint of a run ({error!r})") from error
+            raise CheckpointError(
+                f"{found.path}: not a checkpoint of a run ({error!r}). Fix: restore a copy"
+            ) from error
         for name, generator in self._generators.items():
             if name in self._restored:
                 generator.set_state(self._restored[name])
         if threads != torch.get_num_threads():
             _log.warning(
-                "saved with %d threads, resumed with %d: last bits may differ", threads, torch.get_num_threads()
+                "saved with %d threads, resumed with %d: the last bits may differ", threads, torch.get_num_threads()
             )
         self._drop_rows_after(logged)
         self._purge_from = found.step + 1
         return Checkpoint(found.step, found.path, state)
 
     def load_from_main(self, other: Path) -> Checkpoint | None:
-        """The newest valid checkpoint of another process's run of the same configuration: the caller's `state` of it."""
+        """Return the newest valid checkpoint, with the caller's `state`, of the run that the main process has in `other`."""
         found = Checkpoints(other / "checkpoints").latest(repair=False)
         return None if found is None else Checkpoint(found.step, found.path, found.state["state"])
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` has been called on this directory, by this process or an earlier one."""
+        """Whether `finish` was called on this directory, by this process or an earlier one."""
         return (self.path / "summary.json").exists()
 
     def finish(self, summary: Metrics) -> None:
@@ -189,25 +191,29 @@ class Run:
             replace_file(self.path / "summary.json", (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode())
 
     def summary(self) -> Metrics:
-        """What `finish` wrote."""
+        """Read the summary that `finish` wrote."""
         return read_summary(self.path)
 
     def _claim(self) -> None:
-        """Hold the directory, so that no second process writes into it; the system releases it when we end."""
+        """Lock the directory against other processes. The system releases the lock when this process ends."""
         _refuse_strangers(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = self._close.enter_context((self.path / "run.lock").open("a"))
         except OSError as error:
-            raise ConfigError([f"out: {self.path} cannot be a run directory ({error}); choose another"]) from error
+            raise ConfigError(
+                [f"out: {self.path} cannot be a run directory ({error}). Fix: choose another directory"]
+            ) from error
         try:
             hold(handle)
         except BlockingIOError as error:
-            raise ConfigError([f"out: {self.path} is in use by another process; wait, or choose another"]) from error
+            raise ConfigError(
+                [f"out: {self.path} is in use by another process. Fix: wait, or choose another directory"]
+            ) from error
 
     def _append(self, step: int, row: str, metrics: Mapping[str, float | int]) -> None:
         if self._rows is None or self._board is None:
-            from torch.utils.tensorboard.writer import SummaryWriter  # takes half a second; not before it is needed
+            from torch.utils.tensorboard.writer import SummaryWriter  # imported late, because it takes half a second
 
             self._rows = (self.path / "metrics.jsonl").open("a")
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_from)
@@ -228,40 +234,44 @@ class Run:
         self._rows = self._board = None
 
     def _drop_rows_after(self, count: int) -> None:
-        """Keep the first `count` rows, those that were there when the checkpoint was taken."""
+        """Truncate the log to its first `count` rows, the rows at the time of the checkpoint."""
         self._logged = count
         rows = self.path / "metrics.jsonl"
         if rows.exists():
-            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path)[:count]]
+            first = [json.dumps(row) + "\n" for row in read_metrics(self.path)[:count]]
             with _writing(self.path):
-                replace_file(rows, "".join(kept).encode())
+                replace_file(rows, "".join(first).encode())
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into a typed error."""
+    """Convert an OSError, such as of a full disk, to CheckpointError."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error}); free space and start the same command again"
+            f"{path}: cannot be written ({error}). Fix: free space, and re-run the same command to resume"
         ) from error
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Keep out of a directory that holds something else than a run, before anything is written there."""
+    """Raise ConfigError if the directory contains something else than a run, before anything is written."""
     if not path.is_dir() or (path / "config.yaml").exists():
         return
     strangers = sorted(p.name for p in path.iterdir() if p.name not in _BEFORE_CONFIG and p.suffix != ".tmp")
     if strangers:
-        raise ConfigError([f"out: {path} is no run directory but holds {', '.join(strangers[:5])}; choose another"])
+        raise ConfigError(
+            [
+                f"out: {path} is not a run directory; it contains {', '.join(strangers[:5])}. Fix: choose another directory"
+            ]
+        )
 
 
 def _prepare(path: Path, config: BaseModel, device: str) -> None:
-    """Compare the configuration with the one that is there, or write it; then note versions and command."""
+    """Compare the configuration with the stored one, or write it. Then record versions and command."""
     text = to_yaml(config)
     if (again := type(config).model_validate(yaml.safe_load(text))) != config:
-        raise ConfigError([f"config: {config!r} reads back from YAML as {again!r}. Fix: use types that YAML keeps."])
+        raise ConfigError([f"config: {config!r} reads back from YAML as {again!r}. Fix: use types that YAML preserves"])
     new = not (path / "config.yaml").exists()
     if not new:
         refuse_another(path, config)
@@ -271,12 +281,12 @@ def _prepare(path: Path, config: BaseModel, device: str) -> None:
     replace_file(record, (json.dumps(_versions(record, device), indent=1) + "\n").encode())
     with (path / "command.txt").open("a") as commands:
         commands.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}  {shlex.join(sys.argv)}\n")
-    if new:  # written last: its presence says that the directory is complete
+    if new:  # written last: its presence marks the directory as complete
         replace_file(path / "config.yaml", text.encode())
 
 
 def _versions(record: Path, device: str) -> dict:
-    """Today's versions; those of an earlier start of this run are kept below them, and a change is warned of."""
+    """Return the current versions, with those of earlier starts of this run under `earlier`. Logs a warning if they changed."""
     now: dict = dict(versions(device))
     try:
         before = dict(json.loads(record.read_bytes()))
@@ -291,13 +301,15 @@ def _versions(record: Path, device: str) -> dict:
 
 
 def refuse_another(path: Path, config: BaseModel) -> None:
-    """Raise ConfigError, naming the keys, if the run in a directory has another configuration."""
+    """Raise ConfigError, naming the keys, if the run in the directory has a different configuration."""
     if faults := differences(read_config(path), config):
-        raise ConfigError([*faults, f"out: {path} holds a run of another configuration; choose another directory"])
+        raise ConfigError(
+            [*faults, f"out: {path} contains a run of another configuration. Fix: choose another directory"]
+        )
 
 
 def differences(before: dict, config: BaseModel) -> list[str]:
-    """One fault per key whose value differs; a key that the older file lacks counts as its default."""
+    """Return one message per key whose value differs. A key that is missing in the older file has its default."""
     with contextlib.suppress(ValidationError):
         before = type(config).model_validate(before).model_dump(mode="json")
     old, new = flat(before), flat(config.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM, SIGINT and SIGUSR2 set a flag that a loop looks at, saves, and leaves by."""
+"""Graceful stop: SIGTERM, SIGINT and SIGUSR2 set a flag; the training loop checks it, saves and exits."""
 
 import logging
 import signal
@@ -7,16 +7,16 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 _TIME_IS_UP = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()
-"""What Slurm sends, as submitit asks it to, to every process of a job whose time is nearly up."""
+"""The signal that Slurm, started by submitit, sends to every process of a job shortly before the time limit."""
 
 _log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR2 only set `requested`; on leaving it the former handlers are back.
+    """A context manager in which SIGTERM, SIGINT and SIGUSR2 only set `requested`. It restores the handlers at the end.
 
-    A second SIGINT acts as it did before, for whoever will not wait. Outside the main thread Python hands out no
-    signals, and the context does nothing.
+    A second SIGINT has its previous effect, so it ends the process immediately. Outside the main thread Python delivers no
+    signals, and the context manager does nothing.
     """
 
     def __init__(self):
@@ -35,15 +35,15 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether the loop is asked to save and leave."""
+        """Whether the loop should save and exit."""
         return self.received is not None
 
     def leave(self) -> NoReturn:
-        """End the process as a signal does: exit status 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
+        """End the process with exit code 128 + the number of the signal: 143 for SIGTERM, 130 for SIGINT."""
         raise SystemExit(128 + (self.received or signal.SIGTERM))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._former[signal.SIGINT])
-        _log.warning("%s: saving a checkpoint, then leaving", self.received.name)
+        _log.warning("%s: saving a checkpoint, then exiting", self.received.name)

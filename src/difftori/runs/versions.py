@@ -1,4 +1,4 @@
-"""What a run was made with: enough to explain a difference between two runs, or to make one again."""
+"""The software, machine and source of a run, to explain differences between runs and to reproduce a run."""
 
 import platform
 import shutil
@@ -16,7 +16,7 @@ _SIMULATORS = ("mujoco", "dm_control", "metaworld", "gym_pusht", "pymunk", "gymn
 
 
 def versions(device: str) -> dict[str, str | int | None]:
-    """Versions, machine and source of this process, for `versions.json`."""
+    """Return versions, machine and source of this process, for `versions.json`."""
     return {
         "difftori": difftori.__version__,
         "git_commit": git_commit(),
@@ -41,7 +41,7 @@ def _installed(name: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
@@ -51,7 +51,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with `-dirty` if files differ; None if installed."""
+    """Return the git commit of the package's checkout, with `-dirty` if files differ, or None if it is installed."""
     folder = Path(difftori.__file__).parent
     git = shutil.which("git")
     if git is None or folder.parent.name in ("site-packages", "dist-packages"):

@@ -122,19 +122,19 @@ def test_entries_are_joined_and_renamed(path):
 
 def test_two_keys_of_one_name_must_be_named(path):
     edit_feature(path, "observation.image", dtype="float32", shape=[3])
-    with pytest.raises(DataError, match="would both be called 'image'; name them"):
+    with pytest.raises(DataError, match="would both be called 'image'. Fix: name them"):
         read_demos(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"codebase_version": "v2.1"}, "codebase_version is v2.1, and v3 is read; convert"),
+        ({"codebase_version": "v2.1"}, "codebase_version is v2.1, but only v3 is read. Fix: convert"),
         ({"codebase_version": None}, "codebase_version is None"),
-        ({"features": None}, "not the description of a LeRobot data set"),
-        ({"data_path": "../{chunk_index}"}, "data_path is '../{chunk_index}', and only"),
-        ({"total_frames": 13}, "total_frames 13, and meta/episodes 12"),
-        ({"total_episodes": 2}, "total_episodes 2, and meta/episodes 3"),
+        ({"features": None}, "not the metadata of a LeRobot data set"),
+        ({"data_path": "../{chunk_index}"}, "data_path is '../{chunk_index}', but only"),
+        ({"total_frames": 13}, "total_frames 13, meta/episodes 12"),
+        ({"total_episodes": 2}, "total_episodes 2, meta/episodes 3"),
     ],
 )
 def test_a_wrong_description_is_refused(path, changes, words):
@@ -146,13 +146,13 @@ def test_a_wrong_description_is_refused(path, changes, words):
 @pytest.mark.parametrize(
     ("key", "changes", "words"),
     [
-        ("observation.state", {"shape": [4]}, r"steps of shape \(3,\), and meta/info.json says \(4,\)"),
-        ("observation.state", {"shape": [10**30]}, r"steps of shape \(3,\), and meta/info.json says"),
-        ("observation.state", {"shape": 3}, "no feature with dtype and shape"),
+        ("observation.state", {"shape": [4]}, r"steps of shape \(3,\), but meta/info.json has \(4,\)"),
+        ("observation.state", {"shape": [10**30]}, r"steps of shape \(3,\), but meta/info.json has"),
+        ("observation.state", {"shape": 3}, "not a feature with dtype and shape"),
         ("observation.state", {"dtype": "string"}, "is of type 'string'; only numbers"),
         ("observation.state", {"dtype": "image", "shape": [8, 6, 3]}, "instead of images"),
         ("observation.images.image", {"dtype": "float32"}, "holds struct<.*only plain numbers"),
-        ("observation.images.image", {"shape": [9, 6, 3]}, r"image of shape \(8, 6, 3\), and meta/info.json says"),
+        ("observation.images.image", {"shape": [9, 6, 3]}, r"image of shape \(8, 6, 3\), but meta/info.json has"),
         ("observation.images.image", {"shape": [8, 6, 1]}, "only colour images"),
         ("observation.images.image", {"dtype": "video"}, "no column 'videos/observation.images.image/chunk_index'"),
         ("observation.depth", {"dtype": "float32", "shape": [3]}, "no column 'observation.depth'"),
@@ -185,8 +185,8 @@ def lists(rows):
             lists([[0.0] * 3] * 11 + [[0.0, 1.0, np.nan]]),
             "state: holds nan at step 11 .episode 2, its step 4., number 2",
         ),
-        (lists([[0.0] * 4] * 12), r"holds steps of shape \(4,\)"),
-        (pa.array([0.0] * 12), r"holds steps of shape \(\)"),
+        (lists([[0.0] * 4] * 12), r"has steps of shape \(4,\)"),
+        (pa.array([0.0] * 12), r"has steps of shape \(\)"),
         (pa.array(["x"] * 12), "holds string; only plain numbers"),
         (pa.array([None] * 12), "holds int32|holds null|lacks"),
         (None, "no column 'observation.state'"),
@@ -204,7 +204,7 @@ def test_pickles_are_refused_and_not_run(path, tmp_path):
     content = pickle.dumps(Canary(canary))
     for column in (pa.array([content] * STEPS), pa.array([[content] * 3] * STEPS)):
         set_column(path / DATA, "observation.state", column)
-        with pytest.raises(DataError, match="holds binary; only plain numbers are read, and pickled objects never"):
+        with pytest.raises(DataError, match="holds binary; only plain numbers are read, pickled objects never"):
             read_demos(path)
     images = pa.array([{"bytes": content, "path": None}] * STEPS)
     set_column(path / DATA, "observation.images.image", images)
@@ -232,7 +232,7 @@ def test_a_pickled_arrow_type_is_not_loaded(path, tmp_path):
     [
         ("dataset_to_index", [4, 3, 12], "episode 1 begins at step 4 and ends at 3"),
         ("length", [4, 4, 4], "length, dataset_from_index and dataset_to_index contradict"),
-        ("episode_index", [0, 0, 1], "does not list each episode from 0 on once"),
+        ("episode_index", [0, 0, 1], "does not list each episode exactly once, from 0 on"),
         ("data/file_index", [0, 0, 1], "file-001.parquet: no readable parquet"),
         ("data/file_index", [-1, -1, -1], "no readable parquet"),
         ("dataset_to_index", [4, 7, 2**60], "contradict"),
@@ -253,14 +253,14 @@ def test_episodes_may_be_listed_in_any_order(path):
 
 def test_steps_of_other_episodes_are_noticed(path):
     set_column(path / DATA, "episode_index", pa.array([0] * 5 + [1] * 2 + [2] * 5))
-    with pytest.raises(DataError, match="its steps are not of the episodes"):
+    with pytest.raises(DataError, match="its steps are not those of the episodes"):
         read_demos(path)
 
 
 def test_lost_steps_are_noticed(path):
     table = pq.read_table(path / DATA, partitioning=None)
     pq.write_table(table.slice(0, 10), path / DATA)
-    with pytest.raises(DataError, match="10 steps up to its end, and meta/episodes says 12"):
+    with pytest.raises(DataError, match="10 steps up to its end, but meta/episodes has 12"):
         read_demos(path)
 
 
@@ -326,7 +326,7 @@ def test_images_outside_of_the_file_are_not_read(path):
         [{"bytes": None, "path": "/etc/passwd"}] * STEPS, pa.struct({"bytes": pa.binary(), "path": "str"})
     )
     set_column(path / DATA, "observation.images.image", outside)
-    with pytest.raises(DataError, match="names images outside of this file"):
+    with pytest.raises(DataError, match="refers to images outside of this file"):
         read_demos(path)
 
 
@@ -343,7 +343,7 @@ def test_a_cut_image_is_an_error(path):
     ("entry", "options", "words"),
     [
         (np.zeros((STEPS, 8, 6, 1), np.uint8), {}, "observation.x has steps of shape .8, 6, 1.; only colour images"),
-        (np.zeros((STEPS, 7, 6, 3), np.uint8), {"videos": True}, "needs even sides"),
+        (np.zeros((STEPS, 7, 6, 3), np.uint8), {"videos": True}, "needs an even height and width"),
         (np.zeros((STEPS, 2)), {"fps": 0}, "fps is 0"),
     ],
 )
@@ -355,7 +355,7 @@ def test_what_this_format_cannot_keep_is_refused(tmp_path, entry, options, words
 
 
 def test_an_existing_place_is_kept(path):
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         write(tiny(1), path)
     assert_same(read_demos(path), tiny())
 

@@ -19,10 +19,10 @@ PUSHT = Path(__file__).parents[3].parent / "shared" / "data" / "pusht_cchi_v7_re
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("absent.zarr", None, "there is no such file or folder"),
-        ("d.zarr.zip", b"PK\x03\x04", "an archive; unpack it first"),
-        ("d.npz", b"PK\x03\x04", "Demos.load reads"),
-        ("d.pkl", b"\x80\x04.", "no format that is known; a zarr folder"),
+        ("absent.zarr", None, "no such file or folder"),
+        ("d.zarr.zip", b"PK\x03\x04", "an archive. Fix: unpack it"),
+        ("d.npz", b"PK\x03\x04", "Demos.load"),
+        ("d.pkl", b"\x80\x04.", "unknown format. Fix: pass a zarr folder"),
         ("d.hdf5", b"rubbish", "no readable HDF5 file"),
     ],
 )
@@ -35,7 +35,7 @@ def test_what_is_not_known_is_refused_with_what_is(tmp_path, name, content, word
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no format that is known"):
+    with pytest.raises(DataError, match="unknown format"):
         read_demos(tmp_path)
 
 

@@ -70,26 +70,30 @@ def test_entries_are_joined_and_renamed(path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("data/demo_3/obs/state", np.zeros((1, 3)), "demo_3/obs/state has 1 steps, and its actions 2"),
+        ("data/demo_3/obs/state", np.zeros((1, 3)), "demo_3/obs/state has 1 steps, but its actions 2"),
         (
             "data/demo_3/obs/state",
             np.zeros((2, 4)),
             r"steps have the shape \(4,\) from step 6 \(episode 3, its step 0\)",
         ),
-        ("data/demo_3/actions", np.zeros((1, 2)), "demo_3/actions has 1 steps, and num_samples is 2"),
+        ("data/demo_3/actions", np.zeros((1, 2)), "demo_3/actions has 1 steps, but num_samples is 2"),
         ("data/demo_3/actions", np.zeros((0, 2)), "demo_3/actions has 0 steps"),
         ("data/demo_3/actions", np.full((2, 2), np.nan), "actions: holds nan at step 6 .episode 3"),
-        ("data/demo_0/actions", np.float64(3), "demo_0/actions is no array of steps"),
+        ("data/demo_0/actions", np.float64(3), "demo_0/actions is not an array of steps"),
         ("data/demo_3/obs/state", np.array(["a", "b"], dtype=h5py.string_dtype()), "holds object; only plain numbers"),
         ("data/demo_3/obs/state", np.array([b"a", b"b"]), r"holds \|S1; only plain numbers"),
         ("data/demo_3/obs/state", np.zeros(2, [("a", "f4")]), "only plain numbers"),
-        ("data/other", np.zeros(3), "data/other is no demonstration; they are called demo_0"),
-        ("data/demo_12", np.zeros(3), "data/demo_12 is no group"),
+        (
+            "data/other",
+            np.zeros(3),
+            "data/other is not a demonstration. Fix: rename it; demonstrations are named demo_0",
+        ),
+        ("data/demo_12", np.zeros(3), "data/demo_12 is not a group"),
         ("data/demo_3/obs", h5py.SoftLink("/data/demo_2/obs"), "demo_3/obs is a SoftLink to '/data/demo_2/obs'"),
         ("data/demo_3/obs", h5py.ExternalLink("x.h5", "/obs"), "demo_3/obs is a ExternalLink to '/obs'"),
         ("data/demo_3", h5py.ExternalLink("x.h5", "/demo"), "data/demo_3 is a ExternalLink"),
         ("data", h5py.ExternalLink("x.h5", "/data"), "/data is a ExternalLink"),
-        ("data", np.zeros(3), "/data is no group"),
+        ("data", np.zeros(3), "/data is not a group"),
     ],
 )
 def test_a_faulty_file_is_refused_with_the_place(path, key, value, words):
@@ -102,9 +106,9 @@ def test_a_faulty_file_is_refused_with_the_place(path, key, value, words):
 @pytest.mark.parametrize(
     ("subset", "words"),
     [
-        ("none", "no list mask/none; there are few, ghosts, numbers, words"),
-        ("ghosts", "data/demo_99 is not there"),
-        ("numbers", "mask/numbers is no list of names"),
+        ("none", "no list mask/none. Fix: choose from few, ghosts, numbers, words"),
+        ("ghosts", "data/demo_99 does not exist"),
+        ("numbers", "mask/numbers is not a list of names"),
     ],
 )
 def test_a_wrong_list_is_refused(path, subset, words):
@@ -119,7 +123,7 @@ def test_a_file_without_lists_or_demonstrations_is_refused(tmp_path):
         file.create_group("data")
     with pytest.raises(DataError, match="no demonstrations"):
         read_demos(tmp_path / "d.h5")
-    with pytest.raises(DataError, match="/mask is not there"):
+    with pytest.raises(DataError, match="/mask does not exist"):
         read_demos(tmp_path / "d.h5", subset="train")
 
 
@@ -132,10 +136,10 @@ def test_numbers_kept_in_other_files_are_not_read(path, tmp_path):
         layout = h5py.VirtualLayout((2, 3), "f4")
         layout[...] = h5py.VirtualSource(str(tmp_path / "x.h5"), "state", (2, 3))
         file["data/demo_1/obs"].create_virtual_dataset("state", layout)
-    with pytest.raises(DataError, match="demo_0/obs/state is kept in another file"):
+    with pytest.raises(DataError, match="demo_0/obs/state is stored in another file"):
         read_demos(path)
     change(path, "data/demo_0/obs/state", np.zeros((2, 3)))
-    with pytest.raises(DataError, match="demo_1/obs/state is kept in another file"):
+    with pytest.raises(DataError, match="demo_1/obs/state is stored in another file"):
         read_demos(path)
 
 
@@ -146,7 +150,7 @@ def test_numbers_that_were_never_written_are_not_taken_for_zeros(path, chunks):
         made = file["data/demo_3/obs"].create_dataset("state", (2, 3), "f4", chunks=chunks)
         if chunks:
             made[0] = 1.0
-    with pytest.raises(DataError, match="demo_3/obs/state was not written to its end"):
+    with pytest.raises(DataError, match="demo_3/obs/state is incomplete"):
         read_demos(path)
 
 
@@ -158,7 +162,7 @@ def test_a_filter_that_would_load_a_plug_in_is_refused(path):
         settings.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))
         space = h5py.h5s.create_simple((2, 3))
         h5py.h5d.create(file["data/demo_0/obs"].id, b"state", h5py.h5t.IEEE_F32LE, space, settings)
-    with pytest.raises(DataError, match="packed by filter 32015"):
+    with pytest.raises(DataError, match="compressed by filter 32015"):
         read_demos(path)
 
 

@@ -100,15 +100,21 @@ def test_entries_choose_rename_and_join(path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"entries": {"x": "depth"}}, "x is to be read from 'depth', which is not there; there are action, cloud,"),
-        ({"entries": {}}, "no observations beside 'action'"),
+        (
+            {"entries": {"x": "depth"}},
+            "x is to be read from 'depth', which does not exist. Fix: choose from action, cloud,",
+        ),
+        ({"entries": {}}, "no observations besides 'action'"),
         ({"entries": {"x": ()}}, "x is to be read from 'no key'"),
-        ({"entries": {"x": ("state", "image")}}, r"data/image: steps of shape \(8, 6, 3\); only vectors can be joined"),
+        (
+            {"entries": {"x": ("state", "image")}},
+            r"data/image: steps of shape \(8, 6, 3\); only vectors can be concatenated",
+        ),
         ({"entries": {"a b": "state"}}, "'a b' cannot name an entry"),
         ({"action": "actions"}, "action is to be read from 'actions'"),
         ({"action": "cloud"}, r"an action has the shape \(5, 3\); actions must be"),
-        ({"subset": "train"}, "subset is 'train', and only robomimic"),
-        ({"storage": "mmap"}, "give a folder for 'mmap'"),
+        ({"subset": "train"}, "subset is 'train', but only robomimic"),
+        ({"storage": "mmap"}, "set folder if storage is 'mmap'"),
     ],
 )
 def test_a_wrong_wish_is_named(path, options, words):
@@ -132,21 +138,21 @@ def test_a_mapped_set_is_the_same_and_leaves_no_file(path, tmp_path):
             lambda path: (path / "data/state/0.0").write_bytes(bytes(99)),
             "data/state/0.0: this chunk has 99 bytes for 144",
         ),
-        (lambda path: (path / "data/state/.zarray").unlink(), "read from 'state', which is not there"),
+        (lambda path: (path / "data/state/.zarray").unlink(), "read from 'state', which does not exist"),
         (lambda path: (path / "data/state/.zarray").write_text("{"), "state/.zarray: no readable JSON"),
         (lambda path: (path / "data/state/.zarray").write_bytes(b"\xff\xfe"), "state/.zarray: no readable JSON"),
         (lambda path: (path / "data/state/.zarray").write_text("[" * 99999), "state/.zarray: no readable JSON"),
         (lambda path: (path / "data/state/.zarray").write_text("[]"), "not the description of a zarr array"),
         (lambda path: (path / "data/state/.zarray").write_text("{}"), "not the description of a zarr array"),
-        (lambda path: edit(path / "data/state/.zarray", shape=[STEPS, -3]), "cannot be; restore"),
-        (lambda path: edit(path / "data/state/.zarray", chunks=[0, 3]), "cannot be; restore"),
-        (lambda path: edit(path / "data/state/.zarray", chunks=[5]), "cannot be; restore"),
+        (lambda path: edit(path / "data/state/.zarray", shape=[STEPS, -3]), "is invalid. Fix: restore"),
+        (lambda path: edit(path / "data/state/.zarray", chunks=[0, 3]), "is invalid. Fix: restore"),
+        (lambda path: edit(path / "data/state/.zarray", chunks=[5]), "is invalid. Fix: restore"),
         (lambda path: edit(path / "data/state/.zarray", shape="many"), "not the description of a zarr array"),
-        (lambda path: edit(path / "data/state/.zarray", dimension_separator="/../"), "'/../' cannot be"),
+        (lambda path: edit(path / "data/state/.zarray", dimension_separator="/../"), "'/../' is invalid"),
         (lambda path: edit(path / "data/state/.zarray", shape=[STEPS, 3, 10**12], chunks=[12, 3, 10**12]), "state"),
-        (lambda path: edit(path / "data/state/.zarray", shape=[]), "cannot be; restore"),
+        (lambda path: edit(path / "data/state/.zarray", shape=[]), "is invalid. Fix: restore"),
         (lambda path: shutil.rmtree(path / "data"), "no arrays in data/"),
-        (lambda path: (path / "meta/episode_ends/.zarray").unlink(), "no zarr array is here"),
+        (lambda path: (path / "meta/episode_ends/.zarray").unlink(), "not a zarr array"),
         (lambda path: (path / "meta/episode_ends/0").unlink(), "episode_ends/0: this chunk cannot be read"),
         (lambda path: (path / ".zattrs").write_text("{"), "zattrs: no readable JSON"),
     ],
@@ -176,22 +182,22 @@ def test_a_chunk_that_claims_another_size_is_not_unpacked(path, size):
     content = bytearray(chunk.read_bytes())
     content[4:8] = size.to_bytes(4, "little")
     chunk.write_bytes(content)
-    with pytest.raises(DataError, match=f"header says {len(content)} for {size}"):
+    with pytest.raises(DataError, match=f"header has {len(content)} for {size}"):
         read_demos(path, {"state": "state"})
 
 
 @pytest.mark.parametrize(
     ("ends", "words"),
     [
-        (np.array([4, 3, 12]), "episode_ends: episode 1 begins at step 4 and ends at 3; ends must rise"),
-        (np.array([4, 4, 12]), "ends must rise"),
-        (np.array([0, 12]), "ends must rise"),
-        (np.array([-1, 12]), "ends must rise"),
+        (np.array([4, 3, 12]), "episode_ends: episode 1 begins at step 4 and ends at 3; ends must increase"),
+        (np.array([4, 4, 12]), "ends must increase"),
+        (np.array([0, 12]), "ends must increase"),
+        (np.array([-1, 12]), "ends must increase"),
         (np.array([4.0, 12.0]), "ends are float64"),
         (np.array([[4, 12]]), r"of shape \(1, 2\)"),
         (np.array([4, 11]), r"data/\w+ has the shape .* ends at 11; one of them is truncated"),
         (np.array([4, 13]), "ends at 13"),
-        (np.array([2**64 - 1], np.uint64), "ends must rise"),
+        (np.array([2**64 - 1], np.uint64), "ends must increase"),
     ],
 )
 def test_wrong_ends_are_refused(path, ends, words):
@@ -206,7 +212,8 @@ def test_what_is_not_finite_is_named_with_its_place(path, value):
     state[8, 1] = value
     replace(path, "data/state", state)
     with pytest.raises(
-        DataError, match=rf"data/state: holds {value} at step 8 \(episode 2, its step 1\), number 1; drop"
+        DataError,
+        match=rf"data/state: holds {value} at step 8 \(episode 2, its step 1\), number 1; values must be finite. Fix: drop",
     ):
         read_demos(path, {"state": "state"})
 
@@ -290,7 +297,7 @@ def test_what_is_no_number_is_refused(path, changes):
 
 
 def test_an_existing_place_is_kept(path):
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         write_zarr(tiny(1), path)
     assert_same(read_demos(path), tiny())
 

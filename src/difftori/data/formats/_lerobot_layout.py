@@ -1,4 +1,4 @@
-"""Where LeRobot v3 keeps things, and what a feature of its `meta/info.json` is."""
+"""Paths of a LeRobot v3 data set, and the features of its `meta/info.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ ACTION = "action"
 FILES_PER_CHUNK = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-# Kept by LeRobot beside what the user records: name and Arrow type.
+# Columns that LeRobot adds to the recorded ones: name and Arrow type.
 BOOKKEEPING = {
     "timestamp": "float32",
     "frame_index": "int64",
@@ -26,35 +26,37 @@ BOOKKEEPING = {
 @final
 @dataclass(frozen=True)
 class Feature:
-    """A key of a step: `kind` and the `shape` of one step, (height width 3) for images and videos."""
+    """A key of a step: its `kind`, and the `shape` of one step, (height width 3) for images and videos."""
 
     kind: Literal["numbers", "image", "video"]
     shape: tuple[int, ...]
 
 
 def data_file(root: Path, chunk: int, file: int) -> Path:
-    """A file of steps."""
+    """Return the path of a file of steps."""
     return root / "data" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
 
 
 def episodes_file(root: Path, chunk: int, file: int) -> Path:
-    """A file of what is known of each episode."""
+    """Return the path of a file with one row per episode."""
     return root / "meta" / "episodes" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
 
 
 def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
-    """A video of one camera. Raises DataError if the key could lead out of the folder."""
+    """Return the path of a video of one camera. Raises DataError if the key could lead out of the folder."""
     if "/" in key or "\\" in key or key in ("", ".", ".."):
-        raise DataError(f"{root}: {key!r} cannot name a camera; a name has no slash: restore meta/info.json")
+        raise DataError(
+            f"{root}: {key!r} cannot name a camera, because names have no slash. Fix: restore meta/info.json"
+        )
     return root / "videos" / key / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
 
 
 def parse_feature(value: Any, place: str) -> Feature:
-    """A feature as `meta/info.json` describes it. Raises DataError if it is neither numbers nor a colour image."""
+    """Parse a feature of `meta/info.json`. Raises DataError if it is neither numeric nor a colour image."""
     try:
         dtype, shape = value["dtype"], tuple(int(size) for size in value["shape"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place} is no feature with dtype and shape ({error}); restore the file") from error
+        raise DataError(f"{place} is not a feature with dtype and shape ({error}). Fix: restore the file") from error
     if dtype in ("image", "video"):
         names = value.get("names")
         first = names[0] if isinstance(names, list) and names else None
@@ -62,9 +64,9 @@ def parse_feature(value: Any, place: str) -> Feature:
         image = (*shape[1:], *shape[:1]) if leads else shape
         if len(image) != 3 or image[2] != 3:
             raise DataError(
-                f"{place} has the shape {shape}; only colour images (height width 3) are read: leave it out"
+                f"{place} has the shape {shape}; only colour images (height width 3) are read. Fix: omit this key"
             )
         return Feature(dtype, image)
     if not isinstance(dtype, str) or not dtype.startswith(("float", "int", "uint", "bool")):
-        raise DataError(f"{place} is of type {dtype!r}; only numbers, images and videos are read: leave it out")
+        raise DataError(f"{place} is of type {dtype!r}; only numbers, images and videos are read. Fix: omit this key")
     return Feature("numbers", shape)

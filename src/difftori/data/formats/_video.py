@@ -1,4 +1,4 @@
-"""Images and videos through PyAV: single PNG or JPEG files as bytes, and the frames of an mp4 at given times."""
+"""Encodes and decodes images and videos with PyAV: PNG or JPEG files as bytes, and the frames of an mp4 at given times."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,21 +16,23 @@ _BLOCK = 64
 
 
 def decode_image(content: bytes, place: str) -> np.ndarray:
-    """uint8 (height width 3) of a PNG or JPEG. Raises DataError for anything else."""
+    """Decode a PNG or JPEG file to uint8 (height width 3). Raises DataError for other content."""
     av = need("av")
     codec = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
     if codec is None:
-        raise DataError(f"{place} begins with {content[:8]!r}, which is neither PNG nor JPEG; make the data anew")
+        raise DataError(
+            f"{place} begins with {content[:8]!r}, which is neither PNG nor JPEG. Fix: create the data set again"
+        )
     try:
         decoder = av.CodecContext.create(codec, "r")
         frames = [*decoder.decode(av.Packet(content)), *decoder.decode(None)]
         return frames[0].to_ndarray(format="rgb24")
     except (*_FAULTS, av.FFmpegError, IndexError) as error:
-        raise DataError(f"{place} cannot be decoded ({error or 'no image in it'}); restore the file") from error
+        raise DataError(f"{place} cannot be decoded ({error or 'no image in it'}). Fix: restore the file") from error
 
 
 def encode_image(image: np.ndarray) -> bytes:
-    """A PNG of uint8 (height width 3)."""
+    """Encode uint8 (height width 3) as a PNG file."""
     av = need("av")
     encoder = av.CodecContext.create("png", "w")
     encoder.height, encoder.width = image.shape[:2]
@@ -40,7 +42,7 @@ def encode_image(image: np.ndarray) -> bytes:
 
 
 def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.ndarray]:
-    """The frames shown at these rising times in seconds, uint8 (B height width 3), block after block.
+    """Iterate over the frames at these increasing times in seconds, in blocks of uint8 (B height width 3).
 
     Raises DataError if the file cannot be decoded, or has no frame within `tolerance` of a time.
     """
@@ -50,7 +52,7 @@ def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.
         # Opened here and read as mp4 only: a playlist under this name could make FFmpeg open other files.
         with path.open("rb") as file, av.open(file, format="mp4") as container:
             if not container.streams.video:
-                raise DataError(f"{path}: no video stream; restore the file")
+                raise DataError(f"{path}: no video stream. Fix: restore the file")
             for frame in container.decode(video=0):
                 if found == len(times) or frame.time is None or times[found] < frame.time - tolerance:
                     break
@@ -64,11 +66,13 @@ def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.
     except DataError:
         raise
     except (*_FAULTS, av.FFmpegError) as error:
-        raise DataError(f"{path}: no readable video ({error}); it is truncated or damaged: restore it") from error
+        raise DataError(
+            f"{path}: no readable video ({error}); it is truncated or damaged. Fix: restore the file"
+        ) from error
     if found < len(times):
         raise DataError(
             f"{path}: no frame at {times[found]:.3f} s, number {found + 1} of {len(times)}; it is truncated, or belongs to "
-            "other episodes: restore it"
+            "other episodes. Fix: restore the file"
         )
     if block:
         yield np.stack(block)
@@ -76,7 +80,7 @@ def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.
 
 @final
 class VideoWriter:
-    """An mp4 (H.264, a key frame every other frame, 4:2:0) that frames (height width 3) are appended to."""
+    """Writes frames (height width 3) to an mp4 file: H.264, 4:2:0, a key frame every second frame."""
 
     def __init__(self, path: Path, fps: Fraction, height: int, width: int, crf: int):
         av = need("av")
@@ -88,7 +92,7 @@ class VideoWriter:
         self.frames = 0
 
     def append(self, images: np.ndarray) -> None:
-        """Encode uint8 (B height width 3)."""
+        """Encode and append frames, uint8 (B height width 3)."""
         for image in images:
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             self._container.mux(self._stream.encode(frame))

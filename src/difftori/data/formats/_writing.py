@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Writes a folder atomically: it exists completely or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from difftori.errors import DataError
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into; it takes that name when all is written, and is gone if anything fails.
+    """Yield a temporary folder next to `path`. It is renamed to `path` at the end, and deleted if anything fails.
 
     Raises DataError if `path` exists, or if something cannot be written.
     """
     if path.exists():
-        raise DataError(f"{path}: is there already; remove it or choose another place")
+        raise DataError(f"{path}: already exists. Fix: remove it or choose another location")
     partial = path.with_name(f"{path.name}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -23,6 +23,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield partial
         partial.rename(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); free space or choose another place") from error
+        raise DataError(f"{path}: cannot be written ({error}). Fix: free space, or choose another location") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

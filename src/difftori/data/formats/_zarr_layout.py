@@ -1,6 +1,6 @@
-"""What a zarr array says of itself, judged before anything is decoded: numbers only, known codecs, every chunk there.
+"""Reads and checks the metadata of a zarr array before decoding: numeric dtypes, known codecs, complete chunks.
 
-The JSON is read here and not by zarr, whose codecs are named by the file: one of them unpickles.
+The JSON is read here instead of by zarr, because zarr runs the codecs that the file names, and one of them unpickles.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _META = {2: ".zarray", 3: "zarr.json"}
 @final
 @dataclass(frozen=True)
 class ArrayLayout:
-    """An array of plain numbers in `folder`, in zarr's format `version`, with its `codecs` in the order of writing."""
+    """A numeric array in `folder`, in zarr format `version`. `codecs` are in the order of encoding."""
 
     folder: Path
     version: int
@@ -40,9 +40,9 @@ class ArrayLayout:
     separator: str
 
     def check_chunks(self) -> None:
-        """Raise DataError if a chunk is missing or cut short.
+        """Raise DataError if a chunk is missing or truncated.
 
-        zarr itself reads a missing chunk as the fill value; and blosc trusts the size that a chunk claims.
+        zarr reads a missing chunk as the fill value, and blosc trusts the size in the header of a chunk.
         """
         for name in self._chunk_names():
             path = self.folder / name
@@ -52,11 +52,11 @@ class ArrayLayout:
                     head = file.read(16)
             except OSError as error:
                 raise DataError(
-                    f"{path}: this chunk cannot be read ({error}), and zarr would put its fill value in its place; restore "
-                    "it (if the data was written without empty chunks, write it again with write_empty_chunks=True)"
+                    f"{path}: this chunk cannot be read ({error}), and zarr would replace it by the fill value. Fix: restore "
+                    "it. If the data was written without empty chunks, write it again with write_empty_chunks=True"
                 ) from error
             if (fault := self._chunk_fault(size, head)) is not None:
-                raise DataError(f"{path}: this chunk {fault}; it is truncated or damaged: restore it")
+                raise DataError(f"{path}: this chunk {fault}; it is truncated or damaged. Fix: restore the file")
 
     def _chunk_names(self) -> Iterator[str]:
         counts = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True)]
@@ -74,40 +74,40 @@ class ArrayLayout:
                 return f"has {size} bytes, less than blosc's header"
             content, _, packed = struct.unpack("<III", head[4:16])
             if packed != size or (content != plain and not resized):
-                return f"has {size} bytes for {plain}, and its header says {packed} for {content}"
+                return f"has {size} bytes for {plain}, but its header has {packed} for {content}"
         return None if size else "is empty"
 
 
 def is_array(folder: Path) -> bool:
-    """Whether there is a zarr array in this folder."""
+    """Return whether the folder is a zarr array."""
     return _version(folder) is not None
 
 
 def read_layout(folder: Path) -> ArrayLayout:
-    """Read and judge. Raises DataError: unreadable, no plain numbers (objects, strings), a codec that is not allowed."""
+    """Read and check the metadata. Raises DataError if it is unreadable, not numeric, or names a codec that is not allowed."""
     version = _version(folder)
     if version is None:
-        raise DataError(f"{folder}: no zarr array is here; the data set is incomplete")
+        raise DataError(f"{folder}: not a zarr array; the data set is incomplete. Fix: restore the data set")
     path = folder / _META[version]
     meta = read_json(path)
     try:
         layout = _layout_v2(folder, meta) if version == 2 else _layout_v3(folder, meta)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path}: not the description of a zarr array ({type(error).__name__}: {error}); restore it"
+            f"{path}: not the description of a zarr array ({type(error).__name__}: {error}). Fix: restore the file"
         ) from error
     refused = [codec for codec in layout.codecs if codec not in _CODECS[version]]
     if refused or layout.dtype.name not in _TYPES:
         what = f"the codec {refused[0]!r}" if refused else f"values of type {layout.dtype}"
         raise DataError(
-            f"{path}: {what} cannot be read; only plain numbers behind {', '.join(_CODECS[version])} are, and pickled "
-            "objects never: leave this key out, or write it anew as numbers"
+            f"{path}: {what} cannot be read; only plain numbers with the codecs {', '.join(_CODECS[version])} are, pickled "
+            "objects never. Fix: omit this key, or write it again as numbers"
         )
     sizes = (*layout.chunks, *(size + 1 for size in layout.shape))
     if len(layout.shape) != len(layout.chunks) or min(sizes, default=0) < 1 or layout.separator not in ("/", "."):
         raise DataError(
-            f"{path}: shape {layout.shape} in chunks {layout.chunks} with names joined by {layout.separator!r} cannot be; "
-            "restore the file"
+            f"{path}: shape {layout.shape} in chunks {layout.chunks} with separator {layout.separator!r} is invalid. "
+            "Fix: restore the file"
         )
     return layout
 

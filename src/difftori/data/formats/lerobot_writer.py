@@ -1,4 +1,4 @@
-"""Writing LeRobot v3 folders."""
+"""Writes data sets in the LeRobot v3 format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,13 +44,14 @@ def write_lerobot(
     crf: int = 18,
     file_megabytes: int = 100,
 ) -> None:
-    """Write the episodes of this set as a LeRobot v3 data set.
+    """Write the episodes of this set as a LeRobot v3 data set, atomically.
 
-    `state` becomes `observation.state` and so on, images (T height width 3) `observation.images.…`: embedded PNG files
-    without loss, or with `videos` H.264 at quality `crf` (lower is better), with loss. `fps` steps make a second, `task`
-    says in words what is done. A file is followed by another when it has reached `file_megabytes`.
-    The folder is there whole or not at all. Raises DataError if there is one already, if it cannot be written, or if an
-    entry cannot be kept in this format; MissingExtraError without the extra `data`.
+    `state` becomes `observation.state`, and so on. Images (T height width 3) become `observation.images.…`: lossless PNG
+    files, embedded. With `videos`, they become lossy H.264 videos of quality `crf` (lower is better; default: 18). `fps` is
+    the number of steps per second. `task` describes the task in words. A new file is started after `file_megabytes` MB
+    (default: 100).
+    Raises DataError if `path` exists, cannot be written, or an entry cannot be stored in this format; and MissingExtraError
+    without the extra `data`.
     """
     path = Path(path)
     keys = {_key(name, values): values for name, values in demos.obs.items()} | {ACTION: demos.actions}
@@ -82,20 +83,20 @@ def _check(keys: Mapping[str, Tensor], moving: Sequence[str], path: Path, fps: i
         shape = tuple(values.shape[1:])
         if values.dtype == torch.uint8 and not _is_image(values):
             raise DataError(
-                f"{path}: {key} has steps of shape {shape}; only colour images (height width 3) can be kept"
+                f"{path}: {key} has steps of shape {shape}; only colour images (height width 3) can be stored. Fix: omit this entry"
             )
         if key in moving and (shape[0] % 2 or shape[1] % 2):
             raise DataError(
-                f"{path}: {key} has images of {shape[:2]}; a video needs even sides: write with videos=False"
+                f"{path}: {key} has images of {shape[:2]}; a video needs an even height and width. Fix: videos=False"
             )
     if not 0 < fps < 1e6:
-        raise DataError(f"{path}: fps is {fps}; it must be the steps in a second, above 0")
+        raise DataError(f"{path}: fps is {fps}; it must be the number of steps per second, above 0")
 
 
 def _write_steps(
     root: Path, demos: Trajectories, keys: Mapping[str, Tensor], fps: int | float, limit: int
 ) -> list[Row]:
-    """The parquet files, one row group per episode; what is to be known of each episode."""
+    """Write the parquet files, one row group per episode. Return the metadata of each episode."""
     parquet = need("pyarrow.parquet")
     rows: list[Row] = []
     stops, number, path, writer = np.cumsum(demos.lengths), -1, root, None
@@ -121,7 +122,7 @@ def _write_steps(
 
 
 def _table(demos: Trajectories, keys: Mapping[str, Tensor], episode: int, first: int, fps: int | float) -> Any:
-    """The steps of one episode as an Arrow table."""
+    """Return the steps of one episode as an Arrow table."""
     pa = need("pyarrow")
     start, stop = demos.spans[episode].tolist()
     steps = np.arange(stop - start)
@@ -139,7 +140,7 @@ def _table(demos: Trajectories, keys: Mapping[str, Tensor], episode: int, first:
 
 
 def _column(values: np.ndarray) -> Any:
-    """Numbers (L …) as (nested) lists, single numbers as themselves, images as embedded PNG files."""
+    """Convert values (L …) to an Arrow column: numbers as (nested) lists or scalars, images as embedded PNG files."""
     pa = need("pyarrow")
     if values.dtype == np.uint8:
         images = [{"bytes": encode_image(image), "path": None} for image in values]
@@ -157,7 +158,7 @@ def _column(values: np.ndarray) -> Any:
 def _write_videos(
     root: Path, demos: Trajectories, key: str, values: Tensor, fps: int | float, crf: int, limit: int
 ) -> list[Row]:
-    """The videos of one camera, episode after episode; where each episode is in them."""
+    """Write the videos of one camera, episode by episode. Return the location of each episode in them."""
     rows: list[Row] = []
     rate = Fraction(fps).limit_denominator(1001)
     height, width = values.shape[1:3]
@@ -213,7 +214,7 @@ def _info(
 
 
 def _stats(demos: Trajectories, values: Tensor) -> Row:
-    """Least, greatest, mean, deviation and count, of each number of a step, or of each colour in [0, 1] (3 1 1)."""
+    """Return minimum, maximum, mean, deviation and count of each number of a step, or of each colour in [0, 1] (3 1 1)."""
     blocks = demos.blocks(values)
     shape = (3, 1, 1) if _is_image(values) else tuple(values.shape[1:])
     moments = measure(blocks if _is_image(values) else (block.flatten(1) for block in blocks))
@@ -232,7 +233,7 @@ def _write_episodes(root: Path, rows: Sequence[Row], task: str) -> None:
 
 
 def _write_tasks(root: Path, task: str) -> None:
-    """The table of tasks; pandas, with which LeRobot reads it, is told that the words are its index."""
+    """Write the table of tasks. LeRobot reads it with pandas; the metadata marks the column `task` as its index."""
     pa, parquet = need("pyarrow"), need("pyarrow.parquet")
 
     def column(name: str, kind: str, numpy_kind: str) -> Row:

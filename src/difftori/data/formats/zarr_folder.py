@@ -1,4 +1,4 @@
-"""Zarr folders as Diffusion Policy and DP3 lay them out: `data/*`, one array per key, and `meta/episode_ends`."""
+"""Reads and writes zarr folders in the layout of Diffusion Policy and DP3: `data/*`, one array per key, `meta/episode_ends`."""
 
 import lzma
 import zlib
@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from difftori.data._filling import Part, checked_ends
+from difftori.data._filling import Field, checked_ends
 from difftori.data.formats._source import Source, need, plain_names, read_json
 from difftori.data.formats._writing import whole_folder
 from difftori.data.formats._zarr_layout import ArrayLayout, is_array, read_layout
@@ -20,34 +20,34 @@ from difftori.errors import DataError
 ACTION = "action"
 """The usual key of the actions."""
 _CHUNK_BYTES = 2**22
-# What zarr and its codecs raise for content that is not what its description says.
+# Exceptions of zarr and its codecs for content that does not match the metadata.
 _FAULTS = (OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, MemoryError, zlib.error, lzma.LZMAError)
 
 
 @final
 @dataclass(frozen=True)
 class ZarrSource(Source):
-    """Keys are the arrays in `data/`."""
+    """A zarr folder. Keys are the arrays in `data/`."""
 
-    def part(self, key: str) -> Part:
-        """The rows of `data/key`; every chunk is looked at first."""
+    def field(self, key: str) -> Field:
+        """Return the rows of `data/key`, after a check of every chunk."""
         place = f"{self.path}: data/{key}"
         layout = read_layout(self.path / "data" / key)
         if layout.shape[0] != self.ends[-1]:
             raise DataError(
-                f"{place} has the shape {layout.shape}, and the last episode in meta/episode_ends ends at "
-                f"{self.ends[-1]}; one of them is truncated: restore it"
+                f"{place} has the shape {layout.shape}, but the last episode in meta/episode_ends ends at "
+                f"{self.ends[-1]}; one of them is truncated. Fix: restore it"
             )
         layout.check_chunks()
-        return Part(place, layout.shape[1:], _blocks(layout, place))
+        return Field(place, layout.shape[1:], _blocks(layout, place))
 
 
 def open_zarr(path: Path) -> ZarrSource:
-    """Look at what is there, zarr format 2 or 3. Raises DataError if it is not of that layout."""
+    """Open a zarr folder, format 2 or 3. Raises DataError if its layout is different."""
     folder = path / "data"
     keys = tuple(sorted(child.name for child in folder.iterdir() if is_array(child))) if folder.is_dir() else ()
     if not keys:
-        raise DataError(f"{path}: no arrays in data/; a data set of this kind has data/{ACTION} and observations there")
+        raise DataError(f"{path}: no arrays in data/. Fix: restore data/{ACTION} and the observations")
     place = f"{path}: meta/episode_ends"
     layout = read_layout(path / "meta" / "episode_ends")
     layout.check_chunks()
@@ -59,10 +59,10 @@ def open_zarr(path: Path) -> ZarrSource:
 
 
 def write_zarr(demos: Trajectories, path: Path | str, *, about: Mapping[str, Any] | None = None) -> None:
-    """Write the episodes of this set as a zarr folder (format 2, Blosc) that Diffusion Policy and DP3 read too.
+    """Write the episodes of this set atomically as a zarr folder (format 2, Blosc), as Diffusion Policy and DP3 read it.
 
-    `about`, plain JSON values, goes into its attributes in place of the set's own. The folder is there whole or not at
-    all. Raises DataError if there is one already or it cannot be written, MissingExtraError without the extra `data`.
+    `about`, plain JSON values, is written to the attributes. Default: the set's own `about`. Raises DataError if `path`
+    exists or cannot be written, and MissingExtraError without the extra `data`.
     """
     path = Path(path)
     zarr, numcodecs = need("zarr"), need("numcodecs")
@@ -103,11 +103,11 @@ def _blocks(layout: ArrayLayout, place: str) -> Iterator[np.ndarray]:
         for start in range(0, layout.shape[0], layout.chunks[0]):
             yield np.asarray(array[start : start + layout.chunks[0]])
     except _FAULTS as error:
-        raise DataError(f"{place} cannot be decoded ({error}); it is damaged: restore it") from error
+        raise DataError(f"{place} cannot be decoded ({error}); it is damaged. Fix: restore the file") from error
 
 
 def _attributes(path: Path) -> dict[str, Any]:
-    """What the root group says of itself."""
+    """Return the attributes of the root group."""
     content: Any = {}
     if (path / ".zattrs").is_file():
         content = read_json(path / ".zattrs")
@@ -118,12 +118,12 @@ def _attributes(path: Path) -> dict[str, Any]:
 
 
 def _chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Steps per chunk, of about 4 MB, and no more than there are."""
+    """Return the steps per chunk, for about 4 MB, at most the number of steps."""
     row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
     return max(1, min(shape[0], _CHUNK_BYTES // row))
 
 
 def _chunks(demos: Trajectories, values: Tensor, rows: int) -> Iterator[np.ndarray]:
-    """The steps of all episodes, so many rows at a time."""
+    """Iterate over the steps of all episodes, `rows` at a time."""
     for block in demos.blocks(values, rows * values[0].numel()):
         yield block.cpu().numpy()
