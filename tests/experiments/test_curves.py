@@ -176,7 +176,9 @@ def test_finished_runs_are_recorded_and_drawn_from_records_elsewhere(small, tmp_
     assert file.stat().st_size < 6 * 3500
 
     write_run(plan_runs(config, PAIR)[0], end=322.0)
-    with pytest.raises(ConfigError, match=r"different runs of cup-catch, difftori, seed 0: remove the one"):
+    with pytest.raises(
+        ConfigError, match=r"different runs of cup-catch, difftori, seed 0. Fix: remove the invalid one"
+    ):
         curves_of(config)
     shutil.rmtree(tmp_path / "runs")
     text = file.read_text()
@@ -184,7 +186,7 @@ def test_finished_runs_are_recorded_and_drawn_from_records_elsewhere(small, tmp_
     with pytest.raises(ConfigError, match=r"horizon: 5 requested, 4 in .*jsonl, cup-catch/.*/seed-0"):
         curves_of(config)
     file.write_text(text[:100] + "\n")
-    with pytest.raises(DataError, match="line 1: no readable run"):
+    with pytest.raises(DataError, match="line 1: not a valid record"):
         curves_of(config)
 
 
