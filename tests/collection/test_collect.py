@@ -144,7 +144,7 @@ def test_a_failing_environment_costs_the_running_episodes_only(collect_request, 
 def test_an_environment_that_keeps_failing_ends_it_and_what_was_played_stays(collect_request, monkeypatch):
     from difftori.collection import collect as module
 
-    with pytest.raises(DataError, match="wanted"):
+    with pytest.raises(DataError, match="were requested"):
         gather(replace(collect_request, max_tries=5))
     kept = sorted(path.name for path in (collect_request.out / f"{FILES}.attempts").glob("*.npz"))
 
@@ -211,7 +211,7 @@ def test_an_end_in_any_phase_of_finishing_loses_nothing(collect_request, tmp_pat
 def test_a_damaged_episode_is_played_again(collect_request, tmp_path, damage, caplog):
     straight = replace(collect_request, out=tmp_path / "straight")
     gather(straight)
-    with pytest.raises(DataError, match=r"of the first 5 episodes succeeded, and 5 are wanted.*--max-tries"):
+    with pytest.raises(DataError, match=r"of the first 5 episodes succeeded, but 5 were requested.*--max-tries"):
         gather(replace(collect_request, max_tries=5))
     (collect_request.out / f"{FILES}.attempts" / "000001.npz").write_bytes(damage)
     gather(collect_request)
@@ -266,7 +266,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(collect_request,
     for module, name in ((episode_log, "replace_file"), (zarr_module, "create_group"), (dataset, "replace_file")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            with pytest.raises(DataError, match=r"No space left on device\); free space"):
+            with pytest.raises(DataError, match=r"No space left on device\). Fix: free space"):
                 gather(collect_request)
         if module is not dataset:
             assert same(content(collect_request), before)
@@ -279,7 +279,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(collect_request,
     [
         ("metaworlt:assembly", "'metaworlt:assembly' is unknown; perhaps you meant 'metaworld:…'"),
         ("metaworld:asembly", "perhaps you meant 'assembly'"),
-        ("pusht", "'pusht' has no scripted expert; these have: metaworld:…"),
+        ("pusht", "'pusht' has no scripted expert. Fix: choose an environment that has one: metaworld:…"),
         ("my_lab.tiny_expert:FAMILI", "perhaps you meant 'FAMILY'"),
         ("my_lab.tiny_expert:TROUBLE", "is a str; give a gymnasium.Env class"),
     ],
@@ -293,7 +293,7 @@ def test_every_fault_is_listed(collect_request):
     with pytest.raises(ConfigError) as caught:
         gather(replace(collect_request, episodes=0, workers=0, seed=-1, max_tries=0))
     assert len(caught.value.faults) == 4
-    with pytest.raises(ConfigError, match="max_tries is 3, but 5"):
+    with pytest.raises(ConfigError, match="max-tries is 3, but 5"):
         gather(replace(collect_request, max_tries=3))
     with pytest.raises(ConfigError, match="obs is 'smell'"):
         gather(replace(collect_request, obs="smell"))

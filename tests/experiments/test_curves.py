@@ -177,7 +177,7 @@ def test_finished_runs_are_recorded_and_drawn_from_records_elsewhere(small, tmp_
 
     write_run(plan_runs(config, PAIR)[0], end=322.0)
     with pytest.raises(
-        ConfigError, match=r"different runs of cup-catch, difftori, seed 0\. Fix: remove the invalid one"
+        ConfigError, match=r"different runs of cup-catch, difftori, seed 0. Fix: remove the invalid one"
     ):
         curves_of(config)
     shutil.rmtree(tmp_path / "runs")

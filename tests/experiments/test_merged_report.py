@@ -89,7 +89,7 @@ def test_numbers_by_hand(reward):
     assert every.better.value == 0
     only = sections(gather([reward]).runs, reference="tdmpc")[0].pairs
     assert {pair.reference for pair in only} == {"tdmpc"}
-    with pytest.raises(ConfigError, match="no method is 'sac'; choose one of: difftori, pg off"):
+    with pytest.raises(ConfigError, match="no method is named 'sac'. Fix: choose one of: difftori, pg off"):
         sections(gather([reward]).runs, reference="sac")
 
 
@@ -129,7 +129,7 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     for said in (
         "Runs differ in environment steps: 1000, 2000",
         "the same method, task and seed",
-        "its return is not a number",
+        "its return is NaN or Inf",
     ):
         assert said in page
     assert "Unfinished runs, not included in the results: 1" in page
@@ -213,5 +213,5 @@ def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
         summary = json.loads((place / "summary.json").read_text())
         (place / "summary.json").write_text(json.dumps({**summary, "updates": updates}))
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
-    assert "runs made between 60 and 120 updates" in page
+    assert "in epochs made between 60 and 120 updates" in page
     assert "60 epochs, 120 updates" in page

@@ -72,7 +72,7 @@ def test_what_refines_another_run_of_the_sweep_waits_for_it(tmp_path):
         ),
         ({"common": {"env": "pendulum"}}, ["train: None"]),
         ({"common": {**IMITATION, "demos": "{sed}.zarr"}}, ["{sed} in '{sed}.zarr': the run has no option 'sed'"]),
-        ({"common": IMITATION, "variants": [{"lr": 1e-3}, {"lr": 0.001}]}, ["two runs go to"]),
+        ({"common": IMITATION, "variants": [{"lr": 1e-3}, {"lr": 0.001}]}, ["two runs have the folder"]),
         ({"common": {"env": "pendulum", "train": "residual", "base": "nowhere"}}, ["base: nowhere is neither"]),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_signal_lets_runs_save_and_starts_no_more(tmp_path, monkeypatch):
         run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=None, say=said.append)
     assert ended.value.code == 143
     assert (tmp_path / "saved").exists()
-    assert "1 saved, 1 not started" in said[-1]
+    assert "1 interrupted, 1 not started" in said[-1]
 
 
 def run_of(tmp_path, code: str, monkeypatch) -> RunSpec:

@@ -59,7 +59,7 @@ def test_a_damaged_line_is_named(file):
     good = file.path.read_text()
     for damage in ("[]", "{}", good.replace('"config"', '"confg"').strip(), good.replace("[1.0]", "[]").strip()):
         file.path.write_text(f"{good}{damage}\n")
-        with pytest.raises(DataError, match=r"study\.jsonl, line 2: no readable run"):
+        with pytest.raises(DataError, match=r"study\.jsonl, line 2: not a valid record"):
             file.read()
 
 

@@ -141,7 +141,7 @@ def test_a_refiner_of_another_training_of_its_base_is_pointed_out(config, starte
     made(config)
     before = change(config, "reach/refined/seed-1", lambda plain: plain.update(base_weights="others"))
     assert before["base_weights"] == record_file(config).read()["reach/base/seed-1"].weights
-    assert made(config).label == "partial (1 refiners of a base that was trained again)"
+    assert made(config).label == "partial (1 refiners of a base that was retrained)"
 
 
 def test_a_failure_stops_only_what_depends_on_it(config, started, monkeypatch):
@@ -177,7 +177,7 @@ def test_runs_of_other_settings_are_refused(config, started):
 
 def test_data_that_cannot_be_collected_must_be_there(config, started, tmp_path):
     (tmp_path / "demos" / "push.zarr").rmdir()
-    with pytest.raises(ConfigError, match=r"push\.zarr does not exist; provide the demonstrations of pusht"):
+    with pytest.raises(ConfigError, match=r"push\.zarr does not exist. Fix: provide the demonstrations of pusht"):
         made(config)
 
 

@@ -73,7 +73,7 @@ def test_unequal_pairs_are_refused():
 
 
 def test_nan_is_refused_where_it_stands():
-    with pytest.raises(NonFiniteError, match="first at 1"):
+    with pytest.raises(NonFiniteError, match="first at index 1"):
         spread(np.array([1.0, np.nan, 2.0]))
 
 

@@ -146,7 +146,7 @@ def test_what_slurm_refuses_is_told(sweep, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert main(["sweep", str(sweep), "--slurm"]) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "Slurm took 0 of 2 runs and refused the next" in said
+    assert "Slurm accepted 0 of 2 runs and rejected the next" in said
     assert "AssocMaxSubmitJobLimit" in said
 
 

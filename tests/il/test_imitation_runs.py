@@ -144,7 +144,7 @@ def test_what_is_missing_is_named(values, words, tmp_path):
 
 
 def test_data_that_do_not_fit_the_environment_are_refused(demos):
-    with pytest.raises(ConfigError, match="has 5 episodes beside the held out"):
+    with pytest.raises(ConfigError, match="has 5 training episodes after holding out 1"):
         open_task(config("bc", demos, num_train=6))
     with pytest.raises(ConfigError, match="make horizon at least"):
         open_task(config("bc", demos, n_action_steps=9))

@@ -99,7 +99,7 @@ def test_a_deterministic_base_is_asked_once():
 
 
 def test_plans_of_another_shape_are_named():
-    words = r"it returned \(4, 5, 2\) for 4 windows; it must be \(B H A\) = \(4, 8, 2\)"
+    words = r"returned actions of shape \(4, 5, 2\) for 4 windows. Fix: return \(B H A\) = \(4, 8, 2\)"
     policy = refiner(Counting(horizon=5))
     with pytest.raises(ShapeError, match=words):
         base_actions(policy, Set(), generator())

@@ -33,7 +33,9 @@ def find_task(name: str, *, demos: bool = False) -> TaskFactory:
     factory = load(name)
     if not callable(factory):
         raise ConfigError(
-            [f"env: {name!r} is a {type(factory).__name__}. Fix: name a function that returns an ImitationTask"]
+            [
+                f"env: {name!r} is a {type(factory).__name__}, not a function. Fix: name a function that returns an ImitationTask"
+            ]
         )
     return cast(TaskFactory, factory)
 
