@@ -206,7 +206,11 @@ def test_a_record_carries_what_imitation_needs():
         ("my_car:RECORD:icy", {}, "'icy' is unknown in environment 'my_car:RECORD'; perhaps you meant 'ice'"),
         ("my_car:Car", {"fricton": 1}, "takes no option 'fricton'; perhaps you meant 'friction'"),
         ("my_car:needy", {}, "needs the option 'friction'"),
-        ("my_car:forgetful", {}, "returned a SyncVectorEnv, not a gymnasium.Env. Fix: add the parameter num_envs to the function"),
+        (
+            "my_car:forgetful",
+            {},
+            "returned a SyncVectorEnv, not a gymnasium.Env. Fix: add the parameter num_envs to the function",
+        ),
         ("my_car:too_few", {}, "returned a Car, not a gymnasium.vector.VectorEnv. Fix: remove the parameter num_envs"),
         ("my_car:Buttons", {}, "its actions are Discrete"),
         ("my_car:Endless", {}, "have no bounds to map ±1 to"),
