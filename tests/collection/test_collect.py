@@ -281,7 +281,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(collect_request,
         ("metaworld:asembly", "perhaps you meant 'assembly'"),
         ("pusht", "'pusht' has no scripted expert. Fix: choose an environment that has one: metaworld:…"),
         ("my_lab.tiny_expert:FAMILI", "perhaps you meant 'FAMILY'"),
-        ("my_lab.tiny_expert:TROUBLE", "is a str; give a gymnasium.Env class"),
+        ("my_lab.tiny_expert:TROUBLE", "is a str. Fix: pass a gymnasium.Env class"),
     ],
 )
 def test_names_that_mean_nothing_are_refused_with_a_suggestion(collect_request, name, message):
