@@ -110,7 +110,7 @@ def test_observations_stand_in_one_row():
 
 
 def test_images_do_not():
-    with pytest.raises(ShapeError, match="image cannot stand in one row"):
+    with pytest.raises(ShapeError, match="image cannot be flattened into one row"):
         flat_rows(make().batch(torch.tensor([0])).obs)
 
 
