@@ -228,7 +228,7 @@ class Implicit(Adjoint):
         if isinstance(objective, TrajectoryObjective) and objective.staged:
             # Products with one step's derivatives that the sweep needs, beside the rollouts' that the dense Hessian needs.
             size = objective.state.shape[-1]
-            if carried or 3 * size + 2 * objective.action_dim < n:
+            if carried or 3 * size + 2 * objective.action_dim < min(n, _DENSE):
                 return "riccati"
         return "dense" if n <= _DENSE else "cg"
 
@@ -265,7 +265,7 @@ class Implicit(Adjoint):
 
 
 _DENSE = 48
-"""Up to so many variables "auto" factorises the Hessian."""
+"""The most Hessian-vector products that "auto" spends without a choice; beyond, conjugate gradients need fewer."""
 
 
 class _Derivative(NamedTuple):

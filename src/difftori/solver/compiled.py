@@ -85,9 +85,18 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
             f"compile=True: more than {_COMPILATIONS} shapes, each compiled anew; keep the number of rows fixed, or go without it"
         ) from error
     except TorchDynamoException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SolverError(
-            f"compile=True: torch.compile cannot trace this ({reason}). Go without it, or take another solver: "
-            "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals decide by the numbers within a step. "
-            "If it is none of these, look for .item() or the like in the cost or loss."
-        ) from error
+        raise SolverError(f"compile=True: torch.compile cannot trace this: {_reason(str(error))}") from error
+
+
+def _reason(message: str) -> str:
+    """What torch.compile said, in one line, with the fix."""
+    if "alias" in message:
+        return (
+            "the dynamics or costs use several views of one tensor, such as those of `unbind`, which a compiled loop cannot. "
+            "Fix: clone() each."
+        )
+    first = (message.strip().splitlines() or ["no reason given"])[0]
+    return (
+        f"{first} Fix: go without it, or take another solver: Newton, GaussNewton and Levenberg–Marquardt on stacked "
+        "residuals decide by the numbers within a step. If it is none of these, look for .item() or the like in the cost or loss."
+    )
