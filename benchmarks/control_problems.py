@@ -123,7 +123,7 @@ def runge_kutta(derivative: Callable[[Tensor, Tensor], Tensor], time_step: float
 
 def _cartpole(parameters: Tensor) -> Functions:
     """State (position m, angle from upright rad, and their rates), force N. Barto, Sutton and Anderson (1983)."""
-    pole_mass, half_length = parameters[0], parameters[1]
+    pole_mass, half_length = (p.clone() for p in parameters.unbind())
     total = 1.0 + pole_mass
 
     def derivative(s: Tensor, a: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _unicycle(parameters: Tensor) -> Functions:
 
     Parameters: the radius of the second obstacle, and x and y of the goal.
     """
-    radius, goal_x, goal_y = parameters[0], parameters[1], parameters[2]
+    radius, goal_x, goal_y = (p.clone() for p in parameters.unbind())
 
     def derivative(s: Tensor, a: Tensor) -> Tensor:
         heading, speed = s[..., 2], s[..., 3]
@@ -226,7 +226,7 @@ def _quadrotor(parameters: Tensor) -> Functions:
 
     Parameters: the mass and the inertia about the body's x axis.
     """
-    mass, inertia_x = parameters[0], parameters[1]
+    mass, inertia_x = (p.clone() for p in parameters.unbind())
 
     def derivative(s: Tensor, a: Tensor) -> Tensor:
         roll, pitch, yaw, p, q, r = (s[..., i] for i in range(6, 12))

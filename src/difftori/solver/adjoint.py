@@ -231,7 +231,7 @@ class Implicit(Adjoint):
         if isinstance(objective, TrajectoryObjective) and objective.staged:
             # Products with the derivatives of one step that the sweep needs, in addition to the rollouts that the dense Hessian needs.
             size = objective.state.shape[-1]
-            if carried or 3 * size + 2 * objective.action_dim < n:
+            if carried or 3 * size + 2 * objective.action_dim < min(n, _DENSE):
                 return "riccati"
         return "dense" if n <= _DENSE else "cg"
 
@@ -268,7 +268,7 @@ class Implicit(Adjoint):
 
 
 _DENSE = 48
-"""The largest number of variables for which "auto" factorises the Hessian."""
+"""Hessian-vector products that the sweep or the dense Hessian may cost under "auto"; beyond, conjugate gradients need fewer."""
 
 
 class _Derivative(NamedTuple):

@@ -85,12 +85,21 @@ def compiled_call(function: Callable, *arguments, lean: bool = False):
             f"compile=True: more than {_COMPILATIONS} shapes, each compiled separately. Fix: keep the number of rows fixed, or use compile=False."
         ) from error
     except TorchDynamoException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SolverError(
-            f"compile=True: torch.compile cannot trace this code ({reason}). Fix: use compile=False, or another solver: "
-            "Newton, GaussNewton and Levenberg–Marquardt on stacked residuals branch on values within a step. "
-            "With any other solver, remove .item() and similar calls from the cost or loss."
-        ) from error
+        raise SolverError(f"compile=True: torch.compile cannot trace this code: {_reason(str(error))}") from error
+
+
+def _reason(message: str) -> str:
+    """The first line of torch.compile's message, with the fix."""
+    if "alias" in message:
+        return (
+            "the dynamics or costs use several views of one tensor, for example those of `unbind`, which a compiled loop does "
+            "not support. Fix: clone() each."
+        )
+    first = (message.strip().splitlines() or ["no reason given"])[0]
+    return (
+        f"{first} Fix: use compile=False, or another solver: Newton, GaussNewton and Levenberg–Marquardt on stacked "
+        "residuals branch on values within a step. With any other solver, remove .item() and similar calls from the cost or loss."
+    )
 
 
 def maybe_compiled(compile: bool, function: Callable, *arguments):
