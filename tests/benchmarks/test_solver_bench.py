@@ -72,7 +72,7 @@ def test_entries_take_turns_at_being_first(setup: Setup) -> None:
     names = ["one", "two", "three"]
     everyone = [made_up(name) for name in names]
     cell = Cell("pendulum", 3, 2)
-    samples = time_cell(cell, everyone, setup, repeats=4, seconds=0.0, say=lambda text: None)
+    samples = time_cell(cell, everyone, setup, repeats=4, seconds=0.0, show=lambda text: None)
     assert order == [*names, *names, "two", "three", "one", "three", "one", "two"]  # first calls, then three repeats
     assert [sample.repeat for sample in samples] == [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3
 

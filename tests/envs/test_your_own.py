@@ -198,7 +198,7 @@ def test_a_record_carries_what_imitation_needs():
     ("name", "options", "message"),
     [
         ("my_car:Cart", {}, "perhaps you meant 'Car'"),
-        ("my_cat:Car", {}, "'my_cat:Car' is unknown.*give my_module:MyEnv"),
+        ("my_cat:Car", {}, "'my_cat:Car' is unknown.*your own environment, my_module:MyEnv"),
         ("my_car", {}, "'my_car' is unknown"),
         ("my_car:number", {}, "is a int. Fix: pass a gymnasium.Env class"),
         ("my_car:Old", {}, "is a Old. Fix: pass a gymnasium.Env class"),

@@ -129,12 +129,12 @@ def test_refiners_on_refiners(demos, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"policy": "bc", "env": ENV, "demos": "nowhere.zarr"}, "there is no such file"),
+        ({"policy": "bc", "env": ENV, "demos": "nowhere.zarr"}, "no such file or folder"),
         ({"policy": "bc", "env": "pusht"}, "Fix: give its demonstrations, --demos PATH"),
         ({"policy": "bc", "env": "pendulum", "n_obs_steps": 3}, "n_obs_steps: unknown for 'pendulum'"),
         ({"policy": "residual", "env": "pendulum"}, "refines another policy's actions. Fix: give --base RUN"),
         ({"policy": "difftori-il", "env": "pendulum"}, "give --base RUN, or --init prior"),
-        ({"policy": "difftori-il", "base": "nowhere"}, "is nowhere the directory of a run"),
+        ({"policy": "difftori-il", "base": "nowhere"}, "check that nowhere is the directory of a run"),
     ],
 )
 def test_what_is_missing_is_named(values, words, tmp_path):

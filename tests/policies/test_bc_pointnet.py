@@ -53,7 +53,7 @@ def test_the_executed_actions_are_learned_and_the_others_repeat_them():
 
 @pytest.mark.parametrize("more", [{}, {"point_cloud": EntrySpec((16, 3)), "image": EntrySpec((8, 8, 3), "uint8")}])
 def test_tasks_without_clouds_or_with_images_are_refused(more):
-    with pytest.raises(ShapeError, match=r"point clouds .* choose another"):
+    with pytest.raises(ShapeError, match=r"point cloud .*Fix: choose another --obs"):
         policy(replace(VECTORS, obs={**VECTORS.obs, **more}))
 
 
