@@ -7,7 +7,7 @@ tyro prints the help, but stops at the first invalid option. Therefore options a
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -20,6 +20,7 @@ from difftori.errors import ConfigError
 from difftori.registry import suggest
 from difftori.runs.records import YAML_FAULTS
 
+ValueT = TypeVar("ValueT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _MOST_VALUES = 100_000
@@ -114,6 +115,17 @@ def _known(model: Any, place: list[str]) -> set[str]:
     for part in place:
         model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
     return {name for member in alternatives(model) for name in fields_of(member)}
+
+
+def resolved(find: Callable[[str], ValueT], name: Any, faults: list[str]) -> ValueT | None:
+    """Return find(name). None if the name is invalid: `find`'s errors are added to `faults`, and validation reports a name that is not text."""
+    if not isinstance(name, str):
+        return None
+    try:
+        return find(name)
+    except ConfigError as error:
+        faults += error.faults
+        return None
 
 
 def device_faults(name: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from difftori.errors import CheckpointError, ConfigError, DataError
-from difftori.runs.records import read_config, read_metrics, read_summary
+from difftori.runs.records import current_config, read_config, read_metrics, read_summary
 from difftori.runs.run import Run, seeded
 from difftori.runs.signals import StopSignal
 
@@ -264,3 +264,19 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_configuration_of_an_earlier_version_is_read_with_todays_names():
+    """Options have other names now, and settings that an agent never used are gone; a setting that had an effect stays."""
+    old = {"policy": "bc", "observe": 2, "execute": 8, "settings": {"pictures": {"crop": 76}, "samples": 3}}
+    assert current_config(old) == {
+        "policy": "bc",
+        "n_obs_steps": 2,
+        "n_action_steps": 8,
+        "settings": {"images": {"crop": 76}, "samples": 3},
+    }
+    settings = {"samples": 512, "elites": 64, "lr": 1e-3, "obs_q_lambda": 0.0}
+    assert current_config({"agent": "difftori", "settings": settings})["settings"] == {"lr": 1e-3}
+    assert current_config({"agent": "tdmpc", "settings": settings})["settings"] == settings
+    kept = current_config({"agent": "difftori", "settings": {"obs_q_lambda": 1.0}})
+    assert kept["settings"] == {"obs_q_lambda": 1.0}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from difftori.objectives import ReturnObjective
 from difftori.solver import (
     CEM,
     ILQR,
@@ -22,6 +23,7 @@ from difftori.solver import (
     check_gradients,
     solve,
 )
+from difftori.solver.method import Problem
 from tests.support.problems import CASES, F64, Network, lqr, network, quadratic, swing
 from tests.support.solvers import SECOND_ORDER, SOLVERS, applies
 
@@ -338,3 +340,15 @@ def test_an_inward_box_lets_through_what_leads_inside():
     assert inward[0] < 0, "a step down in the loss raises the slope, and x comes down from its bound"
     assert inward[1] == 0
     assert inward[2] == exact[2] != 0
+
+
+@pytest.mark.parametrize(
+    ("state_dim", "action_dim", "horizon", "expected"),
+    [(4, 1, 30, "riccati"), (50, 6, 5, "dense"), (50, 6, 40, "cg"), (4, 1, 10, "dense")],
+)
+def test_the_default_linear_solver_is_the_cheapest_for_the_size(state_dim, action_dim, horizon, expected):
+    """A sweep takes derivatives in every state dimension: with a latent of 50 it costs more than conjugate gradients."""
+    state = torch.zeros(1, state_dim, dtype=F64)
+    objective = ReturnObjective(lambda s, a: s, lambda s, a: a.sum(-1), None, state, horizon, action_dim)
+    x = torch.zeros(1, horizon * action_dim, dtype=F64)
+    assert Implicit().method(Problem(objective, Box(-1.0, 1.0)), x, carried=False) == expected

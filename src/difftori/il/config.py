@@ -1,14 +1,14 @@
 """The configuration of an imitation run, from YAML and the command line. All errors are listed at once."""
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from difftori.config import describe, device_faults, validated
+from difftori.config import describe, device_faults, resolved, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.task_names import find_task
 from difftori.il.tasks import TaskFactory
@@ -90,21 +90,13 @@ def parse_config(
     one. Raises ConfigError, which lists every error.
     """
     given, faults = _with_base({"settings": {}, **values})
-    if policy is None and isinstance(given.get("policy"), str):
-        try:
-            policy = find_policy(given["policy"])
-        except ConfigError as error:
-            faults += error.faults
+    policy = policy or resolved(find_policy, given.get("policy"), faults)
     if policy is None:
         given["settings"] = {}  # an unknown policy's settings cannot be checked, but the other options can
     config, found = validated(TrainConfig[PolicyConfig if policy is None else policy.Config], given, also)
     faults += found + _range_faults(given["settings"], found)
-    task: TaskFactory | None = None
-    if isinstance(name := given.get("env", TrainConfig.model_fields["env"].default), str):
-        try:
-            task = find_task(name, demos=given.get("demos") is not None)
-        except ConfigError as error:
-            faults += error.faults
+    find = partial(find_task, demos=given.get("demos") is not None)
+    task = resolved(find, given.get("env", TrainConfig.model_fields["env"].default), faults)
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if faults or config is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from difftori.config import device_faults, validated
+from difftori.config import device_faults, resolved, validated
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import ResolvedEnv
 from difftori.errors import ConfigError
@@ -91,21 +91,12 @@ def parse_rl_config(
     """
     faults: list[str] = []
     given = {"settings": {}, **values}
-    if agent is None and isinstance(given.get("agent"), str):
-        try:
-            agent = find_agent(given["agent"])
-        except ConfigError as error:
-            faults += error.faults
+    agent = agent or resolved(find_agent, given.get("agent"), faults)
     if agent is None:
         given["settings"] = {}  # unknown agent: its settings cannot be checked, but the others can
     config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
-    env: ResolvedEnv | None = None
-    if isinstance(name := given.get("env", RLConfig.model_fields["env"].default), str):
-        try:
-            env = resolve_env(name)
-        except ConfigError as error:
-            faults += error.faults
+    env = resolved(resolve_env, given.get("env", RLConfig.model_fields["env"].default), faults)
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if faults or config is None:

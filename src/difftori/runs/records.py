@@ -26,7 +26,7 @@ RETIRED: dict[str, dict[str, object]] = {
         "obs_q_lambda": 0.0,
     }
 }
-"""Settings that earlier versions wrote although the agent does not use them, with the value that has no effect."""
+"""Settings of agents that earlier versions wrote although the agent does not use them, with the value that has no effect."""
 
 RENAMED = {"observe": "n_obs_steps", "execute": "n_action_steps", "pictures": "images"}
 """Names of options in earlier versions, and their current names."""
@@ -96,13 +96,13 @@ def to_yaml(config: BaseModel) -> str:
 
 def current_config(config: dict) -> dict:
     """Return a stored configuration with the current names, without settings that had no effect on the run."""
-    config = {RENAMED.get(name, name): value for name, value in config.items()}
-    settings = config.get("settings")
-    if isinstance(settings, dict):
-        settings = {RENAMED.get(name, name): value for name, value in settings.items()}
-        config["settings"] = settings
-    retired = RETIRED.get(str(config.get("agent") or config.get("policy")), {})
-    if not isinstance(settings, dict) or not retired:
-        return config
-    used = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
-    return {**config, "settings": used}
+    config = _renamed(config)
+    if isinstance(config.get("settings"), dict):
+        retired = RETIRED.get(str(config.get("agent")), {})
+        settings = _renamed(config["settings"])
+        config["settings"] = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
+    return config
+
+
+def _renamed(values: dict) -> dict:
+    return {RENAMED.get(name, name): value for name, value in values.items()}

@@ -102,6 +102,6 @@ def _reason(message: str) -> str:
     )
 
 
-def maybe_compiled(compile: bool, function: Callable, *arguments):
-    """Call function(*arguments), compiled or eager."""
-    return compiled_call(function, *arguments) if compile else function(*arguments)
+def maybe_compiled(compile: bool, function: Callable, *arguments, lean: bool = False):
+    """Call function(*arguments), compiled (see `compiled_call`) or eager."""
+    return compiled_call(function, *arguments, lean=lean) if compile else function(*arguments)

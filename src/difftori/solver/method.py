@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftori.solver.box import Box
-from difftori.solver.compiled import compiled_call
+from difftori.solver.compiled import compiled_call, maybe_compiled
 from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
 from difftori.types import Hessians, Points, PointSets, Rows
@@ -53,9 +53,8 @@ class Problem:
 
     def call(self, function: Callable, *arguments: Any):
         """Call function(*arguments), compiled if evaluations are. For functions of many small kernels on tensors like arguments[1]."""
-        if self.compile and not self.create_graph:
-            return compiled_call(function, *arguments, lean=arguments[1].device.type == "cpu")
-        return function(*arguments)
+        lean = arguments[1].device.type == "cpu"
+        return maybe_compiled(self.compile and not self.create_graph, function, *arguments, lean=lean)
 
     def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box."""

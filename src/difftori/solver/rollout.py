@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from difftori.solver.compiled import compiled_call, loop
+from difftori.solver.compiled import loop, maybe_compiled
 from difftori.solver.lq import costs, times_vector
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import Plans
@@ -24,10 +24,8 @@ def roll(
 
     Returns states (L B H+1 S), actions (L B H A) and costs (L B).
     """
-    if compile:
-        lean = plan.device.type == "cpu"
-        return compiled_call(_roll_all, objective, states, plan, gains, low, high, lengths, lean=lean)
-    return _roll_all(objective, states, plan, gains, low, high, lengths)
+    arguments = (objective, states, plan, gains, low, high, lengths)
+    return maybe_compiled(compile, _roll_all, *arguments, lean=plan.device.type == "cpu")
 
 
 def _roll_all(
