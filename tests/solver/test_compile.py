@@ -8,7 +8,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from difftori.planning import ReturnObjective
-from difftori.solver import Box, Detached, Implicit, ProjectedGradient, Unrolled, LevenbergMarquardt, MPPI, compiled, solve
+from difftori.solver import ILQR, Box, Detached, Implicit, ProjectedGradient, Unrolled, LevenbergMarquardt, MPPI, compiled, solve
 backend = sys.argv[1]
 compiled._compile = __import__("functools").cache(
     lambda function, lean=False: torch.compile(function, fullgraph=True, dynamic=False, backend=backend))
@@ -54,6 +54,15 @@ try:
     solve(lambda x: x.square(), start, compile=True)
 except ObjectiveError as error:
     assert "one cost per row" in str(error)
+pair = torch.ones(2, dtype=torch.float64)
+first, second = pair.unbind()
+views = ReturnObjective(lambda s, a: first * s + second * a, lambda s, a: -(s.square() + a.square()).sum(-1), None, state[:1, :1] + 1, 3, 1)
+try:  # views of one tensor in the dynamics
+    solve(views, start[:1, :3], solver=ILQR(), max_steps=1, compile=True)
+except SolverError as error:
+    assert "clone() each" in str(error), error
+else:
+    raise AssertionError("torch supports views in compiled loops now: remove the message")
 print("equal")
 """
 
