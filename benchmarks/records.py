@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from difftori.runs.versions import versions
+from difftori.runs.process import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from difftori import solver
-from difftori.agents import find_agents
 from difftori.cli import main
-from difftori.policies import find_policies
+from difftori.registry import find_agents, find_policies
 from difftori.solver import Adjoint, Solver, Status
 from difftori.trainers import known_names
 from tests.support.trainers import TRAINERS

@@ -8,20 +8,20 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from difftori.errors import ConfigError, suggest
+from difftori.interfaces import Agent, Policy
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
     from difftori.envs.family import EnvFamily, ResolvedEnv
-    from difftori.interfaces import Agent, Policy
 
 
-Component = TypeVar("Component")
+Component = TypeVar("Component", bound=Policy | Agent)
 
 
 def module_names(package: str) -> dict[str, str]:
@@ -132,23 +132,29 @@ def _importable(module: str) -> bool:
     return module.isidentifier() and (module in sys.modules or importlib.util.find_spec(module) is not None)
 
 
-def find_policy(name: str) -> type["Policy"]:
+@cache
+def find_policies() -> dict[str, type[Policy]]:
+    """Return all concrete policies of this library by their names. Raises `ConfigError` if two share a name."""
+    return concrete_members("difftori.policies", Policy)
+
+
+@cache
+def find_agents() -> dict[str, type[Agent]]:
+    """Return all concrete agents of this library by their names. Raises `ConfigError` if two share a name."""
+    return concrete_members("difftori.agents", Agent)
+
+
+def find_policy(name: str) -> type[Policy]:
     """Return the policy class of that name, or the one that `my_pkg.my_policy:MyPolicy` refers to. Raises ConfigError if there is none."""
-    from difftori.interfaces import Policy
-    from difftori.policies import find_policies
-
-    return _find(name, Policy, find_policies)
+    return _find(name, Policy, find_policies())
 
 
-def find_agent(name: str) -> type["Agent"]:
+def find_agent(name: str) -> type[Agent]:
     """Return the agent class of that name, or the one that `my_pkg.my_agent:MyAgent` refers to. Raises ConfigError if there is none."""
-    from difftori.agents import find_agents
-    from difftori.interfaces import Agent
-
-    return _find(name, Agent, find_agents)
+    return _find(name, Agent, find_agents())
 
 
-def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[Component]]]) -> type[Component]:
+def _find(name: str, base: type[Component], known: dict[str, type[Component]]) -> type[Component]:
     """Return a class of this library by its name, or your own class by reference."""
     kind = base.__name__.lower()
     if ":" in name:
@@ -161,11 +167,32 @@ def _find(name: str, base: type[Component], known: Callable[[], dict[str, type[C
                 ]
             )
         return member
-    found = known()
-    if name not in found:
+    if name not in known:
         own = f"my_pkg.my_{kind}:My{base.__name__}"
-        raise ConfigError([f"{kind}: {name!r} is unknown{suggest(name, found)} (or give {own})"])
-    return found[name]
+        raise ConfigError([f"{kind}: {name!r} is unknown{suggest(name, known)} (or give {own})"])
+    return known[name]
+
+
+def concrete_members(package: str, base: type[Component]) -> dict[str, type[Component]]:
+    """Return every concrete subclass of `base` that a module of the package defines, by its `name`.
+
+    Modules whose names begin with an underscore are private and are omitted. Raises `ConfigError` if two classes share a name.
+    """
+    found: dict[str, type[Component]] = {}
+    for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if entry.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{package}.{entry.name}")
+        for member in vars(module).values():
+            own = inspect.isclass(member) and member.__module__ == module.__name__
+            if not own or not issubclass(member, base) or inspect.isabstract(member):
+                continue
+            if member.name in found:
+                raise ConfigError(
+                    [f"two classes are named {member.name!r}: {found[member.name]} and {member}. Fix: rename one"]
+                )
+            found[member.name] = member
+    return found
 
 
 def _import(name: str) -> ModuleType:

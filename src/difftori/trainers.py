@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from difftori.config import overlay
 from difftori.errors import ConfigError, suggest
-from difftori.registry import load
+from difftori.registry import find_agent, find_agents, find_policies, find_policy, load
 from difftori.types import Metrics
 
 
@@ -37,7 +37,6 @@ def imitation() -> Trainer:
     from difftori.il.config import TrainConfig, parse_config
     from difftori.il.train import evaluate_run, train
     from difftori.interfaces import Policy, PolicyConfig
-    from difftori.registry import find_policy
 
     def config_type(policy: type[Policy] | None) -> type[BaseModel]:
         return TrainConfig[PolicyConfig if policy is None else policy.Config]
@@ -48,7 +47,6 @@ def imitation() -> Trainer:
 def reinforcement() -> Trainer:
     """Return the trainer of agents, which learn from rewards."""
     from difftori.interfaces import Agent, AgentConfig
-    from difftori.registry import find_agent
     from difftori.rl.config import RLConfig, parse_rl_config
     from difftori.rl.evaluate import evaluate_run
     from difftori.rl.train import train
@@ -70,9 +68,7 @@ def trainer_of(config: Mapping[str, Any]) -> Trainer:
 
 def trainer_for(name: str) -> Trainer:
     """Return the trainer of a policy or an agent by its name. Raises ConfigError if the name is unknown."""
-    from difftori.agents import find_agents
     from difftori.interfaces import Agent
-    from difftori.policies import find_policies
 
     if ":" in name:
         member = load(name)
@@ -86,9 +82,6 @@ def trainer_for(name: str) -> Trainer:
 
 def known_names() -> list[str]:
     """Return the names of all policies and agents, sorted."""
-    from difftori.agents import find_agents
-    from difftori.policies import find_policies
-
     return sorted({*find_policies(), *find_agents()})
 
 

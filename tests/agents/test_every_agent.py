@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from difftori.agents import find_agents
 from difftori.errors import ConfigError, NonFiniteError
-from difftori.registry import find_agent
+from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
 from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
 

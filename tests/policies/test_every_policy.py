@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from difftori.errors import ShapeError
 from difftori.interfaces import PolicyConfig
-from difftori.policies import find_policies
 from difftori.policies.normalized import NormalizedPolicy
+from difftori.registry import find_policies
 from difftori.types import TaskSpec, Window
 from tests.support.specs import (
     OBS_SCALE,

@@ -11,9 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from difftori.errors import CheckpointError, ConfigError, DataError
+from difftori.runs.process import StopSignal
 from difftori.runs.records import current_config, read_config, read_metrics, read_summary
 from difftori.runs.run import Run, seeded
-from difftori.runs.signals import StopSignal
 
 
 class Inner(BaseModel):

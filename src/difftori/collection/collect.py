@@ -21,7 +21,7 @@ from difftori.envs.workers import launch
 from difftori.errors import ConfigError, DataError
 from difftori.registry import env_families, resolve_env
 from difftori.rl.collector import episode_seed
-from difftori.runs.versions import versions
+from difftori.runs.process import versions
 
 SUCCESSES = "success at any step"
 EVERYTHING = "none"

@@ -21,7 +21,7 @@ import numpy as np
 from difftori.collection.play import ExpertEpisode
 from difftori.errors import ConfigError, DataError
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.locks import hold
+from difftori.runs.process import hold
 
 _PLAN = "plan.json"
 _HEAD = "_attempt"

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from difftori.config import read_tokens, read_yaml, validated
 from difftori.errors import ConfigError
 from difftori.il.config import inherited
-from difftori.runs.locks import is_held
+from difftori.runs.process import is_held
 from difftori.runs.records import flat, read_config
 from difftori.runs.run import differences
 from difftori.trainers import read_options

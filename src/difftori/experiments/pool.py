@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difftori.errors import DifftoriError
 from difftori.experiments.plan import RunSpec, beside
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.signals import StopSignal
+from difftori.runs.process import StopSignal
 
 _WAIT = 0.1
 _TO_SAVE = 600.0

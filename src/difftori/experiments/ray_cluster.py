@@ -14,7 +14,7 @@ from difftori.errors import ConfigError, MissingExtraError
 from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure, run_one
 from difftori.experiments.sweep import Engine, report_result
-from difftori.runs.signals import StopSignal
+from difftori.runs.process import StopSignal
 
 _LOOK = 1.0
 _TO_SAVE = 60.0

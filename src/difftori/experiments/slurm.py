@@ -19,7 +19,7 @@ from difftori.experiments.plan import RunSpec, beside
 from difftori.experiments.pool import Failure, RunsFailedError, run_one
 from difftori.experiments.sweep import Engine, report_result
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.signals import StopSignal
+from difftori.runs.process import StopSignal
 
 _LOGGING = "SUBMITIT_LOG_LEVEL"
 _LOOK = 5.0

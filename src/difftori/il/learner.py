@@ -1,10 +1,11 @@
-"""Guarded updates of an imitation policy, and the complete training state, for an exact resume."""
+"""The training loop of imitation: epochs, guarded updates, and the complete training state, for an exact resume."""
 
 import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from difftori.il.distributed import Distributed
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
+from difftori.runs.run import seeded
 from difftori.types import Metrics, Scalar, Window, to_device
 
 MAX_SKIPS = 10
@@ -228,3 +230,39 @@ def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.
 def _copy(module: nn.Module) -> State:
     """Copy a module's state to the CPU, without shared memory."""
     return {name: v.detach().cpu().clone() if isinstance(v, Tensor) else v for name, v in module.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class TrainLoop:
+    """Trains a learner on the windows, in random order, until the last epoch.
+
+    The order depends on `seed` and the epoch only. `generator` provides the random numbers of the loss, on the device of the
+    policy; with several processes, each uses its own generator instead.
+    """
+
+    learner: Learner
+    windows: Dataset
+    seed: int
+    generator: torch.Generator
+
+    def epochs(self, before_update: Callable[[], None] = lambda: None) -> Iterator[Metrics]:
+        """Train from the learner's current epoch on. Yields the mean metrics of each epoch."""
+        while self.learner.train_state.epoch < self.learner.epochs:
+            yield self._epoch(before_update)
+
+    def _epoch(self, before_update: Callable[[], None]) -> Metrics:
+        train_state, settings = self.learner.train_state, self.learner.settings
+        order = seeded(self.seed, f"order of epoch {train_state.epoch}")
+        left = None if settings.updates is None else train_state.batch + settings.updates - train_state.step
+        for batch in islice(self.windows.batches(settings.batch_size, order), train_state.batch, left):
+            before_update()
+            self.learner.update(batch.to(self.generator.device), self._noise())
+        return self.learner.close_epoch()
+
+    def _noise(self) -> torch.Generator:
+        distributed = self.learner.distributed
+        if distributed.count == 1:
+            return self.generator
+        # a random stream per process and step is not part of the checkpoint
+        name = f"loss of step {self.learner.train_state.step} in process {distributed.rank}"
+        return seeded(self.seed, name, str(self.generator.device))

@@ -8,8 +8,7 @@ from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.il.base import WithBase, base_actions
-from difftori.il.learner import Learner, run_length
-from difftori.il.loop import TrainLoop
+from difftori.il.learner import Learner, TrainLoop, run_length
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.normalized import Base, NormalizedPolicy
 from difftori.runs.run import seeded

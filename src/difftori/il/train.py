@@ -18,17 +18,16 @@ from difftori.il.base import WithBase, copy_base, kept_base_actions
 from difftori.il.config import TrainConfig, parse_config
 from difftori.il.distributed import Distributed
 from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
-from difftori.il.learner import Learner, run_length
-from difftori.il.loop import TrainLoop
+from difftori.il.learner import Learner, TrainLoop, run_length
 from difftori.il.task_names import make_task
 from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import resolve_env
 from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
+from difftori.runs.process import StopSignal
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
-from difftori.runs.signals import StopSignal
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
 _log = logging.getLogger(__name__)

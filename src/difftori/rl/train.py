@@ -21,8 +21,8 @@ from difftori.rl.collector import Collector, EpisodeSummary, EvalResult
 from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
 from difftori.runs.checkpoint import State
+from difftori.runs.process import StopSignal
 from difftori.runs.run import Run, seeded
-from difftori.runs.signals import StopSignal
 from difftori.types import Actions, Metrics, Observations, RowFlags
 
 _STACK = 3

@@ -27,10 +27,9 @@ from pydantic import BaseModel, ValidationError
 
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
-from difftori.runs.locks import hold
 from difftori.runs.page import render
+from difftori.runs.process import hold, versions
 from difftori.runs.records import flat, read_config, read_metrics, read_summary, to_yaml
-from difftori.runs.versions import versions
 from difftori.types import Metrics
 
 if TYPE_CHECKING:
