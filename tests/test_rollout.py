@@ -7,7 +7,7 @@ from tiny_env.reach import ENV, STEPS, Reach, expert
 
 from difftori.errors import ConfigError
 from difftori.registry import make_env
-from difftori.rollout import make_step_policy, named, play, wilson_interval
+from difftori.rollout import PolicyInRows, evaluate_policy, named, run_episodes, wilson_interval
 from difftori.types import EntrySpec, TaskSpec
 
 
@@ -39,22 +39,22 @@ def idle(task: TaskSpec):
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_episodes_do_not_depend_on_how_many_are_played_at_once(rows):
     env = make_env(ENV, num_envs=rows, seed=0)
-    played = play(env, homing(spec()), spec(), range(7, 12))
-    alone = [play(make_env(ENV, num_envs=1, seed=3), homing(spec()), spec(), [seed])[0] for seed in range(7, 12)]
+    played = evaluate_policy(env, homing(spec()), spec(), range(7, 12))
+    alone = [evaluate_policy(make_env(ENV, num_envs=1, seed=3), homing(spec()), spec(), [seed])[0] for seed in range(7, 12)]
     assert played == alone
     assert all(episode.success for episode in played)
     assert len({episode.length for episode in played}) > 1, "they end at different times, which is what is tested"
 
 
 def test_an_episode_is_that_of_its_seed_and_ends_with_success_or_time():
-    (won,) = play(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
+    (won,) = evaluate_policy(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
     env = Reach()
     place = env.reset(seed=5)[0]
     needed = 1
     while not env.step(expert(place))[-1]["success"]:
         place, needed = env.seen(), needed + 1
     assert (won.seed, won.success, won.length) == (5, True, needed)
-    (lost,) = play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
+    (lost,) = evaluate_policy(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
     away = float(np.linalg.norm(Reach().reset(seed=5)[0]))
     assert (lost.success, lost.length) == (False, STEPS)
     assert lost.total == pytest.approx(-STEPS * away, rel=1e-5)
@@ -64,30 +64,47 @@ def test_an_episode_is_that_of_its_seed_and_ends_with_success_or_time():
 def test_the_first_observation_stands_for_those_before_it_and_then_come_the_last_ones():
     shown: list[torch.Tensor] = []
     task = spec(n_obs_steps=3, horizon=6, n_action_steps=1)
-    play(make_env(ENV, num_envs=1, seed=0), homing(task, shown), task, [5])
+    evaluate_policy(make_env(ENV, num_envs=1, seed=0), homing(task, shown), task, [5])
     first = torch.tensor(Reach().reset(seed=5)[0])
     assert torch.equal(shown[0][0], first.expand(3, 2))
     assert torch.equal(shown[1][0, :2], first.expand(2, 2)), "a step later, two of three are the first"
     assert not torch.equal(shown[1][0, 2], first)
 
 
-def test_following_a_policy_alone_is_playing_it():
-    env = make_env(ENV, num_envs=1, seed=0)
-    step = make_step_policy(homing(spec()), spec())
-    seen, _ = env.reset(seed=[5])
-    length, over = 0, False
-    while not over:
-        seen, _, _, _, info = env.step(step(seen))
-        length, over = length + 1, bool(info["success"][0])
-    (played,) = play(make_env(ENV, num_envs=1, seed=0), homing(spec()), spec(), [5])
-    assert played.length == length < STEPS
+def test_a_policy_keeps_history_and_plan_of_each_row_apart():
+    env = make_env(ENV, num_envs=3, seed=0)
+    together = [[] for _ in range(5)]
+    for step in run_episodes(env, PolicyInRows(homing(spec()), spec()), range(7, 12), until_success=True):
+        for row, number in step.active():
+            together[number].append(step.actions[row])
+    single = make_env(ENV, num_envs=1, seed=0)
+    for number, seed in enumerate(range(7, 12)):
+        steps = list(run_episodes(single, PolicyInRows(homing(spec()), spec()), [seed], until_success=True))
+        assert np.array_equal([step.actions[0] for step in steps], together[number])
+        assert [bool(step.ended[0]) for step in steps] == [False] * (len(steps) - 1) + [True]
+
+
+def test_a_seed_is_taken_only_when_a_row_is_free():
+    env, taken = make_env(ENV, num_envs=2, seed=0), []
+
+    def seeds():
+        for seed in range(100):
+            taken.append(seed)
+            yield seed
+
+    steps = run_episodes(env, PolicyInRows(idle(spec()), spec()), seeds())
+    for _ in range(STEPS):
+        next(steps)
+    assert taken == [0, 1]
+    next(steps)
+    assert taken == [0, 1, 2, 3]
 
 
 def test_an_environment_that_does_not_tell_of_success_is_refused(monkeypatch):
     step = Reach.step
     monkeypatch.setattr(Reach, "step", lambda self, action: (*step(self, action)[:4], {}))
     with pytest.raises(ConfigError, match="has no `success`"):
-        play(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
+        evaluate_policy(make_env(ENV, num_envs=1, seed=0), idle(spec()), spec(), [5])
 
 
 def test_images_come_with_their_channels_last():

@@ -1,19 +1,112 @@
-"""Executes an imitation policy in an environment: observation histories, plans, and the result of each episode."""
+"""Runs episodes in a vector of environments: the one loop of evaluation, demonstration and video; and policies in closed loop."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.video import Recording, frame
 from difftori.errors import ConfigError
 from difftori.types import Plans, TaskSpec, WindowObs
 
+ActInRows: TypeAlias = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
+"""(observation (N …), first (N), active (N)) → actions (N A). `first`: rows whose episode begins with this observation, so that
+what was kept from earlier steps is not valid for them. `active`: rows with an episode; the actions of the others do not matter."""
+
 Act: TypeAlias = Callable[[WindowObs], Plans]
 """A policy as a function from the last O observations of B rows, by name, to the actions (B H A)."""
+
+
+CHECKED_STEPS = 5_000
+"""Steps within which an episode of random actions must end in an environment without a declared limit."""
+
+
+class Transition(NamedTuple):
+    """One agent step of all N rows.
+
+    `episodes` (N): the number of the episode in each row, counted from 0 in the order of the seeds; None for a row without one.
+    `obs`: the observation before the step; `success` and `score` (N): the environment's, None if it reports none. `ended` (N):
+    rows whose episode ended with this step.
+    """
+
+    episodes: list[int | None]
+    obs: Observation
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    success: np.ndarray | None
+    score: np.ndarray | None
+    ended: np.ndarray
+
+    def active(self) -> Iterator[tuple[int, int]]:
+        """The rows with an episode, and the numbers of their episodes."""
+        return ((row, number) for row, number in enumerate(self.episodes) if number is not None)
+
+
+def run_episodes(
+    env: CheckedVectorEnv, act: ActInRows, seeds: Iterable[int], *, until_success: bool = False
+) -> Iterator[Transition]:
+    """Run one episode from each seed, `env.num_envs` in parallel, and yield every agent step of all rows.
+
+    `until_success`: an episode also ends when it succeeds. `seeds` is read when a row becomes free. Raises the environment's
+    errors; after `EnvironmentRestarted`, all running episodes are lost.
+    """
+    waiting = enumerate(seeds)
+    episodes: list[int | None] = [None] * env.num_envs
+    row_seeds: list[int | None] = [0] * env.num_envs
+    first = np.ones(env.num_envs, dtype=bool)
+    obs: Observation = np.empty(0)
+    while True:
+        for row in np.flatnonzero(first):
+            # a row without an episode idles in that of the last seed
+            episodes[row], row_seeds[row] = next(waiting, (None, row_seeds[row]))
+        active = np.array([number is not None for number in episodes])
+        if not active.any():
+            return
+        if first.any():
+            obs, _ = env.reset(seed=row_seeds, options={"reset_mask": first})
+        actions = act(obs, first, active)
+        next_obs, rewards, terminated, truncated, info = env.step(actions)
+        success, score = info.get("success"), info.get("score")
+        first = terminated | truncated
+        if until_success and success is not None:
+            first |= success.astype(bool) & active
+        yield Transition(list(episodes), obs, actions, rewards, terminated, success, score, first & active)
+        obs = next_obs
+
+
+def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
+    """Run an episode of random actions as far as needed to know that episodes end, and, if `success`, that success is reported.
+
+    One step is enough in an environment with a limit of steps. Raises `ConfigError`, and the environment's own errors: this is
+    called before training, to find then what an evaluation would find after it.
+    """
+    limited = env.metadata.get("max_episode_steps") is not None
+    box, numbers = env.action_space, np.random.default_rng(0)
+    low, high = (np.nan_to_num(bound, posinf=1.0, neginf=-1.0) for bound in (box.low, box.high))
+
+    def act(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
+        return numbers.uniform(low, high).astype(box.dtype)
+
+    reported = not success
+    for count, step in enumerate(run_episodes(env, act, [0]), 1):
+        reported |= step.success is not None
+        if reported and (limited or step.ended.any()):
+            return
+        if not limited and count >= CHECKED_STEPS:
+            raise ConfigError(
+                [
+                    f"env: an episode of {env.name} with random actions did not end within {count} steps, and no limit is declared. "
+                    "Fix: give --max-episode-steps"
+                ]
+            )
+    if not reported:
+        raise _no_success(env)
 
 
 @dataclass
@@ -27,6 +120,63 @@ class Episode:
     length: int = 0
 
 
+def evaluate_policy(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) -> list[Episode]:
+    """Run a policy for one episode from each seed, and return the results in the order of the seeds. An episode ends when it succeeds.
+
+    If the environment fails and is restarted, all episodes are run again; EnvironmentFailed is raised when no restarts are left.
+    Raises ConfigError if the environment never reports success.
+    """
+    while True:
+        episodes, reported = [Episode(seed) for seed in seeds], False
+        try:
+            for step in run_episodes(env, PolicyInRows(act, spec), seeds, until_success=True):
+                reported |= step.success is not None
+                for row, number in step.active():
+                    _add(episodes[number], step, row)
+        except EnvironmentRestarted:
+            continue
+        if not reported:
+            raise _no_success(env)
+        return episodes
+
+
+class PolicyInRows:
+    """A policy in closed loop: keeps each row's last O observations and the actions of its plan that are not yet executed.
+
+    A row computes a new plan after executing the `n_action_steps` actions of the previous one. The first observation of an
+    episode is repeated in place of earlier ones.
+    """
+
+    def __init__(self, act: Act, spec: TaskSpec):
+        self.act, self.spec = act, spec
+        self._history: dict[str, np.ndarray] = {}  # (N O …)
+        self._plans = np.zeros((0, spec.n_action_steps, spec.action_dim), dtype=np.float32)
+        self._executed = np.zeros(0, dtype=np.int64)  # number of executed actions of each row's plan
+
+    def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Return the next action of each row (N A); see `ActInRows`."""
+        rows, length = len(first), self.spec.n_action_steps
+        if len(self._executed) != rows:
+            self._plans = np.zeros((rows, length, self.spec.action_dim), dtype=np.float32)
+            self._executed = np.full(rows, length)
+            self._history = {}
+        for name, values in named(obs).items():
+            if name in self._history:
+                self._history[name] = np.concatenate((self._history[name][:, 1:], values[:, None]), 1)
+                self._history[name][first] = values[first, None]
+            else:
+                self._history[name] = np.repeat(values[:, None], self.spec.n_obs_steps, 1)
+        self._executed[first] = length
+        due = (self._executed >= length) & active
+        if due.any():
+            window: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self._history.items()}
+            self._plans[due] = self.act(window)[:, self.spec.present].cpu().numpy()
+            self._executed[due] = 0
+        actions = self._plans[np.arange(rows), np.minimum(self._executed, length - 1)]
+        self._executed += 1
+        return actions
+
+
 def named(observation: Observation) -> dict[str, np.ndarray]:
     """Return the observations of all rows by name, as policies get them. A single array is named `state`; images have channels last."""
     entries = observation if isinstance(observation, dict) else {"state": observation}
@@ -36,34 +186,28 @@ def named(observation: Observation) -> dict[str, np.ndarray]:
     }
 
 
-def play(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) -> list[Episode]:
-    """Run one episode from each seed, `env.num_envs` in parallel, and return them in the order of the seeds.
+def record(env: CheckedVectorEnv, act: ActInRows, *, seed: int, until_success: bool = False) -> Recording:
+    """Record the episode of a seed in an environment of one copy. Raises `RenderingError` if it renders no frames."""
+    if env.num_envs != 1:
+        raise ConfigError(
+            [f"{env.num_envs} copies of the environment cannot be recorded. Fix: create it with num_envs=1"]
+        )
+    frames: list[np.ndarray] = []
 
-    A row computes a new plan after executing the `n_action_steps` actions of the previous one. The first observation of an
-    episode is repeated in place of earlier ones. An episode ends when it succeeds. If the environment fails and is restarted,
-    all episodes are run again; EnvironmentFailed is raised when no restarts are left.
-    """
-    while True:
-        try:
-            return _Play(env, act, spec, seeds).run()
-        except EnvironmentRestarted:
-            continue
+    def watched(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
+        frames.append(frame(env))
+        return act(obs, first, active)
+
+    rewards = []
+    for step in run_episodes(env, watched, [seed], until_success=until_success):
+        rewards.append(float(step.rewards[0]))
+    frames.append(frame(env))
+    return Recording(np.stack(frames), np.array(rewards), float(env.metadata.get("render_fps", 30)))
 
 
-def make_step_policy(act: Act, spec: TaskSpec) -> Callable[[Observation], np.ndarray]:
-    """Return a function from one row's observation to its next action (1 A), for one episode."""
-    history: dict[str, list[np.ndarray]] = {}
-    waiting: list[np.ndarray] = []
-
-    def step(observation: Observation) -> np.ndarray:
-        for name, values in named(observation).items():
-            history[name] = [*history.get(name, [values] * spec.n_obs_steps)[1:], values]
-        if not waiting:
-            obs: WindowObs = {name: torch.from_numpy(np.stack(values, 1)) for name, values in history.items()}
-            waiting.extend(act(obs)[0, spec.present].cpu().numpy())
-        return waiting.pop(0)[None]
-
-    return step
+def episode_seed(seed: int, stream: str, index: int) -> int:
+    """Return the seed of one episode. `stream` separates training, evaluation and demonstrations."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little") >> 1
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -74,72 +218,16 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-class _Play:
-    """The state of one call of `play`."""
+def _add(episode: Episode, step: Transition, row: int) -> None:
+    """Add one step of a row to the result of its episode."""
+    episode.total += float(step.rewards[row])
+    episode.length += 1
+    episode.success = step.success is not None and bool(step.success[row])
+    score = episode.success if step.score is None else step.score[row]
+    episode.score = max(episode.score, float(score))
 
-    def __init__(self, env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]):
-        self.env, self.act, self.spec = env, act, spec
-        self.episodes = [Episode(seed) for seed in seeds]
-        self.waiting = list(range(len(seeds)))[::-1]
-        rows = env.num_envs
-        self.playing: list[int | None] = [None] * rows  # the episode in each row
-        self.cursor = np.full(rows, spec.n_action_steps)  # number of executed actions of each row's plan
-        self.plans = np.zeros((rows, spec.n_action_steps, spec.action_dim), dtype=np.float32)
-        self.history: dict[str, np.ndarray] = {}  # (rows O …)
 
-    def run(self) -> list[Episode]:
-        """Run all episodes."""
-        self._begin(np.ones(self.env.num_envs, dtype=bool))
-        while any(episode is not None for episode in self.playing):
-            self._plan()
-            rows = np.arange(self.env.num_envs)
-            actions = self.plans[rows, np.minimum(self.cursor, self.spec.n_action_steps - 1)]
-            self.cursor += 1
-            seen, rewards, terminated, truncated, info = self.env.step(actions)
-            if "success" not in info:
-                raise ConfigError(
-                    [f"env: {self.env.name} has no `success` in the info of its steps. Fix: report it in every step"]
-                )
-            self._push(named(seen))
-            over = terminated | truncated
-            for row, number in enumerate(self.playing):
-                if number is None:
-                    continue
-                episode = self.episodes[number]
-                episode.total += float(rewards[row])
-                episode.length += 1
-                episode.success = bool(info["success"][row])
-                episode.score = max(episode.score, float(info["score"][row] if "score" in info else episode.success))
-                over[row] |= episode.success
-            if over.any():
-                self._begin(over)
-        return self.episodes
-
-    def _begin(self, rows: np.ndarray) -> None:
-        """Start the next episodes in these rows. A row without an episode idles."""
-        seeds: list[int | None] = [0] * len(rows)
-        for row in np.flatnonzero(rows):
-            self.playing[row] = self.waiting.pop() if self.waiting else None
-            number = self.playing[row]
-            seeds[row] = self.episodes[-1 if number is None else number].seed
-        if all(episode is None for episode in self.playing):
-            return
-        seen, _ = self.env.reset(seed=seeds, options={"reset_mask": rows})
-        first = named(seen)
-        if not self.history:
-            self.history = {name: np.repeat(v[:, None], self.spec.n_obs_steps, 1) for name, v in first.items()}
-        for name, values in first.items():
-            self.history[name][rows] = values[rows, None]
-        self.cursor[rows] = self.spec.n_action_steps
-
-    def _push(self, seen: dict[str, np.ndarray]) -> None:
-        for name, values in seen.items():
-            self.history[name] = np.concatenate((self.history[name][:, 1:], values[:, None]), 1)
-
-    def _plan(self) -> None:
-        """Compute new plans for the active rows that have executed their plans."""
-        due = (self.cursor >= self.spec.n_action_steps) & np.array([episode is not None for episode in self.playing])
-        if due.any():
-            obs: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self.history.items()}
-            self.plans[due] = self.act(obs)[:, self.spec.present].cpu().numpy()
-            self.cursor[due] = 0
+def _no_success(env: CheckedVectorEnv) -> ConfigError:
+    return ConfigError(
+        [f"env: {env.name} has no `success` (or `is_success`) in the info of its steps. Fix: report it in every step"]
+    )

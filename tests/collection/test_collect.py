@@ -17,7 +17,7 @@ from difftori.collection.collect import CollectRequest, collect
 from difftori.collection.episode_log import open_log
 from difftori.envs.base import EnvironmentFailed
 from difftori.errors import ConfigError, DataError
-from difftori.rl.collector import episode_seed
+from difftori.rollout import episode_seed
 
 zarr = pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
 ENV = "my_lab.tiny_expert:FAMILY"

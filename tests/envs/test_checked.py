@@ -12,10 +12,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, ResetNeededError, WorkerError, env_spec
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.video import record, write_gif
+from difftori.envs.video import write_gif
 from difftori.envs.workers import launch
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
 from difftori.registry import make_env
+from difftori.rollout import record
 
 
 class TwoPartsError(Exception):
@@ -254,13 +255,13 @@ def test_agents_are_told_that_observations_by_name_are_not_for_them():
 
 
 def test_a_film_has_a_frame_more_than_rewards(tmp_path):
-    film = record(troubled(num_envs=1), lambda o: np.zeros((1, 1)), seed=3)
+    film = record(troubled(num_envs=1), lambda o, f, a: np.zeros((1, 1)), seed=3)
     assert film.frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert film.rewards.shape == (5,)
     write_gif(film, tmp_path / "film.gif")
     assert (tmp_path / "film.gif").stat().st_size > 0
     with pytest.raises(ConfigError, match="num_envs=1"):
-        record(troubled(), lambda o: CALM, seed=3)
+        record(troubled(), lambda o, f, a: CALM, seed=3)
 
 
 def own(task: str, *, num_envs: int, seed: int, what: str = "nothing", mode=AutoresetMode.DISABLED):

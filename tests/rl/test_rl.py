@@ -18,9 +18,10 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError
 from difftori.registry import find_agent, make_env
 from difftori.rl import train as rl
-from difftori.rl.collector import Collector, episode_seed, evaluate
+from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
-from difftori.rl.evaluate import evaluate_run, load_agent
+from difftori.rl.evaluate import evaluate, evaluate_run, load_agent
+from difftori.rollout import episode_seed
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.records import read_metrics, to_yaml
 
@@ -216,7 +217,7 @@ def test_returns_to_go_are_the_discounted_sum():
         return result
 
     env.step = watched
-    result = evaluate(env, lambda o, m, f: (torch.zeros(2, 1), {}), seed=0, episodes=2, discount=0.5, keep_every=1)
+    result = evaluate(env, lambda o, f, a: np.zeros((2, 1)), seed=0, episodes=2, discount=0.5, keep_every=1)
     expected = [sum(0.5 ** (k - t) * r for k, r in enumerate(rewards) if k >= t) for t in range(len(rewards))]
     np.testing.assert_allclose(sorted(result.returns_to_go[: len(rewards)]), sorted(expected), rtol=1e-6)
 

@@ -20,7 +20,7 @@ from difftori.envs.family import Expert, ResolvedEnv
 from difftori.envs.workers import launch
 from difftori.errors import ConfigError, DataError
 from difftori.registry import env_families, resolve_env
-from difftori.rl.collector import episode_seed
+from difftori.rollout import episode_seed
 from difftori.runs.process import versions
 
 SUCCESSES = "success at any step"

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 from gymnasium.vector import VectorEnv
 
-from difftori.errors import ConfigError, DifftoriError, NonFiniteError, ShapeError
+from difftori.errors import ConfigError, DifftoriError, MissingExtraError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
     from difftori.types import EnvSpec
@@ -24,6 +24,10 @@ WORKERS = ("sync", "async")
 
 class RenderingError(DifftoriError, RuntimeError):
     """Images cannot be rendered, because the OpenGL libraries or the device are missing. The message names the packages."""
+
+
+UNRECOVERABLE = (ConfigError, MissingExtraError, RenderingError, ShapeError, NonFiniteError)
+"""Errors that another start of the environment would repeat, so it is not restarted after them."""
 
 
 class WorkerError(DifftoriError, RuntimeError):
@@ -63,16 +67,12 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         raise ConfigError(
             [
                 f"{env.metadata.get('name', env)}: its observations are the dictionary {', '.join(observations)}, which is for "
-                "imitation; an agent takes one array. Fix: choose another obs, such as state"
+                "imitation; an agent takes one array. Fix: choose another obs, such as state, or make one vector of them with flatten_obs"
             ]
         )
     if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
         raise ConfigError(
             [f"spaces {observations} and {actions} are not supported. Fix: use Box observations and flat Box actions"]
-        )
-    if len(observations.shape) == 3 and observations.shape[0] > observations.shape[2] <= 4:
-        raise ConfigError(
-            [f"observations {observations} are images with the channels last. Fix: put the channels first"]
         )
     return EnvSpec(
         name=str(env.metadata.get("name", type(env).__name__)),
@@ -81,6 +81,7 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         action_dim=actions.shape[0],
         max_episode_steps=env.metadata.get("max_episode_steps"),
         action_repeat=env.metadata.get("action_repeat", 1),
+        action_bounds=env.metadata.get("action_bounds"),
     )
 
 

@@ -5,19 +5,19 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from difftori.envs.base import (
+    UNRECOVERABLE,
     EnvironmentFailed,
     EnvironmentRestarted,
     Observation,
-    RenderingError,
     ResetNeededError,
     WorkerError,
     clip_actions,
 )
-from difftori.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+from difftori.errors import ConfigError, NonFiniteError, ShapeError
 
 SEEDS = 2**31
 """Upper bound of sampled seeds, exclusive."""
@@ -115,7 +115,7 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         rewards = self._finite("rewards", rewards).astype(np.float64)
         self._steps += 1
         self._clipped += cut.any(axis=1)
-        terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
+        terminated, truncated = self._flags("terminated", terminated), self._flags("truncated", truncated)
         self._running = ~(terminated | truncated)
         return observations, rewards, terminated, truncated, self._info(info)
 
@@ -156,10 +156,31 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         return chosen
 
     def _owned(self, observations: Any) -> Any:
-        """Return a copy of the observations. Raises NonFiniteError for NaN or Inf."""
-        if isinstance(observations, dict):
-            return {name: self._finite(f"observations {name!r}", part) for name, part in observations.items()}
-        return self._finite("observations", observations)
+        """Return a copy of the observations. Raises ShapeError for other shapes than the space's, and NonFiniteError for NaN or Inf."""
+        space = self.observation_space
+        if isinstance(space, Dict):
+            return {
+                name: self._shaped(f"observations {name!r}", observations[name], box) for name, box in space.items()
+            }
+        return self._shaped("observations", observations, space)
+
+    def _shaped(self, what: str, values: np.ndarray, box: Space) -> np.ndarray:
+        """Return a copy of the values (num_envs, …), with the type of the box."""
+        values = np.asarray(values)
+        if values.shape != box.shape or not np.can_cast(values.dtype, box.dtype, "same_kind"):
+            raise ShapeError(
+                f"{self.name}, step {self._steps}: the {what} are {values.dtype} {values.shape}, but their space is {box.dtype} "
+                f"{box.shape}. Fix: return the declared shape and type"
+            )
+        return self._finite(what, values.astype(box.dtype, copy=False))
+
+    def _flags(self, what: str, values: np.ndarray) -> np.ndarray:
+        """Return a copy of the flags (num_envs)."""
+        if np.shape(values) != (self.num_envs,):
+            raise ShapeError(
+                f"{self.name}, step {self._steps}: {what} has shape {np.shape(values)}. Fix: return one flag per row"
+            )
+        return np.array(values, dtype=bool)
 
     def _finite(self, what: str, values: np.ndarray) -> np.ndarray:
         """Return a copy of the values (num_envs, …). Raises NonFiniteError for NaN or Inf."""
@@ -177,7 +198,7 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         """Return the result of `call`. If it fails, restart the environment and raise `EnvironmentRestarted`."""
         try:
             return call()
-        except (ConfigError, MissingExtraError, RenderingError):
+        except UNRECOVERABLE:
             raise
         except Exception as error:
             self._begun[:] = False

@@ -21,7 +21,7 @@ from gymnasium.vector import VectorEnv
 
 from difftori.envs.base import chosen_task
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.spaces import float32_observations, unit_actions
+from difftori.envs.spaces import CheckedEnv, flat_observations, unit_actions
 from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, suggest
 
@@ -116,12 +116,16 @@ class ResolvedEnv:
         timeout: float = TIMEOUT,
         restarts: int = 3,
         unit_actions: bool = True,
+        flatten_obs: bool = False,
+        max_episode_steps: int | None = None,
         **options: object,
     ) -> CheckedVectorEnv:
         """Create `num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
 
         `unit_actions` maps actions in [−1, 1] to the environment's own bounds, which agents need; False leaves the actions
-        unchanged. Default: True. Raises `ConfigError`, and the errors of the builder.
+        unchanged. Default: True. `flatten_obs` makes one vector of a Dict observation. `max_episode_steps` truncates episodes
+        after this number of environment steps, a multiple of the action repeat. Raises `ConfigError`, and the errors of the
+        builder.
         """
         build = self.family.build
         if self._vector and workers != "sync":
@@ -129,7 +133,7 @@ class ResolvedEnv:
         self._refuse_unknown(options)
         arguments = _filled(build, self, seed, num_envs) | options
         if not self._vector:
-            build_one = partial(_build, build, arguments, self.name, unit_actions)
+            build_one = partial(_build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps)
             return launch(
                 build_one,
                 name=self.name,
@@ -138,6 +142,13 @@ class ResolvedEnv:
                 workers=workers,
                 timeout=timeout,
                 restarts=restarts,
+            )
+        if flatten_obs or max_episode_steps is not None:
+            raise ConfigError(
+                [
+                    f"flatten_obs, max_episode_steps: {self.name!r} builds a vector environment, which these do not change. "
+                    "Fix: remove them, or return a single environment"
+                ]
             )
         build_all = partial(_build_vector, build, arguments, self.name, unit_actions)
         env = build_all()
@@ -205,13 +216,17 @@ def _parameters(build: Callable[..., object], name: str) -> dict[str, inspect.Pa
     return {parameter.name: parameter for parameter in parameters if parameter.kind in by_name}
 
 
-def _build(build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool) -> gymnasium.Env:
-    """Build one environment and convert its spaces to those that the library uses. Runs in the worker's process."""
+def _build(
+    build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool, flat: bool, limit: int | None
+) -> gymnasium.Env:
+    """Build one environment and convert it to the library's conventions. Runs in the worker's process."""
     env = build(**arguments)
     if not isinstance(env, gymnasium.Env):
         fix = "add the parameter num_envs to the function" if isinstance(env, VectorEnv) else "return a gymnasium.Env"
         raise ConfigError([f"env: {name!r} returned a {type(env).__name__}, not a gymnasium.Env. Fix: {fix}"])
-    env = float32_observations(env, name=name)
+    env = flat_observations(env, name=name) if flat else env
+    steps = None if limit is None else -(-limit // env.metadata.get("action_repeat", 1))
+    env = CheckedEnv(env, name=name, max_episode_steps=steps)
     return unit_actions(env, name=name) if unit else env
 
 

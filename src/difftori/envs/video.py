@@ -1,14 +1,13 @@
 """Videos of episodes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
 from difftori.envs.base import RenderingError
-from difftori.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,27 +19,25 @@ class Recording:
     fps: float
 
 
-def record(
-    env: VectorEnv, act: Callable[[np.ndarray], np.ndarray], *, seed: int, max_decisions: int = 10_000
-) -> Recording:
-    """Record the episode of a seed, for at most `max_decisions` agent steps (default: 10,000).
-
-    `env` has one copy. `act` maps observations (1, …) to actions (1, A).
-    Raises `RenderingError` if the environment renders no frames, and `ConfigError` for more than one copy.
-    """
-    if env.num_envs != 1:
-        raise ConfigError(
-            [f"{env.num_envs} copies of the environment cannot be recorded. Fix: create it with num_envs=1"]
-        )
-    observations, _ = env.reset(seed=[seed])  # pyright: ignore[reportArgumentType]
-    frames, rewards = [_frame(env)], []
-    for _ in range(max_decisions):
-        observations, reward, terminated, truncated, _ = env.step(act(observations))
-        frames.append(_frame(env))
-        rewards.append(float(reward[0]))
-        if terminated[0] or truncated[0]:
-            break
-    return Recording(np.stack(frames), np.array(rewards), float(env.metadata.get("render_fps", 30)))
+def write_video(recording: Recording, folder: Path, name: str) -> Path:
+    """Write the recording to `folder/name.mp4` (H.264), or, without PyAV, to `folder/name.gif`. Returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import av
+    except ImportError:
+        path = folder / f"{name}.gif"
+        write_gif(recording, path)
+        return path
+    path = folder / f"{name}.mp4"
+    height, width = (side - side % 2 for side in recording.frames.shape[1:3])  # yuv420p needs even sides
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(recording.fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in recording.frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
 
 
 def write_gif(recording: Recording, path: Path) -> None:
@@ -52,7 +49,8 @@ def write_gif(recording: Recording, path: Path) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
-def _frame(env: VectorEnv) -> np.ndarray:
+def frame(env: VectorEnv) -> np.ndarray:
+    """Return a frame (height width 3) uint8 of the first copy. Raises `RenderingError` if the environment renders none."""
     frames = env.render()
     if not frames or not isinstance(frames[0], np.ndarray):
         raise RenderingError(

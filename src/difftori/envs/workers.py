@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from difftori.envs.base import (
+    UNRECOVERABLE,
     WORKERS,
     Observation,
     RenderingError,
@@ -29,7 +30,7 @@ from difftori.envs.base import (
     stacked,
 )
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.errors import ConfigError, DifftoriError, MissingExtraError
+from difftori.errors import ConfigError, DifftoriError, MissingExtraError, NonFiniteError, ShapeError
 
 TIMEOUT = 120.0
 """Default time limit of a process to start, reset or step, in seconds. A first frame on a busy machine takes several."""
@@ -180,9 +181,11 @@ class ProcessWorker(Worker):
 _TYPED_ERRORS: dict[str, Callable[[str], DifftoriError]] = {
     "ConfigError": lambda text: ConfigError([text]),
     "MissingExtraError": MissingExtraError,
+    "NonFiniteError": NonFiniteError,
     "RenderingError": RenderingError,
+    "ShapeError": ShapeError,
 }
-"""Configuration errors. Their type is preserved across processes, and they do not cause a restart."""
+"""The errors `UNRECOVERABLE`. Their type is preserved across processes."""
 
 
 def _execute(env: gymnasium.Env, command: str, values: tuple) -> Any:
@@ -208,7 +211,7 @@ def _serve(build: CloudpickleWrapper, pipe: Connection) -> None:
             command, values = pipe.recv()
             try:
                 answer = True, _execute(env, command, values)
-            except (ConfigError, MissingExtraError, RenderingError) as error:
+            except UNRECOVERABLE as error:
                 answer = False, (type(error).__name__, str(error), "")
             pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -301,7 +304,9 @@ class WorkerVectorEnv(VectorEnv):
             except Exception as error:
                 failures[row] = error
         for row, error in failures.items():
-            if isinstance(error, (ConfigError, MissingExtraError, RenderingError)):
+            if isinstance(error, (ShapeError, NonFiniteError)):
+                raise type(error)(f"{error} (row {row})") from error
+            if isinstance(error, UNRECOVERABLE):
                 raise error
             what = str(error) if isinstance(error, _Fault) else f"{type(error).__name__}: {error}"
             raise WorkerError(

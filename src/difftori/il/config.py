@@ -61,6 +61,8 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     `last`, because few episodes are held out)."""
     num_envs: int | None = Field(None, ge=1)
     """Number of environments that run in parallel during an evaluation (default: 25)."""
+    max_episode_steps: int | None = Field(None, ge=1)
+    """Number of environment steps after which an evaluation episode is truncated (default: the environment's limit)."""
     workers: str | None = None
     """Execution of parallel environments: `sync` in one process, or `async` in one process each (default: the environment's)."""
     device: str = "cpu"

@@ -16,10 +16,10 @@ from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import EnvFamily, ResolvedEnv
-from difftori.envs.video import record, write_gif
+from difftori.envs.video import write_video
 from difftori.errors import ConfigError
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.rollout import Episode, make_step_policy, named, play, wilson_interval
+from difftori.rollout import Episode, PolicyInRows, check_episode, evaluate_policy, named, record, wilson_interval
 from difftori.runs.run import seeded
 from difftori.types import TaskSpec
 
@@ -43,6 +43,7 @@ class EnvEvaluator:
     obs: str | None = None
     num_envs: int = EVAL_ROWS
     workers: str | None = None
+    max_episode_steps: int | None = None
 
     def evaluate(self, act: Act, spec: TaskSpec, *, episodes: int) -> Evaluation:
         """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score.
@@ -51,23 +52,27 @@ class EnvEvaluator:
         """
         env = self.open(min(self.num_envs, episodes))
         try:
-            played = play(env, act, spec, range(TEST_SEED, TEST_SEED + episodes))
+            played = evaluate_policy(env, act, spec, range(TEST_SEED, TEST_SEED + episodes))
         finally:
             env.close()
         return Evaluation(_metrics(played), _columns(played))
 
-    def film(self, act: Act, spec: TaskSpec, path: Path) -> None:
-        """Record the first evaluation episode as a GIF. Raises RenderingError if the environment cannot render."""
+    def film(self, act: Act, spec: TaskSpec, run_dir: Path) -> Path:
+        """Record the first evaluation episode in the run's `media/`. Raises RenderingError if the environment cannot render."""
         env = self.open(1)
         try:
-            path.parent.mkdir(exist_ok=True)
-            write_gif(record(env, make_step_policy(act, spec), seed=TEST_SEED), path)
+            recording = record(env, PolicyInRows(act, spec), seed=TEST_SEED, until_success=True)
         finally:
             env.close()
+        return write_video(recording, run_dir / "media", "episode")
 
     def open(self, num_envs: int) -> CheckedVectorEnv:
         """Create `num_envs` copies of the environment."""
-        options: dict[str, Any] = {"obs": self.obs, "workers": self.workers}
+        options: dict[str, Any] = {
+            "obs": self.obs,
+            "workers": self.workers,
+            "max_episode_steps": self.max_episode_steps,
+        }
         given = {name: value for name, value in options.items() if value is not None}
         # Recorded actions are in the environment's units, so actions are not rescaled.
         return self.env.make(num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
@@ -96,6 +101,7 @@ def env_task(
     n_action_steps: int | None = None,
     num_envs: int = EVAL_ROWS,
     workers: str | None = None,
+    max_episode_steps: int | None = None,
 ) -> EnvTask:
     """Create the task: windows of the demonstrations at `demos`, and the environment for evaluation.
 
@@ -107,12 +113,14 @@ def env_task(
     n_obs_steps = own[0] if n_obs_steps is None else n_obs_steps
     horizon = own[1] if horizon is None else horizon
     n_action_steps = own[2] if n_action_steps is None else n_action_steps
-    single = EnvEvaluator(env, obs).open(1)
+    evaluator = EnvEvaluator(env, obs, num_envs, workers, max_episode_steps)
+    single = replace(evaluator, workers=None).open(1)
     try:
         space = single.single_action_space
         assert isinstance(space, Box)
         low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
         seen = {key: values.shape[1:] for key, values in named(single.reset(seed=TEST_SEED)[0]).items()}
+        check_episode(single, success=True)
     finally:
         single.close()
     shown_obs = obs or str(env.options.get("obs", ""))
@@ -136,7 +144,7 @@ def env_task(
     sets = [
         Windows(part, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach) for part in (train, validation)
     ]
-    return EnvTask(spec, sets[0], sets[1], EnvEvaluator(env, obs, num_envs, workers))
+    return EnvTask(spec, sets[0], sets[1], evaluator)
 
 
 def _recorded(

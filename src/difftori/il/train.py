@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import resolve_env
 from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
-from difftori.runs.process import StopSignal
+from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
@@ -104,11 +104,13 @@ def _train(
                 show(row)
             if distributed.any(stop.requested):  # requested at the end of the last epoch, which is saved
                 stop.leave()
-
-        if not distributed.is_main:
-            return {}
-        export(out, config, learner, task.spec)
-        summary, episodes = summarise(learner, task, config)
+            if not distributed.is_main:
+                return {}
+            export(out, config, learner, task.spec)
+            try:
+                summary, episodes = summarise(learner, task, config, stop.check)
+            except StopRequested:  # the evaluation is repeated when the run is resumed
+                stop.leave()
         replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
         run.finish(summary)
         return summary
@@ -116,7 +118,17 @@ def _train(
 
 def open_task(config: TrainConfig) -> ImitationTask:
     """Create the task of a configuration. Raises ConfigError for an option that the task does not have, and the errors of its factory."""
-    options = ("demos", "obs", "n_obs_steps", "horizon", "n_action_steps", "num_train", "num_envs", "workers")
+    options = (
+        "demos",
+        "obs",
+        "n_obs_steps",
+        "horizon",
+        "n_action_steps",
+        "num_train",
+        "num_envs",
+        "workers",
+        "max_episode_steps",
+    )
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
@@ -156,9 +168,12 @@ def _warn_of_warmup(settings: PolicyConfig, updates: int) -> None:
 
 
 def summarise(
-    learner: Learner, task: ImitationTask, config: TrainConfig
+    learner: Learner, task: ImitationTask, config: TrainConfig, watch: Callable[[], None]
 ) -> tuple[Metrics, dict[str, dict[str, list[float]]]]:
-    """Evaluate the weights named in the configuration, all from the same starts. Returns the summary, and the results by episode."""
+    """Evaluate the weights named in the configuration, all from the same starts. Returns the summary, and the results by episode.
+
+    `watch` is called before every plan; what it raises ends the evaluation.
+    """
     train_state = learner.train_state
     summary: Metrics = {
         "epochs": float(train_state.epoch),
@@ -173,11 +188,11 @@ def summarise(
     which = config.weights or ("both" if config.demos is None else "last")
     found: dict[str, Evaluation] = {}
     if which != "best":
-        found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+        found["last"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes, watch=watch)
     if which != "last":
         if learner.best is not None and (train_state.best_epoch != train_state.epoch or "last" not in found):
             learner.acting.policy.load_state_dict(learner.best)
-            found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes)
+            found["best"] = evaluate(learner.acting, task, config, episodes=config.eval_episodes, watch=watch)
         else:
             found["best"] = found["last"]
     for name, result in found.items():
@@ -185,9 +200,16 @@ def summarise(
     return summary, {name: result.episodes for name, result in found.items()}
 
 
-def evaluate(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, *, episodes: int) -> Evaluation:
+def evaluate(
+    policy: NormalizedPolicy,
+    task: ImitationTask,
+    config: TrainConfig,
+    *,
+    episodes: int,
+    watch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate a policy by the task's own measure, from starts that depend only on the seed and the number of episodes."""
-    act = _seeded_actor(policy, config)
+    act = seeded_actor(policy, config, watch)
     return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
 
 
@@ -199,22 +221,27 @@ def evaluate_run(
     `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). `video`: record the first episode in the
     folder `media` of the run. The demonstrations are not needed if the run has an environment.
     """
-    in_env = read_config(run_dir).get("demos") is not None
-    policy, config = load_policy(run_dir, which or ("last" if in_env else "best"), device=device)
+    policy, config = load_policy(run_dir, which, device=device)
     count = episodes or config.eval_episodes
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        if not in_env:
+        if config.demos is None:
             if video:
                 raise ConfigError(
                     [f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"]
                 )
             return evaluate(policy, open_task(config), config, episodes=count).metrics
-        evaluator = EnvEvaluator(resolve_env(config.env), config.obs, config.num_envs or EVAL_ROWS, config.workers)
+        evaluator = EnvEvaluator(
+            resolve_env(config.env),
+            config.obs,
+            config.num_envs or EVAL_ROWS,
+            config.workers,
+            config.max_episode_steps,
+        )
         if video:
-            evaluator.film(_seeded_actor(policy, config), policy.spec, run_dir / "media" / "episode.gif")
-        return evaluator.evaluate(_seeded_actor(policy, config), policy.spec, episodes=count).metrics
+            evaluator.film(seeded_actor(policy, config), policy.spec, run_dir)
+        return evaluator.evaluate(seeded_actor(policy, config), policy.spec, episodes=count).metrics
     finally:
         torch.set_num_threads(threads)
 
@@ -230,16 +257,19 @@ def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> 
     write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
 
 
-def load_policy(run_dir: Path, which: Which = "best", *, device: str = "cpu") -> tuple[NormalizedPolicy, TrainConfig]:
+def load_policy(
+    run_dir: Path, which: Which | None = None, *, device: str = "cpu"
+) -> tuple[NormalizedPolicy, TrainConfig]:
     """Load the policy of a run, for inference on `device`. Returns it with the run's configuration (with that device).
 
-    For an unfinished run, the weights are those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or
+    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or
     its policy is unknown, and CheckpointError if the weights are missing or damaged.
     """
     config = parse_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "policy.pt")
     if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
         state = {**state, "base": read_weights(run_dir / "base.pt")}
+    which = which or ("best" if config.demos is None else "last")
     return _restored(state, config, which, str(run_dir)), config
 
 
@@ -268,12 +298,13 @@ def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
 
 
-def _seeded_actor(policy: NormalizedPolicy, config: TrainConfig) -> Act:
+def seeded_actor(policy: NormalizedPolicy, config: TrainConfig, watch: Callable[[], None] = lambda: None) -> Act:
     """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator."""
     policy.policy.eval()
     generator = seeded(config.seed, "evaluation: policy", config.device)
 
     def act(obs: WindowObs) -> Plans:
+        watch()
         return policy.act(to_device(obs, generator.device), generator=generator).detach().cpu()
 
     return act

@@ -1,6 +1,5 @@
-"""Collect episodes in a vector of environments, and run evaluation episodes."""
+"""Collects training episodes in a vector of environments."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
+from difftori.rollout import episode_seed
 from difftori.runs.checkpoint import State
 from difftori.types import Actions, Observations, RowFlags
 
@@ -183,74 +183,3 @@ class Collector:
 
     def _idle(self) -> np.ndarray:
         return np.zeros(self.env.single_action_space.shape or (), dtype=np.float32)
-
-
-def episode_seed(seed: int, stream: str, index: int) -> int:
-    """A seed for one episode. `stream` separates training and evaluation."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little") >> 1
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Evaluation episodes: their returns (N) and lengths (N), and observations, actions and rewards, one entry per agent step.
-
-    `returns_to_go` is the discounted return that followed. After a time limit it is continued with the mean reward of the
-    second half of the episode, because values extend beyond time limits.
-    """
-
-    returns: np.ndarray
-    lengths: np.ndarray
-    obs: np.ndarray
-    actions: np.ndarray
-    returns_to_go: np.ndarray
-
-
-def evaluate(
-    env: CheckedVectorEnv, act: ActInEnvs, *, seed: int, episodes: int, discount: float, keep_every: int = 10
-) -> EvalResult:
-    """Run `episodes` episodes, in parallel in all copies of `env`, with seeds that depend only on `seed` and their number.
-
-    The result has the observation, the action and the discounted return of every `keep_every`-th agent step. Truncated
-    episodes contribute their first half only.
-    """
-    returns, lengths = [], []
-    records: list[tuple[np.ndarray, np.ndarray, float]] = []
-    for start in range(0, episodes, env.num_envs):
-        wanted = min(env.num_envs, episodes - start)
-        seeds: list[int | None] = [episode_seed(seed, "evaluation", start + i) for i in range(env.num_envs)]
-        obs, _ = env.reset(seed=seeds)
-        first, memory = np.ones(env.num_envs, dtype=bool), None
-        going = np.arange(env.num_envs) < wanted
-        tracks: list[list[tuple[np.ndarray, np.ndarray, float]]] = [[] for _ in range(env.num_envs)]
-        while going.any():
-            actions, memory = act(torch.from_numpy(obs), memory, torch.from_numpy(first))
-            chosen = actions.cpu().numpy()
-            next_obs, rewards, terminated, truncated, _ = env.step(chosen)
-            ends = terminated | truncated
-            for row in np.flatnonzero(going):
-                seen = obs[row] if len(tracks[row]) % keep_every == 0 else obs[row][:0]
-                tracks[row].append((seen, chosen[row], float(rewards[row])))
-                if ends[row]:
-                    returns.append(sum(reward for _, _, reward in tracks[row]))
-                    lengths.append(len(tracks[row]))
-                    records += _returns_to_go(tracks[row], bool(terminated[row]), discount, keep_every)
-            going &= ~ends
-            obs, first = next_obs, ends
-            if ends.any():
-                obs, _ = env.reset(options={"reset_mask": ends})
-    stacked = [np.stack(part) for part in zip(*records, strict=True)]
-    return EvalResult(np.array(returns), np.array(lengths), stacked[0], stacked[1], stacked[2].astype(np.float32))
-
-
-def _returns_to_go(
-    track: list[tuple[np.ndarray, np.ndarray, float]], terminated: bool, discount: float, keep_every: int
-) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    second_half = [reward for _, _, reward in track[len(track) // 2 :]]
-    endless = sum(second_half) / len(second_half) / (1 - discount) if discount < 1 else 0.0
-    total, found = (0.0 if terminated else endless), []
-    for index in reversed(range(len(track))):
-        seen, action, reward = track[index]
-        total = reward + discount * total
-        if index % keep_every == 0 and (terminated or index <= len(track) // 2):
-            found.append((seen, action, total))
-    return found

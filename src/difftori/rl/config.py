@@ -36,6 +36,10 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Number of environments that run in parallel, with one solve for all of them."""
     action_repeat: int | None = Field(None, ge=1)
     """Environment steps per agent step. Default: the paper's for its 15 tasks, else 2."""
+    max_episode_steps: int | None = Field(None, ge=1)
+    """Truncate episodes after this number of environment steps. Default: the environment's own limit."""
+    flatten_obs: bool = False
+    """Make one vector of an environment's Dict observation."""
     render: Literal["default", "fast", "warp"] = "default"
     """Rendering of images. Only results with `default` are comparable with published ones."""
     workers: Literal["sync", "async"] = "sync"
@@ -78,7 +82,14 @@ class RLConfig(BaseModel, Generic[SettingsT]):
         requested: dict[str, Any] = {"obs": self.obs, "action_repeat": self.action_repeat, "render": self.render}
         known = self.environment.options
         options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
-        return self.environment.make(num_envs=num_envs, seed=self.seed, workers=self.workers, **options)
+        return self.environment.make(
+            num_envs=num_envs,
+            seed=self.seed,
+            workers=self.workers,
+            flatten_obs=self.flatten_obs,
+            max_episode_steps=self.max_episode_steps,
+            **options,
+        )
 
 
 def parse_rl_config(

@@ -1,22 +1,23 @@
 """Evaluate an agent during training, and from a run directory."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from difftori.envs.base import EnvironmentRestarted
+from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.video import record, write_gif
+from difftori.envs.video import write_video
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
-from difftori.rl.collector import ActInEnvs, EvalResult, episode_seed, evaluate
 from difftori.rl.config import RLConfig, parse_rl_config
+from difftori.rollout import ActInRows, episode_seed, record, run_episodes
 from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
-from difftori.types import Actions, EnvSpec, Metrics, Observations, RowFlags
+from difftori.types import EnvSpec, Metrics
 
 _ROWS = 10
 
@@ -26,34 +27,105 @@ def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
     return config.open_env(min(_ROWS, episodes))
 
 
+@dataclass(frozen=True)
+class EvalResult:
+    """Evaluation episodes: their returns (N) and lengths (N), and observations, actions and rewards, one entry per agent step.
+
+    `returns_to_go` is the discounted return that followed. After a time limit it is continued with the mean reward of the
+    second half of the episode, because values extend beyond time limits.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    obs: np.ndarray
+    actions: np.ndarray
+    returns_to_go: np.ndarray
+
+
 def evaluate_agent(
-    agent: Agent, env: CheckedVectorEnv, config: RLConfig, agent_steps: int, episodes: int | None = None
+    agent: Agent,
+    env: CheckedVectorEnv,
+    config: RLConfig,
+    agent_steps: int,
+    episodes: int | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> EvalResult:
-    """Run episodes on the evaluation seeds, without exploration. The same call gives the same numbers."""
+    """Run episodes on the evaluation seeds, without exploration. The same call gives the same numbers.
+
+    `watch` is called before every agent step; what it raises ends the evaluation.
+    """
     discount = getattr(agent.config, "discount", 0.99)
     while True:  # until an evaluation finishes without a failure, or the restarts are used up
         act = _deterministic(agent, config, agent_steps)
+
+        def watched(obs: Observation, first: np.ndarray, active: np.ndarray, act: ActInRows = act) -> np.ndarray:
+            watch()
+            return act(obs, first, active)
+
         try:
-            return evaluate(env, act, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount)
+            return evaluate(
+                env, watched, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount
+            )
         except EnvironmentRestarted:
             continue
 
 
-def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> ActInEnvs:
-    """The agent without exploration, with its own generator for evaluation."""
-    generator = seeded(config.seed, "evaluation", config.device)
+def evaluate(
+    env: CheckedVectorEnv, act: ActInRows, *, seed: int, episodes: int, discount: float, keep_every: int = 10
+) -> EvalResult:
+    """Run `episodes` episodes, in parallel in all copies of `env`, with seeds that depend only on `seed` and their number.
 
-    def act(obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
-        return agent.act(
-            obs.to(config.device),
-            memory,
-            first=first.to(config.device),
-            step=agent_steps,
-            explore=False,
-            generator=generator,
+    The result has the observation, the action and the discounted return of every `keep_every`-th agent step. Truncated
+    episodes contribute their first half only.
+    """
+    tracks: list[list[tuple[np.ndarray, np.ndarray, float]]] = [[] for _ in range(episodes)]
+    terminated = np.zeros(episodes, dtype=bool)
+    seeds = [episode_seed(seed, "evaluation", number) for number in range(episodes)]
+    for step in run_episodes(env, act, seeds):
+        assert isinstance(step.obs, np.ndarray)
+        for row, number in step.active():
+            track = tracks[number]
+            kept = step.obs[row] if len(track) % keep_every == 0 else step.obs[row][:0]
+            track.append((kept, step.actions[row], float(step.rewards[row])))
+            terminated[number] = step.terminated[row]
+    returns = np.array([sum(reward for _, _, reward in track) for track in tracks])
+    records = [
+        record
+        for track, final in zip(tracks, terminated, strict=True)
+        for record in _returns_to_go(track, bool(final), discount, keep_every)
+    ]
+    obs, actions, returns_to_go = (np.stack(part) for part in zip(*records, strict=True))
+    lengths = np.array([len(track) for track in tracks])
+    return EvalResult(returns, lengths, obs, actions, returns_to_go.astype(np.float32))
+
+
+class AgentInRows:
+    """An agent in closed loop: keeps its memory between steps. Without exploration, unless `explore`.
+
+    `step`: number of agent steps of its training, for schedules.
+    """
+
+    def __init__(self, agent: Agent, *, step: int, generator: torch.Generator, explore: bool = False):
+        self.agent, self.step, self.generator, self.explore = agent, step, generator, explore
+        self._memory: Memory | None = None
+
+    def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Return the action of each row (N A) in [−1, 1]; see `ActInRows`."""
+        device = self.generator.device
+        actions, self._memory = self.agent.act(
+            torch.as_tensor(obs).to(device),
+            self._memory,
+            first=torch.from_numpy(first).to(device),
+            step=self.step,
+            explore=self.explore,
+            generator=self.generator,
         )
+        return actions.cpu().numpy()
 
-    return act
+
+def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> AgentInRows:
+    """The agent without exploration, with its own generator for evaluation."""
+    return AgentInRows(agent, step=agent_steps, generator=seeded(config.seed, "evaluation", config.device))
 
 
 def eval_metrics(result: EvalResult) -> Metrics:
@@ -107,30 +179,22 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
     env = open_evaluation(config, count)
     try:
         if video:
-            film(agent, config, agent_steps, run_dir / "media" / "episode.gif")
+            film(agent, config, agent_steps, run_dir)
         return eval_metrics(evaluate_agent(agent, env, config, agent_steps, count))
     finally:
         env.close()
         torch.set_num_threads(threads)
 
 
-def film(agent: Agent, config: RLConfig, agent_steps: int, path: Path) -> None:
-    """Write the first evaluation episode as a GIF. Raises RenderingError if the environment renders nothing."""
+def film(agent: Agent, config: RLConfig, agent_steps: int, run_dir: Path) -> Path:
+    """Record the first evaluation episode in the run's `media/`. Raises RenderingError if the environment renders nothing."""
     env = config.open_env(1)
-    act = _deterministic(agent, config, agent_steps)
-    memory: Memory | None = None
-
-    def step(obs: np.ndarray) -> np.ndarray:
-        nonlocal memory
-        first = torch.full((len(obs),), memory is None)
-        actions, memory = act(torch.from_numpy(obs), memory, first)
-        return actions.cpu().numpy()
-
     try:
-        path.parent.mkdir(exist_ok=True)
-        write_gif(record(env, step, seed=episode_seed(config.seed, "evaluation", 0)), path)
+        act = _deterministic(agent, config, agent_steps)
+        recording = record(env, act, seed=episode_seed(config.seed, "evaluation", 0))
     finally:
         env.close()
+    return write_video(recording, run_dir / "media", "episode")
 
 
 def spec_state(spec: EnvSpec) -> State:
@@ -141,3 +205,17 @@ def spec_state(spec: EnvSpec) -> State:
 def spec_from(state: State) -> EnvSpec:
     """Restore a specification from the output of `spec_state`."""
     return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})
+
+
+def _returns_to_go(
+    track: list[tuple[np.ndarray, np.ndarray, float]], terminated: bool, discount: float, keep_every: int
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    second_half = [reward for _, _, reward in track[len(track) // 2 :]]
+    endless = sum(second_half) / len(second_half) / (1 - discount) if discount < 1 else 0.0
+    total, found = (0.0 if terminated else endless), []
+    for index in reversed(range(len(track))):
+        seen, action, reward = track[index]
+        total = reward + discount * total
+        if index % keep_every == 0 and (terminated or index <= len(track) // 2):
+            found.append((seen, action, total))
+    return found

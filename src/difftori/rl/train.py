@@ -1,11 +1,12 @@
 """The training loop of reinforcement learning."""
 
+import logging
 import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,17 @@ from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
-from difftori.rl.collector import Collector, EpisodeSummary, EvalResult
+from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
-from difftori.rl.evaluate import eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
+from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
+from difftori.rollout import check_episode
 from difftori.runs.checkpoint import State
-from difftori.runs.process import StopSignal
+from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.run import Run, seeded
 from difftori.types import Actions, Metrics, Observations, RowFlags
 
 _STACK = 3
+_log = logging.getLogger(__name__)
 
 
 def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
@@ -62,6 +65,16 @@ class _Session:
         self.config, self.out, self.run = config, run.path, run
         env = config.open_env(config.num_envs)
         self.spec = env_spec(env)
+        if self.spec.max_episode_steps is None:
+            with closing(config.open_env(1)) as single:
+                check_episode(single, success=False)
+        if config.steps <= config.settings.seed_steps * self.spec.action_repeat:
+            _log.warning(
+                "steps: all %d environment steps are random, because seed_steps are %d agent steps, so no update is made. "
+                "Fix: increase --steps, or decrease --seed-steps",
+                config.steps,
+                config.settings.seed_steps,
+            )
         self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)
@@ -115,10 +128,12 @@ class _Session:
                 if stop.requested:
                     self.save()
                     stop.leave()
-                self._evaluate_and_save(show)
+                try:
+                    self._evaluate_and_save(stop, show)
+                except StopRequested:  # the evaluation is repeated when the run is resumed
+                    self.save()
+                    stop.leave()
                 if self.env_steps >= self.config.steps:
-                    if stop.requested:  # during the last evaluation; everything is saved
-                        stop.leave()
                     return
             self.collecting = True
             ended: list[EpisodeSummary] = []
@@ -194,9 +209,9 @@ class _Session:
             )
             self._sums = {}
 
-    def _evaluate_and_save(self, show) -> None:
+    def _evaluate_and_save(self, stop: StopSignal, show) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
-            row = self.evaluate()
+            row = self.evaluate(stop.check)
             self.run.log(self.env_steps, row)
             show(self.env_steps, self.updates, row)
         if self._due(self.saved_at, self.config.save_every):
@@ -207,12 +222,12 @@ class _Session:
         now, last = self.env_steps, self.env_steps >= self.config.steps
         return now > before and (last or now // every > before // every)
 
-    def evaluate(self) -> Metrics:
-        """Evaluate the agent, and compute its diagnostics."""
+    def evaluate(self, watch: Callable[[], None]) -> Metrics:
+        """Evaluate the agent, and compute its diagnostics. `watch` is called before every agent step."""
         began = time.perf_counter()
         if self._eval_env is None:
             self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
-        result = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.agent_steps)
+        result = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.agent_steps, watch=watch)
         self.evaluations.append((self.env_steps, float(result.returns.mean())))
         row = eval_metrics(result) | self._value_calibration(result)
         if self.updates:

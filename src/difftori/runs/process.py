@@ -63,6 +63,10 @@ _TIME_IS_UP = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()
 _log = logging.getLogger(__name__)
 
 
+class StopRequested(Exception):
+    """Raised by `StopSignal.check`, to end an evaluation. The trainer saves a checkpoint and leaves."""
+
+
 class StopSignal:
     """A context manager in which SIGTERM, SIGINT and SIGUSR2 only set `requested`. It restores the handlers at the end.
 
@@ -88,6 +92,11 @@ class StopSignal:
     def requested(self) -> bool:
         """Whether the loop should save and exit."""
         return self.received is not None
+
+    def check(self) -> None:
+        """Raise `StopRequested` if a signal was received."""
+        if self.requested:
+            raise StopRequested
 
     def leave(self) -> NoReturn:
         """End the process with exit code 128 + the number of the signal: 143 for SIGTERM, 130 for SIGINT."""

@@ -1,0 +1,194 @@
+"""`difftori.load(RUN)`: a trained policy or agent that acts in your own loop."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftori.envs.base import rescaled
+from difftori.errors import NonFiniteError, ShapeError
+from difftori.il.train import load_policy, seeded_actor
+from difftori.rl.evaluate import AgentInRows, load_agent
+from difftori.rollout import ActInRows, PolicyInRows
+from difftori.runs.records import read_config
+from difftori.runs.run import seeded
+from difftori.trainers import trainer_of
+from difftori.types import EntrySpec
+
+Array: TypeAlias = np.ndarray | Tensor
+_STATE = "state"
+
+
+def load(run: str | Path, *, which: Literal["best", "last"] | None = None, device: str = "cpu") -> "LoadedPolicy":
+    """Load the policy or the agent of a run directory, to act with it.
+
+    `which`: the weights of a policy, as in `difftori eval` (default: `last` for runs with demonstrations, otherwise `best`).
+    `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
+    checkpoint.
+
+    Raises ConfigError if `run` is not a run directory, and CheckpointError if its weights are missing or damaged.
+    """
+    folder = Path(run)
+    config = read_config(folder)
+    if trainer_of(config).key == "policy":
+        policy, policy_config = load_policy(folder, which, device=device)
+        spec = policy.spec
+        act = PolicyInRows(seeded_actor(policy, policy_config), spec)
+        return LoadedPolicy(act, policy_config.policy, spec.obs, spec.low, spec.high, scaled=False)
+    agent, agent_config, steps = load_agent(folder, device=device)
+    generator = seeded(agent_config.seed, "evaluation", device)
+    entry = EntrySpec(agent.spec.obs_shape, agent.spec.obs_dtype)
+    ones = (1.0,) * agent.spec.action_dim
+    low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
+    act = AgentInRows(agent, step=steps, generator=generator)
+    return LoadedPolicy(act, agent_config.agent, {_STATE: entry}, low, high, scaled=True)
+
+
+@final
+class LoadedPolicy:
+    """A trained policy or agent in closed loop, in one environment or in several at once.
+
+    `obs`: the observations of one step that it needs, by name; images are (height width channels) for policies, stacked frames
+    with channels first for agents. `low` and `high`: bounds of the actions (A), in the environment's units. Call `reset` when an
+    episode begins. The history of observations, the rest of a predicted plan, and the warm start of a solve are kept inside.
+    """
+
+    def __init__(
+        self,
+        act: ActInRows,
+        name: str,
+        obs: Mapping[str, EntrySpec],
+        low: tuple[float, ...],
+        high: tuple[float, ...],
+        *,
+        scaled: bool,
+    ):
+        self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
+        self._act, self._scaled = act, scaled
+        self._first: np.ndarray | None = None
+        self._frames: np.ndarray | None = None
+
+    def reset(self, rows: np.ndarray | None = None) -> None:
+        """Begin new episodes: in all environments, or, of several, in those where the mask `rows` (B) is true.
+
+        Raises ShapeError if the mask does not fit the rows of the last `act`.
+        """
+        if rows is None:
+            self._first = None
+            return
+        mask = np.asarray(rows, dtype=bool)
+        if self._first is None or mask.shape != self._first.shape:
+            known = "no rows yet" if self._first is None else f"{len(self._first)} rows"
+            raise ShapeError(
+                f"reset: rows has shape {mask.shape}, but there are {known}. Fix: reset() begins all of them"
+            )
+        self._first = self._first | mask
+
+    def act(self, obs: Array | Mapping[str, Array]) -> Array:
+        """Return the next action in the environment's units: (A) for one observation, (B A) for a batch of B environments.
+
+        `obs`: a dictionary of arrays by name, of which unknown names are ignored, or one array if there is only one observation.
+        Numbers of any type, images uint8 or floating-point in [0, 1] with channels first or last; an agent that learned from
+        stacked frames also takes single frames. The action is a tensor on the device of the observation if that is a tensor,
+        otherwise a numpy array.
+
+        Raises ShapeError for other shapes, types and numbers of rows, and NonFiniteError for NaN or Inf.
+        """
+        given = self._by_name(obs)
+        arrays = {name: _plain(name, given[name]) for name in self.obs}
+        batched = self._batched(arrays)
+        if not batched:
+            arrays = {name: values[None] for name, values in arrays.items()}
+        counts = {len(values) for values in arrays.values()}
+        rows = counts.pop()
+        if counts or (self._first is not None and len(self._first) != rows):
+            raise ShapeError(
+                f"obs: {rows} rows, but others or earlier ones had more or fewer. Fix: reset() before that"
+            )
+        first = np.ones(rows, dtype=bool) if self._first is None else self._first
+        inputs = {name: _converted(name, values, self.obs[name]) for name, values in arrays.items()}
+        if self._scaled:
+            actions = self._act(self._stacked(inputs[_STATE], first), first, np.ones(rows, dtype=bool))
+            actions = rescaled(actions, self.low, self.high).astype(np.float32)
+        else:
+            actions = self._act(inputs, first, np.ones(rows, dtype=bool))
+        self._first = np.zeros(rows, dtype=bool)
+        chosen = actions if batched else actions[0]
+        example = next(iter(given.values()))
+        return torch.from_numpy(chosen).to(example.device) if isinstance(example, Tensor) else chosen
+
+    def _by_name(self, obs: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+        if not isinstance(obs, Mapping):
+            if len(self.obs) > 1:
+                raise ShapeError(
+                    f"obs: {self.name} needs {', '.join(self.obs)}. Fix: give a dictionary with these names"
+                )
+            return {next(iter(self.obs)): obs}
+        if missing := [name for name in self.obs if name not in obs]:
+            raise ShapeError(
+                f"obs: {', '.join(missing)} missing; given are {', '.join(obs)}. Fix: add the missing ones"
+            )
+        return obs
+
+    def _batched(self, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Whether the observations have a leading dimension of rows."""
+        extra = {name: values.ndim - len(self.obs[name].shape) for name, values in arrays.items()}
+        if set(extra.values()) not in ({0}, {1}):
+            shapes = ", ".join(f"{name} {arrays[name].shape}, not {self.obs[name].shape}" for name in arrays)
+            raise ShapeError(
+                f"obs: {shapes}. Fix: give these shapes, or all of them with one leading dimension of rows"
+            )
+        return set(extra.values()) == {1}
+
+    def _stacked(self, values: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Append single frames (B C height width) to the last ones, if the agent needs stacked frames."""
+        wanted, given = self.obs[_STATE].shape, values.shape[1:]
+        if given == wanted:
+            return values
+        count = wanted[0] // given[0]
+        fresh = np.concatenate([values] * count, 1)
+        if self._frames is None or len(self._frames) != len(values):
+            self._frames = fresh
+        self._frames = np.concatenate((self._frames[:, given[0] :], values), 1)
+        self._frames[first] = fresh[first]
+        return self._frames
+
+
+def _plain(name: str, values: Array) -> np.ndarray:
+    """Convert to numpy. Raises NonFiniteError for NaN or Inf, and ShapeError for what is no array of numbers."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if not np.issubdtype(array.dtype, np.number) and array.dtype != np.bool_:
+        raise ShapeError(f"obs: {name} has type {array.dtype}. Fix: give numbers")
+    if not np.isfinite(array).all():
+        raise NonFiniteError(f"obs: NaN or Inf in {name}. Fix: check the sensor")
+    return array
+
+
+def _converted(name: str, values: np.ndarray, entry: EntrySpec) -> np.ndarray:
+    """Convert rows (B …) to the environment's convention: float32, or uint8 images with channels first."""
+    if entry.dtype != "uint8":
+        if values.shape[1:] != entry.shape:
+            raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}. Fix: give that shape")
+        return values.astype(np.float32)
+    if values.dtype != np.uint8:
+        if not np.issubdtype(values.dtype, np.floating) or values.min() < 0 or values.max() > 1:
+            raise ShapeError(
+                f"obs: {name}, an image, is {values.dtype} from {values.min():g} to {values.max():g}. Fix: give uint8, or "
+                "floating-point numbers in [0, 1]"
+            )
+        values = np.rint(values * 255.0).astype(np.uint8)
+    return _channels_first(name, values, entry.shape)
+
+
+def _channels_first(name: str, images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Convert images of any layout that fits `shape`: (height width C), or (count·C height width) of stacked frames."""
+    channels, height, width = (shape[2], *shape[:2]) if shape[2] <= 4 else shape
+    for image in (images, images.transpose(0, 3, 1, 2)):
+        if image.shape[2:] == (height, width) and (
+            image.shape[1] == channels or (shape[2] > 4 and channels % image.shape[1] == 0)
+        ):
+            return image
+    raise ShapeError(f"obs: {name} has shape {images.shape[1:]}, not {shape}. Fix: give images of that size")
