@@ -92,6 +92,7 @@ def test_version_and_help(command):
         ),
         (["train", "bc", "--lr", "0", "1"], "--lr: takes one value, but got '0' '1'. Fix: give one\n"),
         (["train", "bc", "--epochs", "1.5e0"], "--epochs: '1.5e0': Input should be a valid integer"),
+        (["study", "table8", "--methods", "bc", "nope"], "--methods: 'nope': Input should be 'expert'"),
         (["sweep", "--job", "2", "x.yaml"], "--job: unknown; perhaps you meant '--jobs'"),
         (["eval", "x", "y"], "RUN: takes one value, but got 'x' 'y'"),
         (["eval"], "RUN: missing"),
@@ -146,6 +147,31 @@ def test_misused_options_of_train(command, words, fault):
     status, _, err = command("train", *words)
     assert status == 2
     assert fault in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "bc", "--demos", "absent", "--env", "probe:two-step"],
+        ["train", "difftori", "--env", "gym:Absent-v1"],
+        ["train", "difftori", "--env", "gym:Pendulum-v1", "--out", "a/b"],
+        ["train", "difftori-il", "--base", "absent"],
+        ["train", *TINY, "--device", "cuda:99"],
+        ["study", "figure3", "--device", "cuda:99", "--tasks", "cup-catch"],
+        ["collect", "--env", "tiny_expert:FAMILY", "--obs", "absent"],
+        ["collect", "--env", "tiny_expert:FAMILY", "--episodes", "0"],
+        ["report", "absent", "--out", "page"],
+        ["sweep", "absent.yaml"],
+    ],
+)
+def test_a_refused_command_leaves_nothing_behind(command, words, tmp_path, monkeypatch):
+    if "gym:Pendulum-v1" in words:
+        monkeypatch.setattr("difftori.rl.train.env_spec", lambda env: 1 / 0)  # a bug in an environment
+        with pytest.raises(ZeroDivisionError):
+            command(*words)
+    else:
+        assert command(*words)[0] in (1, 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_then_eval_then_resume(command):

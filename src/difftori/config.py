@@ -147,7 +147,13 @@ def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[s
     try:
         return config_type.model_validate(_with_integers(given, config_type)), []
     except ValidationError as error:
-        return None, [describe(e, config_type, also) for e in error.errors()]
+        errors = error.errors()
+        places = {
+            e["loc"][:-1] for e in errors
+        }  # of elements, which then are missing in a sequence that is "too short"
+        return None, [
+            describe(e, config_type, also) for e in errors if e["type"] != "too_short" or e["loc"] not in places
+        ]
 
 
 def _with_integers(value: Any, kind: Any) -> Any:
@@ -254,8 +260,9 @@ def with_option_names(errors: Sequence[str], options: Iterable[str]) -> list[str
     given, named = set(options), []
     for error in errors:
         place, colon, text = error.partition(": ")
-        if colon and (place in given or place.removeprefix("settings.") in given):
-            place = "--" + place.removeprefix("settings.").replace("_", "-")
+        name = place.removeprefix("settings.")
+        if colon and given & {place, name, re.sub(r"\.\d+$", "", name)}:
+            place = _option(re.sub(r"\.\d+$", "", name))
             if text.startswith("unknown; "):  # the suggestions are names of options too
                 head, mark, names = text.partition("known: ") if "; known: " in text else text.partition("meant ")
                 text = head + mark + re.sub(r"(?:settings\.)?(\w[\w.]*)", lambda m: _option(m[1]), names)
