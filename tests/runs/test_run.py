@@ -212,7 +212,7 @@ def test_a_run_that_was_there_before_or_has_begun_stays(tmp_path):
         raise DataError("x")
     assert sorted(os.listdir(tmp_path / "run")) == before
     for name in ("logged", "saved", "stopped"):
-        with pytest.raises((DataError, SystemExit)), opened(tmp_path / name) as run:
+        with pytest.raises((DataError, SystemExit)), opened(tmp_path / name) as run:  # noqa: PT012
             if name == "stopped":
                 raise SystemExit(143)
             _ = run.log(1, {"loss": 1.0}) if name == "logged" else run.save(1, {})
