@@ -44,7 +44,7 @@ def output(*words: str) -> str:
 @cache
 def names(command: str) -> list[str]:
     """The studies or benchmarks."""
-    return re.search(r"names: (.+)", output(command, "--help"))[1].split(", ")
+    return re.findall(r"^  ([\w-]+)", output(command, "--help").split("names:")[1], re.M)
 
 
 @cache

@@ -8,14 +8,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from difftori import __version__
-from difftori.errors import ConfigError, DifftoriError
-from difftori.registry import source_checkout, suggest
-from difftori.terminal import best_and_last, print_errors, print_table, run_progress
+from difftori.errors import ConfigError, DifftoriError, suggest
+from difftori.terminal import (
+    best_and_last,
+    first_sentence,
+    option_list,
+    paragraphs,
+    print_errors,
+    print_table,
+    run_progress,
+)
 
 _USAGE = """usage: difftori COMMAND …
 
@@ -34,17 +40,6 @@ _USAGE = """usage: difftori COMMAND …
 
 `difftori COMMAND --help` lists the options of a command. DIFFTORI_DEBUG=1 shows the traceback of an error.
 """
-_TRAIN_USAGE = """usage: difftori train {name} [--out DIR] [--config FILE] [--quiet] [OPTIONS]
-       difftori train --resume RUN [--quiet]
-
-Train a policy by imitation, or an agent by reinforcement learning. Re-run the same command to resume an interrupted run.
-
-  --out DIR       run directory (default: runs/NAME-ENV-SEED)
-  --config FILE   YAML file with options; options on the command line override it
-  --resume RUN    resume the run in this directory with its stored configuration; takes no other option except --quiet
-  --quiet         show no progress bar
-"""
-_TRAIN_OPTIONS = {"out", "config", "resume", "quiet", "help"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,37 +89,9 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _collect(words: list[str]) -> None:
-    import tyro
+    from difftori.arguments import CollectArguments, read_arguments
 
-    @dataclass(frozen=True)
-    class Options:
-        """Record demonstrations of scripted experts: a data set OUT/ENV-SEED.zarr and its manifest OUT/ENV-SEED.json.
-
-        Re-run the same command to resume an interrupted collection.
-        """
-
-        env: tuple[str, ...]
-        """Environments with a scripted expert, such as `metaworld:assembly`, or your own, `my_env:FAMILY`."""
-        episodes: int = 10
-        """Number of episodes to record for each environment."""
-        out: Path = Path("demos")
-        """Directory of the data sets."""
-        seed: int = 0
-        """Random seed. The seed of an episode is derived from it and the number of the episode."""
-        obs: str | None = None
-        """Observation type to record (default: the expert's). For MetaWorld, `points` records point clouds and states, `state` only states."""
-        workers: int | None = None
-        """Number of worker processes (default: one per core). The data set does not depend on it."""
-        keep_failures: bool = False
-        """Record every episode. By default, only episodes that succeed at any step are recorded."""
-        max_tries: int | None = None
-        """Stop with an error after playing this number of episodes (default: ten times `--episodes`)."""
-        quiet: bool = False
-        """Show no progress bar."""
-
-    options = tyro.cli(Options, prog="difftori collect", args=words)
-    if not options.env:
-        raise ConfigError(["--env: no value given. Fix: name at least one environment with a scripted expert"])
+    options = read_arguments(CollectArguments, words, "collect")
     from difftori.collection.collect import CollectRequest, collect
 
     rows = []
@@ -150,97 +117,73 @@ def _num_cores() -> int:
 
 
 def _train(words: list[str]) -> None:
-    from difftori.config import read_tokens
+    from difftori.arguments import TrainArguments
+    from difftori.config import fields_of, overlay, read_tokens, read_yaml, validated, with_option_names
+    from difftori.runs.records import read_config
     from difftori.trainers import read_options, trainer_of
 
     named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else None
     options = read_tokens(["--help" if word == "-h" else word for word in words[named:]])
-    own = {option: options.pop(option) for option in _TRAIN_OPTIONS & options.keys()}
-    if "help" in own:
-        _train_help(name, options)
+    if options.pop("help", None) is not None:
+        print(_train_help(name, options))
         return
-    faults = [
-        f"--{option}: {len(given)} values given. Fix: give one value"
-        for option, given in own.items()
-        if option != "quiet" and len(given) != 1
-    ]
-    if own.get("quiet"):
-        faults.append(f"--quiet: takes no value, but {' '.join(own['quiet'])!r} was given. Fix: remove the value")
-    if "resume" in own and (name or options or own.keys() - {"resume", "quiet"}):
-        faults.append(
-            "--resume: the configuration is read from the run, so no other option is allowed. "
-            "Fix: remove the other options, except --quiet"
-        )
-    if faults:
-        raise ConfigError(faults)
-    if "resume" in own:
-        from difftori.runs.records import read_config
-
-        out = Path(own["resume"][0])
-        values = read_config(out)
+    own = {option: options.pop(option) for option in fields_of(TrainArguments).keys() & options.keys()}
+    given, faults = validated(TrainArguments, overlay({}, own, TrainArguments), ())
+    if given is None:
+        raise ConfigError(with_option_names(faults, own))
+    if given.resume is not None:
+        if name or options or own.keys() - {"resume", "quiet"}:
+            raise ConfigError(
+                [
+                    "--resume: the configuration is read from the run, so no other option is allowed. "
+                    "Fix: remove the other options, except --quiet"
+                ]
+            )
+        out, values = given.resume, read_config(given.resume)
         trainer = trainer_of(values)
         config = trainer.parse(values)
     else:
-        from difftori.config import read_yaml, with_option_names
-
-        values = read_yaml(Path(own["config"][0])) if "config" in own else {}
+        values = {} if given.config is None else read_yaml(given.config)
         try:
-            trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
+            trainer, config = read_options(name, values, options, {*fields_of(TrainArguments), "help"})
         except ConfigError as error:
             raise ConfigError(with_option_names(error.faults, options)) from error
         default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
-        out = Path(own["out"][0]) if "out" in own else Path("runs") / default
-    summary = trainer.train(config, out, progress="quiet" not in own)
+        out = given.out or Path("runs") / default
+    summary = trainer.train(config, out, progress=not given.quiet)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
     print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))
 
 
-def _train_help(name: str | None, options: Mapping[str, list[str]]) -> None:
-    import tyro
+def _train_help(name: str | None, options: Mapping[str, list[str]]) -> str:
+    """Return the help of `train`, or of one policy or agent, with the defaults of the environment and preset in `options`."""
+    from difftori.arguments import TrainArguments, option_rows
+    from difftori.interfaces import AgentConfig, PolicyConfig
+    from difftori.registry import find_agents, find_policies
+    from difftori.trainers import read_options
 
-    from difftori.trainers import known_names, trainer_for
-
-    print(_TRAIN_USAGE.format(name=name or "NAME"))
+    about = paragraphs(TrainArguments.__doc__ or "")
+    (rows,) = option_rows(TrainArguments, dict(TrainArguments()), lambda _: "").values()
+    usage = f"usage: difftori train {name or 'NAME'} [OPTIONS]\n       difftori train --resume RUN\n\n{about}"
     if name is None:
-        print(f"policies and agents: {', '.join(known_names())}\n\n`difftori train NAME --help` lists their options.")
-        return
-    env = _first("env", options)
-    trainer = trainer_for(name)
-    default = trainer.parse({trainer.key: name, **env})
-    prog = f"difftori train {name}"
-    tyro.cli(type(default), prog=prog, default=default, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-
-
-def _first(name: str, options: Mapping[str, list[str]]) -> dict[str, str]:
-    """The first value of an option as a dictionary; empty if the option has no value."""
-    words = options.get(name)
-    return {name: words[0]} if words else {}
+        lists = [("policies", find_policies()), ("agents", find_agents())]
+        rows_of = {t: [(n, first_sentence(sys.modules[c.__module__].__doc__)) for n, c in f.items()] for t, f in lists}
+        text = [option_list(title, rows) for title, rows in rows_of.items()]
+        return "\n\n".join([usage, *text, "`difftori train NAME --help` lists the options of a policy or an agent."])
+    chosen = {option: options[option] for option in ("env", "preset") if option in options}
+    trainer, config = read_options(name, {}, chosen)
+    titles = {PolicyConfig: "training", AgentConfig: "training", **dict.fromkeys(type(config).__mro__, "run")}
+    found = option_rows(type(config), dict(config), lambda owner: titles.get(owner, name), hidden=[trainer.key])
+    found["run"] = rows + found["run"]
+    return "\n\n".join([usage, *(option_list(title, rows) for title, rows in found.items())])
 
 
 def _eval(words: list[str]) -> None:
-    import tyro
+    from difftori.arguments import EvalArguments, read_arguments
 
-    @dataclass(frozen=True)
-    class Options:
-        """Evaluate a trained policy or agent. Runs of one seed are evaluated on the same episodes."""
-
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run directory."""
-        episodes: int | None = None
-        """Number of evaluation episodes (default: the run's own number)."""
-        which: Literal["best", "last"] | None = None
-        """Weights of a policy to evaluate: those with the least validation error, or the last ones (default: `last` for runs with
-        `--demos`, otherwise `best`). Runs of agents store the last weights only."""
-        device: str = "cpu"
-        """Device for inference, such as `cpu` or `cuda`."""
-        video: bool = False
-        """Record a video of one evaluation episode in the folder `media` of the run directory."""
-
-    options = tyro.cli(Options, prog="difftori eval", args=words)
-    if options.episodes is not None and options.episodes < 1:
-        raise ConfigError([f"--episodes: {options.episodes} is too small. Fix: give at least 1"])
+    options = read_arguments(EvalArguments, words, "eval", positional="run")
     from rich.console import Console
 
     from difftori.runs.records import read_config
@@ -263,30 +206,9 @@ def _eval(words: list[str]) -> None:
 
 
 def _sweep(words: list[str]) -> None:
-    import tyro
+    from difftori.arguments import SweepArguments, read_arguments
 
-    @dataclass(frozen=True)
-    class Options:
-        """Train every combination of the options in a YAML file (docs/sweeps.md).
-
-        Finished runs are never repeated. Re-run the same command to resume a sweep that was stopped or killed.
-        """
-
-        file: Annotated[Path, tyro.conf.Positional]
-        """YAML file with `common` options, a `grid` of values, and `variants`."""
-        jobs: int = 1
-        """Number of concurrent runs on this machine, each a process with one thread."""
-        ray: str | None = None
-        """Run on a Ray cluster: `auto` for this machine's, an address, or `local` to start one here (default: no cluster). Requires
-        `difftori[ray]`."""
-        slurm: bool = False
-        """Submit each run as a Slurm job. Requires `difftori[slurm]`."""
-        status: bool = False
-        """Show the states of the runs and start nothing."""
-
-    options = tyro.cli(Options, prog="difftori sweep", args=words)
-    if options.jobs < 1:
-        raise ConfigError([f"--jobs: {options.jobs} is too small. Fix: give at least 1"])
+    options = read_arguments(SweepArguments, words, "sweep", positional="file")
     if options.slurm and options.ray is not None:
         raise ConfigError(["--ray and --slurm: both were given. Fix: give one of them"])
     from difftori.experiments.plan import plan, read_sweep
@@ -325,24 +247,9 @@ def _sweep(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    import tyro
+    from difftori.arguments import ReportArguments, read_arguments
 
-    @dataclass(frozen=True)
-    class Options:
-        """Compare runs on one static page, OUT/report.html. The same numbers are written as CSV and LaTeX files next to it."""
-
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-        """Run directories, directories that contain runs at any depth, or record files of studies."""
-        out: Path | None = None
-        """Directory of the report (default: the folder `report` in the given directory, or in the working directory if several are given)."""
-        title: str | None = None
-        """Title of the page (default: the paths of the runs)."""
-        reference: str | None = None
-        """Method to compare the others with, by its name in the report (default: compare every pair)."""
-
-    options = tyro.cli(Options, prog="difftori report", args=words)
-    if not options.runs:
-        raise ConfigError(["report: no runs given. Fix: give at least one run directory"])
+    options = read_arguments(ReportArguments, words, "report", positional="runs")
     from difftori.experiments.report import write_report
 
     only = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else None
@@ -369,6 +276,7 @@ def _study(words: list[str]) -> None:
 def _bench(words: list[str]) -> None:
     """Run a benchmark of the source checkout, or your own module, named with a dot."""
     from difftori.experiments.modules import run_module
+    from difftori.registry import source_checkout
 
     if not words or "." not in words[0]:
         sys.path.insert(0, str(source_checkout()))

@@ -1,15 +1,16 @@
 """Reads configurations from YAML and the command line, and validates them with pydantic. All errors are listed at once.
 
-tyro prints the help, but stops at the first invalid option. Therefore options are only converted to plain values here
-(`read_tokens`, `overlay`), and `validated` lists the errors of file and command line together.
+`read_tokens` and `overlay` turn options into plain values, and `validated` lists the errors of file and command line together.
 """
 
 import dataclasses
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -24,6 +25,61 @@ ValueT = TypeVar("ValueT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _MOST_VALUES = 100_000
+_FOREIGN = {
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "buffer_size": "capacity",
+    "checkpoint_freq": "save_every",
+    "chunk_size": "horizon",
+    "config_path": "config",
+    "cuda": "device",
+    "data": "demos",
+    "dataset": "demos",
+    "repo_id": "demos",
+    "env_id": "env",
+    "eval_freq": "eval_every",
+    "exp_name": "out",
+    "frame_skip": "action_repeat",
+    "gamma": "discount",
+    "grad_clip_norm": "clip_norm",
+    "gradient_steps": "updates_per_step",
+    "job_name": "out",
+    "learning_rate": "lr",
+    "learning_starts": "seed_steps",
+    "logdir": "out",
+    "log_dir": "out",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup",
+    "max_grad_norm": "clip_norm",
+    "mlp_dim": "width",
+    "n_action_pred": "horizon",
+    "n_envs": "num_envs",
+    "n_epochs": "epochs",
+    "n_eval_episodes": "eval_episodes",
+    "num_demos": "num_train",
+    "num_episodes": "episodes",
+    "num_epochs": "epochs",
+    "num_seeds": "seeds",
+    "num_workers": "workers",
+    "output_dir": "out",
+    "planer": "planner",
+    "save_freq": "save_every",
+    "steps": "updates",
+    "task": "env",
+    "tau": "ema",
+    "total_timesteps": "steps",
+    "train_steps": "steps",
+    "training_steps": "steps",
+    "utd_ratio": "updates_per_step",
+    "verbose": "quiet",
+    "warmup_steps": "warmup",
+    "wd": "weight_decay",
+    "work_dir": "out",
+}
+"""Option names of Stable-Baselines3, CleanRL, LeRobot, Diffusion Policy and TD-MPC, and ours for the same thing."""
+
+
+_SEEDS = {"seed": ", or train one run per seed with `difftori sweep FILE`, where FILE has `grid: {seed: [0, 1, 2]}`"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -89,9 +145,30 @@ def validated(config_type: type[ModelT], given: dict[str, Any], also: Iterable[s
     `also` names further options to suggest for a misspelt one.
     """
     try:
-        return config_type.model_validate(given), []
+        return config_type.model_validate(_with_integers(given, config_type)), []
     except ValidationError as error:
-        return None, [describe(e, config_type, also) for e in error.errors()]
+        errors = error.errors()
+        places = {
+            e["loc"][:-1] for e in errors
+        }  # of elements, which then are missing in a sequence that is "too short"
+        return None, [
+            describe(e, config_type, also) for e in errors if e["type"] != "too_short" or e["loc"] not in places
+        ]
+
+
+def _with_integers(value: Any, kind: Any) -> Any:
+    """Return the value with integers for texts such as `1e6`, wherever the type is an integer."""
+    if isinstance(value, Mapping):
+        types = {name: t for member in alternatives(kind) for name, t in fields_of(member).items()}
+        return {name: _with_integers(inner, types.get(name)) for name, inner in value.items()}
+    members = [get_args(m)[0] if get_origin(m) is Annotated else m for m in alternatives(kind)]
+    if isinstance(value, list):
+        inner = next((get_args(m)[0] for m in members if get_args(m)), None)
+        return [_with_integers(one, inner) for one in value]
+    if isinstance(value, str) and int in members and re.fullmatch(r"[+-]?\d+(\.\d*)?e\+?\d{1,2}", value, re.I):
+        number = Decimal(value)
+        return int(number) if number == int(number) else value
+    return value
 
 
 def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[str]) -> str:
@@ -101,13 +178,22 @@ def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[s
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known(config_type, place[:-1])
         if len(place) > 1:
-            return f"{shown}: unknown{suggest(place[-1], known)}"
+            return f"{shown}: unknown{_meant(place[-1], known, {})}"
         inner = _known(config_type, ["settings"]) - known
-        return f"{shown}: unknown{suggest(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
+        return f"{shown}: unknown{_meant(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
     if error["type"] == "missing":
         return f"{shown}: missing. Fix: give a value"
     value = repr(error["input"])
     return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}"
+
+
+def _meant(name: str, known: set[str], written: Mapping[str, str]) -> str:
+    """Suggest a known option: the one that other libraries call `name`, otherwise the nearest."""
+    last = name.rpartition(".")[2]
+    for word in (_FOREIGN.get(name), _FOREIGN.get(last), _FOREIGN.get(_FOREIGN.get(last, "")), last):
+        if word in known:
+            return suggest(word, [word], written)
+    return suggest(name, known, written)
 
 
 def _known(model: Any, place: list[str]) -> set[str]:
@@ -158,7 +244,7 @@ def read_tokens(tokens: Sequence[str]) -> dict[str, list[str]]:
             name, sign, value = token[2:].partition("=")
             name = name.replace("-", "_")
             if name in options:
-                faults.append(f"--{name.replace('_', '-')}: given twice. Fix: give it once")
+                faults.append(f"{_option(name)}: given twice. Fix: give it once")
             words = options[name] = [value] if sign else []
         elif words is None:
             faults.append(f"{token!r}: belongs to no option. Fix: write --NAME {token}")
@@ -174,8 +260,9 @@ def with_option_names(errors: Sequence[str], options: Iterable[str]) -> list[str
     given, named = set(options), []
     for error in errors:
         place, colon, text = error.partition(": ")
-        if colon and (place in given or place.removeprefix("settings.") in given):
-            place = "--" + place.removeprefix("settings.").replace("_", "-")
+        name = place.removeprefix("settings.")
+        if colon and given & {place, name, re.sub(r"\.\d+$", "", name)}:
+            place = _option(re.sub(r"\.\d+$", "", name))
             if text.startswith("unknown; "):  # the suggestions are names of options too
                 head, mark, names = text.partition("known: ") if "; known: " in text else text.partition("meant ")
                 text = head + mark + re.sub(r"(?:settings\.)?(\w[\w.]*)", lambda m: _option(m[1]), names)
@@ -203,8 +290,19 @@ def overlay(base: Mapping[str, Any], options: Mapping[str, list[str]], config_ty
             negated = bool in alternatives(_kind(config_type, positive)) and not words
             path, kind = (positive, bool) if negated else (path, kind)
         members = alternatives(kind)
-        if not words and kind is not None and bool not in members and not _is_sequence(members):
-            faults.append(f"--{name.replace('_', '-')}: needs a value. Fix: give one")
+        most = capacity(kind, words)
+        if most < len(words) or (most == 1 and not words):
+            found = (
+                f"takes {'one' if most else 'no'} value, but got {' '.join(map(repr, words))}"
+                if words
+                else "needs a value"
+            )
+            fix = (
+                f"give one{_SEEDS.get(name, '') if words else ''}"
+                if most
+                else f"remove it, or write --no-{_option(name)[2:]}"
+            )
+            faults.append(f"{_option(name)}: {found}. Fix: {fix}")
             continue
         _put(merged, path, not negated if not words and not _is_sequence(members) else _value(words, members), faults)
     if faults:
@@ -216,10 +314,12 @@ def _resolve(name: str, config_type: type[BaseModel]) -> list[str]:
     path = name.split(".")
     top = fields_of(config_type)
     if path[0] not in top and path[0].removeprefix("no_") not in top:
-        inner = fields_of(top["settings"])
+        inner = fields_of(top.get("settings"))
         if path[0] in inner or path[0].removeprefix("no_") in inner:
-            return ["settings", *path]
-    return path
+            path = ["settings", *path]
+    holder = _kind(config_type, path[:-1])
+    inside = path[0] == "settings" if holder is None else any(fields_of(member) for member in alternatives(holder))
+    return path if inside else [name]
 
 
 def _kind(model: Any, path: Sequence[str]) -> Any:
@@ -230,6 +330,16 @@ def _kind(model: Any, path: Sequence[str]) -> Any:
             return None
         model = found[0]
     return model
+
+
+def capacity(kind: Any, words: Sequence[str] = ()) -> int:
+    """Return the largest number of values of an option of this type. A switch takes none, or a word such as `true` if it follows."""
+    members = alternatives(kind)
+    if kind is None or _is_sequence(members):
+        return sys.maxsize
+    if bool in members:
+        return 1 if words and words[0].lower() in ("true", "false", "on", "off", "yes", "no") else 0
+    return 1
 
 
 def _is_sequence(members: Sequence[Any]) -> bool:

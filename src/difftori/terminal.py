@@ -1,5 +1,8 @@
-"""Terminal output of the command line: tables, error messages, progress. `rich` is imported when something is printed."""
+"""Terminal output of the command line: tables, help, error messages, progress. `rich` is imported when something is printed."""
 
+import re
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +31,37 @@ def best_and_last(summary: Mapping[str, float]) -> list[dict[str, Any]]:
     plain = [{"": name, "best": value, "last": value} for name, value in summary.items() if "/" not in name]
     names = dict.fromkeys(name.partition("/")[2] for name in summary if "/" in name)
     return plain + [{"": n, "best": summary.get(f"best/{n}"), "last": summary.get(f"last/{n}")} for n in names]
+
+
+def paragraphs(text: str) -> str:
+    """Wrap a text to the width of the terminal, at most 100 characters. Paragraphs are separated by empty lines."""
+    return "\n\n".join("\n".join(_wrapped(" ".join(part.split()), 0)) for part in text.strip().split("\n\n"))
+
+
+def first_sentence(text: str | None) -> str:
+    """Return the first sentence of a docstring in one line."""
+    return re.split(r"(?<=\.)\s(?=[A-Z`])", " ".join((text or "").split()), maxsplit=1)[0]
+
+
+def option_list(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return the title, and each option with its description beside it, or below if the option is long."""
+    lines, column = [f"{title}:"], 26
+    for option, text in rows:
+        head, body = f"  {option}", _wrapped(text, column)
+        if len(head) + 2 > column or not body:
+            lines.append(head)
+        else:
+            lines.append(f"{head:<{column}}{body.pop(0).lstrip()}")
+        lines += body
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    width = max(60, min(shutil.get_terminal_size().columns, 100))
+    blank = " " * indent
+    return textwrap.wrap(
+        text, width, initial_indent=blank, subsequent_indent=blank, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def print_errors(messages: Sequence[str]) -> None:

@@ -182,6 +182,20 @@ def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top
         assert parse_config(yaml.safe_load(to_yaml(config))) == config
 
 
+@pytest.mark.parametrize(
+    ("value", "read"), [("1e2", 100), ("2.5e1", 25), ("1E+1", 10), ("1_000", 1000), ("1.5e0", None), ("1e-2", None)]
+)
+def test_whole_numbers_with_an_exponent_are_integers(tmp_path, value, read):
+    (tmp_path / "c.yaml").write_text(f"num_train: {value}\nsettings: {{hidden: [{value}], trap: {value}}}")
+    given = {**GOOD, **read_yaml(tmp_path / "c.yaml")}
+    if read is None:
+        assert [fault.partition(":")[0] for fault in faults_of(given)] == ["num_train", "settings.hidden.0"]
+        return
+    config = parse_config({**given, "settings": {**given["settings"], "trap": "1e2"}})
+    assert isinstance(config.settings, TinyConfig)
+    assert (config.num_train, config.settings.hidden, config.settings.trap) == (read, (read,), "1e2")
+
+
 def test_components_in_the_settings():
     config = parse_config({**GOOD, "settings": {"part": {"depth": 3}}})
     assert isinstance(config.settings, TinyConfig)

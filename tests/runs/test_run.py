@@ -5,10 +5,11 @@ import shlex
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.process import StopSignal
@@ -26,6 +27,15 @@ class Settings(BaseModel):
     seed: int = 0
     name: str = "é"
     inner: Inner = Inner()
+
+
+class Unstable(Settings):
+    """Reads back as another value."""
+
+    @field_validator("name")
+    @classmethod
+    def _grow(cls, name: str) -> str:
+        return name + "!"
 
 
 def opened(path, config=None, *, seed: int = 0) -> Run:
@@ -182,6 +192,42 @@ def test_a_directory_in_use_or_of_another_kind_is_refused(tmp_path):
     assert os.listdir(tmp_path / "papers") == ["thesis.tex"]
     with pytest.raises(ConfigError, match="cannot be a run directory"):
         opened(tmp_path / "papers" / "thesis.tex")
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for place in ("run", "new/deep/run", "kept/run"):
+        with pytest.raises(DataError), opened(tmp_path / place):
+            raise DataError("the demonstrations are missing")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["kept"]
+    with pytest.raises(ConfigError, match="reads back"):
+        opened(tmp_path / "run", Unstable())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_there_before_or_has_begun_stays(tmp_path):
+    opened(tmp_path / "run").close()
+    before = sorted(os.listdir(tmp_path / "run"))
+    with pytest.raises(DataError), opened(tmp_path / "run"):
+        raise DataError("x")
+    assert sorted(os.listdir(tmp_path / "run")) == before
+    for name in ("logged", "saved", "stopped"):
+        with pytest.raises((DataError, SystemExit)), opened(tmp_path / name) as run:  # noqa: PT012
+            if name == "stopped":
+                raise SystemExit(143)
+            _ = run.log(1, {"loss": 1.0}) if name == "logged" else run.save(1, {})
+            raise DataError("x")
+        assert (tmp_path / name / "config.yaml").exists()
+
+
+def test_a_directory_in_use_is_not_removed_by_a_second_start(tmp_path, monkeypatch):
+    with opened(tmp_path / "run"):
+        there = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: path != tmp_path / "run" and there(path))  # as just before
+        with pytest.raises(ConfigError, match="in use"):
+            opened(tmp_path / "run")
+        monkeypatch.undo()
+        assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_creation_cut_short_is_begun_again(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 from difftori.collection.play import ExpertEpisode
 from difftori.errors import ConfigError, DataError
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.process import hold
+from difftori.runs.process import hold, removed_on_error
 
 _PLAN = "plan.json"
 _HEAD = "_attempt"
@@ -83,30 +83,37 @@ def open_log(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode
 
     Raises `ConfigError` if the folder holds the log of another plan or is in use, and `DataError` if it cannot be written.
     """
+    held = False
+    with removed_on_error(folder, lambda: not held or any(folder.glob("*.npz"))):
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("a")
+        with lock:
+            try:
+                hold(lock)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    [f"out: {folder} is in use by another process. Fix: wait, or choose another --out"]
+                ) from error
+            held = True
+            yield _begun(folder, plan, kept)
+
+
+def _begun(folder: Path, plan: Mapping[str, Any], kept: Iterator[ExpertEpisode]) -> EpisodeLog:
+    """Return the log in the folder, or a new one."""
+    before = read_plan(folder)
+    if before is not None:
+        refuse_other(before, plan, folder)
+        return EpisodeLog(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    with lock:
-        try:
-            hold(lock)
-        except BlockingIOError as error:
-            raise ConfigError(
-                [f"out: {folder} is in use by another process. Fix: wait, or choose another --out"]
-            ) from error
-        before = read_plan(folder)
-        if before is not None:
-            refuse_other(before, plan, folder)
-            yield EpisodeLog(folder)
-            return
-        with writing(folder):
-            for path in folder.glob("*.npz"):
-                path.unlink()
-        log = EpisodeLog(folder)
-        for episode in kept:
-            log.record(episode)
-        with writing(folder):
-            replace_file(folder / _PLAN, (json.dumps(plan, indent=1) + "\n").encode())
-        yield log
+        for path in folder.glob("*.npz"):
+            path.unlink()
+    log = EpisodeLog(folder)
+    for episode in kept:
+        log.record(episode)
+    with writing(folder):
+        replace_file(folder / _PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+    return log
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

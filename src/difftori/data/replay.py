@@ -281,11 +281,13 @@ class Replay:
         """Restore the buffer as it was when `save` returned `state`. The next sample is the same.
 
         Raises DamagedEpisodeError if a file is missing or damaged, and CheckpointError if the settings differ (`beta`,
-        storage and device may differ). The buffer is then empty.
+        storage and device may differ, and the capacity may be larger). The buffer is then empty.
         """
         self._clear()
         self._growing = [None] * len(self._growing)
-        if state.get("format") != _FORMAT or state.get("settings") != self._settings():
+        own, before = self._settings(), dict(state.get("settings", {}))
+        larger = {"capacity": max(self.capacity, before.get("capacity", 0))}
+        if state.get("format") != _FORMAT or before | larger != own:
             raise CheckpointError(
                 f"{folder}: the recorded replay has format {state.get('format')} and was made with "
                 f"{state.get('settings')}; this one has format {_FORMAT} and was made with {self._settings()}. "

@@ -1,13 +1,14 @@
-"""Studies and benchmarks as commands: modules with a `Config` and a function `run(config)`."""
+"""Studies and benchmarks as commands: modules with a pydantic model `Config` and a function `run(config)`."""
 
 from collections.abc import Mapping
 from types import ModuleType
 
-import tyro
+from pydantic import BaseModel
 
+from difftori.arguments import read_arguments
 from difftori.errors import ConfigError
 from difftori.registry import find_module, module_names, suggest
-from difftori.terminal import print_table
+from difftori.terminal import first_sentence, option_list, paragraphs, print_table
 
 
 def run_module(kind: str, package: str, words: list[str]) -> None:
@@ -28,12 +29,11 @@ def run_module(kind: str, package: str, words: list[str]) -> None:
     if not _is_runnable(module):
         raise ConfigError(
             [
-                f"{words[0]!r} is not a {kind}: {module.__name__} has no Config and run(config). "
+                f"{words[0]!r} is not a {kind}: {module.__name__} has no pydantic model Config and run(config). "
                 f"Fix: define both, or choose a name of `difftori {kind} --help`"
             ]
         )
-    prog = f"difftori {kind} {words[0]}"
-    config = tyro.cli(vars(module)["Config"], prog=prog, description=module.__doc__, args=words[1:])
+    config = read_arguments(vars(module)["Config"], words[1:], f"{kind} {words[0]}", about=module.__doc__)
     rows = vars(module)["run"](config)
     if isinstance(rows, Mapping):
         rows = [{"": name, "value": value} for name, value in rows.items()]
@@ -43,16 +43,20 @@ def run_module(kind: str, package: str, words: list[str]) -> None:
 
 def _usage(kind: str, package: str) -> str:
     does = {"study": "Reproduce a table or figure of the paper.", "bench": "Measure speed and precision."}[kind]
+    rows = [(name, first_sentence(module.__doc__)) for name, module in _runnable(kind, package).items()]
     return (
-        f"usage: difftori {kind} NAME [OPTIONS]\n\n{does} `difftori {kind} NAME --help` lists the options.\n\n"
-        f"names: {', '.join(_runnable(kind, package)) or 'none yet'}"
+        f"usage: difftori {kind} NAME [OPTIONS]\n\n"
+        + paragraphs(f"{does} `difftori {kind} NAME --help` lists the options.")
+        + f"\n\n{option_list('names', rows)}"
     )
 
 
-def _runnable(kind: str, package: str) -> list[str]:
-    """The names of the runnable modules of a package, sorted."""
-    return sorted(name for name in module_names(package) if _is_runnable(find_module(name, package, kind)))
+def _runnable(kind: str, package: str) -> dict[str, ModuleType]:
+    """The runnable modules of a package by their names, sorted."""
+    found = {name: find_module(name, package, kind) for name in sorted(module_names(package))}
+    return {name: module for name, module in found.items() if _is_runnable(module)}
 
 
 def _is_runnable(module: ModuleType) -> bool:
-    return "Config" in vars(module) and callable(vars(module).get("run"))
+    config = vars(module).get("Config")
+    return isinstance(config, type) and issubclass(config, BaseModel) and callable(vars(module).get("run"))

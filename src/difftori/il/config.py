@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftori.config import describe, device_faults, resolved, validated
@@ -24,7 +23,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    policy: Annotated[str, tyro.conf.Suppress]
+    policy: str
     """Name of the policy, or your own, `my_pkg.my_policy:MyPolicy`."""
     env: str = "pendulum"
     """Task: `pendulum`, `pendulum:damped`, an environment together with `--demos`, or your own, `my_pkg.my_task:make`."""
@@ -69,7 +68,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """Device for training and inference: `cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)
     """Number of CPU threads of PyTorch. Results depend on it."""
-    settings: Annotated[SettingsT, tyro.conf.arg(name="")]
+    settings: SettingsT
     """Settings of the policy and of its training."""
 
     @cached_property

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.config import device_faults, resolved, validated
@@ -22,7 +21,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    agent: Annotated[str, tyro.conf.Suppress]
+    agent: str
     """Agent: a name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
     """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
@@ -63,7 +62,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     compile: bool = False
     """Compile acting and updates with torch.compile. The first start takes minutes, later ones seconds. Results are equal up
     to rounding."""
-    settings: Annotated[SettingsT, tyro.conf.arg(name="")]
+    settings: SettingsT
     """Settings of the agent."""
 
     @cached_property

@@ -1,5 +1,7 @@
 """The process of a run: its lock on the directory, the signals that stop it, and the software and machine it runs on."""
 
+import contextlib
+import itertools
 import logging
 import platform
 import shutil
@@ -8,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -55,6 +59,21 @@ def is_held(lock: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+@contextmanager
+def removed_on_error(path: Path, keep: Callable[[], bool]) -> Iterator[None]:
+    """Remove a folder that did not exist before, with its new parents, if an exception ends the block and `keep` returns False."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        yield
+    except Exception:
+        if existing != path and not keep():
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a parent that another process writes to
+                for parent in itertools.takewhile(lambda place: place != existing, path.absolute().parents):
+                    parent.rmdir()
+        raise
 
 
 _TIME_IS_UP = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
 from difftori.runs.page import render
-from difftori.runs.process import hold, versions
+from difftori.runs.process import hold, removed_on_error, versions
 from difftori.runs.records import flat, read_config, read_metrics, read_summary, to_yaml
 from difftori.types import Metrics
 
@@ -60,7 +60,7 @@ def flush_tiny_numbers() -> None:
 class Run:
     """An open run directory. Use it as a context manager: at the end, the files are closed and torch's settings restored.
 
-    While it is open, torch uses `threads` threads and its global generator is seeded, because networks sample their initial
+    A new directory is removed again if an error ends the run before its first log row and checkpoint. While it is open, torch uses `threads` threads and its global generator is seeded, because networks sample their initial
     weights from it. Everything else samples from `generator(name)`.
     """
 
@@ -72,8 +72,11 @@ class Run:
         self._restored: State = {}
         self._outside = (torch.get_rng_state(), torch.get_num_threads())
         self._close = contextlib.ExitStack()
+        self._undo = contextlib.ExitStack()
+        self._undo.enter_context(removed_on_error(path, self._must_stay))
         self._rows: TextIO | None = None
         self._logged = 0
+        self._locked = False
         self._board: SummaryWriter | None = None
         self._purge_from: int | None = None
         try:
@@ -84,7 +87,7 @@ class Run:
             with _writing(path):
                 _prepare(path, config, device)
         except BaseException:
-            self.close()
+            self.__exit__(*sys.exc_info())
             raise
 
     def __enter__(self) -> "Run":
@@ -92,6 +95,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+        self._undo.__exit__(kind, error, at)
 
     def close(self) -> None:
         """Close the files, release the directory, and restore torch's generator and number of threads."""
@@ -193,6 +197,9 @@ class Run:
         """Read the summary that `finish` wrote."""
         return read_summary(self.path)
 
+    def _must_stay(self) -> bool:
+        return not self._locked or self._logged > 0 or (self.path / "checkpoints").exists()
+
     def _claim(self) -> None:
         """Lock the directory against other processes. The system releases the lock when this process ends."""
         _refuse_strangers(self.path)
@@ -209,6 +216,7 @@ class Run:
             raise ConfigError(
                 [f"out: {self.path} is in use by another process. Fix: wait, or choose another directory"]
             ) from error
+        self._locked = True
 
     def _append(self, step: int, row: str, metrics: Mapping[str, float | int]) -> None:
         if self._rows is None or self._board is None:
