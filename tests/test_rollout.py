@@ -40,7 +40,9 @@ def idle(task: TaskSpec):
 def test_episodes_do_not_depend_on_how_many_are_played_at_once(rows):
     env = make_env(ENV, num_envs=rows, seed=0)
     played = evaluate_policy(env, homing(spec()), spec(), range(7, 12))
-    alone = [evaluate_policy(make_env(ENV, num_envs=1, seed=3), homing(spec()), spec(), [seed])[0] for seed in range(7, 12)]
+    alone = [
+        evaluate_policy(make_env(ENV, num_envs=1, seed=3), homing(spec()), spec(), [seed])[0] for seed in range(7, 12)
+    ]
     assert played == alone
     assert all(episode.success for episode in played)
     assert len({episode.length for episode in played}) > 1, "they end at different times, which is what is tested"

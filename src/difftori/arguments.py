@@ -65,7 +65,8 @@ class TrainArguments(Arguments):
     config: Path | None = None
     """YAML file with options. Options on the command line override it."""
     resume: Path | None = None
-    """Resume the run in this directory with its stored configuration. No other option is allowed, except `--quiet`."""
+    """Resume the run in this directory with its stored configuration. Of other options, only `--quiet` is allowed, and a larger
+    `--steps`, `--updates` or `--epochs`, to extend the run."""
     quiet: bool = False
     """Show no progress bar."""
 

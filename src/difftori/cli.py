@@ -28,7 +28,8 @@ _USAGE = """usage: difftori COMMAND …
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
                                 train a policy by imitation, or an agent by reinforcement learning
-  train --resume RUN            resume an interrupted run
+  train --resume RUN [--steps N | --updates N | --epochs N]
+                                resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
                                 train many runs: tasks × seeds × options
@@ -119,8 +120,7 @@ def _num_cores() -> int:
 def _train(words: list[str]) -> None:
     from difftori.arguments import TrainArguments
     from difftori.config import fields_of, overlay, read_tokens, read_yaml, validated, with_option_names
-    from difftori.runs.records import read_config
-    from difftori.trainers import read_options, trainer_of
+    from difftori.trainers import read_options, read_resumed
 
     named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else None
@@ -133,16 +133,13 @@ def _train(words: list[str]) -> None:
     if given is None:
         raise ConfigError(with_option_names(faults, own))
     if given.resume is not None:
-        if name or options or own.keys() - {"resume", "quiet"}:
+        if name or own.keys() - {"resume", "quiet"}:
+            words = [*([name] if name else []), *(f"--{option}" for option in sorted(own.keys() - {"resume", "quiet"}))]
             raise ConfigError(
-                [
-                    "--resume: the configuration is read from the run, so no other option is allowed. "
-                    "Fix: remove the other options, except --quiet"
-                ]
+                [f"{', '.join(words)}: not allowed with --resume. Fix: remove {'it' if len(words) == 1 else 'them'}"]
             )
-        out, values = given.resume, read_config(given.resume)
-        trainer = trainer_of(values)
-        config = trainer.parse(values)
+        out = given.resume
+        trainer, config = read_resumed(out, options)
     else:
         values = {} if given.config is None else read_yaml(given.config)
         try:
@@ -166,7 +163,7 @@ def _train_help(name: str | None, options: Mapping[str, list[str]]) -> str:
 
     about = paragraphs(TrainArguments.__doc__ or "")
     (rows,) = option_rows(TrainArguments, dict(TrainArguments()), lambda _: "").values()
-    usage = f"usage: difftori train {name or 'NAME'} [OPTIONS]\n       difftori train --resume RUN\n\n{about}"
+    usage = f"usage: difftori train {name or 'NAME'} [OPTIONS]\n       difftori train --resume RUN [--steps N | --updates N | --epochs N]\n\n{about}"
     if name is None:
         lists = [("policies", find_policies()), ("agents", find_agents())]
         rows_of = {t: [(n, first_sentence(sys.modules[c.__module__].__doc__)) for n, c in f.items()] for t, f in lists}

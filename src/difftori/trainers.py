@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -11,7 +12,12 @@ from pydantic import BaseModel
 from difftori.config import overlay
 from difftori.errors import ConfigError, suggest
 from difftori.registry import find_agent, find_agents, find_policies, find_policy, load
+from difftori.runs.records import flat, read_config
+from difftori.runs.run import extend, is_finished
 from difftori.types import Metrics
+
+LENGTHS = ("steps", "updates", "epochs")
+"""Options that extend a run: its length in environment steps, in updates, or in epochs."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,42 @@ def read_options(
     with contextlib.suppress(ConfigError):  # `parse` reports it, together with the other errors
         component = trainer.find(str(values[trainer.key]))
     return trainer, trainer.parse(overlay(values, options, trainer.config_type(component)), component, also=also)
+
+
+def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, Any]:
+    """Return the trainer and the configuration of an existing run, extended if `options` has one of `LENGTHS`.
+
+    Raises ConfigError for other options, and if the run is not longer than before or cannot be extended.
+    """
+    values = read_config(run)
+    trainer = trainer_of(values)
+    config = trainer.parse(values)
+    if not options:
+        return trainer, config
+    if others := sorted(options.keys() - set(LENGTHS)):
+        raise ConfigError(
+            [
+                f"--{name}: not allowed with --resume, which reads the configuration from the run. "
+                f"Fix: remove it; only {', '.join(f'--{length}' for length in LENGTHS)} may be given, to extend the run"
+                for name in others
+            ]
+        )
+    longer = trainer.parse(overlay(values, options, trainer.config_type(trainer.find(str(values[trainer.key])))))
+    before, after = (flat(each.model_dump(mode="json")) for each in (config, longer))
+    faults = []
+    for name in (key for key in after if key.rpartition(".")[2] in options):
+        option, new, old = f"--{name.rpartition('.')[2]}", after[name], before[name]
+        if old is None:
+            faults.append(
+                f"{option}: the length of this run is not given in it. Fix: give another of {', '.join(LENGTHS)}"
+            )
+        elif new < old:
+            faults.append(f"{option}: {new} is less than the run's {old}. Fix: give a larger number")
+    if trainer.key == "agent" and is_finished(run) and not (run / "episodes").is_dir():
+        faults.append(
+            f"{run}: its recorded episodes were deleted when it ended. Fix: train a new run, with --keep-episodes true"
+        )
+    if faults:
+        raise ConfigError(faults)
+    extend(run, longer)
+    return trainer, longer

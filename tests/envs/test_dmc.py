@@ -114,7 +114,7 @@ def test_states_and_summed_rewards_are_dm_controls(make):
     env = make("walker-walk", action_repeat=3)
     env.reset(seed=[4])
     reference = suite.load("walker", "walk", task_kwargs={"random": 0})
-    inner = env._env._workers[0]._env
+    inner = env._env._workers[0]._env.unwrapped
     reference.reset()
     with reference.physics.reset_context():
         reference.physics.data.qpos[:] = inner._env.physics.data.qpos
@@ -130,7 +130,7 @@ def test_actions_are_rescaled_to_the_tasks_own_bounds(make):
     env = make("quadruped-walk")
     env.reset()
     env.step(np.ones((1, 12)))
-    inner = env._env._workers[0]._env
+    inner = env._env._workers[0]._env.unwrapped
     assert np.allclose(inner._env.physics.control(), inner._env.action_spec().maximum)
     assert inner._env.action_spec().maximum.max() > 1.0
 

@@ -45,7 +45,7 @@ def shown(draw):
 
 def inner(env):
     """MetaWorld's own environment in there."""
-    return env._env._workers[0]._env._env
+    return env._env._workers[0]._env.unwrapped._env
 
 
 def in_camera(simulation, point: np.ndarray) -> np.ndarray:

@@ -53,8 +53,8 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Agent steps that the replay buffer holds, at most those of the run."""
     storage: Literal["memory", "device", "mmap"] = "memory"
     """Where the replay buffer is stored: main memory, the device, or a memory-mapped file."""
-    keep_episodes: bool = False
-    """Keep the recorded episodes of a finished run. Only an unfinished run needs them."""
+    keep_episodes: bool | None = None
+    """Keep the recorded episodes of a finished run, which are needed to extend it. Default: for `state`, not for `pixels`."""
     device: str = "cpu"
     """Device for the agent: `cpu`, `cuda`, `cuda:1`, …"""
     threads: int = Field(1, ge=1, le=1024)

@@ -53,7 +53,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
         finally:
             session.close()
         run.finish(summary)
-        if not config.keep_episodes:
+        if not (config.obs == "state" if config.keep_episodes is None else config.keep_episodes):
             shutil.rmtree(out / "episodes", ignore_errors=True)
         return summary
 

@@ -183,7 +183,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether `finish` was called on this directory, by this process or an earlier one."""
-        return (self.path / "summary.json").exists()
+        return is_finished(self.path)
 
     def finish(self, summary: Metrics) -> None:
         """Write the report, then `summary.json`, which marks the run as finished."""
@@ -305,6 +305,26 @@ def _versions(record: Path, device: str) -> dict:
         _log.warning("resumed with other versions, so the last bits may differ: %s", "; ".join(changed))
         earlier = [before, *earlier]
     return now | ({"earlier": earlier} if earlier else {})
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in this directory has finished."""
+    return (path / "summary.json").exists()
+
+
+def extend(path: Path, config: BaseModel) -> None:
+    """Give the run in this directory a configuration with which it goes on after its end, and record the earlier one.
+
+    The summary of a finished run is kept as `summary-N.json`, and its configuration as `config-N.yaml`, N = 1, 2, …
+    """
+    if not differences(read_config(path), config):
+        return
+    number = 1 + len(list(path.glob("config-*.yaml")))
+    with _writing(path):
+        replace_file(path / f"config-{number}.yaml", (path / "config.yaml").read_bytes())
+        if is_finished(path):  # first, so that a kill here leaves an unfinished run of the earlier length
+            (path / "summary.json").rename(path / f"summary-{number}.json")
+        replace_file(path / "config.yaml", to_yaml(config).encode())
 
 
 def refuse_another(path: Path, config: BaseModel) -> None:

@@ -1,0 +1,129 @@
+"""`difftori.load`: a trained policy or agent in a loop of one's own gives what `difftori eval` measures."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from tiny_env.reach import ENV, Reach, write_demos
+
+import difftori
+from difftori.errors import ConfigError, NonFiniteError, ShapeError
+from difftori.il.env_task import TEST_SEED
+from difftori.il.train import evaluate_run as evaluate_policy_run
+from difftori.loading import _converted
+from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
+from difftori.rollout import episode_seed
+from difftori.trainers import read_options
+from difftori.types import EntrySpec
+
+BC = {"hidden": "16", "epochs": "2", "eval-episodes": "2"}
+"""A policy that trains in a second."""
+
+
+def trained(name, out, **options):
+    trainer, config = read_options(name, {}, {key.replace("-", "_"): [value] for key, value in options.items()})
+    trainer.train(config, out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    demos = write_demos(folder / "demos.zarr")
+    return trained("bc", folder / "run", env=ENV, demos=demos, **BC)
+
+
+@pytest.fixture(scope="module")
+def agent_run(tmp_path_factory):
+    options = {"env": "gym:Pendulum-v1", "steps": "230", "seed-steps": "210", "eval-episodes": "1", "horizon": "1"}
+    options |= {
+        "width": "16",
+        "latent-dim": "4",
+        "batch-size": "8",
+        "action-repeat": "1",
+        "updates-per-step": "0.02",
+        "init-std": "0",
+    }
+    return trained("difftori", tmp_path_factory.mktemp("agent") / "run", **options)
+
+
+def test_a_policy_alone_repeats_its_evaluation(policy_run):
+    policy = difftori.load(policy_run)
+    returns = []
+    for seed in (TEST_SEED, TEST_SEED + 1):
+        env, total, over = Reach(), 0.0, False
+        obs, _ = env.reset(seed=seed)
+        policy.reset()
+        while not over:
+            obs, reward, terminated, truncated, info = env.step(policy.act(obs))
+            total, over = total + reward, terminated or truncated or info["success"]
+        returns.append(total)
+    assert np.mean(returns) == pytest.approx(evaluate_policy_run(policy_run, episodes=2)["return"], rel=1e-6)
+
+
+def test_an_agent_alone_repeats_its_evaluation_in_the_units_of_the_environment(agent_run):
+    agent = difftori.load(agent_run)
+    assert (agent.low.tolist(), agent.high.tolist()) == ([-2.0], [2.0])
+    env, total, over = gymnasium.make("Pendulum-v1"), 0.0, False
+    obs, _ = env.reset(seed=episode_seed(0, "evaluation", 0))
+    agent.reset()
+    while not over:
+        obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
+        total, over = total + float(reward), terminated or truncated
+    assert total == pytest.approx(evaluate_agent_run(agent_run, episodes=1)["eval/return"], rel=1e-4)
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+def test_a_batch_acts_as_its_rows_alone_and_rows_can_begin_anew(run, request):
+    folder = request.getfixturevalue(run)
+    together, alone = difftori.load(folder), [difftori.load(folder) for _ in range(3)]
+    shape = next(iter(together.obs.values())).shape
+    numbers = np.random.default_rng(0)
+    for step in range(6):
+        obs = numbers.normal(size=(3, *shape)).astype(np.float32)
+        if step == 3:
+            together.reset(np.array([False, True, False]))
+            alone[1].reset()
+        actions = together.act(obs)
+        assert np.allclose(actions, [one.act(row) for one, row in zip(alone, obs, strict=True)], atol=1e-5)
+    together.reset()
+    assert together.act(obs[:2]).shape == (2, len(together.low))
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+def test_tensors_in_and_out_under_inference_mode(run, request):
+    policy, again = (difftori.load(request.getfixturevalue(run)) for _ in range(2))
+    obs = torch.zeros(next(iter(policy.obs.values())).shape, dtype=torch.float64)
+    with torch.inference_mode():
+        action = policy.act({"state": obs, "camera": torch.zeros(3)})
+    assert isinstance(action, torch.Tensor)
+    assert np.allclose(action.numpy(), again.act(obs.numpy()), atol=1e-6)
+
+
+def test_what_cannot_be_acted_on_is_named(policy_run, tmp_path):
+    policy = difftori.load(policy_run)
+    with pytest.raises(ShapeError, match=r"state \(3,\), not \(2,\)|state has shape \(3,\)"):
+        policy.act(np.zeros(3, np.float32))
+    with pytest.raises(ShapeError, match="state missing; given are place"):
+        policy.act({"place": np.zeros(2)})
+    with pytest.raises(NonFiniteError, match="state"):
+        policy.act(np.array([0.0, np.nan]))
+    policy.act(np.zeros((4, 2)))
+    with pytest.raises(ShapeError, match="reset"):
+        policy.act(np.zeros((2, 2)))
+    with pytest.raises(ShapeError, match="4 rows"):
+        policy.reset(np.array([True, False]))
+    with pytest.raises(ConfigError, match="run"):
+        difftori.load(tmp_path)
+
+
+def test_layouts_of_images_are_the_same_observation():
+    image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
+    entry = EntrySpec((6, 5, 3), "uint8")
+    wanted = image.transpose(0, 3, 1, 2)
+    for given in (image, wanted, image / 255.0, (wanted / 255.0).astype(np.float32)):
+        assert np.array_equal(_converted("image", given, entry), wanted)
+    with pytest.raises(ShapeError, match="from 0 to 255"):
+        _converted("image", image.astype(np.float32) * 0 + np.array([0.0, 255.0, 1.0]), entry)
+    with pytest.raises(ShapeError, match=r"\(5, 6, 3\), not \(6, 5, 3\)"):
+        _converted("image", image.transpose(0, 2, 1, 3), entry)
