@@ -199,7 +199,7 @@ def test_diagnostics_are_medians_of_the_second_half(small):
         for row in rows:
             if "eval/return" in row and row["step"]:
                 gain = row["step"] / 1000 + seed
-                row |= {"judged/obs_q": gain, "judged/discounted_return": 10.0, "judged/obs_q_correlation": 0.5}
+                row |= {"eval/obs_q": gain, "eval/discounted_return": 10.0, "eval/obs_q_correlation": 0.5}
                 row |= {"diagnosis/gain": gain, "diagnosis/free": 0.4, "diagnosis/valid": 0.3}
                 for name, value in (("encoder", 1.0), ("dynamics", 2.0), ("reward", 4.0), ("q", 8.0)):
                     row |= {f"diagnosis/ratio/{name}": value, f"diagnosis/cosine/{name}": value / 10}

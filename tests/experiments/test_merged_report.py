@@ -126,12 +126,12 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     assert not re.search(r'(src|href)="https?:', page)
     assert "default-src" in page
     assert "<script" not in page
-    for said in (
+    for messages in (
         "Runs differ in environment steps: 1000, 2000",
         "the same method, task and seed",
         "its return is NaN or Inf",
     ):
-        assert said in page
+        assert messages in page
     assert "Unfinished runs, not included in the results: 1" in page
     assert "data:image/gif;base64," in page
     assert "report.html" in capsys.readouterr().out
@@ -176,9 +176,9 @@ def test_odd_names_and_damaged_records_end_no_report(tmp_path):
 def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    said = capsys.readouterr().err
-    assert "no runs in" in said
-    assert "does not exist" in said
+    messages = capsys.readouterr().err
+    assert "no runs in" in messages
+    assert "does not exist" in messages
     written(tmp_path / "bad", {"agent": "tdmpc", "env": "dmc:x", "seed": 0}, [], {"return": 1.0})
     (tmp_path / "bad" / "versions.json").write_text("[")
     with pytest.raises(ConfigError, match="bad"):

@@ -186,22 +186,22 @@ def test_public_data_are_fetched_where_a_base_is_to_be_trained_and_count_as_the_
     monkeypatch.setattr(il_study, "find_demos", lambda name, say: fetched.append(name))
     there = CASES[1]
     named = replace(there, demos="pusht-human")
-    wish = {"study": "s/b", "reasons": (), "say": lambda text: None}
-    run_imitation(config, [named], METHODS, **wish)
+    request = {"study": "s/b", "reasons": (), "say": lambda text: None}
+    run_imitation(config, [named], METHODS, **request)
     assert set(fetched) == {"pusht-human"}
     fetched.clear()
-    assert run_imitation(config, [named], METHODS, **wish).label == "full"
+    assert run_imitation(config, [named], METHODS, **request).label == "full"
     assert not fetched, "everything is finished"
     (config.demos / "pusht_cchi_v7_replay.zarr").mkdir()
     path = replace(there, demos="{demos}/pusht_cchi_v7_replay.zarr")
-    assert run_imitation(config, [path], METHODS, **wish).label == "full", "the same data by another name"
+    assert run_imitation(config, [path], METHODS, **request).label == "full", "the same data by another name"
 
 
 def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
-    wish = base_noise.Config(
+    request = base_noise.Config(
         tasks=("basketball",), seeds=2, episodes=4, demos=tmp_path, runs=tmp_path / "r", out=tmp_path / "o"
     )
-    base_noise.run(wish)
+    base_noise.run(request)
     assert started[0] == ["basketball, demonstrations, seed 0", "basketball, demonstrations, seed 1"]
     text = next((tmp_path / "o").rglob("summary.md")).read_text()
     assert text.startswith(
