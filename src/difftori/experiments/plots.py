@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Difference
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -99,7 +100,7 @@ def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit
         figure = Figure(figsize=(8.0, 0.26 * len(rows) + 1.3), layout="constrained")
         axis = figure.subplots()
         names = [f"{row.task}: {row.method} − {row.reference}" for row in rows]
-        draw_intervals(axis, names, [(row.value, row.low, row.high) for row in rows])
+        draw_intervals(axis, names, [row.value for row in rows])
         if limit is not None:  # intervals from two pairs may exceed the largest possible difference
             low, high = axis.get_xlim()
             axis.set_xlim(max(low, -limit), min(high, limit))
@@ -108,14 +109,12 @@ def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit
     return figure
 
 
-def draw_intervals(
-    axis: Axes, names: Sequence[str], rows: Sequence[tuple[float, float | None, float | None]], zero: float = 0.0
-) -> None:
+def draw_intervals(axis: Axes, names: Sequence[str], estimates: Sequence[Estimate], zero: float = 0.0) -> None:
     """Plot values with their intervals, one line each from the top, and a vertical line at `zero`."""
-    for index, (value, low, high) in enumerate(rows):
-        if low is not None and high is not None:
-            axis.plot([low, high], [index, index], color=PALETTE[1], linewidth=1.2)
-        axis.plot([value], [index], "o", color=PALETTE[1], markersize=4)
+    for index, estimate in enumerate(estimates):
+        if estimate.bounded:
+            axis.plot([estimate.low, estimate.high], [index, index], color=PALETTE[1], linewidth=1.2)
+        axis.plot([estimate.value], [index], "o", color=PALETTE[1], markersize=4)
     axis.axvline(zero, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)

@@ -21,7 +21,6 @@ from difftori.experiments.plots import (
 )
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.statistics import performance_profile, stratified_band
-from difftori.experiments.tables import finite
 
 _READABLE = 24
 _THRESHOLDS = np.linspace(0.0, 1.0, 101)
@@ -55,7 +54,7 @@ def over_tasks(section: Section) -> Figure:
             for index, row in enumerate(section.over):
                 estimate = row.statistics[name]
                 drawn = look(section.methods.index(row.method))
-                if np.isfinite(estimate.low):
+                if estimate.bounded:
                     axis.plot([estimate.low, estimate.high], [index, index], linewidth=5, alpha=0.35, color=drawn.color)
                 axis.plot([estimate.value], [index], marker=MARKERS[index % len(MARKERS)], color=drawn.color)
             axis.set_title(
@@ -108,7 +107,7 @@ def against(section: Section) -> Figure | None:
         names = [(f"{r.task}: " if r.task else "") + f"{r.method} − {r.reference}" for r in rows]
         for axis, name, zero in ((left, "difference", 0.0), (right, "better", 0.5)):
             estimates = [getattr(row, name) for row in rows]
-            draw_intervals(axis, names, [(e.value, finite(e.low), finite(e.high)) for e in estimates], zero)
+            draw_intervals(axis, names, estimates, zero)
         right.set_xlim(-0.02, 1.02)
         left.set_xlabel(f"difference of {section.measure.name}, paired")
         right.set_xlabel("probability of improvement")
