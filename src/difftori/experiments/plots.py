@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter
 
 from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Difference
+from difftori.runs.figures import thousands
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The Okabe–Ito palette, colours with high contrast on white first."""
@@ -158,11 +159,6 @@ def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -
     figure.legend(
         [handles[name] for name in names], names, loc="outside upper center", ncols=max(min(len(names), columns), 1)
     )
-
-
-def thousands(value: float, _: int) -> str:
-    """Format a tick label: 20000 is `20k`."""
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
 
 
 def footnote(figure: Figure, text: str) -> None:

@@ -14,7 +14,8 @@ from difftori.experiments.report_figures import against, learning_curves, over_t
 from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Column, interval, latex_table, number, plus_minus, write_csv
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.page import inline, svg_element
+from difftori.runs.figures import svg_element
+from difftori.runs.page import inline
 
 _INLINE = 3_000_000
 _IMAGES = 24

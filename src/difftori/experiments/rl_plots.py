@@ -16,13 +16,13 @@ from difftori.experiments.plots import (
     shared_legend,
     style,
     task_panels,
-    thousands,
 )
 from difftori.experiments.rl_study import Curves, full_return, num_steps, observation
 from difftori.experiments.rl_tables import OURS, Aggregate
 from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Difference
 from difftori.paper.curves import PublishedCurve, published_curves
+from difftori.runs.figures import thousands
 
 
 def return_panels(curves: Curves, *, published: Sequence[PublishedCurve], clock: bool = False) -> Figure:
