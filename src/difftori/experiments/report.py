@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from difftori import __version__
-from difftori.experiments.analyse import OVER, Section, sections
+from difftori.experiments.analyse import OVER, Pair, Section, sections
 from difftori.experiments.gather import Gathered, Run, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
@@ -102,7 +102,7 @@ def _render(
     curves = [learning_curves(found.runs, name, methods) for name in (RETURN, VALIDATION_ERROR)]
     drawn = []
     for part, by_caption in zip(parts, tables, strict=True):
-        figures = [over_tasks(part), profiles(part)] if part.over else []
+        figures = [over_tasks(part), profiles(part)] if any(row.runs > 1 for row in part.over) else []
         drawn.append((part, by_caption, [svg_element(f) for f in (*figures, against(part)) if f is not None]))
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -188,14 +188,25 @@ def _tables(part: Section) -> dict[str, list[Column]]:
             Column("runs", tuple(str(row.runs) for row in part.over)),
         ]
     if part.pairs:
-        found["pairs of methods, over runs of the same task, seed and episodes"] = [
+        single = any(pair.episodes for pair in part.pairs)
+        caption = "pairs of methods, over runs of the same task, seed and episodes"
+        if single:
+            caption += "; with one run each, over their common episodes (without the variation between trainings)"
+        found[caption] = [
             Column("task", tuple(pair.task or "all tasks" for pair in part.pairs), left=True),
             Column("difference", tuple(f"{pair.method} − {pair.reference}" for pair in part.pairs), left=True),
-            Column("pairs", tuple(str(pair.runs) for pair in part.pairs)),
+            Column("pairs", tuple(_pairs_counted(pair) for pair in part.pairs)),
             Column("value", tuple(_bounded(pair.difference, signed=True) for pair in part.pairs)),
-            Column("probability of improvement", tuple(_bounded(pair.better) for pair in part.pairs)),
+            Column(
+                "probability of improvement",
+                tuple("–" if pair.better is None else _bounded(pair.better) for pair in part.pairs),
+            ),
         ]
     return found
+
+
+def _pairs_counted(pair: Pair) -> str:
+    return f"{pair.runs} ({pair.episodes} episodes)" if pair.episodes else str(pair.runs)
 
 
 def _name(part: Section) -> str:
@@ -313,7 +324,11 @@ def _lines(part: Section) -> dict[str, list[EstimateLine]]:
     pairs = [
         EstimateLine(name, pair.task or "all tasks", pair.method, pair.reference, statistic, pair.runs, value)
         for pair in part.pairs
-        for statistic, value in (("paired difference", pair.difference), ("probability of improvement", pair.better))
+        for statistic, value in (
+            (f"paired difference{f' over {pair.episodes} episodes' if pair.episodes else ''}", pair.difference),
+            ("probability of improvement", pair.better),
+        )
+        if value is not None
     ]
     return dict(zip(_FILES, (by_task, over, pairs), strict=True))
 
