@@ -89,7 +89,7 @@ def _measure(config: Config) -> list[dict[str, Any]]:
     write_csv(stem.with_suffix(".csv"), rows)
     record = {"raw_ms": raw_ms(samples)}
     write_record(stem.with_suffix(".json"), record, config=config.model_dump(mode="json"), device=config.device)
-    shown = ("method", "act_ms", "update_ms", "episode_ms", "decision_ms", "training_ratio")
+    shown = ("method", "act_ms", "update_ms", "episode_ms", "agent_step_ms", "training_ratio")
     return as_text([{name: row[name] for name in shown} for row in rows])
 
 
@@ -153,7 +153,7 @@ def _parts(
 def _table(
     median: dict[tuple[str, str], float], environment: float, agents: dict[str, Agent], config: Config
 ) -> list[dict[str, Any]]:
-    """One row per method. `decision_ms`: the total time of one agent step of one environment in training."""
+    """One row per method. `agent_step_ms`: the total time of one agent step of one environment in training."""
     rows: list[dict[str, Any]] = []
     for name, agent in agents.items():
         act, update, sample = (median[name, part] for part in ("act", "update", "sample"))
@@ -169,11 +169,11 @@ def _table(
                 "sample_ms": sample,
                 "update_ms": update,
                 "episode_ms": median.get((name, "end_episode"), 0.0),
-                "decision_ms": total,
+                "agent_step_ms": total,
                 "act_ratio": act / median["tdmpc", "act"],
                 "update_ratio": update / median["tdmpc", "update"],
             }
         )
     for row in rows:
-        row["training_ratio"] = row["decision_ms"] / rows[0]["decision_ms"]
+        row["training_ratio"] = row["agent_step_ms"] / rows[0]["agent_step_ms"]
     return rows

@@ -41,7 +41,7 @@ def fit(states, forces, mass, half_length):
         plan = difftori.plan(
             cartpole(*logs.exp()), reward, terminal_value, start, future, -10.0, 10.0, max_steps=20, tolerance=1e-7
         )
-        error = plan.actions[:, 0, 0] - force  # the first force alone: later ones were planned anew
+        error = plan.actions[:, 0, 0] - force  # the first force alone: later ones are replaced by new plans
         away = (plan.actions.detach() - future).abs().mean((1, 2))  # large where the plan is another local optimum
         used = plan.solution.gradient_valid
         used = (used & (away <= 3 * away[used].median())).nonzero().squeeze(1)

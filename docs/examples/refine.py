@@ -1,4 +1,4 @@
-"""Refine a policy of one's own: any function from observations to actions."""
+"""Refine your own policy: any function from observations to actions."""
 
 import numpy as np
 import torch

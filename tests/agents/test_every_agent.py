@@ -1,4 +1,4 @@
-"""What every agent of the package must do, whoever adds it."""
+"""What every agent of the package must do, including your own."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def test_single_environments_pass_gymnasiums_check(task):
     check_env(ProbeEnv(task, action_repeat=1), skip_render_check=True)
 
 
-def test_the_spec_counts_steps_and_decisions():
+def test_the_spec_counts_steps_and_agent_steps():
     env = make_env("probe:delayed-reward", num_envs=1, seed=0, action_repeat=3)
     assert (env_spec(env).max_episode_steps, env_spec(env).max_agent_steps) == (8, 3)
     env.reset()

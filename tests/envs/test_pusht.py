@@ -29,7 +29,7 @@ def started(env, state) -> np.ndarray:
 
 
 @needs_pusht
-@pytest.mark.parametrize("obs", pusht.OBSERVE)
+@pytest.mark.parametrize("obs", pusht.OBS_TYPES)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # it warns of unbounded observations
 def test_the_single_environment_passes_gymnasiums_check(obs):
     check_env(pusht.PushTEnv(obs=obs, max_steps=5), skip_render_check=True)

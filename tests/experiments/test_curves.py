@@ -199,7 +199,7 @@ def test_diagnostics_are_medians_of_the_second_half(small):
         for row in rows:
             if "eval/return" in row and row["step"]:
                 gain = row["step"] / 1000 + seed
-                row |= {"judged/obs_q": gain, "judged/discounted_return": 10.0, "judged/obs_q_correlation": 0.5}
+                row |= {"eval/obs_q": gain, "eval/discounted_return": 10.0, "eval/obs_q_correlation": 0.5}
                 row |= {"diagnosis/gain": gain, "diagnosis/free": 0.4, "diagnosis/valid": 0.3}
                 for name, value in (("encoder", 1.0), ("dynamics", 2.0), ("reward", 4.0), ("q", 8.0)):
                     row |= {f"diagnosis/ratio/{name}": value, f"diagnosis/cosine/{name}": value / 10}
@@ -248,12 +248,12 @@ def test_ours_and_published_are_compared_at_the_same_steps_only(small):
         (50_000, "tdmpc"),
     }
     last = next(row for row in rows if row.steps == 50_000 and row.method == "difftori")
-    assert (last.mean, last.seeds, last.origin) == (805, 2, OURS)
+    assert (last.mean.value, last.seeds, last.origin) == (805, 2, OURS)
     # Student, one degree of freedom: 12.706 · (10/√2)/√2
-    assert last.high - last.mean == pytest.approx(12.7062 * 5, rel=1e-4)
+    assert last.mean.high - last.mean.value == pytest.approx(12.7062 * 5, rel=1e-4)
     tdmpc = next(row for row in rows if row.method == "TD-MPC")
     curve = next(curve for curve in published if curve.method == "TD-MPC")
-    assert tdmpc.mean == pytest.approx(curve.at(40_000).mean())
+    assert tdmpc.mean.value == pytest.approx(curve.at(40_000).mean())
     assert (tdmpc.seeds, tdmpc.label) == (5, "published")
 
 
@@ -266,8 +266,8 @@ def test_an_unfinished_run_is_drawn_but_not_averaged_over_tasks(small):
     assert curves.reasons[-1] == "7 of 8 runs finished"
     assert block(curves)[1] == {"cup-catch": [0, 1], "walker-walk": [0]}
     last = [row for row in aggregates(curves) if row.steps == 50_000 and row.origin == OURS]
-    assert [(row.tasks, row.runs, row.mean) for row in last] == [(2, 3, pytest.approx(0.6))] * 2
-    assert all(row.mean_low is None for row in last)  # one seed of a task has no spread
+    assert [(row.tasks, row.runs, row.mean.value) for row in last] == [(2, 3, pytest.approx(0.6))] * 2
+    assert not any(row.mean.bounded for row in last)  # one seed of a task has no spread
     assert [row.finished for row in seed_results(curves)].count(False) == 1
 
 
@@ -286,10 +286,10 @@ def test_differences_are_paired_by_task_and_seed(small):
     fill(config, methods, lambda run: 300.0 + 200 * run.seed + (run.method.label != "off") * gain[run.task, run.seed])
     rows = [row for row in differences(curves_of(config, methods), "off") if row.measure == "final"]
     assert [(row.task, row.pairs) for row in rows] == [("cup-catch", 2), ("walker-walk", 2), (ALL_TASKS, 4)]
-    assert [row.value for row in rows] == pytest.approx([15, 40, 27.5])
-    assert (rows[1].low, rows[1].high) == (pytest.approx(40), pytest.approx(40))
-    assert rows[2].low == pytest.approx(25)  # the worst resample takes cup-catch's lower seed twice
-    assert rows[2].high == pytest.approx(30)
+    assert [row.value.value for row in rows] == pytest.approx([15, 40, 27.5])
+    assert (rows[1].value.low, rows[1].value.high) == (pytest.approx(40), pytest.approx(40))
+    assert rows[2].value.low == pytest.approx(25)  # the worst resample takes cup-catch's lower seed twice
+    assert rows[2].value.high == pytest.approx(30)
 
 
 @pytest.mark.parametrize(

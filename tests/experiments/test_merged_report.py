@@ -1,6 +1,7 @@
 """Reports of made-up runs: which methods there are, what is compared, and that the page fetches nothing."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from difftori.cli import main
 from difftori.errors import ConfigError
 from difftori.experiments.analyse import sections
 from difftori.experiments.gather import gather
+from difftori.experiments.records import RETURN
 from difftori.experiments.report import write_report
+from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 
 VERSIONS = {"cpu": "a processor", "threads": 1, "difftori": "0", "torch": "2", "device_name": None}
 
@@ -102,11 +106,83 @@ def test_success_is_paired_by_episodes_and_lower_errors_are_better(tmp_path):
     assert section.measure.name == "success"  # and no score, which says the same
     (cell, _) = section.cells
     assert (cell.episodes, cell.pooled.value) == (8, 5 / 8)
-    assert section.pairs == ()  # one pair is no pair with a spread
+    (single,) = section.pairs  # seed 1 has no common episodes, so the interval is over the episodes of seed 0
+    assert (single.runs, single.episodes, single.better) == (1, 4, None)
+    assert single.difference.value == 0.5
+    assert single.difference.bounded
     policy_run(tmp_path / "c" / "b1", [0.0, 0.0, 0.0, 1.0], policy="ibc", seed=2)
     policy_run(tmp_path / "c" / "a1", [1.0, 1.0, 1.0, 1.0], policy="bc", seed=2)
     (pair,) = sections(gather([tmp_path]).runs)[0].pairs
     assert (pair.runs, pair.difference.value) == (2, pytest.approx((0.5 + 0.75) / 2))
+
+
+def test_with_one_seed_the_common_episodes_are_compared(tmp_path):
+    policy_run(tmp_path / "a", [1.0, 1.0, 0.0, 1.0], policy="bc", seed=0)
+    policy_run(tmp_path / "b", [0.0, 1.0, 1.0, 0.0, 0.0], policy="ibc", seed=0, first=101)  # 101 … 103 are common
+    (section,) = sections(gather([tmp_path]).runs)
+    (pair,) = section.pairs
+    gaps = np.array([1.0 - 0.0, 0.0 - 1.0, 1.0 - 1.0])
+    assert (pair.task, pair.episodes, pair.difference.value) == ("metaworld:assembly", 3, gaps.mean())
+    assert pair.difference.high == pytest.approx(4.3027 * gaps.std(ddof=1) / 3**0.5, rel=1e-4)  # Student, two degrees
+    report = write_report([tmp_path], tmp_path / "report")
+    assert "without the variation between trainings" in report.page.read_text()
+    with (tmp_path / "report" / "pairs.csv").open() as file:
+        assert [row["statistic"] for row in csv.DictReader(file)] == ["paired difference over 3 episodes"]
+
+    policy_run(tmp_path / "c", [1.0, 0.0], policy="bc", seed=0, env="metaworld:hammer")
+    policy_run(tmp_path / "d", [0.0, 0.0], policy="ibc", seed=0, env="metaworld:hammer")
+    by_task = {pair.task: pair for pair in sections(gather([tmp_path]).runs)[0].pairs}
+    assert by_task[None].difference.value == pytest.approx((gaps.mean() + 0.5) / 2)
+    assert (by_task[None].runs, by_task[None].episodes) == (2, 5)
+
+
+def test_a_refiner_is_named_by_its_base_and_not_by_a_folder(tmp_path):
+    for name, updates in (("short", 10), ("long", 20)):
+        base = policy_run(tmp_path / name, [1.0, 0.0], policy="bc", seed=0, settings={"updates": updates})
+        refiner = policy_run(tmp_path / f"on-{name}", [1.0, 0.0], policy="residual", seed=0, base=f"/gone/{name}")
+        for weights in (base / "policy.pt.sha256", refiner / "base.pt.sha256"):
+            weights.write_text(f"{name}  file\n")
+    lost = policy_run(tmp_path / "lost", [1.0, 0.0], policy="ibc-base", seed=0, base="/gone/elsewhere")
+    (lost / "base.pt.sha256").write_text("0123456789  file\n")
+    assert {run.method for run in gather([tmp_path]).runs} == {
+        "bc, updates 10",
+        "bc, updates 20",
+        "residual on bc (updates 10)",
+        "residual on bc (updates 20)",
+        "ibc-base on a base with weights 01234567",
+    }
+
+
+def test_an_agent_without_evaluations_is_drawn_by_its_training_episodes(tmp_path):
+    place = agent_run(tmp_path / "a", 5.0, agent="tdmpc", seed=0)
+    (place / "summary.json").unlink()
+    rows = [{"step": 0, "eval/return": 1.0}, *({"step": s, "train/return": 2.0 + s} for s in (100, 200))]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    agent_run(tmp_path / "b", 5.0, agent="difftori", seed=0)
+    runs = gather([tmp_path]).runs
+    assert {run.method: run.training[1].tolist() for run in runs} == {"tdmpc": [102.0, 202.0], "difftori": []}
+    (axis,) = learning_curves(runs, RETURN, ["difftori", "tdmpc"]).axes
+    assert [102.0, 202.0] in [line.get_ydata().tolist() for line in axis.lines]
+    assert any(line.get_marker() not in ("", "None") for line in axis.lines), "a single evaluation is marked"
+
+
+def test_no_text_of_a_figure_is_clipped(tmp_path):
+    for seed in range(2):
+        for rate in (1e-3, 1e-4):
+            settings = {"a_long_name_of_a_setting": rate, "another_long_name_of_a_setting": "and_a_long_value_of_it"}
+            agent_run(tmp_path / f"a{seed}{rate}", 500.0 + seed, agent="difftori", seed=seed, **settings)
+            agent_run(tmp_path / f"b{seed}{rate}", 5.0, agent="tdmpc", seed=seed, **{**settings, "other": rate})
+    runs = gather([tmp_path]).runs
+    (section,) = sections(runs)
+    methods = sorted({run.method for run in runs})
+    for figure in (learning_curves(runs, RETURN, methods), over_tasks(section), profiles(section), against(section)):
+        FigureCanvasAgg(figure).draw()
+        box = figure.get_tightbbox()
+        assert min(box.x0, box.y0) > -0.05
+        assert box.x1 < figure.get_figwidth() + 0.05
+        assert box.y1 < figure.get_figheight() + 0.05
+        titles = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(titles))
 
 
 def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
@@ -126,12 +202,12 @@ def test_the_page_stands_alone_and_says_what_it_rests_on(reward, capsys):
     assert not re.search(r'(src|href)="https?:', page)
     assert "default-src" in page
     assert "<script" not in page
-    for said in (
+    for messages in (
         "Runs differ in environment steps: 1000, 2000",
         "the same method, task and seed",
         "its return is NaN or Inf",
     ):
-        assert said in page
+        assert messages in page
     assert "Unfinished runs, not included in the results: 1" in page
     assert "data:image/gif;base64," in page
     assert "report.html" in capsys.readouterr().out
@@ -153,7 +229,7 @@ def test_records_of_studies_are_read_too(tmp_path):
     found = gather([root])
     assert len(found.runs) == 180
     section = sections(found.runs, reference="bc, updates 1500")[0]
-    best = next(row for row in section.over if row.method == "difftori-il on base, base_noise 1")
+    best = next(row for row in section.over if row.method == "difftori-il on bc, base_noise 1")
     assert best.statistics["mean"].value == pytest.approx(0.673, abs=1e-3)  # as docs/imitation-studies.md says
 
 
@@ -176,9 +252,9 @@ def test_odd_names_and_damaged_records_end_no_report(tmp_path):
 def test_without_runs_there_is_a_clear_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    said = capsys.readouterr().err
-    assert "no runs in" in said
-    assert "does not exist" in said
+    messages = capsys.readouterr().err
+    assert "no runs in" in messages
+    assert "does not exist" in messages
     written(tmp_path / "bad", {"agent": "tdmpc", "env": "dmc:x", "seed": 0}, [], {"return": 1.0})
     (tmp_path / "bad" / "versions.json").write_text("[")
     with pytest.raises(ConfigError, match="bad"):
@@ -201,10 +277,13 @@ def test_measures_of_two_scales_stay_apart(tmp_path):
     )
 
 
-def test_refiners_are_named_by_the_folder_of_their_base(tmp_path):
+def test_a_base_without_any_record_is_named_by_its_path(tmp_path):
     policy_run(tmp_path / "a", [1.0, 0.0], policy="residual", seed=0, base="runs/x/bc_updates-1500/seed-0")
     policy_run(tmp_path / "b", [1.0, 0.0], policy="residual", seed=0, base="runs/mine")
-    assert {run.method for run in gather([tmp_path]).runs} == {"residual on bc_updates-1500", "residual on mine"}
+    assert {run.method for run in gather([tmp_path]).runs} == {
+        "residual on runs/x/bc_updates-1500/seed-0",
+        "residual on runs/mine",
+    }
 
 
 def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):

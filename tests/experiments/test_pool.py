@@ -28,19 +28,19 @@ def runs(folder, *names):
 
 def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
     python(monkeypatch, "import sys, os; print('it says:', sys.argv[1]); os._exit(sys.argv[1] == 'bad')")
-    said = []
+    messages = []
     done: list[str] = []
     failures, left = run_all(
         runs(tmp_path, "good", "bad", "fine"),
         jobs=2,
         seconds=None,
-        say=said.append,
+        say=messages.append,
         done=lambda w: done.append(w.name),
     )
     assert sorted(done) == ["fine", "good"]
     assert [(f.run.name, f.status) for f in failures] == [("bad", 1)]
     assert left == []
-    assert {"good: done", "fine: done"} <= set(said)
+    assert {"good: done", "fine: done"} <= set(messages)
     with pytest.raises(RunsFailedError, match="bad: status 1"):
         report_failures(failures)
     report_failures([])
@@ -48,11 +48,11 @@ def test_a_failure_takes_nothing_down_and_is_named(tmp_path, monkeypatch):
 
 def test_when_the_budget_is_spent_nothing_more_begins(tmp_path, monkeypatch):
     python(monkeypatch, "import time; time.sleep(.3)")
-    said = []
-    failures, left = run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=0.05, say=said.append)
+    messages = []
+    failures, left = run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=0.05, say=messages.append)
     assert failures == []
     assert [run.name for run in left] == ["second"]
-    assert said[-1] == "first: done"
+    assert messages[-1] == "first: done"
 
 
 def test_a_signal_lets_runs_save_and_starts_no_more(tmp_path, monkeypatch):
@@ -70,12 +70,12 @@ def test_a_signal_lets_runs_save_and_starts_no_more(tmp_path, monkeypatch):
         wait(seconds)
 
     monkeypatch.setattr(pool.time, "sleep", sleep)
-    said = []
+    messages = []
     with pytest.raises(SystemExit) as ended:
-        run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=None, say=said.append)
+        run_all(runs(tmp_path, "first", "second"), jobs=1, seconds=None, say=messages.append)
     assert ended.value.code == 143
     assert (tmp_path / "saved").exists()
-    assert "1 interrupted, 1 not started" in said[-1]
+    assert "1 interrupted, 1 not started" in messages[-1]
 
 
 def run_of(tmp_path, code: str, monkeypatch) -> RunSpec:
@@ -97,14 +97,14 @@ if count < 2: os.kill(os.getpid(), signal.SIGKILL)
 folder = pathlib.Path({str(tmp_path / "runs" / "one")!r}); folder.mkdir(); (folder / "summary.json").write_text("{{}}")
 """
     run = run_of(tmp_path, code, monkeypatch)
-    said = []
-    failures, _ = run_all([run], jobs=1, seconds=None, say=said.append, retries=1)
+    messages = []
+    failures, _ = run_all([run], jobs=1, seconds=None, say=messages.append, retries=1)
     assert [(f.status, f.reason) for f in failures] == [(-9, "words: it")]
-    assert sum("restarting (1 of 1)" in line for line in said) == 1
+    assert sum("restarting (1 of 1)" in line for line in messages) == 1
     note = json.loads((tmp_path / "runs" / "one.failed.json").read_text())
     assert (note["status"], note["reason"]) == (-9, "words: it")
 
-    assert run_one(run, say=said.append) is None
+    assert run_one(run, say=messages.append) is None
     assert run.finished
     assert not (tmp_path / "runs" / "one.failed.json").exists()
     assert len(seen.read_text()) == 3
@@ -129,16 +129,16 @@ def test_a_run_in_another_process_is_waited_for(tmp_path, monkeypatch, finishes)
     run = run_of(tmp_path, f"import pathlib; pathlib.Path({str(tmp_path / 'here')!r}).touch()", monkeypatch)
     run.folder.mkdir()
     (run.folder / "run.lock").touch()
-    done, said = [], []
+    done, messages = [], []
     with (run.folder / "run.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run.locked
         waiting = threading.Thread(
-            target=lambda: run_all([run], jobs=1, seconds=None, say=said.append, done=done.append), daemon=True
+            target=lambda: run_all([run], jobs=1, seconds=None, say=messages.append, done=done.append), daemon=True
         )
         waiting.start()
         time.sleep(0.5)
-        assert said == ["it: running in another process, waiting for it"]
+        assert messages == ["it: running in another process, waiting for it"]
         if finishes:
             (run.folder / "summary.json").write_text("{}")
     waiting.join(20)

@@ -37,6 +37,13 @@ def test_a_record_comes_back_as_it_was(file):
     assert is_record_file(file.path)
 
 
+def test_a_record_of_an_earlier_version_is_read_with_todays_names(file):
+    old = replace(RECORD, summary={"decisions": 4.0}, evaluations=({RETURN: 1.0, "judged/obs_q": 2.0},))
+    file.append("a", old)
+    expected = replace(RECORD, summary={"agent_steps": 4.0}, evaluations=({RETURN: 1.0, "eval/obs_q": 2.0},))
+    assert file.read() == {"a": expected}
+
+
 def test_a_run_is_appended_once(file):
     file.append("a", RECORD)
     file.append("a", replace(RECORD, command="another"))

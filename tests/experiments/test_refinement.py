@@ -186,22 +186,22 @@ def test_public_data_are_fetched_where_a_base_is_to_be_trained_and_count_as_the_
     monkeypatch.setattr(il_study, "find_demos", lambda name, say: fetched.append(name))
     there = CASES[1]
     named = replace(there, demos="pusht-human")
-    wish = {"study": "s/b", "reasons": (), "say": lambda text: None}
-    run_imitation(config, [named], METHODS, **wish)
+    request = {"study": "s/b", "reasons": (), "say": lambda text: None}
+    run_imitation(config, [named], METHODS, **request)
     assert set(fetched) == {"pusht-human"}
     fetched.clear()
-    assert run_imitation(config, [named], METHODS, **wish).label == "full"
+    assert run_imitation(config, [named], METHODS, **request).label == "full"
     assert not fetched, "everything is finished"
     (config.demos / "pusht_cchi_v7_replay.zarr").mkdir()
     path = replace(there, demos="{demos}/pusht_cchi_v7_replay.zarr")
-    assert run_imitation(config, [path], METHODS, **wish).label == "full", "the same data by another name"
+    assert run_imitation(config, [path], METHODS, **request).label == "full", "the same data by another name"
 
 
 def test_demonstrations_are_collected_once_for_each_seed(started, tmp_path):
-    wish = base_noise.Config(
+    request = base_noise.Config(
         tasks=("basketball",), seeds=2, episodes=4, demos=tmp_path, runs=tmp_path / "r", out=tmp_path / "o"
     )
-    base_noise.run(wish)
+    base_noise.run(request)
     assert started[0] == ["basketball, demonstrations, seed 0", "basketball, demonstrations, seed 1"]
     text = next((tmp_path / "o").rglob("summary.md")).read_text()
     assert text.startswith(
@@ -236,8 +236,8 @@ def test_success_is_over_all_seeds_beside_the_papers():
     results = fabricated({"base": [[0, 0, 1, 0], [1, 1, 1, 0]], "refined": [[1, 1, 1, 1]]})
     published = [Published("reach", "base", 0.41, 0.02)]
     base, refined = summaries(results, published)
-    assert (base.seeds, base.episodes, base.success, base.score) == (2, 8, 0.5, 0.25)
-    assert base.low == pytest.approx(0.215, abs=1e-3)
+    assert (base.seeds, base.episodes, base.success.value, base.score) == (2, 8, 0.5, 0.25)
+    assert base.success.low == pytest.approx(0.215, abs=1e-3)
     assert (base.paper, refined.paper) == (0.41, None)
     headings = [column.heading for column in table([base, refined])]
     assert headings[-1] == "paper"
@@ -247,21 +247,21 @@ def test_differences_are_of_runs_from_the_same_seed():
     results = fabricated({"base": [[0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], "refined": [[0, 1, 1, 0], [1, 1, 1, 1]]})
     (row,) = differences(results, "refined", "base", "success")
     assert (row.task, row.pairs) == (ALL, 2)
-    assert row.value == pytest.approx(np.mean([0.25, 0.5]))
-    assert row.low < row.value < row.high
+    assert row.value.value == pytest.approx(np.mean([0.25, 0.5]))
+    assert row.value.low < row.value.value < row.value.high
 
 
 def test_a_single_pair_is_compared_over_its_episodes():
     (row,) = differences(fabricated({"base": [[0, 0, 1, 0]], "refined": [[0, 1, 1, 1]]}), "refined", "base", "success")
-    assert (row.pairs, row.value) == (1, 0.5)
-    assert row.high - row.low == pytest.approx(2 * 1.95996 * np.std([0, 1, 0, 1], ddof=1) / 2, rel=1e-4)
+    assert (row.pairs, row.value.value) == (1, 0.5)
+    assert row.value.high - row.value.low == pytest.approx(2 * 1.95996 * np.std([0, 1, 0, 1], ddof=1) / 2, rel=1e-4)
 
 
 def test_all_tasks_together_are_those_that_every_method_has():
     one = fabricated({"base": [[1, 1], [0, 0]], "refined": [[1, 1]]})
     more = tuple(replace(r, run=replace(r.run, task="pusht")) for r in one.runs if r.run.method.label == "base")
     both = replace(one, tasks=("reach", "pusht"), runs=(*one.runs, *more))
-    together = {row.method: row.success for row in summaries(both, []) if row.task == ALL}
+    together = {row.method: row.success.value for row in summaries(both, []) if row.task == ALL}
     assert together == {"base": 1.0, "refined": 1.0}
 
 

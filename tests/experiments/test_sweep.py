@@ -1,4 +1,4 @@
-"""Sweeps from the command line: what is done stays done, whoever is killed."""
+"""Sweeps from the command line: finished runs stay finished when a process is killed."""
 
 import json
 import logging
@@ -145,9 +145,9 @@ def test_what_slurm_refuses_is_told(sweep, capsys, monkeypatch, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert main(["sweep", str(sweep), "--slurm"]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert "Slurm accepted 0 of 2 runs and rejected the next" in said
-    assert "AssocMaxSubmitJobLimit" in said
+    messages = " ".join(capsys.readouterr().err.split())
+    assert "Slurm accepted 0 of 2 runs and rejected the next" in messages
+    assert "AssocMaxSubmitJobLimit" in messages
 
 
 def test_a_failure_travels_between_machines(sweep):

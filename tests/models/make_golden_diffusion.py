@@ -1,4 +1,4 @@
-"""Writes golden_diffusion.json anew: what Hugging Face diffusers computes, for test_diffusion.py to compare with.
+"""Regenerates golden_diffusion.json: what Hugging Face diffusers computes, for test_diffusion.py to compare with.
 
 python -m venv /tmp/golden && /tmp/golden/bin/pip install diffusers==0.42.1 torch
 PYTHONPATH=. /tmp/golden/bin/python tests/models/make_golden_diffusion.py

@@ -1,4 +1,4 @@
-"""Noise and samplers, compared with Hugging Face diffusers; make_golden_diffusion.py says how the numbers are made anew."""
+"""Noise and samplers, compared with Hugging Face diffusers; make_golden_diffusion.py shows how to regenerate the numbers."""
 
 import json
 from pathlib import Path

@@ -20,8 +20,8 @@ def spec(**entries: EntrySpec) -> TaskSpec:
 
 
 def test_crops_are_those_of_the_source():
-    assert [Images().seen(side) for side in (84, 96, 240)] == [76, 84, 216]
-    assert Images(crop=0.5).seen(96) == 48
+    assert [Images().cropped_side(side) for side in (84, 96, 240)] == [76, 84, 216]
+    assert Images(crop=0.5).cropped_side(96) == 48
 
 
 def test_the_middle_is_seen_without_a_generator():

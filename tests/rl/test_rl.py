@@ -22,7 +22,7 @@ from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rl.evaluate import evaluate, evaluate_run, load_agent
 from difftori.rollout import episode_seed
-from difftori.runs.checkpoint import weights_digest
+from difftori.runs.checkpoint import Checkpoints, read_weights, weights_digest, write_weights
 from difftori.runs.records import read_metrics, to_yaml
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2}
@@ -97,14 +97,14 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("agent", ["difftori", "tdmpc"])
-def test_a_signal_just_after_the_random_decisions_changes_nothing(agent, tmp_path, monkeypatch):
+def test_a_signal_just_after_the_random_agent_steps_changes_nothing(agent, tmp_path, monkeypatch):
     wanted = config(agent, env="probe:delayed-reward", steps=48, save_every=10_000, settings={"seed_steps": 20})
     rl.train(wanted, tmp_path / "whole", progress=False)
     step, calls = Collector.step, []
 
     def raises_a_flag(self, act):
         calls.append(None)
-        if len(calls) == 22:  # decision 22 of episodes of 8: in the middle, and past the 20 random ones
+        if len(calls) == 22:  # agent step 22 of episodes of 8: in the middle, and past the 20 random ones
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, act)
 
@@ -131,7 +131,7 @@ def test_an_evaluation_begins_again_when_an_environment_fails(tmp_path, monkeypa
         calls.append(None)
         if len(calls) == 2:
             self._begun[:] = self._running[:] = False
-            raise EnvironmentRestarted("all copies were made anew", restarts=1)
+            raise EnvironmentRestarted("all copies were restarted", restarts=1)
         return step(self, actions)
 
     monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
@@ -174,7 +174,7 @@ def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monke
         calls.append(None)
         if len(calls) == 60:
             self._begun[:] = self._running[:] = False
-            raise EnvironmentRestarted("all copies were made anew", restarts=1)
+            raise EnvironmentRestarted("all copies were restarted", restarts=1)
         return step(self, actions)
 
     monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
@@ -252,6 +252,35 @@ def test_a_damaged_or_foreign_run_is_refused(tmp_path):
         load_agent(tmp_path / "run")
     with pytest.raises(ConfigError, match="another configuration"):
         rl.train(config(steps=60, seed=2), tmp_path / "run", progress=False)
+
+
+def test_a_finished_run_of_an_earlier_version_loads_and_an_unfinished_one_says_what_to_do(tmp_path, monkeypatch):
+    """Earlier versions stored other names: the agent needs only the count of agent steps, a resumed run everything."""
+    rl.train(config(steps=60), tmp_path / "done", progress=False)
+    agent, loaded, agent_steps = load_agent(tmp_path / "done")
+    state = read_weights(tmp_path / "done" / "agent.pt")
+    write_weights(tmp_path / "done" / "agent.pt", {**state, "collector": {"decisions": agent_steps}})
+    again = load_agent(tmp_path / "done")
+    assert again[1:] == (loaded, agent_steps)
+    assert agent_steps == 60
+    assert weights_digest(again[0]) == weights_digest(agent)
+
+    step = Collector.step
+
+    def dies(self, act):
+        if self.agent_steps == 20:
+            raise Interrupted
+        return step(self, act)
+
+    monkeypatch.setattr(Collector, "step", dies)
+    with pytest.raises(Interrupted):
+        rl.train(config(steps=60, save_every=10), tmp_path / "old", progress=False)
+    checkpoints = Checkpoints(tmp_path / "old" / "checkpoints")
+    found = checkpoints.latest()
+    inner = {("deciding" if name == "collecting" else name): value for name, value in found.state["state"].items()}
+    checkpoints.save(found.step, {**found.state, "state": inner})
+    with pytest.raises(CheckpointError, match=r"lacks 'collecting'; another version.* Fix: resume with the version"):
+        rl.train(config(steps=60, save_every=10), tmp_path / "old", progress=False)
 
 
 def test_every_fault_of_a_configuration_is_listed():

@@ -326,3 +326,12 @@ def test_a_configuration_of_an_earlier_version_is_read_with_todays_names():
     assert current_config({"agent": "tdmpc", "settings": settings})["settings"] == settings
     kept = current_config({"agent": "difftori", "settings": {"obs_q_lambda": 1.0}})
     assert kept["settings"] == {"obs_q_lambda": 1.0}
+
+
+def test_metrics_of_an_earlier_version_are_read_with_todays_names(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "judged/obs_q": 2.0, "eval/return": 3.0}\n')
+    (tmp_path / "summary.json").write_text('{"decisions": 4, "return": null}')
+    assert read_metrics(tmp_path) == [{"step": 1, "eval/obs_q": 2.0, "eval/return": 3.0}]
+    summary = read_summary(tmp_path)
+    assert summary["agent_steps"] == 4.0
+    assert set(summary) == {"agent_steps", "return"}

@@ -136,12 +136,12 @@ def test_through_submitit_a_job_that_is_there_is_not_submitted_again(tmp_path, f
             tmp_path / "jobs", cpus=0.5, gpus=0.0, retries=1, parameters={"timeout_min": 5}, cluster="local"
         )
 
-    said: list[str] = []
-    assert run_sweep(runs, engine(), say=said.append, done=lambda run: None) == []
+    messages: list[str] = []
+    assert run_sweep(runs, engine(), say=messages.append, done=lambda run: None) == []
     assert {run_status(run).state for run in runs} == {"finished"}
-    assert sum("submitted as job" in line for line in said) == 2
-    assert run_sweep(runs, engine(), say=said.append, done=lambda run: None) == []
-    assert sum("submitted as job" in line for line in said) == 2
+    assert sum("submitted as job" in line for line in messages) == 2
+    assert run_sweep(runs, engine(), say=messages.append, done=lambda run: None) == []
+    assert sum("submitted as job" in line for line in messages) == 2
     found("a sweep through submitit's local jobs, twice", result="2 jobs, none submitted again")
 
 

@@ -34,8 +34,8 @@ each_trainer = pytest.mark.parametrize(
 )
 
 
-def options(wish: str, straight: Path) -> list[str]:
-    return wish.format(demos=straight / "demos.zarr", base=straight / "bc").split()
+def options(template: str, straight: Path) -> list[str]:
+    return template.format(demos=straight / "demos.zarr", base=straight / "bc").split()
 
 
 def start(
@@ -43,10 +43,10 @@ def start(
 ) -> subprocess.Popen:
     """The command line's training, begun or gone on with; `killer` is the program that runs it, where not the package."""
     program = killer or ("-m", "difftori.cli")
-    wish = (
+    template = (
         TRAINERS[name] if save_every is None else re.sub(r"save-every \d+", f"save-every {save_every}", TRAINERS[name])
     )
-    words = [*program, "train", name, *options(wish, straight), "--out", str(out), "--quiet"]
+    words = [*program, "train", name, *options(template, straight), "--out", str(out), "--quiet"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": TINY}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *words], env=env, **quiet, **more)
@@ -54,8 +54,8 @@ def start(
 
 def finish(out: Path, name: str, straight: Path, **more) -> str:
     process = start(out, name, straight, **more)
-    said = process.communicate(timeout=900)[1].decode()
-    assert process.returncode == 0, said
+    messages = process.communicate(timeout=900)[1].decode()
+    assert process.returncode == 0, messages
     return digest(out)
 
 
@@ -128,8 +128,8 @@ def test_a_kill_in_each_phase_of_saving_changes_no_bit(name, straight, tmp_path,
     def killed(save: int, call: int, note: Path) -> None:
         killer = (str(HERE / "dying.py"), str(save), str(call), str(note))
         process = start(tmp_path / "run", name, folder, killer=killer)
-        said = process.communicate(timeout=300)[1].decode()
-        assert process.returncode == -signal.SIGKILL, said
+        messages = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == -signal.SIGKILL, messages
 
     whole, hit = tmp_path / "whole", tmp_path / "hit"
     killed(4, 0, whole)
@@ -180,10 +180,10 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, 
 
     before = Checkpoints(tmp_path / "run" / "checkpoints").latest().step
     process = start(tmp_path / "run", name, folder, preexec_fn=limit)
-    said = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 1, said
-    assert "Traceback" not in said
-    assert "free space" in said.lower()
+    messages = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 1, messages
+    assert "Traceback" not in messages
+    assert "free space" in messages.lower()
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == before
     began = time.time()
@@ -197,9 +197,9 @@ def test_memory_stays_flat(name, straight, tmp_path, found, monkeypatch):
     """What this process holds at each row of the log, from a third of 1500 updates and more to their end."""
     folder, ask = straight
     ask("bc")
-    wish = TRAINERS[name]
+    template = TRAINERS[name]
     for option, instead in (("epochs", "updates 1600"), ("steps", "steps 1700"), ("save-every", "save-every 100000")):
-        wish = re.sub(rf"--{option} \d+", f"--{instead}", wish)
+        template = re.sub(rf"--{option} \d+", f"--{instead}", template)
     process, sizes, log = psutil.Process(), [], Run.log
 
     def watched(run, step, metrics):
@@ -208,7 +208,7 @@ def test_memory_stays_flat(name, straight, tmp_path, found, monkeypatch):
 
     monkeypatch.setattr(Run, "log", watched)
     monkeypatch.syspath_prepend(TINY)
-    words = options(wish, folder)
+    words = options(template, folder)
     assert main(["train", name, *words, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     updates = read_summary(tmp_path / "run")["updates"]
     assert updates >= 1500

@@ -1,4 +1,4 @@
-"""Bad input: a typed error that names the value and the mend."""
+"""Bad input: a typed error that names the value and the fix."""
 
 import subprocess
 import sys

@@ -9,7 +9,7 @@ from difftori.runs.records import to_yaml
 def write_run(run: StudyRun, *, end: float, until: int | None = None, pace: float = 0.01, **versions: str) -> None:
     """A run whose return rises linearly to `end` at its last step; `until` stops it there, unfinished.
 
-    A decision takes `pace` seconds of acting, an update 2·pace, evaluation 5 s each; one decision is two steps.
+    An agent step takes `pace` seconds of acting, an update 2·pace, evaluation 5 s each; one agent step is two environment steps.
     """
     config, folder = run.config, run.spec.folder
     last = config.steps if until is None else until
@@ -36,7 +36,7 @@ def write_run(run: StudyRun, *, end: float, until: int | None = None, pace: floa
         seeds = config.settings.seed_steps
         summary = {
             "env_steps": float(config.steps),
-            "decisions": config.steps / 2,
+            "agent_steps": config.steps / 2,
             "updates": config.steps / 2,
             "seconds": 3 * acted + 5.0 * len(grid),
             "seconds/evaluation": 5.0 * len(grid),

@@ -56,15 +56,18 @@ class GuardedOptimizer:
 
     def state_dict(self) -> dict:
         """Adam's state and the counters, without the networks, for a checkpoint."""
-        return {"adam": self.adam.state_dict(), "skipped": self.skipped, "in_a_row": self.consecutive_skips}
+        return {"adam": self.adam.state_dict(), "skipped": self.skipped, "consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a saved state. Raises CheckpointError if it belongs to other networks."""
         try:
             self.adam.load_state_dict(state["adam"])
-            self.skipped, self.consecutive_skips = int(state["skipped"]), int(state["in_a_row"])
+            self.skipped, self.consecutive_skips = int(state["skipped"]), int(state["consecutive_skips"])
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"the optimizer's checkpoint does not fit these networks: {error}") from error
+            raise CheckpointError(
+                f"the optimizer's checkpoint belongs to other networks, or another version of difftori wrote it: {error!r}. "
+                "Fix: resume with the version named in versions.json, or start a new run"
+            ) from error
 
     def _describe(self, gradient: Sequence[Tensor]) -> str:
         broken = [name for name, part in self.by_network(gradient).items() if not bool(part.isfinite().all())]

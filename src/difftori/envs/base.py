@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Observation: TypeAlias = np.ndarray | dict[str, np.ndarray]
 """The observation of one environment, or batched over all of them: one array, or several named arrays."""
 
-OBSERVE = ("state", "pixels")
+OBS_TYPES = ("state", "pixels")
 """`state`: flat float32 (S); `pixels`: uint8, channels first, the last frames stacked, newest last."""
 WORKERS = ("sync", "async")
 """`sync`: all copies in this process, one after another; `async`: one process per copy."""

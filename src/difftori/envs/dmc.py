@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from difftori.envs.base import (
-    OBSERVE,
+    OBS_TYPES,
     FrameStack,
     RenderingError,
     choice_fault,
@@ -163,7 +163,7 @@ FAMILY = EnvFamily(build=DmcEnv, tasks=TASKS, full_name=full_name)
 
 def _refuse_options(obs: str, action_repeat: int | None, render: str) -> None:
     faults = numeric_faults(action_repeat=action_repeat)
-    faults += choice_fault("obs", obs, OBSERVE) + choice_fault("render", render, ("default", "fast", "warp"))
+    faults += choice_fault("obs", obs, OBS_TYPES) + choice_fault("render", render, ("default", "fast", "warp"))
     if render == "warp":
         faults.append(
             "render is 'warp', which is not supported: mujoco-warp needs a newer MuJoCo than 3.3, the version that dm_control "

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box
 
-from difftori.envs.base import OBSERVE, FrameStack, RenderingError, choice_fault, episode_metadata, numeric_faults
+from difftori.envs.base import OBS_TYPES, FrameStack, RenderingError, choice_fault, episode_metadata, numeric_faults
 from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, MissingExtraError
 
@@ -30,7 +30,7 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     def __init__(self, task: str, *, obs: str = "state", action_repeat: int | None = None):
-        if faults := numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, OBSERVE):
+        if faults := numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, OBS_TYPES):
             raise ConfigError(faults)
         self._env = _registered(task)
         observations = self._env.observation_space

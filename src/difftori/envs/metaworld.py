@@ -60,7 +60,7 @@ OTHER_TASKS = (
 )
 """The other tasks of MetaWorld. Listed here, so that a wrong name is detected without the simulator."""
 TASKS = (*PAPER_TASKS, *OTHER_TASKS)
-OBSERVE = ("state", "points")
+OBS_TYPES = ("state", "points")
 EPISODE_STEPS = 200
 STEP_LIMIT = 500
 """MetaWorld's limit of steps in an episode."""
@@ -160,7 +160,7 @@ def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> M
     `max_steps`: the step after which an episode is truncated, at most 500. Defaults: `state`, 200. Raises `ConfigError`,
     `MissingExtraError` (extra `metaworld`), `RenderingError` (no OpenGL).
     """
-    faults = choice_fault("obs", obs, OBSERVE) + numeric_faults(max_steps=max_steps)
+    faults = choice_fault("obs", obs, OBS_TYPES) + numeric_faults(max_steps=max_steps)
     if max_steps > STEP_LIMIT:
         faults.append(f"max_steps is {max_steps}; it must be at most {STEP_LIMIT}, MetaWorld's limit")
     if faults:
@@ -181,7 +181,7 @@ def expert(task: str, *, obs: str = "points") -> Expert:
     It records DP3's `state` (9) of the robot and `full_state` (39), and with `obs="points"` (default) also `point_cloud`
     (512 3).
     """
-    faults = choice_fault("obs", obs, OBSERVE)
+    faults = choice_fault("obs", obs, OBS_TYPES)
     if faults:
         raise ConfigError(faults)
     recorded = {stored: part for stored, part in ARRAYS.items() if obs == "points" or part != "point_cloud"}

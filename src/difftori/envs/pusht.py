@@ -32,7 +32,7 @@ from difftori.envs.base import (
 from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, MissingExtraError
 
-OBSERVE = ("state", "pose", "pixels", "image")
+OBS_TYPES = ("state", "pose", "pixels", "image")
 EPISODE_STEPS = 300
 TEST_SEED = 100_000
 """The first evaluation seed of Diffusion Policy."""
@@ -58,7 +58,7 @@ class PushTEnv(gymnasium.Env[Observation, np.ndarray]):
     """
 
     def __init__(self, *, obs: str = "state", max_steps: int = EPISODE_STEPS):
-        if faults := numeric_faults(max_steps=max_steps) + choice_fault("obs", obs, OBSERVE):
+        if faults := numeric_faults(max_steps=max_steps) + choice_fault("obs", obs, OBS_TYPES):
             raise ConfigError(faults)
         self._env = _board(images=obs in ("pixels", "image"))
         self._obs = obs

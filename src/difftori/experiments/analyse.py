@@ -58,6 +58,9 @@ class Over:
 class Pair:
     """A method compared with a reference. `difference` is over runs of the same task, seed and episodes; `better` is the probability
     that a run of the method is better than one of the reference. `task` None: over all tasks that both have.
+
+    With one pair of runs on each task, `difference` is over their `episodes` common episodes, paired, and `better` is None.
+    Its interval then excludes the variation between trainings.
     """
 
     task: str | None
@@ -65,7 +68,8 @@ class Pair:
     reference: str
     runs: int
     difference: Estimate
-    better: Estimate
+    better: Estimate | None
+    episodes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,10 @@ def _pairs(
     method: str,
     reference: str,
 ) -> list[Pair]:
-    """Compare on each task with at least two pairs of runs, and over all tasks with a pair if they have a common scale."""
+    """Compare on each task with at least two pairs of runs, and over all tasks with a pair if they have a common scale.
+
+    If no task has more than one pair, compare their common episodes.
+    """
     sign = 1.0 if measure.higher_is_better else -1.0
     rows, gaps, ours, theirs = [], [], [], []
     for task in tasks:
@@ -167,11 +174,32 @@ def _pairs(
         if len(found) > 1:
             better = improvement_interval(ours[-1:], theirs[-1:], np.random.default_rng(SEED))
             rows.append(Pair(task, method, reference, len(found), student_interval(gaps[-1]), better))
+    if not rows and (single := _single_pairs(measure, tasks, by_cell, method, reference)):
+        return single
     if len(gaps) > 1 and measure.full is not None:
         generator = np.random.default_rng(SEED)
         difference = stratified_interval(gaps, mean_of_means, generator)
         better = improvement_interval(ours, theirs, generator)
         rows.append(Pair(None, method, reference, sum(map(len, gaps)), difference, better))
+    return rows
+
+
+def _single_pairs(
+    measure: Measure, tasks: Sequence[str], by_cell: dict[tuple[str, str], list[Run]], method: str, reference: str
+) -> list[Pair]:
+    """Compare two methods on the tasks with one pair of runs of the same seed, over the episodes that both runs have."""
+    gaps: dict[str, np.ndarray] = {}
+    for task in tasks:
+        theirs = {run.seed: run.by_episode(measure) for run in by_cell[task, reference]}
+        pairs = [(run.by_episode(measure), theirs[run.seed]) for run in by_cell[task, method] if run.seed in theirs]
+        found = [(a, b, common) for a, b in pairs if len(common := sorted(a.keys() & b.keys())) > 1]
+        if len(found) == 1:
+            ((a, b, common),) = found
+            gaps[task] = np.array([a[episode] - b[episode] for episode in common])
+    rows = [Pair(task, method, reference, 1, student_interval(gap), None, len(gap)) for task, gap in gaps.items()]
+    if len(gaps) > 1 and measure.full is not None:
+        every = stratified_interval(list(gaps.values()), mean_of_means, np.random.default_rng(SEED))
+        rows.append(Pair(None, method, reference, len(gaps), every, None, sum(map(len, gaps.values()))))
     return rows
 
 

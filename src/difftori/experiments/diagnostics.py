@@ -74,14 +74,14 @@ def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) 
     def of(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
-    judged = [(row["judged/obs_q"], row["judged/discounted_return"]) for row in rows if "judged/obs_q" in row]
-    over = [value / followed for value, followed in judged if followed]
+    calibration = [(row["eval/obs_q"], row["eval/discounted_return"]) for row in rows if "eval/obs_q" in row]
+    over = [value / followed for value, followed in calibration if followed]
     return Diagnostic(
         task=task,
         method=method,
         runs=runs,
         value_over_return=float(np.median(over)) if over else None,
-        correlation=float(np.median(of("judged/obs_q_correlation"))),
+        correlation=float(np.median(of("eval/obs_q_correlation"))),
         gain=float(np.median(of("diagnosis/gain"))),
         free=float(np.median(of("diagnosis/free"))),
         strict=float(np.median(of("diagnosis/valid"))),

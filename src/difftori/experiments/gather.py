@@ -1,7 +1,7 @@
 """Reads runs for a report from run directories and from the record files of studies."""
 
+import contextlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,11 @@ from difftori.experiments.records import (
     is_record_file,
     read_run,
 )
+from difftori.runs.checkpoint import read_weights
 from difftori.runs.page import MEDIA
-from difftori.runs.records import flat
+from difftori.runs.records import current_config, flat, read_metrics
 
+TRAINING = "train/return"
 _NOT_DISTINGUISHING = {
     "agent",
     "policy",
@@ -55,7 +57,8 @@ class Run:
     """A run, finished or not.
 
     `outcomes` are its final results by measure; `episodes` those of each evaluation episode, if known, with `episode_seeds`.
-    `curve` has the steps (k) and values (k) of its evaluations. `updates` is the number of updates of a finished run.
+    `curve` has the steps (k) and values (k) of its evaluations, and `training` those of the training episodes of an agent that has
+    fewer than two evaluations so far. `updates` is the number of updates of a finished run.
     """
 
     place: Path
@@ -68,6 +71,7 @@ class Run:
     episodes: Mapping[Measure, np.ndarray]
     episode_seeds: tuple[int, ...]
     curve: tuple[np.ndarray, np.ndarray]
+    training: tuple[np.ndarray, np.ndarray]
     curve_name: str
     rule: str
     hardware: str
@@ -76,6 +80,16 @@ class Run:
     seconds: float | None
     updates: int | None
     images: tuple[Path, ...]
+
+    def by_episode(self, measure: Measure) -> dict[tuple[int, ...], float]:
+        """Return the results of the evaluation episodes by their identity: their seed, or without seeds their number.
+
+        Runs of one seed with the same number of episodes start them alike.
+        """
+        values = self.episodes.get(measure, np.zeros(0)).tolist()
+        if self.episode_seeds:
+            return {(seed,): value for seed, value in zip(self.episode_seeds, values, strict=False)}
+        return {(len(values), number): value for number, value in enumerate(values)}
 
 
 @dataclass(frozen=True)
@@ -95,18 +109,19 @@ def gather(places: Sequence[Path]) -> Gathered:
     missing = [f"{place}: does not exist. Fix: give directories of runs" for place in places if not place.exists()]
     if missing:
         raise ConfigError(missing)
+    records: dict[Path, Record] = {}
     runs, left_out = [], []
     for place in _places(places):
         try:
-            found = _records(place)
+            records |= _records(place)
         except (DifftoriError, OSError) as error:
             left_out.append((place, str(error)))
-            continue
-        for where, record in found.items():
-            try:
-                runs.append(_run(where, record))
-            except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-                left_out.append((where, str(error) or repr(error)))
+    bases = _base_names(records)
+    for place, record in records.items():
+        try:
+            runs.append(_run(place, record, bases.get(place)))
+        except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            left_out.append((place, str(error) or repr(error)))
     named = _named(runs)
     seen: dict[tuple[str, str, int], Run] = {}
     for run in named:
@@ -142,20 +157,38 @@ def _records(place: Path) -> dict[Path, Record]:
     return {} if record is None else {place: record}
 
 
-def _base(config: Mapping[str, Any]) -> str:
-    """Return the name of the base policy from its folder: `bc` for `…/bc/seed-0`. It does not depend on the machine."""
-    if not config.get("base"):
-        return ""
-    base = Path(config["base"])
-    return base.parent.name if re.fullmatch(r"seed-\d+", base.name) else base.name
+def _base_names(records: Mapping[Path, Record]) -> dict[Path, str]:
+    """Return the name of each refiner's base policy: `bc`, or `bc (updates 1500)` if the refiners have bases with different settings."""
+    trained = {record.weights: record for record in records.values() if record.weights}
+    configs = {}
+    for place, record in records.items():
+        if record.config.get("base"):
+            base = trained.get(record.base_weights or "")
+            configs[place] = _stored_base(place, record) if base is None else base.config
+    named = _distinguished([(str(config.get("policy")), flat(config)) for config in configs.values()])
+    return {
+        place: f"{name} ({', '.join(words)})" if words else name
+        for place, (name, words) in zip(configs, named, strict=True)
+    }
 
 
-def _run(place: Path, record: Record) -> Run:
+def _stored_base(place: Path, record: Record) -> Mapping[str, Any]:
+    """Return the configuration of a base whose run is not among the others: from the copy in the refiner's run, if it is there."""
+    if (place / "base.pt").exists():
+        with contextlib.suppress(DifftoriError, KeyError, TypeError):
+            return current_config(read_weights(place / "base.pt")["config"])
+    weights = record.base_weights
+    return {"policy": f"a base with weights {weights[:8]}" if weights else str(record.config["base"])}
+
+
+def _run(place: Path, record: Record, base: str | None) -> Run:
     config, summary = record.config, record.summary
     agent = "agent" in config
     curve_name = RETURN if agent else VALIDATION_ERROR
     rows = [row for row in record.evaluations if row.get(curve_name) is not None]
-    curve = (np.array([row["step"] for row in rows]), np.array([row[curve_name] for row in rows], dtype=float))
+    early = (
+        [row for row in read_metrics(place) if TRAINING in row] if agent and len(rows) < 2 and place.is_dir() else []
+    )
     outcomes: dict[Measure, float] = {}
     episodes: dict[Measure, np.ndarray] = {}
     seeds: tuple[int, ...] = ()
@@ -174,7 +207,7 @@ def _run(place: Path, record: Record) -> Run:
         raise DataError(f"its {', '.join(broken)} is NaN or Inf")
     if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
         raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is invalid")
-    name, base = config.get("agent") or config["policy"], _base(config)
+    name = config.get("agent") or config["policy"]
     return Run(
         place=place,
         task=f"{config['env']} ({config['obs']})" if config.get("obs") else config["env"],
@@ -185,7 +218,8 @@ def _run(place: Path, record: Record) -> Run:
         outcomes=outcomes,
         episodes=episodes,
         episode_seeds=seeds,
-        curve=curve,
+        curve=_curve(rows, curve_name),
+        training=_curve(early, TRAINING),
         curve_name=curve_name,
         rule=rule,
         hardware=record.hardware,
@@ -195,6 +229,10 @@ def _run(place: Path, record: Record) -> Run:
         updates=None if summary is None or "updates" not in summary else int(summary["updates"]),
         images=tuple(path for path in sorted((place / "media").glob("*")) if path.suffix in MEDIA),
     )
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], dtype=float)
 
 
 def _full_return(env: str) -> float | None:
@@ -210,25 +248,31 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Append to each method's name the settings in which runs of that name differ."""
-    same: dict[str, list[Run]] = {}
-    for run in runs:
-        same.setdefault(run.method, []).append(run)
-    distinguishing = {method: _distinguishing(found) for method, found in same.items()}
-    named = []
-    for run in runs:
-        keys = [key for key in run.config if key in distinguishing[run.method]]
-        words = [f"{key.removeprefix('settings.')} {_shown(run.config[key])}" for key in keys]
-        named.append(replace(run, method=", ".join([run.method, *words])))
-    return named
+    named = _distinguished([(run.method, run.config) for run in runs])
+    return [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, named, strict=True)]
 
 
-def _distinguishing(runs: Sequence[Run]) -> set[str]:
-    """Return the settings in which runs of one name differ."""
-    keys = {key for run in runs for key in run.config} - _NOT_DISTINGUISHING
-    return {key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1}
+def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:
+    """Return each name with the settings in which the flat configurations of that name differ."""
+    same: dict[str, list[Mapping[str, Any]]] = {}
+    for name, config in found:
+        same.setdefault(name, []).append(config)
+    keys = {name: _distinguishing(configs) for name, configs in same.items()}
+    return [
+        (name, [f"{k.removeprefix('settings.')} {_shown(v)}" for k, v in config.items() if k in keys[name]])
+        for name, config in found
+    ]
+
+
+def _distinguishing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the settings in which configurations differ."""
+    keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING
+    return {key for key in keys if len({repr(config.get(key)) for config in configs}) > 1}
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "default"
     if isinstance(value, list):
         return "×".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -46,9 +46,7 @@ class Row:
     method: str
     seeds: int
     episodes: int
-    success: float
-    low: float
-    high: float
+    success: Estimate
     score: float
     validation_error: float | None
     seconds: float
@@ -138,7 +136,6 @@ def summaries(results: Results, published: Sequence[Published]) -> list[Row]:
 
 def _row(task: str, label: str, runs: Sequence[Result], published: Sequence[Published]) -> Row:
     success = np.concatenate([run.episodes("success") for run in runs])
-    low, high = wilson_interval(int(success.sum()), len(success))
     errors = [run.summary.get("last/validation_error", math.nan) for run in runs]
     known = [error for error in errors if math.isfinite(error)]
     theirs = next((p for p in published if (p.task, p.method) == (task, label)), None)
@@ -147,9 +144,7 @@ def _row(task: str, label: str, runs: Sequence[Result], published: Sequence[Publ
         method=label,
         seeds=len({run.seed for run in runs}),
         episodes=len(success),
-        success=float(success.mean()),
-        low=low,
-        high=high,
+        success=Estimate(float(success.mean()), *wilson_interval(int(success.sum()), len(success))),
         score=float(np.concatenate([run.episodes("score") for run in runs]).mean()),
         validation_error=float(np.mean(known)) if known else None,
         seconds=float(np.mean([run.summary["seconds"] for run in runs])),
@@ -165,7 +160,7 @@ def differences(results: Results, label: str, reference: str, measure: str) -> l
     """
 
     def line(task: str, pairs: int, estimate: Estimate) -> Difference:
-        return Difference.of(task, label, reference, measure, pairs, estimate, results.label)
+        return Difference(task, label, reference, measure, pairs, estimate, results.label)
 
     rows, every, episodes = [], [], []
     for task in results.tasks:
@@ -190,7 +185,7 @@ def table(rows: Sequence[Row]) -> list[Column]:
         "task": [row.task for row in rows],
         "method": [row.method for row in rows],
         "seeds × episodes": [f"{row.seeds} × {row.episodes // max(row.seeds, 1)}" for row in rows],
-        "success": [interval(Estimate(row.success, row.low, row.high), 2) for row in rows],
+        "success": [interval(row.success, 2) for row in rows],
         "score": [number(row.score, 2) for row in rows],
         "validation error": [number(row.validation_error, 4) for row in rows],
         "training s": [number(row.seconds, 0) for row in rows],
@@ -211,8 +206,8 @@ def success_points(rows: Sequence[Row], results: Results, measure: str) -> Figur
             own = [row for row in rows if row.method == label]
             places = np.array([tasks.index(row.task) for row in own])
             places = places + (index - (len(labels) - 1) / 2) * 0.8 / len(labels)
-            values = np.array([getattr(row, measure) for row in own])
-            reach = [values - [row.low for row in own], [row.high for row in own] - values]
+            values = np.array([row.success.value if measure == "success" else getattr(row, measure) for row in own])
+            reach = [values - [row.success.low for row in own], [row.success.high for row in own] - values]
             bars = np.abs(reach) if measure == "success" else None
             drawn = look(index)
             shown = {"fmt": drawn.marker, "color": drawn.color, "markersize": 5, "linewidth": 1}

@@ -4,6 +4,7 @@ Every method has its own colour of the Okabe–Ito palette AND its own line styl
 colour alone.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,13 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Difference
+from difftori.runs.figures import thousands
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The Okabe–Ito palette, colours with high contrast on white first."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("x", "o", "s", "^", "D", "v", "P")
 _ACROSS = 5
+_HANDLE, _LETTER, _LINE, _NOTE_LETTERS = 0.8, 0.07, 0.18, 19
+"""In inches: the line and gaps of a legend entry, a letter, a line of text; letters of a footnote per inch."""
+_ROWS = 3
+"""Rows of a legend for which a figure has room."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,15 @@ def draw_traces(axis: Axes, traces: Sequence[Trace], index: int, label: str) -> 
     drawn = look(index)
     shared = traces[0].steps
     for trace in traces:
-        axis.plot(trace.x, trace.y, color=drawn.color, linewidth=0.6, alpha=0.45)
+        axis.plot(
+            trace.x, trace.y, color=drawn.color, linewidth=0.6, alpha=0.45, marker="." if len(trace.x) == 1 else ""
+        )
         shared = np.intersect1d(shared, trace.steps)
     rows = [np.isin(trace.steps, shared) for trace in traces]
     x, y = (np.mean([getattr(t, n)[row] for t, row in zip(traces, rows, strict=True)], axis=0) for n in ("x", "y"))
-    axis.plot(x, y, color=drawn.color, linestyle=drawn.dashes, linewidth=2.0, label=label)
+    if len(x):
+        marker = drawn.marker if len(x) == 1 else ""
+        axis.plot(x, y, color=drawn.color, linestyle=drawn.dashes, linewidth=2.0, marker=marker, label=label)
 
 
 def task_panels(
@@ -99,7 +110,7 @@ def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit
         figure = Figure(figsize=(8.0, 0.26 * len(rows) + 1.3), layout="constrained")
         axis = figure.subplots()
         names = [f"{row.task}: {row.method} − {row.reference}" for row in rows]
-        draw_intervals(axis, names, [(row.value, row.low, row.high) for row in rows])
+        draw_intervals(axis, names, [row.value for row in rows])
         if limit is not None:  # intervals from two pairs may exceed the largest possible difference
             low, high = axis.get_xlim()
             axis.set_xlim(max(low, -limit), min(high, limit))
@@ -108,14 +119,12 @@ def difference_bars(rows: Sequence[Difference], xlabel: str, note: str, *, limit
     return figure
 
 
-def draw_intervals(
-    axis: Axes, names: Sequence[str], rows: Sequence[tuple[float, float | None, float | None]], zero: float = 0.0
-) -> None:
+def draw_intervals(axis: Axes, names: Sequence[str], estimates: Sequence[Estimate], zero: float = 0.0) -> None:
     """Plot values with their intervals, one line each from the top, and a vertical line at `zero`."""
-    for index, (value, low, high) in enumerate(rows):
-        if low is not None and high is not None:
-            axis.plot([low, high], [index, index], color=PALETTE[1], linewidth=1.2)
-        axis.plot([value], [index], "o", color=PALETTE[1], markersize=4)
+    for index, estimate in enumerate(estimates):
+        if estimate.bounded:
+            axis.plot([estimate.low, estimate.high], [index, index], color=PALETTE[1], linewidth=1.2)
+        axis.plot([estimate.value], [index], "o", color=PALETTE[1], markersize=4)
     axis.axvline(zero, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -150,22 +159,24 @@ def style() -> AbstractContextManager[None]:
 
 
 def shared_legend(figure: Figure, methods: Sequence[str], *, columns: int = 8) -> None:
-    """Add one legend above all panels, with the plotted ones of `methods`, in their order, in at most `columns` columns."""
+    """Add one legend above all panels, with the plotted ones of `methods`, in their order, in at most `columns` columns.
+
+    The figure is enlarged if a long name or many methods need it.
+    """
     handles = {}
     for axis in figure.axes:
         drawn, labels = axis.get_legend_handles_labels()
         handles.update(zip(labels, drawn, strict=True))
     names = [method for method in methods if method in handles]
-    figure.legend(
-        [handles[name] for name in names], names, loc="outside upper center", ncols=max(min(len(names), columns), 1)
-    )
-
-
-def thousands(value: float, _: int) -> str:
-    """Format a tick label: 20000 is `20k`."""
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+    entry = _HANDLE + _LETTER * max(map(len, names), default=0)
+    figure.set_figwidth(max(figure.get_figwidth(), entry))
+    fitting = max(min(len(names), columns, int(figure.get_figwidth() / entry)), 1)
+    extra = -(-len(names) // fitting) - _ROWS
+    figure.set_figheight(figure.get_figheight() + _LINE * max(extra, 0))
+    figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=fitting)
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """Add a note in small letters below the figure."""
+    """Add a note in small letters below the figure, in as many lines as its width needs."""
+    text = textwrap.fill(text, int(_NOTE_LETTERS * figure.get_figwidth()))
     figure.supxlabel(text, fontsize=7.5, color="#444444")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from difftori.errors import DataError
-from difftori.runs.records import current_config, read_config, read_metrics, read_summary
+from difftori.runs.records import current_config, current_metrics, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
 RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
@@ -127,11 +127,13 @@ def _parsed(plain: dict[str, Any]) -> tuple[str, Record]:
     for which, columns in episodes.items():
         if len({len(values) for values in columns.values()}) > 1:
             raise ValueError(f"the columns of its {which} episodes differ in length")
-    summary = {key: math.nan if value is None else float(value) for key, value in plain["summary"].items()}
-    config = current_config(plain["config"])
-    return name, Record(
-        **{**plain, "config": config, "summary": summary, "evaluations": tuple(plain.get("evaluations", ()))}
-    )
+    summary = current_metrics(plain["summary"])
+    current = {
+        "config": current_config(plain["config"]),
+        "summary": {key: math.nan if value is None else float(value) for key, value in summary.items()},
+        "evaluations": tuple(map(current_metrics, plain.get("evaluations", ()))),
+    }
+    return name, Record(**{**plain, **current})
 
 
 def _wait_for(file: IO[bytes]) -> None:

@@ -1,6 +1,5 @@
 """`difftori report`: compares any number of runs on one static page, and writes the same numbers as CSV and LaTeX."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +7,19 @@ from pathlib import Path
 import jinja2
 
 from difftori import __version__
-from difftori.experiments.analyse import OVER, Section, sections
+from difftori.experiments.analyse import OVER, Pair, Section, sections
 from difftori.experiments.gather import Gathered, Run, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 from difftori.experiments.statistics import Estimate
-from difftori.experiments.tables import Column, finite, interval, latex_table, number, plus_minus, write_csv
+from difftori.experiments.tables import Column, interval, latex_table, number, plus_minus, write_csv
 from difftori.runs.checkpoint import replace_file
-from difftori.runs.page import inline, svg_element
+from difftori.runs.figures import svg_element
+from difftori.runs.page import inline
 
 _INLINE = 3_000_000
 _IMAGES = 24
+_FILES = ("results.csv", "aggregates.csv", "pairs.csv")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RunLine:
 
 @dataclass(frozen=True)
 class EstimateLine:
-    """One row of `results.csv` (per task), `aggregates.csv` (over tasks) or `pairs.csv`."""
+    """One row of `results.csv` (by task), `aggregates.csv` (over tasks) or `pairs.csv`."""
 
     measure: str
     task: str
@@ -59,9 +60,7 @@ class EstimateLine:
     reference: str
     statistic: str
     runs: int
-    value: float
-    low: float | None
-    high: float | None
+    value: Estimate
 
 
 def write_report(
@@ -76,18 +75,15 @@ def write_report(
     parts = sections(found.runs, reference)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "runs.csv", [_run_line(run) for run in found.runs])
-    lines = {
-        "results.csv": [line for part in parts for line in _cell_lines(part)],
-        "aggregates.csv": [line for part in parts for line in _over_lines(part)],
-        "pairs.csv": [line for part in parts for line in _pair_lines(part)],
-    }
-    for name, rows in lines.items():
-        write_csv(out / name, rows)
+    lines = [_lines(part) for part in parts]
+    rows = {name: [row for by_file in lines for row in by_file[name]] for name in _FILES}
+    for name, own in rows.items():
+        write_csv(out / name, own)
     shown = [_tables(part) for part in parts]
     replace_file(out / "tables.tex", _latex(shown).encode())
     page = out / "report.html"
     name = title or ", ".join(str(place) for place in places)
-    replace_file(page, _render(name, found, parts, shown, out, lines).encode())
+    replace_file(page, _render(name, found, parts, shown, out, [name for name in _FILES if rows[name]]).encode())
     return Report(page, shown)
 
 
@@ -97,7 +93,7 @@ def _render(
     parts: Sequence[Section],
     tables: list[dict[str, list[Column]]],
     out: Path,
-    lines: dict[str, list[EstimateLine]],
+    files: list[str],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("difftori.experiments", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -106,7 +102,7 @@ def _render(
     curves = [learning_curves(found.runs, name, methods) for name in (RETURN, VALIDATION_ERROR)]
     drawn = []
     for part, by_caption in zip(parts, tables, strict=True):
-        figures = [over_tasks(part), profiles(part)] if part.over else []
+        figures = [over_tasks(part), profiles(part)] if any(row.runs > 1 for row in part.over) else []
         drawn.append((part, by_caption, [svg_element(f) for f in (*figures, against(part)) if f is not None]))
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -121,7 +117,7 @@ def _render(
         images=_images(found.runs, out),
         protocol=_protocol(found.runs),
         commands=[(f"{run.method}, {run.task}, seed {run.seed}", run.command) for run in found.runs],
-        files=["runs.csv", *(name for name, rows in lines.items() if rows), "tables.tex"],
+        files=["runs.csv", *files, "tables.tex"],
     )
 
 
@@ -192,14 +188,25 @@ def _tables(part: Section) -> dict[str, list[Column]]:
             Column("runs", tuple(str(row.runs) for row in part.over)),
         ]
     if part.pairs:
-        found["pairs of methods, over runs of the same task, seed and episodes"] = [
+        single = any(pair.episodes for pair in part.pairs)
+        caption = "pairs of methods, over runs of the same task, seed and episodes"
+        if single:
+            caption += "; with one run each, over their common episodes (without the variation between trainings)"
+        found[caption] = [
             Column("task", tuple(pair.task or "all tasks" for pair in part.pairs), left=True),
             Column("difference", tuple(f"{pair.method} − {pair.reference}" for pair in part.pairs), left=True),
-            Column("pairs", tuple(str(pair.runs) for pair in part.pairs)),
+            Column("pairs", tuple(_pairs_counted(pair) for pair in part.pairs)),
             Column("value", tuple(_bounded(pair.difference, signed=True) for pair in part.pairs)),
-            Column("probability of improvement", tuple(_bounded(pair.better) for pair in part.pairs)),
+            Column(
+                "probability of improvement",
+                tuple("–" if pair.better is None else _bounded(pair.better) for pair in part.pairs),
+            ),
         ]
     return found
+
+
+def _pairs_counted(pair: Pair) -> str:
+    return f"{pair.runs} ({pair.episodes} episodes)" if pair.episodes else str(pair.runs)
 
 
 def _name(part: Section) -> str:
@@ -209,10 +216,8 @@ def _name(part: Section) -> str:
 
 
 def _bounded(estimate: Estimate, *, signed: bool = False) -> str:
-    digits = _digits(estimate.value)
-    if math.isinf(estimate.low):
-        return f"{estimate.value:{'+' if signed else ''}.{digits}f} (one seed)"
-    return interval(estimate, digits, signed=signed)
+    text = interval(estimate, _digits(estimate.value), signed=signed)
+    return text if estimate.bounded else f"{text} (one seed)"
 
 
 def _digits(value: float) -> int:
@@ -303,37 +308,29 @@ def _run_line(run: Run) -> RunLine:
     )
 
 
-def _cell_lines(part: Section) -> list[EstimateLine]:
-    found = []
+def _lines(part: Section) -> dict[str, list[EstimateLine]]:
+    """Return the statistics of a measure as rows, by the name of their file."""
+    name, by_task = _name(part), []
     for cell in part.cells:
-        found.append(_line(part, cell.task, cell.method, "", "mean over seeds (Student)", cell.seeds, cell.mean))
-        if cell.pooled is not None:
-            name = f"of {cell.episodes} episodes (Wilson)"
-            found.append(_line(part, cell.task, cell.method, "", name, cell.seeds, cell.pooled))
-    return found
-
-
-def _over_lines(part: Section) -> list[EstimateLine]:
-    return [
-        _line(part, f"{row.tasks} tasks", row.method, "", name, row.runs, estimate)
+        found = {"mean over seeds (Student)": cell.mean, f"of {cell.episodes} episodes (Wilson)": cell.pooled}
+        for statistic, value in found.items():
+            if value is not None:
+                by_task.append(EstimateLine(name, cell.task, cell.method, "", statistic, cell.seeds, value))
+    over = [
+        EstimateLine(name, f"{row.tasks} tasks", row.method, "", statistic, row.runs, value)
         for row in part.over
-        for name, estimate in row.statistics.items()
+        for statistic, value in row.statistics.items()
     ]
-
-
-def _pair_lines(part: Section) -> list[EstimateLine]:
-    return [
-        _line(part, pair.task or "all tasks", pair.method, pair.reference, name, pair.runs, estimate)
+    pairs = [
+        EstimateLine(name, pair.task or "all tasks", pair.method, pair.reference, statistic, pair.runs, value)
         for pair in part.pairs
-        for name, estimate in (("paired difference", pair.difference), ("probability of improvement", pair.better))
+        for statistic, value in (
+            (f"paired difference{f' over {pair.episodes} episodes' if pair.episodes else ''}", pair.difference),
+            ("probability of improvement", pair.better),
+        )
+        if value is not None
     ]
-
-
-def _line(
-    part: Section, task: str, method: str, reference: str, statistic: str, runs: int, estimate: Estimate
-) -> EstimateLine:
-    low, high = finite(estimate.low), finite(estimate.high)
-    return EstimateLine(_name(part), task, method, reference, statistic, runs, estimate.value, low, high)
+    return dict(zip(_FILES, (by_task, over, pairs), strict=True))
 
 
 def _images(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:

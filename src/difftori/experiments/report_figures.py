@@ -21,45 +21,52 @@ from difftori.experiments.plots import (
 )
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.statistics import performance_profile, stratified_band
-from difftori.experiments.tables import finite
 
 _READABLE = 24
 _THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
 
 def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> Figure | None:
-    """Plot evaluations over steps, one panel for each task; None without evaluations."""
-    drawn = [run for run in runs if run.curve_name == name and len(run.curve[0])]
+    """Plot evaluations over steps, one panel for each task, and training episodes of runs with fewer than two evaluations.
+
+    None if there is nothing to plot.
+    """
+    drawn = [run for run in runs if run.curve_name == name and len(run.curve[0]) + len(run.training[0])]
     tasks = sorted({run.task for run in drawn})
     if not tasks:
         return None
 
     def draw(axis: Axes, task: str) -> None:
         for index, method in enumerate(methods):
-            own = [run.curve for run in drawn if run.task == task and run.method == method]
-            draw_traces(axis, [Trace(steps, steps, values) for steps, values in own], index, method)
+            own = [run for run in drawn if run.task == task and run.method == method]
+            for steps, values in (run.training for run in own):
+                axis.plot(steps, values, ":", color=look(index).color, linewidth=0.8, label=method)
+            draw_traces(axis, [Trace(run.curve[0], *run.curve) for run in own], index, method)
         if name == VALIDATION_ERROR:
             axis.set_yscale("log")
 
     xlabel = "environment steps" if name == RETURN else "updates"
-    note = "thin: seeds; bold: their mean over the steps that all have reached"
+    note = "thin: seeds; bold: their mean over the steps that all have reached; points: single evaluations"
+    if any(len(run.training[0]) for run in drawn):
+        note += "; dotted: training episodes, of runs with fewer than two evaluations"
     return task_panels(tasks, methods, draw, xlabel=xlabel, ylabel=name.partition("/")[2], note=note)
 
 
 def over_tasks(section: Section) -> Figure:
     """Plot mean, median, interquartile mean and optimality gap with their intervals, one line for each method."""
     with style():
-        figure = Figure(figsize=(11.0, 0.34 * len(section.over) + 1.3), layout="constrained")
+        names = 0.075 * max(len(row.method) for row in section.over)
+        figure = Figure(figsize=(8.0 + names, 0.34 * len(section.over) + 1.5), layout="constrained")
         axes = figure.subplots(1, len(OVER), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, OVER, strict=True):
             for index, row in enumerate(section.over):
                 estimate = row.statistics[name]
                 drawn = look(section.methods.index(row.method))
-                if np.isfinite(estimate.low):
+                if estimate.bounded:
                     axis.plot([estimate.low, estimate.high], [index, index], linewidth=5, alpha=0.35, color=drawn.color)
                 axis.plot([estimate.value], [index], marker=MARKERS[index % len(MARKERS)], color=drawn.color)
             axis.set_title(
-                {"iqm": "interquartile mean", "optimality gap": "optimality gap (lower is better)"}.get(name, name)
+                {"iqm": "interquartile mean", "optimality gap": "optimality gap\n(lower is better)"}.get(name, name)
             )
         axes[0].set_yticks(range(len(section.over)), [row.method for row in section.over])
         axes[0].invert_yaxis()
@@ -102,15 +109,26 @@ def against(section: Section) -> Figure | None:
     rows = [pair for pair in section.pairs if pair.task is None] or list(section.pairs)
     if not 0 < len(rows) <= _READABLE:
         return None
+    tasks, references = {row.task for row in rows}, {row.reference for row in rows}
+    names = [
+        (f"{row.task}: " if len(tasks) > 1 else "")
+        + row.method
+        + (f" − {row.reference}" if len(references) > 1 else "")
+        for row in rows
+    ]
+    of = section.measure.name + (f" to {rows[0].reference}" if len(references) == 1 else "")
+    better = [row.better for row in rows if row.better is not None]
+    over = (
+        "over runs" if better else "over the common episodes of one run each, without the variation between trainings"
+    )
     with style():
-        figure = Figure(figsize=(10.0, 0.3 * len(rows) + 1.4), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        names = [(f"{r.task}: " if r.task else "") + f"{r.method} − {r.reference}" for r in rows]
-        for axis, name, zero in ((left, "difference", 0.0), (right, "better", 0.5)):
-            estimates = [getattr(row, name) for row in rows]
-            draw_intervals(axis, names, [(e.value, finite(e.low), finite(e.high)) for e in estimates], zero)
-        right.set_xlim(-0.02, 1.02)
-        left.set_xlabel(f"difference of {section.measure.name}, paired")
-        right.set_xlabel("probability of improvement")
-        footnote(figure, "bars: 95 %")
+        letters = max(*map(len, names), len(of) if not better else 0)
+        figure = Figure(figsize=(6.5 + 0.075 * letters, 0.3 * len(rows) + 1.4), layout="constrained")
+        left, *right = figure.subplots(1, 2 if better else 1, sharey=True, squeeze=False)[0]
+        draw_intervals(left, names, [row.difference for row in rows])
+        left.set_xlabel(f"difference of {of}, paired")
+        for axis in right:
+            draw_intervals(axis, names, better, 0.5)
+            axis.set(xlim=(-0.02, 1.02), xlabel="probability of improvement")
+        footnote(figure, f"bars: 95 %, {over}")
     return figure

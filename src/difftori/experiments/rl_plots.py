@@ -16,12 +16,13 @@ from difftori.experiments.plots import (
     shared_legend,
     style,
     task_panels,
-    thousands,
 )
 from difftori.experiments.rl_study import Curves, full_return, num_steps, observation
 from difftori.experiments.rl_tables import OURS, Aggregate
+from difftori.experiments.statistics import Estimate
 from difftori.experiments.tables import Difference
 from difftori.paper.curves import PublishedCurve, published_curves
+from difftori.runs.figures import thousands
 
 
 def return_panels(curves: Curves, *, published: Sequence[PublishedCurve], clock: bool = False) -> Figure:
@@ -97,9 +98,8 @@ def _draw_published(axis: Axes, steps: np.ndarray, means: np.ndarray, index: int
 
 def _draw_aggregate(axis: Axes, rows: Sequence[Aggregate], name: str, index: int) -> None:
     steps = np.array([row.steps for row in rows])
-    values, low, high = (
-        np.array([getattr(row, field) for row in rows], dtype=float) for field in (name, f"{name}_low", f"{name}_high")
-    )
+    estimates: list[Estimate] = [getattr(row, name) for row in rows]
+    values, low, high = (np.array([getattr(e, end) for e in estimates]) for end in ("value", "low", "high"))
     drawn, ours = look(index), rows[0].origin == OURS
     (line,) = axis.plot(steps, values, color=drawn.color, linestyle=drawn.dashes, label=_name(rows[0]))
     line.set(linewidth=2.0 if ours else 1.0, marker="" if ours else drawn.marker)

@@ -26,9 +26,9 @@ from difftori.experiments.rl_tables import (
 )
 from difftori.experiments.study import Method
 from difftori.experiments.tables import (
-    bounded,
     columns,
     difference_table,
+    interval,
     markdown_table,
     number,
     screen_table,
@@ -128,8 +128,8 @@ def aggregate_table(rows: Sequence[Aggregate]) -> str:
         "steps": [f"{row.steps:,}" for row in last],
         "tasks": [str(row.tasks) for row in last],
         "runs": [str(row.runs) for row in last],
-        "normalised mean [95 %]": [bounded(row.mean, row.mean_low, row.mean_high) for row in last],
-        "interquartile mean [95 %]": [bounded(row.iqm, row.iqm_low, row.iqm_high) for row in last],
+        "normalised mean [95 %]": [interval(row.mean) for row in last],
+        "interquartile mean [95 %]": [interval(row.iqm) for row in last],
     }
     return markdown_table(columns(texts))
 
@@ -176,5 +176,5 @@ def _heading(row: Summary) -> str:
 
 def _cell(row: Summary) -> str:
     digits = 0 if row.observation != "probe" else 3
-    reach = "" if row.low is None else f" ± {number(row.mean - row.low, digits)}"
-    return f"{number(row.mean, digits)}{reach}" + ("" if row.seeds is None else f" ({row.seeds})")
+    reach = f" ± {number(row.mean.value - row.mean.low, digits)}" if row.mean.bounded else ""
+    return f"{number(row.mean.value, digits)}{reach}" + ("" if row.seeds is None else f" ({row.seeds})")

@@ -1,5 +1,6 @@
 """Numbers of learning curves: by task, next to published ones; over tasks; and paired differences between methods."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from difftori.experiments.rl_study import Curves, at_steps, common_steps, full_return, num_steps, observation
 from difftori.experiments.statistics import (
+    Estimate,
     interquartile_mean,
     mean_of_means,
     spread,
@@ -14,7 +16,7 @@ from difftori.experiments.statistics import (
     student_interval,
 )
 from difftori.experiments.study import Result
-from difftori.experiments.tables import Difference, finite
+from difftori.experiments.tables import Difference
 from difftori.paper.curves import PublishedCurve, printed_points, published_curves
 
 OURS = "these runs"
@@ -63,7 +65,7 @@ class Point:
 class Summary:
     """One row of `summary.csv`: a method on a task after `steps` environment steps, ours or published.
 
-    `low` and `high` are the ends of Student's 95 % interval over seeds, `std` their standard deviation; empty for a single seed.
+    `mean` has Student's 95 % interval over seeds, `std` is their standard deviation; empty for a single seed.
     For printed numbers, only the mean is known. `measure` is `evaluation` or `training episodes`.
     """
 
@@ -74,9 +76,7 @@ class Summary:
     origin: str
     measure: str
     seeds: int | None
-    mean: float
-    low: float | None
-    high: float | None
+    mean: Estimate
     std: float | None
     label: str
 
@@ -90,12 +90,8 @@ class Aggregate:
     origin: str
     tasks: int
     runs: int
-    mean: float
-    mean_low: float | None
-    mean_high: float | None
-    iqm: float
-    iqm_low: float | None
-    iqm_high: float | None
+    mean: Estimate
+    iqm: Estimate
     label: str
 
 
@@ -223,11 +219,11 @@ def differences(curves: Curves, reference: str) -> list[Difference]:
                     gaps = np.array([take(a) - take(b) for a, b in pairs])
                     strata.append(gaps)
                     estimate = student_interval(gaps)
-                    rows.append(Difference.of(task, label, reference, measure, len(gaps), estimate, curves.label))
+                    rows.append(Difference(task, label, reference, measure, len(gaps), estimate, curves.label))
             if len(strata) > 1:
                 estimate = stratified_interval(strata, mean_of_means, np.random.default_rng(BOOTSTRAP_SEED))
                 count = sum(map(len, strata))
-                rows.append(Difference.of(ALL_TASKS, label, reference, measure, count, estimate, curves.label))
+                rows.append(Difference(ALL_TASKS, label, reference, measure, count, estimate, curves.label))
     return rows
 
 
@@ -243,7 +239,6 @@ def _summary(
 ) -> list[Summary]:
     if not len(values):
         return []
-    mean = student_interval(values)
     return [
         Summary(
             task=task,
@@ -253,9 +248,7 @@ def _summary(
             origin=origin,
             measure=measure,
             seeds=len(values),
-            mean=mean.value,
-            low=finite(mean.low),
-            high=finite(mean.high),
+            mean=student_interval(values),
             std=spread(values),
             label=curves.label if origin == OURS else "published",
         )
@@ -272,9 +265,7 @@ def _printed(curves: Curves, task: str, steps: int) -> list[Summary]:
             origin=point.source,
             measure="evaluation",
             seeds=None,
-            mean=point.mean,
-            low=None,
-            high=None,
+            mean=Estimate(point.mean, -math.inf, math.inf),
             std=None,
             label="published",
         )
@@ -294,11 +285,7 @@ def _aggregate(step: int, method: str, origin: str, strata: list[np.ndarray], la
         origin=origin,
         tasks=len(strata),
         runs=sum(map(len, strata)),
-        mean=mean.value,
-        mean_low=finite(mean.low),
-        mean_high=finite(mean.high),
-        iqm=iqm.value,
-        iqm_low=finite(iqm.low),
-        iqm_high=finite(iqm.high),
+        mean=mean,
+        iqm=iqm,
         label=label if origin == OURS else "published",
     )

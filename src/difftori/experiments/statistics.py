@@ -17,6 +17,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the interval is finite. It is infinite for a single value."""
+        return bool(np.isfinite(self.high - self.low))
+
 
 def mean_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
     """Return the mean of `values` (B) with its normal interval, mean ± z·s/√B. The interval of one value is infinite.

@@ -1,12 +1,12 @@
 """Tables of studies and reports, as CSV, Markdown, LaTeX, and in the terminal."""
 
 import csv
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from difftori.experiments.statistics import Estimate
@@ -32,28 +32,15 @@ def columns(cells: Mapping[str, Sequence[str]]) -> list[Column]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One row of `differences.csv`: method − reference over pairs of runs of the same task and seed, with its 95 % interval.
-
-    `low` and `high` are None for a single pair.
-    """
+    """One row of `differences.csv`: method − reference over pairs of runs of the same task and seed, with its 95 % interval."""
 
     task: str
     method: str
     reference: str
     measure: str
     pairs: int
-    value: float
-    low: float | None
-    high: float | None
+    value: Estimate
     label: str
-
-    @classmethod
-    def of(
-        cls, task: str, method: str, reference: str, measure: str, pairs: int, estimate: Estimate, label: str
-    ) -> "Difference":
-        """Create the row of an estimate. Infinite ends of the interval become None."""
-        low, high = finite(estimate.low), finite(estimate.high)
-        return cls(task, method, reference, measure, pairs, estimate.value, low, high, label)
 
 
 def difference_table(rows: Sequence[Difference], *, digits: int) -> list[Column]:
@@ -63,27 +50,37 @@ def difference_table(rows: Sequence[Difference], *, digits: int) -> list[Column]
             "task": [row.task for row in rows],
             "difference": [f"{row.method} − {row.reference}" for row in rows],
             "measure": [row.measure for row in rows],
-            "value [95 %]": [bounded(row.value, row.low, row.high, digits, signed=True) for row in rows],
+            "value [95 %]": [interval(row.value, digits, signed=True) for row in rows],
             "pairs": [str(row.pairs) for row in rows],
         }
     )
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass instances of one type as rows, with the field names as header. None becomes an empty cell.
+    """Write dataclass instances of one type as rows, with the field names as header. None and infinite numbers become empty cells.
 
-    Without rows, removes the file, which may exist from an earlier part of the study.
+    An estimate has further columns `low` and `high`, or `FIELD_low` and `FIELD_high` if a row has several estimates. Without rows, removes the file, which may exist from an earlier part of the study.
     """
     if not rows:
         return path.unlink(missing_ok=True)
-    names = [field.name for field in fields(rows[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            writer.writerow([_plain(getattr(row, name)) for name in names])
+        writer.writerow([name for name, _ in _cells(rows[0])])
+        writer.writerows([_plain(value) for _, value in _cells(row)] for row in rows)
     return None
+
+
+def _cells(row: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the value of every column of a row."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    several = sum(isinstance(value, Estimate) for value in values.values()) > 1
+    for name, value in values.items():
+        if isinstance(value, Estimate):
+            prefix = f"{name}_" if several else ""
+            yield from ((name, value.value), (f"{prefix}low", value.low), (f"{prefix}high", value.high))
+        else:
+            yield name, value
 
 
 def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
@@ -155,24 +152,13 @@ def plus_minus(value: float | None, deviation: float | None, digits: int = 3) ->
 
 
 def interval(estimate: Estimate, digits: int = 3, *, signed: bool = False) -> str:
-    """Format `value [low, high]`. `signed`: with explicit plus signs."""
+    """Format `value [low, high]`; only the value if the interval is infinite. `signed`: with explicit plus signs."""
     form = f"{'+' if signed else ''}.{digits}f"
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def bounded(value: float, low: float | None, high: float | None, digits: int = 3, *, signed: bool = False) -> str:
-    """Format `value [low, high]`; only the value if an end is None."""
-    if low is None or high is None:
-        return f"{value:{'+' if signed else ''}.{digits}f}"
-    return interval(Estimate(value, low, high), digits, signed=signed)
-
-
-def finite(value: float) -> float | None:
-    """Return the value, or None if it is infinite, such as the end of an interval from a single value."""
-    return float(value) if math.isfinite(value) else None
+    ends = f" [{estimate.low:{form}}, {estimate.high:{form}}]" if estimate.bounded else ""
+    return f"{estimate.value:{form}}{ends}"
 
 
 def _plain(value: Any) -> Any:
-    if value is None:
+    if value is None or (isinstance(value, float) and np.isinf(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -76,7 +76,7 @@ class NoiseSchedule(nn.Module):
 class Sampler(ABC):
     """Selects the noise steps of the denoising process, and computes each from the previous one."""
 
-    DRAWS: ClassVar[bool]
+    STOCHASTIC: ClassVar[bool]
     """Whether the sampler adds random noise."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class DDPM(Sampler):
     Equals `DDPMScheduler` of diffusers with `variance_type="fixed_small"` and `clip_sample=True`.
     """
 
-    DRAWS: ClassVar[bool] = True
+    STOCHASTIC: ClassVar[bool] = True
 
     def pairs(self, trained: int) -> list[tuple[int, int]]:
         """Return the pairs of K − 1 → K − 2 → … → 0 → −1."""
@@ -127,7 +127,7 @@ class DDIM(Sampler):
     """
 
     steps: int = 10
-    DRAWS: ClassVar[bool] = False
+    STOCHASTIC: ClassVar[bool] = False
 
     def pairs(self, trained: int) -> list[tuple[int, int]]:
         """Return the pairs of (steps − 1)·c → … → c → 0 → −1.
@@ -157,7 +157,7 @@ def denoise(
     for step, before in pairs:
         predicted = denoiser(x, torch.full((len(x),), step, device=x.device))
         clean, estimated = schedule.estimate(x, predicted, step)
-        if sampler.DRAWS and before >= 0:
+        if sampler.STOCHASTIC and before >= 0:
             fresh = noise_like(x, generator)
         x = sampler.back(x, clean, estimated, fresh, schedule.at(step), schedule.at(before))
     return x

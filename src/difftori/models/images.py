@@ -36,7 +36,7 @@ class Images:
                 f"images: {self}: crop must be in (0, 1], width a multiple of 16, and keypoints at least 1"
             )
 
-    def seen(self, side: int) -> int:
+    def cropped_side(self, side: int) -> int:
         """Return the length of a side after cropping, in pixels."""
         share = self.crop if self.crop is not None else 0.875 if side == 96 else 0.9
         return round(share * side)
@@ -130,7 +130,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], images: Images):
         super().__init__()
-        self.size = images.seen(shape[0]), images.seen(shape[1])
+        self.size = images.cropped_side(shape[0]), images.cropped_side(shape[1])
         if min(self.size) < SMALLEST:
             raise ShapeError(
                 f"images of {shape}, cropped to {self.size}: the network needs at least {SMALLEST} pixels on each side. "

@@ -126,8 +126,8 @@ class ActionScore(nn.Module):
         """Apply dropout: zero the values with probability `dropout`, and divide the others by 1 − `dropout`."""
         if generator is None or not self.dropout:
             return values
-        draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
-        return values.masked_fill(draws < self.dropout, 0.0) / (1 - self.dropout)
+        share = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+        return values.masked_fill(share < self.dropout, 0.0) / (1 - self.dropout)
 
 
 def _parts(candidates: Candidates, at_once: int) -> tuple[Tensor, ...]:
@@ -145,8 +145,8 @@ def info_nce(scores: Scores) -> tuple[Scalar, float]:
 
 def uniform(count: int, rows: int, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:
     """Sample `count` candidates for each row, uniformly between the bounds."""
-    draws = torch.rand((count, rows, len(low)), generator=generator, dtype=low.dtype, device=low.device)
-    return low + (high - low) * draws
+    share = torch.rand((count, rows, len(low)), generator=generator, dtype=low.dtype, device=low.device)
+    return low + (high - low) * share
 
 
 def around(centre: Points, count: int, std: float, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:

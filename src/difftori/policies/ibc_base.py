@@ -142,9 +142,9 @@ class IBCBase(Refiner):
         by_expert = min(round(settings.near_expert * count), count - by_base)
         bounds = self.low, self.high
         near = torch.cat((base.expand(by_base, -1, -1), target.expand(by_expert, -1, -1)))
-        draws = torch.rand((*near.shape[:2], 1), generator=generator, dtype=near.dtype, device=near.device)
+        share = torch.rand((*near.shape[:2], 1), generator=generator, dtype=near.dtype, device=near.device)
         noise = noise_like(near, generator)
-        near = (near + settings.negative_std * draws * noise).clamp(*bounds)
+        near = (near + settings.negative_std * share * noise).clamp(*bounds)
         return torch.cat((near, uniform(count - by_base - by_expert, len(base), *bounds, generator)))
 
     def _executed(self, actions: Plans) -> Points:

@@ -135,7 +135,7 @@ class Collector:
             for row in self._rows
         ]
         return {
-            "decisions": self.agent_steps,
+            "agent_steps": self.agent_steps,
             "episodes": self.episodes,
             "rows": rows,
             "memory": self.memory,
@@ -149,7 +149,7 @@ class Collector:
         All environments step together: the longest episode begins first, and each other one begins later by the difference in
         length. `replay` must already contain the partial episodes.
         """
-        self.agent_steps, self.episodes = int(state["decisions"]), int(state["episodes"])
+        self.agent_steps, self.episodes = int(state["agent_steps"]), int(state["episodes"])
         self.memory = state["memory"]
         self._rows = [_Row(int(row["seed"])) for row in state["rows"]]
         plans = [row["actions"].numpy() for row in state["rows"]]

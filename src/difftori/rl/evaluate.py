@@ -145,7 +145,7 @@ def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int)
         {
             "agent": agent.state_dict(),
             "spec": spec_state(agent.spec),
-            "collector": {"decisions": agent_steps},
+            "collector": {"agent_steps": agent_steps},
             "config": config.model_dump(mode="json"),
         },
     )
@@ -164,7 +164,12 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
         raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
-    return agent.eval(), config, int(state["collector"]["decisions"])
+    counts = state["collector"]
+    return (
+        agent.eval(),
+        config,
+        int(counts["agent_steps" if "agent_steps" in counts else "decisions"]),
+    )  # the earlier name
 
 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:

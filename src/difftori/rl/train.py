@@ -243,7 +243,7 @@ class _Session:
         device = self.config.device
         parts = (torch.from_numpy(part).to(device) for part in (result.obs, result.actions, result.returns_to_go))
         return (
-            {f"judged/{name}": value for name, value in self.agent.value_calibration(*parts).items()}
+            {f"eval/{name}": value for name, value in self.agent.value_calibration(*parts).items()}
             if self.updates
             else {}
         )
@@ -264,7 +264,7 @@ class _Session:
             "spec": spec_state(self.spec),
             "updates": self.updates,
             "updates_due": self.updates_due,
-            "deciding": self.collecting,
+            "collecting": self.collecting,
             "sums": dict(self._sums),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
@@ -282,14 +282,21 @@ class _Session:
             self.replay.load(self.out / "episodes", state["replay"])
             self.collector.load(state["collector"])
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
-            self.collecting = bool(state["deciding"])
+            self.collecting = bool(state["collecting"])
             self._sums = dict(state["sums"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
         except CheckpointError:
             raise
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{self.out}: the checkpoint does not fit this agent: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.out}: the checkpoint lacks {error}; another version of difftori wrote it. Fix: resume with the version "
+                "named in versions.json, or start a new run"
+            ) from error
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.out}: the checkpoint does not fit this agent: {error}. Fix: start a new run"
+            ) from error
         self.before = seconds.pop("total")
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
@@ -303,7 +310,7 @@ class _Session:
         busy = sum(value for name, value in spent.items() if name != "evaluation")
         return {
             "env_steps": float(self.env_steps),
-            "decisions": float(self.collector.agent_steps),
+            "agent_steps": float(self.collector.agent_steps),
             "episodes": float(self.collector.episodes),
             "updates": float(self.updates),
             "return": returns[-1],

@@ -30,6 +30,13 @@ RETIRED: dict[str, dict[str, object]] = {
 
 RENAMED = {"observe": "n_obs_steps", "execute": "n_action_steps", "pictures": "images"}
 """Names of options in earlier versions, and their current names."""
+RENAMED_METRICS = {
+    "decisions": "agent_steps",
+    "judged/obs_q": "eval/obs_q",
+    "judged/discounted_return": "eval/discounted_return",
+    "judged/obs_q_correlation": "eval/obs_q_correlation",
+}
+"""Names of metrics in earlier versions, and their current names."""
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -48,7 +55,7 @@ def read_metrics(path: Path) -> list[dict]:
             raise DataError(
                 f"{source}, line {number}: not a row of metrics ({error}). Fix: remove that line"
             ) from error
-        rows.append(row)
+        rows.append(current_metrics(row))
     return rows
 
 
@@ -57,7 +64,7 @@ def read_summary(path: Path) -> Metrics:
     source = path / "summary.json"
     try:
         plain = json.loads(source.read_bytes())
-        return {name: math.nan if value is None else float(value) for name, value in plain.items()}
+        return {name: math.nan if value is None else float(value) for name, value in current_metrics(plain).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{source}: no readable summary ({error}). Fix: re-run the run's command to finish it"
@@ -102,6 +109,11 @@ def current_config(config: dict) -> dict:
         settings = _renamed(config["settings"])
         config["settings"] = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
     return config
+
+
+def current_metrics(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored row of metrics, or a summary, with the current names."""
+    return {RENAMED_METRICS.get(name, name): value for name, value in row.items()}
 
 
 def _renamed(values: dict) -> dict:

@@ -102,7 +102,7 @@ def _costs(result: Result) -> tuple[float, float, float] | None:
     if not result.finished or result.record.config.get("compile"):
         return None
     summary = result.summary
-    planned = summary["decisions"] - result.run.config.settings.seed_steps
+    planned = summary["agent_steps"] - result.run.config.settings.seed_steps
     if planned <= 0 or summary["updates"] == 0:
         return None
     learning = summary["seconds/sampling"] + summary["seconds/update"]

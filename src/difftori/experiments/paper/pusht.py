@@ -15,7 +15,7 @@ DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
 LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
 
-SMALL_DRAWS = 4
+SMALL_BASE_SAMPLES = 4
 """Number of base samples of a diffusion policy at each training window. On a CPU, more samples take longer than the training."""
 
 
@@ -79,7 +79,7 @@ def base(config: PushTConfig, name: str) -> Method:
 def refiner(config: PushTConfig, label: str, policy: str, on: str, **settings: object) -> Method:
     """Return a refiner with its default settings except `settings`. At small sizes, it gets fewer samples of a diffusion policy."""
     if config.sizes == "small" and on == "diffusion":
-        settings = {"base_samples": SMALL_DRAWS, **settings}
+        settings = {"base_samples": SMALL_BASE_SAMPLES, **settings}
     return Method(label, policy, settings, base=on)
 
 

@@ -241,7 +241,6 @@ def _evaluate(
         plans = bench.controls if trained is None else _plans(trained.policy, bench.starts, seed)
         costs.append(bench.problem.cost(bench.starts, plans).numpy().astype(np.float64))
         errors.append((plans - bench.controls).square().mean().item())
-    difference = paired_difference(costs[1], common.costs)
     reasons = partial_reasons(config)
     result = SeedResult(
         setting=common.setting,
@@ -257,9 +256,7 @@ def _evaluate(
         cost_common=costs[1].mean(),
         expert_common=common.costs.mean(),
         ratio_common=costs[1].mean() / common.costs.mean(),
-        difference=difference.value,
-        difference_low=difference.low,
-        difference_high=difference.high,
+        difference=paired_difference(costs[1], common.costs),
         control_mse_common=errors[1],
         epochs=trained.epochs if trained else None,
         updates=trained.updates if trained else None,

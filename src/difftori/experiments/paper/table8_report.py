@@ -50,9 +50,7 @@ class SeedResult:
     cost_common: float
     expert_common: float
     ratio_common: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    difference: Estimate
     control_mse_common: float
     epochs: int | None
     updates: int | None
@@ -93,12 +91,8 @@ class Summary:
     common_starts: int
     common_mean: float
     common_std: float | None
-    common_ratio: float
-    common_ratio_low: float
-    common_ratio_high: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    common_ratio: Estimate
+    difference: Estimate
     control_mse_common: float
     seconds_mean: float | None
 
@@ -141,8 +135,6 @@ def _summary(
     commons = np.array([result.cost_common for result in results])
     costs = np.mean([evaluation.costs for evaluation in group], axis=0)
     expert = np.mean([evaluation.expert_costs for evaluation in group], axis=0)
-    ratio = ratio_interval(costs, expert, np.random.default_rng(BOOTSTRAP_SEED))
-    difference = paired_difference(costs, expert)
     seconds = [result.seconds for result in results if result.seconds is not None]
     return Summary(
         setting=setting,
@@ -158,12 +150,8 @@ def _summary(
         common_starts=len(costs),
         common_mean=float(commons.mean()),
         common_std=spread(commons),
-        common_ratio=ratio.value,
-        common_ratio_low=ratio.low,
-        common_ratio_high=ratio.high,
-        difference=difference.value,
-        difference_low=difference.low,
-        difference_high=difference.high,
+        common_ratio=ratio_interval(costs, expert, np.random.default_rng(BOOTSTRAP_SEED)),
+        difference=paired_difference(costs, expert),
         control_mse_common=float(np.mean([result.control_mse_common for result in results])),
         seconds_mean=float(np.mean(seconds)) if seconds else None,
     )
@@ -176,10 +164,8 @@ def _screen_columns(rows: Sequence[Summary]) -> list[Column]:
         "method": [row.method for row in rows],
         "paper": [number(row.paper_ratio) for row in rows],
         "test": [number(row.test_ratio) for row in rows],
-        "common": [number(row.common_ratio) for row in rows],
-        "cost − expert's [95 %]": [
-            interval(Estimate(row.difference, row.difference_low, row.difference_high), 2, signed=True) for row in rows
-        ],
+        "common": [number(row.common_ratio.value) for row in rows],
+        "cost − expert's [95 %]": [interval(row.difference, 2, signed=True) for row in rows],
     }
     return columns(texts)
 
@@ -195,12 +181,8 @@ def _columns(rows: Sequence[Summary]) -> list[Column]:
         "test ratio": [number(row.test_ratio) for row in rows],
         f"common ({starts})": [number(row.common_mean) for row in rows],
         "± seeds": [number(row.common_std) for row in rows],
-        "common ratio": [
-            interval(Estimate(row.common_ratio, row.common_ratio_low, row.common_ratio_high)) for row in rows
-        ],
-        "minus expert": [
-            interval(Estimate(row.difference, row.difference_low, row.difference_high), signed=True) for row in rows
-        ],
+        "common ratio": [interval(row.common_ratio) for row in rows],
+        "minus expert": [interval(row.difference, signed=True) for row in rows],
         "control MSE": [number(row.control_mse_common, 4) for row in rows],
         "training, s": [number(row.seconds_mean, 0) for row in rows],
         "seeds": [str(row.seeds) for row in rows],
