@@ -41,10 +41,14 @@ Train a policy by imitation, or an agent by reinforcement learning. Re-run the s
 
   --out DIR       run directory (default: runs/NAME-ENV-SEED)
   --config FILE   YAML file with options; options on the command line override it
-  --resume RUN    resume the run in this directory with its stored configuration; takes no other option except --quiet
+  --resume RUN    resume the run in this directory with its stored configuration; takes no other option except --quiet and
+                  --accept-changed-data
+  --accept-changed-data
+                  resume a run although its demonstrations have changed
   --quiet         show no progress bar
 """
-_TRAIN_OPTIONS = {"out", "config", "resume", "quiet", "help"}
+_FLAGS = {"quiet", "accept_changed_data"}
+_TRAIN_OPTIONS = {"out", "config", "resume", "help", *_FLAGS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,14 +167,17 @@ def _train(words: list[str]) -> None:
     faults = [
         f"--{option}: {len(given)} values given. Fix: give one value"
         for option, given in own.items()
-        if option != "quiet" and len(given) != 1
+        if option not in _FLAGS and len(given) != 1
     ]
-    if own.get("quiet"):
-        faults.append(f"--quiet: takes no value, but {' '.join(own['quiet'])!r} was given. Fix: remove the value")
-    if "resume" in own and (name or options or own.keys() - {"resume", "quiet"}):
+    faults += [
+        f"--{flag.replace('_', '-')}: takes no value, but {' '.join(own[flag])!r} was given. Fix: remove the value"
+        for flag in sorted(_FLAGS)
+        if own.get(flag)
+    ]
+    if "resume" in own and (name or options or own.keys() - {"resume", *_FLAGS}):
         faults.append(
             "--resume: the configuration is read from the run, so no other option is allowed. "
-            "Fix: remove the other options, except --quiet"
+            "Fix: remove the other options, except --quiet and --accept-changed-data"
         )
     if faults:
         raise ConfigError(faults)
@@ -189,9 +196,13 @@ def _train(words: list[str]) -> None:
             trainer, config = read_options(name, values, options, _TRAIN_OPTIONS)
         except ConfigError as error:
             raise ConfigError(with_option_names(error.faults, options)) from error
-        default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
+        task = Path(config.demos).stem if config.env == "none" else config.env
+        default = f"{getattr(config, trainer.key)}-{task}-{config.seed}".replace(":", ".")
         out = Path(own["out"][0]) if "out" in own else Path("runs") / default
-    summary = trainer.train(config, out, progress="quiet" not in own)
+    accept = {"accept_changed_data": True} if "accept_changed_data" in own else {}
+    if accept and trainer.key != "policy":
+        raise ConfigError(["--accept-changed-data: agents have no demonstrations. Fix: remove it"])
+    summary = trainer.train(config, out, progress="quiet" not in own, **accept)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
     print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))

@@ -31,7 +31,9 @@ def episodes(count: int = 4, length: int = 10, seed: int = 0, sign: float = 1.0)
 def write_lerobot_set(path: Path, *, videos: bool = False, **options) -> str:
     """LeRobot v3 with `observation.state` and `observation.images.top`."""
     states, actions, images, ends = episodes(**options)
-    write_lerobot(Trajectories.of({"state": states, "top": images}, actions, ends), path, fps=10, task="go home", videos=videos)
+    write_lerobot(
+        Trajectories.of({"state": states, "top": images}, actions, ends), path, fps=10, task="go home", videos=videos
+    )
     return str(path)
 
 

@@ -55,14 +55,14 @@ class TensorWriter:
         episodes: Sequence[int] | None = None,
         storage: Storage = "memory",
         folder: Path | None = None,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | str = "cpu",
     ) -> "TensorWriter":
         """Create a writer for these episodes, in increasing order, of a data set with these `ends`. Default: all episodes."""
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
         numbers = np.arange(len(ends)) if episodes is None else np.asarray(episodes, dtype=np.int64)
         spans = spans[numbers]
         kept = np.cumsum(spans[:, 1] - spans[:, 0])
-        return TensorWriter(kept, spans, numbers, episodes is None, storage, folder, device)
+        return TensorWriter(kept, spans, numbers, episodes is None, storage, folder, torch.device(device))
 
     @property
     def steps(self) -> int:

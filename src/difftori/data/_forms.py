@@ -34,7 +34,9 @@ class Form:
     def rule(self) -> str:
         """What the values of images must be, for messages."""
         if self.scale == 1:
-            return "the first steps are images, so all values must be whole numbers from 0 to 255. Fix: correct the value"
+            return (
+                "the first steps are images, so all values must be whole numbers from 0 to 255. Fix: correct the value"
+            )
         return "the first steps are images from 0 to 1, so all values must be in this range. Fix: correct the value"
 
     def arranged(self, block: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ def read_demos(
     with _opened(path, subset) as source:
         chosen, key = chosen_entries(source, entries), action_key(source, action)
         kept = None if episodes is None else chosen_episodes(episodes, len(source.ends), str(path))
-        writer = TensorWriter.of(source.ends, kept, storage, folder, torch.device(device))
+        writer = TensorWriter.of(source.ends, kept, storage, folder, device)
         part = source.field(key)
         if len(part.shape) > 1:
             raise DataError(f"{part.place}: an action has the shape {part.shape}; actions must be (T A)")

@@ -66,9 +66,7 @@ def chosen_episodes(words: Sequence[str | int], count: int, place: str) -> list[
     for word in words:
         match = re.fullmatch(r"(\d*):(\d*)|(\d+)", str(word))
         if match is None:
-            raise DataError(
-                f"{place}: {word!r} names no episodes. Fix: give numbers and ranges, such as 0:50 60"
-            )
+            raise DataError(f"{place}: {word!r} names no episodes. Fix: give numbers and ranges, such as 0:50 60")
         first, end, single = match.groups()
         low = int(single if single is not None else first or 0)
         high = low + 1 if single is not None else int(end or count)
