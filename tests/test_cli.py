@@ -104,7 +104,7 @@ def test_version_and_help(command):
         (["train", *TINY, "--hiddn", "3"], "perhaps you meant '--hidden'"),
         (["train", *TINY, "--settings.hiddn", "3"], "--hiddn: unknown; perhaps you meant '--hidden'"),
         (["train", *TINY, "--num_trian", "3"], "--num-trian: unknown; perhaps you meant '--num-train'"),
-        (["train", *TINY, "--xyzxyz", "3"], "--xyzxyz: unknown; known: --base, --batch-size, "),
+        (["train", *TINY, "--xyzxyz", "3"], "--xyzxyz: unknown; known: --accept-changed-data, --action-key, --base, "),
         (["train", *TINY, "--otu", "x"], "perhaps you meant '--out'"),
         (["eval", "x", "--episods", "3"], "--episodes"),
         (["study", "own_stud"], "not a study"),

@@ -65,8 +65,10 @@ class TrainArguments(Arguments):
     config: Path | None = None
     """YAML file with options. Options on the command line override it."""
     resume: Path | None = None
-    """Resume the run in this directory with its stored configuration. Of other options, only `--quiet` is allowed, and a larger
+    """Resume the run in this directory with its stored configuration. Of other options, only `--quiet` and `--accept-changed-data` are allowed, and a larger
     `--steps`, `--updates` or `--epochs`, to extend the run."""
+    accept_changed_data: bool = False
+    """Resume a run although its demonstrations have changed."""
     quiet: bool = False
     """Show no progress bar."""
 

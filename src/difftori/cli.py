@@ -133,8 +133,9 @@ def _train(words: list[str]) -> None:
     if given is None:
         raise ConfigError(with_option_names(faults, own))
     if given.resume is not None:
-        if name or own.keys() - {"resume", "quiet"}:
-            words = [*([name] if name else []), *(f"--{option}" for option in sorted(own.keys() - {"resume", "quiet"}))]
+        others = own.keys() - {"resume", "quiet", "accept_changed_data"}
+        if name or others:
+            words = [*([name] if name else []), *(f"--{option}" for option in sorted(others))]
             raise ConfigError(
                 [f"{', '.join(words)}: not allowed with --resume. Fix: remove {'it' if len(words) == 1 else 'them'}"]
             )
@@ -146,9 +147,13 @@ def _train(words: list[str]) -> None:
             trainer, config = read_options(name, values, options, {*fields_of(TrainArguments), "help"})
         except ConfigError as error:
             raise ConfigError(with_option_names(error.faults, options)) from error
-        default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
+        task = Path(config.demos).stem if config.env == "none" else config.env
+        default = f"{getattr(config, trainer.key)}-{task}-{config.seed}".replace(":", ".")
         out = given.out or Path("runs") / default
-    summary = trainer.train(config, out, progress=not given.quiet)
+    if given.accept_changed_data and trainer.key != "policy":
+        raise ConfigError(["--accept-changed-data: agents have no demonstrations. Fix: remove it"])
+    accept = {"accept_changed_data": True} if given.accept_changed_data else {}
+    summary = trainer.train(config, out, progress=not given.quiet, **accept)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
     print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))

@@ -66,7 +66,8 @@ class Moments:
 class EntrySpec:
     """One entry of the observations at one step: `shape` (*S), `dtype` "float32" or "uint8".
 
-    Images are uint8 (height width channels), point clouds float32 (points 3) or more columns, vectors float32 (S).
+    Images are uint8 (height width channels), depth images float32 (height width 1), point clouds float32 (points 3) or more
+    columns, vectors float32 (S).
     `moments` are those of the last dimension over the training data, or None if not measured.
     """
 

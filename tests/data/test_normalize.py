@@ -11,6 +11,7 @@ from difftori.data.normalize import (
     identity,
     mean_std,
     measure,
+    measured_spec,
     min_max,
     pixels,
 )
@@ -136,3 +137,12 @@ def test_what_was_not_fitted_is_refused():
         fitted.denormalize_actions(torch.zeros(5))
     with pytest.raises(DataError, match="no data"):
         measure([])
+
+
+def test_depth_images_are_mapped_to_the_range_from_0_to_1():
+    depth = np.random.default_rng(0).uniform(0.4, 3, size=(40, 4, 4, 1))
+    train = Trajectories.of({"depth": depth}, np.zeros((40, 1)), [40])
+    spec = measured_spec(train, low=(0.0,), high=(1.0,), n_obs_steps=1, horizon=1, n_action_steps=1)
+    for normalizer in (fit_normalizer(train), Normalizer.of(spec)):
+        values = normalizer.normalize_obs(train.obs)["depth"]
+        assert (values.min().item(), values.max().item()) == pytest.approx((0, 1), abs=1e-6)

@@ -25,6 +25,13 @@ def test_types_become_float32_and_uint8():
         image=image.astype(np.uint8),
         float_image=image.astype(np.float32),
         unit_image=(image / 255).astype(np.float32),
+        blurred=(image / 254.7).clip(0, 1).astype(np.float32),
+        mask=(image > 90).astype(np.float64),
+        channels_first=np.zeros((9, 3, 4, 5), np.uint8),
+        grey=np.zeros((9, 16, 20), np.uint8),
+        depth=np.ones((9, 33, 40)),
+        depth_first=np.ones((9, 1, 8, 6), np.float32),
+        seen=np.ones((9, 16, 20), bool),
     )
     assert made.shapes == {
         "state": (torch.float32, (2,)),
@@ -35,10 +42,19 @@ def test_types_become_float32_and_uint8():
         "cloud": (torch.float32, (5, 3)),
         "image": (torch.uint8, (4, 4, 3)),
         "float_image": (torch.uint8, (4, 4, 3)),
-        "unit_image": (torch.float32, (4, 4, 3)),
+        "unit_image": (torch.uint8, (4, 4, 3)),
+        "blurred": (torch.float32, (4, 4, 3)),
+        "mask": (torch.float32, (4, 4, 3)),
+        "channels_first": (torch.uint8, (4, 5, 3)),
+        "grey": (torch.uint8, (16, 20, 1)),
+        "depth": (torch.float32, (33, 40, 1)),
+        "depth_first": (torch.float32, (8, 6, 1)),
+        "seen": (torch.float32, (16, 20, 1)),
         "action": (torch.float32, (2,)),
     }
     assert torch.equal(made.obs["float_image"], made.obs["image"])
+    assert torch.equal(made.obs["unit_image"], made.obs["image"])
+    assert torch.equal(made.obs["mask"], torch.from_numpy(image > 90).float())
     assert made.about == {"env": "test"}
 
 
@@ -96,14 +112,14 @@ def test_faulty_arrays_are_refused_with_the_place(change, words):
 
 
 def test_an_image_that_is_none_later_is_refused():
-    image = np.zeros((9, 4, 4, 3), np.float32)
+    image = np.full((9, 4, 4, 3), 7, np.float32)
     made = Trajectories.of({"image": image}, np.zeros((9, 1)), ENDS)
     assert made.obs["image"].dtype == torch.uint8
-    parts = [image[:5], image[5:] + 0.5]
+    parts = [0 * image[:2], image[2:5], image[5:] + 0.5]
     from difftori.data._filling import Field, TensorWriter
 
-    with pytest.raises(DataError, match=r"holds 0.5 at step 5 \(episode 1.*whole numbers from 0 to 255"):
-        TensorWriter(np.array(ENDS)).fill([Field("file: img", (4, 4, 3), iter(parts))])
+    with pytest.raises(DataError, match=r"holds 7.5 at step 5 \(episode 1.*whole numbers from 0 to 255"):
+        TensorWriter.of(np.array(ENDS)).fill([Field("file: img", (4, 4, 3), iter(parts))])
 
 
 @pytest.mark.parametrize(

@@ -329,3 +329,10 @@ def test_whatever_is_given_the_answer_is_a_configuration_or_a_list_of_faults(top
     assert all(type(fault) is str and fault for fault in faults)
     if config is not None:
         assert parse_rl_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_too_few_steps_for_an_update_are_told(tmp_path, caplog):
+    summary = rl.train(config("tdmpc", steps=20), tmp_path / "run", progress=False)
+    assert summary["updates"] == 0
+    assert "20 agent steps are fewer than the 40 random ones, so the agent is never updated" in caplog.text
+    assert "the agent was never updated" in caplog.text

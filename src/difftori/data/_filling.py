@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import final
 
@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difftori.data._columns import Storage, make_rows
+from difftori.data._forms import Form, choose_form
 from difftori.errors import DataError
 
 
@@ -34,12 +35,34 @@ class Field:
 @final
 @dataclass(frozen=True)
 class TensorWriter:
-    """Allocates and fills tensors of `ends[-1]` steps. `ends` (E) are the ends of the episodes, for error messages."""
+    """Allocates and fills tensors of `ends[-1]` steps. `ends` (E) are the ends of the episodes that are stored.
+
+    `spans` (E 2) are the first step and the end of each in the data set: all steps outside of them are skipped. `numbers` (E)
+    are the numbers of the episodes in the data set.
+    """
 
     ends: Int[np.ndarray, "E"]
+    spans: Int[np.ndarray, "E 2"]
+    numbers: Int[np.ndarray, "E"]
+    whole: bool
     storage: Storage = "memory"
     folder: Path | None = None
     device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def of(
+        ends: Int[np.ndarray, "E"],
+        episodes: Sequence[int] | None = None,
+        storage: Storage = "memory",
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "TensorWriter":
+        """Create a writer for these episodes, in increasing order, of a data set with these `ends`. Default: all episodes."""
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
+        numbers = np.arange(len(ends)) if episodes is None else np.asarray(episodes, dtype=np.int64)
+        spans = spans[numbers]
+        kept = np.cumsum(spans[:, 1] - spans[:, 0])
+        return TensorWriter(kept, spans, numbers, episodes is None, storage, folder, torch.device(device))
 
     @property
     def steps(self) -> int:
@@ -49,8 +72,7 @@ class TensorWriter:
     def fill(self, parts: Sequence[Field]) -> Tensor:
         """Return the steps of one key (T …), or several vectors concatenated (T ΣS), as float32 or uint8.
 
-        uint8 is preserved if a step has two dimensions or more. Colour images stored as floats, (height width 3) with
-        integers from 0 to 255, become uint8 without loss. Everything else becomes float32.
+        Images become uint8 (T height width C), see `choose_form`. Everything else becomes float32.
         Raises DataError for NaN, Inf, a number of steps other than T, vectors that cannot be concatenated, or no memory.
         """
         shape = parts[0].shape or (1,)
@@ -58,13 +80,15 @@ class TensorWriter:
             shape = (sum(_vector_width(part) for part in parts),)
         if 0 in shape:
             raise DataError(f"{parts[0].place}: a step has the shape {shape}, so it is empty. Fix: omit this key")
-        first = list(islice(parts[0].blocks, 1))
-        is_image = len(parts) == 1 and len(first) > 0 and _holds_images(first[0], shape)
-        dtype = torch.uint8 if is_image else torch.float32
+        blocks = [self._kept(part.blocks) for part in parts]
+        form = Form(shape)
+        if len(parts) == 1:
+            first, form = choose_form(blocks[0], shape)
+            blocks = [chain(first, blocks[0])]
         rows = make_rows(
             self.steps,
             math.prod(shape),
-            dtype,
+            form.dtype,
             storage=self.storage,
             folder=self.folder,
             device=self.device,
@@ -72,22 +96,38 @@ class TensorWriter:
             less="read fewer entries",
         )
         offset = 0
-        for number, part in enumerate(parts):
-            blocks = chain(first, part.blocks) if number == 0 else part.blocks
-            self._copy(part.place, part.shape, blocks, rows[:, offset : offset + part.width])
+        for part, own in zip(parts, blocks, strict=True):
+            self._copy(part, own, rows[:, offset : offset + part.width], form)
             offset += part.width
-        return rows.view(self.steps, *shape)
+        return rows.view(self.steps, *form.shape)
 
-    def _copy(self, place: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray], rows: Tensor) -> None:
+    def _kept(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Return the steps of the chosen episodes only. Reads no further than to the last of them."""
+        if self.whole:
+            yield from blocks
+            return
+        keep = np.zeros(self.spans[-1, 1], dtype=bool)
+        for start, stop in self.spans:
+            keep[start:stop] = True
         done = 0
         for block in blocks:
-            if block.shape[1:] != shape:
+            mask = keep[done : done + len(block)]
+            if mask.any():
+                yield block[: len(mask)][mask]
+            done += len(block)
+            if done >= len(keep):
+                return
+
+    def _copy(self, part: Field, blocks: Iterator[np.ndarray], rows: Tensor, form: Form) -> None:
+        place, done = part.place, 0
+        for block in blocks:
+            if block.shape[1:] != part.shape:
                 raise DataError(
-                    f"{place}: steps have the shape {block.shape[1:]} from {self.locate(done)} on; expected {shape}. "
+                    f"{place}: steps have the shape {block.shape[1:]} from {self.locate(done)} on; expected {part.shape}. "
                     "Fix: exclude that episode, or create the data set again"
                 )
             if 0 < len(block) <= self.steps - done:
-                values = self._checked(place, block.reshape(len(block), -1), done, rows.dtype)
+                values = self._checked(place, form.arranged(block).reshape(len(block), -1), done, form)
                 rows[done : done + len(block)] = torch.from_numpy(values).to(rows.device)
             done += len(block)
         if done != self.steps:
@@ -96,17 +136,14 @@ class TensorWriter:
                 "data set. Fix: create the data set again"
             )
 
-    def _checked(self, place: str, block: np.ndarray, first: int, dtype: torch.dtype) -> np.ndarray:
-        """Return the block as `dtype`. Raises DataError for values that do not fit."""
+    def _checked(self, place: str, block: np.ndarray, first: int, form: Form) -> np.ndarray:
+        """Return the block as the form's dtype. Raises DataError for values that do not fit."""
         if block.dtype.kind not in "fiub":
             raise DataError(
                 f"{place}: has the dtype {block.dtype}, which is not numeric. Fix: omit this key or create the data set again"
             )
-        if dtype == torch.uint8:
-            bad = np.zeros((), bool) if block.dtype == np.uint8 else ~_whole_bytes(block)
-            words = (
-                "the first steps are images, so all values must be whole numbers from 0 to 255. Fix: correct the value"
-            )
+        if form.dtype == torch.uint8:
+            bad, words = form.misfits(block), form.rule
         else:
             with np.errstate(over="ignore"):  # values that are too large become Inf, and are reported as such
                 block = block.astype(np.float32)
@@ -117,13 +154,15 @@ class TensorWriter:
             raise DataError(
                 f"{place}: holds {block[row, column]} at {self.locate(first + row)}, number {column}; {words}"
             )
-        return np.ascontiguousarray(block, dtype=np.uint8 if dtype == torch.uint8 else np.float32)
+        return form.converted(block)
 
     def locate(self, step: int) -> str:
         """Describe a step by its episode and its number in the episode, for error messages."""
         episode = int(np.searchsorted(self.ends, step, side="right"))
-        start = int(self.ends[episode - 1]) if episode else 0
-        return f"step {step} (episode {episode}, its step {step - start})"
+        inside = step - (int(self.ends[episode - 1]) if episode else 0)
+        if episode == len(self.ends):  # behind the last episode
+            return f"step {step} (episode {episode}, its step {inside})"
+        return f"step {self.spans[episode, 0] + inside} (episode {self.numbers[episode]}, its step {inside})"
 
 
 def checked_ends(ends: object, place: str) -> Int[np.ndarray, "E"]:
@@ -150,14 +189,3 @@ def _vector_width(part: Field) -> int:
     if len(part.shape) > 1:
         raise DataError(f"{part.place}: steps of shape {part.shape}; only vectors can be concatenated into one entry")
     return part.width
-
-
-def _holds_images(block: np.ndarray, shape: tuple[int, ...]) -> bool:
-    if block.dtype == np.uint8:
-        return len(shape) > 1
-    return block.dtype.kind == "f" and len(shape) == 3 and shape[-1] == 3 and bool(_whole_bytes(block).all())
-
-
-def _whole_bytes(block: np.ndarray) -> np.ndarray:
-    """Return a mask of the values that are whole numbers from 0 to 255."""
-    return (block >= 0) & (block <= 255) & (block == np.rint(block))

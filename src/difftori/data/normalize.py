@@ -102,6 +102,12 @@ def pixels() -> Affine:
     return Affine(torch.zeros(1), torch.full((1,), 255.0))
 
 
+def unit(moments: Moments) -> Affine:
+    """Map [minimum, maximum] of each channel of float images, such as depth, to [0, 1], and a constant channel to 0."""
+    low, high = _numbers(moments.low), _numbers(moments.high)
+    return Affine(low, torch.where(high - low < FLAT, 1.0, high - low))
+
+
 @final
 class Normalizer(nn.Module):
     """One `Affine` for each entry of the observations and one for the actions.
@@ -117,7 +123,7 @@ class Normalizer(nn.Module):
 
     @staticmethod
     def of(spec: TaskSpec, *, obs: "Rule | None" = None, actions: "Rule | None" = None) -> "Normalizer":
-        """Create the normaliser of a task's training data. Default rule: `min_max`; images are divided by 255.
+        """Create the normaliser of a task's training data. Default rule: `min_max`; images are mapped to [0, 1], those of bytes divided by 255.
 
         If the spec has no moments, vectors are unchanged and actions are mapped from their box to [−1, 1].
         """
@@ -156,7 +162,9 @@ def _entry_affine(entry: EntrySpec, rule: Rule) -> Affine:
     if entry.dtype == "uint8":
         return pixels()
     size = entry.shape[-1]
-    return Affine(torch.zeros(size), torch.ones(size)) if entry.moments is None else rule(entry.moments)
+    if entry.moments is None:
+        return Affine(torch.zeros(size), torch.ones(size))
+    return unit(entry.moments) if len(entry.shape) == 3 else rule(entry.moments)
 
 
 def measured_spec(
@@ -195,7 +203,8 @@ def fit_normalizer(
     """Fit a normaliser to every step of these episodes. Pass the training part only.
 
     Statistics are per last dimension of an entry, so all points of a cloud (T N 3) share them. `entries` maps entries to
-    their own rules. Default: uint8 entries are divided by 255, the others use the rule `obs`.
+    their own rules. Default: uint8 entries are divided by 255, float images (T height width C) are mapped to [0, 1], the others use the
+    rule `obs`.
     Raises DataError if `entries` names an entry that does not exist.
     """
     own = dict(entries or {})
@@ -207,5 +216,5 @@ def fit_normalizer(
         if name not in own and values.dtype == torch.uint8:
             fitted[name] = pixels()
         else:
-            fitted[name] = own.get(name, obs)(measure(train.blocks(values)))
+            fitted[name] = own.get(name, unit if values.ndim == 4 else obs)(measure(train.blocks(values)))
     return Normalizer(fitted, actions(measure(train.blocks(train.actions))))

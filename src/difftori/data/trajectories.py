@@ -84,7 +84,7 @@ class Trajectories:
         for NaN or Inf, naming the episode.
         """
         place = "trajectories"
-        writer = TensorWriter(checked_ends(ends, place))
+        writer = TensorWriter.of(checked_ends(ends, place))
 
         def fill(name: str, values: Any) -> Tensor:
             if isinstance(values, Tensor):

@@ -74,6 +74,13 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         raise ConfigError(
             [f"spaces {observations} and {actions} are not supported. Fix: use Box observations and flat Box actions"]
         )
+    if len(observations.shape) == 3 and observations.shape[0] > observations.shape[2] <= 4:
+        raise ConfigError(
+            [
+                f"observations {observations} are images with the channels last. Fix: put the channels first, or return a single "
+                "environment, whose images are converted"
+            ]
+        )
     return EnvSpec(
         name=str(env.metadata.get("name", type(env).__name__)),
         obs_shape=observations.shape,

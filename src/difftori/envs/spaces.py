@@ -67,8 +67,12 @@ class CheckedEnv(gymnasium.Wrapper):
         super().__init__(env)
         space = env.observation_space
         parts = space.spaces if isinstance(space, Dict) else {"": space}
-        if wrong := {key: part for key, part in parts.items() if not isinstance(part, Box)}:
-            raise ConfigError([f"{name}: its observations are {wrong}. Fix: use a Box, or a Dict of Boxes"])
+        if not all(isinstance(part, Box) for part in parts.values()):
+            raise ConfigError(
+                [
+                    f"{name}: its observations are {space}. Fix: flatten them to a Box (FlattenObservation) or to a Dict of Boxes"
+                ]
+            )
         self._entries = {key: _Entry.of(part, name, key) for key, part in parts.items() if isinstance(part, Box)}
         spaces: dict[str, Any] = {key: entry.space for key, entry in self._entries.items()}
         self.observation_space = Dict(spaces) if isinstance(space, Dict) else spaces[""]

@@ -210,7 +210,7 @@ def _run(place: Path, record: Record, base: str | None) -> Run:
     name = config.get("agent") or config["policy"]
     return Run(
         place=place,
-        task=f"{config['env']} ({config['obs']})" if config.get("obs") else config["env"],
+        task=_task(config),
         method=f"{name} on {base}" if base else name,
         seed=config["seed"],
         config=flat(config),
@@ -235,13 +235,23 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
     return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], dtype=float)
 
 
+def _task(config: Mapping[str, Any]) -> str:
+    """Return the name of a run's task: the environment, or without one the data set, and the observation type."""
+    name = Path(str(config["demos"])).stem if config["env"] == "none" else config["env"]
+    return f"{name} ({config['obs']})" if config.get("obs") else name
+
+
 def _full_return(env: str) -> float | None:
     """Return the largest possible return of an episode; None if unknown for the environment family."""
     return {"dmc": 1000.0, "probe": 1.0}.get(env.partition(":")[0])
 
 
 def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
-    known = (Measure("success", 1.0), Measure("score", 1.0), Measure("excess_cost", None, higher_is_better=False))
+    known = (
+        Measure("success", 1.0),
+        Measure("score", 1.0),
+        *(Measure(name, None, higher_is_better=False) for name in ("excess_cost", "action_error")),
+    )
     found = {m: summary[f"{which}/{m.name}"] for m in known if f"{which}/{m.name}" in summary}
     return found or {Measure("validation_error", None, False): summary[f"{which}/validation_error"]}
 

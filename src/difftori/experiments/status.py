@@ -11,7 +11,11 @@ from difftori.experiments.plan import RunSpec, beside
 from difftori.runs.records import read_metrics, read_summary
 
 State = Literal["finished", "running", "failed", "interrupted", "waiting"]
-HEADLINES = ("return", "last/success", "best/success", "last/excess_cost", "best/excess_cost", "last/validation_error")
+HEADLINES = (
+    "return",
+    *(f"{which}/{name}" for name in ("success", "excess_cost", "action_error") for which in ("last", "best")),
+    "last/validation_error",
+)
 """The result shown for a finished run is the first of these that its summary has."""
 
 _MANY = 60

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftori.config import describe, device_faults, resolved, validated
 from difftori.errors import ConfigError, DifftoriError
+from difftori.il.demos_task import NONE
 from difftori.il.task_names import find_task
 from difftori.il.tasks import TaskFactory
 from difftori.interfaces import Policy, PolicyConfig
@@ -26,12 +27,24 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     policy: str
     """Name of the policy, or your own, `my_pkg.my_policy:MyPolicy`."""
     env: str = "pendulum"
-    """Task: `pendulum`, `pendulum:damped`, an environment together with `--demos`, or your own, `my_pkg.my_task:make`."""
+    """Task: `pendulum`, `pendulum:damped`, an environment together with `--demos`, `none` for demonstrations without an environment,
+    or your own, `my_pkg.my_task:make` (default: `none` with `--demos`)."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of the demonstrations, the initial weights and all random numbers of the run."""
     demos: str | None = None
-    """Demonstrations of the environment: a data set written by `difftori collect`, or your own data (docs/imitation.md) (default:
-    the task generates its demonstrations)."""
+    """Demonstrations: a LeRobot v3, robomimic or zarr data set, such as those of `difftori collect`, or a folder with one of them
+    (docs/imitation.md) (default: the task generates its demonstrations)."""
+    obs_keys: tuple[str, ...] | None = None
+    """Observations to read from `--demos`, as `NAME=KEY`; `NAME=KEY,KEY` concatenates vectors, and a key alone keeps its short name
+    (default: those of the environment; without one, all)."""
+    action_key: str | None = None
+    """Key of the actions in `--demos` (default: `action` or `actions`)."""
+    episodes: tuple[str, ...] | None = None
+    """Episodes to read from `--demos`, as numbers and ranges, such as `0:50 60`, or the name of a list in robomimic's `mask/`
+    (default: all)."""
+    held_out: float | None = Field(None, ge=0, lt=1)
+    """Share of the demonstration episodes that is held out for validation, at least one; 0 holds out none (default: 0.02, or 0.1
+    without an environment)."""
     base: str | None = None
     """Run directory of the base policy to refine. Environment, data, seed and window are taken from it; options on the command line
     override them."""
@@ -94,6 +107,8 @@ def parse_config(
     policy = policy or resolved(find_policy, given.get("policy"), faults)
     if policy is None:
         given["settings"] = {}  # an unknown policy's settings cannot be checked, but the other options can
+    if given.get("demos") is not None:
+        given.setdefault("env", NONE)
     config, found = validated(TrainConfig[PolicyConfig if policy is None else policy.Config], given, also)
     faults += found + _range_faults(given["settings"], found)
     find = partial(find_task, demos=given.get("demos") is not None)
@@ -113,6 +128,10 @@ INHERITED = (
     "seed",
     "data_seed",
     "demos",
+    "obs_keys",
+    "action_key",
+    "episodes",
+    "held_out",
     "obs",
     "n_obs_steps",
     "horizon",

@@ -1,6 +1,6 @@
 """An imitation task from an environment and recorded demonstrations: `--env pusht --demos PATH`."""
 
-import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,28 +9,23 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from difftori.data.download import find_demos
-from difftori.data.formats import read_demos
+from difftori.data.fingerprint import fingerprint
 from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
-from difftori.data.windows import Windows
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import EnvFamily, ResolvedEnv
 from difftori.envs.video import write_video
 from difftori.errors import ConfigError
+from difftori.il.contract import Bounds, Shown, conform
+from difftori.il.recorded import WINDOW, DemosOptions, hold_out, make_windows
 from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.rollout import Episode, PolicyInRows, check_episode, evaluate_policy, named, record, wilson_interval
-from difftori.runs.run import seeded
 from difftori.types import TaskSpec
 
-_log = logging.getLogger(__name__)
-
-VALIDATION = 0.02
-"""Share of the episodes that is held out for validation, at least one, as in Diffusion Policy and DP3."""
+HELD_OUT = 0.02
+"""Default share of the episodes that is held out for validation, at least one, as in Diffusion Policy and DP3."""
 TEST_SEED = 100_000
 """Seed of the first evaluation episode; the next ones count up. `difftori collect` uses other seeds."""
-WINDOW = (2, 16, 8)
-"""Default n_obs_steps, horizon and n_action_steps, if neither the policy nor the environment has its own."""
 EVAL_ROWS = 25
 """Default number of environments that run in parallel during an evaluation."""
 
@@ -52,7 +47,7 @@ class EnvEvaluator:
         """
         env = self.open(min(self.num_envs, episodes))
         try:
-            played = evaluate_policy(env, act, spec, range(TEST_SEED, TEST_SEED + episodes))
+            played = evaluate_policy(env, _choosing(act, spec), spec, range(TEST_SEED, TEST_SEED + episodes))
         finally:
             env.close()
         return Evaluation(_metrics(played), _columns(played))
@@ -61,7 +56,8 @@ class EnvEvaluator:
         """Record the first evaluation episode in the run's `media/`. Raises RenderingError if the environment cannot render."""
         env = self.open(1)
         try:
-            recording = record(env, PolicyInRows(act, spec), seed=TEST_SEED, until_success=True)
+            rows = PolicyInRows(_choosing(act, spec), spec)
+            recording = record(env, rows, seed=TEST_SEED, until_success=True)
         finally:
             env.close()
         return write_video(recording, run_dir / "media", "episode")
@@ -94,6 +90,10 @@ def env_task(
     *,
     seed: int,
     demos: str,
+    obs_keys: Sequence[str] | None = None,
+    action_key: str | None = None,
+    episodes: Sequence[str] | None = None,
+    held_out: float = HELD_OUT,
     num_train: int | None = None,
     obs: str | None = None,
     n_obs_steps: int | None = None,
@@ -105,77 +105,60 @@ def env_task(
 ) -> EnvTask:
     """Create the task: windows of the demonstrations at `demos`, and the environment for evaluation.
 
-    `num_train` is the number of training episodes, sampled by `seed` (default: all except the held-out ones). `obs` is the
-    observation type of the environment. `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the number of executed
-    actions of a plan. Raises ConfigError or DataError for data that do not match the environment.
+    `obs` is the observation type of the environment. `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the number of
+    executed actions of a plan. See `DemosOptions` and `hold_out` for the data. Raises ConfigError or DataError for data that do
+    not match the environment.
     """
     own = env.family.window or WINDOW
-    n_obs_steps = own[0] if n_obs_steps is None else n_obs_steps
-    horizon = own[1] if horizon is None else horizon
-    n_action_steps = own[2] if n_action_steps is None else n_action_steps
+    given = {"n_obs_steps": n_obs_steps, "horizon": horizon, "n_action_steps": n_action_steps}
+    window = {name: own[i] if size is None else size for i, (name, size) in enumerate(given.items())}
     evaluator = EnvEvaluator(env, obs, num_envs, workers, max_episode_steps)
+    bounds, shown = _interface(evaluator)
+    options = DemosOptions(demos, obs_keys, action_key, episodes)
+    kind = obs or str(env.options.get("obs", ""))
+    stored = _recorded(options, env.family, kind, shown)
+    whole = conform(_converted(stored, env.family, kind), shown, bounds, place=demos, env=env.name)
+    train, held = hold_out(whole, held_out, seed, num_train, demos)
+    spec = measured_spec(train, low=bounds[0], high=bounds[1], **window)
+    validation = None if held is None else make_windows(held, **window)
+    return EnvTask(spec, make_windows(train, **window), validation, evaluator, data=fingerprint(stored))
+
+
+def _interface(evaluator: EnvEvaluator) -> tuple[Bounds, dict[str, Shown]]:
+    """Return the bounds of the environment's actions, and its observations."""
     single = replace(evaluator, workers=None).open(1)
     try:
         space = single.single_action_space
         assert isinstance(space, Box)
         low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
-        seen = {key: values.shape[1:] for key, values in named(single.reset(seed=TEST_SEED)[0]).items()}
+        first = named(single.reset(seed=TEST_SEED)[0])
         check_episode(single, success=True)
     finally:
         single.close()
-    shown_obs = obs or str(env.options.get("obs", ""))
-    whole = _recorded(find_demos(demos, _log.warning), env.family, shown_obs, seen, len(low))
-    train, validation = whole.split(VALIDATION, seeded(seed, "held out episodes"))
-    if num_train is not None:
-        if num_train > len(train):
-            raise ConfigError(
-                [
-                    f"num_train: {num_train} is too large; {demos} has {len(train)} training episodes after holding out "
-                    f"{len(validation)}. Fix: give at most {len(train)}"
-                ]
-            )
-        order = torch.randperm(len(train), generator=seeded(seed, "training episodes"))[:num_train]
-        train = train.select(sorted(order.tolist()))
-    spec = measured_spec(
-        train, low=low, high=high, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
-    )
-    # Every step is the present step of one window, for any n_action_steps: methods that replan more often use the same data.
-    reach = max(n_action_steps, horizon - n_obs_steps + 1)
-    sets = [
-        Windows(part, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach) for part in (train, validation)
-    ]
-    return EnvTask(spec, sets[0], sets[1], evaluator)
+    return (low, high), {name: Shown(values.shape[1:], str(values.dtype)) for name, values in first.items()}
 
 
-def _recorded(
-    path: Path, family: EnvFamily, obs: str, seen: dict[str, tuple[int, ...]], action_dim: int
-) -> Trajectories:
-    """Read the demonstrations and convert them to the environment's observations. By default, the names are the same."""
-    recorded = family.recorded or {obs: tuple(seen)}
+def _recorded(options: DemosOptions, family: EnvFamily, obs: str, shown: Mapping[str, Shown]) -> Trajectories:
+    """Read the arrays that the environment's observations are computed from. By default, the names are the same."""
+    recorded = family.recorded or {obs: tuple(shown)}
     if obs not in recorded:
         raise ConfigError([f"obs: {obs!r} is not in the demonstrations. Fix: choose one of {', '.join(recorded)}"])
-    stored = read_demos(path, {name: name for name in recorded[obs]})
-    if family.from_recorded is not None:
-        arrays = {name: values.numpy() for name, values in stored.obs.items()}
-        obs_arrays, actions = family.from_recorded(arrays, stored.actions.numpy(), obs)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in obs_arrays.items()}
-        actions = torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32))
-        stored = replace(stored, obs=tensors, actions=actions)
-    found = {name: tuple(values.shape[1:]) for name, values in stored.obs.items()}
-    faults = []
-    if found != seen:
-        faults.append(
-            f"demos: {path} has observations {found}, but the environment has {seen}. "
-            "Fix: collect new demonstrations, or choose another --obs"
-        )
-    if stored.actions.shape[1] != action_dim:
-        faults.append(
-            f"demos: {path} has actions of size {stored.actions.shape[1]}, but the environment needs {action_dim}. "
-            "Fix: give demonstrations of this environment"
-        )
-    if faults:
-        raise ConfigError(faults)
-    return stored
+    return options.read({name: name for name in recorded[obs]})
+
+
+def _converted(stored: Trajectories, family: EnvFamily, obs: str) -> Trajectories:
+    """Convert recorded arrays to the environment's observations and actions. Observations under other names are those already."""
+    if family.from_recorded is None or not set(family.recorded[obs]) <= stored.obs.keys():
+        return stored
+    arrays = {name: values.numpy() for name, values in stored.obs.items()}
+    obs_arrays, actions = family.from_recorded(arrays, stored.actions.numpy(), obs)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in obs_arrays.items()}
+    return replace(stored, obs=tensors, actions=torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32)))
+
+
+def _choosing(act: Act, spec: TaskSpec) -> Act:
+    """Return the policy as a function of all observations of an environment, of which it gets its own, in their order."""
+    return lambda obs: act({name: obs[name] for name in spec.obs})
 
 
 def _metrics(played: list[Episode]) -> dict[str, float]:

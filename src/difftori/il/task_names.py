@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 from difftori.errors import ConfigError
+from difftori.il.demos_task import NONE, demos_task
 from difftori.il.env_task import env_task
 from difftori.il.pendulum_task import pendulum_task
 from difftori.il.tasks import ImitationTask, TaskFactory
@@ -17,9 +18,13 @@ TASKS: dict[str, TaskFactory] = {
 
 
 def find_task(name: str, *, demos: bool = False) -> TaskFactory:
-    """Return the factory of a task: one of `TASKS`, that of an environment with `demos`, or the one that `my_pkg.my_task:make`
+    """Return the factory of a task: one of `TASKS`, that of an environment or of `none` with `demos`, or the one that `my_pkg.my_task:make`
     refers to. Raises ConfigError if the name is unknown.
     """
+    if demos and name == NONE:
+        return demos_task
+    if name == NONE:
+        raise ConfigError([f"demos: missing; the environment is {NONE!r}. Fix: give demonstrations, --demos PATH"])
     if demos:
         env = resolve_env(name)
         return partial(env_task, env)

@@ -1,16 +1,17 @@
 """The interface of an imitation task: training demonstrations, validation demonstrations, and an evaluation.
 
 Your own task is a function `make(*, seed, num_train) -> ImitationTask`, named `my_pkg.my_task:make`. An environment together
-with `--demos` is a task (env_task.py), and so is the pendulum (pendulum_task.py). task_names.py resolves names.
+with `--demos` is a task (env_task.py), demonstrations alone are one (demos_task.py), and so is the pendulum (pendulum_task.py). task_names.py resolves names.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
+from difftori.data.fingerprint import Fingerprint
 from difftori.interfaces import Dataset
 from difftori.rollout import Act
 from difftori.types import Metrics, TaskSpec
@@ -26,11 +27,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ImitationTask(ABC):
-    """A task: `train` and `validation` demonstrations, and `evaluate`, which measures a policy."""
+    """A task: `train` and `validation` demonstrations (None: nothing is held out), and `evaluate`, which measures a policy."""
 
     spec: TaskSpec
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None
+    data: Fingerprint | None = field(default=None, kw_only=True)
+    """The fingerprint of recorded demonstrations; None if they are generated."""
 
     @abstractmethod
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:

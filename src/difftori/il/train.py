@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
 from difftori.il.config import TrainConfig, parse_config
+from difftori.il.demos_task import NONE
 from difftori.il.distributed import Distributed
 from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
 from difftori.il.learner import Learner, TrainLoop, run_length
+from difftori.il.recorded import check_base_data, check_data, warn_of_changes
 from difftori.il.task_names import make_task
 from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.interfaces import Dataset, PolicyConfig
-from difftori.policies.normalized import NormalizedPolicy
+from difftori.policies.normalized import NormalizedPolicy, described
 from difftori.registry import resolve_env
-from difftori.runs.checkpoint import State, read_weights, replace_file, write_weights
+from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file, write_weights
 from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
@@ -36,34 +39,40 @@ Which: TypeAlias = Literal["best", "last"]
 """Weights of a run: those with the least validation error, or those of the last update."""
 
 
-def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Metrics:
+def train(config: TrainConfig, out: Path, *, progress: bool = True, accept_changed_data: bool = False) -> Metrics:
     """Train a policy by imitation in the run directory `out`, and return the run's summary.
 
     An unfinished run of the same configuration in `out` is resumed from its last checkpoint, on the CPU bit by bit as if it had
-    never stopped. A finished run is not repeated; its summary is returned.
+    never stopped. A finished run is not repeated; its summary is returned. A run whose demonstrations have changed is resumed
+    with `accept_changed_data` only; it keeps its normalisation.
 
-    Raises ConfigError (invalid configuration, or another one in `out`), DataError (invalid demonstrations), CheckpointError (no
+    Raises ConfigError (invalid configuration, another one in `out`, or changed demonstrations), DataError (invalid demonstrations), CheckpointError (no
     valid checkpoint, disk full), NonFiniteError (too many consecutive updates with NaN or Inf). On SIGTERM or SIGINT, saves a
     checkpoint and raises SystemExit with status 143 or 130. Under torchrun, all processes train this one run (distributed.py).
     """
     if (distributed := Distributed.of_torchrun(config.device)).count == 1:
-        return _train(config, out, progress, distributed)
+        return _train(config, out, progress, distributed, accept_changed_data)
     if (out / "summary.json").exists():
         refuse_another(out, config)
         return read_summary(out)
     with distributed:
         if distributed.is_main:
-            summary = _train(config, out, progress, distributed)
+            summary = _train(config, out, progress, distributed, accept_changed_data)
             distributed.wait()
             return summary
         with tempfile.TemporaryDirectory() as scratch:
-            _train(config, Path(scratch) / "run", False, distributed, out)
+            _train(config, Path(scratch) / "run", False, distributed, accept_changed_data, out)
         distributed.wait()
         return read_summary(out)
 
 
 def _train(
-    config: TrainConfig, out: Path, progress: bool, distributed: Distributed, main_dir: Path | None = None
+    config: TrainConfig,
+    out: Path,
+    progress: bool,
+    distributed: Distributed,
+    accept_changed_data: bool,
+    main_dir: Path | None = None,
 ) -> Metrics:
     """Run `train` in one process. A process other than the main one uses a temporary directory and loads the checkpoints of `main_dir`."""
     settings, device = config.settings, config.device
@@ -71,17 +80,26 @@ def _train(
         if run.finished:
             return run.summary()
         task = open_task(config)
-        base = _base(config, out, distributed, main_dir)
-        policy = NormalizedPolicy(config.policy_type(settings, task.spec).to(device), base)
+        if task.validation is None and config.weights is not None and config.weights != "last":
+            raise ConfigError(
+                [
+                    f"weights: {config.weights!r} needs held-out demonstrations, but there are none. Fix: give --weights last"
+                ]
+            )
+        check_data(out, task.data, accept=accept_changed_data)
+        base = _base(config, task, out, distributed, main_dir)
+        checkpoint = run.restore()
+        distributed.wait()  # the main process has repaired its checkpoints
+        if main_dir is not None:
+            checkpoint = run.load_from_main(main_dir)
+        spec = task.spec if checkpoint is None else _stored_spec(checkpoint, task.spec)
+        with torch.random.fork_rng(devices=[], enabled=checkpoint is not None):
+            policy = NormalizedPolicy(config.policy_type(settings, spec).to(device), base)
         epochs, updates = run_length(settings, len(task.train))
         learner = Learner(policy, settings, epochs, distributed)
         _warn_of_warmup(settings, updates)
         generator = run.generator("loss", device)
         loop = TrainLoop(learner, _windows(policy, task, config, out), config.seed, generator)
-        checkpoint = run.restore()
-        distributed.wait()  # the main process has repaired its checkpoints
-        if main_dir is not None:
-            checkpoint = run.load_from_main(main_dir)
         if checkpoint is not None:
             learner.load(checkpoint.state["learner"])
 
@@ -90,27 +108,29 @@ def _train(
 
             def stop_if_asked() -> None:
                 if distributed.any(stop.requested):
-                    run.save(learner.train_state.step, _state(learner, task.spec))
+                    run.save(learner.train_state.step, _state(learner, spec))
                     stop.leave()
 
             for row in loop.epochs(stop_if_asked):
                 epoch = learner.train_state.epoch
                 last = epoch == epochs
-                if distributed.is_main and (last or epoch % watched == 0):
+                if task.validation is not None and distributed.is_main and (last or epoch % watched == 0):
                     row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
                 run.log(learner.train_state.step, row)
                 if last or epoch % config.save_every == 0:
-                    run.save(learner.train_state.step, _state(learner, task.spec))
+                    run.save(learner.train_state.step, _state(learner, spec))
                 show(row)
             if distributed.any(stop.requested):  # requested at the end of the last epoch, which is saved
                 stop.leave()
             if not distributed.is_main:
                 return {}
-            export(out, config, learner, task.spec)
+            export(out, config, learner, spec)
             try:
                 summary, episodes = summarise(learner, task, config, stop.check)
             except StopRequested:  # the evaluation is repeated when the run is resumed
                 stop.leave()
+        if not summary["updates"]:
+            _log.warning("%s: all updates were skipped because of NaN or Inf, so nothing was learned", out)
         replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
         run.finish(summary)
         return summary
@@ -120,6 +140,10 @@ def open_task(config: TrainConfig) -> ImitationTask:
     """Create the task of a configuration. Raises ConfigError for an option that the task does not have, and the errors of its factory."""
     options = (
         "demos",
+        "obs_keys",
+        "action_key",
+        "episodes",
+        "held_out",
         "obs",
         "n_obs_steps",
         "horizon",
@@ -133,10 +157,33 @@ def open_task(config: TrainConfig) -> ImitationTask:
     return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
 
 
-def _base(config: TrainConfig, out: Path, distributed: Distributed, main_dir: Path | None) -> NormalizedPolicy | None:
+def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
+    """Return the spec that a run began with: its ranges belong to its weights. Raises ConfigError if its observations or actions differ."""
+    try:
+        stored = TaskSpec.from_plain(checkpoint.state["spec"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: not a checkpoint of a policy ({error!r}). Fix: restore it"
+        ) from error
+    if described(stored) != described(now):
+        raise ConfigError(
+            [
+                f"demos: the run began with {described(stored)}, but the data have {described(now)}. Fix: choose another run directory"
+            ]
+        )
+    return stored
+
+
+def _base(
+    config: TrainConfig, task: ImitationTask, out: Path, distributed: Distributed, main_dir: Path | None
+) -> NormalizedPolicy | None:
     """Load the base policy. The run stores a copy, `base.pt`; processes other than the main one copy the main one's."""
     if config.base is None:
         return None
+    if config.demos is not None and Path(config.base, "config.yaml").exists():
+        below = read_config(Path(config.base))
+        if (below.get("demos"), below.get("episodes")) == (config.demos, config.model_dump(mode="json")["episodes"]):
+            check_base_data(Path(config.base), task.data)
     if distributed.is_main and not (out / "base.pt").exists():
         copy_base(Path(config.base), out)
     distributed.wait()
@@ -183,7 +230,7 @@ def summarise(
         "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
         "best_epoch": float(train_state.best_epoch),
         "last/validation_error": train_state.error,
-        "best/validation_error": train_state.best_error,
+        "best/validation_error": math.nan if learner.best is None else train_state.best_error,
     }
     which = config.weights or ("both" if config.demos is None else "last")
     found: dict[str, Evaluation] = {}
@@ -226,12 +273,14 @@ def evaluate_run(
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        if config.demos is None:
+        if config.demos is None or config.env == NONE:
             if video:
                 raise ConfigError(
                     [f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"]
                 )
-            return evaluate(policy, open_task(config), config, episodes=count).metrics
+            task = open_task(config)
+            warn_of_changes(run_dir, task.data)
+            return evaluate(policy, task, config, episodes=count).metrics
         evaluator = EnvEvaluator(
             resolve_env(config.env),
             config.obs,

@@ -78,11 +78,11 @@ class WindowEncoder(nn.Module):
 
 def _kind(name: str, entry: EntrySpec) -> str:
     """Return the type of an entry, determined by its shape at one step and its dtype."""
-    kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "image"}
+    kinds = {(1, "float32"): "vector", (2, "float32"): "cloud", (3, "uint8"): "image", (3, "float32"): "image"}
     kind = kinds.get((len(entry.shape), entry.dtype))
     if kind is None:
         raise ShapeError(
             f"observations: the entry {name!r} of shape {entry.shape} and dtype {entry.dtype} is neither a vector (S) nor a "
-            "cloud (N C) of float32 nor an image (height width channels) of uint8. Fix: omit this entry"
+            "cloud (N C) of float32 nor an image (height width channels) of uint8 or float32. Fix: omit this entry"
         )
     return kind

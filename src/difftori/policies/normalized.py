@@ -164,16 +164,16 @@ def _checked_base(policy: Policy, base: Base | None) -> Base | None:
         raise ConfigError(
             [f"base: missing; {policy.name} refines another policy's actions. Fix: give --base RUN{policy.OR_ELSE}"]
         )
-    if isinstance(base, NormalizedPolicy) and _seen(base.spec) != _seen(policy.spec):
+    if isinstance(base, NormalizedPolicy) and described(base.spec) != described(policy.spec):
         raise ConfigError(
             [
-                f"base: it has {_seen(base.spec)}, but the task has {_seen(policy.spec)}. Fix: remove the options that differ"
+                f"base: it has {described(base.spec)}, but the task has {described(policy.spec)}. Fix: remove the options that differ"
             ]
         )
     return base
 
 
-def _seen(spec: TaskSpec) -> str:
-    """Describe the observations and actions that a base and its refiner must share."""
-    entries = ", ".join(f"{name} {entry.shape}" for name, entry in spec.obs.items())
+def described(spec: TaskSpec) -> str:
+    """Describe the observations and actions that a base and its refiner, or a run and its data, must share."""
+    entries = ", ".join(f"{name} {entry.shape} {entry.dtype}" for name, entry in spec.obs.items())
     return f"{spec.n_obs_steps} × ({entries}), {spec.horizon} × {spec.action_dim} actions"

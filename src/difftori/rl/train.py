@@ -27,6 +27,8 @@ from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.run import Run, seeded
 from difftori.types import Actions, Metrics, Observations, RowFlags
 
+_log = logging.getLogger(__name__)
+
 _STACK = 3
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
                 session.run_to_end(stop, show)
             write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
+            if not session.updates:
+                _log.warning("%s: the agent was never updated; it acts with its initial weights", out)
         finally:
             session.close()
         run.finish(summary)
@@ -78,6 +82,13 @@ class _Session:
         self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)
+        if agent_steps < self.agent.config.seed_steps:
+            _log.warning(
+                "%d agent steps are fewer than the %d random ones, so the agent is never updated. Fix: increase --steps, or "
+                "decrease --seed-steps",
+                agent_steps,
+                self.agent.config.seed_steps,
+            )
         longest = self.spec.max_agent_steps or agent_steps
         pixels = len(self.spec.obs_shape) == 3
         self.replay = Replay(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from difftori.data.formats import read_demos, write_lerobot
+from difftori.data.formats._video import encode_image
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError
 from tests.support.demo_files import ENDS, Canary, assert_same, tiny
@@ -153,7 +154,8 @@ def test_a_wrong_description_is_refused(path, changes, words):
         ("observation.state", {"dtype": "image", "shape": [8, 6, 3]}, "instead of images"),
         ("observation.images.image", {"dtype": "float32"}, "holds struct<.*only plain numbers"),
         ("observation.images.image", {"shape": [9, 6, 3]}, r"image of shape \(8, 6, 3\), but meta/info.json has"),
-        ("observation.images.image", {"shape": [8, 6, 1]}, "only colour images"),
+        ("observation.images.image", {"shape": [8, 6, 1]}, r"image of shape \(8, 6, 3\), but meta/info.json has"),
+        ("observation.images.image", {"shape": [8, 6, 2]}, "only images with three channels or one"),
         ("observation.images.image", {"dtype": "video"}, "no column 'videos/observation.images.image/chunk_index'"),
         ("observation.depth", {"dtype": "float32", "shape": [3]}, "no column 'observation.depth'"),
     ],
@@ -342,7 +344,7 @@ def test_a_cut_image_is_an_error(path):
 @pytest.mark.parametrize(
     ("entry", "options", "words"),
     [
-        (np.zeros((STEPS, 8, 6, 1), np.uint8), {}, "observation.x has steps of shape .8, 6, 1.; only colour images"),
+        (np.zeros((STEPS, 8, 6, 4), np.uint8), {}, "observation.x has steps of shape .8, 6, 4.; only images with"),
         (np.zeros((STEPS, 7, 6, 3), np.uint8), {"videos": True}, "needs an even height and width"),
         (np.zeros((STEPS, 2)), {"fps": 0}, "fps is 0"),
     ],
@@ -352,6 +354,20 @@ def test_what_this_format_cannot_keep_is_refused(tmp_path, entry, options, words
     with pytest.raises(DataError, match=words):
         write(demos, tmp_path / "d", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_depth_images_have_one_channel(tmp_path, dtype):
+    """Grey images of 8 bits are images, and of 16 bits numbers; LeRobot gives their shape with or without the channel."""
+    depth = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (STEPS, 8, 6, 1), dtype=dtype)
+    path = write(Trajectories.of({"depth": depth.astype(np.uint8)}, np.zeros((STEPS, 1)), ENDS), tmp_path / "d")
+    contents = [{"bytes": encode_image(image), "path": None} for image in depth]
+    set_column(path / DATA, "observation.images.depth", pa.array(contents))
+    for shape in ([8, 6, 1], [8, 6]):
+        edit_feature(path, "observation.images.depth", shape=shape, names=None)
+        read = read_demos(path).obs["depth"]
+        assert read.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+        assert torch.equal(read.double(), torch.from_numpy(depth.astype(np.float64)))
 
 
 def test_an_existing_place_is_kept(path):

@@ -11,7 +11,7 @@ from difftori.data.formats import read_demos, write_lerobot, write_zarr
 from difftori.data.normalize import fit_normalizer
 from difftori.data.windows import Windows
 from difftori.errors import DataError, MissingExtraError
-from tests.support.demo_files import tiny
+from tests.support.demo_files import assert_same, tiny
 
 PUSHT = Path(__file__).parents[3].parent / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
 
@@ -36,6 +36,15 @@ def test_what_is_not_known_is_refused_with_what_is(tmp_path, name, content, word
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="unknown format"):
+        read_demos(tmp_path)
+
+
+def test_a_folder_with_one_set_is_that_set(tmp_path):
+    write_zarr(tiny(), tmp_path / "one.zarr")
+    (tmp_path / "notes.txt").write_text("x")
+    assert_same(read_demos(tmp_path), tiny())
+    write_lerobot(tiny(), tmp_path / "two", fps=10, task="x")
+    with pytest.raises(DataError, match=r"contains 2 data sets. Fix: choose one of .*one.zarr, .*two"):
         read_demos(tmp_path)
 
 

@@ -199,3 +199,22 @@ def test_a_damaged_block_is_noticed(path):
     path.write_bytes(content)
     with pytest.raises(DataError, match="demo_5/obs/image cannot be read"):
         read_demos(path)
+
+
+def test_deeper_groups_are_named_by_their_path(path):
+    demos = tiny(ends=ENDS)
+    with h5py.File(path, "r+") as file:
+        for number in range(len(ENDS)):
+            file[f"data/demo_{number}/obs/arm/left/joints"] = demos.episode(number)[0]["state"].numpy()
+        file["data/demo_0/obs/arm/link"] = h5py.SoftLink("/data/demo_0/obs/state")
+    with pytest.raises(DataError, match="obs/arm/link is a SoftLink"):
+        read_demos(path)
+    again = read_demos(path, {"joints": "obs/arm/left/joints", "same": "arm_left_joints"})
+    assert torch.equal(again.obs["joints"], demos.obs["state"])
+    assert torch.equal(again.obs["same"], demos.obs["state"])
+
+
+def test_groups_in_a_circle_end(path):
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/obs/again"] = file["data/demo_0"]
+    assert len(read_demos(path, {"state": "obs/state"})) == len(ENDS)

@@ -1,22 +1,26 @@
 """Demonstrations in files: the layouts of Diffusion Policy and DP3 (zarr), robomimic (HDF5) and LeRobot v3, read and written."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from difftori.data._columns import Storage
 from difftori.data._filling import TensorWriter
-from difftori.data.formats._source import Entries, load
+from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes
+from difftori.data.formats._source import Entries, Source
 from difftori.data.formats.lerobot import open_lerobot
 from difftori.data.formats.lerobot_writer import write_lerobot
 from difftori.data.formats.robomimic import open_robomimic
 from difftori.data.formats.zarr_folder import open_zarr, write_zarr
-from difftori.data.trajectories import Trajectories
+from difftori.data.trajectories import Trajectories, make_spans
 from difftori.errors import DataError
 
-__all__ = ["read_demos", "write_lerobot", "write_zarr"]
+__all__ = ["Entries", "find_set", "read_demos", "write_lerobot", "write_zarr"]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_KNOWN = "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5) or a LeRobot v3 folder (meta/info.json)"
 
 
 def read_demos(
@@ -24,6 +28,7 @@ def read_demos(
     entries: Entries | None = None,
     *,
     action: str | None = None,
+    episodes: Sequence[str | int] | None = None,
     subset: str | None = None,
     storage: Storage = "memory",
     folder: Path | None = None,
@@ -33,41 +38,73 @@ def read_demos(
 
     - a folder with `data/*` and `meta/episode_ends`: zarr, the layout of Diffusion Policy and DP3;
     - an HDF5 file with `data/demo_k`: robomimic; `subset` is the name of a list in `mask/`;
-    - a folder with `meta/info.json`: LeRobot v3; its videos are decoded.
+    - a folder with `meta/info.json`: LeRobot v3; its videos are decoded;
+    - a folder that contains exactly one of these.
 
     `entries` maps each entry to the key that is read, such as {"state": "obs/object", "image": "obs/agentview_image"}; the
-    vectors of a tuple of keys are concatenated. Default: every observation, with `observation.state` and `obs/state` named
-    `state`. `action` is the key of the actions. Default: the format's usual key.
-    Numbers become float32. Images become uint8 (T height width C), also those stored as floats 0 … 255. `storage` selects
-    where they are stored: "memory", "device" (on `device`), or "mmap", unnamed files in `folder`, for sets larger than
-    memory. Default: "memory".
+    vectors of a tuple of keys are concatenated. Short names are keys too: `state` is `observation.state` or `obs/state`, and
+    `image` is the only camera. A list of words has the same meaning: ["state=obs/object", "agentview_image"]. Default: every
+    observation under its short name. `action` is the key of the actions. Default: `action` or `actions`. `episodes` are the
+    episodes to read, as numbers and ranges: ["0:50", 60]. Default: all.
+
+    Images become uint8 (T height width C), also those with the channels first, without a channel dimension, or stored as
+    floats: integers 0 … 255, or multiples of 1/255 from 0 to 1. All other numbers become float32, also masks of 0.0 and 1.0
+    and depth images, (T height width 1). `storage` selects where they are stored: "memory", "device" (on `device`), or
+    "mmap", unnamed files in `folder`, for sets larger than memory. Default: "memory".
 
     Nothing in the data is executed: objects, pickles, links and unknown codecs are refused.
     Raises DataError with the file, the key, the value and a fix, and MissingExtraError without the extra `data`.
     """
-    path = Path(path)
+    path = find_set(Path(path))
     if (storage == "mmap") != (folder is not None):
         raise DataError(
             f"{path}: storage is {storage!r} and folder {folder}. Fix: set folder if storage is 'mmap', and only then"
         )
+    with _opened(path, subset) as source:
+        chosen, key = chosen_entries(source, entries), action_key(source, action)
+        kept = None if episodes is None else chosen_episodes(episodes, len(source.ends), str(path))
+        writer = TensorWriter.of(source.ends, kept, storage, folder, device)
+        part = source.field(key)
+        if len(part.shape) > 1:
+            raise DataError(f"{part.place}: an action has the shape {part.shape}; actions must be (T A)")
+        # All keys are opened before the first one is read, which may take minutes.
+        fields = {name: [source.field(one) for one in keys] for name, keys in chosen.items()}
+        obs = {name: writer.fill(parts) for name, parts in fields.items()}
+        return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), source.about)
 
-    def writer(ends) -> TensorWriter:
-        return TensorWriter(ends, storage, folder, torch.device(device))
 
+def find_set(path: Path) -> Path:
+    """Return the data set at `path`: `path` itself, or the only data set in this folder.
+
+    Raises DataError if there are several, naming them, or if `path` is not of a known format.
+    """
+    if _is_set(path):
+        return path
+    inside = [child for child in sorted(path.iterdir()) if _is_set(child)] if path.is_dir() else []
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise DataError(
+            f"{path}: contains {len(inside)} data sets. Fix: choose one of {', '.join(str(child) for child in inside)}"
+        )
+    raise DataError(f"{path}: {_what(path)}")
+
+
+@contextmanager
+def _opened(path: Path, subset: str | None) -> Iterator[Source]:
     if _is_hdf5(path):
         with open_robomimic(path, subset) as source:
-            return load(source, entries, action, writer(source.ends))
+            yield source
+        return
     if subset is not None:
         raise DataError(
             f"{path}: subset is {subset!r}, but only robomimic files have lists of demonstrations. Fix: omit subset"
         )
-    if (path / "meta" / "info.json").is_file():
-        source = open_lerobot(path)
-    elif (path / "meta" / "episode_ends").is_dir():
-        source = open_zarr(path)
-    else:
-        raise DataError(f"{path}: {_what(path)}")
-    return load(source, entries, action, writer(source.ends))
+    yield open_lerobot(path) if (path / "meta" / "info.json").is_file() else open_zarr(path)
+
+
+def _is_set(path: Path) -> bool:
+    return (path / "meta" / "info.json").is_file() or (path / "meta" / "episode_ends").is_dir() or _is_hdf5(path)
 
 
 def _is_hdf5(path: Path) -> bool:
@@ -83,13 +120,10 @@ def _is_hdf5(path: Path) -> bool:
 
 def _what(path: Path) -> str:
     """Explain why the format was not recognised."""
-    known = (
-        "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5) or a LeRobot v3 folder (meta/info.json)"
-    )
     if not path.exists():
-        return f"no such file or folder. Fix: pass {known}"
+        return f"no such file or folder. Fix: pass {_KNOWN}"
     if path.suffix == ".zip":
-        return f"an archive. Fix: unpack it, and pass {known}"
+        return f"an archive. Fix: unpack it, and pass {_KNOWN}"
     if path.suffix == ".npz":
-        return f"an archive of arrays. Fix: read it with difftori.data.demos.Demos.load, or pass {known}"
-    return f"unknown format. Fix: pass {known}"
+        return f"an archive of arrays. Fix: read it with difftori.data.demos.Demos.load, or pass {_KNOWN}"
+    return f"unknown format. Fix: pass {_KNOWN}"

@@ -26,7 +26,7 @@ BOOKKEEPING = {
 @final
 @dataclass(frozen=True)
 class Feature:
-    """A key of a step: its `kind`, and the `shape` of one step, (height width 3) for images and videos."""
+    """A key of a step: its `kind`, and the `shape` of one step, (height width C) for images and videos, C 3 or 1."""
 
     kind: Literal["numbers", "image", "video"]
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
 
 
 def parse_feature(value: Any, place: str) -> Feature:
-    """Parse a feature of `meta/info.json`. Raises DataError if it is neither numeric nor a colour image."""
+    """Parse a feature of `meta/info.json`. Raises DataError if it is neither numeric nor an image of three channels or one."""
     try:
         dtype, shape = value["dtype"], tuple(int(size) for size in value["shape"])
     except (KeyError, TypeError, ValueError) as error:
@@ -60,11 +60,11 @@ def parse_feature(value: Any, place: str) -> Feature:
     if dtype in ("image", "video"):
         names = value.get("names")
         first = names[0] if isinstance(names, list) and names else None
-        leads = str(first).startswith("channel") if first is not None else shape[:1] == (3,)
-        image = (*shape[1:], *shape[:1]) if leads else shape
-        if len(image) != 3 or image[2] != 3:
+        leads = str(first).startswith("channel") if first is not None else shape[:1] in ((3,), (1,))
+        image = (*shape[1:], *shape[:1]) if leads else shape if len(shape) == 3 else (*shape, 1)
+        if len(image) != 3 or image[2] not in (1, 3):
             raise DataError(
-                f"{place} has the shape {shape}; only colour images (height width 3) are read. Fix: omit this key"
+                f"{place} has the shape {shape}; only images with three channels or one are read. Fix: omit this key"
             )
         return Feature(dtype, image)
     if not isinstance(dtype, str) or not dtype.startswith(("float", "int", "uint", "bool")):

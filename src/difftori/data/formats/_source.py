@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from difftori.data._filling import Field, TensorWriter
-from difftori.data.trajectories import Trajectories, make_spans
+from difftori.data._filling import Field
 from difftori.errors import DataError, MissingExtraError
 
-Entries: TypeAlias = Mapping[str, str | Sequence[str]]
-"""Maps the name of an entry to the key in the file, or to several keys whose vectors are concatenated."""
+Entries: TypeAlias = Mapping[str, str | Sequence[str]] | Sequence[str]
+"""Maps the name of an entry to the key in the file, or to several keys whose vectors are concatenated. In words: `NAME=KEY`,
+`NAME=KEY,KEY`, or `KEY`, which keeps its short name."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,6 @@ class Source(ABC):
         """Return the rows of a key, read lazily. Raises DataError, at once or while reading, if they are invalid."""
 
 
-def load(source: Source, entries: Entries | None, action: str | None, writer: TensorWriter) -> Trajectories:
-    """Read the selected entries and the actions. Raises DataError with the file, the key and what is wrong."""
-    entries = source.entries if entries is None else entries
-    chosen = {name: (keys,) if isinstance(keys, str) else tuple(keys) for name, keys in entries.items()}
-    action = action or source.action
-    for name, keys in {**chosen, "action": (action,)}.items():
-        missing = [key for key in keys if key not in source.keys]
-        if missing or not keys:
-            raise DataError(
-                f"{source.path}: {name} is to be read from {missing[0] if missing else 'no key'!r}, which does not exist. "
-                f"Fix: choose from {', '.join(source.keys)}"
-            )
-    if not chosen:
-        raise DataError(f"{source.path}: no observations besides {action!r}. Fix: name the keys to read in `entries`")
-    obs = {name: writer.fill([source.field(key) for key in keys]) for name, keys in chosen.items()}
-    part = source.field(action)
-    if len(part.shape) > 1:
-        raise DataError(f"{part.place}: an action has the shape {part.shape}; actions must be (T A)")
-    return Trajectories(obs, writer.fill([part]), make_spans(source.ends), source.about)
-
-
 def plain_names(keys: Mapping[str, str], path: Path) -> dict[str, str]:
     """Map entries to keys, given key → preferred name. Other characters than letters and digits become underscores.
 
@@ -67,14 +46,19 @@ def plain_names(keys: Mapping[str, str], path: Path) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for key, preferred in keys.items():
-        name = re.sub(r"\W", "_", preferred)
-        name = name if name.isidentifier() else f"_{name}"
+        name = plain_name(preferred)
         if name in names:
             raise DataError(
-                f"{path}: {names[name]!r} and {key!r} would both be called {name!r}. Fix: name them in `entries`"
+                f"{path}: {names[name]!r} and {key!r} would both be called {name!r}. Fix: name them, --obs-keys NAME=KEY (in Python `entries`)"
             )
         names[name] = key
     return names
+
+
+def plain_name(text: str) -> str:
+    """Return the text as the name of an entry. Other characters than letters and digits become underscores."""
+    name = re.sub(r"\W", "_", text)
+    return name if name.isidentifier() else f"_{name}"
 
 
 def read_json(path: Path) -> Any:

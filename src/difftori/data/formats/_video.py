@@ -15,8 +15,11 @@ _FAULTS = (OSError, ValueError, RuntimeError, TypeError, EOFError, MemoryError, 
 _BLOCK = 64
 
 
-def decode_image(content: bytes, place: str) -> np.ndarray:
-    """Decode a PNG or JPEG file to uint8 (height width 3). Raises DataError for other content."""
+def decode_image(content: bytes, place: str, channels: int = 3) -> np.ndarray:
+    """Decode a PNG or JPEG file to uint8 (height width 3), or grey ones, if one channel is expected, to uint8 or uint16 (height width 1).
+
+    Raises DataError for other content.
+    """
     av = need("av")
     codec = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
     if codec is None:
@@ -26,23 +29,29 @@ def decode_image(content: bytes, place: str) -> np.ndarray:
     try:
         decoder = av.CodecContext.create(codec, "r")
         frames = [*decoder.decode(av.Packet(content)), *decoder.decode(None)]
-        return frames[0].to_ndarray(format="rgb24")
+        kind = frames[0].format.name
+        if channels == 3 or not kind.startswith("gray"):
+            return frames[0].to_ndarray(format="rgb24")
+        return frames[0].to_ndarray(format="gray16le" if kind.startswith("gray16") else "gray")[..., None]
     except (*_FAULTS, av.FFmpegError, IndexError) as error:
         raise DataError(f"{place} cannot be decoded ({error or 'no image in it'}). Fix: restore the file") from error
 
 
 def encode_image(image: np.ndarray) -> bytes:
-    """Encode uint8 (height width 3) as a PNG file."""
+    """Encode uint8 (height width 3), or uint8 or uint16 (height width 1), as a PNG file."""
     av = need("av")
     encoder = av.CodecContext.create("png", "w")
     encoder.height, encoder.width = image.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, 1)
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    encoder.time_base = Fraction(1, 1)
+    form = "rgb24" if image.shape[2] == 3 else "gray" if image.dtype == np.uint8 else "gray16be"
+    encoder.pix_fmt = form
+    image = image if image.shape[2] == 3 else image[..., 0]
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=form)
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 
-def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.ndarray]:
-    """Iterate over the frames at these increasing times in seconds, in blocks of uint8 (B height width 3).
+def read_frames(path: Path, times: np.ndarray, tolerance: float, channels: int = 3) -> Iterator[np.ndarray]:
+    """Iterate over the frames at these increasing times in seconds, in blocks of uint8 (B height width C), C 3 or 1.
 
     Raises DataError if the file cannot be decoded, or has no frame within `tolerance` of a time.
     """
@@ -58,7 +67,8 @@ def read_frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.
                     break
                 if times[found] > frame.time + tolerance:
                     continue
-                block.append(frame.to_ndarray(format="rgb24"))
+                image = frame.to_ndarray(format="rgb24" if channels == 3 else "gray")
+                block.append(image if channels == 3 else image[..., None])
                 found += 1
                 if len(block) == _BLOCK:
                     yield np.stack(block)

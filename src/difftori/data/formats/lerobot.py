@@ -42,7 +42,7 @@ class LeRobotSource(Source):
         place = f"{self.path}: {key}"
         feature = parse_feature(self.info["features"][key], place)
         if feature.kind == "video":
-            return Field(place, feature.shape, self._frames(key))
+            return Field(place, feature.shape, self._frames(key, feature.shape[2]))
         blocks = self._numbers if feature.kind == "numbers" else self._images
         return Field(place, feature.shape, blocks(key, feature.shape))
 
@@ -56,7 +56,7 @@ class LeRobotSource(Source):
             for (column,) in read_batches(path, [key], _IMAGES):
                 yield np.stack([_image(content, shape, f"{path}: {key}") for content in _contents(column, path, key)])
 
-    def _frames(self, key: str) -> Iterator[np.ndarray]:
+    def _frames(self, key: str, channels: int) -> Iterator[np.ndarray]:
         names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
         columns = _episode_columns(self.path, names)
         chunks, files, begins = (columns[name] for name in names)
@@ -65,9 +65,8 @@ class LeRobotSource(Source):
         fps, lengths = _fps(self.info, self.path), np.diff(self.ends, prepend=0)
         for (chunk, file), group in groupby(range(len(lengths)), key=lambda episode: (chunks[episode], files[episode])):
             times = [begins[episode] + np.arange(lengths[episode]) / fps for episode in group]
-            yield from read_frames(
-                video_file(self.path, key, int(chunk), int(file)), np.concatenate(times), 0.499 / fps
-            )
+            path = video_file(self.path, key, int(chunk), int(file))
+            yield from read_frames(path, np.concatenate(times), 0.499 / fps, channels)
 
 
 def open_lerobot(path: Path) -> LeRobotSource:
@@ -180,7 +179,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _image(content: bytes, shape: tuple[int, ...], place: str) -> np.ndarray:
-    image = decode_image(content, place)
+    image = decode_image(content, place, shape[2])
     if image.shape != shape:
         raise DataError(
             f"{place} has an image of shape {image.shape}, but meta/info.json has {shape}. Fix: create the data set again"

@@ -46,8 +46,8 @@ def write_lerobot(
 ) -> None:
     """Write the episodes of this set as a LeRobot v3 data set, atomically.
 
-    `state` becomes `observation.state`, and so on. Images (T height width 3) become `observation.images.…`: lossless PNG
-    files, embedded. With `videos`, they become lossy H.264 videos of quality `crf` (lower is better; default: 18). `fps` is
+    `state` becomes `observation.state`, and so on. Images (T height width C), with three channels or one, become
+    `observation.images.…`: lossless PNG files, embedded. With `videos`, colour images become lossy H.264 videos of quality `crf` (lower is better; default: 18). `fps` is
     the number of steps per second. `task` describes the task in words. A new file is started after `file_megabytes` MB
     (default: 100).
     Raises DataError if `path` exists, cannot be written, or an entry cannot be stored in this format; and MissingExtraError
@@ -55,7 +55,7 @@ def write_lerobot(
     """
     path = Path(path)
     keys = {_key(name, values): values for name, values in demos.obs.items()} | {ACTION: demos.actions}
-    moving = [key for key, values in keys.items() if videos and _is_image(values)]
+    moving = [key for key, values in keys.items() if videos and _is_image(values) and values.shape[-1] == 3]
     _check(keys, moving, path, fps)
     size = file_megabytes * 2**20
     with whole_folder(path) as root:
@@ -75,7 +75,7 @@ def _key(name: str, values: Tensor) -> str:
 
 
 def _is_image(values: Tensor) -> bool:
-    return values.dtype == torch.uint8 and values.ndim == 4 and values.shape[-1] == 3
+    return values.dtype == torch.uint8 and values.ndim == 4 and values.shape[-1] in (1, 3)
 
 
 def _check(keys: Mapping[str, Tensor], moving: Sequence[str], path: Path, fps: int | float) -> None:
@@ -83,7 +83,7 @@ def _check(keys: Mapping[str, Tensor], moving: Sequence[str], path: Path, fps: i
         shape = tuple(values.shape[1:])
         if values.dtype == torch.uint8 and not _is_image(values):
             raise DataError(
-                f"{path}: {key} has steps of shape {shape}; only colour images (height width 3) can be stored. Fix: omit this entry"
+                f"{path}: {key} has steps of shape {shape}; only images with three channels or one can be stored. Fix: omit this entry"
             )
         if key in moving and (shape[0] % 2 or shape[1] % 2):
             raise DataError(
@@ -214,9 +214,9 @@ def _info(
 
 
 def _stats(demos: Trajectories, values: Tensor) -> Row:
-    """Return minimum, maximum, mean, deviation and count of each number of a step, or of each colour in [0, 1] (3 1 1)."""
+    """Return minimum, maximum, mean, deviation and count of each number of a step, or of each channel of images in [0, 1] (C 1 1)."""
     blocks = demos.blocks(values)
-    shape = (3, 1, 1) if _is_image(values) else tuple(values.shape[1:])
+    shape = (values.shape[-1], 1, 1) if _is_image(values) else tuple(values.shape[1:])
     moments = measure(blocks if _is_image(values) else (block.flatten(1) for block in blocks))
     scale = 255.0 if _is_image(values) else 1.0
     named = {"min": moments.low, "max": moments.high, "mean": moments.mean, "std": moments.std}

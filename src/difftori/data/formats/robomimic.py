@@ -17,11 +17,14 @@ _FAULTS = (OSError, ValueError, RuntimeError, TypeError, KeyError, MemoryError)
 # deflate, shuffle, fletcher32, szip, nbit, scale-offset, lzf: others would load a plug-in.
 _FILTERS = (1, 2, 3, 4, 5, 6, 32000)
 
+_DEPTH = 16
+"""Greatest depth of groups that is searched; hard links can form cycles."""
+
 
 @final
 @dataclass(frozen=True)
 class RobomimicSource(Source):
-    """A robomimic file. Keys are `obs/*` and the other arrays of a demonstration; `demos` are groups in the order of `ends`."""
+    """A robomimic file. Keys are the paths of a demonstration's arrays, such as `obs/…`; `demos` are groups in the order of `ends`."""
 
     demos: tuple[Any, ...]
 
@@ -118,13 +121,20 @@ def _reading(place: str) -> Iterator[None]:
         raise DataError(f"{place} cannot be read ({error}); the file is damaged. Fix: restore the file") from error
 
 
-def _keys(demo: Any, path: Path) -> tuple[str, ...]:
-    """Return the names of all arrays of a demonstration at depth one or two, such as `actions` and `obs/…`."""
+def _keys(group: Any, path: Path, prefix: str = "") -> tuple[str, ...]:
+    """Return the paths of all arrays in a demonstration, such as `actions` and `obs/…`, at any depth."""
     h5py = need("h5py")
-    keys = []
-    for name in _names(demo, path):
-        member = _member(demo, name, path)
-        keys += [f"{name}/{child}" for child in _names(member, path)] if isinstance(member, h5py.Group) else [name]
+    keys: list[str] = []
+    for name in _names(group, path):
+        with _reading(f"{path}: {group.name}/{name}"):
+            # A link is listed, and refused when it is read.
+            is_group = isinstance(group.get(name, getlink=True), h5py.HardLink) and (
+                group.get(name, getclass=True) is h5py.Group
+            )
+        if is_group and prefix.count("/") < _DEPTH:
+            keys += _keys(_group(group, name, path), path, f"{prefix}{name}/")
+        elif not is_group:
+            keys.append(prefix + name)
     return tuple(keys)
 
 
