@@ -28,6 +28,7 @@ from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy, described
 from difftori.registry import resolve_env
 from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file, write_weights
+from difftori.runs.page import keep_evaluation
 from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
@@ -266,7 +267,8 @@ def evaluate_run(
     """Evaluate the policy of a run on `episodes` episodes (default: the run's own number).
 
     `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). `video`: record the first episode in the
-    folder `media` of the run. The demonstrations are not needed if the run has an environment.
+    folder `media` of the run. The demonstrations are not needed if the run has an environment. The result is kept in the run's
+    `eval.json`.
     """
     policy, config = load_policy(run_dir, which, device=device)
     count = episodes or config.eval_episodes
@@ -280,7 +282,8 @@ def evaluate_run(
                 )
             task = open_task(config)
             warn_of_changes(run_dir, task.data)
-            return evaluate(policy, task, config, episodes=count).metrics
+            result = evaluate(policy, task, config, episodes=count)
+            return _kept(run_dir, result, config, which)
         evaluator = EnvEvaluator(
             resolve_env(config.env),
             config.obs,
@@ -290,9 +293,22 @@ def evaluate_run(
         )
         if video:
             evaluator.film(seeded_actor(policy, config), policy.spec, run_dir)
-        return evaluator.evaluate(seeded_actor(policy, config), policy.spec, episodes=count).metrics
+        result = evaluator.evaluate(seeded_actor(policy, config), policy.spec, episodes=count)
+        return _kept(run_dir, result, config, which)
     finally:
         torch.set_num_threads(threads)
+
+
+def _kept(run_dir: Path, result: Evaluation, config: TrainConfig, which: Which | None) -> Metrics:
+    """Keep the evaluation in the run directory, and return its metrics."""
+    settings = {"weights": which or default_weights(config), "device": config.device}
+    keep_evaluation(run_dir, result.metrics, result.episodes, settings)
+    return result.metrics
+
+
+def default_weights(config: TrainConfig) -> Which:
+    """Return the weights to act with: `last` for runs with `demos`, because few episodes are held out, otherwise `best`."""
+    return "best" if config.demos is None else "last"
 
 
 def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
@@ -318,8 +334,7 @@ def load_policy(
     state = read_weights(run_dir / "policy.pt")
     if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
         state = {**state, "base": read_weights(run_dir / "base.pt")}
-    which = which or ("best" if config.demos is None else "last")
-    return _restored(state, config, which, str(run_dir)), config
+    return _restored(state, config, which or default_weights(config), str(run_dir)), config
 
 
 def _restored(state: State, config: TrainConfig, which: Which, place: str) -> NormalizedPolicy:

@@ -15,6 +15,7 @@ from difftori.interfaces import Agent, Memory
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rollout import ActInRows, episode_seed, record, run_episodes
 from difftori.runs.checkpoint import State, read_weights, write_weights
+from difftori.runs.page import keep_evaluation
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
 from difftori.types import EnvSpec, Metrics
@@ -175,7 +176,8 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
     """Evaluate the agent of a run again on `episodes` evaluation seeds. Default: the run's `eval_episodes`.
 
-    `video`: record the first of these episodes in the run's `media/`. Default: False.
+    `video`: record the first of these episodes in the run's `media/`. Default: False. The result is kept in the run's
+    `eval.json`.
     """
     agent, config, agent_steps = load_agent(run_dir, device=device)
     count = episodes or config.eval_episodes
@@ -185,7 +187,10 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
     try:
         if video:
             film(agent, config, agent_steps, run_dir)
-        return eval_metrics(evaluate_agent(agent, env, config, agent_steps, count))
+        result = evaluate_agent(agent, env, config, agent_steps, count)
+        columns = {"return": result.returns.tolist(), "length": result.lengths.tolist()}
+        keep_evaluation(run_dir, eval_metrics(result), columns, {"weights": "last", "device": device})
+        return eval_metrics(result)
     finally:
         env.close()
         torch.set_num_threads(threads)

@@ -2,6 +2,12 @@
 
 import base64
 import json
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -9,10 +15,13 @@ import jinja2
 from difftori.errors import DataError
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.figures import RESULTS, metric_figures, svg_element
+from difftori.runs.process import versions
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
-MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif"}
+MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
+
+_log = logging.getLogger(__name__)
 
 
 def write_report(path: Path) -> Path:
@@ -20,6 +29,40 @@ def write_report(path: Path) -> Path:
     target = path / "report.html"
     replace_file(target, render(path, read_summary(path)).encode())
     return target
+
+
+def keep_evaluation(
+    path: Path, metrics: Metrics, episodes: Mapping[str, Sequence[float]], settings: Mapping[str, object]
+) -> None:
+    """Append an evaluation after training to the run's `eval.json`, and show it on its page.
+
+    `episodes`: the results of each episode, in columns. `settings`: weights, device, and so on. A directory that cannot be written
+    is only warned of, because the result is printed anyway.
+    """
+    target = path / "eval.json"
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        **settings,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        "episodes": {name: list(values) for name, values in episodes.items()},
+        "versions": versions(str(settings.get("device", "cpu"))),
+    }
+    try:
+        replace_file(target, (json.dumps([*read_evaluations(path), entry], indent=1) + "\n").encode())
+        if (path / "summary.json").exists():
+            write_report(path)
+    except OSError as error:
+        _log.warning("%s: the evaluation cannot be kept (%s)", target, error)
+
+
+def read_evaluations(path: Path) -> list[dict]:
+    """Read the evaluations of a run after its training. Raises DataError if the file is damaged."""
+    source = path / "eval.json"
+    try:
+        return list(json.loads(source.read_bytes())) if source.exists() else []
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{source}: unreadable ({error}). Fix: move it away") from error
 
 
 def render(path: Path, summary: Metrics) -> str:
@@ -36,7 +79,8 @@ def render(path: Path, summary: Metrics) -> str:
         place=path.resolve(),
         summary={metric: f"{summary[metric]:.6g}" for metric in first},
         curves={heading: svg_element(figure) for heading, figure in figures.items()},
-        media=[(p.stem, inline(p)) for p in sorted((path / "media").glob("*")) if p.suffix in MEDIA],
+        evaluations=[_shown(entry) for entry in reversed(read_evaluations(path))],
+        media=[(p.stem, MEDIA[p.suffix], inline(p)) for p in sorted((path / "media").glob("*")) if p.suffix in MEDIA],
         config=_text(path / "config.yaml"),
         versions=_versions(path / "versions.json"),
         commands=_text(path / "command.txt"),
@@ -47,6 +91,13 @@ def inline(image: Path) -> str:
     """Encode an image as a data URL. An SVG in an <img> element cannot run scripts."""
     content = base64.b64encode(image.read_bytes()).decode()
     return f"data:{MEDIA[image.suffix]};base64,{content}"
+
+
+def _shown(entry: dict) -> tuple[str, dict[str, str]]:
+    """Return the heading and the numbers of an evaluation."""
+    settings = [f"{name} {entry[name]}" for name in ("weights", "device") if entry.get(name)]
+    numbers = {name: "" if value is None else f"{value:.6g}" for name, value in entry["metrics"].items()}
+    return ", ".join([str(entry["time"]), *settings]), numbers
 
 
 def _text(path: Path) -> str:

@@ -1,0 +1,120 @@
+"""A finished run is extended, an evaluation obeys signals, and later evaluations are kept."""
+
+import json
+import os
+import signal
+
+import pytest
+from tiny_env.reach import ENV, write_demos
+
+from difftori.errors import ConfigError
+from difftori.il.train import evaluate_run as evaluate_policy_run
+from difftori.il.train import load_policy
+from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
+from difftori.rollout import PolicyInRows
+from difftori.runs.checkpoint import weights_digest
+from difftori.runs.records import read_config, read_metrics, read_summary
+from difftori.trainers import read_options, read_resumed
+
+AGENT = {"env": "probe:delayed-reward", "steps": "48", "seed_steps": "20", "eval_episodes": "2", "eval_every": "1000"}
+AGENT |= {"width": "16", "encoder_width": "16", "latent_dim": "4", "batch_size": "8", "horizon": "2"}
+POLICY = {"env": ENV, "hidden": "16", "epochs": "2", "eval_episodes": "2", "lr_schedule": "constant"}
+
+
+def train(name, out, **options):
+    trainer, config = read_options(name, {}, {key: [value] for key, value in options.items()})
+    return trainer.train(config, out, progress=False)
+
+
+def extended(run, **options):
+    trainer, config = read_resumed(run, {key: [value] for key, value in options.items()})
+    return trainer.train(config, run, progress=False)
+
+
+def test_an_extended_agent_goes_on_where_it_ended(tmp_path):
+    train("difftori", tmp_path / "run", **AGENT)
+    summary = extended(tmp_path / "run", steps="80")
+    assert summary["env_steps"] == 80
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "train/return" in row] == [*range(8, 81, 8)]
+    assert read_config(tmp_path / "run")["steps"] == 80
+    assert json.loads((tmp_path / "run" / "summary-1.json").read_text())["env_steps"] == 48
+    assert "steps: 48" in (tmp_path / "run" / "config-1.yaml").read_text()
+    assert extended(tmp_path / "run", steps="80") == summary, "the same command again does nothing"
+
+
+def test_an_extended_policy_equals_one_trained_for_as_long(tmp_path):
+    demos = write_demos(tmp_path / "demos.zarr")
+    train("bc", tmp_path / "run", demos=demos, **POLICY)
+    extended(tmp_path / "run", epochs="4")
+    train("bc", tmp_path / "whole", demos=demos, **POLICY | {"epochs": "4"})
+    digests = [weights_digest(load_policy(tmp_path / name)[0].policy) for name in ("run", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_what_cannot_be_extended_is_named(tmp_path):
+    train("difftori", tmp_path / "run", **AGENT, keep_episodes="false")
+    with pytest.raises(ConfigError, match=r"--steps: 40 is less than the run's 48"):
+        read_resumed(tmp_path / "run", {"steps": ["40"]})
+    with pytest.raises(ConfigError, match="recorded episodes were deleted.*--keep-episodes"):
+        read_resumed(tmp_path / "run", {"steps": ["80"]})
+    with pytest.raises(ConfigError, match="--lr: not allowed with --resume"):
+        read_resumed(tmp_path / "run", {"lr": ["0.1"]})
+    assert read_config(tmp_path / "run")["steps"] == 48
+    assert read_summary(tmp_path / "run")["env_steps"] == 48
+
+
+def test_a_signal_in_an_evaluation_is_obeyed_and_costs_only_that_evaluation(tmp_path, monkeypatch):
+    demos = write_demos(tmp_path / "demos.zarr")
+    train("bc", tmp_path / "whole", demos=demos, **POLICY)
+    act, calls = PolicyInRows.__call__, []
+
+    def raises_a_flag(self, obs, first, active):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(self, obs, first, active)
+
+    monkeypatch.setattr(PolicyInRows, "__call__", raises_a_flag)
+    with pytest.raises(SystemExit) as ended:
+        train("bc", tmp_path / "run", demos=demos, **POLICY, n_action_steps="1")
+    assert ended.value.code == 143
+    assert len(calls) < 10
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train("bc", tmp_path / "run", demos=demos, **POLICY, n_action_steps="1")["last/episodes"] == 2
+
+
+def test_a_signal_in_the_evaluation_of_an_agent_is_obeyed(tmp_path, monkeypatch):
+    from difftori.rl import evaluate as module
+
+    train("difftori", tmp_path / "whole", **AGENT)
+    act, calls = module.AgentInRows.__call__, []
+
+    def raises_a_flag(self, obs, first, active):
+        calls.append(None)
+        if len(calls) == 11:  # in the evaluation at the end; the first one takes 8 steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(self, obs, first, active)
+
+    monkeypatch.setattr(module.AgentInRows, "__call__", raises_a_flag)
+    with pytest.raises(SystemExit) as ended:
+        train("difftori", tmp_path / "run", **AGENT)
+    assert (ended.value.code, len(calls)) == (143, 11)
+    assert train("difftori", tmp_path / "run", **AGENT)["return"] == read_summary(tmp_path / "whole")["return"]
+
+
+def test_evaluations_are_kept_and_shown(tmp_path):
+    demos = write_demos(tmp_path / "demos.zarr")
+    train("bc", tmp_path / "policy", demos=demos, **POLICY)
+    evaluate_policy_run(tmp_path / "policy", episodes=3, video=True)
+    evaluate_policy_run(tmp_path / "policy", episodes=2)
+    kept = json.loads((tmp_path / "policy" / "eval.json").read_text())
+    assert [len(entry["episodes"]["success"]) for entry in kept] == [3, 2]
+    assert kept[0]["weights"] == "last"
+    page = (tmp_path / "policy" / "report.html").read_text()
+    assert "Evaluations after training" in page
+    assert "data:video/mp4" in page or "data:image/gif" in page
+    train("difftori", tmp_path / "agent", **AGENT)
+    metrics = evaluate_agent_run(tmp_path / "agent", episodes=3)
+    (entry,) = json.loads((tmp_path / "agent" / "eval.json").read_text())
+    assert entry["metrics"] == metrics
+    assert len(entry["episodes"]["return"]) == 3
