@@ -94,7 +94,9 @@ def test_nothing_is_drawn_without_images():
     assert torch.equal(draw.get_state(), before)
 
 
-@pytest.mark.parametrize("entry", [EntrySpec((8, 8, 3)), EntrySpec((3,), "uint8"), EntrySpec(())])
+@pytest.mark.parametrize(
+    "entry", [EntrySpec((2, 8, 8, 3)), EntrySpec((8, 8), "uint8"), EntrySpec((3,), "uint8"), EntrySpec(())]
+)
 def test_other_entries_are_refused_by_name(entry):
     with pytest.raises(ShapeError, match="'odd'"):
         WindowEncoder(spec(odd=entry))
