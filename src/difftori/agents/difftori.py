@@ -154,23 +154,23 @@ class DiffTORI(Agent):
         self.pg_optimizer = GuardedOptimizer(chosen, config.pg_lr or lr, config.pg_clip_norm)
         self.updates = 0
 
-    # Learning
-
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
-        """One update of Eq. 6: a step on L_TD-MPC and the Bellman error of Q̃, one of the prior, one of the term, and soft updates."""
+        """One update of Eq. 6: steps of the model and critics, of the prior π, and of the policy-gradient term; then soft updates.
+
+        Q̃(o, a) are critics of observations. Q(z, a) are the critics inside the latent model.
+        """
         s, model = self.settings, self.model
         obs = augmented(segment.obs, generator)
 
-        # L_TD-MPC (Eq. 3), and the Bellman error of Q̃
+        # the loss of the latent model, L_TD-MPC (Eq. 3), and the Bellman error of Q̃
         noise = action_noise(segment.actions.shape, s.std_end, like=segment.actions, generator=generator)
         td = maybe_compiled(self.compiles, model_loss, model, self.target, segment, obs, noise, s.coefficients())
         next_action = self._next_action(obs[1:], generator)
-        critics = (self.obs_critics, self.obs_target)
-        weights = (s.discount, s.rho, s.obs_q_coef)
-        critic = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
-        loss, metrics = td.total + critic, {**td.metrics, "obs_q_loss": critic.detach()}
+        critics, weights = (self.obs_critics, self.obs_target), (s.discount, s.rho, s.obs_q_coef)
+        bellman = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
+        loss, metrics = td.total + bellman, {**td.metrics, "obs_q_loss": bellman.detach()}
 
-        # c_0·(−min Q̃(s, a(θ))), the gradient through the solve, in the same step
+        # policy-gradient term c_0·(−min Q̃(s, a(θ))): its gradient goes through the solve, here in the same step as Eq. 3
         states = segment.obs[0, : s.pg_batch]
         if s.pg_optimizer == "shared" and self._pg_due(self.updates + 1):
             pg = self.policy_gradient_loss(states, generator)
@@ -190,7 +190,7 @@ class DiffTORI(Agent):
             soft_update(self.target.parameters(), model.parameters(), s.ema)
             soft_update(self.obs_target.parameters(), self.obs_critics.parameters(), s.ema)
 
-        # c_0·(−min Q̃(s, a(θ))), in a separate step
+        # the same term in a step of its own, with the updated weights
         if s.pg_optimizer == "own" and self._pg_due(self.updates):
             pg = self.policy_gradient_loss(states, generator)
             metrics["pg_grad_norm"] = self.pg_optimizer.step(self.pg_optimizer.gradient(s.pg_coef * pg))
@@ -200,7 +200,7 @@ class DiffTORI(Agent):
     def policy_gradient_loss(self, obs: Observations, generator: torch.Generator, count: int | None = None) -> Scalar:
         """−min Q̃(s, a(θ)) averaged over the first `count` states of (B *S), or all, differentiable through the solve.
 
-        Rows without a solution are left out.
+        Rows whose solve is not finite count as zero.
         """
         return self._value_loss(obs, self._differentiable_plan(obs, generator), count)
 

@@ -1,6 +1,7 @@
 """The pendulum of Amos et al. (2018), Differentiable MPC, arXiv 1810.13400: dynamics, cost, starts, environment.
 
-State (cos θ, sin θ, θ̇) with θ = 0 upright, in radians and radians per second; one torque u, |u| ≤ 2; dt = 0.05 s.
+A uniform rod of mass m and length l that turns about one end. State (cos θ, sin θ, θ̇) with θ = 0 upright, in radians and radians
+per second; one torque u with |u| ≤ 2 N·m; dt = 0.05 s; d is the `damping`, b the `offset`.
 
     θ̇⁺ = θ̇ + dt·( 3g/(2l)·sin(θ + b) + 3u/(m l²) − d·θ )          θ⁺ = θ + dt·θ̇⁺
 
@@ -28,7 +29,9 @@ TASKS = ("undamped", "damped")
 """`undamped` is the realisable setting of Table 8 (`no-damping`), `damped` the other setting (`damping`)."""
 
 DT = 0.05
+"""Time step in s."""
 TORQUE_LIMIT = 2.0
+"""Largest torque in N·m."""
 QUADRATIC = (1.0, 1.0, 0.1, 0.001)
 """Diagonal of the true cost's quadratic term over τ = (cos θ, sin θ, θ̇, u)."""
 LINEAR = (-1.0, 0.0, 0.0, 0.0)
@@ -164,9 +167,9 @@ class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             **episode_metadata(f"pendulum:{task}", max_episode_steps=max_steps, action_repeat=1, fps=1 / DT),
             "render_modes": [],
         }
-        reach = np.array([1.0, 1.0, np.inf], dtype=np.float32)
+        largest = np.array([1.0, 1.0, np.inf], dtype=np.float32)  # cos θ, sin θ, θ̇
         limit = self.problem.torque_limit
-        self.observation_space = Box(-reach, reach, dtype=np.float32)
+        self.observation_space = Box(-largest, largest, dtype=np.float32)
         self.action_space = Box(-limit, limit, shape=(1,), dtype=np.float32)
         self._max_steps, self._steps = max_steps, 0
         self._state = torch.zeros(1, 3, dtype=torch.float64)
@@ -187,7 +190,7 @@ class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Take one step of `pendulum_step`."""
+        """Take one step of `pendulum_step`. The reward is of the state before the step and the torque."""
         torque = torch.as_tensor(action, dtype=torch.float64)[None]
         reward = -float(pendulum_cost(self._state[:, None], torque[:, None]))
         self._state = self.problem.step(self._state, torque)

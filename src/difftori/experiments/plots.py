@@ -26,7 +26,7 @@ PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("x", "o", "s", "^", "D", "v", "P")
 _ACROSS = 5
-_HANDLE, _LETTER, _LINE, _NOTE_LETTERS = 0.8, 0.07, 0.18, 19
+_HANDLE, _LETTER, _LINE, _NOTE_LETTERS = 0.8, 0.07, 0.18, 17
 """In inches: the line and gaps of a legend entry, a letter, a line of text; letters of a footnote per inch."""
 _ROWS = 3
 """Rows of a legend for which a figure has room."""

@@ -203,12 +203,12 @@ class DiffTORI(Refiner):
         sample, divergence = self._posterior(state, target, generator)  # z̃ ~ N(μ, σ²)
         plan = self.plan(state, sample, start, base, self._adjoint())
         error = F.mse_loss(plan.actions.reshape(target.shape), target)  # ‖â − a*‖²
-        loss = error + self.settings.kl_coef * divergence / target[0].numel()
+        loss = error + self.settings.kl_coef * divergence / target[0].numel()  # per dimension, as the squared error
         metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item()}
         metrics["unsolved"] = 1.0 - plan.solution.finite.float().mean().item()
         if self.posterior is not None:
             metrics["kl"] = divergence.item()
-        if self.prior is not None:
+        if self.prior is not None:  # the learned start x_0 also imitates a* directly
             loss = loss + self.settings.prior_coef * F.mse_loss(guess, target)
         return loss, metrics
 
