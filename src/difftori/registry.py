@@ -14,14 +14,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from difftori.errors import ConfigError, suggest
-from difftori.interfaces import Agent, Policy
 
 if TYPE_CHECKING:
     from difftori.envs.checked import CheckedVectorEnv
     from difftori.envs.family import EnvFamily, ResolvedEnv
+    from difftori.interfaces import Agent, Policy
 
 
-Component = TypeVar("Component", bound=Policy | Agent)
+Component = TypeVar("Component")
 
 
 def module_names(package: str) -> dict[str, str]:
@@ -133,28 +133,36 @@ def _importable(module: str) -> bool:
 
 
 @cache
-def find_policies() -> dict[str, type[Policy]]:
+def find_policies() -> dict[str, type]:
     """Return all concrete policies of this library by their names. Raises `ConfigError` if two share a name."""
+    from difftori.interfaces import Policy
+
     return concrete_members("difftori.policies", Policy)
 
 
 @cache
-def find_agents() -> dict[str, type[Agent]]:
+def find_agents() -> dict[str, type]:
     """Return all concrete agents of this library by their names. Raises `ConfigError` if two share a name."""
+    from difftori.interfaces import Agent
+
     return concrete_members("difftori.agents", Agent)
 
 
-def find_policy(name: str) -> type[Policy]:
+def find_policy(name: str) -> type["Policy"]:
     """Return the policy class of that name, or the one that `my_pkg.my_policy:MyPolicy` refers to. Raises ConfigError if there is none."""
+    from difftori.interfaces import Policy
+
     return _find(name, Policy, find_policies())
 
 
-def find_agent(name: str) -> type[Agent]:
+def find_agent(name: str) -> type["Agent"]:
     """Return the agent class of that name, or the one that `my_pkg.my_agent:MyAgent` refers to. Raises ConfigError if there is none."""
+    from difftori.interfaces import Agent
+
     return _find(name, Agent, find_agents())
 
 
-def _find(name: str, base: type[Component], known: dict[str, type[Component]]) -> type[Component]:
+def _find(name: str, base: type[Component], known: dict[str, type]) -> type[Component]:
     """Return a class of this library by its name, or your own class by reference."""
     kind = base.__name__.lower()
     if ":" in name:
@@ -173,12 +181,12 @@ def _find(name: str, base: type[Component], known: dict[str, type[Component]]) -
     return known[name]
 
 
-def concrete_members(package: str, base: type[Component]) -> dict[str, type[Component]]:
-    """Return every concrete subclass of `base` that a module of the package defines, by its `name`.
+def concrete_members(package: str, base: Any) -> dict[str, Any]:
+    """Return every concrete subclass of `base`, `Policy` or `Agent`, that a module of the package defines, by its `name`.
 
     Modules whose names begin with an underscore are private and are omitted. Raises `ConfigError` if two classes share a name.
     """
-    found: dict[str, type[Component]] = {}
+    found: dict[str, Any] = {}
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if entry.name.startswith("_"):
             continue

@@ -112,11 +112,6 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
 
     Raises ConfigError for other options, and if the run is not longer than before or cannot be extended.
     """
-    values = read_config(run)
-    trainer = trainer_of(values)
-    config = trainer.parse(values)
-    if not options:
-        return trainer, config
     if others := sorted(options.keys() - set(LENGTHS)):
         raise ConfigError(
             [
@@ -125,6 +120,11 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
                 for name in others
             ]
         )
+    values = read_config(run)
+    trainer = trainer_of(values)
+    config = trainer.parse(values)
+    if not options:
+        return trainer, config
     longer = trainer.parse(overlay(values, options, trainer.config_type(trainer.find(str(values[trainer.key])))))
     before, after = (flat(each.model_dump(mode="json")) for each in (config, longer))
     faults = []
