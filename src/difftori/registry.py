@@ -195,11 +195,10 @@ def concrete_members(package: str, base: Any) -> dict[str, Any]:
             own = inspect.isclass(member) and member.__module__ == module.__name__
             if not own or not issubclass(member, base) or inspect.isabstract(member):
                 continue
-            if member.name in found:
-                raise ConfigError(
-                    [f"two classes are named {member.name!r}: {found[member.name]} and {member}. Fix: rename one"]
-                )
-            found[member.name] = member
+            name = vars(member)["name"]
+            if name in found:
+                raise ConfigError([f"two classes are named {name!r}: {found[name]} and {member}. Fix: rename one"])
+            found[name] = member
     return found
 
 
