@@ -65,9 +65,13 @@ class TrainArguments(Arguments):
     config: Path | None = None
     """YAML file with options. Options on the command line override it."""
     resume: Path | None = None
-    """Resume the run in this directory with its stored configuration. No other option is allowed, except `--quiet`."""
+    """Resume the run in this directory with its stored configuration. No other option is allowed, except `--quiet` and
+    `--wandb`."""
     quiet: bool = False
     """Show no progress bar."""
+    wandb: bool = False
+    """Also log to Weights & Biases, in the project WANDB_PROJECT (default: difftori). A resumed run continues there. Requires
+    `difftori[wandb]`. TensorBoard files are always written."""
 
 
 class EvalArguments(Arguments):

@@ -133,11 +133,11 @@ def _train(words: list[str]) -> None:
     if given is None:
         raise ConfigError(with_option_names(faults, own))
     if given.resume is not None:
-        if name or options or own.keys() - {"resume", "quiet"}:
+        if name or options or own.keys() - {"resume", "quiet", "wandb"}:
             raise ConfigError(
                 [
                     "--resume: the configuration is read from the run, so no other option is allowed. "
-                    "Fix: remove the other options, except --quiet"
+                    "Fix: remove the other options, except --quiet and --wandb"
                 ]
             )
         out, values = given.resume, read_config(given.resume)
@@ -151,7 +151,7 @@ def _train(words: list[str]) -> None:
             raise ConfigError(with_option_names(error.faults, options)) from error
         default = f"{getattr(config, trainer.key)}-{config.env}-{config.seed}".replace(":", ".")
         out = given.out or Path("runs") / default
-    summary = trainer.train(config, out, progress=not given.quiet)
+    summary = trainer.train(config, out, progress=not given.quiet, wandb=given.wandb)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
     print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))
