@@ -1,11 +1,11 @@
-# Every target sets up what it needs. `make demo` and `make test` work on a fresh machine with Python 3.11.
+# Every target sets up what it needs. `make demo` and `make test` work on a fresh machine with Python 3.10 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak lint docs baselines bench clean
+.PHONY: demo test test-slow soak lint resolve docs baselines bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+resolve:  ## check that the core and every extra resolve to wheels on Python 3.10 to 3.13
+	$(PYTHON) -m venv $(VENV)/resolve && $(VENV)/resolve/bin/python -m pip install --quiet uv
+	for python in 3.10 3.11 3.12 3.13; do for extra in '' dmc metaworld pusht data wandb ray slurm docs test dev; do \
+	  $(VENV)/resolve/bin/uv pip compile --quiet --python-version $$python --python-platform x86_64-manylinux_2_28 --only-binary :all: \
+	    --constraint constraints.txt pyproject.toml $${extra:+--extra $$extra} --output-file $(VENV)/resolve/$$python-$$extra.txt \
+	    && echo "Python $$python, $${extra:-core}: $$(grep -E '^(torch|numpy)==' $(VENV)/resolve/$$python-$$extra.txt | paste -sd' ')" || exit 1; \
+	done; done
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

@@ -65,12 +65,16 @@ class TrainArguments(Arguments):
     config: Path | None = None
     """YAML file with options. Options on the command line override it."""
     resume: Path | None = None
-    """Resume the run in this directory with its stored configuration. Of other options, only `--quiet` and `--accept-changed-data` are allowed, and a larger
+    """Resume the run in this directory with its stored configuration. Of other options, only `--quiet`, `--wandb` and
+    `--accept-changed-data` are allowed, and a larger
     `--steps`, `--updates` or `--epochs`, to extend the run."""
     accept_changed_data: bool = False
     """Resume a run although its demonstrations have changed."""
     quiet: bool = False
     """Show no progress bar."""
+    wandb: bool = False
+    """Also log to Weights & Biases, in the project WANDB_PROJECT (default: difftori). A resumed run continues there. Requires
+    `difftori[wandb]`. TensorBoard files are always written."""
 
 
 class EvalArguments(Arguments):

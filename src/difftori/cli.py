@@ -133,7 +133,7 @@ def _train(words: list[str]) -> None:
     if given is None:
         raise ConfigError(with_option_names(faults, own))
     if given.resume is not None:
-        others = own.keys() - {"resume", "quiet", "accept_changed_data"}
+        others = own.keys() - {"resume", "quiet", "wandb", "accept_changed_data"}
         if name or others:
             words = [*([name] if name else []), *(f"--{option}" for option in sorted(others))]
             raise ConfigError(
@@ -153,7 +153,7 @@ def _train(words: list[str]) -> None:
     if given.accept_changed_data and trainer.key != "policy":
         raise ConfigError(["--accept-changed-data: agents have no demonstrations. Fix: remove it"])
     accept = {"accept_changed_data": True} if given.accept_changed_data else {}
-    summary = trainer.train(config, out, progress=not given.quiet, **accept)
+    summary = trainer.train(config, out, progress=not given.quiet, wandb=given.wandb, **accept)
     if os.environ.get("RANK", "0") != "0":  # under torchrun, only the main process prints
         return
     print_table(f"{getattr(config, trainer.key)} on {config.env}: {out}", best_and_last(summary))

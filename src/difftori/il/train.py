@@ -40,25 +40,27 @@ Which: TypeAlias = Literal["best", "last"]
 """Weights of a run: those with the least validation error, or those of the last update."""
 
 
-def train(config: TrainConfig, out: Path, *, progress: bool = True, accept_changed_data: bool = False) -> Metrics:
+def train(
+    config: TrainConfig, out: Path, *, progress: bool = True, wandb: bool = False, accept_changed_data: bool = False
+) -> Metrics:
     """Train a policy by imitation in the run directory `out`, and return the run's summary.
 
     An unfinished run of the same configuration in `out` is resumed from its last checkpoint, on the CPU bit by bit as if it had
     never stopped. A finished run is not repeated; its summary is returned. A run whose demonstrations have changed is resumed
-    with `accept_changed_data` only; it keeps its normalisation.
+    with `accept_changed_data` only; it keeps its normalisation. `wandb`: also log to Weights & Biases (`runs.loggers`).
 
     Raises ConfigError (invalid configuration, another one in `out`, or changed demonstrations), DataError (invalid demonstrations), CheckpointError (no
     valid checkpoint, disk full), NonFiniteError (too many consecutive updates with NaN or Inf). On SIGTERM or SIGINT, saves a
     checkpoint and raises SystemExit with status 143 or 130. Under torchrun, all processes train this one run (distributed.py).
     """
     if (distributed := Distributed.of_torchrun(config.device)).count == 1:
-        return _train(config, out, progress, distributed, accept_changed_data)
+        return _train(config, out, progress, distributed, accept_changed_data, wandb=wandb)
     if (out / "summary.json").exists():
         refuse_another(out, config)
         return read_summary(out)
     with distributed:
         if distributed.is_main:
-            summary = _train(config, out, progress, distributed, accept_changed_data)
+            summary = _train(config, out, progress, distributed, accept_changed_data, wandb=wandb)
             distributed.wait()
             return summary
         with tempfile.TemporaryDirectory() as scratch:
@@ -74,10 +76,11 @@ def _train(
     distributed: Distributed,
     accept_changed_data: bool,
     main_dir: Path | None = None,
+    wandb: bool = False,
 ) -> Metrics:
     """Run `train` in one process. A process other than the main one uses a temporary directory and loads the checkpoints of `main_dir`."""
     settings, device = config.settings, config.device
-    with Run(out, config, seed=config.seed, threads=config.threads, device=device) as run:
+    with Run(out, config, seed=config.seed, threads=config.threads, device=device, wandb=wandb) as run:
         if run.finished:
             return run.summary()
         task = open_task(config)

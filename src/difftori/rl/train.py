@@ -33,17 +33,18 @@ _STACK = 3
 _log = logging.getLogger(__name__)
 
 
-def train(config: RLConfig, out: Path, *, progress: bool = True) -> Metrics:
+def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = False) -> Metrics:
     """Train an agent in the directory `out`, and return the run's summary.
 
     If `out` contains an unfinished run of the same configuration, it is resumed from its last checkpoint; on the CPU the
-    results are bitwise identical. If it contains a finished run, its summary is returned at once.
+    results are bitwise identical. If it contains a finished run, its summary is returned at once. `wandb`: also log to Weights &
+    Biases (`runs.loggers`).
 
     Raises ConfigError (the configuration is invalid or differs from that in `out`), CheckpointError, NonFiniteError (NaN from
     the environment, or divergence: the message names environment and step, or the networks), EnvironmentFailed. On SIGTERM
     or SIGINT it saves a checkpoint and raises SystemExit with status 143 or 130.
     """
-    with Run(out, config, seed=config.seed, threads=config.threads, device=config.device) as run:
+    with Run(out, config, seed=config.seed, threads=config.threads, device=config.device, wandb=wandb) as run:
         if run.finished:
             return run.summary()
         session = _Session(config, run)

@@ -1,7 +1,8 @@
 """The run directory, which every trainer uses: configuration, log, checkpoints, exact resumption.
 
 - `config.yaml`: the whole configuration; `versions.json`: software, machine, source; `command.txt`: one line per start
-- `metrics.jsonl`: one row per `log`, the primary record; `tensorboard/`: the same numbers for TensorBoard
+- `metrics.jsonl`: one row per `log`, the primary record; `tensorboard/`: the same numbers for TensorBoard,
+  and with `wandb` in Weights & Biases
 - `checkpoints/`: see checkpoint.py
 - `summary.json`: written last, so it marks the run as finished; `report.html`: all of this on one page
 """
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -27,13 +28,11 @@ from pydantic import BaseModel, ValidationError
 
 from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
+from difftori.runs.loggers import Logger, TensorBoard, WeightsAndBiases, uses_wandb
 from difftori.runs.page import render
 from difftori.runs.process import hold, removed_on_error, versions
 from difftori.runs.records import flat, read_config, read_metrics, read_summary, to_yaml
 from difftori.types import Metrics
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
 
 _RESERVED = ("step", "time", "warning")
 _BEFORE_CONFIG = {"run.lock", "versions.json", "command.txt"}
@@ -64,7 +63,7 @@ class Run:
     weights from it. Everything else samples from `generator(name)`.
     """
 
-    def __init__(self, path: Path, config: BaseModel, *, seed: int, threads: int, device: str):
+    def __init__(self, path: Path, config: BaseModel, *, seed: int, threads: int, device: str, wandb: bool = False):
         self.path = path
         self.seed = seed
         self.checkpoints = Checkpoints(path / "checkpoints")
@@ -77,7 +76,7 @@ class Run:
         self._rows: TextIO | None = None
         self._logged = 0
         self._locked = False
-        self._board: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
         self._purge_from: int | None = None
         try:
             self._claim()
@@ -86,6 +85,8 @@ class Run:
             torch.manual_seed(seed)
             with _writing(path):
                 _prepare(path, config, device)
+                if not self.finished and (wandb or uses_wandb(path)):
+                    self._loggers.append(WeightsAndBiases(path, config.model_dump(mode="json")))
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -187,6 +188,8 @@ class Run:
 
     def finish(self, summary: Metrics) -> None:
         """Write the report, then `summary.json`, which marks the run as finished."""
+        for logger in self._loggers:
+            logger.finish(summary)
         self._close_logs()
         plain = {name: value if math.isfinite(value) else None for name, value in summary.items()}
         with _writing(self.path):
@@ -219,26 +222,22 @@ class Run:
         self._locked = True
 
     def _append(self, step: int, row: str, metrics: Mapping[str, float | int]) -> None:
-        if self._rows is None or self._board is None:
-            from torch.utils.tensorboard.writer import SummaryWriter  # imported late, because it takes half a second
-
+        if self._rows is None:
             self._rows = (self.path / "metrics.jsonl").open("a")
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_from)
+            self._loggers.append(TensorBoard(self.path / "tensorboard", self._purge_from))
         self._rows.write(row + "\n")
         self._rows.flush()
         self._logged += 1
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.log(step, metrics)
 
     def _close_logs(self) -> None:
-        for log in (self._rows, self._board):
+        for log in (*self._loggers, *([self._rows] if self._rows else [])):
             try:
-                if log is not None:
-                    log.close()
+                log.close()
             except OSError as error:
                 _log.warning("%s: the end of a log is lost (%s)", self.path, error)
-        self._rows = self._board = None
+        self._rows, self._loggers = None, []
 
     def _drop_rows_after(self, count: int) -> None:
         """Truncate the log to its first `count` rows, the rows at the time of the checkpoint."""
