@@ -10,7 +10,7 @@ import difftori
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.il.env_task import TEST_SEED
 from difftori.il.train import evaluate_run as evaluate_policy_run
-from difftori.loading import _converted
+from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
 from difftori.trainers import read_options
@@ -115,6 +115,23 @@ def test_what_cannot_be_acted_on_is_named(policy_run, tmp_path):
         policy.reset(np.array([True, False]))
     with pytest.raises(ConfigError, match="run"):
         difftori.load(tmp_path)
+
+
+def test_a_dict_that_was_flattened_in_training_is_flattened_again():
+    seen = []
+
+    def act(obs, first, active):
+        seen.append(obs)
+        return np.zeros((len(obs), 1))
+
+    policy = LoadedPolicy(
+        act, "own", {"state": EntrySpec((3,))}, (-1.0,), (1.0,), scaled=True, flattened=("goal", "place")
+    )
+    assert policy.act({"place": np.array([2.0]), "goal": np.array([0.0, 1.0]), "camera": "off"}).shape == (1,)
+    policy.reset()
+    assert policy.act({"place": torch.tensor([[2.0]] * 4), "goal": torch.tensor([[0.0, 1.0]] * 4)}).shape == (4, 1)
+    assert seen[0].tolist() == [[0.0, 1.0, 2.0]]
+    assert seen[1].tolist() == [[0.0, 1.0, 2.0]] * 4
 
 
 def test_layouts_of_images_are_the_same_observation():

@@ -44,7 +44,9 @@ def load(run: str | Path, *, which: Literal["best", "last"] | None = None, devic
     ones = (1.0,) * agent.spec.action_dim
     low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
     act = AgentInRows(agent, step=steps, generator=generator)
-    return LoadedPolicy(act, agent_config.agent, {_STATE: entry}, low, high, scaled=True)
+    return LoadedPolicy(
+        act, agent_config.agent, {_STATE: entry}, low, high, scaled=True, flattened=agent.spec.flattened or ()
+    )
 
 
 @final
@@ -65,9 +67,10 @@ class LoadedPolicy:
         high: tuple[float, ...],
         *,
         scaled: bool,
+        flattened: tuple[str, ...] = (),
     ):
         self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
-        self._act, self._scaled = act, scaled
+        self._act, self._scaled, self._flattened = act, scaled, flattened
         self._first: np.ndarray | None = None
         self._frames: np.ndarray | None = None
 
@@ -127,11 +130,20 @@ class LoadedPolicy:
                     f"obs: {self.name} needs {', '.join(self.obs)}. Fix: give a dictionary with these names"
                 )
             return {next(iter(self.obs)): obs}
+        if self._flattened and all(name in obs for name in self._flattened):
+            return {_STATE: self._flat(obs)}
         if missing := [name for name in self.obs if name not in obs]:
             raise ShapeError(
                 f"obs: {', '.join(missing)} missing; given are {', '.join(obs)}. Fix: add the missing ones"
             )
         return obs
+
+    def _flat(self, obs: Mapping[str, Array]) -> Array:
+        """Concatenate the arrays of a Dict observation, as the environment did in training, to (S) or (B S)."""
+        parts = [torch.as_tensor(obs[name]) for name in self._flattened]
+        one = sum(part.numel() for part in parts) == self.obs[_STATE].shape[0]
+        flat = torch.cat([part.flatten() if one else part.flatten(1) for part in parts], -1)
+        return flat if isinstance(obs[self._flattened[0]], Tensor) else flat.numpy()
 
     def _batched(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Whether the observations have a leading dimension of rows."""

@@ -166,7 +166,7 @@ def test_a_dict_becomes_one_vector_for_agents():
 
     env = opened(Named, flatten_obs=True)
     assert env_spec(env).obs_shape == (3,)
-    with pytest.raises(ConfigError, match="flatten_obs"):
+    with pytest.raises(ConfigError, match="--flatten-obs"):
         env_spec(opened(Named))
     with pytest.raises(ConfigError, match="image of own are images"):
         opened(Camera, "uint8 last", flatten_obs=True)

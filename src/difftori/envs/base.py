@@ -67,7 +67,7 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         raise ConfigError(
             [
                 f"{env.metadata.get('name', env)}: its observations are the dictionary {', '.join(observations)}, which is for "
-                "imitation; an agent takes one array. Fix: choose another obs, such as state, or make one vector of them with flatten_obs"
+                "imitation; an agent takes one array. Fix: choose another obs, such as state, or make one vector of them, --flatten-obs"
             ]
         )
     if not isinstance(observations, Box) or not isinstance(actions, Box) or len(actions.shape) != 1:
@@ -89,6 +89,7 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         max_episode_steps=env.metadata.get("max_episode_steps"),
         action_repeat=env.metadata.get("action_repeat", 1),
         action_bounds=env.metadata.get("action_bounds"),
+        flattened=env.metadata.get("flattened"),
     )
 
 

@@ -40,15 +40,20 @@ def unit_actions(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
 
 
 def flat_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
-    """Wrap `env` to return the arrays of a Dict observation as one vector, in the order of the space. Others are unchanged."""
+    """Wrap `env` to return the arrays of a Dict observation as one vector, in the order of the space. Others are unchanged.
+
+    The names are kept in `metadata["flattened"]`.
+    """
     space = env.observation_space
     if not isinstance(space, Dict):
         return env
     if images := [key for key, part in space.spaces.items() if isinstance(part, Box) and len(part.shape) > 2]:
         raise ConfigError(
-            [f"flatten_obs: {', '.join(images)} of {name} are images. Fix: remove them from the observations"]
+            [f"--flatten-obs: {', '.join(images)} of {name} are images. Fix: remove them from the observations"]
         )
-    return FlattenObservation(env)
+    wrapped = FlattenObservation(env)
+    wrapped.metadata = {**env.metadata, "flattened": tuple(space.spaces)}
+    return wrapped
 
 
 class CheckedEnv(gymnasium.Wrapper):
