@@ -4,15 +4,12 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
@@ -30,6 +27,7 @@ from difftori.registry import resolve_env
 from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file, write_weights
 from difftori.runs.page import keep_evaluation
 from difftori.runs.process import StopRequested, StopSignal
+from difftori.runs.progress import LongRunHint, Progress
 from difftori.runs.records import read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
@@ -80,10 +78,14 @@ def _train(
 ) -> Metrics:
     """Run `train` in one process. A process other than the main one uses a temporary directory and loads the checkpoints of `main_dir`."""
     settings, device = config.settings, config.device
-    with Run(out, config, seed=config.seed, threads=config.threads, device=device, wandb=wandb) as run:
+    with (
+        Run(out, config, seed=config.seed, threads=config.threads, device=device, wandb=wandb) as run,
+        Progress(progress) as bar,
+    ):
         if run.finished:
             return run.summary()
-        task = open_task(config)
+        with bar.phase("loading data"):
+            task = open_task(config)
         if task.validation is None and config.weights is not None and config.weights != "last":
             raise ConfigError(
                 [
@@ -103,34 +105,43 @@ def _train(
         learner = Learner(policy, settings, epochs, distributed)
         _warn_of_warmup(settings, updates)
         generator = run.generator("loss", device)
-        loop = TrainLoop(learner, _windows(policy, task, config, out), config.seed, generator)
+        with bar.phase("base actions"):
+            windows = _windows(policy, task, config, out)
+        loop = TrainLoop(learner, windows, config.seed, generator)
         if checkpoint is not None:
             learner.load(checkpoint.state["learner"])
 
         watched = config.eval_every or (1 if config.demos is None else max(1, epochs // 20))
-        with StopSignal() as stop, _bar(epochs, learner.train_state.epoch, progress) as show:
+        hint = LongRunHint(updates, ["fewer --updates"] if device.startswith("cuda") else ["--device cuda"])
+        with StopSignal() as stop, bar.phase("training: updates", updates, learner.train_state.step) as phase:
 
-            def stop_if_asked() -> None:
+            def before_update() -> None:
+                phase.update(learner.train_state.step)
+                hint(learner.train_state.step, learner.train_state.seconds)
                 if distributed.any(stop.requested):
                     run.save(learner.train_state.step, _state(learner, spec))
                     stop.leave()
 
-            for row in loop.epochs(stop_if_asked):
+            for row in loop.epochs(before_update):
                 epoch = learner.train_state.epoch
                 last = epoch == epochs
                 if task.validation is not None and distributed.is_main and (last or epoch % watched == 0):
-                    row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
+                    with bar.phase("validation"):
+                        row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
                 run.log(learner.train_state.step, row)
                 if last or epoch % config.save_every == 0:
                     run.save(learner.train_state.step, _state(learner, spec))
-                show(row)
+                names = [n for n in ("train/loss", "validation/error") if n in row]
+                note = "  ".join([f"epoch {epoch}/{epochs}", *(f"{n} {row[n]:.4g}" for n in names)])
+                phase.update(learner.train_state.step, note)
             if distributed.any(stop.requested):  # requested at the end of the last epoch, which is saved
                 stop.leave()
             if not distributed.is_main:
                 return {}
             export(out, config, learner, spec)
             try:
-                summary, episodes = summarise(learner, task, config, stop.check)
+                with bar.phase(f"evaluation: {config.eval_episodes} episodes"):
+                    summary, episodes = summarise(learner, task, config, stop.check)
             except StopRequested:  # the evaluation is repeated when the run is resumed
                 stop.leave()
         if not summary["updates"]:
@@ -375,23 +386,3 @@ def seeded_actor(policy: NormalizedPolicy, config: TrainConfig, watch: Callable[
         return policy.act(to_device(obs, generator.device), generator=generator).detach().cpu()
 
     return act
-
-
-@contextmanager
-def _bar(total: int, done: int, progress: bool) -> Iterator:
-    """Show a progress bar over epochs. Yields a function that updates it with an epoch's metrics."""
-    columns = (
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        line = bar.add_task("train", total=total, completed=done, note="")
-
-        def show(row: Metrics) -> None:
-            names = [n for n in ("train/loss", "validation/error") if n in row]
-            bar.update(line, advance=1, note="  ".join(f"{n} {row[n]:.4g}" for n in names))
-
-        yield show

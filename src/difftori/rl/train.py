@@ -5,14 +5,12 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
@@ -24,6 +22,7 @@ from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_
 from difftori.rollout import check_episode
 from difftori.runs.checkpoint import State
 from difftori.runs.process import StopRequested, StopSignal
+from difftori.runs.progress import LongRunHint, Phase, Progress
 from difftori.runs.run import Run, seeded
 from difftori.types import Actions, Metrics, Observations, RowFlags
 
@@ -49,8 +48,8 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
             return run.summary()
         session = _Session(config, run)
         try:
-            with StopSignal() as stop, _bar(config.steps, session.env_steps, session.updates, progress) as show:
-                session.run_to_end(stop, show)
+            with StopSignal() as stop, Progress(progress) as session.bar, session.bar.phase("") as phase:
+                session.run_to_end(stop, phase)
             write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
             if not session.updates:
@@ -117,6 +116,9 @@ class _Session:
         self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are not deleted
         self._eval_env = None
         self._sums: dict[str, float] = {}
+        self.bar, self._notes = Progress(False), dict[str, str]()
+        total = round(config.steps / self.spec.action_repeat * self.agent.config.updates_per_step)
+        self._hint = LongRunHint(total, _remedies(config))
         self._clock = time.perf_counter()
         while (checkpoint := run.restore()) is not None:
             try:
@@ -132,8 +134,9 @@ class _Session:
         """Number of environment steps so far."""
         return self.collector.agent_steps * self.spec.action_repeat
 
-    def run_to_end(self, stop: StopSignal, show) -> None:
+    def run_to_end(self, stop: StopSignal, phase: Phase) -> None:
         """Collect an episode, make the updates due, evaluate and save, until all steps are taken. Can resume within an episode."""
+        self._show(phase)
         while True:
             if not self.collecting:
                 self._learn(stop)
@@ -141,7 +144,7 @@ class _Session:
                     self.save()
                     stop.leave()
                 try:
-                    self._evaluate_and_save(stop, show)
+                    self._evaluate_and_save(stop, phase)
                 except StopRequested:  # the evaluation is repeated when the run is resumed
                     self.save()
                     stop.leave()
@@ -151,11 +154,27 @@ class _Session:
             ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
                 ended = self.collector.step(self._act)
+                self._show(phase)
             if not ended and self.env_steps < self.config.steps:
                 self.save()
                 stop.leave()
             self.collecting = False
-            self._account(ended, show)
+            self._account(ended, phase)
+
+    def _show(self, phase: Phase, row: Metrics | None = None) -> None:
+        """Show the environment steps, and the last returns, in the phase of the seed steps or of the training."""
+        repeat = self.spec.action_repeat
+        seeds = min(self.agent.config.seed_steps * repeat, self.config.steps)
+        label, total = (
+            ("seed steps", seeds)
+            if seeds and (self.env_steps < seeds or not self.updates)
+            else ("training: environment steps", self.config.steps)
+        )
+        if phase.label != label:
+            phase.restart(label, total, self.env_steps)
+        shown = {"train/return": "return", "eval/return": "eval return"}
+        self._notes |= {label: f"{label} {row[n]:.4g}" for n, label in shown.items() if row and n in row}
+        phase.update(self.env_steps, "  ".join([f"{self.updates} updates", *self._notes.values()]))
 
     def _act(self, obs: Observations, memory: Memory | None, first: RowFlags) -> tuple[Actions, Memory]:
         """Random actions for the first agent steps, then actions of the agent with exploration."""
@@ -173,7 +192,7 @@ class _Session:
             generator=self.acting,
         )
 
-    def _account(self, ended: list[EpisodeSummary], show) -> None:
+    def _account(self, ended: list[EpisodeSummary], phase: Phase) -> None:
         """Log the episodes, pass each one to the agent's `end_episode`, and count the updates that are due for them."""
         trained = self.updates > 0
         for episode in ended:
@@ -188,32 +207,22 @@ class _Session:
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
             self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
-            show(self.env_steps, self.updates, row)
+            self._show(phase, row)
             self.updates_due += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
         """Make the updates that are due, after the random agent steps."""
         if self.collector.agent_steps < self.agent.config.seed_steps or not len(self.replay):
             return
-        done = 0
-        while self.updates_due >= 1 and not stop.requested:
-            began = time.perf_counter()
-            segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
-            sampled = time.perf_counter()
-            priorities, metrics = self.agent.update(segment, generator=self.learning)
-            sound = priorities.isfinite()
-            self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
-            self.seconds["sampling"] += sampled - began
-            self.seconds["update"] += time.perf_counter() - sampled
-            self.updates_due -= 1
-            self.updates += 1
-            done += 1
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            skipped = float(len(finite) < len(metrics))  # GuardedOptimizer skips such steps
-            for name, value in {**finite, "non_finite": skipped}.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            self._sums["updates"] = self._sums.get("updates", 0.0) + 1
-        if done and not stop.requested:
+        due = int(self.updates_due)
+        if due < 1:
+            return
+        with self.bar.phase("updates" if self.updates else "seed updates", due) as phase:
+            while self.updates_due >= 1 and not stop.requested:
+                self._update()
+                phase.update(due - int(self.updates_due))
+                self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
+        if not stop.requested:
             count = self._sums.pop("updates")
             self.run.log(
                 self.env_steps,
@@ -221,13 +230,33 @@ class _Session:
             )
             self._sums = {}
 
-    def _evaluate_and_save(self, stop: StopSignal, show) -> None:
+    def _update(self) -> None:
+        """Sample a batch of segments and make one update."""
+        began = time.perf_counter()
+        segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
+        sampled = time.perf_counter()
+        priorities, metrics = self.agent.update(segment, generator=self.learning)
+        sound = priorities.isfinite()
+        self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
+        self.seconds["sampling"] += sampled - began
+        self.seconds["update"] += time.perf_counter() - sampled
+        self.updates_due -= 1
+        self.updates += 1
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        skipped = float(len(finite) < len(metrics))  # GuardedOptimizer skips such steps
+        for name, value in {**finite, "non_finite": skipped}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+
+    def _evaluate_and_save(self, stop: StopSignal, phase: Phase) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
-            row = self.evaluate(stop.check)
+            with self.bar.phase(f"evaluation: {self.config.eval_episodes} episodes"):
+                row = self.evaluate(stop.check)
             self.run.log(self.env_steps, row)
-            show(self.env_steps, self.updates, row)
+            self._show(phase, row)
         if self._due(self.saved_at, self.config.save_every):
-            self.save()
+            with self.bar.phase("saving"):
+                self.save()
 
     def _due(self, before: int, every: int) -> bool:
         """Whether a multiple of `every` was passed since `before`, or the run has ended."""
@@ -341,29 +370,12 @@ class _Session:
             self._eval_env.close()
 
 
-@contextmanager
-def _bar(total: int, done: int, updated: int, progress: bool) -> Iterator:
-    """A progress bar over environment steps. `done` steps and `updated` updates were made before this start.
-
-    Yields a function that displays environment steps, updates, and a row of metrics.
-    """
-    columns = (
-        TextColumn("environment steps"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    notes: dict[str, str] = {}
-    began = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        line = bar.add_task("train", total=total, completed=done, note="")
-
-        def show(steps: int, updates: int, row: Metrics) -> None:
-            shown = {"train/return": "train", "eval/return": "eval"}
-            notes.update({label: f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row})
-            elapsed = max(time.perf_counter() - began, 1e-9)
-            speed = f"{(steps - done) / elapsed:.0f} steps/s", f"{(updates - updated) / elapsed:.0f} updates/s"
-            bar.update(line, completed=min(steps, total), note="  ".join([*notes.values(), *speed]))
-
-        yield show
+def _remedies(config: RLConfig) -> list[str]:
+    """Return the options that make a run faster."""
+    settings = config.settings
+    return [
+        *(["--preset compact"] if "compact" in settings.PRESETS and settings.preset == "paper" else []),
+        *([] if config.device.startswith("cuda") else ["--device cuda"]),
+        *([] if config.compile else ["--compile"]),
+        "fewer --steps",
+    ]
