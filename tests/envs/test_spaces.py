@@ -138,6 +138,24 @@ def test_images_of_any_layout_are_the_same_observation(layout):
     assert shown["place"].dtype == np.float32
 
 
+@pytest.mark.parametrize("shape", [(8, 6, 1), (1, 8, 6)])
+def test_depth_images_stay_floats_with_the_channel_last(shape):
+    class Depth(Reach):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = Box(0.0, 1.0, shape, np.float32)
+
+        def seen(self):
+            return np.linspace(0, 1, 48, dtype=np.float32).reshape(shape)
+
+    env = opened(Depth)
+    shown = named(env.reset(seed=[1, 2])[0])["state"]
+    assert (shown.shape, shown.dtype) == ((2, 8, 6, 1), np.float32)
+    assert shown[1].ravel() == pytest.approx(np.linspace(0, 1, 48))
+    with pytest.raises(ConfigError, match="neither a vector nor an image"):
+        env_spec(env)
+
+
 def test_images_outside_their_range_are_refused():
     with pytest.raises(ShapeError, match="numbers from 0 to 143, but its space is bounded by 0 and 1"):
         opened(Camera, "float last out of range").reset(seed=[1, 2])

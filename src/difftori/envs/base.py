@@ -74,6 +74,13 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         raise ConfigError(
             [f"spaces {observations} and {actions} are not supported. Fix: use Box observations and flat Box actions"]
         )
+    if len(observations.shape) == 3 and observations.dtype != np.uint8:
+        raise ConfigError(
+            [
+                f"observations {observations} are neither a vector nor an image. Fix: bound images by 0 and 255 (uint8) or 1 "
+                "(floating-point)"
+            ]
+        )
     if len(observations.shape) == 3 and observations.shape[0] > observations.shape[2] <= 4:
         raise ConfigError(
             [

@@ -57,10 +57,10 @@ def flat_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
 
 
 class CheckedEnv(gymnasium.Wrapper):
-    """One environment in the library's conventions: vectors float32, images uint8 with channels first.
+    """One environment in the library's conventions: numbers float32, images uint8 with channels first.
 
     Accepted are Box observations and Dicts of them: numbers of any type; images with channels first or last, uint8 or
-    floating-point in [0, 1] or [0, 255]. Rewards and flags may be arrays of one number. Of `info`, only the numbers are kept, and
+    floating-point in [0, 1] or [0, 255]; depth images of one floating-point channel, which become float32 (height width 1). Rewards and flags may be arrays of one number. Of `info`, only the numbers are kept, and
     `success` (or `is_success`) as a bool. `max_episode_steps`: the episode is truncated after this number of agent steps; None:
     no limit of ours.
 
@@ -78,7 +78,7 @@ class CheckedEnv(gymnasium.Wrapper):
                     f"{name}: its observations are {space}. Fix: flatten them to a Box (FlattenObservation) or to a Dict of Boxes"
                 ]
             )
-        self._entries = {key: _Entry.of(part, name, key) for key, part in parts.items() if isinstance(part, Box)}
+        self._entries = {key: _Entry.of(part) for key, part in parts.items() if isinstance(part, Box)}
         spaces: dict[str, Any] = {key: entry.space for key, entry in self._entries.items()}
         self.observation_space = Dict(spaces) if isinstance(space, Dict) else spaces[""]
         self._name, self._limit, self._steps = name, max_episode_steps, 0
@@ -136,34 +136,31 @@ class CheckedEnv(gymnasium.Wrapper):
 class _Entry:
     """One array of the observations: the environment's own Box, and the converted one.
 
-    `scale`: factor from floating-point images to [0, 255], None for other arrays. `last`: images have their channels last.
+    `scale`: factor from floating-point images to [0, 255], None for other arrays. `axes`: permutation of the axes of images whose
+    channels are in the other place, None for other arrays.
     """
 
     own: Box
     space: Box
     scale: float | None = None
-    last: bool = False
+    axes: tuple[int, int, int] | None = None
 
     @staticmethod
-    def of(own: Box, name: str, key: str) -> "_Entry":
-        """Decide what the array is. Raises `ConfigError` for a three-dimensional one that is no image."""
-        if len(own.shape) != 3:
-            return _Entry(own, own if own.dtype == np.uint8 else _float32(own))
-        top = float(own.high.max())
+    def of(own: Box) -> "_Entry":
+        """Decide what the array is: an image of bytes, a depth image, or numbers."""
         floating = np.issubdtype(own.dtype, np.floating)
-        if own.dtype != np.uint8 and not (floating and own.low.min() >= 0 and top in (1.0, 255.0)):
-            what = f"observation {key!r}" if key else "observation"
-            raise ConfigError(
-                [
-                    f"{name}: the {what} {own} is neither a vector nor an image. Fix: bound images by 0 and 255 (uint8) or 1 "
-                    "(floating-point)"
-                ]
-            )
+        if len(own.shape) != 3 or not (floating or own.dtype == np.uint8):
+            return _Entry(own, own if own.dtype == np.uint8 else _float32(own))
         last = own.shape[2] in _CHANNELS and own.shape[0] not in _CHANNELS
-        shape = (own.shape[2], *own.shape[:2]) if last else own.shape
-        if own.dtype == np.uint8 and not last:
-            return _Entry(own, own)
-        return _Entry(own, Box(0, 255, shape, np.uint8), 255.0 / top if floating else None, last)
+        if floating and 1 in (own.shape[0], own.shape[2]):  # depth: float32 (height width 1)
+            axes = None if own.shape[2] == 1 else (1, 2, 0)
+            return _Entry(own, _permuted(_float32(own), axes), axes=axes)
+        top = float(own.high.max())
+        if floating and not (own.low.min() >= 0 and top in (1.0, 255.0)):
+            return _Entry(own, _float32(own))
+        axes = (2, 0, 1) if last else None
+        shape = own.shape if axes is None else tuple(own.shape[axis] for axis in axes)
+        return _Entry(own, Box(0, 255, shape, np.uint8), 255.0 / top if floating else None, axes)
 
     def converted(self, values: Any, what: str) -> np.ndarray:
         """Convert one observation. Raises `ShapeError` for another shape or type, and `NonFiniteError`."""
@@ -178,8 +175,8 @@ class _Entry:
             raise ShapeError(f"{what} has type {array.dtype}, but its space has uint8. Fix: return uint8")
         if self.scale is not None:
             array = _bytes(array, self.scale, what)
-        if self.last:
-            array = array.transpose(2, 0, 1)
+        if self.axes is not None:
+            array = array.transpose(self.axes)
         # float64 numbers that exceed float32 become infinite, which the vector environment reports
         with np.errstate(over="ignore"):
             return array.astype(self.space.dtype, copy=False)
@@ -206,6 +203,10 @@ def _numbers(info: dict[str, Any]) -> dict[str, Any]:
         if value is not None and value.size == 1:
             kept["success" if name in SUCCESS else name] = value.item()
     return kept
+
+
+def _permuted(box: Box, axes: tuple[int, int, int] | None) -> Box:
+    return box if axes is None else Box(box.low.transpose(axes), box.high.transpose(axes), dtype=np.float32)
 
 
 def _float32(box: Box) -> Box:
