@@ -115,7 +115,7 @@ def resolve_env(name: str) -> "ResolvedEnv":
     return ResolvedEnv(f"{reference}:{task}" if task else reference, family, task)
 
 
-def env_families() -> dict[str, "EnvFamily"]:
+def env_families() -> "dict[str, EnvFamily]":
     """Return all environment families of `difftori.envs`, by the names of their modules."""
     found = {name: _built_in_family(name) for name in module_names("difftori.envs")}
     return {name: family for name, family in found.items() if family is not None}
