@@ -164,7 +164,7 @@ def test_the_command_line_trains_refines_evaluates_and_films(demos, tmp_path, ca
     assert cli.main(["train", "difftori-il", "--base", base, *common, "--out", refined]) == 0
     assert cli.main(["eval", refined, "--episodes", "4", "--video"]) == 0
     assert "success_high" in capsys.readouterr().out
-    assert (Path(refined) / "media" / "episode.gif").exists()
+    assert (Path(refined) / "media" / "episode.mp4").exists()
 
 
 @pytest.mark.parametrize("name", ["difftori-il", "residual"])

@@ -159,8 +159,14 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         """Return a copy of the observations. Raises ShapeError for other shapes than the space's, and NonFiniteError for NaN or Inf."""
         space = self.observation_space
         if isinstance(space, Dict):
+            if set(observations) != set(space):
+                raise ShapeError(
+                    f"{self.name}, step {self._steps}: the observations are {', '.join(observations)}, but their space has "
+                    f"{', '.join(space)}. Fix: return all of them"
+                )
             return {
-                name: self._shaped(f"observations {name!r}", observations[name], box) for name, box in space.items()
+                name: self._shaped(f"observations {name!r}", values, space[name])
+                for name, values in observations.items()
             }
         return self._shaped("observations", observations, space)
 

@@ -119,8 +119,9 @@ class CheckedEnv(gymnasium.Wrapper):
                 f"{place}: the observation has {found}, but its space has {', '.join(self._entries)}. Fix: return them all"
             )
         return {
-            key: entry.converted(observation[key], f"{place}: the observation {key!r}")
-            for key, entry in self._entries.items()
+            key: self._entries[key].converted(values, f"{place}: the observation {key!r}")
+            for key, values in observation.items()
+            if key in self._entries
         }
 
     def _single(self, what: str, value: Any) -> Any:

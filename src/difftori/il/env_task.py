@@ -1,6 +1,7 @@
 """An imitation task from an environment and recorded demonstrations: `--env pusht --demos PATH`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,28 +114,25 @@ def env_task(
     given = {"n_obs_steps": n_obs_steps, "horizon": horizon, "n_action_steps": n_action_steps}
     window = {name: own[i] if size is None else size for i, (name, size) in enumerate(given.items())}
     evaluator = EnvEvaluator(env, obs, num_envs, workers, max_episode_steps)
-    bounds, shown = _interface(evaluator)
     options = DemosOptions(demos, obs_keys, action_key, episodes)
     kind = obs or str(env.options.get("obs", ""))
-    stored = _recorded(options, env.family, kind, shown)
-    whole = conform(_converted(stored, env.family, kind), shown, bounds, place=demos, env=env.name)
+    with closing(replace(evaluator, workers=None).open(1)) as single:
+        bounds, shown = _interface(single)
+        stored = _recorded(options, env.family, kind, shown)
+        whole = conform(_converted(stored, env.family, kind), shown, bounds, place=demos, env=env.name)
+        check_episode(single, success=True)
     train, held = hold_out(whole, held_out, seed, num_train, demos)
     spec = measured_spec(train, low=bounds[0], high=bounds[1], **window)
     validation = None if held is None else make_windows(held, **window)
     return EnvTask(spec, make_windows(train, **window), validation, evaluator, data=fingerprint(stored))
 
 
-def _interface(evaluator: EnvEvaluator) -> tuple[Bounds, dict[str, Shown]]:
+def _interface(env: CheckedVectorEnv) -> tuple[Bounds, dict[str, Shown]]:
     """Return the bounds of the environment's actions, and its observations."""
-    single = replace(evaluator, workers=None).open(1)
-    try:
-        space = single.single_action_space
-        assert isinstance(space, Box)
-        low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
-        first = named(single.reset(seed=TEST_SEED)[0])
-        check_episode(single, success=True)
-    finally:
-        single.close()
+    space = env.single_action_space
+    assert isinstance(space, Box)
+    low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
+    first = named(env.reset(seed=TEST_SEED)[0])
     return (low, high), {name: Shown(values.shape[1:], str(values.dtype)) for name, values in first.items()}
 
 

@@ -49,36 +49,36 @@ def evaluate_agent(
     config: RLConfig,
     agent_steps: int,
     episodes: int | None = None,
-    watch: Callable[[], None] = lambda: None,
+    watch: Callable[[int], None] = lambda ended: None,
 ) -> EvalResult:
-    """Run episodes on the evaluation seeds, without exploration. The same call gives the same numbers.
-
-    `watch` is called before every agent step; what it raises ends the evaluation.
-    """
+    """Run episodes on the evaluation seeds, without exploration. The same call gives the same numbers. See `evaluate`."""
     discount = getattr(agent.config, "discount", 0.99)
+    count = episodes or config.eval_episodes
     while True:  # until an evaluation finishes without a failure, or the restarts are used up
         act = _deterministic(agent, config, agent_steps)
-
-        def watched(obs: Observation, first: np.ndarray, active: np.ndarray, act: ActInRows = act) -> np.ndarray:
-            watch()
-            return act(obs, first, active)
-
         try:
-            return evaluate(
-                env, watched, seed=config.seed, episodes=episodes or config.eval_episodes, discount=discount
-            )
+            return evaluate(env, act, seed=config.seed, episodes=count, discount=discount, watch=watch)
         except EnvironmentRestarted:
             continue
 
 
 def evaluate(
-    env: CheckedVectorEnv, act: ActInRows, *, seed: int, episodes: int, discount: float, keep_every: int = 10
+    env: CheckedVectorEnv,
+    act: ActInRows,
+    *,
+    seed: int,
+    episodes: int,
+    discount: float,
+    keep_every: int = 10,
+    watch: Callable[[int], None] = lambda ended: None,
 ) -> EvalResult:
     """Run `episodes` episodes, in parallel in all copies of `env`, with seeds that depend only on `seed` and their number.
 
     The result has the observation, the action and the discounted return of every `keep_every`-th agent step. Truncated
-    episodes contribute their first half only.
+    episodes contribute their first half only. `watch` is called after every agent step with the number of episodes that have
+    ended; what it raises ends the evaluation.
     """
+    ended = 0
     tracks: list[list[tuple[np.ndarray, np.ndarray, float]]] = [[] for _ in range(episodes)]
     terminated = np.zeros(episodes, dtype=bool)
     seeds = [episode_seed(seed, "evaluation", number) for number in range(episodes)]
@@ -89,6 +89,8 @@ def evaluate(
             kept = step.obs[row] if len(track) % keep_every == 0 else step.obs[row][:0]
             track.append((kept, step.actions[row], float(step.rewards[row])))
             terminated[number] = step.terminated[row]
+        ended += int(step.ended.sum())
+        watch(ended)
     returns = np.array([sum(reward for _, _, reward in track) for track in tracks])
     records = [
         record

@@ -250,8 +250,13 @@ class _Session:
 
     def _evaluate_and_save(self, stop: StopSignal, phase: Phase) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
-            with self.bar.phase(f"evaluation: {self.config.eval_episodes} episodes"):
-                row = self.evaluate(stop.check)
+            with self.bar.phase("evaluation: episodes", self.config.eval_episodes) as evaluation:
+
+                def watch(ended: int) -> None:
+                    evaluation.update(ended)
+                    stop.check()
+
+                row = self.evaluate(watch)
             self.run.log(self.env_steps, row)
             self._show(phase, row)
         if self._due(self.saved_at, self.config.save_every):
@@ -263,8 +268,8 @@ class _Session:
         now, last = self.env_steps, self.env_steps >= self.config.steps
         return now > before and (last or now // every > before // every)
 
-    def evaluate(self, watch: Callable[[], None]) -> Metrics:
-        """Evaluate the agent, and compute its diagnostics. `watch` is called before every agent step."""
+    def evaluate(self, watch: Callable[[int], None]) -> Metrics:
+        """Evaluate the agent, and compute its diagnostics. See `rl.evaluate.evaluate` for `watch`."""
         began = time.perf_counter()
         if self._eval_env is None:
             self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
