@@ -9,6 +9,7 @@ from torch import nn
 from difftori.agents.latent_model import from_pixels
 from difftori.agents.losses import CEILING
 from difftori.interfaces import AgentConfig
+from difftori.models.actor_critic import make_trunk
 from difftori.models.encoders import PixelFeatures, Precision
 from difftori.types import Actions, EnvSpec, Observations, QValues, Rows, Scalar, Segment
 
@@ -72,3 +73,10 @@ def build_features(config: ActorCriticConfig, spec: EnvSpec, *, offset: float) -
     channels, height, width = spec.obs_shape
     encoder = PixelFeatures((channels, height, width), config.channels, offset, config.precision)
     return encoder, encoder.size
+
+
+def build_trunk(config: ActorCriticConfig, spec: EnvSpec, size: int) -> tuple[nn.Module, int]:
+    """The trunk of policy or critics, which reduces the `size` features of an image, and its output size. States have none."""
+    if not from_pixels(spec):
+        return nn.Identity(), size
+    return make_trunk(size, config.feature_dim), config.feature_dim

@@ -8,13 +8,20 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from difftori.agents.actor_critic import ActorCriticConfig, Transition, bellman_loss, build_features, n_step
+from difftori.agents.actor_critic import (
+    ActorCriticConfig,
+    Transition,
+    bellman_loss,
+    build_features,
+    build_trunk,
+    n_step,
+)
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import from_pixels
 from difftori.agents.optim import GuardedOptimizer, soft_update
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
-from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, make_trunk, squashed_gaussian
+from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, squashed_gaussian
 from difftori.models.nets import noise_like
 from difftori.solver.compiled import maybe_compiled
 from difftori.types import (
@@ -103,8 +110,8 @@ class SAC(Agent):
         self.source = _PIXELS if from_pixels(spec) else _STATE
         self.batch_size = config.batch_size or self.source.batch_size
         self.encoder, size = build_features(config, spec, offset=0.0)
-        self.actor = PolicyNetwork(*self._trunk(size), 2 * spec.action_dim, config.width)
-        self.critics = TwinCritics(*self._trunk(size), spec.action_dim, config.width)
+        self.actor = PolicyNetwork(*build_trunk(config, spec, size), 2 * spec.action_dim, config.width)
+        self.critics = TwinCritics(*build_trunk(config, spec, size), spec.action_dim, config.width)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.temperature = Temperature(config.init_temperature)
@@ -114,11 +121,6 @@ class SAC(Agent):
         temperature = {"temperature": self.temperature}
         self.temperature_optimizer = GuardedOptimizer(temperature, config.temperature_lr, beta1=beta1)
         self.updates = 0
-
-    def _trunk(self, size: int) -> tuple[nn.Module, int]:
-        if not from_pixels(self.spec):
-            return nn.Identity(), size
-        return make_trunk(size, self.settings.feature_dim), self.settings.feature_dim
 
     # Acting
 
