@@ -1,4 +1,4 @@
-"""Time of the parts of reinforcement learning: acting, environment steps, sampling and updates, for DiffTORI and TD-MPC.
+"""Time of the parts of reinforcement learning: acting, environment steps, sampling and updates, for all agents.
 
 All parts of all methods run in turn, in rotating order. The results are medians in milliseconds, on `threads` threads.
 Networks are freshly initialised and the replay buffer contains random episodes of the environment, which does not change the
@@ -19,7 +19,7 @@ from difftori.envs.base import env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.interfaces import Agent
 from difftori.registry import find_agent
-from difftori.rl.collector import Collector
+from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import parse_rl_config
 from difftori.runs.run import seeded
 from difftori.types import EnvSpec
@@ -62,6 +62,8 @@ METHODS = (
     Method("difftori pg=off", "difftori", {"pg": "off"}),
     Method("difftori pg=per-episode", "difftori", {"pg": "per-episode"}),
     Method("difftori pg=replay", "difftori", {"pg": "replay"}),
+    Method("sac", "sac"),
+    Method("drqv2", "drqv2"),
 )
 
 
@@ -105,29 +107,17 @@ def _parts(
     agents: dict[str, Agent], env: CheckedVectorEnv, spec: EnvSpec, config: Config
 ) -> tuple[dict[tuple[str, str], Job], float]:
     """The functions to time, by method and part, and the milliseconds of one environment step of all copies."""
-    first_agent = next(iter(agents.values()))
-    replay = Replay(
-        config.episodes * config.num_envs * (spec.max_agent_steps or 1000) + 1,
-        obs_shape=spec.obs_shape,
-        obs_dtype=spec.obs_dtype,
-        action_dim=spec.action_dim,
-        length=first_agent.config.horizon,
-        stack=3 if len(spec.obs_shape) == 3 else 1,
-        num_rows=config.num_envs,
-        device=config.device,
-    )
-    collector = Collector(env, replay, config.seed)
-    collector.begin()
-    noise = seeded(config.seed, "random actions")
-    ended = []
-    while len(ended) < config.episodes * config.num_envs:
-        ended += collector.step(lambda obs, *_: (2 * torch.rand(len(obs), spec.action_dim, generator=noise) - 1, {}))
+    replays: dict[int, Replay] = {}
+    for length in sorted({agent.config.horizon for agent in agents.values()}):
+        replays[length], ended, step = _recorded(env, spec, length, config)
     episode = torch.from_numpy(ended[0].obs).to(config.device)
-    obs = torch.from_numpy(np.stack([e.obs[0] for e in (ended * config.num_envs)[: config.num_envs]])).to(config.device)
+    starts = [ended[row % len(ended)].obs[0] for row in range(config.num_envs)]
+    obs = torch.from_numpy(np.stack(starts)).to(config.device)
     first = torch.ones(config.num_envs, dtype=torch.bool, device=config.device)
     sampling, learning = seeded(0, "sampling"), seeded(0, "learning", config.device)
     parts: dict[tuple[str, str], Job] = {}
     for name, agent in agents.items():
+        replay = replays[agent.config.horizon]
         segment = replay.sample(agent.batch_size, generator=sampling)
 
         def act(agent: Agent = agent) -> object:
@@ -136,7 +126,7 @@ def _parts(
         def update(agent: Agent = agent, segment=segment) -> object:
             return agent.update(segment, generator=learning)
 
-        def sample(agent: Agent = agent) -> object:
+        def sample(agent: Agent = agent, replay: Replay = replay) -> object:
             return replay.sample(agent.batch_size, generator=sampling)
 
         def end_episode(agent: Agent = agent) -> object:
@@ -146,8 +136,30 @@ def _parts(
         if getattr(agent.config, "pg", "off").startswith("per-"):
             update()  # an agent does not learn from an episode before the first update
             parts[name, "end_episode"] = end_episode
-    step = 1e3 * collector.seconds["environment"] / max(collector.agent_steps // config.num_envs, 1)
     return parts, step
+
+
+def _recorded(
+    env: CheckedVectorEnv, spec: EnvSpec, length: int, config: Config
+) -> tuple[Replay, list[EpisodeSummary], float]:
+    """A replay buffer of segments of `length` steps with random episodes, these, and the milliseconds of a step of all copies."""
+    replay = Replay(
+        config.episodes * config.num_envs * (spec.max_agent_steps or 1000) + 1,
+        obs_shape=spec.obs_shape,
+        obs_dtype=spec.obs_dtype,
+        action_dim=spec.action_dim,
+        length=length,
+        stack=3 if len(spec.obs_shape) == 3 else 1,
+        num_rows=config.num_envs,
+        device=config.device,
+    )
+    collector = Collector(env, replay, config.seed)
+    collector.begin()
+    noise = seeded(config.seed, "random actions")
+    ended: list[EpisodeSummary] = []
+    while len(ended) < config.episodes * config.num_envs:
+        ended += collector.step(lambda obs, *_: (2 * torch.rand(len(obs), spec.action_dim, generator=noise) - 1, {}))
+    return replay, ended, 1e3 * collector.seconds["environment"] / max(collector.agent_steps // config.num_envs, 1)
 
 
 def _table(

@@ -151,6 +151,8 @@ class AgentConfig(Settings):
     """Random agent steps before the first update. The same number of updates follows at once."""
     updates_per_step: float = Field(1.0, gt=0)
     """Updates per agent step after `seed_steps`. They are made at the end of an episode."""
+    priority_alpha: float = Field(0.6, ge=0, le=1)
+    """Exponent α of the priorities of prioritised replay. 0: uniform replay."""
 
 
 Memory: TypeAlias = dict[str, Tensor]

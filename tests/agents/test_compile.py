@@ -15,7 +15,7 @@ compiled._compile = __import__("functools").cache(
 traced = []
 call = compiled.torch.compile
 compiled.torch.compile = lambda function, **options: traced.append(function.__qualname__) or call(function, **options)
-for name, settings in (("tdmpc", {}), ("difftori", {"pg": "replay"})):
+for name, settings in (("tdmpc", {}), ("difftori", {"pg": "replay"}), ("sac", {}), ("drqv2", {})):
     found = []
     for compiles in (False, True):
         agent = build(name, **settings)
@@ -34,6 +34,7 @@ for name, settings in (("tdmpc", {}), ("difftori", {"pg": "replay"})):
     for eager, same in zip(*found, strict=True):
         torch.testing.assert_close(same, eager, rtol=1e-6, atol=1e-8)
 expected = {"model_loss", "prior_loss", "critic_loss", "WorldModel.rollout", "_steps", "costs_of_candidates"}
+expected |= {"SAC.critic_loss", "SAC.actor_loss", "DrQV2.critic_loss", "DrQV2.actor_loss"}
 assert expected <= set(traced), expected - set(traced)
 print("equal")
 """

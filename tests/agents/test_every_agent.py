@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from difftori.agents.optim import GuardedOptimizer
 from difftori.errors import ConfigError, NonFiniteError
+from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
 from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
@@ -14,7 +16,7 @@ AGENTS = sorted(find_agents())
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("spec", [STATES, PIXELS], ids=["state", "pixels"])
 def test_acts_in_the_box_and_learns(name, spec):
-    agent = build(name, spec, lr=1e-2)
+    agent = build(name, spec, lr=1e-2, discount=0.1)
     batch = segment(spec)
     actions, memory = act(agent, batch.obs[0], explore=True)
     assert actions.shape == (8, 2)
@@ -26,7 +28,7 @@ def test_acts_in_the_box_and_learns(name, spec):
     losses = []
     for _ in range(30):
         priorities, metrics = agent.update(batch, generator=g)
-        losses.append(metrics["reward_loss"])
+        losses.append(metrics[next(loss for loss in ("reward_loss", "critic_loss") if loss in metrics)])
     assert priorities.shape == (8,)
     assert priorities.isfinite().all()
     assert losses[-1] < 0.5 * losses[0]
@@ -49,7 +51,9 @@ def test_a_row_acts_alone_as_in_company(name, monkeypatch):
     for row in range(len(obs)):
         alone, own = act(agent, obs[row, None])
         torch.testing.assert_close(alone, together[row, None], atol=1e-9, rtol=0)
-        torch.testing.assert_close(own["plan"], memory["plan"][row, None], atol=1e-9, rtol=0)
+        assert own.keys() == memory.keys()
+        for key, value in own.items():
+            torch.testing.assert_close(value, memory[key][row, None], atol=1e-9, rtol=0)
         alone, _ = act(agent, later[row, None], own, first=torch.zeros(1, dtype=torch.bool))
         torch.testing.assert_close(alone, again[row, None], atol=1e-9, rtol=0)
 
@@ -123,21 +127,31 @@ def test_nan_leaves_the_weights_and_ends_with_a_name(name):
     agent = build(name)
     batch = segment()
     batch.rewards[0, 0] = float("nan")
-    before = [p.clone() for p in agent.optimizer.parameters]
+    optimizers = [value for value in vars(agent).values() if isinstance(value, GuardedOptimizer)]
+    before = [[p.clone() for p in optimizer.parameters] for optimizer in optimizers]
     g = torch.Generator().manual_seed(0)
     for _ in range(9):
         agent.update(batch, generator=g)
-    assert all(torch.equal(p, old) for p, old in zip(agent.optimizer.parameters, before, strict=True))
-    with pytest.raises(NonFiniteError, match="reward"):
+    hit = [pair for pair in zip(optimizers, before, strict=True) if pair[0].consecutive_skips == 9]
+    assert hit
+    for optimizer, weights in hit:
+        assert all(torch.equal(p, old) for p, old in zip(optimizer.parameters, weights, strict=True))
+    assert all(p.isfinite().all() for p in agent.parameters())
+    named = [network for optimizer, _ in hit for network in optimizer.networks]
+    with pytest.raises(NonFiniteError, match="|".join(named)):
         agent.update(batch, generator=g)
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_presets_are_defaults(name):
     config = find_agent(name).Config
-    assert config(preset="compact").width == 128
+    assert {"paper", "compact", "small"} <= set(config.PRESETS)
+    for preset, settings in config.PRESETS.items():
+        chosen = config(preset=preset)
+        assert {key: getattr(chosen, key) for key in settings} == settings
     assert config(preset="compact", width=7).width == 7
-    assert config().width == 512
+    assert config(preset="compact").width < config().width
+    assert config() == config(preset="paper")
     with pytest.raises(ValueError, match="preset 'huge' is unknown"):
         config(preset="huge")
 
@@ -151,7 +165,8 @@ def test_an_unknown_agent_is_named():
 def test_half_precision_encodes_the_same_to_three_digits(name):
     agents = [build(name, PIXELS, precision=precision) for precision in ("float32", "bfloat16")]
     obs = segment(PIXELS).obs[0]
-    full, half = (agent.model.encode(obs) for agent in agents)
+    encoders = [[m for m in agent.modules() if isinstance(m, PixelEncoder | PixelFeatures)][0] for agent in agents]
+    full, half = (encoder(obs) for encoder in encoders)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     torch.testing.assert_close(half, full, rtol=0, atol=0.02 * full.abs().max().item())

@@ -35,7 +35,8 @@ from difftori.paper.numbers import paper_tasks
 from difftori.trainers import reinforcement
 from tests.support.fabricated import write_run
 
-PAIR = figure3.METHODS
+ALL = tuple(figure3.METHODS.values())
+PAIR = ALL[:2]
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_runs_come_seed_by_seed_and_arms_in_pairs(small):
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_command_of_a_run_means_its_configuration(small, quick):
-    methods = [*PAIR, *figure5.FORMS.values(), *figure6.METHODS]
+    methods = [*ALL, *figure5.FORMS.values(), *figure6.METHODS]
     for run in plan_runs(small(quick=quick, seeds=1), methods):
         kind = reinforcement()
         _, agent, *options = run.spec.words
@@ -123,6 +124,20 @@ def test_the_command_of_a_run_means_its_configuration(small, quick):
         config_type = kind.config_type(kind.find(agent))
         assert set(given) <= set(fields_of(config_type)) | set(fields_of(fields_of(config_type)["settings"]))
         assert kind.parse(overlay({"agent": agent}, given, config_type)) == run.config
+
+
+def test_drqv2_has_its_authors_return_of_one_step_on_walker(small):
+    runs = [run for run in plan_runs(small(seeds=1), ALL) if run.method.label == "drqv2"]
+    assert [(run.task, run.config.settings.horizon) for run in runs] == [("cup-catch", 3), ("walker-walk", 1)]
+
+
+def test_figure_3_names_the_agents_that_it_leaves_out(small):
+    config = small(methods=("tdmpc", "sac"))
+    fill(config, [figure3.METHODS[name] for name in config.methods], lambda run: 500.0)
+    figure3.run(config)
+    out = config.out / "figure3" / "partial" / "state-paper-50000"
+    assert {row["method"] for row in lines(out / "seeds.csv")} == {"tdmpc", "sac"}
+    assert "without difftori, drqv2" in (out / "summary.md").read_text()
 
 
 def test_figures_share_their_runs(small):
@@ -303,7 +318,8 @@ def test_differences_are_paired_by_task_and_seed(small):
 )
 def test_every_output_is_written_and_labelled(study, files, small, capsys):
     config = small(study.Config)
-    methods = {figure5: [figure5.FORMS[name] for name in figure5.FULL_FORMS], figure6: figure6.METHODS}.get(study, PAIR)
+    forms = [figure5.FORMS[name] for name in figure5.FULL_FORMS]
+    methods = {figure3: ALL, figure5: forms, figure6: figure6.METHODS}.get(study, PAIR)
     fill(config, methods, lambda run: 500.0 + 10 * run.seed + len(run.method.label))
     study.run(config)
     out = config.out / study.__name__.rpartition(".")[2] / "partial" / "state-paper-50000"
@@ -362,9 +378,8 @@ def test_unknown_tasks_and_empty_choices_are_refused():
 
 def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeypatch):
     """In this process: a new one takes seconds to import torch."""
-    config = small(quick=True, seeds=1, budget=None)
+    config = small(quick=True, seeds=1, budget=None, methods=("sac",))
     monkeypatch.setattr("difftori.experiments.rl_study.QUICK_ENVS", ("probe:delayed-reward",))
-    monkeypatch.setattr(figure3, "METHODS", PAIR[1:])
 
     def start(work, *, again=False):
         status = main(list(work.words))

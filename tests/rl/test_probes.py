@@ -1,4 +1,4 @@
-"""Both agents solve the probe environments, each of which one fault of an agent makes unsolvable.
+"""All agents solve the probe environments, each of which one fault of an agent makes unsolvable.
 
 `BAR` is asked of the mean return over the 20 episodes of an evaluation. The optimum is 1. What remains below it:
 
@@ -21,6 +21,11 @@ from difftori.rl.evaluate import evaluate
 
 BAR = 0.96
 SMALL = {"horizon": 1, "lr": 5e-3, "ema": 0.3, "value_coef": 0.5, "batch_size": 128}
+MODEL_FREE = {"width": 64, "batch_size": 128, "seed_steps": 100, "updates_per_step": 0.5}
+SAC = {**MODEL_FREE, "lr": 5e-3, "ema": 0.2, "ema_every": 1, "init_temperature": 0.01}
+DRQ = {**MODEL_FREE, "lr": 2e-3, "ema": 0.1, "horizon": 1, "schedule_steps": 200}
+# With larger steps, the policy ends at a bound of the actions, where its gradient vanishes.
+DRQ_DELAYED = {**DRQ, "lr": 1e-3, "horizon": 3, "seed_steps": 400, "schedule_steps": 800}
 MPPI = {"samples": 64, "elites": 8, "prior_samples": 4, "iterations": 2}
 ONE = {"width": 64, "encoder_width": 64, "latent_dim": 6, "seed_steps": 100, "schedule_steps": 100}
 ONE |= {"updates_per_step": 0.5}
@@ -51,12 +56,18 @@ def _no_report(monkeypatch):
         pytest.param("difftori", "two-step", 600, 10, TWO | REPLAY, id="difftori-two-step-replay"),
         pytest.param("tdmpc", "delayed-reward", 800, 20, DELAYED, id="tdmpc-delayed-reward"),
         pytest.param("difftori", "delayed-reward", 800, 20, DELAYED | OFF, id="difftori-delayed-reward-off"),
+        pytest.param("sac", "one-step", 160, 10, SAC, id="sac-one-step"),
+        pytest.param("sac", "two-step", 400, 10, SAC, id="sac-two-step"),
+        pytest.param("sac", "delayed-reward", 800, 20, SAC, id="sac-delayed-reward"),
+        pytest.param("drqv2", "one-step", 200, 10, DRQ, id="drqv2-one-step"),
+        pytest.param("drqv2", "two-step", 600, 10, DRQ, id="drqv2-two-step"),
+        pytest.param("drqv2", "delayed-reward", 1280, 20, DRQ_DELAYED, id="drqv2-delayed-reward"),
     ],
 )
 def test_solves(agent, task, steps, num_envs, settings, tmp_path):
     values = {"agent": agent, "env": f"probe:{task}", "steps": steps, "num_envs": num_envs, "seed": 3}
-    values |= {"eval_episodes": 20, "eval_every": 10_000, "save_every": 10_000, "settings": SMALL | settings}
-    values["settings"] |= MPPI if agent == "tdmpc" else {}
+    common = {"tdmpc": SMALL | MPPI, "difftori": SMALL}.get(agent, {})
+    values |= {"eval_episodes": 20, "eval_every": 10_000, "save_every": 10_000, "settings": common | settings}
     summary = rl.train(parse_rl_config(values), tmp_path, progress=False)
     assert summary["updates"] == pytest.approx(steps * settings["updates_per_step"], abs=1)
     assert summary["return"] > BAR

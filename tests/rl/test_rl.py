@@ -16,7 +16,7 @@ from difftori.data.replay import Replay
 from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError
-from difftori.registry import find_agent, make_env
+from difftori.registry import find_agent, find_agents, make_env
 from difftori.rl import train as rl
 from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
@@ -32,7 +32,8 @@ MPPI = {"samples": 16, "elites": 4, "prior_samples": 2, "iterations": 2}
 
 def config(agent="difftori", env="probe:one-step", steps=200, settings=None, **values):
     values = {"eval_every": 100, "eval_episodes": 3, "save_every": 50, "seed": 1, **values}
-    settings = TINY | (MPPI if agent == "tdmpc" else {}) | (settings or {})
+    known = find_agent(agent).Config.model_fields if agent in find_agents() else TINY
+    settings = {n: v for n, v in (TINY | MPPI).items() if n in known} | (settings or {})
     return parse_rl_config({"agent": agent, "env": env, "steps": steps, **values, "settings": settings})
 
 
@@ -96,7 +97,7 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("agent", ["difftori", "tdmpc"])
+@pytest.mark.parametrize("agent", sorted(find_agents()))
 def test_a_signal_just_after_the_random_agent_steps_changes_nothing(agent, tmp_path, monkeypatch):
     wanted = config(agent, env="probe:delayed-reward", steps=48, save_every=10_000, settings={"seed_steps": 20})
     rl.train(wanted, tmp_path / "whole", progress=False)

@@ -8,18 +8,23 @@ from difftori.types import EnvSpec, Segment
 STATES = EnvSpec("probe:tiny", (5,), "float32", 2, 100, 1)
 PIXELS = EnvSpec("probe:images", (9, 84, 84), "uint8", 2, 100, 1)
 TINY = {"width": 16, "encoder_width": 16, "latent_dim": 8, "batch_size": 8, "horizon": 3, "samples": 16, "elites": 4}
+FURTHER = {"prior_samples": 2, "channels": 4, "feature_dim": 8}
 
 
 def build(name: str, spec: EnvSpec = STATES, **settings):
     torch.manual_seed(0)
     kind = find_agent(name)
-    tiny = {n: v for n, v in {**TINY, "prior_samples": 2, "channels": 4}.items() if n in kind.Config.model_fields}
-    return kind(kind.Config(**{**tiny, **settings}), spec)
+    return kind(kind.Config(**{**_accepted(name, TINY | FURTHER), **settings}), spec)
+
+
+def _accepted(name: str, settings: dict) -> dict:
+    """Those of the settings that the agent has."""
+    return {key: value for key, value in settings.items() if key in find_agent(name).Config.model_fields}
 
 
 def randomised(name: str, spec: EnvSpec = STATES, **settings):
     """An agent of random weights throughout: freshly built, its last layers are zeros, and nothing depends on anything."""
-    agent = build(name, spec, **{"schedule_steps": 0, **settings})
+    agent = build(name, spec, **{**_accepted(name, {"schedule_steps": 0}), **settings})
     g = torch.Generator().manual_seed(7)
     for parameter in agent.parameters():
         parameter.data.normal_(std=0.3, generator=g)

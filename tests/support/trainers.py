@@ -13,11 +13,13 @@ TRAINERS = {
     "difftori": f"{PROBE} --steps 600 --pg per-episode",
     "difftori-il": f"{PENDULUM} --hidden 8 --epochs 60 --init prior --latent-dim 8 --ema 0.9",
     "diffusion": f"{REACH} {UNET} --epochs 100",
+    "drqv2": f"{PROBE} --steps 1200",
     "dp3": f"{REACH} --obs points {UNET} --epochs 100",
     "ibc": f"{REACH} --hidden 16 --num-negatives 8 --samples 16 --epochs 60",
     "ibc-base": f"{REFINER} --num-negatives 8 --samples 8 --epochs 60",
     "lstm": f"{PENDULUM} --hidden 8 --epochs 60",
     "mpc": f"{PENDULUM} --epochs 10",
     "residual": f"{REFINER} --epochs 200",
+    "sac": f"{PROBE} --steps 1200",
     "tdmpc": f"{PROBE} --steps 800",
 }

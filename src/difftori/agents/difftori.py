@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from difftori import presets
+from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import (
     LatentModelConfig,
     augmented,
@@ -341,17 +342,9 @@ class DiffTORI(Agent):
         metrics["unsolved"] = 1.0 - plan.solution.finite.float().mean().item()
         return metrics
 
-    @torch.no_grad()
     def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
         """Compare Q̃ of the observations and actions of an evaluation (N) with the discounted returns that followed."""
-        batches = zip(obs.split(_MAX_ROWS), actions.split(_MAX_ROWS), strict=True)
-        value = torch.cat([self.obs_critics(o, a).amin(0) for o, a in batches])
-        both = torch.stack([value.double(), returns.double()])
-        return {
-            "obs_q": value.mean().item(),
-            "discounted_return": returns.mean().item(),
-            "obs_q_correlation": torch.corrcoef(both)[0, 1].nan_to_num().item(),
-        }
+        return calibration(self.obs_critics, obs, actions, returns)
 
     # Resuming
 

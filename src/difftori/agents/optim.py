@@ -1,5 +1,6 @@
 """The end of every update: a guarded Adam step on named networks, and the soft update of their targets."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -15,15 +16,19 @@ MAX_SKIPS = 10
 class GuardedOptimizer:
     """Adam over `networks`, with the norm of the gradient clipped over all of them together.
 
+    Networks without parameters are left out. `clip_norm` is inf by default, which means no clipping. `beta1` is the decay rate
+    of Adam's average gradient, by default 0.9.
     A step with a gradient that is not finite is skipped and counted: weights and Adam's state do not change. `MAX_SKIPS`
     consecutive skips raise NonFiniteError with the names of the networks. Only the parameters of `networks` receive gradients.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], lr: float, clip_norm: float):
-        self.networks = dict(networks)
+    def __init__(
+        self, networks: Mapping[str, nn.Module], lr: float, clip_norm: float = math.inf, *, beta1: float = 0.9
+    ):
+        self.networks = {name: network for name, network in networks.items() if list(network.parameters())}
         self.parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.clip_norm = clip_norm
-        self.adam = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(beta1, 0.999), fused=True)
         self.skipped, self.consecutive_skips = 0, 0
 
     def gradient(self, loss: Scalar, *, retain_graph: bool = False) -> list[Tensor]:
@@ -80,4 +85,5 @@ class GuardedOptimizer:
 @torch.no_grad()
 def soft_update(targets: Iterable[Tensor], sources: Iterable[Tensor], rate: float) -> None:
     """θ⁻ ← (1 − rate)·θ⁻ + rate·θ (Polyak averaging)."""
-    torch._foreach_lerp_(list(targets), list(sources), rate)  # noqa: SLF001 (one fused call for all of them)
+    if averaged := list(targets):
+        torch._foreach_lerp_(averaged, list(sources), rate)  # noqa: SLF001 (one fused call for all of them)

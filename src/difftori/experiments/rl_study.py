@@ -41,8 +41,12 @@ _QUICK: dict[str, Any] = {
     "horizon": 2,
     "seed_steps": 20,
     "updates_per_step": 0.25,
+    "samples": 8,
+    "elites": 4,
+    "prior_samples": 2,
+    "iterations": 1,
 }
-_QUICK_MPPI: dict[str, Any] = {"samples": 8, "elites": 4, "prior_samples": 2, "iterations": 1}
+"""Settings of the quick study; an agent gets those that it has."""
 
 
 class RLStudy(StudyOptions):
@@ -162,8 +166,10 @@ def at_steps(results: Sequence[Result], steps: np.ndarray) -> np.ndarray:
 
 
 def _plan(config: RLStudy, task: str, method: Method, seed: int) -> StudyRun:
-    quick = _QUICK | (_QUICK_MPPI if method.trains == "tdmpc" else {})
+    known = find_agent(method.trains).Config.model_fields
+    quick = {name: value for name, value in _QUICK.items() if name in known}
     settings: dict[str, Any] = {**(quick if config.quick else {"preset": config.preset}), **method.settings}
+    settings |= {} if config.quick else method.task_settings.get(task, {})
     options: dict[str, Any] = {
         "env": task if config.quick else f"dmc:{task}",
         "obs": "state" if config.quick else config.obs,

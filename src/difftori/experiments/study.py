@@ -63,6 +63,8 @@ class Method:
     """Length of the training, as a multiple of the study's number of updates."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of `difftori train`."""
+    task_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further settings for some tasks, by the name of the task."""
 
 
 @dataclass(frozen=True)

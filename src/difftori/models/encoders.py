@@ -1,6 +1,7 @@
 """Encoders of state or pixel observations (B *S) to latents (B Z)."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -36,25 +37,57 @@ class PixelEncoder(nn.Module):
     def __init__(self, obs_shape: tuple[int, int, int], channels: int, latent_dim: int, precision: Precision):
         super().__init__()
         self.precision: Precision = precision
-        layers: list[nn.Module] = []
-        inputs = obs_shape[0]
-        for kernel in (7, 5, 3, 3):
-            layers += [nn.Conv2d(inputs, channels, kernel, stride=2), nn.ReLU()]
-            inputs = channels
-        self.convolutions = nn.Sequential(*layers)
-        self.convolutions.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
-        with torch.no_grad():
-            size = math.prod(self.convolutions(torch.zeros(1, *obs_shape)).shape)
-        self.last = nn.Linear(size, latent_dim)
+        self.convolutions = _convolutions(obs_shape[0], channels, kernels=(7, 5, 3, 3), strides=(2, 2, 2, 2))
+        self.last = nn.Linear(_num_features(self.convolutions, obs_shape), latent_dim)
 
     def forward(self, obs: AnyObservations) -> AnyLatents:
         """(… C h w) → (… Z)."""
-        leading = obs.shape[:-3]
-        images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)
-        images = images.to(self.last.weight.dtype) / 255.0
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            features = self.convolutions(images)
-        return self.last(features.to(self.last.weight.dtype).flatten(1)).reshape(*leading, -1)
+        return self.last(_convolved(self.convolutions, obs, 0.0, self.precision))
+
+
+class PixelFeatures(nn.Module):
+    """uint8 frames (B C h w) → /255 − `offset` → four 3×3 convolutions of strides 2, 1, 1, 1 with ReLU → flat features F.
+
+    The encoder of SAC-AE (Yarats et al., 2019; offset 0) and DrQ-v2 (Yarats et al., 2021; offset 0.5). `size` is F: 39,200 for
+    84 × 84 images and 32 `channels`. Memory layout and `precision` are those of `PixelEncoder`.
+    """
+
+    def __init__(self, obs_shape: tuple[int, int, int], channels: int, offset: float, precision: Precision):
+        super().__init__()
+        self.offset = offset
+        self.precision: Precision = precision
+        self.convolutions = _convolutions(obs_shape[0], channels, kernels=(3, 3, 3, 3), strides=(2, 1, 1, 1))
+        self.size = _num_features(self.convolutions, obs_shape)
+
+    def forward(self, obs: AnyObservations) -> AnyLatents:
+        """(… C h w) → (… F)."""
+        return _convolved(self.convolutions, obs, self.offset, self.precision)
+
+
+def _convolutions(inputs: int, channels: int, *, kernels: Sequence[int], strides: Sequence[int]) -> nn.Sequential:
+    """Convolutions with ReLU, in the channels-last memory format."""
+    layers: list[nn.Module] = []
+    for kernel, stride in zip(kernels, strides, strict=True):
+        layers += [nn.Conv2d(inputs, channels, kernel, stride=stride), nn.ReLU()]
+        inputs = channels
+    network = nn.Sequential(*layers)
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (torch's stub lacks it)
+    return network
+
+
+def _num_features(convolutions: nn.Sequential, obs_shape: tuple[int, int, int]) -> int:
+    with torch.no_grad():
+        return math.prod(convolutions(torch.zeros(1, *obs_shape)).shape)
+
+
+def _convolved(convolutions: nn.Sequential, obs: Tensor, offset: float, precision: Precision) -> Tensor:
+    """The convolutions of obs/255 − offset, in the precision of the weights: (… C h w) → (… F)."""
+    leading, dtype = obs.shape[:-3], next(convolutions.parameters()).dtype
+    images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    images = images.to(dtype) / 255.0 - offset
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        features = convolutions(images)
+    return features.to(dtype).flatten(1).reshape(*leading, -1)
 
 
 def make_encoder(

@@ -75,9 +75,7 @@ class WorldModel(nn.Module):
         The derivative is that of π, also where the noisy action is clipped, as in TD-MPC's release.
         """
         action = torch.tanh(self.policy(latent))
-        if noise is None:
-            return action
-        return action + ((action + noise).clamp(-1.0, 1.0) - action).detach()
+        return action if noise is None else with_noise(action, noise)
 
     def value(self, latent: AnyLatents) -> AnyValues:
         """min_k Q_k(z, π(z)): (… Z) → (…)."""
@@ -101,11 +99,19 @@ def action_noise(
     return (std * noise).clamp(-limit, limit)
 
 
-def orthogonal(network: nn.Module) -> None:
-    """Initialise linear layers and convolutions with orthogonal weights and zero biases; convolutions with the gain of ReLU."""
+def with_noise(action: AnyActions, noise: AnyActions) -> AnyActions:
+    """`action` + `noise` (… A), clipped to [−1, 1], with the derivative 1 by `action`, also where it is clipped."""
+    return action + ((action + noise).clamp(-1.0, 1.0) - action).detach()
+
+
+def orthogonal(network: nn.Module, linear_gain: float = 1.0) -> None:
+    """Initialise linear layers and convolutions with orthogonal weights and zero biases; convolutions with the gain of ReLU.
+
+    `linear_gain`: gain of the linear layers, by default 1.
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else 1.0
+            gain = nn.init.calculate_gain("relu") if isinstance(module, nn.Conv2d) else linear_gain
             # In a separate tensor, because the initialiser does not accept channels-last weights of convolutions.
             module.weight.data.copy_(nn.init.orthogonal_(torch.empty(module.weight.shape), gain))
             if module.bias is not None:

@@ -99,6 +99,7 @@ class _Session:
             length=self.agent.config.horizon,
             stack=_STACK if pixels else 1,
             num_rows=config.num_envs,
+            alpha=self.agent.config.priority_alpha,
             storage=config.storage,
             folder=run.path if config.storage == "mmap" else None,
             device=config.device,

@@ -1,15 +1,18 @@
-"""Figure 3: learning curves of DiffTORI and TD-MPC on the paper's 15 tasks, next to published ones.
+"""Figure 3: learning curves of DiffTORI, TD-MPC, SAC and DrQ-v2 on the paper's 15 tasks, next to published ones.
 
-Both agents are compared on every task, with the same seeds and the same number of environment steps. The normalised mean and
+All agents are compared on every task, with the same seeds and the same number of environment steps. The normalised mean and
 interquartile mean over tasks have 95 % stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264). DiffTORI has the
 library's default settings; docs/reinforcement-studies.md lists the differences from the paper.
 
-The defaults are the full study: 150 runs of a million steps from pixels. `--budget MINUTES`, `--tasks`, `--seeds`, `--steps`, `--obs state` and
-`--preset compact` run a part of it, which is labelled `partial` in every output. Re-run the same command to resume.
+The defaults are the full study: 300 runs of a million steps from pixels. `--budget MINUTES`, `--methods`, `--tasks`, `--seeds`, `--steps`,
+`--obs state` and `--preset compact` run a part of it, which is labelled `partial` in every output. Re-run the same command to resume.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field
 
 from difftori.experiments.plots import save_svg
 from difftori.experiments.rl_plots import over_tasks, return_panels
@@ -19,16 +22,32 @@ from difftori.experiments.rl_tables import Aggregate, Summary
 from difftori.experiments.study import Method
 from difftori.paper.curves import published_curves
 
-METHODS = (Method("difftori", "difftori"), Method("tdmpc", "tdmpc"))
+Name = Literal["difftori", "tdmpc", "sac", "drqv2"]
+NAMES: tuple[Name, ...] = get_args(Name)
+# DrQ-v2's authors use one-step returns on the tasks of walker.
+_TASK_SETTINGS = {"drqv2": {f"walker-{task}": {"horizon": 1} for task in ("run", "stand", "walk")}}
+METHODS: dict[Name, Method] = {n: Method(n, n, task_settings=_TASK_SETTINGS.get(n, {})) for n in NAMES}
 
 
 class Config(RLStudy):
-    """Learning curves of DiffTORI and TD-MPC, next to published ones (Figure 3)."""
+    """Learning curves of DiffTORI, TD-MPC, SAC and DrQ-v2, next to published ones (Figure 3)."""
+
+    methods: tuple[Name, ...] = Field(NAMES, min_length=1)
+    """Agents that are compared (default: all four)."""
 
 
 def run(config: Config) -> None:
     """Run the missing runs, and write `out/figure3`. Raises RunsFailedError at the end if runs failed."""
-    run_curves(config, METHODS, draw, study="figure3", title="Figure 3: DiffTORI and TD-MPC on DeepMind Control")
+    methods = [METHODS[name] for name in dict.fromkeys(config.methods)]
+    lacking = [name for name in NAMES if name not in config.methods]
+    run_curves(
+        config,
+        methods,
+        draw,
+        study="figure3",
+        title="Figure 3: agents on DeepMind Control",
+        further=[f"without {', '.join(lacking)}"] if lacking else [],
+    )
 
 
 def draw(curves: Curves, out: Path, summaries: Sequence[Summary], rows: Sequence[Aggregate]) -> list[str]:
