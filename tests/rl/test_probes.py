@@ -73,6 +73,18 @@ def test_solves(agent, task, steps, num_envs, settings, tmp_path):
     assert summary["return"] > BAR
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["sac", "drqv2"])
+def test_learns_from_images(agent, tmp_path):
+    """Random actions return 8.7, the best 19.3. After 1,040 steps, two seeds of SAC returned 17.0 and 16.6, of DrQ-v2 15.9 and 16.4."""
+    values = {"agent": agent, "env": "tests.support.bars:Bars", "steps": 1040, "num_envs": 4, "seed": 0}
+    values |= {"eval_episodes": 20, "eval_every": 10_000, "save_every": 10_000}
+    settings = {"width": 64, "channels": 8, "batch_size": 64, "lr": 1e-3, "seed_steps": 400, "updates_per_step": 0.5}
+    settings |= {"schedule_steps": 1500} if agent == "drqv2" else {}
+    summary = rl.train(parse_rl_config({**values, "settings": settings}), tmp_path, progress=False)
+    assert summary["return"] > 14
+
+
 @pytest.mark.parametrize("task", probe.TASKS)
 def test_the_bar_lies_above_what_acts_without_the_start(task):
     env = make_env(f"probe:{task}", num_envs=10, seed=3)
