@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,21 @@ class GuardedOptimizer:
             f"NaN or Inf in {MAX_SKIPS} consecutive updates, in the gradients of {', '.join(broken) or 'no single network'}. The "
             "weights are those of the last valid update. Fix: lower lr, or check the rewards and observations."
         )
+
+
+def optimizers_state(optimizers: Mapping[str, GuardedOptimizer], updates: int) -> dict[str, Any]:
+    """An agent's training state: the states of its optimizers by name, and its number of updates."""
+    return {name: optimizer.state_dict() for name, optimizer in optimizers.items()} | {"updates": updates}
+
+
+def load_optimizers(optimizers: Mapping[str, GuardedOptimizer], state: Mapping[str, Any], *, agent: str) -> int:
+    """Restore the result of `optimizers_state`, and return the number of updates. Raises CheckpointError if it belongs to another agent."""
+    try:
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
+        return int(state["updates"])
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint does not belong to {agent!r}: it lacks {error}") from error
 
 
 @torch.no_grad()

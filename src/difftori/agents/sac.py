@@ -18,8 +18,7 @@ from difftori.agents.actor_critic import (
 )
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import from_pixels
-from difftori.agents.optim import GuardedOptimizer, soft_update
-from difftori.errors import CheckpointError
+from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.interfaces import Agent, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, squashed_gaussian
 from difftori.models.nets import noise_like
@@ -207,21 +206,18 @@ class SAC(Agent):
 
     # Resuming
 
+    @property
+    def _optimizers(self) -> dict[str, GuardedOptimizer]:
+        return {
+            "optimizer": self.optimizer,
+            "actor_optimizer": self.actor_optimizer,
+            "temperature_optimizer": self.temperature_optimizer,
+        }
+
     def training_state(self) -> dict[str, Any]:
         """The optimizers' states and the number of updates."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "temperature_optimizer": self.temperature_optimizer.state_dict(),
-            "updates": self.updates,
-        }
+        return optimizers_state(self._optimizers, self.updates)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore it. Raises CheckpointError if it belongs to another agent."""
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-            self.temperature_optimizer.load_state_dict(state["temperature_optimizer"])
-            self.updates = int(state["updates"])
-        except KeyError as error:
-            raise CheckpointError(f"the checkpoint does not belong to {self.name!r}: it lacks {error}") from error
+        self.updates = load_optimizers(self._optimizers, state, agent=self.name)

@@ -18,8 +18,7 @@ from difftori.agents.latent_model import (
     trained_by_model_loss,
 )
 from difftori.agents.losses import model_loss, prior_loss
-from difftori.agents.optim import GuardedOptimizer, soft_update
-from difftori.errors import CheckpointError
+from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.interfaces import Agent, Memory
 from difftori.models.world_model import action_noise
 from difftori.planning import Planner, ReturnObjective
@@ -170,19 +169,14 @@ class TDMPC(Agent):
 
     # Resuming
 
+    @property
+    def _optimizers(self) -> dict[str, GuardedOptimizer]:
+        return {"optimizer": self.optimizer, "prior_optimizer": self.prior_optimizer}
+
     def training_state(self) -> dict[str, Any]:
         """The optimizers' states and the number of updates."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "prior_optimizer": self.prior_optimizer.state_dict(),
-            "updates": self.updates,
-        }
+        return optimizers_state(self._optimizers, self.updates)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore it. Raises CheckpointError if it belongs to another agent."""
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.prior_optimizer.load_state_dict(state["prior_optimizer"])
-            self.updates = int(state["updates"])
-        except KeyError as error:
-            raise CheckpointError(f"the checkpoint does not belong to {self.name!r}: it lacks {error}") from error
+        self.updates = load_optimizers(self._optimizers, state, agent=self.name)
