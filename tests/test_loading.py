@@ -1,4 +1,4 @@
-"""`difftori.load`: a trained policy or agent in a loop of one's own gives what `difftori eval` measures."""
+"""`difftori.load`: a trained policy or agent in your own loop gives what `difftori eval` measures."""
 
 import gymnasium
 import numpy as np
@@ -125,13 +125,25 @@ def test_a_dict_that_was_flattened_in_training_is_flattened_again():
         return np.zeros((len(obs), 1))
 
     policy = LoadedPolicy(
-        act, "own", {"state": EntrySpec((3,))}, (-1.0,), (1.0,), scaled=True, flattened=("goal", "place")
+        act,
+        "own",
+        {"state": EntrySpec((3,))},
+        (-1.0,),
+        (1.0,),
+        scaled=True,
+        flattened=(("goal", (2,)), ("place", (1,))),
     )
     assert policy.act({"place": np.array([2.0]), "goal": np.array([0.0, 1.0]), "camera": "off"}).shape == (1,)
     policy.reset()
     assert policy.act({"place": torch.tensor([[2.0]] * 4), "goal": torch.tensor([[0.0, 1.0]] * 4)}).shape == (4, 1)
     assert seen[0].tolist() == [[0.0, 1.0, 2.0]]
     assert seen[1].tolist() == [[0.0, 1.0, 2.0]] * 4
+    policy.reset()
+    assert policy.act({"place": np.array([[2.0]]), "goal": np.array([[0.0, 1.0]])}).shape == (1, 1)  # a batch of one
+    with pytest.raises(ShapeError, match="goal has shape"):
+        policy.act({"place": np.array([2.0]), "goal": np.array([0.0])})
+    with pytest.raises(ShapeError, match="alike"):
+        policy.act({"place": np.array([[2.0]]), "goal": np.array([0.0, 1.0])})
 
 
 def test_layouts_of_images_are_the_same_observation():

@@ -67,7 +67,7 @@ class LoadedPolicy:
         high: tuple[float, ...],
         *,
         scaled: bool,
-        flattened: tuple[str, ...] = (),
+        flattened: tuple[tuple[str, tuple[int, ...]], ...] = (),
     ):
         self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
         self._act, self._scaled, self._flattened = act, scaled, flattened
@@ -130,7 +130,7 @@ class LoadedPolicy:
                     f"obs: {self.name} needs {', '.join(self.obs)}. Fix: give a dictionary with these names"
                 )
             return {next(iter(self.obs)): obs}
-        if self._flattened and all(name in obs for name in self._flattened):
+        if self._flattened and all(name in obs for name, _ in self._flattened):
             return {_STATE: self._flat(obs)}
         if missing := [name for name in self.obs if name not in obs]:
             raise ShapeError(
@@ -140,10 +140,19 @@ class LoadedPolicy:
 
     def _flat(self, obs: Mapping[str, Array]) -> Array:
         """Concatenate the arrays of a Dict observation, as the environment did in training, to (S) or (B S)."""
-        parts = [torch.as_tensor(obs[name]) for name in self._flattened]
-        one = sum(part.numel() for part in parts) == self.obs[_STATE].shape[0]
-        flat = torch.cat([part.flatten() if one else part.flatten(1) for part in parts], -1)
-        return flat if isinstance(obs[self._flattened[0]], Tensor) else flat.numpy()
+        parts = []
+        for name, shape in self._flattened:
+            part = torch.as_tensor(obs[name])
+            rows = part.shape[: max(part.ndim - len(shape), 0)]
+            if part.shape[len(rows) :] != shape:
+                raise ShapeError(f"obs: {name} has shape {tuple(part.shape)}, not {shape}. Fix: give that shape")
+            parts.append(part.reshape(*rows, -1))
+        if len({part.shape[:-1] for part in parts}) > 1:
+            raise ShapeError(
+                "obs: some arrays have a leading dimension of rows, others not, or another one. Fix: give all alike"
+            )
+        flat = torch.cat(parts, -1)
+        return flat if isinstance(obs[self._flattened[0][0]], Tensor) else flat.numpy()
 
     def _batched(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Whether the observations have a leading dimension of rows."""

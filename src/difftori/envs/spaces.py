@@ -42,7 +42,7 @@ def unit_actions(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
 def flat_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
     """Wrap `env` to return the arrays of a Dict observation as one vector, in the order of the space. Others are unchanged.
 
-    The names are kept in `metadata["flattened"]`.
+    Names and shapes of the arrays are kept in `metadata["flattened"]`, if all of them are boxes.
     """
     space = env.observation_space
     if not isinstance(space, Dict):
@@ -52,7 +52,8 @@ def flat_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
             [f"--flatten-obs: {', '.join(images)} of {name} are images. Fix: remove them from the observations"]
         )
     wrapped = FlattenObservation(env)
-    wrapped.metadata = {**env.metadata, "flattened": tuple(space.spaces)}
+    if all(isinstance(part, Box) for part in space.spaces.values()):
+        wrapped.metadata = {**env.metadata, "flattened": tuple((key, part.shape) for key, part in space.spaces.items())}
     return wrapped
 
 
@@ -60,12 +61,12 @@ class CheckedEnv(gymnasium.Wrapper):
     """One environment in the library's conventions: numbers float32, images uint8 with channels first.
 
     Accepted are Box observations and Dicts of them: numbers of any type; images with channels first or last, uint8 or
-    floating-point in [0, 1] or [0, 255]; depth images of one floating-point channel, which become float32 (height width 1). Rewards and flags may be arrays of one number. Of `info`, only the numbers are kept, and
-    `success` (or `is_success`) as a bool. `max_episode_steps`: the episode is truncated after this number of agent steps; None:
-    no limit of ours.
+    floating-point in [0, 1] or [0, 255]; depth images of one floating-point channel, which become float32 (height width 1).
+    Rewards and flags may be arrays of one number. Of `info`, only the numbers are kept, and `success` (or `is_success`) as a
+    bool. `max_episode_steps`: the episode is truncated after this number of agent steps; None: no limit of ours.
 
-    Raises `ConfigError` for other spaces; `reset` and `step` raise `ShapeError` for an observation, reward or flag of another shape
-    or type than the space says, and `NonFiniteError` for NaN or Inf in an image.
+    Raises `ConfigError` for other spaces; `reset` and `step` raise `ShapeError` for an observation, reward or flag of another
+    shape or type than the space says, and `NonFiniteError` for NaN or Inf in an image.
     """
 
     def __init__(self, env: gymnasium.Env, *, name: str, max_episode_steps: int | None = None):

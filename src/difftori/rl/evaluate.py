@@ -103,13 +103,13 @@ def evaluate(
 
 
 class AgentInRows:
-    """An agent in closed loop: keeps its memory between steps. Without exploration, unless `explore`.
+    """An agent in closed loop, without exploration: keeps its memory between steps.
 
     `step`: number of agent steps of its training, for schedules.
     """
 
-    def __init__(self, agent: Agent, *, step: int, generator: torch.Generator, explore: bool = False):
-        self.agent, self.step, self.generator, self.explore = agent, step, generator, explore
+    def __init__(self, agent: Agent, *, step: int, generator: torch.Generator):
+        self.agent, self.step, self.generator = agent, step, generator
         self._memory: Memory | None = None
 
     def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
@@ -120,7 +120,7 @@ class AgentInRows:
             self._memory,
             first=torch.from_numpy(first).to(device),
             step=self.step,
-            explore=self.explore,
+            explore=False,
             generator=self.generator,
         )
         return actions.cpu().numpy()
@@ -168,11 +168,8 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
     except RuntimeError as error:
         raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
     counts = state["collector"]
-    return (
-        agent.eval(),
-        config,
-        int(counts["agent_steps" if "agent_steps" in counts else "decisions"]),
-    )  # the earlier name
+    steps = counts["agent_steps"] if "agent_steps" in counts else counts["decisions"]  # the earlier name
+    return agent.eval(), config, int(steps)
 
 
 def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
@@ -191,8 +188,9 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
             film(agent, config, agent_steps, run_dir)
         result = evaluate_agent(agent, env, config, agent_steps, count)
         columns = {"return": result.returns.tolist(), "length": result.lengths.tolist()}
-        keep_evaluation(run_dir, eval_metrics(result), columns, {"weights": "last", "device": device})
-        return eval_metrics(result)
+        metrics = eval_metrics(result)
+        keep_evaluation(run_dir, metrics, columns, {"weights": "last", "device": device})
+        return metrics
     finally:
         env.close()
         torch.set_num_threads(threads)
@@ -216,7 +214,10 @@ def spec_state(spec: EnvSpec) -> State:
 
 def spec_from(state: State) -> EnvSpec:
     """Restore a specification from the output of `spec_state`."""
-    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"])})
+    parts = state.get("flattened")
+    if parts is not None:
+        parts = tuple((str(name), tuple(shape)) for name, shape in parts)
+    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"]), "flattened": parts})
 
 
 def _returns_to_go(
