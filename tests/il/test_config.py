@@ -255,3 +255,11 @@ def test_unknown_options_are_left_for_the_list_of_faults():
     with pytest.raises(ConfigError) as caught:
         parse_config({**GOOD, **overlaid("--sed 1 --lrr 2 --seed x --no-flg")})
     assert sorted(f.partition(":")[0] for f in caught.value.faults) == ["lrr", "no_flg", "sed", "seed"]
+
+
+def test_a_refiner_takes_the_episode_limit_of_an_endless_environment_from_its_base(tmp_path):
+    below = {"policy": "bc", "env": "pendulum", "seed": 3, "max_episode_steps": 30, "num_envs": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(below))
+    config = parse_config({"policy": "residual", "base": str(tmp_path)})
+    assert (config.max_episode_steps, config.num_envs, config.seed, config.data_seed) == (30, 2, 3, 3)
+    assert parse_config({**config.model_dump(), "max_episode_steps": 20}).max_episode_steps == 20

@@ -123,10 +123,7 @@ def parse_config(
     return config
 
 
-INHERITED = (
-    "env",
-    "seed",
-    "data_seed",
+TASK_OPTIONS = (
     "demos",
     "obs_keys",
     "action_key",
@@ -139,7 +136,10 @@ INHERITED = (
     "num_train",
     "num_envs",
     "workers",
+    "max_episode_steps",
 )
+"""Options of the environment and its demonstrations; a task rejects those that it does not have."""
+INHERITED = ("env", "seed", "data_seed", *TASK_OPTIONS)
 """Options whose defaults a refiner takes from its base's run."""
 
 

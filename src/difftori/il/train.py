@@ -13,7 +13,7 @@ import torch
 
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions
-from difftori.il.config import TrainConfig, parse_config
+from difftori.il.config import TASK_OPTIONS, TrainConfig, parse_config
 from difftori.il.demos_task import NONE
 from difftori.il.distributed import Distributed
 from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
@@ -28,7 +28,7 @@ from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_fi
 from difftori.runs.page import keep_evaluation
 from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.progress import LongRunHint, Progress
-from difftori.runs.records import read_config, read_summary
+from difftori.runs.records import is_finished, read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
@@ -47,13 +47,14 @@ def train(
     never stopped. A finished run is not repeated; its summary is returned. A run whose demonstrations have changed is resumed
     with `accept_changed_data` only; it keeps its normalisation. `wandb`: also log to Weights & Biases (`runs.loggers`).
 
-    Raises ConfigError (invalid configuration, another one in `out`, or changed demonstrations), DataError (invalid demonstrations), CheckpointError (no
-    valid checkpoint, disk full), NonFiniteError (too many consecutive updates with NaN or Inf). On SIGTERM or SIGINT, saves a
-    checkpoint and raises SystemExit with status 143 or 130. Under torchrun, all processes train this one run (distributed.py).
+    Raises ConfigError (invalid configuration, another one in `out`, or changed demonstrations), DataError (invalid
+    demonstrations), CheckpointError (no valid checkpoint, disk full), NonFiniteError (too many consecutive updates with NaN
+    or Inf). On SIGTERM or SIGINT, saves a checkpoint and raises SystemExit with status 143 or 130. Under torchrun, all
+    processes train this one run (distributed.py).
     """
     if (distributed := Distributed.of_torchrun(config.device)).count == 1:
         return _train(config, out, progress, distributed, accept_changed_data, wandb=wandb)
-    if (out / "summary.json").exists():
+    if is_finished(out):
         refuse_another(out, config)
         return read_summary(out)
     with distributed:
@@ -153,23 +154,10 @@ def _train(
 
 def open_task(config: TrainConfig) -> ImitationTask:
     """Create the task of a configuration. Raises ConfigError for an option that the task does not have, and the errors of its factory."""
-    options = (
-        "demos",
-        "obs_keys",
-        "action_key",
-        "episodes",
-        "held_out",
-        "obs",
-        "n_obs_steps",
-        "horizon",
-        "n_action_steps",
-        "num_train",
-        "num_envs",
-        "workers",
-        "max_episode_steps",
-    )
     seed = config.seed if config.data_seed is None else config.data_seed
-    return make_task(config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in options})
+    return make_task(
+        config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in TASK_OPTIONS}
+    )
 
 
 def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
@@ -341,8 +329,9 @@ def load_policy(
 ) -> tuple[NormalizedPolicy, TrainConfig]:
     """Load the policy of a run, for inference on `device`. Returns it with the run's configuration (with that device).
 
-    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or
-    its policy is unknown, and CheckpointError if the weights are missing or damaged.
+    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are
+    those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or its policy is unknown, and
+    CheckpointError if the weights are missing or damaged.
     """
     config = parse_config({**read_config(run_dir), "device": device})
     state = read_weights(run_dir / "policy.pt")
