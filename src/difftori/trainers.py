@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from difftori.config import overlay
 from difftori.errors import ConfigError, suggest
 from difftori.registry import find_agent, find_agents, find_policies, find_policy, load
-from difftori.runs.records import flat, read_config
-from difftori.runs.run import extend, is_finished
+from difftori.runs.records import flat, is_finished, read_config
+from difftori.runs.run import extend
 from difftori.types import Metrics
 
 LENGTHS = ("steps", "updates", "epochs")

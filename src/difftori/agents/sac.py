@@ -96,8 +96,8 @@ class Temperature(nn.Module):
 class SAC(Agent):
     """A squashed Gaussian policy that maximises return plus T times its entropy, with twin critics (Haarnoja et al., 2018).
 
-    From pixels, the encoder is that of SAC-AE (Yarats et al., 2019) without the decoder: policy and critics share convolutions, which
-    only the critics' loss trains.
+    From pixels, the encoder is that of SAC-AE (Yarats et al., 2019) without the decoder: policy and critics share
+    convolutions, which only the critics' loss trains.
     """
 
     name = "sac"

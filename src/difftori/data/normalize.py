@@ -203,9 +203,8 @@ def fit_normalizer(
     """Fit a normaliser to every step of these episodes. Pass the training part only.
 
     Statistics are per last dimension of an entry, so all points of a cloud (T N 3) share them. `entries` maps entries to
-    their own rules. Default: uint8 entries are divided by 255, float images (T height width C) are mapped to [0, 1], the others use the
-    rule `obs`.
-    Raises DataError if `entries` names an entry that does not exist.
+    their own rules. Default: uint8 entries are divided by 255, float images (T height width C) are mapped to [0, 1], the
+    others use the rule `obs`. Raises DataError if `entries` names an entry that does not exist.
     """
     own = dict(entries or {})
     unknown = [name for name in own if name not in train.obs]

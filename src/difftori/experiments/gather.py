@@ -57,8 +57,8 @@ class Run:
     """A run, finished or not.
 
     `outcomes` are its final results by measure; `episodes` those of each evaluation episode, if known, with `episode_seeds`.
-    `curve` has the steps (k) and values (k) of its evaluations, and `training` those of the training episodes of an agent that has
-    fewer than two evaluations so far. `updates` is the number of updates of a finished run.
+    `curve` has the steps (k) and values (k) of its evaluations, and `training` those of the training episodes of an agent
+    that has fewer than two evaluations so far. `updates` is the number of updates of a finished run.
     """
 
     place: Path

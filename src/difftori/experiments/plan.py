@@ -25,7 +25,7 @@ from difftori.config import read_tokens, read_yaml, validated
 from difftori.errors import ConfigError
 from difftori.il.config import inherited
 from difftori.runs.process import is_held
-from difftori.runs.records import flat, read_config
+from difftori.runs.records import flat, is_finished, read_config
 from difftori.runs.run import differences
 from difftori.trainers import read_options
 
@@ -91,7 +91,7 @@ class RunSpec:
     @property
     def finished(self) -> bool:
         """Whether the folder holds a finished run."""
-        return (self.folder / "summary.json").exists()
+        return is_finished(self.folder)
 
     @property
     def locked(self) -> bool:

@@ -23,8 +23,9 @@ _TO_SAVE = 60.0
 def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
     """Return an engine that runs on Ray. `address`: a running cluster (`auto` finds this machine's), or `local` to start one here.
 
-    A run uses `cpus` cores and `gpus` GPUs, or a fraction of one. `retries`: number of restarts of a run whose worker crashed, and
-    of a run that crashed itself. Raises MissingExtraError without Ray, and ConfigError if there is no cluster at the address.
+    A run uses `cpus` cores and `gpus` GPUs, or a fraction of one. `retries`: number of restarts of a run whose worker
+    crashed, and of a run that crashed itself. Raises MissingExtraError without Ray, and ConfigError if there is no cluster at
+    the address.
     """
     ray = _ray()
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from difftori.errors import DataError
-from difftori.runs.records import current_config, current_metrics, read_config, read_metrics, read_summary
+from difftori.runs.records import current_config, current_metrics, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
 RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> Record | None:
         hardware=f"{hardware}, {machine['platform']}" if "platform" in machine else hardware,
         versions={name: machine.get(name) for name in SOFTWARE},
         command=commands.read_text().partition("\n")[0].partition("  ")[2] if commands.exists() else "",
-        summary=read_summary(folder) if (folder / "summary.json").exists() else None,
+        summary=read_summary(folder) if is_finished(folder) else None,
         evaluations=tuple(
             _short(row) for row in read_metrics(folder) if RETURN in row or row.get(VALIDATION_ERROR) is not None
         ),

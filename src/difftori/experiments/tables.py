@@ -59,7 +59,8 @@ def difference_table(rows: Sequence[Difference], *, digits: int) -> list[Column]
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
     """Write dataclass instances of one type as rows, with the field names as header. None and infinite numbers become empty cells.
 
-    An estimate has further columns `low` and `high`, or `FIELD_low` and `FIELD_high` if a row has several estimates. Without rows, removes the file, which may exist from an earlier part of the study.
+    An estimate has further columns `low` and `high`, or `FIELD_low` and `FIELD_high` if a row has several estimates. Without
+    rows, removes the file, which may exist from an earlier part of the study.
     """
     if not rows:
         return path.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The interface of an imitation task: training demonstrations, validation demonstrations, and an evaluation.
 
 Your own task is a function `make(*, seed, num_train) -> ImitationTask`, named `my_pkg.my_task:make`. An environment together
-with `--demos` is a task (env_task.py), demonstrations alone are one (demos_task.py), and so is the pendulum (pendulum_task.py). task_names.py resolves names.
+with `--demos` is a task (env_task.py), demonstrations alone are one (demos_task.py), and so is the pendulum
+(pendulum_task.py). task_names.py resolves names.
 """
 
 from abc import ABC, abstractmethod

@@ -26,8 +26,6 @@ from difftori.runs.progress import LongRunHint, Phase, Progress
 from difftori.runs.run import Run, seeded
 from difftori.types import Actions, Metrics, Observations, RowFlags
 
-_log = logging.getLogger(__name__)
-
 _STACK = 3
 _log = logging.getLogger(__name__)
 
@@ -72,13 +70,6 @@ class _Session:
         if self.spec.max_episode_steps is None:
             with closing(config.open_env(1)) as single:
                 check_episode(single, success=False)
-        if config.steps <= config.settings.seed_steps * self.spec.action_repeat:
-            _log.warning(
-                "steps: all %d environment steps are random, because seed_steps are %d agent steps, so no update is made. "
-                "Fix: increase --steps, or decrease --seed-steps",
-                config.steps,
-                config.settings.seed_steps,
-            )
         self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)

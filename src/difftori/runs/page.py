@@ -16,7 +16,7 @@ from difftori.errors import DataError
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.figures import RESULTS, metric_figures, svg_element
 from difftori.runs.process import versions
-from difftori.runs.records import read_config, read_metrics, read_summary
+from difftori.runs.records import is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
@@ -36,8 +36,8 @@ def keep_evaluation(
 ) -> None:
     """Append an evaluation after training to the run's `eval.json`, and show it on its page.
 
-    `episodes`: the results of each episode, in columns. `settings`: weights, device, and so on. A directory that cannot be written
-    is only warned of, because the result is printed anyway.
+    `episodes`: the results of each episode, in columns. `settings`: weights, device, and so on. A directory that cannot be
+    written is only warned of, because the result is printed anyway.
     """
     target = path / "eval.json"
     entry = {
@@ -50,7 +50,7 @@ def keep_evaluation(
     }
     try:
         replace_file(target, (json.dumps([*read_evaluations(path), entry], indent=1) + "\n").encode())
-        if (path / "summary.json").exists():
+        if is_finished(path):
             write_report(path)
     except OSError as error:
         _log.warning("%s: the evaluation cannot be kept (%s)", target, error)

@@ -39,6 +39,11 @@ RENAMED_METRICS = {
 """Names of metrics in earlier versions, and their current names."""
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the run in this directory has finished."""
+    return (path / "summary.json").exists()
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Read the rows of a run's `metrics.jsonl`. Skips a last line that a kill truncated; other invalid lines raise DataError."""
     source = path / "metrics.jsonl"

@@ -31,7 +31,7 @@ from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_fil
 from difftori.runs.loggers import Logger, TensorBoard, WeightsAndBiases, uses_wandb
 from difftori.runs.page import render
 from difftori.runs.process import hold, removed_on_error, versions
-from difftori.runs.records import flat, read_config, read_metrics, read_summary, to_yaml
+from difftori.runs.records import flat, is_finished, read_config, read_metrics, read_summary, to_yaml
 from difftori.types import Metrics
 
 _RESERVED = ("step", "time", "warning")
@@ -59,8 +59,9 @@ def flush_tiny_numbers() -> None:
 class Run:
     """An open run directory. Use it as a context manager: at the end, the files are closed and torch's settings restored.
 
-    A new directory is removed again if an error ends the run before its first log row and checkpoint. While it is open, torch uses `threads` threads and its global generator is seeded, because networks sample their initial
-    weights from it. Everything else samples from `generator(name)`.
+    A new directory is removed again if an error ends the run before its first log row and checkpoint. While it is open, torch
+    uses `threads` threads and its global generator is seeded, because networks sample their initial weights from it.
+    Everything else samples from `generator(name)`.
     """
 
     def __init__(self, path: Path, config: BaseModel, *, seed: int, threads: int, device: str, wandb: bool = False):
@@ -281,7 +282,7 @@ def _prepare(path: Path, config: BaseModel, device: str) -> None:
     new = not (path / "config.yaml").exists()
     if not new:
         refuse_another(path, config)
-    if (path / "summary.json").exists():
+    if is_finished(path):
         return
     record = path / "versions.json"
     replace_file(record, (json.dumps(_versions(record, device), indent=1) + "\n").encode())
@@ -304,11 +305,6 @@ def _versions(record: Path, device: str) -> dict:
         _log.warning("resumed with other versions, so the last bits may differ: %s", "; ".join(changed))
         earlier = [before, *earlier]
     return now | ({"earlier": earlier} if earlier else {})
-
-
-def is_finished(path: Path) -> bool:
-    """Whether the run in this directory has finished."""
-    return (path / "summary.json").exists()
 
 
 def extend(path: Path, config: BaseModel) -> None:

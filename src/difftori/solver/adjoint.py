@@ -88,8 +88,9 @@ class Unrolled(Adjoint):
 class Truncated(Adjoint):
     """Backpropagation through the last `k` steps only (Shaban et al., 2019). The release uses k = 5, the default.
 
-    The gradient is biased, even at the optimum, unless k steps contract nearly all the way. With `keep="best"` the result
-    is the best of the last k iterates and the iterate before them. If that earlier iterate is the best, the result has no derivative.
+    The gradient is biased, even at the optimum, unless k steps contract nearly all the way. With `keep="best"` the result is
+    the best of the last k iterates and the iterate before them. If that earlier iterate is the best, the result has no
+    derivative.
     """
 
     k: int = 5

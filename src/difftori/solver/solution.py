@@ -84,10 +84,10 @@ class Solution:
     def gradient_valid(self) -> RowFlags:
         """Which rows have a trustworthy implicit gradient, (B).
 
-        The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate by
-        more than 1e-2 of the narrowest range of its row (ranges above 2, and open ones, count as 2; fixed variables do not count).
-        `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n batched
-        Hessian-vector products.
+        The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate
+        by more than 1e-2 of the narrowest range of its row (ranges above 2, and open ones, count as 2; fixed variables do not
+        count). `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n
+        batched Hessian-vector products.
         """
         solves = self.differentiated.solves
         if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):

@@ -47,11 +47,10 @@ def write_lerobot(
     """Write the episodes of this set as a LeRobot v3 data set, atomically.
 
     `state` becomes `observation.state`, and so on. Images (T height width C), with three channels or one, become
-    `observation.images.…`: lossless PNG files, embedded. With `videos`, colour images become lossy H.264 videos of quality `crf` (lower is better; default: 18). `fps` is
-    the number of steps per second. `task` describes the task in words. A new file is started after `file_megabytes` MB
-    (default: 100).
-    Raises DataError if `path` exists, cannot be written, or an entry cannot be stored in this format; and MissingExtraError
-    without the extra `data`.
+    `observation.images.…`: lossless PNG files, embedded. With `videos`, colour images become lossy H.264 videos of quality
+    `crf` (lower is better; default: 18). `fps` is the number of steps per second. `task` describes the task in words. A new
+    file is started after `file_megabytes` MB (default: 100). Raises DataError if `path` exists, cannot be written, or an
+    entry cannot be stored in this format; and MissingExtraError without the extra `data`.
     """
     path = Path(path)
     keys = {_key(name, values): values for name, values in demos.obs.items()} | {ACTION: demos.actions}

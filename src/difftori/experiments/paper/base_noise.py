@@ -1,7 +1,7 @@
 """Standard deviations σ of the noise on the base's action in training, for DiffTORI and the residual: MetaWorld from states, a small base.
 
-The tasks are not among those of our Table 1. Controls: the base, and the base trained twice as long, which is the training cost of
-base and refiner together.
+The tasks are not among those of our Table 1. Controls: the base, and the base trained twice as long, which is the training
+cost of base and refiner together.
 """
 
 from pydantic import Field

@@ -4,8 +4,9 @@ All agents are compared on every task, with the same seeds and the same number o
 interquartile mean over tasks have 95 % stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264). DiffTORI has the
 library's default settings; docs/reinforcement-studies.md lists the differences from the paper.
 
-The defaults are the full study: 300 runs of a million steps from pixels. `--budget MINUTES`, `--methods`, `--tasks`, `--seeds`, `--steps`,
-`--obs state` and `--preset compact` run a part of it, which is labelled `partial` in every output. Re-run the same command to resume.
+The defaults are the full study: 300 runs of a million steps from pixels. `--budget MINUTES`, `--methods`, `--tasks`,
+`--seeds`, `--steps`, `--obs state` and `--preset compact` run a part of it, which is labelled `partial` in every output.
+Re-run the same command to resume.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Figure 4: one state, two latent samples, two landscapes of the learned objective, and the iterates of the solve in each.
 
-Requires a finished run of `difftori-il` with the variational autoencoder. The figure shows the plane through the shared start and the
-two solutions; the area outside of the action box is white.
+Requires a finished run of `difftori-il` with the variational autoencoder. The figure shows the plane through the shared start
+and the two solutions; the area outside of the action box is white.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,8 @@ def run(config: Config) -> None:
 @dataclass(frozen=True)
 class Landscape:
     """The objective over the plane for one latent sample: `axis` (g), the coordinates of both sides; `values` (g g), NaN outside of
-    the box; `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise`, the increase of the objective along it.
+    the box; `path` (k 2), the iterates from the shared start in the plane's coordinates; `rise`, the increase of the
+    objective along it.
     """
 
     axis: Tensor

@@ -1,9 +1,10 @@
 """Figure 5: the effect of the policy-gradient term of Eq. 6. DiffTORI with the term, in two schedules, and without it.
 
-`off` plans by optimisation but does not differentiate through it. `per-episode` is the released schedule, `replay` is Eq. 6 as
-written. Further forms: `replay-25` takes a policy-gradient step at every 25th update only; `replay-slow` has a tenth of the learning
-rate; `replay-critics` trains Q only, with that rate; `replay-shared` adds the term to the gradient of Eq. 3 instead of using a separate
-optimizer; `…-flipped` has the opposite sign of c_0, so that a useful term must give worse results. Differences are paired by seed.
+`off` plans by optimisation but does not differentiate through it. `per-episode` is the released schedule, `replay` is Eq. 6
+as written. Further forms: `replay-25` takes a policy-gradient step at every 25th update only; `replay-slow` has a tenth of
+the learning rate; `replay-critics` trains Q only, with that rate; `replay-shared` adds the term to the gradient of Eq. 3
+instead of using a separate optimizer; `…-flipped` has the opposite sign of c_0, so that a useful term must give worse
+results. Differences are paired by seed.
 """
 
 from typing import Literal, get_args

@@ -1,7 +1,8 @@
 """Figure 6: DiffTORI without the reward loss, without the dynamics (consistency) loss, and without the policy prior.
 
-`no-reward` and `no-consistency` set that coefficient of Eq. 3 to 0. In `no-prior`, solves start from zero instead of the prior's
-rollout; the prior is still used for Bellman targets and the terminal value. Differences from the complete method are paired by seed.
+`no-reward` and `no-consistency` set that coefficient of Eq. 3 to 0. In `no-prior`, solves start from zero instead of the
+prior's rollout; the prior is still used for Bellman targets and the terminal value. Differences from the complete method are
+paired by seed.
 """
 
 from difftori.experiments.rl_report import run_ablation

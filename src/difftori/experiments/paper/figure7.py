@@ -1,8 +1,9 @@
 """Figure 7: the runs of Figure 3 over wall-clock time, and the time of an agent step and an update of DiffTORI, compared with TD-MPC.
 
-Seconds are training time without evaluation, of runs without `--compile`, whose seconds would include compilation. Ratios are between
-runs on the same task, seed and hardware. They are comparable with `--jobs 1` and no other load; otherwise the load differs between runs.
-`difftori bench rl` measures both agents under equal conditions. The paper reports 0.052 s per action, compared with 0.0092 s for TD-MPC.
+Seconds are training time without evaluation, of runs without `--compile`, whose seconds would include compilation. Ratios are
+between runs on the same task, seed and hardware. They are comparable with `--jobs 1` and no other load; otherwise the load
+differs between runs. `difftori bench rl` measures both agents under equal conditions. The paper reports 0.052 s per action,
+compared with 0.0092 s for TD-MPC.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ class Config(RLStudy):
 class Timing:
     """One row of `timing.csv`: a pair of finished runs of one task and seed. Times in milliseconds, ratios DiffTORI / TD-MPC.
 
-    `action` is the time of inference per agent step, after the random ones at the start. `update` is the time of sampling a batch and
-    learning, per update. `step` is the time of the whole training without evaluation, per environment step.
+    `action` is the time of inference per agent step, after the random ones at the start. `update` is the time of sampling a
+    batch and learning, per update. `step` is the time of the whole training without evaluation, per environment step.
     """
 
     task: str

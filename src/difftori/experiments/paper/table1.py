@@ -1,7 +1,8 @@
 """Table 1: MetaWorld, a base policy, the base with a residual, and the base refined by DiffTORI.
 
-The paper's base is DP3 on point clouds. `--base bc --obs state` and `--base dp3-simple` are for CPUs. They are labelled partial, because
-the paper's numbers in the table are of another base policy. With `--reference`, DiffTORI is also run with the settings of the authors' release.
+The paper's base is DP3 on point clouds. `--base bc --obs state` and `--base dp3-simple` are for CPUs. They are labelled
+partial, because the paper's numbers in the table are of another base policy. With `--reference`, DiffTORI is also run with
+the settings of the authors' release.
 """
 
 from typing import Literal

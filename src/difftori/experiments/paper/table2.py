@@ -1,7 +1,7 @@
 """Table 2, Push-T: three base policies from 206 human demonstrations, and refiners on two of them.
 
-The paper's failure rate is most likely 1 − the mean score (the greatest coverage / 0.95 of an episode), so the score is compared with
-1 − the paper's number. Success is coverage above 0.95 at any step.
+The paper's failure rate is most likely 1 − the mean score (the greatest coverage / 0.95 of an episode), so the score is
+compared with 1 − the paper's number. Success is coverage above 0.95 at any step.
 """
 
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE

@@ -1,8 +1,8 @@
 """Table 8: imitation of an optimal pendulum (Amos et al., 2018, arXiv 1810.13400) with and without a realisable model.
 
-For each setting, method and seed, a policy learns the 20 open-loop torques of the expert from 100 trajectories. The weights with
-the least validation error of the controls are selected. Every policy is executed open loop in the TRUE environment, and its summed
-cost is reported under two protocols:
+For each setting, method and seed, a policy learns the 20 open-loop torques of the expert from 100 trajectories. The weights
+with the least validation error of the controls are selected. Every policy is executed open loop in the TRUE environment, and
+its summed cost is reported under two protocols:
 
 * `test`: 10 test trajectories of that seed. This is our interpretation of the paper, which does not specify the trajectories. The
   standard deviation over starts is about 16, so the mean of 10 is imprecise;
@@ -32,7 +32,7 @@ from difftori.il.config import TrainConfig, parse_config
 from difftori.il.pendulum_task import expert_plans
 from difftori.il.train import load_policy, train
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.runs.records import read_metrics
+from difftori.runs.records import is_finished, read_metrics
 from difftori.types import Plans, States, state_obs
 
 Setting = Literal["no-damping", "damping"]
@@ -208,7 +208,7 @@ def _trained(config: Config, setting: Setting, method: Method, seed: int, consol
     Raises `ConfigError` if the folder holds a run of another configuration.
     """
     folder = _run_dir(config, setting, method, seed)
-    state = "already finished" if (folder / "summary.json").exists() else "training"
+    state = "already finished" if is_finished(folder) else "training"
     console.print(f"{setting}, {method}, seed {seed}: {state}, {folder}", highlight=False, soft_wrap=True)
     summary = train(_train_config(config, setting, method, seed), folder, progress=console.is_terminal)
     policy, _ = load_policy(folder, "best")
