@@ -146,6 +146,19 @@ def test_a_dict_that_was_flattened_in_training_is_flattened_again():
         policy.act({"place": np.array([[2.0]]), "goal": np.array([0.0, 1.0])})
 
 
+def test_an_agent_with_distractors_says_what_it_needs(tmp_path):
+    options = {"env": "probe:two-step", "steps": "16", "seed-steps": "9", "eval-episodes": "2", "horizon": "1"}
+    options |= {"width": "8", "latent-dim": "4", "batch-size": "4", "updates-per-step": "0.1", "distractors": "2"}
+    policy = difftori.load(trained("difftori", tmp_path / "run", **options))
+    (size,) = policy.obs["state"].shape
+    state, distractors = np.zeros(size - 2), np.array([0.5, -0.5])
+    alone = policy.act(np.concatenate((state, distractors)))
+    policy.reset()
+    assert policy.act({"state": state, "distractors": distractors}).shape == alone.shape
+    with pytest.raises(ShapeError, match=r"which is state \(\d,\) and distractors \(2,\)"):
+        policy.act(state)
+
+
 def test_layouts_of_images_are_the_same_observation():
     image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
     entry = EntrySpec((6, 5, 3), "uint8")

@@ -54,7 +54,8 @@ class LoadedPolicy:
     """A trained policy or agent in closed loop, in one environment or in several at once.
 
     `obs`: the observations of one step that it needs, by name; images are (height width channels) for policies, stacked frames
-    with channels first for agents. `low` and `high`: bounds of the actions (A), in the environment's units. Call `reset` when an
+    with channels first for agents. An agent that was trained with N distractors needs N further numbers at the end of the state, or
+    apart as `distractors`: those of `difftori.envs.distractors.Distractors`, or N zeros, their mean. `low` and `high`: bounds of the actions (A), in the environment's units. Call `reset` when an
     episode begins. The history of observations, the rest of a predicted plan, and the warm start of a solve are kept inside.
     """
 
@@ -112,7 +113,8 @@ class LoadedPolicy:
                 f"obs: {rows} rows, but others or earlier ones had more or fewer. Fix: reset() before that"
             )
         first = np.ones(rows, dtype=bool) if self._first is None else self._first
-        inputs = {name: _converted(name, values, self.obs[name]) for name, values in arrays.items()}
+        parts = " and ".join(f"{name} {shape}" for name, shape in self._flattened)
+        inputs = {name: _converted(name, values, self.obs[name], parts) for name, values in arrays.items()}
         if self._scaled:
             actions = self._act(self._stacked(inputs[_STATE], first), first, np.ones(rows, dtype=bool))
             actions = rescaled(actions, self.low, self.high).astype(np.float32)
@@ -188,11 +190,15 @@ def _plain(name: str, values: Array) -> np.ndarray:
     return array
 
 
-def _converted(name: str, values: np.ndarray, entry: EntrySpec) -> np.ndarray:
-    """Convert rows (B …) to the environment's convention: float32, or uint8 images with channels first."""
+def _converted(name: str, values: np.ndarray, entry: EntrySpec, parts: str = "") -> np.ndarray:
+    """Convert rows (B …) to the environment's convention: float32, or uint8 images with channels first.
+
+    `parts`: the arrays that were concatenated to it, for the message.
+    """
     if entry.dtype != "uint8":
         if values.shape[1:] != entry.shape:
-            raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}. Fix: give that shape")
+            made = f", which is {parts}" if parts else ""
+            raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
         return values.astype(np.float32)
     if values.dtype != np.uint8:
         if not np.issubdtype(values.dtype, np.floating) or values.min() < 0 or values.max() > 1:

@@ -133,7 +133,8 @@ class EnvSpec:
     `obs_shape` (*S) and `obs_dtype` ("uint8", "float32", …) of one row; `action_dim` A, each in [−1, 1].
     `max_episode_steps` counts steps of the underlying environment; one agent step takes `action_repeat` of them. It is None
     if there is no limit. `action_bounds`: the environment's own lower and upper bounds, to which [−1, 1] is mapped; None if they
-    are ±1. `flattened`: names and shapes of the arrays of a Dict observation that were concatenated; None if it is one array.
+    are ±1. `flattened`: names and shapes of the arrays that were concatenated to the observation, of a Dict or with distractors; None
+    if it is one array.
     """
 
     name: str

@@ -49,10 +49,13 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize(("env", "num_envs"), [("probe:delayed-reward", 1), ("gym:Pendulum-v1", 2)])
-def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("env", "num_envs", "distractors"), [("probe:delayed-reward", 1, 0), ("gym:Pendulum-v1", 2, 3)]
+)
+def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, distractors, tmp_path, monkeypatch):
     steps = 90 if num_envs == 1 else 800
-    wanted = config(env=env, num_envs=num_envs, steps=steps, save_every=30, eval_every=10_000, settings=QUICK)
+    given = {"num_envs": num_envs, "steps": steps, "distractors": distractors}
+    wanted = config(env=env, save_every=30, eval_every=10_000, settings=QUICK, **given)
     rl.train(wanted, tmp_path / "whole", progress=False)
     update, calls = Collector.step, []
 

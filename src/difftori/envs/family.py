@@ -21,6 +21,7 @@ from gymnasium.vector import VectorEnv
 
 from difftori.envs.base import chosen_task
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.distractors import Distractors
 from difftori.envs.spaces import CheckedEnv, flat_observations, unit_actions
 from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, suggest
@@ -118,14 +119,15 @@ class ResolvedEnv:
         unit_actions: bool = True,
         flatten_obs: bool = False,
         max_episode_steps: int | None = None,
+        distractors: int = 0,
         **options: object,
     ) -> CheckedVectorEnv:
         """Create `num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
 
         `unit_actions` maps actions in [−1, 1] to the environment's own bounds, which agents need; False leaves the actions
         unchanged. Default: True. `flatten_obs` makes one vector of a Dict observation. `max_episode_steps` truncates episodes
-        after this number of environment steps, a multiple of the action repeat. Raises `ConfigError`, and the errors of the
-        builder.
+        after this number of environment steps, a multiple of the action repeat. `distractors` appends this number of
+        `Distractors` to vector observations. Raises `ConfigError`, and the errors of the builder.
         """
         build = self.family.build
         if self._vector and workers != "sync":
@@ -133,7 +135,9 @@ class ResolvedEnv:
         self._refuse_unknown(options)
         arguments = _filled(build, self, seed, num_envs) | options
         if not self._vector:
-            build_one = partial(_build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps)
+            build_one = partial(
+                _build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps, distractors
+            )
             return launch(
                 build_one,
                 name=self.name,
@@ -143,10 +147,10 @@ class ResolvedEnv:
                 timeout=timeout,
                 restarts=restarts,
             )
-        if flatten_obs or max_episode_steps is not None:
+        if flatten_obs or distractors or max_episode_steps is not None:
             raise ConfigError(
                 [
-                    f"flatten_obs, max_episode_steps: {self.name!r} builds a vector environment, which these do not change. "
+                    f"flatten_obs, max_episode_steps, distractors: {self.name!r} builds a vector environment, which these do not change. "
                     "Fix: remove them, or return a single environment"
                 ]
             )
@@ -217,7 +221,13 @@ def _parameters(build: Callable[..., object], name: str) -> dict[str, inspect.Pa
 
 
 def _build(
-    build: Callable[..., object], arguments: dict[str, Any], name: str, unit: bool, flat: bool, limit: int | None
+    build: Callable[..., object],
+    arguments: dict[str, Any],
+    name: str,
+    unit: bool,
+    flat: bool,
+    limit: int | None,
+    distractors: int,
 ) -> gymnasium.Env:
     """Build one environment and convert it to the library's conventions. Runs in the worker's process."""
     env = build(**arguments)
@@ -227,6 +237,7 @@ def _build(
     env = flat_observations(env, name=name) if flat else env
     steps = None if limit is None else -(-limit // env.metadata.get("action_repeat", 1))
     env = CheckedEnv(env, name=name, max_episode_steps=steps)
+    env = Distractors(env, distractors, name=name) if distractors else env
     return unit_actions(env, name=name) if unit else env
 
 

@@ -39,6 +39,9 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Truncate episodes after this number of environment steps. Default: the environment's own limit."""
     flatten_obs: bool = False
     """Make one vector of an environment's Dict observation."""
+    distractors: int = Field(0, ge=0)
+    """Numbers appended to every vector observation that say nothing about the task: autoregressive noise of variance 1, drawn anew in
+    each episode. 0: none."""
     render: Literal["default", "fast", "warp"] = "default"
     """Rendering of images. Only results with `default` are comparable with published ones."""
     workers: Literal["sync", "async"] = "sync"
@@ -87,6 +90,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
             workers=self.workers,
             flatten_obs=self.flatten_obs,
             max_episode_steps=self.max_episode_steps,
+            distractors=self.distractors,
             **options,
         )
 
@@ -109,6 +113,8 @@ def parse_rl_config(
     env = resolved(resolve_env, given.get("env", RLConfig.model_fields["env"].default), faults)
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
+    if config is not None and config.distractors and config.obs == "pixels":
+        faults.append("distractors: images take none. Fix: --obs state, or remove --distractors")
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     vars(config).update(agent_type=agent, environment=env)
