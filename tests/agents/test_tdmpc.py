@@ -1,9 +1,12 @@
 """TD-MPC's loss against the sum written out, and its schedules."""
 
+import pytest
 import torch
 
+from difftori.agents.latent_model import trained_by_model_loss
 from difftori.agents.losses import model_loss, prior_loss
-from tests.support.agents import act, build, segment
+from difftori.agents.optim import GuardedOptimizer
+from tests.support.agents import act, build, randomised, segment
 
 
 def test_the_loss_is_equation_3_written_out():
@@ -74,3 +77,32 @@ def test_planning_finds_what_the_model_promises():
     random = 2 * torch.rand(200, 8, 2) - 1
     worth = agent.model.reward(latent.expand(200, 8, 8), random)
     assert (agent.model.reward(latent, best) >= worth.quantile(0.9, dim=0)).all()
+
+
+@pytest.mark.parametrize("name", ["tdmpc", "difftori"])
+def test_reward_and_value_shape_the_latent_only_if_they_may(name):
+    def trained(consistency_coef, **settings):
+        """The gradient of Eq. 3 by network, with the reward, the value or both weighted."""
+        agent = randomised(name, consistency_coef=consistency_coef, **settings)
+        noise = torch.zeros(3, 8, 2)
+        loss = model_loss(agent.model, agent.target, segment(), segment().obs, noise, agent.settings.coefficients())
+        optimizer = GuardedOptimizer(trained_by_model_loss(agent.model), 1.0)
+        return optimizer.by_network(optimizer.gradient(loss.total)), loss.total
+
+    for weights in ({"reward_coef": 0.0}, {"value_coef": 0.0}):
+        shaped, _ = trained(0.0, **weights)
+        apart, _ = trained(0.0, **weights, reward_shapes_latent=False)
+        assert all(bool(shaped[network].any()) for network in ("encoder", "dynamics"))
+        assert not any(bool(apart[network].any()) for network in ("encoder", "dynamics"))
+        assert all(torch.equal(shaped[network], apart[network]) for network in ("reward", "q"))
+    apart, value = trained(2.0, reward_shapes_latent=False)
+    consistency, _ = trained(2.0, reward_coef=0.0, value_coef=0.0)
+    assert all(torch.equal(apart[network], consistency[network]) for network in ("encoder", "dynamics"))
+    assert torch.equal(value, trained(2.0)[1])
+
+
+def test_the_policy_gradient_term_still_trains_a_latent_that_the_reward_does_not_shape():
+    agent = randomised("difftori", pg="replay", reward_shapes_latent=False)
+    loss = agent.policy_gradient_loss(segment().obs[0], torch.Generator().manual_seed(0))
+    gradient = agent.pg_optimizer.by_network(agent.pg_optimizer.gradient(loss))
+    assert all(bool(gradient[network].any()) for network in ("encoder", "dynamics"))

@@ -313,11 +313,11 @@ class DiffTORI(Agent):
     # Diagnostics
 
     def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:
-        """Compare the two gradients of Eq. 6 on a batch, and Q̃ at the actions of planner and prior.
+        """Compare the two gradients of Eq. 6 on a batch, and Q̃ at the actions of planner and prior, with the losses of Eq. 3 there.
 
         Per network: `ratio`, the norm of the term's gradient over TD-MPC's, and their `cosine`, before clipping. `free`: share of
         a_0's coordinates inside the box; `valid`: share of plans at a strict optimum; `gain`: Q̃(s, a(θ)) − Q̃(s, π(h(s)));
-        `unsolved`: share of plans that are not finite.
+        `unsolved`: share of plans that are not finite. `consistency_loss`, `reward_loss`, `value_loss`: as in an update.
         """
         s = self.settings
         obs = augmented(segment.obs, generator)
@@ -328,7 +328,7 @@ class DiffTORI(Agent):
         plan = self._differentiable_plan(states, generator)
         networks = GuardedOptimizer(trained_by_model_loss(self.model), 1.0, s.pg_clip_norm)
         by_term = networks.by_network(networks.gradient(self._value_loss(states, plan)))
-        metrics: Metrics = {}
+        metrics: Metrics = {name: value.item() for name, value in td.metrics.items() if name != "q"}
         for name, gradient in by_term.items():
             metrics[f"ratio/{name}"] = (gradient.norm() / by_td[name].norm().clamp_min(1e-12)).item()
             metrics[f"cosine/{name}"] = torch.cosine_similarity(gradient, by_td[name], 0).item()

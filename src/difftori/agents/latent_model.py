@@ -65,6 +65,9 @@ class LatentModelConfig(AgentConfig):
     """Weight c_1 of the loss of the reward."""
     value_coef: float = Field(0.1, ge=0)
     """Weight c_2 of the loss of the action values."""
+    reward_shapes_latent: bool = True
+    """Train encoder and latent dynamics on the losses of reward and action values too, as in Eq. 3. Otherwise only the consistency
+    loss trains them (and DiffTORI's policy-gradient term): a model for prediction that does not know the task."""
     clip_norm: float = Field(10.0, gt=0)
     """Largest norm of a gradient; longer ones are scaled down to it."""
     ema: float = Field(0.01, gt=0, le=1)
@@ -90,7 +93,8 @@ class LatentModelConfig(AgentConfig):
 
     def coefficients(self) -> ModelCoefficients:
         """The weights of Eq. 3."""
-        return ModelCoefficients(self.discount, self.rho, self.reward_coef, self.value_coef, self.consistency_coef)
+        weights = (self.reward_coef, self.value_coef, self.consistency_coef)
+        return ModelCoefficients(self.discount, self.rho, *weights, self.reward_shapes_latent)
 
     def learning(self, spec: EnvSpec) -> tuple[float, int]:
         """Learning rate and batch size. Default: those for the observation type."""

@@ -19,13 +19,17 @@ CEILING = 1e4
 
 
 class ModelCoefficients(NamedTuple):
-    """γ, ρ, and the weights c_1 (reward), c_2 (value) and c_3 (consistency) of Eq. 3."""
+    """γ, ρ, and the weights c_1 (reward), c_2 (value) and c_3 (consistency) of Eq. 3.
+
+    `shapes_latent`: whether the losses of reward and value train encoder and dynamics.
+    """
 
     discount: float
     rho: float
     reward: float
     value: float
     consistency: float
+    shapes_latent: bool = True
 
 
 class ModelLoss(NamedTuple):
@@ -50,9 +54,10 @@ def model_loss(
         latents.append(model.next(latents[-1], action))
     path = torch.stack(latents)
     weight = step_weights(segment, c.rho)
-    q = model.q(path[:-1], segment.actions)
+    start = path[:-1] if c.shapes_latent else path[:-1].detach()
+    q = model.q(start, segment.actions)
     consistency = (weight * (path[1:] - target_latents).square().mean(-1)).sum(0)
-    reward = (weight * (model.reward(path[:-1], segment.actions) - segment.rewards).square()).sum(0)
+    reward = (weight * (model.reward(start, segment.actions) - segment.rewards).square()).sum(0)
     errors = q - target_values
     value = (weight * errors.square().sum(0)).sum(0)
     rows = (

@@ -28,6 +28,7 @@ _NOT_DISTINGUISHING = {
     "agent",
     "policy",
     "env",
+    "distractors",
     "seed",
     "data_seed",
     "demos",
@@ -236,9 +237,11 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
 
 
 def _task(config: Mapping[str, Any]) -> str:
-    """Return the name of a run's task: the environment, or without one the data set, and the observation type."""
+    """Return the name of a run's task: the environment, or without one the data set, the observation type, and distractors."""
     name = Path(str(config["demos"])).stem if config["env"] == "none" else config["env"]
-    return f"{name} ({config['obs']})" if config.get("obs") else name
+    count = config.get("distractors")
+    further = [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])]
+    return f"{name} ({', '.join(further)})" if further else name
 
 
 def _full_return(env: str) -> float | None:
@@ -275,9 +278,9 @@ def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple
 
 
 def _distinguishing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the settings in which configurations differ."""
+    """Return the settings in which configurations differ. One that an earlier version did not write is no difference."""
     keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING
-    return {key for key in keys if len({repr(config.get(key)) for config in configs}) > 1}
+    return {key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1}
 
 
 def _shown(value: Any) -> str:
