@@ -1,24 +1,20 @@
-"""Studies of reinforcement learning on made-up runs: which runs, what is read, what is compared, what is written."""
+"""Studies of reinforcement learning on made-up runs: what is read, what is compared, what is written."""
 
-import csv
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from difftori.cli import main
-from difftori.config import fields_of, overlay, read_tokens
 from difftori.errors import ConfigError, DataError
 from difftori.experiments import pool
 from difftori.experiments.diagnostics import diagnostics, diagnostics_table
-from difftori.experiments.paper import figure3, figure5, figure6, figure7
-from difftori.experiments.records import RecordFile, read_run
-from difftori.experiments.rl_study import TASKS, RLStudy, budget_name, make_curves, partial_reasons, plan_runs
+from difftori.experiments.paper import figure3, figure5, figure6, figure7, mismatch_latent
+from difftori.experiments.rl_study import plan_runs
 from difftori.experiments.rl_tables import (
     ALL_TASKS,
     OURS,
@@ -29,106 +25,14 @@ from difftori.experiments.rl_tables import (
     seed_results,
     summarise,
 )
-from difftori.experiments.study import Result, comparable, config_mismatch
 from difftori.paper.curves import published_curves
-from difftori.paper.numbers import paper_tasks
-from difftori.trainers import reinforcement
 from tests.support.fabricated import write_run
-
-ALL = tuple(figure3.METHODS.values())
-PAIR = ALL[:2]
+from tests.support.rl_studies import ALL, PAIR, curves_of, fill, lines, record_file, result_of, small_study
 
 
 @pytest.fixture
 def small(tmp_path):
-    def build(config_type=figure3.Config, **values):
-        given = {
-            "tasks": ("cup-catch", "walker-walk"),
-            "seeds": 2,
-            "steps": 50_000,
-            "obs": "state",
-            "budget": 0,
-            "runs": tmp_path / "runs",
-            "out": tmp_path / "out",
-        }
-        return config_type(**(given | values))
-
-    return build
-
-
-def fill(config, methods, ends):
-    """Every run of the study, with the end return that `ends(run)` gives; None leaves it out."""
-    for run in plan_runs(config, methods):
-        if (end := ends(run)) is not None:
-            write_run(run, end=end)
-
-
-def curves_of(config, methods=PAIR):
-    return make_curves(config, methods, say=lambda text: None)
-
-
-def result_of(run) -> Result:
-    """The run with what its folder holds."""
-    record = read_run(run.spec.folder)
-    assert record is not None
-    return Result(run, record)
-
-
-def record_file(config) -> RecordFile:
-    return RecordFile(config.out / "runs" / f"{budget_name(config)}.jsonl")
-
-
-def lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_tasks_are_the_papers():
-    assert list(TASKS) == [row.task for row in paper_tasks()]
-
-
-def test_the_defaults_are_the_full_study_and_anything_less_says_why(small):
-    assert partial_reasons(figure3.Config()) == []
-    reasons = partial_reasons(small(preset="compact"))
-    assert reasons == [
-        "states instead of pixels",
-        "preset compact",
-        "50000 of 1000000 steps",
-        "2 of 5 seeds",
-        "2 of 15 tasks",
-    ]
-    assert partial_reasons(figure3.Config(quick=True))[0] == "quick"
-
-
-def test_runs_come_seed_by_seed_and_arms_in_pairs(small):
-    runs = plan_runs(small(), PAIR)
-    assert [(run.seed, run.task, run.method.label) for run in runs[:5]] == [
-        (0, "cup-catch", "difftori"),
-        (0, "cup-catch", "tdmpc"),
-        (0, "walker-walk", "difftori"),
-        (0, "walker-walk", "tdmpc"),
-        (1, "cup-catch", "difftori"),
-    ]
-    assert len({run.spec.folder for run in runs}) == len(runs) == 8
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_command_of_a_run_means_its_configuration(small, quick):
-    methods = [*ALL, *figure5.FORMS.values(), *figure6.METHODS]
-    for run in plan_runs(small(quick=quick, seeds=1), methods):
-        kind = reinforcement()
-        _, agent, *options = run.spec.words
-        given = read_tokens(options)
-        assert given.pop("out") == [str(run.spec.folder)]
-        assert given.pop("quiet") == []
-        config_type = kind.config_type(kind.find(agent))
-        assert set(given) <= set(fields_of(config_type)) | set(fields_of(fields_of(config_type)["settings"]))
-        assert kind.parse(overlay({"agent": agent}, given, config_type)) == run.config
-
-
-def test_drqv2_has_its_authors_return_of_one_step_on_walker(small):
-    runs = [run for run in plan_runs(small(seeds=1), ALL) if run.method.label == "drqv2"]
-    assert [(run.task, run.config.settings.horizon) for run in runs] == [("cup-catch", 3), ("walker-walk", 1)]
+    return partial(small_study, tmp_path)
 
 
 def test_figure_3_names_the_agents_that_it_leaves_out(small):
@@ -138,14 +42,6 @@ def test_figure_3_names_the_agents_that_it_leaves_out(small):
     out = config.out / "figure3" / "partial" / "state-paper-50000"
     assert {row["method"] for row in lines(out / "seeds.csv")} == {"tdmpc", "sac"}
     assert "without difftori, drqv2" in (out / "summary.md").read_text()
-
-
-def test_figures_share_their_runs(small):
-    default = {run.spec.folder for run in plan_runs(small(), PAIR)}
-    assert {run.spec.folder for run in plan_runs(small(), [figure6.WHOLE])} < default
-    forms = [plan_runs(small(), [method])[0] for method in figure5.FORMS.values()]
-    assert len({run.spec.folder for run in forms}) == len(forms)
-    assert sum(run.spec.folder in default for run in forms) == 1
 
 
 def test_a_record_is_read_from_the_log(small):
@@ -226,26 +122,6 @@ def test_diagnostics_are_medians_of_the_second_half(small):
     assert (found.correlation, found.free, found.strict) == pytest.approx((0.5, 0.4, 0.3))
     assert (found.norm_ratio, found.cosine) == pytest.approx((3.0, 0.3))
     assert "+45.500" in diagnostics_table([found])
-
-
-def test_what_decides_and_what_does_not(small):
-    config = small()
-    run = plan_runs(config, PAIR)[0]
-    write_run(run, end=1.0)
-    source = run.spec.folder / "config.yaml"
-    text = source.read_text()
-    source.write_text(text.replace("device: cpu", "device: cuda").replace("threads: 1", "threads: 4"))
-    wanted = comparable(run.config.model_dump(mode="json"))
-    assert config_mismatch(wanted, result_of(run).record.config) == []
-    source.write_text(text.replace("discount: 0.99", "discount: 0.9"))
-    assert config_mismatch(wanted, result_of(run).record.config) == ["settings.discount: 0.99 requested, 0.9"]
-    with pytest.raises(ConfigError, match="choose another"):
-        curves_of(config)
-
-
-def test_without_any_run_nothing_is_drawn(small):
-    with pytest.raises(ConfigError, match="no results in"):
-        curves_of(small())
 
 
 def test_ours_and_published_are_compared_at_the_same_steps_only(small):
@@ -346,17 +222,6 @@ def test_the_same_runs_give_the_same_bytes(small):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_only_the_full_study_takes_the_full_place(small):
-    config = small(tasks=TASKS, seeds=5, steps=1_000_000, obs="pixels", eval_every=500_000)
-    fill(config, PAIR, lambda run: 500.0)
-    curves = curves_of(config)
-    assert curves.reasons == ()
-    assert curves.folder("figure3", "b") == config.out / "figure3"
-    (plan_runs(config, PAIR)[-1].spec.folder / "summary.json").unlink()
-    record_file(config).path.unlink()
-    assert curves_of(config).folder("figure3", "b") == config.out / "figure3" / "partial" / "b"
-
-
 def test_times_are_compared_on_the_same_hardware(small):
     config = small(figure7.Config, tasks=("cup-catch",))
     for run in plan_runs(config, PAIR):
@@ -368,12 +233,6 @@ def test_times_are_compared_on_the_same_hardware(small):
     assert (rows[0].difftori_action, rows[0].tdmpc_update) == (pytest.approx(30), pytest.approx(20))
     assert [rows[0].action_ratio, rows[0].update_ratio, rows[0].step_ratio] == pytest.approx([3, 3, 3])
     assert rows[0].tdmpc_step == pytest.approx(15)
-
-
-def test_unknown_tasks_and_empty_choices_are_refused():
-    for values in ({"tasks": ("cup",)}, {"tasks": ()}, {"seeds": 0}, {"budget": -1}):
-        with pytest.raises(ValidationError):
-            RLStudy(**values)
 
 
 def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeypatch):
@@ -398,7 +257,7 @@ def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", [figure3, figure5, figure6, figure7])
+@pytest.mark.parametrize("study", [figure3, figure5, figure6, figure7, mismatch_latent])
 def test_quick_studies_run_in_processes(study, small):
     config = small(study.Config, quick=True, seeds=1, jobs=2, budget=None)
     study.run(config)

@@ -31,14 +31,18 @@ class Distractors(gymnasium.Wrapper):
         if faults := numeric_faults(distractors=count) or _faults(space, name):
             raise ConfigError(faults)
         assert isinstance(space, Box)
-        low, high = (np.append(bound, np.full(count, end)) for bound, end in ((space.low, -np.inf), (space.high, np.inf)))
+        low, high = (
+            np.append(bound, np.full(count, end)) for bound, end in ((space.low, -np.inf), (space.high, np.inf))
+        )
         self.observation_space = Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
         parts = env.metadata.get("flattened") or (("state", space.shape),)
         self.metadata = {**env.metadata, "flattened": (*parts, ("distractors", (count,)))}
         self._random = np.random.default_rng()
         self._values = np.zeros(count)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin an episode, with distractors from their stationary distribution."""
         observation, info = self.env.reset(seed=seed, options=options)
         if seed is not None:
@@ -60,7 +64,9 @@ class Distractors(gymnasium.Wrapper):
 def _faults(space: gymnasium.Space, name: str) -> list[str]:
     """Return an error message if observations of this space are no vectors."""
     if isinstance(space, Dict):
-        return [f"--distractors: the observations of {name} are a dictionary. Fix: make one vector of them, --flatten-obs"]
+        return [
+            f"--distractors: the observations of {name} are a dictionary. Fix: make one vector of them, --flatten-obs"
+        ]
     if not isinstance(space, Box) or len(space.shape) != 1:
         return [
             f"--distractors: the observations of {name} are {space}, no vectors. Fix: choose --obs state, or remove --distractors"

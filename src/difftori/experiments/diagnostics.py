@@ -1,7 +1,8 @@
 """Diagnostics of the policy-gradient term in each run: its critic, its planner, its gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,11 @@ from difftori.experiments.rl_study import Curves
 from difftori.experiments.study import Result
 from difftori.experiments.tables import columns, markdown_table, number
 
-_NETWORKS = ("encoder", "dynamics", "reward", "q")
+RATIOS, COSINES = (
+    tuple(f"diagnosis/{measure}/{network}" for network in ("encoder", "dynamics", "reward", "q"))
+    for measure in ("ratio", "cosine")
+)
+"""Names of the metrics that compare the gradients of the term and of Eq. 3, one for each network."""
 
 NOTES = """\
 Medians over the evaluations of the second half of all runs, before clipping. `Q̃ / return`: the critic's value of the observations and
@@ -66,13 +71,18 @@ def diagnostics_table(rows: Sequence[Diagnostic]) -> str:
     return markdown_table(columns(cells))
 
 
+def logged(rows: Sequence[Mapping[str, Any]], *names: str) -> list[float]:
+    """Return the values of these metrics in all rows that have them; NaN is stored as None and left out."""
+    return [row[name] for name in names for row in rows if row.get(name) is not None]
+
+
 def _late(result: Result) -> list[dict]:
     return [row for row in result.record.returns if row["step"] > result.run.config.steps / 2]
 
 
 def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) -> Diagnostic:
-    def of(name: str) -> list[float]:
-        return [row[name] for row in rows if row.get(name) is not None]
+    def of(*names: str) -> list[float]:
+        return logged(rows, *names)
 
     calibration = [(row["eval/obs_q"], row["eval/discounted_return"]) for row in rows if "eval/obs_q" in row]
     over = [value / followed for value, followed in calibration if followed]
@@ -85,7 +95,7 @@ def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) 
         gain=float(np.median(of("diagnosis/gain"))),
         free=float(np.median(of("diagnosis/free"))),
         strict=float(np.median(of("diagnosis/valid"))),
-        norm_ratio=float(np.median([value for name in _NETWORKS for value in of(f"diagnosis/ratio/{name}")])),
-        cosine=float(np.median([value for name in _NETWORKS for value in of(f"diagnosis/cosine/{name}")])),
+        norm_ratio=float(np.median(of(*RATIOS))),
+        cosine=float(np.median(of(*COSINES))),
         label=label,
     )

@@ -26,6 +26,7 @@ from difftori.experiments.rl_tables import (
 )
 from difftori.experiments.study import Method
 from difftori.experiments.tables import (
+    Column,
     columns,
     difference_table,
     interval,
@@ -38,14 +39,26 @@ from difftori.experiments.tables import (
 
 Draw = Callable[[Curves, Path, Sequence[Summary], Sequence[Aggregate]], list[str]]
 """A function that writes a study's own tables and figures into a directory, and returns the parts of its page."""
+Tables = Callable[[Curves], Mapping[str, Sequence[Column]]]
+"""A function that returns the tables to print, by title."""
+PAPER = "Not comparable with the paper's figure."
 
 
 def run_curves(
-    config: RLStudy, methods: Sequence[Method], draw: Draw, *, study: str, title: str, further: Sequence[str] = ()
+    config: RLStudy,
+    methods: Sequence[Method],
+    draw: Draw,
+    *,
+    study: str,
+    title: str,
+    further: Sequence[str] = (),
+    tables: Tables | None = None,
+    warning: str = PAPER,
 ) -> None:
     """Run the missing runs, and write `out/<study>`: the tables of all learning curves, the output of `draw`, and the page.
 
-    `further` are reasons that make the study partial. Raises RunsFailedError at the end if runs failed.
+    `further` are reasons that make the study partial, `warning` is the page's sentence if it is. `tables` are printed (default: the
+    returns by task and method). Raises RunsFailedError at the end if runs failed.
     """
     console = Console()
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -56,8 +69,12 @@ def run_curves(
     write_csv(out / "curves.csv", points(curves))
     write_csv(out / "summary.csv", summaries)
     write_csv(out / "aggregate.csv", rows)
-    write_page(out, title, [preface(curves), *draw(curves, out, summaries, rows)])
-    show(console, curves, summaries, title, out)
+    write_page(out, title, [preface(curves, warning), *draw(curves, out, summaries, rows)])
+    shown = {"": _returns(summaries)} if tables is None else tables(curves)
+    for name, table in shown.items():
+        if table and table[0].cells:
+            console.print(screen_table(f"{', '.join(filter(None, (title, name)))}, {curves.label}", table))
+    console.print(f"Tables and figures are in {out}.", soft_wrap=True)
     report_failures(curves.failures)
 
 
@@ -80,14 +97,10 @@ def run_ablation(
     run_curves(config, methods, draw, study=study, title=title, further=further)
 
 
-def preface(curves: Curves) -> str:
+def preface(curves: Curves, warning: str = PAPER) -> str:
     """Return the first paragraph of the page: protocol, completeness, hardware, software and command."""
     config = curves.options
-    label = (
-        f"**PARTIAL STUDY: {', '.join(curves.reasons)}.** Not comparable with the paper's figure."
-        if curves.reasons
-        else "Full study."
-    )
+    label = f"**PARTIAL STUDY: {', '.join(curves.reasons)}.** {warning}" if curves.reasons else "Full study."
     hardware = sorted({result.record.hardware for result in curves.runs})
     software = sorted({_software(result.record.versions) for result in curves.runs})
     return (
@@ -134,18 +147,17 @@ def aggregate_table(rows: Sequence[Aggregate]) -> str:
     return markdown_table(columns(texts))
 
 
-def show(console: Console, curves: Curves, summaries: Sequence[Summary], title: str, out: Path) -> None:
-    """Print our results, and the directory of tables and figures."""
+def _returns(summaries: Sequence[Summary]) -> list[Column]:
+    """Return the columns of our results: the return by task and method."""
     rows = [row for row in summaries if row.origin == OURS]
-    if rows:
-        texts = {
+    return columns(
+        {
             "task": [row.task for row in rows],
             "method": [row.method for row in rows],
             "steps": [f"{row.steps:,}" for row in rows],
             "return": [_cell(row) for row in rows],
         }
-        console.print(screen_table(f"{title}, {curves.label}", columns(texts)))
-    console.print(f"Tables and figures are in {out}.", soft_wrap=True)
+    )
 
 
 PAIRED_NOTES = """\

@@ -108,15 +108,17 @@ def budget_name(config: RLStudy) -> str:
 
 
 def partial_reasons(config: RLStudy) -> list[str]:
-    """Return the reasons why the configuration is less than the full study; empty if it is the full study."""
+    """Return the reasons why the configuration is less than the full study, which its defaults are; empty if it is not less."""
+    full: dict[str, Any] = {name: field.default for name, field in type(config).model_fields.items()}
+    tasks, names = set(full["tasks"]), {"state": "states", "pixels": "pixels"}
     checks = {
         "quick": config.quick,
-        "states instead of pixels": config.obs != "pixels",
-        f"preset {config.preset}": config.preset != "paper",
-        f"action repeat {config.action_repeat}": config.action_repeat is not None,
-        f"{num_steps(config)} of {FULL_STEPS} steps": num_steps(config) < FULL_STEPS,
-        f"{num_seeds(config)} of {FULL_SEEDS} seeds": num_seeds(config) < FULL_SEEDS,
-        f"{len(set(config.tasks))} of {len(TASKS)} tasks": set(config.tasks) != set(TASKS),
+        f"{names[config.obs]} instead of {names[full['obs']]}": config.obs != full["obs"],
+        f"preset {config.preset}": config.preset != full["preset"],
+        f"action repeat {config.action_repeat}": config.action_repeat != full["action_repeat"],
+        f"{num_steps(config)} of {full['steps']} steps": num_steps(config) < full["steps"],
+        f"{num_seeds(config)} of {full['seeds']} seeds": num_seeds(config) < full["seeds"],
+        f"{len(tasks & set(config.tasks))} of {len(tasks)} tasks": not tasks <= set(config.tasks),
     }
     return [reason for reason, holds in checks.items() if holds]
 
@@ -177,6 +179,7 @@ def _plan(config: RLStudy, task: str, method: Method, seed: int) -> StudyRun:
         "seed": seed,
         "eval_every": QUICK_STEPS // 3 if config.quick else config.eval_every,
         "device": config.device,
+        **method.options,
     }
     if config.action_repeat is not None and not config.quick:
         options["action_repeat"] = config.action_repeat
@@ -193,5 +196,6 @@ def _folder_name(method: Method, settings: dict[str, Any]) -> str:
     """Return the folder name of a method. It includes `pg`, so that it stays valid if the default changes."""
     resolved = find_agent(method.trains).Config.model_validate(settings).model_dump()
     named = {"pg": resolved["pg"], **method.settings} if "pg" in resolved else dict(method.settings)
+    named |= method.options
     words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in named.items()}
     return "_".join([method.trains, *(f"{name}-{value}" for name, value in words.items())])
