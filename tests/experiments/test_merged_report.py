@@ -77,6 +77,25 @@ def test_methods_are_named_by_what_tells_them_apart(reward):
     assert found.runs[0].command == "difftori train it"
 
 
+def test_a_setting_that_an_earlier_version_did_not_write_is_no_difference(tmp_path):
+    agent_run(tmp_path / "before", 1.0, agent="tdmpc", seed=0, lr=0.1)
+    agent_run(tmp_path / "now", 2.0, agent="tdmpc", seed=1, lr=0.1, reward_shapes_latent=True)
+    assert {run.method for run in gather([tmp_path]).runs} == {"tdmpc"}
+    agent_run(tmp_path / "other", 2.0, agent="tdmpc", seed=1, lr=0.1, reward_shapes_latent=False)
+    shapes = "tdmpc, reward_shapes_latent "
+    assert {run.method for run in gather([tmp_path]).runs} == {"tdmpc", f"{shapes}True", f"{shapes}False"}
+
+
+def test_distractors_are_part_of_the_task(tmp_path):
+    for seed, count in ((0, None), (1, 0), (0, 16)):
+        place = agent_run(tmp_path / f"{seed}-{count}", 1.0, agent="tdmpc", seed=seed)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(yaml.safe_dump(config | ({} if count is None else {"distractors": count})))
+    found = {(run.task, run.method, run.seed) for run in gather([tmp_path]).runs}
+    plain = "dmc:cup-catch (state)"
+    assert found == {(plain, "tdmpc", 0), (plain, "tdmpc", 1), ("dmc:cup-catch (state, 16 distractors)", "tdmpc", 0)}
+
+
 def test_numbers_by_hand(reward):
     (section,) = sections(gather([reward]).runs)
     assert section.measure.name == "return"

@@ -24,6 +24,7 @@ from difftori.rl.evaluate import evaluate, evaluate_run, load_agent
 from difftori.rollout import episode_seed
 from difftori.runs.checkpoint import Checkpoints, read_weights, weights_digest, write_weights
 from difftori.runs.records import read_metrics, to_yaml
+from difftori.runs.run import differences
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2}
 TINY |= {"seed_steps": 40, "schedule_steps": 200}
@@ -191,6 +192,17 @@ def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monke
 
 def rows_length(path: Path) -> float:
     return next(row["train/length"] for row in read_metrics(path) if "train/length" in row)
+
+
+def test_a_configuration_of_an_earlier_version_has_the_defaults(tmp_path):
+    wanted = config()
+    before = wanted.model_dump(mode="json")
+    del before["distractors"], before["settings"]["reward_shapes_latent"]
+    assert differences(before, wanted) == []
+    assert parse_rl_config(before) == wanted
+    assert differences(before, config(distractors=2)) == ["distractors: 2 here, 0 in the directory's config.yaml"]
+    with pytest.raises(ConfigError, match="images take none"):
+        config(distractors=2, obs="pixels")
 
 
 def test_evaluation_repeats_itself(tmp_path):
