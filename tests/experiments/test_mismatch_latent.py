@@ -103,17 +103,17 @@ def test_a_cell_has_the_medians_of_its_runs(small):
         for row in rows:
             if "eval/return" in row and row["step"]:
                 row |= {"diagnosis/gain": row["step"] / 1000 + made.seed, "diagnosis/reward_loss": 0.25}
-                row |= {f"diagnosis/cosine/{name}": -0.5 for name in ("encoder", "dynamics", "reward", "q")}
+                row |= {"diagnosis/cosine/encoder": -0.5, "diagnosis/cosine/q": 0.125}
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = curves_of(config, methods(config))
     found = {(row.cell, row.form): row for row in cell_results(curves, cells_of(config), forms_of(config))}
     assert len(found) == 8 * 3
     off = found[NARROW, "off"]
     assert (off.runs, off.final.value) == (2, pytest.approx(310))
-    assert (off.cosine, off.reward_loss, off.value_loss) == (-0.5, 0.25, None)
+    assert (off.cosine_encoder, off.cosine_q, off.reward_loss, off.value_loss) == (-0.5, 0.125, 0.25, None)
     evaluated = range(config.eval_every, config.steps + 1, config.eval_every)
     assert off.gain == pytest.approx(sum(evaluated) / len(evaluated) / 1000 + 0.5)
-    assert found[WIDE, "off"].cosine is None
+    assert found[WIDE, "off"].cosine_encoder is None
 
 
 def test_an_unfinished_run_is_no_result(small):
@@ -121,24 +121,27 @@ def test_an_unfinished_run_is_no_result(small):
     fill(config, methods(config), lambda run: None if of(NARROW, "replay", run) else 100.0)
     curves, forms = curves_of(config, methods(config)), forms_of(config)
     assert len(cell_results(curves, cells_of(config), forms)) == 8 * 3 - 1
-    shown = {column.heading: column.cells for column in tables(curves, cells_of(config), forms)["return"]}
-    line = shown["latent / distractors / shaping"].index("2 / 16 / off")
+    returns, _ = tables(curves, cells_of(config), forms).values()
+    shown = {column.heading: column.cells for column in returns}
+    line = shown["cell"].index("2 / 16 / off")
     assert (shown["off [95 %]"][line], shown["replay − off"][line]) == ("100", "–")
     assert shown["replay-flipped − off"][line] == "+0"
 
 
 def test_every_output_is_written_and_labelled(small, capsys):
-    config = small()
+    config = small(latent_dims=(2,))
     fill(config, methods(config), end_return)
     run(config)
     out = config.out / "mismatch_latent" / "partial" / "state-small-50000-repeat4"
     common = {"seeds.csv", "curves.csv", "summary.csv", "aggregate.csv", "summary.md"}
     assert {path.name for path in out.iterdir()} == common | {"cells.csv", "differences.csv", "advantage.svg"}
     page = (out / "summary.md").read_text()
-    assert "without latent dims 4, 50, without distractors 64, without forms per-episode, per-episode-flipped" in page
+    assert (
+        "without latent dims 4, 8, 50, without distractors 64, without forms per-episode, per-episode-flipped" in page
+    )
     assert "the paper's figure" not in page
     assert "+45 [-19, +109]" in page
     assert "partial study" in (out / "advantage.svg").read_text()
     assert {row["form"] for row in lines(out / "differences.csv")} == {"replay", "replay-flipped"}
-    assert len(lines(out / "cells.csv")) == 2 * 8 * 3
-    assert "diagnostics, partial" in " ".join(capsys.readouterr().out.split())
+    assert len(lines(out / "cells.csv")) == 2 * 4 * 3
+    assert "diagnostics by cell" in " ".join(capsys.readouterr().out.split())

@@ -10,7 +10,7 @@ from difftori.experiments.rl_study import Curves
 from difftori.experiments.study import Result
 from difftori.experiments.tables import columns, markdown_table, number
 
-RATIOS, COSINES = (
+_RATIOS, _COSINES = (
     tuple(f"diagnosis/{measure}/{network}" for network in ("encoder", "dynamics", "reward", "q"))
     for measure in ("ratio", "cosine")
 )
@@ -95,7 +95,7 @@ def _median(rows: list[dict], *, task: str, method: str, runs: int, label: str) 
         gain=float(np.median(of("diagnosis/gain"))),
         free=float(np.median(of("diagnosis/free"))),
         strict=float(np.median(of("diagnosis/valid"))),
-        norm_ratio=float(np.median(of(*RATIOS))),
-        cosine=float(np.median(of(*COSINES))),
+        norm_ratio=float(np.median(of(*_RATIOS))),
+        cosine=float(np.median(of(*_COSINES))),
         label=label,
     )

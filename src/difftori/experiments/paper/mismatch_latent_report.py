@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from difftori.experiments.diagnostics import COSINES, logged
+from difftori.experiments.diagnostics import logged
 from difftori.experiments.paper.figure5 import FORMS, Form
 from difftori.experiments.plots import footnote, look, shared_legend, style
 from difftori.experiments.rl_study import Curves, full_return, observation
@@ -19,15 +19,17 @@ from difftori.experiments.tables import Column, columns, interval, number
 
 Shaping = Literal["on", "off"]
 _LOSSES = ("consistency_loss", "reward_loss", "value_loss")
+_CELL = "(latent / distractors / shaping)"
 _DODGE = 0.12
 """Distance of two forms in a panel, in latent dimensions."""
 
-NOTES = """\
+NOTES = f"""\
+A cell is {_CELL[1:-1]}: latent dimension, number of distractors, and whether the losses of reward and value train encoder and dynamics.
 `off`: return of the last evaluation without the term, with Student's 95 % interval over seeds; the next columns are the differences of
 the other forms from it, paired by seed (all tasks: the mean of the tasks' means, with its stratified bootstrap interval). `flipped`: the
-opposite sign of c_0. Reward shaping `off`: the losses of reward and value do not train encoder and dynamics. The diagnostics are
-medians over all evaluations of all runs after the first update: the cosine of the term's gradient and that of Eq. 3 on the same batch (over
-four networks as well), `gain` Q̃(s, planner) − Q̃(s, prior), and the losses of Eq. 3 (consistency, reward, value) without weights."""
+opposite sign of c_0. The diagnostics are
+medians over all evaluations of all runs after the first update: `encoder` and `dynamics`, the cosine of the term's gradient and that of
+Eq. 3 on the same batch; `gain`, Q̃(s, planner) − Q̃(s, prior); and the losses of Eq. 3 (consistency, reward, value) without weights."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class CellResult:
     runs: int
     final: Estimate
     area: Estimate
-    cosine: float | None
+    cosine_encoder: float | None
+    cosine_dynamics: float | None
+    cosine_reward: float | None
+    cosine_q: float | None
     gain: float | None
     consistency_loss: float | None
     reward_loss: float | None
@@ -129,8 +134,8 @@ def tables(curves: Curves, cells: Sequence[Cell], forms: Sequence[Form]) -> dict
     """Return the tables of the study by title: returns and differences, and diagnostics."""
     results = cell_results(curves, cells, forms)
     return {
-        "return": _returns(curves, results, advantages(curves, cells, forms), forms),
-        "diagnostics": _diagnostics(results),
+        f"return by cell {_CELL}": _returns(curves, results, advantages(curves, cells, forms), forms),
+        f"diagnostics by cell {_CELL}": _diagnostics(results),
     }
 
 
@@ -185,8 +190,8 @@ def _draw_panel(axis: Axes, rows: Sequence[Advantage], forms: Sequence[str], siz
 def _cell_result(results: Sequence[Result], task: str, cell: Cell, form: Form, label: str) -> CellResult:
     rows = [row for result in results for row in result.record.returns]
 
-    def median(*names: str) -> float | None:
-        values = logged(rows, *names)
+    def median(name: str) -> float | None:
+        values = logged(rows, name)
         return float(np.median(values)) if values else None
 
     return CellResult(
@@ -198,7 +203,10 @@ def _cell_result(results: Sequence[Result], task: str, cell: Cell, form: Form, l
         runs=len(results),
         final=student_interval(np.array([result.returns[-1] for result in results])),
         area=student_interval(np.array([result.area for result in results])),
-        cosine=median(*COSINES),
+        cosine_encoder=median("diagnosis/cosine/encoder"),
+        cosine_dynamics=median("diagnosis/cosine/dynamics"),
+        cosine_reward=median("diagnosis/cosine/reward"),
+        cosine_q=median("diagnosis/cosine/q"),
         gain=median("diagnosis/gain"),
         consistency_loss=median("diagnosis/consistency_loss"),
         reward_loss=median("diagnosis/reward_loss"),
@@ -229,7 +237,8 @@ def _diagnostics(results: Sequence[CellResult]) -> list[Column]:
     texts = _places([(row.task, row.cell) for row in results])
     texts |= {
         "form": [row.form for row in results],
-        "cosine": [_signed(row.cosine, 2) for row in results],
+        "encoder": [_signed(row.cosine_encoder, 2) for row in results],
+        "dynamics": [_signed(row.cosine_dynamics, 2) for row in results],
         "gain": [_signed(row.gain, 3) for row in results],
     }
     for name in _LOSSES:
@@ -240,7 +249,7 @@ def _diagnostics(results: Sequence[CellResult]) -> list[Column]:
 def _places(lines: Sequence[tuple[str, Cell]]) -> dict[str, list[str]]:
     return {
         "task": [task for task, _ in lines],
-        "latent / distractors / shaping": [f"{c.latent_dim} / {c.distractors} / {c.shaping}" for _, c in lines],
+        "cell": [f"{c.latent_dim} / {c.distractors} / {c.shaping}" for _, c in lines],
     }
 
 
