@@ -31,9 +31,9 @@ from difftori.runs.process import versions
 from difftori.runs.progress import Progress
 
 SystemName = Literal["pendulum", "cartpole"]
-FULL_FRICTIONS, FULL_SEEDS, FULL_EPOCHS = (0.0, 0.5, 1.0, 2.0, 4.0), 8, 15
+FULL_FRICTIONS, FULL_SEEDS, FULL_EPOCHS = (0.0, 0.5, 1.0, 2.0, 3.0), 8, 12
 _STEPS = 40
-_QUICK = {"systems": ("pendulum",), "frictions": (1.0,), "horizons": (5,), "seeds": 2, "epochs": 2}
+_QUICK = {"systems": ("pendulum",), "frictions": (1.0,), "horizons": (8,), "seeds": 2, "epochs": 2}
 
 
 class Config(BaseModel):

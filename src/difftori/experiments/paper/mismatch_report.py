@@ -57,8 +57,8 @@ class LevelRow:
     cost: float
     gain_percent: Estimate
     prediction_error: float
-    cosine_exact: float
-    cosine_prediction: float
+    cosine_exact: float | None
+    cosine_prediction: float | None
     valid_gradients: float
     seconds: float
     label: str
@@ -154,8 +154,8 @@ def _rows(record: LevelRecord, label: str) -> list[LevelRow]:
                 cost=float(record.costs[form].mean()),
                 gain_percent=gain(record, form),
                 prediction_error=medians["prediction error"],
-                cosine_exact=medians["cosine of critic's and exact gradient"],
-                cosine_prediction=medians["cosine of policy and prediction gradient"],
+                cosine_exact=medians.get("cosine of critic's and exact gradient"),
+                cosine_prediction=medians.get("cosine of policy and prediction gradient"),
                 valid_gradients=float(np.mean(measures["valid gradients"])),
                 seconds=record.seconds,
                 label=label,

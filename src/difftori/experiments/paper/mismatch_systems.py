@@ -68,7 +68,7 @@ def _pendulum_acceleration(state: Tensor, force: Tensor, parameters: Tensor, fri
 
 
 def _pendulum_reward(state: States, action: Actions) -> Rows:
-    return -(1 - torch.cos(state[..., 0]) + 0.05 * state[..., 1] ** 2 + 0.1 * action[..., 0] ** 2)
+    return -(1 - torch.cos(state[..., 0]) + 0.01 * state[..., 1] ** 2 + 0.03 * action[..., 0] ** 2)
 
 
 def _pendulum_terminal(state: States) -> Rows:

@@ -27,9 +27,10 @@ from difftori.experiments.paper.mismatch_systems import STEP, System
 from difftori.planning import plan
 from difftori.solver import Status
 
-Form = Literal["identified", "return", "both", "flipped", "exact"]
+Form = Literal["return", "both", "flipped", "identified", "exact"]
 FORMS: tuple[Form, ...] = get_args(Form)
-_BY_CRITIC = ("return", "both", "flipped")
+_BY_CRITIC = 3
+"""The first forms use a critic."""
 _FIRST_GUESS, _COLD_STEPS, _WARM_STEPS, _TOLERANCE = 0.01, 60, 8, 1e-3
 _NOISE, _PROCESS_NOISE = 0.1, 0.02
 """Exploration in units of the largest force, and disturbance of the velocities (m/s, rad/s), standard deviations."""
@@ -196,7 +197,7 @@ class Critics:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             networks = [
-                nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 64), nn.ELU(), nn.Linear(64, 1)).double()
+                nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 64), nn.ELU(), nn.Linear(64, 1))
                 for _ in range(groups)
             ]
         self.network = copy.deepcopy(networks[0]).to("meta")
@@ -207,7 +208,7 @@ class Critics:
 
     def value(self, states: Tensor, actions: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Q̃ (G M) of states (G M S) and actions (G M 1)."""
-        inputs = torch.cat((self.system.features(states), actions / self.system.bound), -1)
+        inputs = torch.cat((self.system.features(states), actions / self.system.bound), -1).float()
 
         def one(weights: dict[str, Tensor], rows: Tensor) -> Tensor:
             return functional_call(self.network, weights, (rows,)).squeeze(-1)
@@ -232,7 +233,7 @@ class Critics:
             rows = torch.randint(parts[0].shape[1], (batch,), generator=self.generator)
             states, actions, rewards, following, planned = (part[:, rows] for part in parts)
             with torch.no_grad():
-                target = rewards.squeeze(-1) + self.discount * self.value(following, planned, self.targets)
+                target = rewards.squeeze(-1).float() + self.discount * self.value(following, planned, self.targets)
             loss = (self.value(states, actions) - target).square().mean(1).sum()
             self.optimizer.zero_grad()
             loss.backward()
@@ -256,11 +257,11 @@ class Budget:
     """Extent of one level: seeds, training epochs, episodes per epoch and seed, held-out starts, critic updates per epoch."""
 
     seeds: int = 8
-    epochs: int = 15
+    epochs: int = 12
     episodes: int = 4
     held_out: int = 16
-    updates: int = 200
-    lr: float = 0.03
+    updates: int = 100
+    lr: float = 0.04
     discount: float = 0.95
 
 
@@ -321,10 +322,11 @@ class _Training:
         self.logs = self.first.clone()
         self.optimizer = torch.optim.Adam([self.logs], lr=budget.lr)
         self.initial_error = prediction_error(loop.system, self.data, self.first)
-        self.critics = Critics(loop.system, len(self.logs), budget.discount, seed=0)
+        self.learning = _BY_CRITIC * budget.seeds  # groups with a critic, the first ones
+        self.critics = Critics(loop.system, self.learning, budget.discount, seed=0)
         self.initial_cost = rollouts[-1].costs.reshape(budget.seeds, -1).mean(1).repeat(count)
         for rollout in rollouts:
-            self.critics.add(_repeated(rollout, count), len(self.logs), keep=3)
+            self.critics.add(_rows(rollout, slice(None), times=_BY_CRITIC), self.learning, keep=3)
         self.critics.learn(5 * budget.updates)
         self.history: dict[str, list[Tensor]] = {}
 
@@ -335,7 +337,7 @@ class _Training:
         rows = self.logs.repeat_interleave(budget.episodes, 0)
         rollout = self.loop.run(rows, starts, noise=self.generator, gradient=True)
         self.data = self.data.joined(Transitions.of(rollout, groups))
-        self.critics.add(rollout, groups, keep=3)
+        self.critics.add(_rows(rollout, slice(self.learning * budget.episodes)), self.learning, keep=3)
         self.critics.learn(budget.updates)
         by_critic = self._policy_gradient(rollout)
         exact = _limited(self.loop.return_gradient(rollout).reshape(groups, budget.episodes, -1)).mean(1)
@@ -370,7 +372,11 @@ class _Training:
             {**forms, "true parameters": costs[:1], "true system": best[None]},
             {form: self.logs[self._group(form)].exp().numpy() for form in FORMS},
             {
-                form: {name: torch.stack(rows)[:, self._group(form)].numpy() for name, rows in self.history.items()}
+                form: {
+                    name: torch.stack(rows)[:, self._group(form)].numpy()
+                    for name, rows in self.history.items()
+                    if "cosine" not in name or FORMS.index(form) < _BY_CRITIC
+                }
                 for form in FORMS
             },
         )
@@ -380,13 +386,13 @@ class _Training:
         return slice(index * self.budget.seeds, (index + 1) * self.budget.seeds)
 
     def _policy_gradient(self, rollout: Rollout) -> Tensor:
-        """The gradient (G P) of −Σ_t Q̃(s_t, a*(s_t; θ)), the mean over episodes."""
-        groups = len(self.logs)
-        states, actions, slopes = (
-            part.reshape(groups, -1, part.shape[-1])
-            for part in (rollout.states[:, :-1], rollout.planned, rollout.by_parameters)
-        )
-        return -(self.critics.action_gradient(states, actions) * slopes).sum(1) / self.budget.episodes
+        """The gradient (G P) of −Σ_t Q̃(s_t, a*(s_t; θ)), the mean over episodes; 0 for groups without a critic."""
+        parts = rollout.states[:, :-1], rollout.planned, rollout.by_parameters
+        states, actions, slopes = (part.reshape(len(self.logs), -1, part.shape[-1]) for part in parts)
+        mine = slice(self.learning)
+        gradient = torch.zeros_like(self.logs)
+        gradient[mine] = -(self.critics.action_gradient(states[mine], actions[mine]) * slopes[mine]).sum(1)
+        return gradient / self.budget.episodes
 
     def _prediction(self) -> tuple[Tensor, Tensor]:
         point = self.logs.detach().requires_grad_()
@@ -412,5 +418,6 @@ def _limited(gradients: Tensor) -> Tensor:
     return gradients * (norms.median(1, keepdim=True).values / norms.clamp(min=1e-12)).clamp(max=1)
 
 
-def _repeated(rollout: Rollout, times: int) -> Rollout:
-    return Rollout(*(part.repeat(times, *[1] * (part.dim() - 1)) for part in vars(rollout).values()))
+def _rows(rollout: Rollout, rows: slice, times: int = 1) -> Rollout:
+    """Some rows of a loop, `times` times."""
+    return Rollout(*(part[rows].repeat(times, *[1] * (part.dim() - 1)) for part in vars(rollout).values()))
