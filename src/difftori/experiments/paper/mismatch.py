@@ -143,8 +143,8 @@ def _train(key: _Key, path: Path, progress: Progress) -> LevelRecord:
 def _plain(level: Level) -> dict[str, Any]:
     """Convert to lists of numbers with six digits."""
 
-    def short(values: np.ndarray) -> list:
-        return [short(row) for row in values] if values.ndim else float(f"{values:.6g}")  # pyright: ignore[reportReturnType]
+    def short(values: np.ndarray) -> list[list[float]]:
+        return [[float(f"{value:.6g}") for value in row] for row in values]
 
     return {
         "costs": {name: short(values) for name, values in level.costs.items()},

@@ -54,8 +54,8 @@ class System:
         unit = 2 * torch.rand(count, len(self.start), generator=generator, dtype=torch.float64) - 1
         return unit.new_tensor(self.start) + unit.new_tensor(self.spread) * unit
 
-    def features(self, state: States) -> Tensor:
-        """The inputs of a critic: sine and cosine of the angle, and the state's other components in units of `scale`."""
+    def features(self, state: Tensor) -> Tensor:
+        """The inputs (… S+1) of a critic: sine and cosine of the angle, and the state's other components in units of `scale`."""
         scaled = state / state.new_tensor(self.scale)
         angle = state[..., len(self.start) // 2 - 1, None]
         others = [index for index in range(len(self.start)) if index != len(self.start) // 2 - 1]

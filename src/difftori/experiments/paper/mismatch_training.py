@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 
 from difftori.errors import NonFiniteError
 from difftori.experiments.paper.mismatch_systems import STEP, System
@@ -119,21 +119,25 @@ class Closed:
 
     def return_gradient(self, rollout: Rollout) -> Tensor:
         """The derivative (B P) of the closed loop's cost by the parameters, through the true dynamics and the planner."""
-        system, true = self.system, self.system.dynamics(self.system.logs, self.friction)
-
-        def cost(state: Tensor, action: Tensor) -> Tensor:
-            return -system.reward(state, action)
-
-        sensitivity = rollout.by_parameters.new_zeros(*rollout.by_state[:, 0].shape, rollout.by_parameters.shape[-1])
+        true = self.system.dynamics(self.system.logs, self.friction)
+        sensitivity = rollout.by_state.new_zeros(*rollout.by_state[:, 0].shape, rollout.by_parameters.shape[-1])
         total = torch.zeros_like(rollout.by_parameters[:, 0])
         for step in range(self.steps):
-            at = rollout.states[:, step], rollout.executed[:, step]
-            by_state, by_action = vmap(jacrev(true, (0, 1)))(*at)
-            cost_by_state, cost_by_action = vmap(grad(cost, (0, 1)))(*at)
+            state = rollout.states[:, step].detach().requires_grad_()
+            action = rollout.executed[:, step].detach().requires_grad_()
+            by_state, by_action = _jacobians(true(state, action), state, action)
+            cost = -self.system.reward(state, action)
+            cost_by_state, cost_by_action = _jacobians(cost[:, None], state, action)
             moved = rollout.by_parameters[:, step, None] + rollout.by_state[:, step, None] @ sensitivity
-            total = total + (cost_by_state[:, None] @ sensitivity + cost_by_action[:, None] @ moved)[:, 0]
+            total = total + (cost_by_state @ sensitivity + cost_by_action @ moved)[:, 0]
             sensitivity = by_state @ sensitivity + by_action @ moved
         return total
+
+
+def _jacobians(values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The derivatives (… k n) of values (… k) by inputs (… n), where each row of values depends on the same row of inputs only."""
+    rows = [torch.autograd.grad(part.sum(), inputs, retain_graph=True) for part in values.unbind(-1)]
+    return tuple(torch.stack(parts, -2) for parts in zip(*rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -162,29 +166,32 @@ class Transitions:
 
 def prediction_error(system: System, data: Transitions, logs: Tensor) -> Tensor:
     """The mean squared error (G) of the predicted accelerations, for parameters (G P) of a model without friction."""
-    return _residuals(system, data, logs).square().mean((1, 2))
+    return _residuals(system, data, _by_step(data, logs)).square().mean((1, 2))
 
 
 def identify(system: System, data: Transitions, logs: Tensor, iterations: int = 15) -> Tensor:
     """The parameters (G P) with the least one-step prediction error, by Gauss–Newton from `logs`."""
-
-    def residuals(row: Tensor, states: Tensor, actions: Tensor, following: Tensor) -> Tensor:
-        return _residuals(system, Transitions(states, actions, following), row).flatten()
-
-    parts = tuple(vars(data).values())
     for _ in range(iterations):
-        slopes, errors = vmap(jacfwd(residuals))(logs, *parts), vmap(residuals)(logs, *parts)
+        point = _by_step(data, logs).detach().requires_grad_()
+        errors = _residuals(system, data, point)
+        (slopes,) = _jacobians(errors, point)
+        slopes, errors = slopes.flatten(1, 2), errors.detach().flatten(1)  # (G M·S/2 P), (G M·S/2)
         damped = slopes.mT @ slopes + 1e-9 * torch.eye(logs.shape[1], dtype=logs.dtype)
-        move = torch.linalg.solve(damped, (slopes.mT @ errors[..., None])).squeeze(-1)
+        move = torch.linalg.solve(damped, slopes.mT @ errors[..., None]).squeeze(-1)
         logs = logs - move.clamp(-0.3, 0.3)
     return logs
 
 
+def _by_step(data: Transitions, logs: Tensor) -> Tensor:
+    """The parameters (G P) of every step (G M P)."""
+    return logs[:, None].expand(*data.states.shape[:-1], -1)
+
+
 def _residuals(system: System, data: Transitions, logs: Tensor) -> Tensor:
+    """The errors (G M S/2) of the predicted accelerations, for parameters (G M P)."""
     half = data.states.shape[-1] // 2
     measured = (data.following[..., half:] - data.states[..., half:]) / STEP
-    rows = logs[..., None, :].expand(*data.states.shape[:-1], logs.shape[-1])
-    return system.acceleration(data.states, data.actions[..., 0], rows.exp(), 0.0) - measured
+    return system.acceleration(data.states, data.actions[..., 0], logs.exp(), 0.0) - measured
 
 
 class Critics:
@@ -354,9 +361,9 @@ class _Training:
         self.optimizer.step()
         with torch.no_grad():
             self.logs.copy_(self.logs.maximum(self.first - _FARTHEST).minimum(self.first + _FARTHEST))
-            own = self._group("identified")
-            mine = Transitions(*(part[own] for part in vars(self.data).values()))
-            self.logs[own] = identify(system, mine, self.logs[own], iterations=3)
+        own = self._group("identified")
+        mine = Transitions(*(part[own] for part in vars(self.data).values()))
+        self.logs[own] = identify(system, mine, self.logs[own], iterations=3)
 
     def result(self) -> Level:
         """Evaluate all groups and the two references on the same held-out starts, without noise."""
