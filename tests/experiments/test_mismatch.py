@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from difftori.errors import DataError
-from difftori.experiments.paper import mismatch, mismatch_training
+from difftori.experiments.paper import mismatch, mismatch_loop
+from difftori.experiments.paper.mismatch_critics import CompatibleCritics, NetworkCritics
+from difftori.experiments.paper.mismatch_loop import Closed, Rollout
 from difftori.experiments.paper.mismatch_report import LevelRecord, gain
 from difftori.experiments.paper.mismatch_systems import SYSTEMS
 from difftori.experiments.paper.mismatch_training import (
     FORMS,
     Budget,
-    Closed,
-    Critics,
-    Rollout,
     Transitions,
     identify,
     prediction_error,
@@ -25,8 +24,8 @@ TINY = Budget(seeds=2, epochs=1, episodes=2, held_out=2, updates=2)
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_gradient_of_the_closed_loop_agrees_with_differences(name, monkeypatch):
-    monkeypatch.setattr(mismatch_training, "_TOLERANCE", 1e-9)
-    monkeypatch.setattr(mismatch_training, "_WARM_STEPS", 60)
+    monkeypatch.setattr(mismatch_loop, "_TOLERANCE", 1e-9)
+    monkeypatch.setattr(mismatch_loop, "_WARM_STEPS", 60)
     system = SYSTEMS[name]
     loop = Closed(system, friction=1.0, horizon=5, steps=5)
     start = system.starts(1, torch.Generator().manual_seed(0)) * 0.2  # near upright: one local optimum
@@ -55,21 +54,33 @@ def test_identification_finds_the_true_parameters_if_the_class_is_right(name):
         assert (prediction_error(system, both, nearby) > prediction_error(system, data, found)).all()
 
 
-def test_critics_learn_each_groups_own_value():
-    """With γ = 0, Q̃ is the reward, here −(a − c)² with another c for each group."""
+def _explored(best: torch.Tensor) -> Rollout:
+    """Steps of 2 groups with 4 episodes each and the reward −(a/bound − c)², with another c for each group, around the action 0."""
     system, generator = SYSTEMS["pendulum"], torch.Generator().manual_seed(0)
-    critics = Critics(system, groups=2, discount=0.0, seed=0)
     states = torch.randn(8, 51, 2, generator=generator, dtype=torch.float64)
     actions = system.bound * (2 * torch.rand(8, 50, 1, generator=generator, dtype=torch.float64) - 1)
-    best = torch.tensor([-0.4, 0.4], dtype=torch.float64).repeat_interleave(4)[:, None]
-    rewards = -((actions.squeeze(-1) / system.bound - best) ** 2)
-    nothing = torch.zeros(8, 50, 2, dtype=torch.float64)
-    critics.add(Rollout(states, actions, actions, rewards, nothing, nothing, nothing[..., 0] == 0), 2, keep=1)
+    rewards = -((actions.squeeze(-1) / system.bound - best.repeat_interleave(4)[:, None]) ** 2)
+    ones = torch.ones(8, 50, 2, dtype=torch.float64)
+    return Rollout(states, 0 * actions, actions, rewards, ones * torch.tensor([1.0, 0.0]), ones, ones[..., 0] == 1)
+
+
+def test_a_network_critic_learns_the_value_of_its_group():
+    critics = NetworkCritics(SYSTEMS["pendulum"], groups=2, discount=0.0, seed=0)
+    critics.add(_explored(torch.tensor([-0.4, 0.4], dtype=torch.float64)))
     critics.learn(400)
-    where = torch.zeros(2, 1, 1, dtype=torch.float64)
-    slopes = critics.action_gradient(torch.zeros(2, 1, 2, dtype=torch.float64), where) * system.bound
-    assert slopes[0].item() == pytest.approx(-0.8, abs=0.3)
-    assert slopes[1].item() == pytest.approx(0.8, abs=0.3)
+    nothing = torch.zeros(2, 1, 1, dtype=torch.float64)
+    slopes = critics.action_gradient(torch.zeros(2, 1, 2, dtype=torch.float64), nothing) * SYSTEMS["pendulum"].bound
+    assert slopes.flatten().tolist() == pytest.approx([-0.8, 0.8], abs=0.3)
+
+
+def test_a_compatible_critic_finds_the_slope_by_the_exploration():
+    """The cost falls with a for the second group, so the derivative by the parameter that raises every action is negative."""
+    critics = CompatibleCritics(SYSTEMS["pendulum"], groups=2, seed=0)
+    critics.add(_explored(torch.tensor([-0.4, 0.4], dtype=torch.float64)))
+    critics.learn(200)
+    gradient = critics.gradient(episodes=4) * SYSTEMS["pendulum"].bound / 50
+    assert gradient[:, 0].tolist() == pytest.approx([0.8, -0.8], abs=0.5)
+    assert gradient[:, 1].abs().max() < 1e-6
 
 
 def test_a_level_is_repeatable_and_has_every_form():
@@ -87,7 +98,9 @@ def test_a_level_is_repeatable_and_has_every_form():
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(mismatch, "_STEPS", 5)
-    return mismatch.Config(systems=("pendulum",), frictions=(0.0, 1.0), horizons=(3,), seeds=2, epochs=1, budget=None, out=tmp_path)
+    return mismatch.Config(
+        systems=("pendulum",), frictions=(0.0, 1.0), horizons=(3,), seeds=2, epochs=1, budget=None, out=tmp_path
+    )
 
 
 def test_finished_levels_are_not_repeated_and_the_report_is_written(small, monkeypatch):

@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from difftori.errors import DataError
+from difftori.experiments.paper.mismatch_loop import Closed
 from difftori.experiments.paper.mismatch_report import LevelRecord, write_report
 from difftori.experiments.paper.mismatch_systems import SYSTEMS
-from difftori.experiments.paper.mismatch_training import Budget, Closed, Level, run_level
+from difftori.experiments.paper.mismatch_training import Budget, Level, run_level
 from difftori.experiments.records import append_line
 from difftori.runs.process import versions
 from difftori.runs.progress import Progress

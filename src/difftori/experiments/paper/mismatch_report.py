@@ -23,7 +23,7 @@ from difftori.experiments.tables import (
     write_page,
 )
 
-COMPARED = ("return", "both", "flipped", "exact")
+COMPARED = ("return", "both", "network", "flipped", "exact")
 _NOTE = (
     "Closed-loop cost of 40 steps from held-out starts, the same for all. Gain: the cost with identified parameters minus that of the "
     "form, paired by seed, the mean over starts, with Student's 95 % interval over seeds, in percent of the identified cost."
@@ -125,7 +125,7 @@ def _draw(axis: Axes, records: Sequence[LevelRecord]) -> None:
         values = np.array([estimate.value for estimate in found])
         reach = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
         axis.errorbar(
-            places + 0.08 * (index - 1.5),
+            places + 0.08 * (index - 2),
             values,
             yerr=reach,
             color=drawn.color,

@@ -3,141 +3,37 @@
 The policy is model predictive control with a model f_θ that lacks the true system's friction. The parameters θ move
 
 * `identified`: to the least one-step prediction error on all data (Gauss–Newton);
-* `return`: along ∇_θ Q̃(s, a*(s; θ)) = ∂Q̃/∂a · ∂a*/∂θ, the policy-gradient term of Eq. 6, with a critic Q̃ that is learned from
-  the closed loop, and ∂a*/∂θ from the planner's optimality conditions;
+* `return`: along the policy gradient ∇_θ J = Σ_t ∂Q(s_t, a*(s_t; θ))/∂a · ∂a*/∂θ, the term of Eq. 6, where ∂a*/∂θ follows from the
+  planner's optimality conditions, and ∂Q/∂a is the *compatible* critic of Silver et al. (2014, Theorem 3): the slope of the return
+  to go by the executed exploration, with one weight for each parameter, over a learned value V(s, t);
 * `both`: along the sum of both gradients, each in units of its initial loss, as Eq. 6 adds the term to Eq. 3;
-* `flipped`: along the policy gradient with the wrong sign, a control;
+* `flipped`: along the policy gradient of `return` with the wrong sign, a control;
+* `network`: as `return`, with a critic network Q̃(s, a) that is learned by temporal differences, as the paper's;
 * `exact`: along the derivative of the true closed loop's return, which needs the true dynamics: what a perfect critic would give.
 
 All forms begin at the identified parameters. All groups (a form with a seed) are computed side by side, as rows of one batch.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch import Tensor
 
-from difftori.errors import NonFiniteError
+from difftori.experiments.paper.mismatch_critics import CompatibleCritics, NetworkCritics
+from difftori.experiments.paper.mismatch_loop import Closed, Rollout, row_jacobians
 from difftori.experiments.paper.mismatch_systems import STEP, System
-from difftori.planning import plan
-from difftori.solver import Status
 
-Form = Literal["return", "both", "flipped", "identified", "exact"]
+Form = Literal["return", "both", "flipped", "network", "identified", "exact"]
 FORMS: tuple[Form, ...] = get_args(Form)
-_BY_CRITIC = 3
-"""The first forms use a critic."""
-_FIRST_GUESS, _COLD_STEPS, _WARM_STEPS, _TOLERANCE = 0.01, 60, 8, 1e-3
-_NOISE, _PROCESS_NOISE = 0.1, 0.02
-"""Exploration in units of the largest force, and disturbance of the velocities (m/s, rad/s), standard deviations."""
+_COMPATIBLE, _BY_CRITIC = 3, 4
+"""Number of forms with a compatible critic, which are the first ones, and with any critic."""
+_SMALL = 0.2
+"""Relative change of the cost per logarithm of a parameter, below which steps are proportional to the gradient (Adam's ε)."""
 _FARTHEST = 1.5
 """Largest change of a parameter's logarithm from its identified value."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A closed loop of T steps in B rows: states (B T+1 S), planned and executed actions (B T 1), rewards (B T).
-
-    `by_parameters` (B T P) and `by_state` (B T S) are the derivatives of the planned action; zero where the planner's gradient
-    is not valid, which `valid` (B T) tells.
-    """
-
-    states: Tensor
-    planned: Tensor
-    executed: Tensor
-    rewards: Tensor
-    by_parameters: Tensor
-    by_state: Tensor
-    valid: Tensor
-
-    @property
-    def costs(self) -> Tensor:
-        """Minus the sum of the rewards (B)."""
-        return -self.rewards.sum(1)
-
-
-@dataclass(frozen=True)
-class Closed:
-    """The loop of planner and true system: its friction, the planner's horizon H, and T steps per episode.
-
-    `known`: the friction in the planner's model; 0 but for the reference that knows the true system.
-    """
-
-    system: System
-    friction: float
-    horizon: int
-    steps: int
-    known: float = 0.0
-
-    def run(
-        self, logs: Tensor, starts: Tensor, *, noise: torch.Generator | None = None, gradient: bool = False
-    ) -> Rollout:
-        """Run the loop for parameters (B P) from `starts` (B S). `noise`: adds exploration and disturbances from it.
-
-        Raises NonFiniteError if a plan is NaN or Inf.
-        """
-        system, true = self.system, self.system.dynamics(self.system.logs, self.friction)
-        actions = starts.new_full((len(starts), self.horizon, 1), _FIRST_GUESS)
-        state, track = starts, []
-        for step in range(self.steps):
-            theta, seen = logs.detach().requires_grad_(gradient), state.detach().requires_grad_(gradient)
-            found = plan(
-                system.dynamics(theta, self.known),
-                system.reward,
-                system.terminal_value,
-                seen,
-                actions,
-                -system.bound,
-                system.bound,
-                max_steps=_WARM_STEPS if step else _COLD_STEPS,
-                tolerance=_TOLERANCE,
-            )
-            if bool((found.solution.status == Status.NON_FINITE).any()):
-                raise NonFiniteError(f"{system.name}, friction {self.friction:g}: a plan at step {step} is NaN or Inf")
-            planned, valid = found.actions[:, 0], found.solution.gradient_valid
-            slopes = (torch.zeros_like(theta), torch.zeros_like(seen))
-            if gradient:
-                slopes = tuple(slope * valid[:, None] for slope in torch.autograd.grad(planned.sum(), (theta, seen)))
-            planned, executed = planned.detach(), planned.detach()
-            if noise is not None:
-                executed = executed + _NOISE * system.bound * _normal(executed, noise)
-                executed = executed.clamp(-system.bound, system.bound)
-            track.append((state, planned, executed, system.reward(state, executed), *slopes, valid))
-            state = true(state, executed)
-            if noise is not None:
-                half = state.shape[1] // 2
-                state = torch.cat(
-                    (state[:, :half], state[:, half:] + _PROCESS_NOISE * _normal(state[:, half:], noise)), 1
-                )
-            actions = torch.cat((found.actions.detach()[:, 1:], found.actions.detach()[:, -1:]), 1)
-        states, *others = (torch.stack(part, 1) for part in zip(*track, strict=True))
-        return Rollout(torch.cat((states, state[:, None]), 1), *others)
-
-    def return_gradient(self, rollout: Rollout) -> Tensor:
-        """The derivative (B P) of the closed loop's cost by the parameters, through the true dynamics and the planner."""
-        true = self.system.dynamics(self.system.logs, self.friction)
-        sensitivity = rollout.by_state.new_zeros(*rollout.by_state[:, 0].shape, rollout.by_parameters.shape[-1])
-        total = torch.zeros_like(rollout.by_parameters[:, 0])
-        for step in range(self.steps):
-            state = rollout.states[:, step].detach().requires_grad_()
-            action = rollout.executed[:, step].detach().requires_grad_()
-            by_state, by_action = _jacobians(true(state, action), state, action)
-            cost = -self.system.reward(state, action)
-            cost_by_state, cost_by_action = _jacobians(cost[:, None], state, action)
-            moved = rollout.by_parameters[:, step, None] + rollout.by_state[:, step, None] @ sensitivity
-            total = total + (cost_by_state @ sensitivity + cost_by_action @ moved)[:, 0]
-            sensitivity = by_state @ sensitivity + by_action @ moved
-        return total
-
-
-def _jacobians(values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The derivatives (… k n) of values (… k) by inputs (… n), where each row of values depends on the same row of inputs only."""
-    rows = [torch.autograd.grad(part.sum(), inputs, retain_graph=True) for part in values.unbind(-1)]
-    return tuple(torch.stack(parts, -2) for parts in zip(*rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -174,7 +70,7 @@ def identify(system: System, data: Transitions, logs: Tensor, iterations: int = 
     for _ in range(iterations):
         point = _by_step(data, logs).detach().requires_grad_()
         errors = _residuals(system, data, point)
-        (slopes,) = _jacobians(errors, point)
+        (slopes,) = row_jacobians(errors, point)
         slopes, errors = slopes.flatten(1, 2), errors.detach().flatten(1)  # (G M·S/2 P), (G M·S/2)
         damped = slopes.mT @ slopes + 1e-9 * torch.eye(logs.shape[1], dtype=logs.dtype)
         move = torch.linalg.solve(damped, slopes.mT @ errors[..., None]).squeeze(-1)
@@ -192,71 +88,6 @@ def _residuals(system: System, data: Transitions, logs: Tensor) -> Tensor:
     half = data.states.shape[-1] // 2
     measured = (data.following[..., half:] - data.states[..., half:]) / STEP
     return system.acceleration(data.states, data.actions[..., 0], logs.exp(), 0.0) - measured
-
-
-class Critics:
-    """A critic Q̃(s, a) for each of G groups, learned by temporal differences from the closed loop: one network for each."""
-
-    def __init__(self, system: System, groups: int, discount: float, seed: int):
-        self.system, self.discount = system, discount
-        self.generator = torch.Generator().manual_seed(seed)
-        inputs = len(system.start) + 2
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            networks = [
-                nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 64), nn.ELU(), nn.Linear(64, 1))
-                for _ in range(groups)
-            ]
-        self.network = copy.deepcopy(networks[0]).to("meta")
-        self.parameters, _ = stack_module_state(networks)
-        self.targets = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=1e-3)
-        self.steps: list[tuple[Tensor, ...]] = []
-
-    def value(self, states: Tensor, actions: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Q̃ (G M) of states (G M S) and actions (G M 1)."""
-        inputs = torch.cat((self.system.features(states), actions / self.system.bound), -1).float()
-
-        def one(weights: dict[str, Tensor], rows: Tensor) -> Tensor:
-            return functional_call(self.network, weights, (rows,)).squeeze(-1)
-
-        return vmap(one)(self.parameters if parameters is None else parameters, inputs)
-
-    def add(self, rollout: Rollout, groups: int, keep: int) -> None:
-        """Add the steps of a loop, and keep those of the last `keep` loops."""
-        parts = (
-            rollout.states[:, :-2],
-            rollout.executed[:, :-1],
-            rollout.rewards[:, :-1, None],
-            rollout.states[:, 1:-1],
-            rollout.planned[:, 1:],
-        )
-        self.steps = [*self.steps, tuple(part.reshape(groups, -1, part.shape[-1]) for part in parts)][-keep:]
-
-    def learn(self, updates: int, batch: int = 128) -> None:
-        """Make updates towards r + γ Q̃⁻(s', a*(s'))."""
-        parts = [torch.cat(part, 1) for part in zip(*self.steps, strict=True)]
-        for _ in range(updates):
-            rows = torch.randint(parts[0].shape[1], (batch,), generator=self.generator)
-            states, actions, rewards, following, planned = (part[:, rows] for part in parts)
-            with torch.no_grad():
-                target = rewards.squeeze(-1).float() + self.discount * self.value(following, planned, self.targets)
-            loss = (self.value(states, actions) - target).square().mean(1).sum()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            with torch.no_grad():
-                for name, target_weights in self.targets.items():
-                    target_weights.lerp_(self.parameters[name], 0.02)
-
-    def action_gradient(self, states: Tensor, actions: Tensor) -> Tensor:
-        """∂Q̃/∂a (G M 1)."""
-        point = actions.detach().requires_grad_()
-        return torch.autograd.grad(self.value(states, point).sum(), point)[0]
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
 
 
 @dataclass(frozen=True)
@@ -303,7 +134,7 @@ def _identified(loop: Closed, budget: Budget, generator: torch.Generator) -> tup
     data, rollouts = None, []
     for _ in range(3):
         starts = system.starts(budget.seeds * budget.episodes, generator)
-        rollouts.append(loop.run(logs.repeat_interleave(budget.episodes, 0), starts, noise=generator))
+        rollouts.append(loop.run(logs.repeat_interleave(budget.episodes, 0), starts, noise=generator, gradient=True))
         fresh = Transitions.of(rollouts[-1], budget.seeds)
         data = fresh if data is None else data.joined(fresh)
         logs = identify(system, data, logs)
@@ -327,14 +158,16 @@ class _Training:
         count = len(FORMS)
         self.first, self.data = logs.repeat(count, 1), data.repeated(count)
         self.logs = self.first.clone()
-        self.optimizer = torch.optim.Adam([self.logs], lr=budget.lr)
+        self.optimizer = torch.optim.Adam([self.logs], lr=budget.lr, eps=_SMALL)
         self.initial_error = prediction_error(loop.system, self.data, self.first)
-        self.learning = _BY_CRITIC * budget.seeds  # groups with a critic, the first ones
-        self.critics = Critics(loop.system, self.learning, budget.discount, seed=0)
+        self.compatible = CompatibleCritics(loop.system, _COMPATIBLE * budget.seeds, seed=0)
+        self.network = NetworkCritics(loop.system, budget.seeds, budget.discount, seed=0)
         self.initial_cost = rollouts[-1].costs.reshape(budget.seeds, -1).mean(1).repeat(count)
         for rollout in rollouts:
-            self.critics.add(_rows(rollout, slice(None), times=_BY_CRITIC), self.learning, keep=3)
-        self.critics.learn(5 * budget.updates)
+            self.compatible.add(_rows(rollout, slice(None), times=_COMPATIBLE))
+            self.network.add(rollout)
+        self.compatible.learn(5 * budget.updates)
+        self.network.learn(5 * budget.updates)
         self.history: dict[str, list[Tensor]] = {}
 
     def epoch(self) -> None:
@@ -344,17 +177,17 @@ class _Training:
         rows = self.logs.repeat_interleave(budget.episodes, 0)
         rollout = self.loop.run(rows, starts, noise=self.generator, gradient=True)
         self.data = self.data.joined(Transitions.of(rollout, groups))
-        self.critics.add(_rows(rollout, slice(self.learning * budget.episodes)), self.learning, keep=3)
-        self.critics.learn(budget.updates)
-        by_critic = self._policy_gradient(rollout)
+        by_critic = self._policy_gradient(rollout) / self.initial_cost[:, None]
         exact = _limited(self.loop.return_gradient(rollout).reshape(groups, budget.episodes, -1)).mean(1)
+        exact = exact / self.initial_cost[:, None]
         error, by_prediction = self._prediction()
         self._log(rollout, by_critic, exact, by_prediction, error)
         steps = {
             "identified": torch.zeros_like(exact),
             "return": by_critic,
-            "both": by_critic / self.initial_cost[:, None] + by_prediction / self.initial_error[:, None],
+            "both": by_critic + by_prediction / self.initial_error[:, None],
             "flipped": -by_critic,
+            "network": by_critic,
             "exact": exact,
         }
         self.logs.grad = torch.cat([steps[form][self._group(form)] for form in FORMS])
@@ -393,13 +226,18 @@ class _Training:
         return slice(index * self.budget.seeds, (index + 1) * self.budget.seeds)
 
     def _policy_gradient(self, rollout: Rollout) -> Tensor:
-        """The gradient (G P) of −Σ_t Q̃(s_t, a*(s_t; θ)), the mean over episodes; 0 for groups without a critic."""
-        parts = rollout.states[:, :-1], rollout.planned, rollout.by_parameters
-        states, actions, slopes = (part.reshape(len(self.logs), -1, part.shape[-1]) for part in parts)
-        mine = slice(self.learning)
-        gradient = torch.zeros_like(self.logs)
-        gradient[mine] = -(self.critics.action_gradient(states[mine], actions[mine]) * slopes[mine]).sum(1)
-        return gradient / self.budget.episodes
+        """Train the critics on a loop, and return the policy gradient (G P) of the cost; 0 for groups without a critic."""
+        budget, gradient = self.budget, torch.zeros_like(self.logs)
+        mine = slice(_COMPATIBLE * budget.seeds)
+        self.compatible.add(_rows(rollout, slice(_COMPATIBLE * budget.seeds * budget.episodes)))
+        self.compatible.learn(budget.updates)
+        gradient[mine] = self.compatible.gradient(budget.episodes)
+        own = self._group("network")
+        loops = _rows(rollout, slice(own.start * budget.episodes, own.stop * budget.episodes))
+        self.network.add(loops)
+        self.network.learn(budget.updates)
+        gradient[own] = self.network.gradient(loops, budget.episodes)
+        return gradient
 
     def _prediction(self) -> tuple[Tensor, Tensor]:
         point = self.logs.detach().requires_grad_()
@@ -413,6 +251,8 @@ class _Training:
             "prediction error": error,
             "cosine of critic's and exact gradient": torch.cosine_similarity(by_critic, exact),
             "cosine of policy and prediction gradient": torch.cosine_similarity(by_critic, by_prediction),
+            "policy gradient": by_critic.norm(dim=1),
+            "exact gradient": exact.norm(dim=1),
             "valid gradients": rollout.valid.double().reshape(groups, -1).mean(1),
         }
         for name, value in measures.items():
