@@ -97,18 +97,22 @@ class RecordFile:
 
     def append(self, name: str, record: Record) -> None:
         """Append a finished run, unless the file has its name. Safe for concurrent processes."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            _wait_for(file)
-            file.seek(0)
-            before = file.read()
-            before = before[: before.rfind(b"\n") + 1]
-            file.truncate(len(before))  # remove an incomplete last line, left by a killed process
-            if any(line.startswith(_head(name)) for line in before.splitlines()):
-                return
-            plain = {**asdict(record), "evaluations": record.returns}
-            plain["summary"] = {k: v if math.isfinite(v) else None for k, v in (record.summary or {}).items()}
-            file.write(_head(name) + json.dumps(plain)[1:].encode() + b"\n")
+        plain = {**asdict(record), "evaluations": record.returns}
+        plain["summary"] = {k: v if math.isfinite(v) else None for k, v in (record.summary or {}).items()}
+        append_line(self.path, _head(name), json.dumps(plain)[1:].encode())
+
+
+def append_line(path: Path, head: bytes, rest: bytes) -> None:
+    """Append a line to a file, unless one of its lines begins with `head`. Safe for concurrent processes, and for kills."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _wait_for(file)
+        file.seek(0)
+        before = file.read()
+        before = before[: before.rfind(b"\n") + 1]
+        file.truncate(len(before))  # remove an incomplete last line, left by a killed process
+        if not any(line.startswith(head) for line in before.splitlines()):
+            file.write(head + rest + b"\n")
 
 
 def is_record_file(path: Path) -> bool:
