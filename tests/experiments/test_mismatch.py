@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -98,6 +99,7 @@ def test_a_level_is_repeatable_and_has_every_form():
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(mismatch, "_STEPS", 5)
+    monkeypatch.setattr(mismatch, "Budget", partial(Budget, episodes=2, held_out=2, updates=2))
     return mismatch.Config(
         systems=("pendulum",), frictions=(0.0, 1.0), horizons=(3,), seeds=2, epochs=1, budget=None, out=tmp_path
     )
@@ -111,8 +113,7 @@ def test_finished_levels_are_not_repeated_and_the_report_is_written(small, monke
     )
     mismatch.run(small)
     assert calls == [0.0]
-    out = mismatch.output_folder(small)
-    assert out.name == "partial"
+    out = small.out / "partial"
     for name in ("levels.csv", "parameters.csv", "gain.svg", "summary.md"):
         assert (out / name).stat().st_size > 0
     assert "partial (2 of 8 seeds" in (out / "summary.md").read_text()
@@ -124,7 +125,7 @@ def test_finished_levels_are_not_repeated_and_the_report_is_written(small, monke
 def test_a_damaged_record_is_named_and_an_incomplete_one_repeated(small):
     config = small.model_copy(update={"frictions": (1.0,)})
     mismatch.run(config)
-    file = mismatch.output_folder(config) / "levels.jsonl"
+    file = config.out / "levels.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     mismatch.run(config)

@@ -53,7 +53,7 @@ class Config(BaseModel):
     epochs: int = Field(FULL_EPOCHS, ge=1)
     """Steps of the parameters after identification, each with 4 episodes of 40 steps."""
     out: Path = Path("results/mismatch")
-    """Directory of records, tables and the figure; those of a partial study are in its folder `partial`."""
+    """Directory of records, tables and the figure; tables and figure of a partial study are in its folder `partial`."""
     budget: float | None = Field(None, ge=0)
     """Minutes after which no further level is started (default: no limit). 0 only writes tables and figure of the finished ones."""
     quick: bool = False
@@ -77,24 +77,25 @@ class _Key:
 
 
 def run(config: Config) -> None:
-    """Run the missing levels, and write records, tables and the figure to `output_folder(config)`."""
+    """Run the missing levels, record them in `out/levels.jsonl`, and write tables and the figure to `out`, or `out/partial`."""
     if config.quick:
         config = config.model_copy(update=_QUICK)
     torch.set_num_threads(1)
-    out, began, console = output_folder(config), time.monotonic(), Console()
+    began, console, file = time.monotonic(), Console(), config.out / "levels.jsonl"
     keys = _keys(config)
-    done = _read(out / "levels.jsonl", keys)
+    done = _read(file, keys)
     with Progress(True) as progress, progress.phase("levels", len(keys)) as levels:
         for number, key in enumerate(keys):
             levels.update(number, f"{key.system}, friction {key.friction:g}, horizon {key.horizon}")
             spent = (time.monotonic() - began) / 60
             if key.head not in done and (config.budget is None or spent < config.budget):
-                done[key.head] = _train(key, out / "levels.jsonl", progress)
+                done[key.head] = _train(key, file, progress)
     records = [done[key.head] for key in keys if key.head in done]
     reasons = partial_reasons(config)
     if len(records) < len(keys):
         reasons = [*reasons, f"{len(records)} of {len(keys)} levels"]
-    write_report(records, out, label=f"partial ({', '.join(reasons)})" if reasons else "full", console=console)
+    label = f"partial ({', '.join(reasons)})" if reasons else "full"
+    write_report(records, config.out / "partial" if reasons else config.out, label=label, console=console)
 
 
 def partial_reasons(config: Config) -> list[str]:
@@ -107,11 +108,6 @@ def partial_reasons(config: Config) -> list[str]:
         "not every friction": not set(FULL_FRICTIONS) <= set(config.frictions),
     }
     return [reason for reason, holds in checks.items() if holds]
-
-
-def output_folder(config: Config) -> Path:
-    """Return the directory of the records, tables and the figure."""
-    return config.out / "partial" if partial_reasons(config) else config.out
 
 
 def _keys(config: Config) -> list[_Key]:
