@@ -1,6 +1,7 @@
 """Critics of `difftori study mismatch`: what the return gains from another action."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class CompatibleCritics:
         )
         if not self.loops:
             self.scale = float(ahead.abs().mean())
-        self.loops = [*self.loops, tuple(part.reshape(self.groups, -1, part.shape[-1]) for part in parts)][-_KEPT:]
+        self.loops = _kept(self.loops, parts, self.groups)
 
     def learn(self, updates: int) -> None:
         """Regress V on the returns to go."""
@@ -113,7 +114,7 @@ class NetworkCritics:
             rollout.states[:, 1:-1],
             rollout.planned[:, 1:],
         )
-        self.loops = [*self.loops, tuple(part.reshape(self.groups, -1, part.shape[-1]) for part in parts)][-_KEPT:]
+        self.loops = _kept(self.loops, parts, self.groups)
 
     def learn(self, updates: int) -> None:
         """Make updates towards r + γ Q̃⁻(s', a*(s'))."""
@@ -141,3 +142,8 @@ class NetworkCritics:
 
     def _inputs(self, states: Tensor, actions: Tensor) -> Tensor:
         return torch.cat((self.system.features(states), actions / self.system.bound), -1)
+
+
+def _kept(loops: list[tuple[Tensor, ...]], parts: Sequence[Tensor], groups: int) -> list[tuple[Tensor, ...]]:
+    """The last loops with a new one, whose rows (groups·N T n) become the steps of each group (groups N·T n)."""
+    return [*loops, tuple(part.reshape(groups, -1, part.shape[-1]) for part in parts)][-_KEPT:]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from difftori.errors import NonFiniteError
 from difftori.experiments.paper.mismatch_systems import System
+from difftori.models.nets import noise_like
 from difftori.planning import plan
 from difftori.solver import Status
 
@@ -81,14 +82,14 @@ class Closed:
                 slopes = tuple(slope * valid[:, None] for slope in torch.autograd.grad(planned.sum(), (theta, seen)))
             planned, executed = planned.detach(), planned.detach()
             if noise is not None:
-                executed = executed + _NOISE * system.bound * _normal(executed, noise)
+                executed = executed + _NOISE * system.bound * noise_like(executed, noise)
                 executed = executed.clamp(-system.bound, system.bound)
             track.append((state, planned, executed, system.reward(state, executed), *slopes, valid))
             state = true(state, executed)
             if noise is not None:
                 half = state.shape[1] // 2
                 state = torch.cat(
-                    (state[:, :half], state[:, half:] + _PROCESS_NOISE * _normal(state[:, half:], noise)), 1
+                    (state[:, :half], state[:, half:] + _PROCESS_NOISE * noise_like(state[:, half:], noise)), 1
                 )
             actions = torch.cat((found.actions.detach()[:, 1:], found.actions.detach()[:, -1:]), 1)
         states, *others = (torch.stack(part, 1) for part in zip(*track, strict=True))
@@ -115,7 +116,3 @@ def row_jacobians(values: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The derivatives (… k n) of values (… k) by inputs (… n), where each row of values depends on the same row of inputs only."""
     rows = [torch.autograd.grad(part.sum(), inputs, retain_graph=True) for part in values.unbind(-1)]
     return tuple(torch.stack(parts, -2) for parts in zip(*rows, strict=True))
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype)

@@ -95,8 +95,11 @@ def write_report(records: Sequence[LevelRecord], out: Path, *, label: str, conso
     save_svg(gain_figure(records, label), out / "gain.svg")
     table = _table(records)
     preface = f"{'Full study' if label == 'full' else f'**{label}**'}. {_NOTE}"
-    hardware = f"{records[0].hardware}; {sum(record.seconds for record in records) / 60:.0f} minutes in all. Created by `{records[0].command}`."
-    write_page(out, "Objective mismatch", [preface, markdown_table(table), "![gain](gain.svg)", hardware])
+    minutes = sum(record.seconds for record in records) / 60
+    hardware = ", ".join(dict.fromkeys(record.hardware for record in records))
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(record.command for record in records))
+    origin = f"{hardware}; {minutes:.0f} minutes in all. Created by {commands}."
+    write_page(out, "Objective mismatch", [preface, markdown_table(table), "![gain](gain.svg)", origin])
     console.print(screen_table(f"study mismatch, {label}", table))
     console.print(f"Tables and the figure are in {out}.", soft_wrap=True)
 

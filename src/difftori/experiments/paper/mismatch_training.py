@@ -94,8 +94,8 @@ def _residuals(system: System, data: Transitions, logs: Tensor) -> Tensor:
 class Budget:
     """Extent of one level: seeds, training epochs, episodes per epoch and seed, held-out starts, critic updates per epoch."""
 
-    seeds: int = 8
-    epochs: int = 12
+    seeds: int
+    epochs: int
     episodes: int = 4
     held_out: int = 16
     updates: int = 100
@@ -221,8 +221,8 @@ class _Training:
             },
         )
 
-    def _group(self, form: str) -> slice:
-        index = FORMS.index(form)  # pyright: ignore[reportArgumentType]
+    def _group(self, form: Form) -> slice:
+        index = FORMS.index(form)
         return slice(index * self.budget.seeds, (index + 1) * self.budget.seeds)
 
     def _policy_gradient(self, rollout: Rollout) -> Tensor:
