@@ -5,7 +5,7 @@ colour alone.
 """
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ MARKERS = ("x", "o", "s", "^", "D", "v", "P")
 _ACROSS = 5
 _HANDLE, _LETTER, _LINE, _NOTE_LETTERS = 0.8, 0.07, 0.18, 17
 """In inches: the line and gaps of a legend entry, a letter, a line of text; letters of a footnote per inch."""
+_DODGE = 0.12
+"""Distance of two series at the same place."""
 _ROWS = 3
 """Rows of a legend for which a figure has room."""
 
@@ -128,6 +130,21 @@ def draw_intervals(axis: Axes, names: Sequence[str], estimates: Sequence[Estimat
     axis.axvline(zero, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def draw_side_by_side(axis: Axes, series: Mapping[str, Mapping[int, Estimate]], ticks: Sequence[str]) -> None:
+    """Plot named series of estimates over the places 0, 1, … of `ticks`, with intervals, beside each other at each place."""
+    axis.axhline(0, color="grey", linewidth=0.8)
+    for index, (name, estimates) in enumerate(series.items()):
+        drawn = look(index + 1)
+        x = np.array(list(estimates)) + _DODGE * (index - (len(series) - 1) / 2)
+        for place, estimate in zip(x, estimates.values(), strict=True):
+            if estimate.bounded:
+                axis.plot([place, place], [estimate.low, estimate.high], color=drawn.color, linewidth=1.2)
+        values = [estimate.value for estimate in estimates.values()]
+        (line,) = axis.plot(x, values, color=drawn.color, linestyle=drawn.dashes, label=name)
+        line.set(linewidth=0.8, marker=drawn.marker, markersize=4)
+    axis.set_xticks(range(len(ticks)), list(ticks))
 
 
 def save_svg(figure: Figure | None, path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from difftori.experiments.diagnostics import logged
 from difftori.experiments.paper.figure5 import FORMS, Form
-from difftori.experiments.plots import footnote, look, shared_legend, style
+from difftori.experiments.plots import draw_side_by_side, footnote, shared_legend, style
 from difftori.experiments.rl_study import Curves, full_return, observation
 from difftori.experiments.rl_tables import differences
 from difftori.experiments.statistics import Estimate, student_interval
@@ -20,8 +20,6 @@ from difftori.experiments.tables import Column, columns, interval, number
 Shaping = Literal["on", "off"]
 _LOSSES = ("consistency_loss", "reward_loss", "value_loss")
 _CELL = "(latent / distractors / shaping)"
-_DODGE = 0.12
-"""Distance of two forms in a panel, in latent dimensions."""
 
 NOTES = f"""\
 A cell is {_CELL[1:-1]}: latent dimension, number of distractors, and whether the losses of reward and value train encoder and dynamics.
@@ -173,18 +171,8 @@ def draw_advantages(curves: Curves, rows: Sequence[Advantage]) -> Figure | None:
 
 def _draw_panel(axis: Axes, rows: Sequence[Advantage], forms: Sequence[str], sizes: Sequence[int]) -> None:
     """Plot each form's differences with their intervals, side by side at each latent dimension."""
-    axis.axhline(0, color="grey", linewidth=0.8)
-    for index, form in enumerate(forms):
-        drawn, found = look(index + 1), [row for row in rows if row.form == form]
-        x = np.array([sizes.index(row.latent_dim) + _DODGE * (index - (len(forms) - 1) / 2) for row in found])
-        for place, row in zip(x, found, strict=True):
-            if row.value.bounded:
-                axis.plot([place, place], [row.value.low, row.value.high], color=drawn.color, linewidth=1.2)
-        (line,) = axis.plot(
-            x, [row.value.value for row in found], color=drawn.color, linestyle=drawn.dashes, label=form
-        )
-        line.set(linewidth=0.8, marker=drawn.marker, markersize=4)
-    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    series = {form: {sizes.index(row.latent_dim): row.value for row in rows if row.form == form} for form in forms}
+    draw_side_by_side(axis, series, [str(size) for size in sizes])
 
 
 def _cell_result(results: Sequence[Result], task: str, cell: Cell, form: Form, label: str) -> CellResult:

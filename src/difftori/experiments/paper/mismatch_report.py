@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from difftori.experiments.paper.mismatch_systems import SYSTEMS
-from difftori.experiments.plots import footnote, look, save_svg, shared_legend, style
+from difftori.experiments.plots import draw_side_by_side, footnote, save_svg, shared_legend, style
 from difftori.experiments.statistics import Estimate, student_interval
 from difftori.experiments.tables import (
     Column,
@@ -122,25 +122,8 @@ def gain_figure(records: Sequence[LevelRecord], label: str) -> Figure:
 
 def _draw(axis: Axes, records: Sequence[LevelRecord]) -> None:
     records = sorted(records, key=lambda record: record.friction)
-    places = np.arange(len(records), dtype=np.float64)
-    for index, form in enumerate(COMPARED):
-        drawn, found = look(index), [gain(record, form) for record in records]
-        values = np.array([estimate.value for estimate in found])
-        reach = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
-        axis.errorbar(
-            places + 0.08 * (index - 2),
-            values,
-            yerr=reach,
-            color=drawn.color,
-            linestyle=drawn.dashes,
-            marker=drawn.marker,
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            label=form,
-        )
-    axis.axhline(0.0, color="grey", linewidth=0.8)
-    axis.set_xticks(places, [f"{record.friction:g}" for record in records])
+    series = {form: {place: gain(record, form) for place, record in enumerate(records)} for form in COMPARED}
+    draw_side_by_side(axis, series, [f"{record.friction:g}" for record in records])
 
 
 def _rows(record: LevelRecord, label: str) -> list[LevelRow]:
