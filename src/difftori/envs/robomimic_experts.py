@@ -31,6 +31,8 @@ from difftori.envs.robomimic_stages import (
     shortest_rotation,
     wrap,
 )
+from difftori.envs.robomimic_tool_hang import tool_hang
+from difftori.envs.robomimic_transport import give_hammer, take_hammer
 from difftori.errors import ConfigError
 
 QUARTER = np.pi / 2
@@ -185,7 +187,13 @@ def _least_wrist_turn(nut: float) -> tuple[float, float]:
     return min(product((0.0, np.pi), (QUARTER, np.pi, -QUARTER)), key=cost)
 
 
-ROUTINES: dict[str, tuple[Routine, ...]] = {"lift": (lift,), "can": (can,), "square": (square,)}
+ROUTINES: dict[str, tuple[Routine, ...]] = {
+    "lift": (lift,),
+    "can": (can,),
+    "square": (square,),
+    "tool_hang": (tool_hang,),
+    "transport": (give_hammer, take_hammer),
+}
 """The routines of each task, one for each arm."""
 NOISE = {"lift": 0.1, "can": 0.1, "square": 0.1, "tool_hang": 0.02, "transport": 0.1}
 """Default standard deviation of the noise on the actions of each task."""

@@ -134,7 +134,7 @@ class Arm:
         self.env = env
         self.start = Pose(np.zeros(3), np.eye(3))
         """The hand's pose when the present stage began."""
-        self.partner: Arm | None = None
+        self.partner: Arm = self
         """The other arm, if there is one."""
         self._site = env.robots[number].eef_site_id["right"]
         self._routine = routine
