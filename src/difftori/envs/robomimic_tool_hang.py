@@ -122,7 +122,7 @@ def _hang_tool(arm: Arm) -> list[Stage]:
         Stage("over the hook", lambda: over_hook(1.09 - ring()[2]), CLOSED,
               until=lambda: not off(0.003) and abs(turn()) < 0.06, lost=dropped, speed=0.7),
         Stage("lower the tool", lambda: over_hook(0.0 if off(0.004) else -min(max(depth(), 0.0), 0.02)), CLOSED,
-              until=lambda: depth() < 0.0015, limit=70, lost=dropped, speed=0.5),
+              until=lambda: depth() < 0.003, limit=40, lost=dropped, speed=0.5),
         Stage("let the tool go", lambda: arm.hand, OPEN, until=never, limit=30),
         Stage("leave", lambda: arm.moved(0.05 * outwards() + 0.03 * UP), OPEN, until=never, speed=0.5),
     ]  # fmt: skip
