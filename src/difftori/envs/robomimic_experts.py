@@ -26,6 +26,7 @@ from difftori.envs.robomimic_stages import (
     hand_down,
     heading,
     hold,
+    horizontal,
     nearest,
     never,
     shortest_rotation,
@@ -42,8 +43,8 @@ UP = np.array([0.0, 0.0, 1.0])
 def make_script(task: str, *, noise: float | None = None) -> Script:
     """Create the scripted expert of a task: `lift`, `can`, `square`, `tool_hang` or `transport`.
 
-    `noise`: standard deviation of the Gaussian noise on the actions. Default: `NOISE` of the task, the largest at which the
-    expert's success rate is measured to be unchanged. Raises `ConfigError` for an unknown task or a negative noise.
+    `noise`: standard deviation of the Gaussian noise on the actions. Default: `NOISE` of the task, at which the
+    expert still succeeds in (nearly) every episode. Raises `ConfigError` for an unknown task or a negative noise.
     """
     faults = choice_fault("task", task, tuple(ROUTINES))
     if noise is not None and not 0 <= noise < np.inf:
@@ -68,38 +69,23 @@ def can(arm: Arm) -> list[Stage]:
     rotation = hand_down(_heading(arm))
     target = arm.env.target_bin_placements[arm.env.object_to_id["can"]]
 
-    def position() -> np.ndarray:
-        return arm.body("Can_main").position
+    def body() -> Pose:
+        return arm.body("Can_main")
 
     def offset() -> np.ndarray:
-        return target[:2] - position()[:2]
+        return target[:2] - body().position[:2]
+
+    def over_bin() -> Pose:
+        return Pose(arm.moved([*offset(), 0.0]).position, rotation).at(height)
 
     return [
-        *grasp(arm, "can", lambda: Pose(position() + 0.02 * UP, rotation), above=0.1),
-        Stage(
-            "lift",
-            lambda: Pose(np.array([*arm.start.position[:2], height]), rotation),
-            CLOSED,
-            until=lambda: position()[2] > 1.05,
-            limit=40,
-            retry=True,
-        ),
-        Stage(
-            "over the bin",
-            lambda: Pose(np.array([*arm.hand.position[:2] + offset(), height]), rotation),
-            CLOSED,
-            until=lambda: bool(np.linalg.norm(offset()) < 0.03),
-            lost=lambda: bool(position()[2] < 0.95),
-        ),
-        Stage(
-            "lower",
-            lambda: Pose(np.array([*arm.start.position[:2], target[2] + 0.1]), rotation),
-            CLOSED,
-            tolerance=(0.02, 1.0),
-            limit=40,
-        ),
+        *grasp(arm, "can", lambda: Pose(body().position + 0.02 * UP, rotation), above=0.1),
+        Stage("lift", lambda: Pose(arm.start.position, rotation).at(height), CLOSED,
+              until=lambda: body().height > 1.05, limit=40, retry=True),
+        Stage("over the bin", over_bin, CLOSED, until=lambda: horizontal(offset()) < 0.03, lost=lambda: body().height < 0.95),
+        Stage("lower", lambda: Pose(arm.start.position, rotation).at(target[2] + 0.1), CLOSED, tolerance=(0.02, 1.0), limit=40),
         *_release(arm),
-    ]
+    ]  # fmt: skip
 
 
 def square(arm: Arm) -> list[Stage]:
@@ -112,52 +98,33 @@ def square(arm: Arm) -> list[Stage]:
         return arm.body("SquareNut_main")
 
     def handle() -> Pose:
-        position = nut().point([0.06, 0.0, 0.0])
-        position[2] = max(position[2] - 0.005, 0.822)
-        return Pose(position, hand_down(wrap(nut().heading + flip)))
+        x, y, z = nut().point([0.06, 0.0, 0.0])
+        return Pose(np.array([x, y, max(z - 0.005, 0.822)]), hand_down(wrap(nut().heading + flip)))
 
     def offset() -> np.ndarray:
-        return peg[:2] - nut().position[:2]
+        return (peg - nut().position)[:2]
 
     def turn() -> float:
         return wrap(placed - nut().heading)
 
-    def aligned(drop: float) -> Pose:
-        return arm.moved([*offset(), drop], about_z(turn()) @ shortest_rotation(nut().rotation[:, 2], UP))
+    def lifted() -> Pose:
+        return Pose(arm.moved([0.0, 0.0, height - nut().height]).position, arm.start.rotation)
+
+    def aligned(rise: float) -> Pose:
+        return arm.moved([*offset(), rise], about_z(turn()) @ shortest_rotation(nut().rotation[:, 2], UP))
 
     def off(distance: float) -> bool:
-        return bool(np.linalg.norm(offset()) > distance)
+        return horizontal(offset()) > distance
 
     return [
         *grasp(arm, "handle", handle, steps=10),
-        Stage(
-            "lift",
-            lambda: Pose(arm.moved([0.0, 0.0, height - nut().position[2]]).position, arm.start.rotation),
-            CLOSED,
-            until=lambda: nut().position[2] > height - 0.02,
-            limit=40,
-            retry=True,
-        ),
-        Stage(
-            "over the peg",
-            lambda: aligned(height - nut().position[2]),
-            CLOSED,
-            until=lambda: not off(0.004) and abs(turn()) < 0.03,
-            lost=lambda: nut().position[2] < 0.86,
-            limit=120,
-            retry=True,
-        ),
-        Stage(
-            "lower",
-            lambda: aligned(0.0 if off(0.006) else -0.03),
-            CLOSED,
-            until=lambda: nut().position[2] < 0.845,
-            lost=lambda: nut().position[2] < 0.86 and off(0.04),
-            limit=70,
-            speed=0.6,
-        ),
+        Stage("lift", lifted, CLOSED, until=lambda: nut().height > height - 0.02, limit=40, retry=True),
+        Stage("over the peg", lambda: aligned(height - nut().height), CLOSED,
+              until=lambda: not off(0.004) and abs(turn()) < 0.03, lost=lambda: nut().height < 0.86, limit=120, retry=True),
+        Stage("lower", lambda: aligned(0.0 if off(0.006) else -0.03), CLOSED,
+              until=lambda: nut().height < 0.845, lost=lambda: nut().height < 0.86 and off(0.04), limit=70, speed=0.6),
         *_release(arm),
-    ]
+    ]  # fmt: skip
 
 
 def _release(arm: Arm) -> list[Stage]:

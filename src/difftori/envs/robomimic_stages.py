@@ -37,10 +37,24 @@ class Pose(NamedTuple):
         """The direction of the x axis in the horizontal plane, in radians."""
         return heading(self.rotation[:, 0])
 
+    @property
+    def height(self) -> float:
+        """The height of the position."""
+        return float(self.position[2])
+
+    def at(self, height: float) -> "Pose":
+        """Return this pose at another height."""
+        return Pose(np.array([self.position[0], self.position[1], height]), self.rotation)
+
 
 def heading(direction: np.ndarray) -> float:
     """Return the angle of a vector (3) in the horizontal plane, from the world's x axis, in radians."""
     return float(np.arctan2(direction[1], direction[0]))
+
+
+def horizontal(vector: np.ndarray) -> float:
+    """Return the length of the horizontal part of a vector (2 or 3)."""
+    return float(np.hypot(vector[0], vector[1]))
 
 
 def wrap(angle: float) -> float:
@@ -91,6 +105,11 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
 def _skew(vector: np.ndarray) -> np.ndarray:
     x, y, z = vector
     return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+
+
+def _pose(position: np.ndarray, rotation: np.ndarray) -> Pose:
+    """Copy a pose from the simulator's arrays, which change with every step."""
+    return Pose(position.copy(), rotation.reshape(3, 3).copy())
 
 
 def never() -> bool:
@@ -145,7 +164,7 @@ class Arm:
     def hand(self) -> Pose:
         """The pose of the grip site."""
         data = self.env.sim.data
-        return Pose(data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy())
+        return _pose(data.site_xpos[self._site], data.site_xmat[self._site])
 
     @property
     def stage(self) -> str:
@@ -155,15 +174,17 @@ class Arm:
     def body(self, name: str) -> Pose:
         """Return the pose of a body of the simulation."""
         data, index = self.env.sim.data, self.env.sim.model.body_name2id(name)
-        return Pose(data.body_xpos[index].copy(), data.body_xmat[index].reshape(3, 3).copy())
+        return _pose(data.body_xpos[index], data.body_xmat[index])
 
-    def site(self, name: str) -> np.ndarray:
-        """Return the position (3) of a site of the simulation."""
-        return self.env.sim.data.site_xpos[self.env.sim.model.site_name2id(name)].copy()
+    def site(self, name: str) -> Pose:
+        """Return the pose of a site of the simulation."""
+        data, index = self.env.sim.data, self.env.sim.model.site_name2id(name)
+        return _pose(data.site_xpos[index], data.site_xmat[index])
 
-    def geom(self, name: str) -> np.ndarray:
-        """Return the position (3) of a geom of the simulation."""
-        return self.env.sim.data.geom_xpos[self.env.sim.model.geom_name2id(name)].copy()
+    def geom(self, name: str) -> Pose:
+        """Return the pose of a geom of the simulation."""
+        data, index = self.env.sim.data, self.env.sim.model.geom_name2id(name)
+        return _pose(data.geom_xpos[index], data.geom_xmat[index])
 
     def moved(self, offset: Sequence[float] | np.ndarray, rotation: np.ndarray | None = None) -> Pose:
         """Return the hand's pose after a motion by `offset` (3) and a rotation (3 3), which move what it holds in the same way."""

@@ -19,6 +19,7 @@ from difftori.envs.robomimic_stages import (
     hand_down,
     heading,
     hold,
+    horizontal,
     nearest,
     never,
     shortest_rotation,
@@ -37,7 +38,7 @@ LIFTED = 0.95
 
 def give_hammer(arm: Arm) -> list[Stage]:
     """Put the lid aside, unless it is there already, take the hammer out of the bin, hold it out, and let go when asked."""
-    aside = np.linalg.norm(_lid(arm)[:2] - LID_PLACE) < 0.1
+    aside = horizontal(_lid(arm).position[:2] - LID_PLACE) < 0.1
     return [*([] if aside else _put_lid_aside(arm)), *_hold_out_hammer(arm)]
 
 
@@ -49,11 +50,11 @@ def take_hammer(arm: Arm) -> list[Stage]:
 def _put_lid_aside(arm: Arm) -> list[Stage]:
     rotation = hand_down(np.pi / 2)
     return [
-        *grasp(arm, "lid", lambda: Pose(_lid(arm), rotation)),
+        *grasp(arm, "lid", lambda: Pose(_lid(arm).position, rotation)),
         _way("lift the lid", (0.2, -0.45, 1.08), rotation, CLOSED),
         _way("carry the lid", (*LID_PLACE, 1.08), rotation, CLOSED),
-        Stage("put the lid down", lambda: Pose(np.array([*LID_PLACE, arm.hand.position[2] - 0.03]), rotation), CLOSED,
-              until=lambda: bool(_lid(arm)[2] < 0.852), limit=60, speed=0.6),
+        Stage("put the lid down", lambda: Pose(np.array([*LID_PLACE, arm.hand.height - 0.03]), rotation), CLOSED,
+              until=lambda: _lid(arm).height < 0.852, limit=60, speed=0.6),
         hold(arm, "let the lid go", OPEN, steps=8),
         _way("leave the lid", (-0.15, -0.46, 1.08), rotation, OPEN),
     ]  # fmt: skip
@@ -75,7 +76,7 @@ def _hold_out_hammer(arm: Arm) -> list[Stage]:
         return bool(near) and arm.partner.stage == "wait for the hammer"
 
     def dropped() -> bool:
-        return bool(hammer().position[2] < LIFTED)
+        return hammer().height < LIFTED
 
     def leaving() -> Pose:
         x, y, _ = arm.hand.position
@@ -84,10 +85,10 @@ def _hold_out_hammer(arm: Arm) -> list[Stage]:
     return [
         *grasp(arm, "hammer", end, above=0.2),
         # Straight up first: nearer to its base the arm locks.
-        Stage("lift the hammer", lambda: Pose(np.array([*arm.start.position[:2], arm.hand.position[2] + 0.04]), arm.start.rotation),
-              CLOSED, until=lambda: bool(hammer().position[2] > 0.965), limit=50, retry=True),
+        Stage("lift the hammer", lambda: arm.start.at(arm.hand.height + 0.04),
+              CLOSED, until=lambda: hammer().height > 0.965, limit=50, retry=True),
         Stage("out of the bin", lambda: Pose(np.array([0.7 * arm.start.position[0], arm.start.position[1] + 0.15, 1.12]), arm.start.rotation),
-              CLOSED, until=lambda: bool(arm.hand.position[2] > 1.08), limit=60, lost=dropped),
+              CLOSED, until=lambda: arm.hand.height > 1.08, limit=60, lost=dropped),
         Stage("hold the hammer out", held_out, CLOSED, until=ready, lost=dropped, speed=0.8),
         Stage("keep still", lambda: arm.start, CLOSED, until=lambda: arm.partner.passed("close on the offered hammer"), speed=0.5),
         hold(arm, "let the hammer go", OPEN, steps=10),
@@ -106,8 +107,8 @@ def _remove_trash(arm: Arm) -> list[Stage]:
     x, y, _ = arm.env.transport.trash_bin_pos
     return [
         *grasp(arm, "trash", trash, above=0.2, speed=0.4),
-        Stage("lift the trash", lambda: Pose(np.array([*arm.start.position[:2], 1.06]), arm.start.rotation), CLOSED,
-              until=lambda: bool(trash().position[2] > 1.0), limit=50, retry=True),
+        Stage("lift the trash", lambda: arm.start.at(1.06), CLOSED,
+              until=lambda: trash().height > 1.0, limit=50, retry=True),
         _way("over the trash bin", (x, y, 1.06), rotation, CLOSED),
         _way("lower the trash", (x, y, 0.96), rotation, CLOSED),
         hold(arm, "let the trash go", OPEN, steps=8),
@@ -127,8 +128,7 @@ def _receive_hammer(arm: Arm) -> list[Stage]:
         return Pose(hammer().point([0.0, 0.0, RECEIVER_GRIP]), rotation)
 
     def over_bin(height: float) -> Pose:
-        x, y = arm.hand.position[:2] + offset()
-        return Pose(np.array([x, y, height]), rotation)
+        return Pose(arm.moved([*offset(), 0.0]).position, rotation).at(height)
 
     def offset() -> np.ndarray:
         return (arm.env.transport.target_bin_pos - hammer().position)[:2]
@@ -138,11 +138,11 @@ def _receive_hammer(arm: Arm) -> list[Stage]:
         Stage("down to the offered hammer", offered, OPEN, tolerance=(0.007, 0.1), limit=60, speed=0.5),
         hold(arm, "close on the offered hammer", CLOSED, steps=12),
         Stage("keep hold", lambda: arm.start, CLOSED, until=lambda: arm.partner.passed("withdraw"), speed=0.5),
-        Stage("over the bin", lambda: over_bin(1.1), CLOSED, until=lambda: bool(np.linalg.norm(offset()) < 0.03), limit=120, speed=0.8),
-        Stage("lower the hammer", lambda: over_bin(arm.hand.position[2] - 0.04), CLOSED,
-              until=lambda: bool(arm.hand.position[2] < 0.88), limit=40, speed=0.7),
+        Stage("over the bin", lambda: over_bin(1.1), CLOSED, until=lambda: horizontal(offset()) < 0.03, limit=120, speed=0.8),
+        Stage("lower the hammer", lambda: over_bin(arm.hand.height - 0.04), CLOSED,
+              until=lambda: arm.hand.height < 0.88, limit=40, speed=0.7),
         hold(arm, "let the hammer go", OPEN, steps=8),
-        Stage("leave", lambda: Pose(np.array([*arm.start.position[:2], 1.1]), rotation), OPEN, until=never),
+        Stage("leave", lambda: Pose(arm.start.position, rotation).at(1.1), OPEN, until=never),
     ]  # fmt: skip
 
 
@@ -160,6 +160,6 @@ def _way(
     return Stage(name, lambda: goal, gripper, tolerance=(0.03, 0.1), until=until, limit=80, retry=retry)
 
 
-def _lid(arm: Arm) -> np.ndarray:
-    """Return the position of the lid's handle."""
+def _lid(arm: Arm) -> Pose:
+    """Return the pose of the lid's handle."""
     return arm.geom("transport_start_bin_lid_handle")
