@@ -98,8 +98,7 @@ def square(arm: Arm) -> list[Stage]:
         return arm.body("SquareNut_main")
 
     def handle() -> Pose:
-        x, y, z = nut().point([0.06, 0.0, 0.0])
-        return Pose(np.array([x, y, max(z - 0.005, 0.822)]), hand_down(wrap(nut().heading + flip)))
+        return Pose(nut().point([0.06, 0.0, 0.0]), hand_down(wrap(nut().heading + flip)))
 
     def offset() -> np.ndarray:
         return (peg - nut().position)[:2]
