@@ -1,0 +1,93 @@
+"""ManiSkill 3 (Tao et al. 2024, arXiv 2410.00425): manipulation in SAPIEN, with state or point cloud observations.
+
+    state   the robot, the objects and the goal; 42 numbers in PickCube
+    action  7 numbers: the hand's motion (1 is 0.1 m and 0.1 rad per step, in the axes of the base), and the gripper (1: open)
+
+Tasks have the paper's names, such as `PickCube`; `PickCube-v1` and `pick-cube` are the same. Episodes are truncated after 200
+steps and never terminate. `info["success"]` remains true after the first success: success means success at any step.
+"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
+from difftori.envs.family import EnvFamily
+from difftori.envs.maniskill_simulation import FPS, open_simulation, to_numpy
+from difftori.errors import ConfigError
+
+TASKS = ("PickCube", "PushCube", "StackCube", "PegInsertionSide")
+OBS_TYPES = ("state",)
+EPISODE_STEPS = 200
+"""ManiSkill's own limits, 50 or 100 steps, end before its demonstrations do; 200 is the limit of ManiSkill 2."""
+
+
+def full_name(task: str) -> str:
+    """Return the name in `TASKS` that `task` refers to; "" is the first. Raises `ConfigError` if there is none."""
+    plain = {_plain(name): name for name in TASKS}
+    return plain.get(_plain(task)) or chosen_task(task, TASKS, env="maniskill")
+
+
+class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
+    """A task, as described at the head of this file. The seed of the reset and the actions determine the episode.
+
+    `max_steps`: the step after which an episode is truncated.
+    """
+
+    def __init__(self, task: str, *, max_steps: int):
+        self._env = open_simulation(task, obs_mode="state")
+        self._max_steps = max_steps
+        self._steps, self._success = 0, False
+        self.observation_space = Box(-np.inf, np.inf, self._env.single_observation_space.shape, np.float32)
+        self.action_space = Box(-1.0, 1.0, self._env.single_action_space.shape, np.float32)
+        self.render_mode = "rgb_array"
+        self.metadata = episode_metadata(f"maniskill:{task}", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a new episode. Without a seed, the previous random stream continues. There are no options."""
+        super().reset(seed=seed)
+        if options:
+            raise ConfigError(
+                [f"maniskill: reset options {sorted(options)} are unknown; there are none. Fix: remove them"]
+            )
+        episode = int(self.np_random.integers(2**31)) if seed is None else seed % 2**32
+        raw, info = self._env.reset(seed=episode)
+        self._steps, self._success = 0, bool(info["success"])
+        return to_numpy(raw), {"success": self._success}
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Take one step of 1/20 s."""
+        raw, reward, _, _, info = self._env.step(np.asarray(action, dtype=np.float32))
+        self._steps += 1
+        self._success = self._success or bool(info["success"])
+        return to_numpy(raw), float(reward), False, self._steps >= self._max_steps, {"success": self._success}
+
+    def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Render a frame (512, 512, 3) uint8 for a video."""
+        return to_numpy(self._env.render())
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._env.close()
+
+
+def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> ManiskillEnv:
+    """Build a task. `obs`: `state`, float32. `max_steps`: the step after which an episode is truncated. Default: 200.
+
+    Raises `ConfigError`, `MissingExtraError` (extra `maniskill`), `RenderingError` (no Vulkan).
+    """
+    if faults := choice_fault("obs", obs, OBS_TYPES) + numeric_faults(max_steps=max_steps):
+        raise ConfigError(faults)
+    return ManiskillEnv(task, max_steps=max_steps)
+
+
+FAMILY = EnvFamily(build=build, tasks=TASKS, full_name=full_name)
+
+
+def _plain(name: str) -> str:
+    """Return a task's name without its version, hyphens and capitals."""
+    return name.lower().replace("-", "").replace("_", "").removesuffix("v1")
