@@ -7,14 +7,16 @@ Tasks have the paper's names, such as `PickCube`; `PickCube-v1` and `pick-cube` 
 steps and never terminate. `info["success"]` remains true after the first success: success means success at any step.
 """
 
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
-from difftori.envs.family import EnvFamily
+from difftori.envs.family import EnvFamily, Expert
+from difftori.envs.maniskill_experts import PLANNED, planned_expert
 from difftori.envs.maniskill_simulation import FPS, open_simulation, to_numpy
 from difftori.errors import ConfigError
 
@@ -33,14 +35,18 @@ def full_name(task: str) -> str:
 class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
     """A task, as described at the head of this file. The seed of the reset and the actions determine the episode.
 
-    `max_steps`: the step after which an episode is truncated.
+    `parts`: names of the observations, or None for the state only, as one array. `max_steps`: the step after which an episode
+    is truncated. `info["episode_seed"]` of a reset is the seed of the episode.
     """
 
-    def __init__(self, task: str, *, max_steps: int):
+    def __init__(self, task: str, *, parts: tuple[str, ...] | None, max_steps: int):
         self._env = open_simulation(task, obs_mode="state")
         self._max_steps = max_steps
         self._steps, self._success = 0, False
-        self.observation_space = Box(-np.inf, np.inf, self._env.single_observation_space.shape, np.float32)
+        self._parts = parts
+        state = Box(-np.inf, np.inf, self._env.single_observation_space.shape, np.float32)
+        space: Any = state if parts is None else Dict({"state": state})
+        self.observation_space = space
         self.action_space = Box(-1.0, 1.0, self._env.single_action_space.shape, np.float32)
         self.render_mode = "rgb_array"
         self.metadata = episode_metadata(f"maniskill:{task}", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
@@ -57,14 +63,15 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         episode = int(self.np_random.integers(2**31)) if seed is None else seed % 2**32
         raw, info = self._env.reset(seed=episode)
         self._steps, self._success = 0, bool(info["success"])
-        return to_numpy(raw), {"success": self._success}
+        return self._observation(raw), {"success": self._success, "episode_seed": episode}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take one step of 1/20 s."""
         raw, reward, _, _, info = self._env.step(np.asarray(action, dtype=np.float32))
         self._steps += 1
         self._success = self._success or bool(info["success"])
-        return to_numpy(raw), float(reward), False, self._steps >= self._max_steps, {"success": self._success}
+        truncated = self._steps >= self._max_steps
+        return self._observation(raw), float(reward), False, truncated, {"success": self._success}
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Render a frame (512, 512, 3) uint8 for a video."""
@@ -74,6 +81,10 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         """Free the simulator."""
         self._env.close()
 
+    def _observation(self, raw: Any) -> Observation:
+        state = to_numpy(raw)
+        return state if self._parts is None else {"state": state}
+
 
 def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> ManiskillEnv:
     """Build a task. `obs`: `state`, float32. `max_steps`: the step after which an episode is truncated. Default: 200.
@@ -82,10 +93,20 @@ def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> M
     """
     if faults := choice_fault("obs", obs, OBS_TYPES) + numeric_faults(max_steps=max_steps):
         raise ConfigError(faults)
-    return ManiskillEnv(task, max_steps=max_steps)
+    return ManiskillEnv(task, parts=None, max_steps=max_steps)
 
 
-FAMILY = EnvFamily(build=build, tasks=TASKS, full_name=full_name)
+def expert(task: str, *, obs: str = "state") -> Expert:
+    """Create the expert of a task: ManiSkill's motion planner, see `maniskill_experts`. It records `state`."""
+    if faults := choice_fault("obs", obs, OBS_TYPES):
+        raise ConfigError(faults)
+    if task not in PLANNED:
+        raise ConfigError([f"maniskill: {task} has no expert. Fix: choose one of {', '.join(PLANNED)}"])
+    parts = ("state",)
+    return planned_expert(partial(ManiskillEnv, task, parts=parts, max_steps=EPISODE_STEPS), task, parts)
+
+
+FAMILY = EnvFamily(build=build, tasks=TASKS, full_name=full_name, expert=expert)
 
 
 def _plain(name: str) -> str:
