@@ -50,8 +50,9 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         self._obs, self._named = obs, named
         self._draws = np.random.default_rng(0)
         shown = self._env.single_observation_space
-        space: Any = _points_space(shown) if obs == "points" else Dict({"state": _numbers(shown.shape)})
-        self.observation_space = space if obs == "points" or named else space["state"]
+        parts = _points_parts(shown) if obs == "points" else {"state": _numbers(shown.shape)}
+        space: Any = Dict(parts) if obs == "points" or named else parts["state"]  # pyright: ignore[reportArgumentType]
+        self.observation_space = space
         self.action_space = Box(-1.0, 1.0, self._env.single_action_space.shape, np.float32)
         self.render_mode = "rgb_array"
         self.metadata = episode_metadata(f"maniskill:{task}", max_episode_steps=max_steps, action_repeat=1, fps=FPS)
@@ -143,7 +144,7 @@ def _numbers(shape: tuple[int, ...]) -> Box:
     return Box(-np.inf, np.inf, shape, np.float32)
 
 
-def _points_space(shown: Any) -> Dict:
+def _points_parts(shown: Any) -> dict[str, Box]:
     """Return the observations `points` of a task, whose own observations in mode `pointcloud` are `shown`."""
     robot = shown["agent"]["qpos"].shape[-1] + shown["agent"]["qvel"].shape[-1] + shown["extra"]["tcp_pose"].shape[-1]
-    return Dict({"point_cloud": _numbers((POINTS, COLUMNS)), "agent_pos": _numbers((robot,))})
+    return {"point_cloud": _numbers((POINTS, COLUMNS)), "agent_pos": _numbers((robot,))}
