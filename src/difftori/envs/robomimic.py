@@ -16,6 +16,7 @@ seed and the actions determine an episode, bit by bit.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import gymnasium
@@ -23,10 +24,11 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
-from difftori.envs.family import EnvFamily
+from difftori.envs.family import EnvFamily, Expert
 from difftori.envs.robomimic_actions import ABSOLUTE, MOTION, controller_goals
 from difftori.envs.robomimic_camera import Camera
 from difftori.envs.robomimic_demos import from_recorded, recorded
+from difftori.envs.robomimic_experts import make_script
 from difftori.envs.robomimic_simulation import (
     ARM_PARTS,
     CONTROL_FREQ,
@@ -40,6 +42,8 @@ from difftori.errors import ConfigError
 
 OBS_TYPES = ("state", "image")
 ACTION_TYPES = ("delta", "absolute")
+HELD = 10
+"""Steps for which the task is solved at the end of an expert's episode."""
 VIDEO = 240
 """Side of the frames of `render`, in pixels."""
 
@@ -60,7 +64,8 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
 
     `parts`: the names of the observations, those of robomimic's data sets and of `spaces`, or None for the state, as one array.
     `actions`: `delta` or `absolute`. `reflections`: whether surfaces in images reflect. `max_steps`: the step after which an
-    episode is truncated. `script` creates an expert, whose action is the observation `expert`.
+    episode is truncated. `script` creates an expert, whose action is the observation `expert`; its episodes terminate when the
+    task has been solved for `HELD` steps.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         self._parts = parts
         self._script = None if script is None else script()
         self._max_steps = max_steps
-        self._steps, self._success = 0, False
+        self._steps, self._held, self._success = 0, 0, False
         self._seen: dict[str, Any] = {}
         self.action_space = action_space(task, actions)
         known = spaces(task)
@@ -119,7 +124,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         if self._script is not None:
             # A stream other than that of the simulation, which has the same seed.
             self._script.reset(self.simulation, np.random.default_rng(self.np_random.integers(2**63)))
-        self._steps, self._success = 0, False
+        self._steps, self._held, self._success = 0, 0, False
         return self._observation(), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -129,8 +134,10 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         solved = bool(self.simulation._check_success())  # noqa: SLF001 (there is no public way to it)
         self._steps += 1
         self._success = self._success or solved
+        self._held = self._held + 1 if solved else 0
+        ended = self._script is not None and self._held >= HELD
         truncated = self._steps >= self._max_steps
-        return self._observation(), float(solved), False, truncated, {"success": self._success}
+        return self._observation(), float(solved), ended, truncated, {"success": self._success}
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Render a frame (240, 240, 3) uint8 for a video. Raises `RenderingError` without OpenGL."""
@@ -207,14 +214,37 @@ def build(
     return RobomimicEnv(task, parts=parts, actions=actions, reflections=reflections, max_steps=limit)
 
 
+def expert(task: str, *, obs: str = "state") -> Expert:
+    """Create the scripted expert of a task (`robomimic_experts`), which acts by motions.
+
+    It records robomimic's `object` and the observations of each arm, and with `obs="image"` also the images of its cameras.
+    """
+    faults = choice_fault("obs", obs, OBS_TYPES)
+    if faults:
+        raise ConfigError(faults)
+    parts = ("object", *arm_parts(TASKS[task].arms), *(image_parts(task) if obs == "image" else ()))
+    options = {"actions": "delta", "reflections": True, "max_steps": TASKS[task].max_steps}
+    build_one = partial(
+        RobomimicEnv, task, parts=(*parts, "expert"), script=partial(make_script, task), **options
+    )
+    packages = ("robosuite", "mujoco", "gymnasium")
+    return Expert(build_one, _scripted, {name: name for name in parts}, packages)
+
+
 FAMILY = EnvFamily(
     build=build,
     tasks=tuple(TASKS),
     full_name=full_name,
+    expert=expert,
     window=(2, 16, 8),  # as in Diffusion Policy
     recorded=recorded,
     from_recorded=from_recorded,
 )
+
+
+def _scripted(observations: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the script's actions, which the environment shows."""
+    return observations["expert"]
 
 
 def _numbers(state: object) -> np.ndarray:
