@@ -10,9 +10,9 @@
             world frame, in metres within the task's workspace, the first two rows of its rotation matrix, and the gripper.
             20 actions per second
 
-An episode never terminates, and is truncated after robomimic's limit, 400 or 700 steps. The reward of a step is 1 if the task
-is solved after it, else 0. `info["success"]` remains true after the first success: success means success at any step. The
-seed and the actions determine an episode, bit by bit.
+An episode terminates when the task is solved, with a reward of 1 and `info["success"]`, as in robomimic's evaluations; other
+rewards are 0. It is truncated after robomimic's limit, 400 or 700 steps. The seed and the actions determine an episode, bit
+by bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -135,7 +135,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         self._steps += 1
         self._success = self._success or solved
         self._held = self._held + 1 if solved else 0
-        ended = self._script is not None and self._held >= HELD
+        ended = self._held >= (1 if self._script is None else HELD)
         truncated = self._steps >= self._max_steps
         return self._observation(), float(solved), ended, truncated, {"success": self._success}
 
