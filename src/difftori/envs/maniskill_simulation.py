@@ -4,7 +4,7 @@ import importlib.util
 import warnings
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -105,8 +105,10 @@ def _arrays(raw: Any) -> dict[str, np.ndarray]:
     return {name: to_numpy(value) for name, value in shown.items() if name != "segmentation"}
 
 
-def open_simulation(task: str, *, obs_mode: str, control: str = CONTROL) -> Any:
-    """Create ManiSkill's environment of a task, on the CPU, without its limit of steps.
+def open_simulation(
+    task: str, *, obs_mode: str, control: str = CONTROL, num_envs: int = 1, device: Literal["cpu", "cuda"] = "cpu"
+) -> Any:
+    """Create ManiSkill's environment of a task, on the CPU, without its limit of steps. More copies than one need CUDA.
 
     `obs_mode` and `control` are ManiSkill's, for instance `state`. Raises `MissingExtraError` (extra `maniskill`),
     `RenderingError` (no Vulkan, which ManiSkill needs for every observation) and `ConfigError` (missing assets).
@@ -119,9 +121,9 @@ def open_simulation(task: str, *, obs_mode: str, control: str = CONTROL) -> Any:
             f"{task}-v1",
             obs_mode=obs_mode,
             control_mode=control,
-            num_envs=1,
-            sim_backend="physx_cpu",
-            render_backend="cpu",
+            num_envs=num_envs,
+            sim_backend=f"physx_{device}",
+            render_backend=device,
             render_mode="rgb_array",
         )
     except RuntimeError as error:
