@@ -2,7 +2,7 @@
 
     state   the robot, the objects and the goal; 42 numbers in PickCube
     points  `point_cloud` (1200 6), see `maniskill_cloud`, and `agent_pos` (25): joint positions, velocities, the tool's pose
-    action  7 numbers: the hand's motion (1 is 0.1 m and 0.1 rad per step, in the axes of the base), and the gripper (1: open)
+    action  7 numbers: the requested motion of the hand (0.1 m, −0.1 rad, in the axes of the base), and the gripper (1: open)
 
 Tasks have the paper's names, such as `PickCube`; `PickCube-v1` and `pick-cube` are the same. Episodes are truncated after 200
 steps and never terminate. `info["success"]` remains true after the first success: success means success at any step.
