@@ -167,3 +167,12 @@ def test_a_planned_demonstration_succeeds_and_repeats_after_others():
     assert episodes[0].arrays.keys() == {"state", "action"}
     assert all(np.array_equal(episodes[0].arrays[name], episodes[2].arrays[name]) for name in ("state", "action"))
     assert not np.array_equal(episodes[0].arrays["state"][0], episodes[1].arrays["state"][0])
+
+
+def test_missing_cabinets_are_named_before_maniskill_asks_for_them(monkeypatch, tmp_path):
+    opened(lambda: maniskill_simulation.open_simulation("PickCube", obs_mode="none")).close()
+    from mani_skill.utils import assets
+
+    monkeypatch.setattr(assets, "is_data_source_downloaded", lambda name: not name.endswith("/1000"))
+    with pytest.raises(ConfigError, match="1 are not in .*partnet_mobility.*such as 1000. Fix: .*download_asset"):
+        maniskill.build("OpenCabinetDoor")

@@ -20,11 +20,12 @@ COLUMNS = 6
 
 
 def policy_cloud(
-    xyzw: np.ndarray, rgb: np.ndarray, tcp_pose: np.ndarray, goal: np.ndarray | None, draws: np.random.Generator
+    xyzw: np.ndarray, rgb: np.ndarray, tcp_pose: np.ndarray | None, goal: np.ndarray | None, draws: np.random.Generator
 ) -> np.ndarray:
     """Return the cloud (1200 6) float32 of all points in world coordinates, `xyzw` (N 4) and `rgb` (N 3) uint8.
 
-    w is 0 where a camera saw nothing. `tcp_pose` (7): position, and quaternion w x y z. `goal` (3): position, or None. They are
+    w is 0 where a camera saw nothing. `tcp_pose` (7): position, and quaternion w x y z; None: the cloud stays in
+    world coordinates. `goal` (3): position, or None. They are
     drawn with repetition if there are too few. Raises `DataError` if there is none above the ground.
     """
     seen = np.flatnonzero((xyzw[:, 3] > 0) & (xyzw[:, 2] > GROUND))
@@ -38,13 +39,13 @@ def policy_cloud(
     if goal is not None:
         points = np.concatenate([points, goal + draws.uniform(-GOAL_SIDE, GOAL_SIDE, (GOAL_POINTS, 3))])
         colours = np.concatenate([colours, np.tile([0.0, 1.0, 0.0], (GOAL_POINTS, 1))])
-    local = (points - tcp_pose[:3]) @ rotation(tcp_pose[3:])
+    local = points if tcp_pose is None else (points - tcp_pose[:3]) @ rotation(tcp_pose[3:])
     return np.concatenate([local, colours], axis=1).astype(np.float32)
 
 
-def robot_state(qpos: np.ndarray, qvel: np.ndarray, tcp_pose: np.ndarray) -> np.ndarray:
-    """Return `agent_pos` (… 2J+7) float32: joint positions (… J), joint velocities (… J), and the pose of the tool (… 7)."""
-    return np.concatenate([qpos, qvel, tcp_pose], axis=-1).astype(np.float32)
+def robot_state(*parts: np.ndarray | None) -> np.ndarray:
+    """Return `agent_pos` (… P) float32: joint positions, joint velocities, and the pose of the tool, each (… J) or None."""
+    return np.concatenate([part for part in parts if part is not None], axis=-1).astype(np.float32)
 
 
 def rotation(quaternion: np.ndarray) -> np.ndarray:

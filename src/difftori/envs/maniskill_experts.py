@@ -8,6 +8,7 @@ import contextlib
 import io
 import warnings
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -67,10 +68,8 @@ class Planner:
     def __init__(self, task: str):
         self._joints = _Recorded(open_simulation(task, obs_mode="none", control="pd_joint_pos"))
         self._hand = _Recorded(open_simulation(task, obs_mode="none"))
-        from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
-        from mani_skill.trajectory.utils.actions.conversion import from_pd_joint_pos_to_ee
-
-        self._solve, self._convert = MP_SOLUTIONS[f"{task}-v1"], from_pd_joint_pos_to_ee
+        self._solve = import_module("mani_skill.examples.motionplanning.panda.run").MP_SOLUTIONS[f"{task}-v1"]
+        self._convert = import_module("mani_skill.trajectory.utils.actions.conversion").from_pd_joint_pos_to_ee
 
     def actions(self, seed: int) -> np.ndarray:
         """Return the actions (T 7) of the episode of that seed, within ±1; one action, zeros, if no motion is found."""

@@ -16,12 +16,11 @@ import numpy as np
 from difftori.data._filling import Field
 from difftori.data.formats._hdf5 import array_in, group_in, names_in, open_file, reading
 from difftori.data.formats._source import Source, need, read_json
+from difftori.envs.maniskill_bridge import MANISKILL2
 from difftori.envs.maniskill_cloud import policy_cloud, robot_state
 from difftori.errors import DataError
 
 CONTROL = "pd_ee_delta_pose"
-BRIDGED = ("Fill", "Hang", "Excavate", "Pour", "PushChair", "MoveBucket")
-"""The tasks that only ManiSkill 2 has. Its files of other tasks are refused, because its actions are in another frame."""
 _NAME = re.compile(r"traj_(\d+)")
 _CLOUD, _ROBOT = "point_cloud", "agent_pos"
 
@@ -124,12 +123,13 @@ def _described(path: Path) -> dict[str, Any]:
         ) from error
     if not numbers:
         raise DataError(f"{beside}: lists no episodes. Fix: record successful episodes, or pass another file")
+    _, control = MANISKILL2.get(about["env_id"].rpartition("-")[0], ("", CONTROL))
     replay = (
-        f"Fix: python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -o state -c {CONTROL} --save-traj "
+        f"Fix: python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -o state -c {control} --save-traj "
         "--sim-backend physx_cpu (or -o pointcloud), and pass the file that it writes"
     )
-    if wrong := sorted(modes - {CONTROL}):
-        raise DataError(f"{path}: its actions are {', '.join(wrong)}; the environment's are {CONTROL}. {replay}")
+    if wrong := sorted(modes - {control}):
+        raise DataError(f"{path}: its actions are {', '.join(wrong)}; the environment's are {control}. {replay}")
     if about["obs_mode"] not in ("state", "pointcloud"):
         raise DataError(f"{path}: its observations are {about['obs_mode']!r}, neither state nor pointcloud. {replay}")
     return about
@@ -139,7 +139,7 @@ def _refuse_other_frame(env_id: str, trajectory: Any, path: Path) -> None:
     """Raise DataError for a file of ManiSkill 2, whose names end in -v0 or whose simulator states are one array."""
     states = trajectory.get("env_states", getclass=True, getlink=False)
     second = env_id.endswith("-v0") or states is need("h5py").Dataset
-    if second and env_id.rpartition("-")[0] not in BRIDGED:
+    if second and env_id.rpartition("-")[0] not in MANISKILL2:
         raise DataError(
             f"{path}: is of ManiSkill 2 ({env_id}), whose actions are in the frame of the hand; those of ManiSkill 3 are in the "
             "frame of the base. Fix: use demonstrations of ManiSkill 3, from its download_demo or difftori collect"
