@@ -43,9 +43,9 @@ class RobomimicTask:
 
 _AGENT = ("agentview", "robot0_eye_in_hand")
 TASKS = {
-    "lift": RobomimicTask("Lift", 400, _AGENT, 10, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), random_body="cube_main"),
-    "can": RobomimicTask("PickPlaceCan", 400, _AGENT, 14, (-0.5, -0.7, 0.7), (0.5, 0.7, 1.5)),
     "square": RobomimicTask("NutAssemblySquare", 400, _AGENT, 14, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5)),
+    "can": RobomimicTask("PickPlaceCan", 400, _AGENT, 14, (-0.5, -0.7, 0.7), (0.5, 0.7, 1.5)),
+    "lift": RobomimicTask("Lift", 400, _AGENT, 10, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), random_body="cube_main"),
     "transport": RobomimicTask(
         "TwoArmTransport",
         700,
@@ -61,7 +61,7 @@ TASKS = {
         "ToolHang", 700, ("sideview", "robot0_eye_in_hand"), 44, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), side=240
     ),
 }
-"""The tasks in robomimic's order."""
+"""The tasks; the first is the default."""
 
 
 def arm_parts(arms: int) -> tuple[str, ...]:

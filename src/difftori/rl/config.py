@@ -27,7 +27,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     agent: str
     """Agent: a name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
-    """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
+    """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `robomimic:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
     obs: Literal["state", "pixels"] = "state"
     """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
     env_options: tuple[str, ...] = ()
