@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 
 from difftori.envs.opengl import import_drawing
+from difftori.envs.robomimic_actions import POSITION_SCALE, ROTATION_SCALE
 from difftori.errors import MissingExtraError
 
 Numbers3 = tuple[float, float, float]
 
 CONTROL_FREQ = 20
 """Actions per second."""
-POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
-"""Motion of an action of 1: metres, and radians."""
+ARM_PARTS = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2}
+"""Robomimic's observations of each arm, and their sizes."""
 
 
 @dataclass(frozen=True)
 class RobomimicTask:
     """A task. `env` is robosuite's name, `arms` the number of robots, and `max_steps` robomimic's limit for proficient-human data.
 
-    `cameras` and their `side` in pixels are robomimic's. `object_size` is the length of `object`. `rebuilt`: every reset
-    builds the model again, because a part of it is random. `low` and `high` bound the goal positions of absolute actions, in
-    metres, in the world frame.
+    `cameras` and their `side` in pixels are robomimic's. `object_size` is the length of `object`. `random_body`: every reset
+    builds the model again, because the size of this body is random, or "". `low` and `high` bound the goal positions of
+    absolute actions, in metres, in the world frame. `base_angles` are the directions of the robots' bases about z, in radians.
     """
 
     env: str
@@ -36,12 +37,13 @@ class RobomimicTask:
     high: Numbers3
     arms: int = 1
     side: int = 84
-    rebuilt: bool = False
+    random_body: str = ""
+    base_angles: tuple[float, ...] = (0.0,)
 
 
 _AGENT = ("agentview", "robot0_eye_in_hand")
 TASKS = {
-    "lift": RobomimicTask("Lift", 400, _AGENT, 10, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), rebuilt=True),
+    "lift": RobomimicTask("Lift", 400, _AGENT, 10, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), random_body="cube_main"),
     "can": RobomimicTask("PickPlaceCan", 400, _AGENT, 14, (-0.5, -0.7, 0.7), (0.5, 0.7, 1.5)),
     "square": RobomimicTask("NutAssemblySquare", 400, _AGENT, 14, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5)),
     "transport": RobomimicTask(
@@ -52,13 +54,24 @@ TASKS = {
         (-0.7, -0.9, 0.7),
         (0.7, 0.9, 1.5),
         arms=2,
-        rebuilt=True,
+        random_body="payload_root",
+        base_angles=(np.pi / 2, -np.pi / 2),
     ),
     "tool_hang": RobomimicTask(
         "ToolHang", 700, ("sideview", "robot0_eye_in_hand"), 44, (-0.5, -0.5, 0.7), (0.5, 0.5, 1.5), side=240
     ),
 }
 """The tasks in robomimic's order."""
+
+
+def arm_parts(arms: int) -> tuple[str, ...]:
+    """Return robomimic's names of the observations of all arms, in the order of `state` and `agent_pos`."""
+    return tuple(f"robot{arm}_{part}" for arm in range(arms) for part in ARM_PARTS)
+
+
+def image_parts(task: str) -> tuple[str, ...]:
+    """Return robomimic's names of the images of a task."""
+    return tuple(f"{camera}_image" for camera in TASKS[task].cameras)
 
 
 def create_simulation(task: RobomimicTask, *, absolute: bool, needs_images: bool) -> Any:
@@ -72,7 +85,7 @@ def create_simulation(task: RobomimicTask, *, absolute: bool, needs_images: bool
         robots=["Panda"] * task.arms,
         controller_configs=[_controller(absolute) for _ in range(task.arms)],
         control_freq=CONTROL_FREQ,
-        hard_reset=task.rebuilt,
+        hard_reset=bool(task.random_body),
         ignore_done=True,
         reward_shaping=False,
         use_object_obs=True,
@@ -101,14 +114,6 @@ def import_robosuite(*, needs_images: bool) -> Any:
     else:
         os.environ["MUJOCO_GL"] = backend
     return robosuite
-
-
-def seed_simulation(simulation: Any, seed: int) -> None:
-    """Restart the random numbers of a simulation. Its next reset and the actions then determine the episode, bit by bit.
-
-    The generator itself is shared by robots, models and samplers, so it is not replaced.
-    """
-    simulation.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 def _controller(absolute: bool) -> dict[str, Any]:

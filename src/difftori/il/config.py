@@ -50,6 +50,8 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     override them."""
     obs: str | None = None
     """Observation type of the environment, such as `state`, `points` or `image` (default: the environment's)."""
+    env_options: tuple[str, ...] | None = None
+    """Further options of the environment, as `NAME=VALUE`, such as `actions=absolute max_steps=500` (default: the environment's)."""
     n_obs_steps: int | None = Field(None, ge=1)
     """Number of observations that the policy gets, those of the last steps (default: the policy's, or the environment's)."""
     horizon: int | None = Field(None, ge=1)
@@ -130,6 +132,7 @@ TASK_OPTIONS = (
     "episodes",
     "held_out",
     "obs",
+    "env_options",
     "n_obs_steps",
     "horizon",
     "n_action_steps",
