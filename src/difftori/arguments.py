@@ -57,6 +57,22 @@ class CollectArguments(Arguments):
     """Show no progress bar."""
 
 
+class RenderArguments(Arguments):
+    """Render the images of a raw robomimic file from its states: a new file with everything of the old one, and the images.
+
+    Low-dimensional observations are added if they are missing. Re-run the same command to resume an interrupted run.
+    """
+
+    file: Path
+    """Robomimic file (HDF5) of `lift`, `can`, `square`, `transport` or `tool_hang`, with states."""
+    out: Path | None = None
+    """New file (default: FILE_image.hdf5)."""
+    reflections: bool = True
+    """Draw reflections, as in robomimic's own images. Without, rendering takes half the time."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+
 class TrainArguments(Arguments):
     """Train a policy by imitation, or an agent by reinforcement learning. Re-run the same command to resume an interrupted run."""
 

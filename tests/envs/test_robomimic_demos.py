@@ -13,6 +13,7 @@ from difftori.envs import robomimic
 from difftori.envs.robomimic_demos import Layout, from_recorded, read_layout, recorded
 from difftori.envs.robomimic_simulation import TASKS
 from difftori.errors import ConfigError
+from difftori.registry import resolve_env
 
 needs_robosuite = pytest.mark.skipif(
     importlib.util.find_spec("robosuite") is None, reason="needs the extra: pip install 'difftori[robomimic]'"
@@ -70,7 +71,7 @@ def test_absolute_actions_are_those_that_robomimic_records(task):
     assert away[..., :3].max() < 0.003
     assert away[..., 3:9].max() < 0.02
     assert away[..., 9].max() == 0
-    robomimic.action_space(task, "absolute").contains(computed[0].astype(np.float32))
+    assert robomimic.action_space(task, "absolute").contains(computed[0].astype(np.float32))
 
 
 def test_motions_are_clipped_as_executed():
@@ -159,6 +160,37 @@ def test_motions_in_the_frame_of_the_base_are_turned_and_their_absolute_actions_
         from_recorded(arrays, motions, action_key="actions_abs", actions="absolute", **given)
     with pytest.raises(ConfigError, match="actions=absolute"):
         from_recorded(arrays, motions, action_key="actions_abs", actions="delta", **given)
+
+
+@needs_robosuite
+def test_a_file_of_this_version_holds_what_the_environment_showed(tmp_path):
+    names = recorded("square")["state"]
+    env = robomimic.RobomimicEnv("square", parts=(*names, "state"), actions="delta", reflections=True, max_steps=9)
+    obs, _ = env.reset(seed=3)
+    rows, states, actions = [], [], np.random.default_rng(0).uniform(-1, 1, (4, 7)).astype(np.float32)
+    for action in actions:
+        states.append(env.simulation.sim.get_state().flatten())
+        rows.append(obs)
+        obs, *_ = env.step(action)
+    with h5py.File(tmp_path / "own.hdf5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["actions"], demo["states"] = actions.astype(np.float64), np.stack(states)
+        for name in names:
+            demo[f"obs/{name}"] = np.stack([row[name] for row in rows]).astype(np.float64)
+        file["data"].attrs["env_args"] = about("square", version="1.5.2", input_ref_frame="world")["env_args"]
+    demos = read_demos(tmp_path / "own.hdf5", {name: name for name in names})
+    arrays = {name: values.numpy() for name, values in demos.obs.items()}
+    read, motions = resolve_env("robomimic:square").from_recorded(
+        arrays, demos.actions.numpy(), {"obs": "state", "about": demos.about, "action_key": None, "actions": "delta"}
+    )
+    assert np.array_equal(read["state"], np.stack([row["state"] for row in rows]))
+    assert np.array_equal(motions, actions)
+    again, _ = env.reset(options={"reset_to_state": states[0]})
+    assert np.allclose(again["state"], rows[0]["state"], atol=1e-5)
+    for row, action in zip(rows[1:], actions[:-1], strict=True):
+        again, *_ = env.step(action)
+        assert np.abs(again["state"] - row["state"]).max() < 0.02
+    env.close()
 
 
 @needs_robosuite

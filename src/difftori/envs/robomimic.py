@@ -35,7 +35,7 @@ from difftori.envs.robomimic_simulation import (
     create_simulation,
     image_parts,
 )
-from difftori.envs.robomimic_state import reset_to_seed, reset_to_state
+from difftori.envs.robomimic_state import reset_to_seed, reset_to_state, set_state
 from difftori.errors import ConfigError
 
 OBS_TYPES = ("state", "image")
@@ -114,8 +114,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
             reset_to_seed(self.simulation, seed)
         else:
             reset_to_state(self.simulation, self._task, _numbers(state), model_file)
-        for _ in range(2):  # positions relative to the hand are one update late
-            self._seen = self.simulation._get_observations(force_update=True)  # noqa: SLF001 (there is no public way)
+        self._look()
         if self._script is not None:
             # A stream other than that of the simulation, which has the same seed.
             self._script.reset(self.simulation, np.random.default_rng(self.np_random.integers(2**63)))
@@ -132,6 +131,12 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         truncated = self._steps >= self._max_steps
         return self._observation(), float(solved), False, truncated, {"success": self._success}
 
+    def shown(self, state: np.ndarray) -> Observation:
+        """Return the observation in another state of the episode's model, a row of robomimic's `states`. No step is taken."""
+        set_state(self.simulation, state)
+        self._look()
+        return self._observation()
+
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Render a frame (240, 240, 3) uint8 for a video. Raises `RenderingError` without OpenGL."""
         return self._camera.image(self._task.cameras[0], VIDEO)
@@ -140,6 +145,11 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         """Free the simulator and its OpenGL contexts."""
         self._camera.close()
         self.simulation.close()
+
+    def _look(self) -> None:
+        """Update the observations. Positions relative to the hand are one update late."""
+        for _ in range(2):
+            self._seen = self.simulation._get_observations(force_update=True)  # noqa: SLF001 (there is no public way)
 
     def _observation(self) -> Observation:
         if self._parts is None:

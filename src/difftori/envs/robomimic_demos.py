@@ -118,6 +118,23 @@ def objects(task: str, stored: np.ndarray, layout: Layout) -> np.ndarray:
     return np.concatenate([poses[:, :, ::-1].reshape(len(stored), -1), rest], 1)
 
 
+def objects_before_1_5(task: str, shown: np.ndarray) -> np.ndarray:
+    """Return the environment's `object` (T n) in the order of robosuite before 1.5. The inverse of `objects`."""
+    if task == "transport":
+        return np.concatenate([shown[:, :27], shown[:, 29:], shown[:, 27:29]], 1)
+    return objects(task, shown, Layout(before_1_5=True))  # an exchange, or a change of sign
+
+
+def read_task(about: Mapping[str, Any]) -> str:
+    """Return the task that a robomimic file with this metadata was recorded in. Raises `ConfigError` for another environment."""
+    name = _read_args(about.get("env_args")).get("env_name")
+    found = [task for task, known in TASKS.items() if known.env == name]
+    if not found:
+        known = ", ".join(one.env for one in TASKS.values())
+        raise ConfigError([f"env_args: the environment {name!r} is unknown. Fix: give a file of one of {known}"])
+    return found[0]
+
+
 def read_layout(task: str, about: Mapping[str, Any]) -> Layout:
     """Return the layout of a data set with this metadata. Raises `ConfigError` if it is not one of this task."""
     if "env_args" not in about:

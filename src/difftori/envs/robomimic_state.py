@@ -21,22 +21,15 @@ def reset_to_seed(simulation: Any, seed: int | None) -> None:
     simulation.reset()
 
 
-def reset_to_state(simulation: Any, task: RobomimicTask, state: np.ndarray, model_file: str | None) -> None:
+def reset_to_state(simulation: Any, task: RobomimicTask, state: np.ndarray, model_file: object) -> None:
     """Reset the simulation to a state of a data set: time, positions and velocities, of this version of robosuite or an earlier one.
 
     `model_file`: the model of the episode, in MuJoCo's XML. Of it, only the body whose size is random is used, because models of
     other versions do not load; tasks without one do not need it. Raises `ConfigError`.
     """
-    size = 1 + simulation.sim.model.nq + simulation.sim.model.nv
-    if state.shape != (size,) or not np.isfinite(state).all():
-        raise ConfigError(
-            [
-                f"robomimic: reset_to_state has shape {state.shape} or is not finite. Fix: give {size} finite numbers, "
-                "time, positions and velocities, as in robomimic's `states`"
-            ]
-        )
+    _check(simulation, state)
     if task.random_body:
-        if model_file is None:
+        if not isinstance(model_file, str):
             raise ConfigError(
                 [f"robomimic: {task.env} needs model_file, because its model is random. Fix: give that of the episode"]
             )
@@ -45,11 +38,28 @@ def reset_to_state(simulation: Any, task: RobomimicTask, state: np.ndarray, mode
         simulation.deterministic_reset = True
         simulation.reset()
         simulation.deterministic_reset = False
+    set_state(simulation, state)
+
+
+def set_state(simulation: Any, state: np.ndarray) -> None:
+    """Set another state of the same model. Raises `ConfigError` for one of another size, or that is not finite."""
+    _check(simulation, state)
     simulation.sim.set_state_from_flattened(state)
     simulation.sim.forward()
     for robot in simulation.robots:
         robot.part_controllers["right"].update(force=True)
     simulation.update_state()
+
+
+def _check(simulation: Any, state: np.ndarray) -> None:
+    size = 1 + simulation.sim.model.nq + simulation.sim.model.nv
+    if state.shape != (size,) or not np.isfinite(state).all():
+        raise ConfigError(
+            [
+                f"robomimic: the state has shape {state.shape} or is not finite. Fix: give {size} finite numbers, "
+                "time, positions and velocities, as in robomimic's `states`"
+            ]
+        )
 
 
 def _with_body(model: str, other: str, name: str) -> str:
