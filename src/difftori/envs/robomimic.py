@@ -16,17 +16,20 @@ seed and the actions determine an episode, bit by bit.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from functools import partial
+from operator import itemgetter
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
-from difftori.envs.family import EnvFamily
+from difftori.envs.family import EnvFamily, Expert
 from difftori.envs.robomimic_actions import ABSOLUTE, MOTION, controller_goals
 from difftori.envs.robomimic_camera import Camera
 from difftori.envs.robomimic_demos import from_recorded, recorded
+from difftori.envs.robomimic_experts import make_script
 from difftori.envs.robomimic_simulation import (
     ARM_PARTS,
     CONTROL_FREQ,
@@ -35,24 +38,16 @@ from difftori.envs.robomimic_simulation import (
     create_simulation,
     image_parts,
 )
+from difftori.envs.robomimic_stages import Script
 from difftori.envs.robomimic_state import reset_to_seed, reset_to_state, set_state
 from difftori.errors import ConfigError
 
 OBS_TYPES = ("state", "image")
 ACTION_TYPES = ("delta", "absolute")
+HOLD_STEPS = 10
+"""Steps for which a task is solved at the end of a demonstration, as when people record them in robosuite."""
 VIDEO = 240
 """Side of the frames of `render`, in pixels."""
-
-
-class Script(Protocol):
-    """A scripted expert, which sees the whole simulation."""
-
-    def reset(self, sim: Any, rng: np.random.Generator) -> None:
-        """Begin an episode of robosuite's environment. All randomness of the script is drawn from `rng`."""
-
-    def act(self, sim: Any) -> np.ndarray:
-        """Return the action of the next step, of the type `delta` (7 for each arm). Called once for each step."""
-        ...
 
 
 class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
@@ -60,7 +55,8 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
 
     `parts`: the names of the observations, those of robomimic's data sets and of `spaces`, or None for the state, as one array.
     `actions`: `delta` or `absolute`. `reflections`: whether surfaces in images reflect. `max_steps`: the step after which an
-    episode is truncated. `script` creates an expert, whose action is the observation `expert`.
+    episode is truncated. `script` creates an expert, whose action is the observation `expert`; then an episode terminates when
+    the task has been solved for `HOLD_STEPS` steps in a row.
     """
 
     def __init__(
@@ -81,7 +77,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         self._parts = parts
         self._script = None if script is None else script()
         self._max_steps = max_steps
-        self._steps, self._success = 0, False
+        self._steps, self._success, self._held = 0, False, 0
         self._seen: dict[str, Any] = {}
         self.action_space = action_space(task, actions)
         known = spaces(task)
@@ -118,7 +114,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         if self._script is not None:
             # A stream other than that of the simulation, which has the same seed.
             self._script.reset(self.simulation, np.random.default_rng(self.np_random.integers(2**63)))
-        self._steps, self._success = 0, False
+        self._steps, self._success, self._held = 0, False, 0
         return self._observation(), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -128,8 +124,10 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         solved = bool(self.simulation._check_success())  # noqa: SLF001 (there is no public way to it)
         self._steps += 1
         self._success = self._success or solved
+        self._held = self._held + 1 if solved else 0
+        terminated = self._script is not None and self._held >= HOLD_STEPS
         truncated = self._steps >= self._max_steps
-        return self._observation(), float(solved), False, truncated, {"success": self._success}
+        return self._observation(), float(solved), terminated, truncated, {"success": self._success}
 
     def shown(self, state: np.ndarray) -> Observation:
         """Return the observation in another state of the episode's model, a row of robomimic's `states`. No step is taken."""
@@ -217,10 +215,33 @@ def build(
     return RobomimicEnv(task, parts=parts, actions=actions, reflections=reflections, max_steps=limit)
 
 
+def expert(task: str, *, obs: str = "state") -> Expert:
+    """Create the scripted expert of a task, which sees the whole simulation and acts with noise (see `robomimic_experts`).
+
+    It records robomimic's `object` and hands, and with `obs="image"` also the images. Default: `state`.
+    """
+    faults = choice_fault("obs", obs, OBS_TYPES)
+    if faults:
+        raise ConfigError(faults)
+    stored = recorded(task)
+    names = tuple(dict.fromkeys(stored["state"] + (stored["image"] if obs == "image" else ())))
+    build_one = partial(
+        RobomimicEnv,
+        task,
+        parts=(*names, "expert"),
+        actions="delta",
+        reflections=True,
+        max_steps=TASKS[task].max_steps,
+        script=partial(make_script, task),
+    )
+    return Expert(build_one, itemgetter("expert"), {name: name for name in names}, ("robosuite", "mujoco", "gymnasium"))
+
+
 FAMILY = EnvFamily(
     build=build,
     tasks=tuple(TASKS),
     full_name=full_name,
+    expert=expert,
     window=(2, 16, 8),  # as in Diffusion Policy
     recorded=recorded,
     from_recorded=from_recorded,
