@@ -1,14 +1,15 @@
 """The scripted experts of the robomimic tasks: geometry, stages, success in the simulation, repeatability."""
 
 import importlib.util
-import logging
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from difftori.envs import robomimic
 from difftori.envs.robomimic_experts import NOISE, ROUTINES, make_script
+from difftori.envs.robomimic_simulation import TASKS, create_simulation
 from difftori.envs.robomimic_stages import (
     CLOSED,
     OPEN,
@@ -24,6 +25,8 @@ from difftori.envs.robomimic_stages import (
     shortest_rotation,
     wrap,
 )
+from difftori.envs.robomimic_state import reset_to_seed
+from difftori.envs.workers import launch
 from difftori.errors import ConfigError
 
 needs_robosuite = pytest.mark.skipif(
@@ -193,30 +196,8 @@ def simulation():
     opened = []
 
     def build(task: str):
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        import robosuite
-
-        name, robots, extra = {
-            "lift": ("Lift", 1, {}),
-            "can": ("PickPlaceCan", 1, {}),
-            "square": ("NutAssemblySquare", 1, {}),
-            "tool_hang": ("ToolHang", 1, {}),
-            "transport": ("TwoArmTransport", 2, {"env_configuration": "opposed"}),
-        }[task]
-        arm = {
-            "type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05] * 3 + [0.5] * 3,
-            "output_min": [-0.05] * 3 + [-0.5] * 3, "kp": 150, "damping_ratio": 1, "impedance_mode": "fixed",
-            "kp_limits": [0, 300], "damping_ratio_limits": [0, 10], "position_limits": None, "orientation_limits": None,
-            "uncouple_pos_ori": True, "input_type": "delta", "input_ref_frame": "world", "interpolation": None,
-            "ramp_ratio": 0.2, "gripper": {"type": "GRIP"},
-        }  # fmt: skip
-        sim = robosuite.make(
-            name, robots=["Panda"] * robots, controller_configs=[{"type": "BASIC", "body_parts": {"right": dict(arm)}} for _ in range(robots)],
-            has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, use_object_obs=True, ignore_done=True,
-            control_freq=20, reward_shaping=False, hard_reset=task in ("lift", "transport"), **extra,
-        )  # fmt: skip
-        opened.append(sim)
-        return sim
+        opened.append(create_simulation(TASKS[task], absolute=False, needs_images=False))
+        return opened[-1]
 
     yield build
     for sim in opened:
@@ -227,8 +208,7 @@ def episode(
     sim, task: str, seed: int, *, noise: float | None = None, steps: int | None = None
 ) -> tuple[bool, np.ndarray]:
     """Whether the expert succeeds from a seed, and its actions until then."""
-    sim.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
-    sim.reset()
+    reset_to_seed(sim, seed)
     script = make_script(task, noise=noise)
     script.reset(sim, np.random.default_rng(seed))
     actions = []
@@ -270,8 +250,7 @@ def test_an_episode_is_determined_by_its_seed(simulation):
 @needs_robosuite
 def test_a_dropped_nut_is_grasped_again(simulation):
     sim = simulation("square")
-    sim.rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
-    sim.reset()
+    reset_to_seed(sim, 0)
     script = make_script("square", noise=0.0)
     script.reset(sim, np.random.default_rng(0))
     dropped, solved = False, False
@@ -289,3 +268,40 @@ def test_a_dropped_nut_is_grasped_again(simulation):
             break
     assert dropped
     assert solved
+
+
+@needs_robosuite
+def test_a_demonstration_is_reproduced_by_its_seed_and_recorded_actions():
+    expert = robomimic.expert("lift")
+    env = launch(expert.build, name="lift", num_envs=1, seed=0)
+    seen, _ = env.reset(seed=[7])
+    actions, states, ended = [], [], False
+    while not ended:
+        states.append(np.concatenate([seen[name][0] for name in expert.arrays]))
+        actions.append(np.clip(expert.act(seen), -1, 1))
+        seen, _, terminated, truncated, info = env.step(actions[-1])
+        ended = bool(terminated[0] or truncated[0])
+    env.close()
+    assert terminated[0]
+    assert info["success"][0]
+    assert len(actions) < 60
+    replay = robomimic.build("lift")
+    state, _ = replay.reset(seed=7)
+    for step, (action, recorded) in enumerate(zip(actions, states, strict=True), 1):
+        assert np.array_equal(state, recorded)
+        state, reward, terminated, _, info = replay.step(action[0])
+        if terminated:
+            break
+    replay.close()
+    assert reward == 1.0
+    assert info["success"]
+    assert step == len(actions) - robomimic.HOLD_STEPS + 1, "a demonstration goes on after the success, an evaluation does not"
+
+
+def test_demonstrations_hold_what_every_observation_type_is_computed_from():
+    for task in robomimic.TASKS:
+        recorded = robomimic.recorded(task)
+        assert set(robomimic.expert(task).arrays) == set(recorded["state"])
+        assert set(robomimic.expert(task, obs="image").arrays) == {*recorded["state"], *recorded["image"]}
+    with pytest.raises(ConfigError, match="obs is 'points'"):
+        robomimic.expert("lift", obs="points")

@@ -17,7 +17,8 @@ by bit.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from operator import itemgetter
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -37,26 +38,16 @@ from difftori.envs.robomimic_simulation import (
     create_simulation,
     image_parts,
 )
+from difftori.envs.robomimic_stages import Script
 from difftori.envs.robomimic_state import reset_to_seed, reset_to_state, set_state
 from difftori.errors import ConfigError
 
 OBS_TYPES = ("state", "image")
 ACTION_TYPES = ("delta", "absolute")
-HELD = 10
-"""Steps for which the task is solved at the end of an expert's episode."""
+HOLD_STEPS = 10
+"""Steps for which a task is solved at the end of a demonstration, as when people record them in robosuite."""
 VIDEO = 240
 """Side of the frames of `render`, in pixels."""
-
-
-class Script(Protocol):
-    """A scripted expert, which sees the whole simulation."""
-
-    def reset(self, sim: Any, rng: np.random.Generator) -> None:
-        """Begin an episode of robosuite's environment. All randomness of the script is drawn from `rng`."""
-
-    def act(self, sim: Any) -> np.ndarray:
-        """Return the action of the next step, of the type `delta` (7 for each arm). Called once for each step."""
-        ...
 
 
 class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
@@ -64,8 +55,8 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
 
     `parts`: the names of the observations, those of robomimic's data sets and of `spaces`, or None for the state, as one array.
     `actions`: `delta` or `absolute`. `reflections`: whether surfaces in images reflect. `max_steps`: the step after which an
-    episode is truncated. `script` creates an expert, whose action is the observation `expert`; its episodes terminate when the
-    task has been solved for `HELD` steps.
+    episode is truncated. `script` creates an expert, whose action is the observation `expert`; then an episode terminates when
+    the task has been solved for `HOLD_STEPS` steps in a row.
     """
 
     def __init__(
@@ -86,7 +77,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         self._parts = parts
         self._script = None if script is None else script()
         self._max_steps = max_steps
-        self._steps, self._held, self._success = 0, 0, False
+        self._steps, self._success, self._held = 0, False, 0
         self._seen: dict[str, Any] = {}
         self.action_space = action_space(task, actions)
         known = spaces(task)
@@ -123,7 +114,7 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         if self._script is not None:
             # A stream other than that of the simulation, which has the same seed.
             self._script.reset(self.simulation, np.random.default_rng(self.np_random.integers(2**63)))
-        self._steps, self._held, self._success = 0, 0, False
+        self._steps, self._success, self._held = 0, False, 0
         return self._observation(), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -134,9 +125,9 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         self._steps += 1
         self._success = self._success or solved
         self._held = self._held + 1 if solved else 0
-        ended = self._held >= (1 if self._script is None else HELD)
+        terminated = self._held >= (1 if self._script is None else HOLD_STEPS)
         truncated = self._steps >= self._max_steps
-        return self._observation(), float(solved), ended, truncated, {"success": self._success}
+        return self._observation(), float(solved), terminated, truncated, {"success": self._success}
 
     def shown(self, state: np.ndarray) -> Observation:
         """Return the observation in another state of the episode's model, a row of robomimic's `states`. No step is taken."""
@@ -225,20 +216,25 @@ def build(
 
 
 def expert(task: str, *, obs: str = "state") -> Expert:
-    """Create the scripted expert of a task (`robomimic_experts`), which acts by motions.
+    """Create the scripted expert of a task, which sees the whole simulation and acts with noise (see `robomimic_experts`).
 
-    It records robomimic's `object` and the observations of each arm, and with `obs="image"` also the images of its cameras.
+    It records robomimic's `object` and hands, and with `obs="image"` also the images. Default: `state`.
     """
     faults = choice_fault("obs", obs, OBS_TYPES)
     if faults:
         raise ConfigError(faults)
-    parts = ("object", *arm_parts(TASKS[task].arms), *(image_parts(task) if obs == "image" else ()))
-    options = {"actions": "delta", "reflections": True, "max_steps": TASKS[task].max_steps}
+    stored = recorded(task)
+    names = tuple(dict.fromkeys(stored["state"] + (stored["image"] if obs == "image" else ())))
     build_one = partial(
-        RobomimicEnv, task, parts=(*parts, "expert"), script=partial(make_script, task), **options
+        RobomimicEnv,
+        task,
+        parts=(*names, "expert"),
+        actions="delta",
+        reflections=True,
+        max_steps=TASKS[task].max_steps,
+        script=partial(make_script, task),
     )
-    packages = ("robosuite", "mujoco", "gymnasium")
-    return Expert(build_one, _scripted, {name: name for name in parts}, packages)
+    return Expert(build_one, itemgetter("expert"), {name: name for name in names}, ("robosuite", "mujoco", "gymnasium"))
 
 
 FAMILY = EnvFamily(
@@ -250,11 +246,6 @@ FAMILY = EnvFamily(
     recorded=recorded,
     from_recorded=from_recorded,
 )
-
-
-def _scripted(observations: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the script's actions, which the environment shows."""
-    return observations["expert"]
 
 
 def _numbers(state: object) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The scripted routines of Transport's two arms: a hammer from a closed bin, over from hand to hand, into an emptied bin.
 
-Lengths are in metres. The hammer's z axis runs along its handle. The arms meet at two places: the receiver approaches when
+Lengths are in metres. Either end of the hammer may point to the receiver. The arms meet at two places: the receiver approaches when
 the hammer is held out, and the giver opens its hand when the receiver's is closed.
 """
 
@@ -27,8 +27,8 @@ from difftori.envs.robomimic_stages import (
 
 HANDOVER = np.array([0.0, 0.0, 1.08])
 """Where the hammer's middle is handed over."""
-GIVER_GRIP, RECEIVER_GRIP = -0.085, 0.08
-"""Where each hand holds the hammer, along its handle. Hands that are nearer to each other collide."""
+GRIP = 0.0825
+"""Distance of each hand from the hammer's middle. Hands that are nearer to each other collide."""
 LID_PLACE = (-0.21, -0.46)
 """Where the lid is put down."""
 ALONG_Y = np.array([0.0, 1.0, 0.0])
@@ -65,15 +65,15 @@ def _hold_out_hammer(arm: Arm) -> list[Stage]:
         return arm.body("payload_root")
 
     def end() -> Pose:
-        position = hammer().point([0.0, 0.0, GIVER_GRIP]) - [0.0, 0.0, 0.004]
-        return Pose(position, hand_down(nearest(heading(hammer().rotation[:, 2]), np.pi, np.pi / 2)))
+        position = hammer().position - GRIP * _handle(arm) - [0.0, 0.0, 0.004]
+        return Pose(position, hand_down(heading(_handle(arm))))
 
     def held_out() -> Pose:
-        return arm.moved(HANDOVER - hammer().position, shortest_rotation(hammer().rotation[:, 2], ALONG_Y))
+        return arm.moved(HANDOVER - hammer().position, shortest_rotation(_handle(arm), ALONG_Y))
 
-    def ready() -> bool:
-        near = np.linalg.norm(HANDOVER - hammer().position) < 0.01 and hammer().rotation[1, 2] > 0.9988  # 0.05 rad
-        return bool(near) and arm.partner.stage == "wait for the hammer"
+    def is_held_out() -> bool:
+        distance = float(np.linalg.norm(HANDOVER - hammer().position))
+        return distance < 0.015 and horizontal(_handle(arm) - ALONG_Y) < 0.1
 
     def dropped() -> bool:
         return hammer().height < LIFTED
@@ -89,10 +89,11 @@ def _hold_out_hammer(arm: Arm) -> list[Stage]:
               CLOSED, until=lambda: hammer().height > 0.965, limit=50, retry=True),
         Stage("out of the bin", lambda: Pose(np.array([0.7 * arm.start.position[0], arm.start.position[1] + 0.15, 1.12]), arm.start.rotation),
               CLOSED, until=lambda: arm.hand.height > 1.08, limit=60, lost=dropped),
-        Stage("hold the hammer out", held_out, CLOSED, until=ready, lost=dropped, speed=0.8),
+        Stage("hold the hammer out", held_out, CLOSED, until=is_held_out, limit=100, lost=dropped, speed=0.8),
         Stage("keep still", lambda: arm.start, CLOSED, until=lambda: arm.partner.passed("close on the offered hammer"), speed=0.5),
         hold(arm, "let the hammer go", OPEN, steps=10),
-        Stage("withdraw", leaving, OPEN, until=never, limit=12, speed=0.8),
+        # Straight up first: the hammer's head may be on this arm's side of the hand.
+        Stage("withdraw", lambda: arm.start.at(1.25), OPEN, until=lambda: arm.hand.height > 1.18, limit=30, speed=0.8),
         Stage("leave", leaving, OPEN, until=never, speed=0.8),
     ]  # fmt: skip
 
@@ -119,13 +120,13 @@ def _remove_trash(arm: Arm) -> list[Stage]:
 
 def _receive_hammer(arm: Arm) -> list[Stage]:
     rotation = hand_down(-np.pi / 2)
-    above = Pose(HANDOVER + [0.0, RECEIVER_GRIP + 0.02, 0.14], rotation)
+    above = Pose(HANDOVER + [0.0, GRIP + 0.02, 0.14], rotation)
 
     def hammer() -> Pose:
         return arm.body("payload_root")
 
     def offered() -> Pose:
-        return Pose(hammer().point([0.0, 0.0, RECEIVER_GRIP]), rotation)
+        return Pose(hammer().position + GRIP * _handle(arm), rotation)
 
     def over_bin(height: float) -> Pose:
         return Pose(arm.moved([*offset(), 0.0]).position, rotation).at(height)
@@ -163,3 +164,9 @@ def _way(
 def _lid(arm: Arm) -> Pose:
     """Return the pose of the lid's handle."""
     return arm.geom("transport_start_bin_lid_handle")
+
+
+def _handle(arm: Arm) -> np.ndarray:
+    """Return the direction (3) of the hammer's handle, towards the receiver's side."""
+    direction = arm.body("payload_root").rotation[:, 2]
+    return direction if direction[1] > 0 else -direction
