@@ -287,15 +287,17 @@ def test_a_demonstration_is_reproduced_by_its_seed_and_recorded_actions():
     assert len(actions) < 60
     replay = robomimic.build("lift")
     state, _ = replay.reset(seed=7)
-    for step, (action, recorded) in enumerate(zip(actions, states, strict=True), 1):
-        assert np.array_equal(state, recorded)
-        state, reward, terminated, _, info = replay.step(action[0])
-        if terminated:
-            break
+    steps, terminated = 0, False
+    while not terminated:
+        assert np.array_equal(state, states[steps])
+        state, reward, terminated, _, info = replay.step(actions[steps][0])
+        steps += 1
     replay.close()
     assert reward == 1.0
     assert info["success"]
-    assert step == len(actions) - robomimic.HOLD_STEPS + 1, "a demonstration goes on after the success, an evaluation does not"
+    assert steps == len(actions) - robomimic.HOLD_STEPS + 1, (
+        "a demonstration goes on after the success, an evaluation does not"
+    )
 
 
 def test_demonstrations_hold_what_every_observation_type_is_computed_from():
