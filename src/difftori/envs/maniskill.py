@@ -143,7 +143,13 @@ def from_recorded(stored: Arrays, actions: np.ndarray, obs: str) -> tuple[Arrays
 
 
 FAMILY = EnvFamily(
-    build=build, tasks=TASKS, full_name=full_name, expert=expert, recorded=PARTS, from_recorded=from_recorded
+    build=build,
+    tasks=TASKS,
+    full_name=full_name,
+    expert=expert,
+    window=(1, 1, 1),  # as in ManiSkill2-Learn
+    recorded=PARTS,
+    from_recorded=from_recorded,
 )
 
 
