@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-slow test-suites vulkan soak lint resolve docs baselines bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
@@ -37,7 +37,7 @@ $(VENV)/.suites: $(VENV)/.dev
 	touch $@
 
 test-suites: $(VENV)/.suites $(VULKAN)/activate  ## the environments robomimic (needs gcc) and maniskill (Python 3.10 or 3.11)
-	. $(VULKAN)/activate && $(BIN)/python -m pytest -k 'robomimic or maniskill' tests/envs tests/data
+	. $(VULKAN)/activate && $(BIN)/python -m pytest -k 'robomimic or maniskill or render or manipulation or every_environment' tests/envs tests/data tests/collection tests/experiments
 
 vulkan: $(VULKAN)/activate  ## Mesa's Vulkan driver for ManiSkill, which needs no GPU and no root; Debian 12 and relatives
 $(VULKAN)/activate:

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from difftori.config import overlay, read_tokens
 from difftori.data.download import PUBLIC
+from difftori.errors import ConfigError
 from difftori.experiments.il_study import Case, plan_runs
 from difftori.experiments.paper import (
     base_noise,
@@ -23,8 +24,9 @@ from difftori.experiments.paper.manipulation import DATA
 from difftori.experiments.records import read_run
 from difftori.experiments.study import comparable, config_mismatch
 from difftori.il.config import TrainConfig, parse_config
+from difftori.il.env_task import EnvEvaluator
 from difftori.policies.difftori import DEFAULT_NOISE, DiffTORI, DiffTORIConfig
-from difftori.registry import find_policy
+from difftori.registry import find_policy, resolve_env
 from difftori.runs.records import to_yaml
 from difftori.types import TaskSpec, Window
 
@@ -96,7 +98,7 @@ def test_the_name_of_a_robomimic_task_says_whose_demonstrations_it_has(asked, tm
         "none is there: the error names this place"
     )
     assert several.demos == str(tmp_path / "square" / "mh" / "low_dim_v15.hdf5")
-    assert several.options == {"max_episode_steps": 500}
+    assert several.options == {"env_options": ("max_steps=500",)}
     assert "50 scripted demonstrations" in asked["reasons"]
     assert "50" in asked["runs"], "runs on other demonstrations are other runs"
 
@@ -104,6 +106,40 @@ def test_the_name_of_a_robomimic_task_says_whose_demonstrations_it_has(asked, tm
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValidationError, match=r"'sqare' is unknown. Fix: choose from pusht, square, square-ph"):
         table2.Config(tasks=("sqare",))
+
+
+def test_a_task_of_several_operators_has_the_longer_limit(asked, tmp_path):
+    pytest.importorskip("robosuite")
+    table6.run(table6.Config(tasks=("transport-mh",), demos=tmp_path, obs="state"))
+    (case,) = asked["cases"]
+    env = EnvEvaluator(resolve_env(case.env), case.obs, env_options=case.options["env_options"]).open(1)
+    assert env.metadata["max_episode_steps"] == 1100
+    assert env.single_action_space.shape == (20,)
+    env.close()
+
+
+def test_push_t_is_compared_by_its_score(asked, tmp_path):
+    for study in (table2, table4, table7):
+        study.run(study.Config(demos=tmp_path))
+        assert asked["measure"] == "score"
+        study.run(study.Config(tasks=("square",), demos=tmp_path))
+        assert asked["measure"] == "success"
+    with pytest.raises(ConfigError, match="pusht has no position control"):
+        table6.run(table6.Config(tasks=("pusht",), demos=tmp_path))
+
+
+def test_other_demonstrations_than_scripted_ones_do_not_name_their_number(asked, tmp_path):
+    table2.run(table2.Config(tasks=("pusht",), demos=tmp_path, demonstrations=50))
+    with_another_number = asked["runs"]
+    table2.run(table2.Config(tasks=("pusht",), demos=tmp_path))
+    assert asked["runs"] == with_another_number
+
+
+def test_tasks_of_maniskill_are_known_by_their_other_names(asked, tmp_path):
+    table3.run(table3.Config(tasks=("pick-cube",), demos=tmp_path))
+    assert [case.name for case in asked["cases"]] == ["PickCube"]
+    with pytest.raises(ValidationError, match="PickCub"):
+        table3.Config(tasks=("PickCubes",))
 
 
 def test_the_published_rates_are_of_the_tasks_demonstrations(asked, tmp_path):

@@ -34,6 +34,15 @@ class ILStudy(StudyOptions):
     """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
 
 
+def shortfalls(config: ILStudy, *, updates: int, episodes: int, seeds: int = FULL_SEEDS) -> dict[str, bool]:
+    """Return the ways in which a study can be smaller than the full one, and whether it is, for `run_refinement`'s reasons."""
+    return {
+        f"{config.updates} of {updates} updates": config.updates < updates,
+        f"{config.seeds} of {seeds} seeds": config.seeds < seeds,
+        f"{config.episodes} of {episodes} episodes": config.episodes < episodes,
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """An imitation task: an environment with an observation type. `demos` is the path of the data, with `{seed}` for the run's seed,

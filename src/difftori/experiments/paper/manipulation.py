@@ -14,8 +14,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from difftori.envs.robomimic import TASKS as ROBOMIMIC
+from difftori.errors import ConfigError
 from difftori.experiments.il_report import Published, run_refinement
-from difftori.experiments.il_study import FULL_SEEDS, Case, ILStudy
+from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.study import Method
 from difftori.paper.numbers import PaperNumber
 
@@ -42,7 +43,7 @@ class ManipulationConfig(ILStudy):
     """Tasks: `pusht`; `square`, `transport`, `tool_hang`, `lift`, `can` with demonstrations of a scripted expert; the same names with
     `-ph` or `-mh` with robomimic's human demonstrations (default: the paper's four)."""
     demos: Path = Path("demos")
-    """Directory of the demonstrations. robomimic's are at `TASK/ph/image*.hdf5` or `low_dim*.hdf5` in it, those of Push-T at
+    """Directory of the demonstrations. robomimic's are at `TASK/ph/*image*.hdf5` or `*low_dim*.hdf5` in it, those of Push-T at
     `pusht_cchi_v7_replay.zarr`. If they are missing when a base policy has to be trained, those of Push-T are downloaded (as by
     `difftori train --demos pusht-human`), and those of scripted experts are collected."""
     demonstrations: int = Field(DEMONSTRATIONS, ge=2)
@@ -79,19 +80,20 @@ def run_tables(
     `theirs` are the paper's results, `full_tasks` its tasks. `further` are the study's own reasons that make it partial.
     `absolute`: control the robots by absolute poses (position control) instead of motions (velocity control).
     """
+    if absolute and PUSH_T in config.tasks:
+        raise ConfigError([f"tasks: {PUSH_T} has no position control. Fix: remove it"])
+    scripted = any(task in ROBOMIMIC for task in config.tasks)
     checks = {
         "states instead of images": config.obs != "image",
         "small networks": config.sizes != "paper",
-        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
-        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
-        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES),
         f"{len(set(config.tasks) & set(full_tasks))} of {len(full_tasks)} tasks": not set(config.tasks)
         >= set(full_tasks),
-        f"{config.demonstrations} scripted demonstrations": any(task in ROBOMIMIC for task in config.tasks),
+        f"{config.demonstrations} scripted demonstrations": scripted,
         **further,
     }
     budget = f"{config.obs}-{config.sizes}-{config.updates}"
-    number = f"-{config.demonstrations}-demos" if config.demonstrations != DEMONSTRATIONS else ""
+    number = f"-{config.demonstrations}-demos" if scripted and config.demonstrations != DEMONSTRATIONS else ""
     run_refinement(
         config,
         [_case(config, task, absolute) for task in config.tasks],
@@ -102,7 +104,7 @@ def run_tables(
         reasons=[reason for reason, holds in checks.items() if holds],
         budget=f"{'+'.join(config.tasks)}-{budget}{number}",
         published=theirs,
-        measure="score" if config.tasks == (PUSH_T,) else "success",
+        measure="score" if PUSH_T in config.tasks else "success",
         runs=f"manipulation/{budget}{number}{'-absolute' if absolute else ''}",
     )
 
@@ -134,11 +136,9 @@ def _case(config: ManipulationConfig, task: str, absolute: bool) -> Case:
         demos = str(config.demos / DATA) if (config.demos / DATA).exists() else PUBLIC_NAME
         return Case(PUSH_T, "pose" if config.obs == "state" else "image", demos)
     name, _, data = task.partition("-")
-    env, options = f"robomimic:{name}", {}
-    if absolute:
-        options["env_options"] = ("actions=absolute",)
-    if data == "mh" and name in MH_STEPS:
-        options["max_episode_steps"] = MH_STEPS[name]
+    words = ["actions=absolute"] if absolute else []
+    words += [f"max_steps={MH_STEPS[name]}"] if data == "mh" and name in MH_STEPS else []
+    env, options = f"robomimic:{name}", {"env_options": tuple(words)} if words else {}
     if data:
         kind = "image" if config.obs == "image" else "low_dim"
         return Case(env, config.obs, _human(config.demos / name / data, kind), options=options, label=task)
@@ -147,6 +147,6 @@ def _case(config: ManipulationConfig, task: str, absolute: bool) -> Case:
 
 
 def _human(folder: Path, kind: str) -> str:
-    """Return the path of robomimic's file, whose name contains its version. If there are several, the first by name."""
-    found = sorted(folder.glob(f"{kind}*.hdf5"))
+    """Return the path of robomimic's file, or one of `difftori data render`, by its name. If there are several, the first."""
+    found = sorted(folder.glob(f"*{kind}*.hdf5"))
     return str(found[0] if found else folder / f"{kind}.hdf5")

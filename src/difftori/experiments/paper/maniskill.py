@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from difftori.envs.maniskill import PLANNED
+from difftori.envs.maniskill import PLANNED, full_name
+from difftori.errors import ConfigError
 from difftori.experiments.il_report import Published, run_refinement
-from difftori.experiments.il_study import FULL_SEEDS, Case, ILStudy
+from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.study import Method
 from difftori.paper.numbers import paper_numbers
 from difftori.policies.difftori import DEFAULT_NOISE
@@ -18,10 +19,11 @@ PAPER_TASKS = tuple(dict.fromkeys(row.task for row in paper_numbers(TABLE)))
 """The paper's nine tasks."""
 FULL_UPDATES, FULL_EPISODES, FULL_DEMONSTRATIONS = 50_000, 100, 1000
 """ManiSkill2 publishes 1000 demonstrations of PickCube; the paper does not say how many it uses."""
-BASES: dict[str, dict[str, object]] = {
-    "bc-pointnet": {},
-    "bc": {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64},
+BASES: dict[str, tuple[str, dict[str, object]]] = {
+    "points": ("bc-pointnet", {}),
+    "state": ("bc", {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}),
 }
+"""The base policy and its settings for each observation type."""
 
 
 class ManiskillConfig(ILStudy):
@@ -35,13 +37,19 @@ class ManiskillConfig(ILStudy):
     demonstrations: int = Field(FULL_DEMONSTRATIONS, ge=2)
     """Number of demonstrations to collect for each task and seed."""
     obs: Literal["points", "state"] = "points"
-    """Observation type; the paper uses point clouds."""
-    base: Literal["bc-pointnet", "bc"] = "bc-pointnet"
-    """Base policy to refine: the paper's PointNet, or a multilayer perceptron, for states."""
+    """Observation type. The base policy is the paper's PointNet on point clouds, or a multilayer perceptron on states."""
     updates: int = Field(FULL_UPDATES, ge=1)
     """Number of updates of every training, for base policies and refiners."""
     episodes: int = Field(FULL_EPISODES, ge=1)
     """Number of evaluation episodes of every policy, with the same seeds."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _named(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(dict.fromkeys(full_name(task) for task in tasks))
+        except ConfigError as error:
+            raise ValueError(error.faults[0]) from error
 
 
 def run_tables(
@@ -60,16 +68,13 @@ def run_tables(
     """
     count = len(set(config.tasks) & set(PAPER_TASKS))
     checks = {
-        f"base {config.base} instead of bc-pointnet": config.base != "bc-pointnet",
         "states instead of point clouds": config.obs != "points",
-        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
-        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
-        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES),
         f"{config.demonstrations} of {FULL_DEMONSTRATIONS} demonstrations": config.demonstrations < FULL_DEMONSTRATIONS,
         f"{count} of {len(PAPER_TASKS)} tasks": count < len(PAPER_TASKS),
         **further,
     }
-    budget = f"{config.obs}-{config.base}-{config.updates}-{config.demonstrations}-demos"
+    budget = f"{config.obs}-{config.updates}-{config.demonstrations}-demos"
     run_refinement(
         config,
         [_case(config, task) for task in config.tasks],
@@ -91,12 +96,12 @@ def run_tables(
 
 def base(config: ManiskillConfig) -> Method:
     """Return the base policy."""
-    return Method("base", config.base, BASES[config.base])
+    return Method("base", *BASES[config.obs])
 
 
 def refiner(config: ManiskillConfig, label: str, **settings: object) -> Method:
     """Return DiffTORI on the base policy. On the small base, noise on its actions helps (study `base-noise`)."""
-    noise = {"base_noise": DEFAULT_NOISE} if config.base == "bc" else {}
+    noise = {"base_noise": DEFAULT_NOISE} if config.obs == "state" else {}
     return Method(label, "difftori-il", {**noise, **settings}, base="base")
 
 
