@@ -25,7 +25,13 @@ PAGES = {
 GUIDES = {name: text for name, text in PAGES.items() if name != "docs/changelog.md"}
 RELIABILITY = PAGES["docs/reliability.md"]
 
-OTHER_TOOLS = {"--nproc-per-node", "--standalone"}  # torchrun's
+OTHER_TOOLS = {
+    "--nproc-per-node",
+    "--standalone",
+    "--traj-path",
+    "--save-traj",
+    "--sim-backend",
+}  # torchrun's, ManiSkill's
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 FORBIDDEN = (
     r"made anew|the mend\b|one's own|likewise|of which|\bstoreys?\b|that are optimisers|go(es)? on where|unless given|"
@@ -56,7 +62,7 @@ def options(*words: str) -> set[str]:
 def commands() -> list[tuple[str, ...]]:
     """Every command with options of its own."""
     return [
-        *((command,) for command in ("collect", "eval", "sweep", "report")),
+        *((command,) for command in ("collect", "data", "eval", "sweep", "report")),
         *(("train", name) for name in known_names()),
         *((command, name) for command in ("study", "bench") for name in names(command)),
     ]

@@ -46,13 +46,29 @@ class CollectArguments(Arguments):
     seed: int = 0
     """Random seed. The seed of an episode is derived from it and the number of the episode."""
     obs: str | None = None
-    """Observation type to record (default: the expert's). For MetaWorld, `points` records point clouds and states, `state` only states."""
+    """Observation type to record (default: the expert's). `state` records states, `points` point clouds and the robot's state; for MetaWorld also the full state."""
     workers: int | None = None
     """Number of worker processes (default: one per core). The data set does not depend on it."""
     keep_failures: bool = False
     """Record every episode. By default, only episodes that succeed at any step are recorded."""
     max_tries: int | None = None
     """Stop with an error after playing this number of episodes (default: ten times `--episodes`)."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+
+class RenderArguments(Arguments):
+    """Render the images of a raw robomimic file from its states: a new file with everything of the old one, and the images.
+
+    Low-dimensional observations are added if they are missing. Re-run the same command to resume an interrupted run.
+    """
+
+    file: Path
+    """Robomimic file (HDF5) of `lift`, `can`, `square`, `transport` or `tool_hang`, with states."""
+    out: Path | None = None
+    """New file (default: FILE_image.hdf5)."""
+    reflections: bool = True
+    """Draw reflections, as in robomimic's own images. Without, rendering takes half the time."""
     quiet: bool = False
     """Show no progress bar."""
 

@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM.
@@ -26,6 +26,7 @@ from difftori.terminal import (
 _USAGE = """usage: difftori COMMAND …
 
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
+  data render FILE [--out FILE]               render the images of a raw robomimic file
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
                                 train a policy by imitation, or an agent by reinforcement learning
   train --resume RUN [--steps N | --updates N | --epochs N]
@@ -74,6 +75,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], None]] = {
         "collect": _collect,
+        "data": _data,
         "train": _train,
         "eval": _eval,
         "sweep": _sweep,
@@ -109,6 +111,21 @@ def _collect(words: list[str]) -> None:
         )
         rows.append(collect(request, progress=not options.quiet))
     print_table("collected", rows if len(rows) > 1 else [{"": name, "value": v} for name, v in rows[0].items()])
+
+
+def _data(words: list[str]) -> None:
+    from difftori.arguments import RenderArguments, read_arguments
+
+    if words[:1] not in (["render"], ["--help"], ["-h"]):
+        raise ConfigError(["data: its only command is render. Fix: difftori data render FILE"])
+    options = read_arguments(RenderArguments, words[words[0] == "render" :], "data render", positional="file")
+    from difftori.collection.render import RenderRequest, render
+    from difftori.terminal import count_progress
+
+    request = RenderRequest(options.file, options.out, options.reflections)
+    with count_progress("demonstrations", shown=not options.quiet) as show:
+        summary = render(request, show)
+    print_table("rendered", [{"": name, "value": value} for name, value in summary.items()])
 
 
 def _num_cores() -> int:

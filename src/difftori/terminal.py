@@ -87,6 +87,18 @@ def run_progress(total: int, finished: int) -> Iterator[tuple[Callable[[str], No
         yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
 
 
+@contextmanager
+def count_progress(title: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar with the time left on stderr. Yields a function of the numbers of finished and of all items."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        line = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"

@@ -126,10 +126,14 @@ def chosen_task(task: str, tasks: tuple[str, ...], *, env: str) -> str:
     return task
 
 
-def numeric_faults(**values: int | None) -> list[str]:
-    """Return an error message for each value below 1. None is valid."""
+def numeric_faults(**values: object) -> list[str]:
+    """Return an error message for each value that is not an integer of at least 1. None is valid."""
     return [
-        f"{name} is {value}; it must be at least 1" for name, value in values.items() if value is not None and value < 1
+        f"{name} is {value}; it must be at least 1"
+        if isinstance(value, int)
+        else f"{name} is {value!r}, not an integer"
+        for name, value in values.items()
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1)
     ]
 
 

@@ -9,13 +9,14 @@ checks for NaN and ranges, episode seeds, and restarts. Your own module can defi
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, cast
 
 import gymnasium
 import numpy as np
+import yaml
 from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
 
@@ -28,6 +29,9 @@ from difftori.errors import ConfigError, suggest
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 """Named arrays, each with the same leading dimension."""
+
+Recorded: TypeAlias = Mapping[str, tuple[str, ...]]
+"""Maps observation types to names of recorded arrays."""
 
 FILLED = ("task", "seed", "render_mode", "num_envs")
 """Parameters of a builder that the library fills in; the others are the environment's options."""
@@ -64,11 +68,13 @@ class EnvFamily:
     """Creates the scripted expert for `difftori collect`. Parameters: `task` and `obs`, each optional. Default: no expert."""
     window: tuple[int, int, int] | None = None
     """`n_obs_steps`, `horizon` and `n_action_steps` of imitation policies. Default: (2, 16, 8)."""
-    recorded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """For each observation type `obs`, the arrays of a data set that it is computed from. Default: the observation's names."""
-    from_recorded: Callable[[Arrays, np.ndarray, str], tuple[Arrays, np.ndarray]] | None = None
-    """Maps recorded arrays (T, …), recorded actions (T, A) and `obs` to observations and actions of the environment.
-    Default: they are the same."""
+    recorded: Recorded | Callable[[str], Recorded] = field(default_factory=dict)
+    """For each observation type `obs`, the arrays of a data set that it is computed from; or a function that returns this for a
+    task. Default: the observation's names."""
+    from_recorded: Callable[..., tuple[Arrays, np.ndarray]] | None = None
+    """Maps recorded arrays (T, …) and recorded actions (T, A) to observations and actions of the environment. Optional keyword
+    parameters: `task`, `obs`, `about` (the metadata of the data set), `action_key` (that of `--action-key`, or None), and the
+    builder's options. Default: they are the same."""
 
     def task_name(self, task: str, *, env: str) -> str:
         """The name of the task that `task` refers to; "" is the default task. Raises `ConfigError` if there is none."""
@@ -107,6 +113,52 @@ class ResolvedEnv:
         """The builder's options and their defaults (`inspect.Parameter.empty` if an option is required)."""
         parameters = _parameters(self.family.build, self.name)
         return {name: parameter.default for name, parameter in parameters.items() if name not in FILLED}
+
+    @property
+    def recorded(self) -> Recorded:
+        """For each observation type, the arrays of a data set that it is computed from; empty: those of its own names."""
+        recorded = self.family.recorded
+        return recorded(self.task) if callable(recorded) else recorded
+
+    def from_recorded(
+        self, stored: Arrays, actions: np.ndarray, given: Mapping[str, object]
+    ) -> tuple[Arrays, np.ndarray]:
+        """Convert recorded arrays and actions (T, …) by the family's function. See `EnvFamily.from_recorded`.
+
+        The function gets the task and those of `given` that it has keyword parameters for.
+        """
+        convert = self.family.from_recorded
+        if convert is None:
+            return stored, actions
+        known = {"task": self.task, **given}
+        for positional in list(_parameters(convert, self.name))[:2]:
+            known.pop(positional, None)
+        return convert(stored, actions, **self._accepted(convert, known))
+
+    def read_options(self, words: Sequence[str], *, other: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the builder's options in words NAME=VALUE, such as `max_steps=500`, in the types of their defaults.
+
+        `other`: options of the builder that have an option of the command line, and are refused here. Raises `ConfigError`,
+        which lists all errors.
+        """
+        known = {name: default for name, default in self.options.items() if name not in other}
+        read, faults = {}, []
+        for word in words:
+            name, sign, text = word.partition("=")
+            if not sign:
+                faults.append(f"env_options: {word!r} has no value. Fix: write NAME=VALUE")
+            elif name in other:
+                faults.append(f"env_options: {name!r} has an option of its own. Fix: --{name.replace('_', '-')} {text}")
+            elif name in read:
+                faults.append(f"env_options: {name!r} is given twice. Fix: give it once")
+            elif name not in known:
+                faults.append(f"env_options: {self.name!r} takes no option {name!r}{suggest(name, known)}")
+            else:
+                read[name], wrong = _typed(text, known[name])
+                faults += [f"env_options: {name} is {text!r}. Fix: give {wrong}"] if wrong else []
+        if faults:
+            raise ConfigError(faults)
+        return read
 
     def make(
         self,
@@ -170,9 +222,12 @@ class ResolvedEnv:
     def make_expert(self, obs: str) -> Expert:
         """Create the family's expert for this task, with the observation type `obs`."""
         assert self.family.expert is not None
-        given = {"task": self.task, "obs": obs}
-        names = _parameters(self.family.expert, self.name)
-        return self.family.expert(**{name: value for name, value in given.items() if name in names})
+        return self.family.expert(**self._accepted(self.family.expert, {"task": self.task, "obs": obs}))
+
+    def _accepted(self, function: Callable[..., object], given: Mapping[str, object]) -> dict[str, Any]:
+        """Return those of `given` that the function has keyword parameters for."""
+        names = _parameters(function, self.name)
+        return {name: value for name, value in given.items() if name in names}
 
     @property
     def _vector(self) -> bool:
@@ -191,6 +246,27 @@ class ResolvedEnv:
         ]
         if faults:
             raise ConfigError(faults)
+
+
+def _typed(text: str, default: object) -> tuple[object, str]:
+    """Return the text as a value of the default's type, and "", or a description of that type if the text is none of it.
+
+    Without a default value, it is read as a value in YAML.
+    """
+    if isinstance(default, str):
+        return text, ""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text, "a value, such as 1, true or a word"
+    if isinstance(default, bool):
+        return value, "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        return value, "" if isinstance(value, int) and not isinstance(value, bool) else "an integer"
+    if isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (float(value), "") if number else (text, "a number")
+    return value, ""
 
 
 def _filled(build: Callable[..., object], env: ResolvedEnv, seed: int, num_envs: int) -> dict[str, object]:

@@ -169,7 +169,7 @@ def build(task: str, *, obs: str = "state", max_steps: int = EPISODE_STEPS) -> M
 
 
 def from_recorded(
-    stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
+    stored: dict[str, np.ndarray], actions: np.ndarray, *, obs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return recorded observations (T, …) with the environment's names, and actions clipped to ±1, as executed."""
     return {ARRAYS[name]: stored[name] for name in RECORDED[obs]}, np.clip(actions, -1.0, 1.0)

@@ -39,8 +39,10 @@ def import_drawing(module: str, *, needs_images: bool) -> ModuleType:
     return found
 
 
-def renderer(model: Any, height: int, width: int) -> Any:
-    """Create a `mujoco.Renderer` without shadows and reflections. It is freed with the model, at the latest when Python ends.
+def renderer(model: Any, height: int, width: int, *, reflections: bool = False) -> Any:
+    """Create a `mujoco.Renderer` without shadows. It is freed with the model, at the latest when Python ends.
+
+    `reflections`: whether surfaces reflect. Default: False.
 
     Raises `RenderingError` if images cannot be rendered.
     """
@@ -52,10 +54,16 @@ def renderer(model: Any, height: int, width: int) -> Any:
         # With MUJOCO_GL=disable there is no context, which raises AttributeError.
         raise RenderingError(f"images cannot be rendered ({error}). Fix: {HELP}, before Python starts") from error
     made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-    made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-    # If the garbage collector freed it after OpenGL, it would print errors.
-    weakref.finalize(model, made.close)
+    made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
+    # If the garbage collector freed it after OpenGL, it would print errors. A strong reference here would keep the model.
+    weakref.finalize(model, _close, weakref.ref(made))
     return made
+
+
+def _close(reference: weakref.ref) -> None:
+    made = reference()
+    if made is not None:
+        made.close()
 
 
 def _refuse_windows(mujoco: ModuleType) -> None:

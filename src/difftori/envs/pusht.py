@@ -135,7 +135,7 @@ def pose(state: np.ndarray) -> np.ndarray:
 
 
 def from_recorded(
-    stored: dict[str, np.ndarray], actions: np.ndarray, obs: str
+    stored: dict[str, np.ndarray], actions: np.ndarray, *, obs: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Convert the arrays of Diffusion Policy's data set to observations and actions (T, …) of the environment."""
     entries = {

@@ -80,15 +80,15 @@ def run_refinement(
 ) -> Results[ILStudy]:
     """Run the missing runs, and write `out/<study>`. Raises RunsFailedError at the end if runs failed.
 
-    `compared` are pairs of methods' labels. `budget` names the folder of a partial study. `runs` names the folder of runs, if
-    several studies share it.
+    `compared` are pairs of methods' labels. `budget` names the folder of a partial study. `runs` names the folder of runs and
+    their records (default: `<study>/<budget>`); several studies can share it.
     """
     console = Console()
     results = run_imitation(
         config,
         cases,
         methods,
-        study=f"{runs or study}/{budget}",
+        study=runs or f"{study}/{budget}",
         reasons=reasons,
         say=lambda text: console.print(text, highlight=False, soft_wrap=True),
     )

@@ -1,8 +1,8 @@
 """Imitation studies: their options, and the demonstrations, base policies and refiners that they need."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ class ILStudy(StudyOptions):
     """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
 
 
+def shortfalls(config: ILStudy, *, updates: int, episodes: int, seeds: int = FULL_SEEDS) -> dict[str, bool]:
+    """Return the ways in which a study can be smaller than the full one, and whether it is, for `run_refinement`'s reasons."""
+    return {
+        f"{config.updates} of {updates} updates": config.updates < updates,
+        f"{config.seeds} of {seeds} seeds": config.seeds < seeds,
+        f"{config.episodes} of {episodes} episodes": config.episodes < episodes,
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """An imitation task: an environment with an observation type. `demos` is the path of the data, with `{seed}` for the run's seed,
@@ -45,11 +54,15 @@ class Case:
     demos: str
     collect: int | None = None
     """Number of episodes to collect if the data are missing; None: the data must exist."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of `difftori train` for this task; refiners take them from their base."""
+    label: str = ""
+    """The name of the task in folders and tables, if it differs from the environment's."""
 
     @property
     def name(self) -> str:
         """The name of the task in folders and tables."""
-        return self.env.partition(":")[2] or self.env
+        return self.label or self.env.partition(":")[2] or self.env
 
 
 def run_imitation(
@@ -101,7 +114,8 @@ def plan_runs(config: ILStudy, case: Case, methods: Sequence[Method], seed: int,
         base = None if method.base is None else found[method.base]
         options: dict[str, Any] = {"seed": seed}
         if base is None:
-            options = {"env": case.env, "obs": case.obs, "demos": demos_path(config, case, seed), **options}
+            demos = demos_path(config, case, seed)
+            options = {"env": case.env, "obs": case.obs, "demos": demos, **case.options, **options}
         else:
             options = {"base": base.spec.folder, **options}
         options |= {"updates": method.updates * config.updates, **method.settings, **method.options}

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from difftori.config import describe, device_faults, resolved, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.demos_task import NONE
+from difftori.il.env_task import SEPARATE
 from difftori.il.task_names import find_task
 from difftori.il.tasks import TaskFactory
 from difftori.interfaces import Policy, PolicyConfig
-from difftori.registry import find_policy
+from difftori.registry import find_policy, resolve_env
 from difftori.runs.records import read_config
 
 SettingsT = TypeVar("SettingsT", bound=PolicyConfig)
@@ -50,6 +51,8 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     override them."""
     obs: str | None = None
     """Observation type of the environment, such as `state`, `points` or `image` (default: the environment's)."""
+    env_options: tuple[str, ...] | None = None
+    """Further options of the environment, as `NAME=VALUE`, such as `actions=absolute max_steps=500` (default: the environment's)."""
     n_obs_steps: int | None = Field(None, ge=1)
     """Number of observations that the policy gets, those of the last steps (default: the policy's, or the environment's)."""
     horizon: int | None = Field(None, ge=1)
@@ -113,6 +116,8 @@ def parse_config(
     faults += found + _range_faults(given["settings"], found)
     find = partial(find_task, demos=given.get("demos") is not None)
     task = resolved(find, given.get("env", TrainConfig.model_fields["env"].default), faults)
+    if config is not None and config.env_options and config.demos is not None and task is not None:
+        resolved(partial(_check_env_options, config.env_options), config.env, faults)
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if faults or config is None:
@@ -130,6 +135,7 @@ TASK_OPTIONS = (
     "episodes",
     "held_out",
     "obs",
+    "env_options",
     "n_obs_steps",
     "horizon",
     "n_action_steps",
@@ -165,6 +171,12 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return given, [f"base: {given['base']} is the run of an agent. Fix: give the run of an imitation policy"]
     given |= {name: value for name, value in inherited(below).items() if given.get(name) is None}
     return given, []
+
+
+def _check_env_options(words: tuple[str, ...], env: str) -> None:
+    """Raise ConfigError if these are no options of the environment."""
+    if env != NONE:
+        resolve_env(env).read_options(words, other=SEPARATE)
 
 
 def _with_window(config: TrainConfig, policy: type[Policy]) -> TrainConfig:

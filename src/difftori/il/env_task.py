@@ -14,7 +14,7 @@ from difftori.data.fingerprint import fingerprint
 from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.envs.family import EnvFamily, ResolvedEnv
+from difftori.envs.family import ResolvedEnv
 from difftori.envs.video import write_video
 from difftori.errors import ConfigError
 from difftori.il.contract import Bounds, Shown, conform
@@ -27,19 +27,25 @@ HELD_OUT = 0.02
 """Default share of the episodes that is held out for validation, at least one, as in Diffusion Policy and DP3."""
 TEST_SEED = 100_000
 """Seed of the first evaluation episode; the next ones count up. `difftori collect` uses other seeds."""
+SEPARATE = ("obs",)
+"""Options of an environment's builder that are options of the command line."""
 EVAL_ROWS = 25
 """Default number of environments that run in parallel during an evaluation."""
 
 
 @dataclass(frozen=True)
 class EnvEvaluator:
-    """Evaluates a policy in an environment, with `num_envs` episodes in parallel. Options that are None use the environment's defaults."""
+    """Evaluates a policy in an environment, with `num_envs` episodes in parallel. Options that are None use the environment's defaults.
+
+    `env_options` are further options of the environment, NAME=VALUE. Raises ConfigError for invalid ones.
+    """
 
     env: ResolvedEnv
     obs: str | None = None
     num_envs: int = EVAL_ROWS
     workers: str | None = None
     max_episode_steps: int | None = None
+    env_options: Sequence[str] = ()
 
     def evaluate(self, act: Act, spec: TaskSpec, *, episodes: int) -> Evaluation:
         """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score.
@@ -63,6 +69,16 @@ class EnvEvaluator:
             env.close()
         return write_video(recording, run_dir / "media", "episode")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values of `env_options`."""
+        return self.env.read_options(self.env_options, other=SEPARATE)
+
+    @property
+    def shown_obs(self) -> str:
+        """The observation type of the environment, or "" if it has none."""
+        return self.obs or str(self.env.options.get("obs", ""))
+
     def open(self, num_envs: int) -> CheckedVectorEnv:
         """Create `num_envs` copies of the environment."""
         options: dict[str, Any] = {
@@ -72,7 +88,7 @@ class EnvEvaluator:
         }
         given = {name: value for name, value in options.items() if value is not None}
         # Recorded actions are in the environment's units, so actions are not rescaled.
-        return self.env.make(num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given)
+        return self.env.make(num_envs=num_envs, seed=TEST_SEED, unit_actions=False, **given, **self.options)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ def env_task(
     held_out: float = HELD_OUT,
     num_train: int | None = None,
     obs: str | None = None,
+    env_options: Sequence[str] = (),
     n_obs_steps: int | None = None,
     horizon: int | None = None,
     n_action_steps: int | None = None,
@@ -106,20 +123,19 @@ def env_task(
 ) -> EnvTask:
     """Create the task: windows of the demonstrations at `demos`, and the environment for evaluation.
 
-    `obs` is the observation type of the environment. `n_obs_steps`, `horizon` and `n_action_steps` are O, H, and the number of
-    executed actions of a plan. See `DemosOptions` and `hold_out` for the data. Raises ConfigError or DataError for data that do
+    `obs` is the observation type of the environment; `env_options` are its other options, NAME=VALUE. `n_obs_steps`, `horizon`
+    and `n_action_steps` are O, H, and the number of executed actions of a plan. See `DemosOptions` and `hold_out` for the data. Raises ConfigError or DataError for data that do
     not match the environment.
     """
     own = env.family.window or WINDOW
     given = {"n_obs_steps": n_obs_steps, "horizon": horizon, "n_action_steps": n_action_steps}
     window = {name: own[i] if size is None else size for i, (name, size) in enumerate(given.items())}
-    evaluator = EnvEvaluator(env, obs, num_envs, workers, max_episode_steps)
+    evaluator = EnvEvaluator(env, obs, num_envs, workers, max_episode_steps, env_options)
     options = DemosOptions(demos, obs_keys, action_key, episodes)
-    kind = obs or str(env.options.get("obs", ""))
     with closing(replace(evaluator, workers=None).open(1)) as single:
         bounds, shown = _interface(single)
-        stored = _recorded(options, env.family, kind, shown)
-        whole = conform(_converted(stored, env.family, kind), shown, bounds, place=demos, env=env.name)
+        stored = _recorded(options, evaluator, shown)
+        whole = conform(_converted(stored, options, evaluator), shown, bounds, place=demos, env=env.name)
         check_episode(single, success=True)
     train, held = hold_out(whole, held_out, seed, num_train, demos)
     spec = measured_spec(train, low=bounds[0], high=bounds[1], **window)
@@ -136,20 +152,23 @@ def _interface(env: CheckedVectorEnv) -> tuple[Bounds, dict[str, Shown]]:
     return (low, high), {name: Shown(values.shape[1:], str(values.dtype)) for name, values in first.items()}
 
 
-def _recorded(options: DemosOptions, family: EnvFamily, obs: str, shown: Mapping[str, Shown]) -> Trajectories:
+def _recorded(options: DemosOptions, evaluator: EnvEvaluator, shown: Mapping[str, Shown]) -> Trajectories:
     """Read the arrays that the environment's observations are computed from. By default, the names are the same."""
-    recorded = family.recorded or {obs: tuple(shown)}
+    obs = evaluator.shown_obs
+    recorded = evaluator.env.recorded or {obs: tuple(shown)}
     if obs not in recorded:
         raise ConfigError([f"obs: {obs!r} is not in the demonstrations. Fix: choose one of {', '.join(recorded)}"])
     return options.read({name: name for name in recorded[obs]})
 
 
-def _converted(stored: Trajectories, family: EnvFamily, obs: str) -> Trajectories:
+def _converted(stored: Trajectories, options: DemosOptions, evaluator: EnvEvaluator) -> Trajectories:
     """Convert recorded arrays to the environment's observations and actions. Observations under other names are those already."""
-    if family.from_recorded is None or not set(family.recorded[obs]) <= stored.obs.keys():
+    env, obs = evaluator.env, evaluator.shown_obs
+    if env.family.from_recorded is None or not set(env.recorded[obs]) <= stored.obs.keys():
         return stored
+    given = {**env.options, **evaluator.options, "obs": obs, "about": stored.about, "action_key": options.action_key}
     arrays = {name: values.numpy() for name, values in stored.obs.items()}
-    obs_arrays, actions = family.from_recorded(arrays, stored.actions.numpy(), obs)
+    obs_arrays, actions = env.from_recorded(arrays, stored.actions.numpy(), given)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in obs_arrays.items()}
     return replace(stored, obs=tensors, actions=torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32)))
 

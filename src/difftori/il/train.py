@@ -292,6 +292,7 @@ def evaluate_run(
             config.num_envs or EVAL_ROWS,
             config.workers,
             config.max_episode_steps,
+            config.env_options or (),
         )
         if video:
             evaluator.film(seeded_actor(policy, config), policy.spec, run_dir)

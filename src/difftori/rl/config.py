@@ -13,6 +13,9 @@ from difftori.errors import ConfigError
 from difftori.interfaces import Agent, AgentConfig
 from difftori.registry import find_agent, resolve_env
 
+SEPARATE = ("obs", "action_repeat", "render")
+"""Options of an environment's builder that are options of the command line."""
+
 SettingsT = TypeVar("SettingsT", bound=AgentConfig)
 
 
@@ -24,9 +27,11 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     agent: str
     """Agent: a name, or `my_pkg.my_agent:MyAgent`."""
     env: str = "dmc:cup-catch"
-    """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
+    """Environment: `dmc:domain-task`, `gym:ID`, `metaworld:task`, `robomimic:task`, `pusht`, `probe:task`, or your own, `my_env:MyEnv`."""
     obs: Literal["state", "pixels"] = "state"
     """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
+    env_options: tuple[str, ...] = ()
+    """Further options of the environment, as `NAME=VALUE`, such as `max_steps=500`."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the initial weights, the episodes and all sampling."""
     steps: int = Field(100_000, ge=1)
@@ -81,7 +86,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     def open_env(self, num_envs: int) -> CheckedVectorEnv:
         """Open `num_envs` copies of the environment, with those of its options that differ from the defaults."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        requested: dict[str, Any] = {"obs": self.obs, "action_repeat": self.action_repeat, "render": self.render}
+        requested = {name: getattr(self, name) for name in SEPARATE}
         known = self.environment.options
         options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
         return self.environment.make(
@@ -92,6 +97,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
             max_episode_steps=self.max_episode_steps,
             distractors=self.distractors,
             **options,
+            **self.environment.read_options(self.env_options, other=SEPARATE),
         )
 
 
@@ -111,6 +117,11 @@ def parse_rl_config(
     config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
     env = resolved(resolve_env, given.get("env", RLConfig.model_fields["env"].default), faults)
+    if config is not None and env is not None:
+        try:
+            env.read_options(config.env_options, other=SEPARATE)
+        except ConfigError as error:
+            faults += error.faults
     if isinstance(given.get("device"), str):
         faults += device_faults(given["device"])
     if config is not None and config.distractors and config.obs == "pixels":

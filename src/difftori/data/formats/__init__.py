@@ -1,4 +1,4 @@
-"""Demonstrations in files: the layouts of Diffusion Policy and DP3 (zarr), robomimic (HDF5) and LeRobot v3, read and written."""
+"""Demonstrations in files: the layouts of Diffusion Policy and DP3 (zarr), robomimic and ManiSkill (HDF5), and LeRobot v3."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from difftori.data.formats._keys import action_key, chosen_entries, chosen_episo
 from difftori.data.formats._source import Entries, Source
 from difftori.data.formats.lerobot import open_lerobot
 from difftori.data.formats.lerobot_writer import write_lerobot
+from difftori.data.formats.maniskill import holds_trajectories, open_maniskill
 from difftori.data.formats.robomimic import open_robomimic
 from difftori.data.formats.zarr_folder import open_zarr, write_zarr
 from difftori.data.trajectories import Trajectories, make_spans
@@ -20,7 +21,10 @@ from difftori.errors import DataError
 __all__ = ["Entries", "find_set", "read_demos", "write_lerobot", "write_zarr"]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_KNOWN = "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5) or a LeRobot v3 folder (meta/info.json)"
+_KNOWN = (
+    "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5), a ManiSkill file (.h5 and .json) or a LeRobot v3 "
+    "folder (meta/info.json)"
+)
 
 
 def read_demos(
@@ -38,6 +42,7 @@ def read_demos(
 
     - a folder with `data/*` and `meta/episode_ends`: zarr, the layout of Diffusion Policy and DP3;
     - an HDF5 file with `data/demo_k`: robomimic; `subset` is the name of a list in `mask/`;
+    - an HDF5 file with `traj_k`, and a JSON file of the same name: ManiSkill, with states or point clouds;
     - a folder with `meta/info.json`: LeRobot v3; its videos are decoded;
     - a folder that contains exactly one of these.
 
@@ -92,7 +97,7 @@ def find_set(path: Path) -> Path:
 
 @contextmanager
 def _opened(path: Path, subset: str | None) -> Iterator[Source]:
-    if _is_hdf5(path):
+    if _is_hdf5(path) and not holds_trajectories(path):
         with open_robomimic(path, subset) as source:
             yield source
         return
@@ -100,6 +105,10 @@ def _opened(path: Path, subset: str | None) -> Iterator[Source]:
         raise DataError(
             f"{path}: subset is {subset!r}, but only robomimic files have lists of demonstrations. Fix: omit subset"
         )
+    if _is_hdf5(path):
+        with open_maniskill(path) as source:
+            yield source
+        return
     yield open_lerobot(path) if (path / "meta" / "info.json").is_file() else open_zarr(path)
 
 

@@ -7,7 +7,7 @@ cost of base and refiner together.
 from pydantic import Field
 
 from difftori.experiments.il_report import run_refinement
-from difftori.experiments.il_study import Case, ILStudy
+from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.study import Method
 from difftori.policies.difftori import DEFAULT_NOISE
 
@@ -53,9 +53,7 @@ def run(config: Config) -> None:
         others = [sigma for sigma in config.sigmas if sigma != DEFAULT_NOISE]
         compared += [(f"DiffTORI σ {DEFAULT_NOISE:g}", f"residual σ {sigma:g}") for sigma in others]
     checks = {
-        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
-        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
-        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES, seeds=FULL_SEEDS),
         "other tasks": set(config.tasks) != set(TASKS),
         "other σ": set(config.sigmas) != set(SIGMAS),
     }

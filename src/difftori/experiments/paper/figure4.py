@@ -52,7 +52,7 @@ def run(config: Config) -> None:
         raise ConfigError(
             [f"run: {config.run} is not a run of difftori-il with --cvae-dim in an environment. Fix: train one first"]
         )
-    evaluator = EnvEvaluator(resolve_env(of_run.env), of_run.obs)
+    evaluator = EnvEvaluator(resolve_env(of_run.env), of_run.obs, env_options=of_run.env_options or ())
     env = evaluator.open(1)
     try:
         first = named(env.reset(seed=[config.episode])[0])

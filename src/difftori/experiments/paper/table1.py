@@ -11,7 +11,7 @@ from pydantic import Field
 
 from difftori.envs.metaworld import PAPER_TASKS
 from difftori.experiments.il_report import Published, run_refinement
-from difftori.experiments.il_study import FULL_SEEDS, Case, ILStudy
+from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
 from difftori.experiments.study import Method
 from difftori.paper.numbers import paper_numbers
@@ -89,9 +89,7 @@ def _reasons(config: Config) -> list[str]:
     checks = {
         f"base {config.base} instead of dp3": config.base != "dp3",
         "states instead of point clouds": config.obs != "points",
-        f"{config.updates} of {FULL_UPDATES} updates": config.updates < FULL_UPDATES,
-        f"{config.seeds} of {FULL_SEEDS} seeds": config.seeds < FULL_SEEDS,
-        f"{config.episodes} of {FULL_EPISODES} episodes": config.episodes < FULL_EPISODES,
+        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES),
         f"{len(set(config.tasks))} of {len(PAPER_TASKS)} tasks": not set(config.tasks) >= set(PAPER_TASKS),
     }
     return [reason for reason, holds in checks.items() if holds]

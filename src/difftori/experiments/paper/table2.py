@@ -1,12 +1,13 @@
-"""Table 2, Push-T: three base policies from 206 human demonstrations, and refiners on two of them.
+"""Table 2, Robomimic and Push-T: three base policies, and refiners on two of them.
 
-The paper's failure rate is most likely 1 − the mean score (the greatest coverage / 0.95 of an episode), so the score is
-compared with 1 − the paper's number. Success is coverage above 0.95 at any step.
+Robomimic's tasks succeed or fail. On Push-T, the paper's failure rate is most likely 1 − the mean score (the greatest
+coverage / 0.95 of an episode), so the score is compared with 1 − the paper's number. Success is coverage above 0.95 at any step.
 """
 
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
-from difftori.experiments.paper.pusht import SMALL, PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.paper.manipulation import SMALL, ManipulationConfig, base, published, refiner, run_tables
 from difftori.experiments.study import Method
+from difftori.paper.numbers import paper_numbers
 
 PAPER = {
     "ibc": "ibc",
@@ -20,8 +21,8 @@ PAPER = {
 }
 
 
-class Config(PushTConfig):
-    """Push-T: three base policies, and refiners on two of them (Table 2)."""
+class Config(ManipulationConfig):
+    """Robomimic and Push-T: three base policies, and refiners on two of them (Table 2)."""
 
     controls: bool = True
     """Also run the bases trained twice as long, and the residual with noise σ = 0.5 on the base's action, the best in `base-noise`."""
@@ -48,14 +49,13 @@ def run(config: Config) -> None:
             method.label for method in methods if name in method.label and not method.label.startswith("DiffTORI")
         ]
         compared += [(f"DiffTORI on {name}", other) for other in others]
-    theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
-    published = {label: theirs[method] for label, method in PAPER.items()}
-    run_push_t(
+    rows = paper_numbers("table2_and_4_robomimic_pusht_failure_rate")
+    run_tables(
         config,
         methods,
         compared,
         study="table2",
-        title="Table 2: Push-T",
-        published=published,
+        title="Table 2: Robomimic and Push-T",
+        theirs=[published(row, label) for row in rows for label, method in PAPER.items() if row.method == method],
         further={"without controls": not config.controls},
     )

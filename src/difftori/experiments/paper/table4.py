@@ -1,6 +1,10 @@
-"""Table 4, Push-T: the start of DiffTORI's solve: the diffusion policy's actions, zero, or random. Runs are shared with Table 2."""
+"""Table 4, Robomimic and Push-T: the start of DiffTORI's solve: the diffusion policy's actions, zero, or random.
 
-from difftori.experiments.paper.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+Runs are shared with Table 2.
+"""
+
+from difftori.experiments.paper.manipulation import ManipulationConfig, base, published, refiner, run_tables
+from difftori.paper.numbers import paper_numbers
 
 PAPER = {
     "diffusion": "diffusion",
@@ -10,8 +14,8 @@ PAPER = {
 }
 
 
-class Config(PushTConfig):
-    """Push-T: starting points of DiffTORI's solve (Table 4). Runs are shared with Table 2."""
+class Config(ManipulationConfig):
+    """Robomimic and Push-T: starting points of DiffTORI's solve (Table 4). Runs are shared with Table 2."""
 
 
 def run(config: Config) -> None:
@@ -22,14 +26,13 @@ def run(config: Config) -> None:
     ]
     methods = [base(config, "diffusion"), main, *starts]
     compared = [(main.label, method.label) for method in starts]
-    theirs = failure_rates("table2_and_4_robomimic_pusht_failure_rate")
-    published = {label: theirs[method] for label, method in PAPER.items()}
-    run_push_t(
+    rows = paper_numbers("table2_and_4_robomimic_pusht_failure_rate")
+    run_tables(
         config,
         methods,
         compared,
         study="table4",
         title="Table 4: where the solve starts",
-        published=published,
+        theirs=[published(row, label) for row in rows for label, method in PAPER.items() if row.method == method],
         further={},
     )

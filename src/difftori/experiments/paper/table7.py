@@ -1,18 +1,19 @@
-"""Table 7, Push-T: the planning horizon H of DiffTORI on the diffusion policy, with one action per step through latent dynamics.
+"""Table 7, Robomimic and Push-T: the planning horizon H of DiffTORI on the diffusion policy, with one action per step through latent dynamics.
 
 H actions are planned and executed before the next plan, so the control is the diffusion policy with H executed actions.
 """
 
 from dataclasses import replace
 
-from difftori.experiments.paper.pusht import PushTConfig, base, failure_rates, refiner, run_push_t
+from difftori.experiments.paper.manipulation import ManipulationConfig, base, published, refiner, run_tables
 from difftori.experiments.study import Method
+from difftori.paper.numbers import paper_numbers
 
 HORIZONS = (1, 3, 5)
 
 
-class Config(PushTConfig):
-    """Push-T: planning horizons of DiffTORI on the diffusion policy (Table 7)."""
+class Config(ManipulationConfig):
+    """Robomimic and Push-T: planning horizons of DiffTORI on the diffusion policy (Table 7)."""
 
     horizons: tuple[int, ...] = HORIZONS
     """Planning horizons H to compare, in agent steps."""
@@ -36,14 +37,13 @@ def run(config: Config) -> None:
     compared += [
         (method.label, control.label) for method, control in zip(ours, alone, strict=True) if control in methods
     ]
-    theirs = failure_rates("table7_horizon_failure_rate")
-    published = {f"H = {h}": theirs[str(h)] for h in config.horizons if str(h) in theirs}
-    run_push_t(
+    rows = paper_numbers("table7_horizon_failure_rate")
+    run_tables(
         config,
         methods,
         compared,
         study="table7",
         title="Table 7: planning horizon",
-        published=published,
+        theirs=[published(row, f"H = {row.variant}") for row in rows],
         further={"other horizons": set(config.horizons) != set(HORIZONS), "without controls": not config.controls},
     )

@@ -1,0 +1,170 @@
+"""ManiSkill's trajectories, written here as its RecordEpisode writes them."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from difftori.data.formats import read_demos
+from difftori.envs.maniskill_cloud import policy_cloud
+from difftori.errors import DataError
+
+LENGTHS = (3, 5)
+SEEDS = (11, 7)
+
+
+def observations(mode: str, rows: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if mode == "state":
+        return {"obs": rng.normal(size=(rows, 42)).astype(np.float32)}
+    tcp = np.tile(np.array([0.1, 0.2, 0.3, 0.0, 1.0, 0.0, 0.0]), (rows, 1)).astype(np.float32)
+    xyzw = rng.uniform(-1, 1, (rows, 3000, 4)).astype(np.float32)
+    return {
+        "obs/agent/qpos": rng.normal(size=(rows, 9)).astype(np.float32),
+        "obs/agent/qvel": rng.normal(size=(rows, 9)).astype(np.float32),
+        "obs/extra/tcp_pose": tcp,
+        "obs/extra/goal_pos": rng.uniform(0, 1, (rows, 3)).astype(np.float32),
+        "obs/pointcloud/xyzw": xyzw,
+        "obs/pointcloud/rgb": rng.integers(0, 256, (rows, 3000, 3)).astype(np.uint8),
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file and its JSON file; `change(content)` edits the latter."""
+
+    def make(mode: str = "state", control: str = "pd_ee_delta_pose", env_id: str = "PickCube-v1", change=None):
+        path, rng = tmp_path / "trajectory.h5", np.random.default_rng(0)
+        with h5py.File(path, "w") as file:
+            for number, length in enumerate(LENGTHS):
+                file[f"traj_{number}/actions"] = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+                file[f"traj_{number}/success"] = np.ones(length, bool)
+                file[f"traj_{number}/env_states/actors/cube"] = np.zeros((length + 1, 13), np.float32)
+                for key, values in observations(mode, length + 1, rng).items():
+                    file[f"traj_{number}/{key}"] = values
+        content = {
+            "env_info": {"env_id": env_id, "env_kwargs": {"obs_mode": mode, "control_mode": control}},
+            "episodes": [
+                {"episode_id": number, "episode_seed": seed, "control_mode": control}
+                for number, seed in enumerate(SEEDS)
+            ],
+        }
+        if change is not None:
+            change(content)
+        path.with_suffix(".json").write_text(json.dumps(content))
+        return path
+
+    return make
+
+
+def test_states_are_read_without_the_observation_after_the_last_action(write):
+    path = write()
+    read = read_demos(path)
+    assert {name: tuple(values.shape) for name, values in read.obs.items()} == {"state": (sum(LENGTHS), 42)}
+    assert read.actions.shape == (sum(LENGTHS), 7)
+    assert read.about == {"env_id": "PickCube-v1", "control_mode": "pd_ee_delta_pose", "obs_mode": "state"}
+    with h5py.File(path) as file:
+        assert np.array_equal(read.obs["state"][3:], file["traj_1/obs"][:5])
+        assert np.array_equal(read.actions[:3], file["traj_0/actions"][()])
+
+
+def test_clouds_are_those_that_the_environment_draws_with_the_episodes_seed(write):
+    path = write("pointcloud")
+    read = read_demos(path)
+    assert {name: tuple(values.shape[1:]) for name, values in read.obs.items()} == {
+        "point_cloud": (1200, 6),
+        "agent_pos": (25,),
+    }
+    with h5py.File(path) as file:
+        shown, draws = file["traj_1/obs"], np.random.default_rng(SEEDS[1])
+        for step in range(LENGTHS[1]):
+            tcp, goal = shown["extra/tcp_pose"][step], shown["extra/goal_pos"][step]
+            cloud = policy_cloud(shown["pointcloud/xyzw"][step], shown["pointcloud/rgb"][step], tcp, goal, draws)
+            assert np.array_equal(read.obs["point_cloud"][LENGTHS[0] + step], cloud)
+
+
+def test_some_episodes_only(write):
+    assert read_demos(write(), episodes=["1"]).actions.shape == (LENGTHS[1], 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"control": "pd_joint_pos"}, "actions are pd_joint_pos.*replay_trajectory"),
+        ({"mode": "none"}, "observations are 'none'.*replay_trajectory"),
+        ({"env_id": "PickCube-v0"}, "is of ManiSkill 2"),
+        ({"change": lambda content: content.pop("env_info")}, "not ManiSkill's description"),
+        ({"change": lambda content: content["episodes"].clear()}, "lists no episodes"),
+        ({"change": lambda content: content["episodes"][1].update(episode_id=5)}, "traj_5 does not exist"),
+        ({"change": lambda content: content["episodes"][0].update(episode_seed=-1)}, "has the seed -1"),
+    ],
+)
+def test_other_files_are_refused_with_the_fix(write, arguments, message):
+    mode = arguments.get("mode", "state")
+    path = write(**{**arguments, "mode": "state"}) if mode == "none" else write(**arguments)
+    if mode == "none":
+        beside = path.with_suffix(".json")
+        beside.write_text(beside.read_text().replace('"obs_mode": "state"', '"obs_mode": "none"'))
+    with pytest.raises(DataError, match=message):
+        read_demos(path)
+
+
+def test_the_json_file_is_needed(write):
+    path = write()
+    path.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match="there is no trajectory.json beside it"):
+        read_demos(path)
+
+
+def test_lists_of_demonstrations_are_robomimics(write):
+    with pytest.raises(DataError, match="only robomimic files"):
+        read_demos(write(), subset="train")
+
+
+def drop(file):
+    del file["traj_1/obs"]
+
+
+def link(file):
+    drop(file)
+    file["traj_1/obs"] = h5py.ExternalLink("other.h5", "/obs")
+
+
+def objects(file):
+    drop(file)
+    file["traj_1"].create_dataset("obs", (6,), dtype=h5py.string_dtype())
+
+
+def short(file):
+    drop(file)
+    file["traj_1/obs"] = np.zeros((2, 42))
+
+
+def nan(file):
+    file["traj_1/obs"][2, 3] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop, "obs does not exist"),
+        (link, "links are not followed"),
+        (objects, "objects never"),
+        (short, "has 2 steps, but its actions 5"),
+        (nan, "holds nan at step 5"),
+    ],
+)
+def test_damaged_files_are_refused_with_the_place(write, damage, message):
+    path = write()
+    with h5py.File(path, "a") as file:
+        damage(file)
+    with pytest.raises(DataError, match=message) as caught:
+        read_demos(path)
+    assert "trajectory.h5" in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(write):
+    path = write()
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DataError, match="truncated or damaged"):
+        read_demos(path)
