@@ -46,12 +46,9 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
     is truncated. `info["episode_seed"]` of a reset is the seed of the episode.
     """
 
-    def __init__(self, task: str, *, obs: str, max_steps: int, interpreter: str = "", named: bool = False):
-        self._env: Simulation = (
-            BridgedSimulation(task, obs=obs, interpreter=interpreter)
-            if task in MANISKILL2
-            else LocalSimulation(task, obs=obs)
-        )
+    def __init__(self, task: str, *, obs: str, max_steps: int, named: bool = False):
+        simulation = BridgedSimulation if task in MANISKILL2 else LocalSimulation
+        self._env: Simulation = simulation(task, obs=obs)
         self._max_steps = max_steps
         self._steps, self._success = 0, False
         self._obs, self._named = obs, named
@@ -105,23 +102,17 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         }
 
 
-def build(task: str, *, obs: str = "state", max_steps: int | None = None, interpreter: str = "") -> ManiskillEnv:
+def build(task: str, *, obs: str = "state", max_steps: int | None = None) -> ManiskillEnv:
     """Build a task. `obs`: `state`, or `points`, that is `point_cloud` (1200 6) and `agent_pos` (25); both float32.
 
-    `max_steps`: the step after which an episode is truncated. `interpreter`: path of the Python that has mani_skill2, for the
-    tasks in `MANISKILL2`. Defaults: `state`, 200 (`LIMITS`), the path in DIFFTORI_MANISKILL2_PYTHON. Raises `ConfigError`,
-    `MissingExtraError` (extra `maniskill`), `RenderingError` (no Vulkan).
+    `max_steps`: the step after which an episode is truncated. Defaults: `state`, 200 (`LIMITS`). The tasks in `MANISKILL2` run in
+    the interpreter at the path in DIFFTORI_MANISKILL2_PYTHON. Raises `ConfigError`, `MissingExtraError` (extra `maniskill`),
+    `RenderingError` (no Vulkan).
     """
     if faults := choice_fault("obs", obs, OBS_TYPES) + numeric_faults(max_steps=max_steps):
         raise ConfigError(faults)
-    if interpreter and task not in MANISKILL2:
-        raise ConfigError(
-            [
-                f"interpreter is {interpreter!r}, but {task} is a task of ManiSkill 3, which this interpreter runs. Fix: omit it"
-            ]
-        )
     limit = LIMITS.get(task, EPISODE_STEPS) if max_steps is None else max_steps
-    return ManiskillEnv(task, obs=obs, max_steps=limit, interpreter=interpreter)
+    return ManiskillEnv(task, obs=obs, max_steps=limit)
 
 
 def expert(task: str, *, obs: str = "state") -> Expert:

@@ -21,7 +21,8 @@ from difftori.envs.maniskill_simulation import Simulation, Step
 from difftori.errors import ConfigError
 
 VARIABLE = "DIFFTORI_MANISKILL2_PYTHON"
-"""Environment variable with the path of the interpreter."""
+"""Environment variable with the path of the interpreter. It is not an option of the environment, because a run stores its options,
+and a stored run must not name a program to execute."""
 _ARM, _MOBILE = "pd_ee_delta_pose", "base_pd_joint_vel_arm_pd_ee_delta_pose"
 MANISKILL2 = {
     "PushChair": ("PushChair-v1", _MOBILE),
@@ -38,14 +39,14 @@ START, STEP, CLOSE = 600.0, 60.0, 3.0
 
 @final
 class BridgedSimulation(Simulation):
-    """A task of `MANISKILL2` in the interpreter at that path; "" is the path in the variable `DIFFTORI_MANISKILL2_PYTHON`.
+    """A task of `MANISKILL2` in the interpreter at the path in the environment variable `DIFFTORI_MANISKILL2_PYTHON`.
 
     Raises `ConfigError` if the interpreter, mani_skill2, its assets or the CUDA toolkit is missing, `RenderingError` without
     Vulkan, and RuntimeError for other failures, with the last lines that the interpreter wrote.
     """
 
-    def __init__(self, task: str, *, obs: str, interpreter: str = "", start: float = START, timeout: float = STEP):
-        self._python = _found(interpreter, task)
+    def __init__(self, task: str, *, obs: str, start: float = START, timeout: float = STEP):
+        self._python = _interpreter(task)
         self._task, self._timeout = task, timeout
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
@@ -131,16 +132,16 @@ class BridgedSimulation(Simulation):
         return self._said.read().decode(errors="replace")
 
 
-def _found(interpreter: str, task: str) -> str:
+def _interpreter(task: str) -> str:
     """Return the path of the interpreter. Raises `ConfigError` if there is none."""
-    given = interpreter or os.environ.get(VARIABLE, "")
+    given = os.environ.get(VARIABLE, "")
     fix = (
         "Fix: install mani_skill2 into a Python of its own (python3 -m venv ms2 && ms2/bin/pip install 'mani_skill2==0.5.3' "
-        f"'setuptools<81'), and give its path, interpreter=ms2/bin/python or {VARIABLE}"
+        f"'setuptools<81'), and set the environment variable {VARIABLE} to its path, ms2/bin/python"
     )
     if not given:
         raise ConfigError([f"maniskill:{task} is a task of ManiSkill 2 and needs a second interpreter. {fix}"])
     path = shutil.which(given)
     if path is None:
-        raise ConfigError([f"interpreter is {given!r}, which is not an executable file. {fix}"])
+        raise ConfigError([f"{VARIABLE} is {given!r}, which is not an executable file. {fix}"])
     return path
