@@ -13,7 +13,8 @@ from difftori.cli import main
 from difftori.envs import maniskill_server
 from difftori.envs.base import RenderingError
 from difftori.envs.maniskill import LIMITS, build
-from difftori.envs.maniskill_bridge import MANISKILL2, VARIABLE, BridgedSimulation
+from difftori.envs.maniskill_bridge import VARIABLE, BridgedSimulation
+from difftori.envs.maniskill_names import MANISKILL2
 from difftori.errors import ConfigError
 from difftori.registry import make_env, resolve_env
 

@@ -17,13 +17,14 @@ from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
 from difftori.envs.family import Arrays, EnvFamily, Expert
-from difftori.envs.maniskill_bridge import MANISKILL2, BridgedSimulation
+from difftori.envs.maniskill_bridge import BridgedSimulation
 from difftori.envs.maniskill_cloud import COLUMNS, POINTS, policy_cloud, robot_state
 from difftori.envs.maniskill_experts import PLANNED, planned_expert
-from difftori.envs.maniskill_simulation import CABINETS, FPS, LocalSimulation, Simulation
+from difftori.envs.maniskill_names import MANISKILL2, ROBOTS
+from difftori.envs.maniskill_simulation import FPS, LocalSimulation, Simulation
 from difftori.errors import ConfigError
 
-TASKS = ("PickCube", "PushCube", "StackCube", "PegInsertionSide", *CABINETS, *MANISKILL2)
+TASKS = (*ROBOTS, *MANISKILL2)
 OBS_TYPES = ("state", "points")
 PARTS = {"state": ("state",), "points": ("point_cloud", "agent_pos")}
 """For each `obs`, the names of its observations, which are also the arrays of a collected data set."""

@@ -17,22 +17,13 @@ from gymnasium.spaces import Box
 
 from difftori.envs import maniskill_server
 from difftori.envs.base import RenderingError
+from difftori.envs.maniskill_names import MANISKILL2
 from difftori.envs.maniskill_simulation import Simulation, Step
 from difftori.errors import ConfigError
 
 VARIABLE = "DIFFTORI_MANISKILL2_PYTHON"
 """Environment variable with the path of the interpreter. It is not an option of the environment, because a run stores its options,
 and a stored run must not name a program to execute."""
-_ARM, _MOBILE = "pd_ee_delta_pose", "base_pd_joint_vel_arm_pd_ee_delta_pose"
-MANISKILL2 = {
-    "PushChair": ("PushChair-v1", _MOBILE),
-    "MoveBucket": ("MoveBucket-v1", _MOBILE),
-    "Fill": ("Fill-v0", _ARM),
-    "Hang": ("Hang-v0", _ARM),
-    "Excavate": ("Excavate-v0", _ARM),
-    "Pour": ("Pour-v0", _ARM),
-}
-"""For each task, its name in Gymnasium's registry and its control mode."""
 START, STEP, CLOSE = 600.0, 60.0, 3.0
 """Time limits in seconds: to import and compile, which soft bodies do at their first start; to answer; to close."""
 

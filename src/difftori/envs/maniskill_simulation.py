@@ -10,10 +10,9 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from difftori.envs.base import RenderingError
+from difftori.envs.maniskill_names import CABINETS, CONTROL, ROBOTS
 from difftori.errors import ConfigError, MissingExtraError
 
-CONTROL = "pd_ee_delta_pose"
-"""Control mode of the environment: a change of the hand's pose, in the axes of the robot's base."""
 FPS = 20.0
 VULKAN_HELP = (
     "install a Vulkan driver; Mesa's works without a GPU. On Debian 12: "
@@ -22,9 +21,6 @@ VULKAN_HELP = (
 )
 _NO_VULKAN = ("vk::", "Vulkan", "rendering device", "physical device")
 """What SAPIEN's errors contain if there is no usable Vulkan driver."""
-
-CABINETS = ("OpenCabinetDrawer", "OpenCabinetDoor")
-"""The tasks that need assets of PartNet-Mobility."""
 
 
 class Step(NamedTuple):
@@ -119,6 +115,7 @@ def open_simulation(
     try:
         made = gymnasium.make(
             f"{task}-v1",
+            robot_uids=ROBOTS[task],
             obs_mode=obs_mode,
             control_mode=control,
             num_envs=num_envs,

@@ -16,11 +16,10 @@ import numpy as np
 from difftori.data._filling import Field
 from difftori.data.formats._hdf5 import array_in, group_in, names_in, open_file, reading
 from difftori.data.formats._source import Source, need, read_json
-from difftori.envs.maniskill_bridge import MANISKILL2
 from difftori.envs.maniskill_cloud import policy_cloud, robot_state
+from difftori.envs.maniskill_names import CONTROL, MANISKILL2
 from difftori.errors import DataError
 
-CONTROL = "pd_ee_delta_pose"
 _NAME = re.compile(r"traj_(\d+)")
 _CLOUD, _ROBOT = "point_cloud", "agent_pos"
 
