@@ -8,6 +8,8 @@ Tasks have the paper's names, such as `PickCube`; `PickCube-v1` and `pick-cube` 
 steps and never terminate. `info["success"]` remains true after the first success: success means success at any step.
 """
 
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -129,8 +131,15 @@ def expert(task: str, *, obs: str = "state") -> Expert:
     return planned_expert(build_one, task, PARTS[obs])
 
 
-def from_recorded(stored: Arrays, actions: np.ndarray, obs: str) -> tuple[Arrays, np.ndarray]:
-    """Return recorded observations (T, …) of the type `obs`, and actions (T, A) clipped to ±1, as executed."""
+def from_recorded(
+    stored: Arrays, actions: np.ndarray, *, task: str, obs: str, about: Mapping[str, Any]
+) -> tuple[Arrays, np.ndarray]:
+    """Return recorded observations (T, …) of the type `obs`, and actions (T, A) clipped to ±1, as executed.
+
+    Raises `ConfigError` for data of another task or robot: `about` is the metadata of a file of ManiSkill, or of
+    `difftori collect`.
+    """
+    _refuse_other_data(task, about)
     return {name: stored[name] for name in PARTS[obs]}, np.clip(actions, -1.0, 1.0)
 
 
@@ -148,6 +157,29 @@ FAMILY = EnvFamily(
 def _plain(name: str) -> str:
     """Return a task's name without its version, hyphens and capitals."""
     return name.lower().replace("-", "").replace("_", "").removesuffix("v1").removesuffix("v0")
+
+
+def _refuse_other_data(task: str, about: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for data of another task or robot than those of the environment, or of an unknown task."""
+    if "env_id" in about:
+        found = "maniskill:" + re.sub(r"-v\d+$", "", str(about["env_id"]))
+    else:
+        found = str(about.get("env", "no environment"))
+    if found != f"maniskill:{task}":
+        raise ConfigError(
+            [
+                f"demos: the metadata name {found!r}, not maniskill:{task}. Fix: choose another --env, or give a file of ManiSkill or "
+                "of difftori collect of this task"
+            ]
+        )
+    robot = ROBOTS.get(task)
+    if robot is not None and about.get("robot_uids", robot) != robot:
+        raise ConfigError(
+            [
+                f"demos: recorded with the robot {about['robot_uids']!r}, but maniskill:{task} has {robot!r}. Fix: give "
+                f"demonstrations of {robot!r}"
+            ]
+        )
 
 
 def _numbers(shape: tuple[int, ...]) -> Box:

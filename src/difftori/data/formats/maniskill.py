@@ -21,6 +21,7 @@ from difftori.envs.maniskill_names import CONTROL, MANISKILL2
 from difftori.errors import DataError
 
 _NAME = re.compile(r"traj_(\d+)")
+_METADATA = ("env_id", "control_mode", "obs_mode", "robot_uids")
 _CLOUD, _ROBOT = "point_cloud", "agent_pos"
 
 
@@ -100,12 +101,15 @@ def open_maniskill(path: Path) -> Iterator[ManiskillSource]:
         observed = _observations(trajectories[0], path)
         seeds = tuple(_seed(episode, path) for episode in about["episodes"])
         entries = {name: name for name in observed}
-        told = {name: str(about[name]) for name in ("env_id", "control_mode", "obs_mode")}
-        yield ManiskillSource(path, ("actions", *observed), "actions", entries, ends, told, trajectories, seeds)
+        metadata = {name: about[name] for name in _METADATA if name in about}
+        yield ManiskillSource(path, ("actions", *observed), "actions", entries, ends, metadata, trajectories, seeds)
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """Read the JSON file beside `path`: `env_id`, `control_mode`, `obs_mode`, and `episodes`, a list of objects, not empty."""
+    """Read the JSON file beside `path`: `env_id`, `control_mode`, `obs_mode`, and `episodes`, a list of objects, not empty.
+
+    `robot_uids` is one name; it is absent if the file was recorded with the default robot of the task.
+    """
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise DataError(f"{path}: there is no {beside.name} beside it. Fix: copy it there; ManiSkill writes both files")
@@ -114,6 +118,8 @@ def _described(path: Path) -> dict[str, Any]:
         info, episodes = content["env_info"], [dict(episode) for episode in content["episodes"]]
         about = {"env_id": str(info["env_id"]), "episodes": episodes}
         about |= {name: str(info["env_kwargs"][name]) for name in ("control_mode", "obs_mode")}
+        if robots := info["env_kwargs"].get("robot_uids"):
+            about["robot_uids"] = robots if isinstance(robots, str) else ", ".join(str(robot) for robot in robots)
         modes = {str(episode.get("control_mode", about["control_mode"])) for episode in episodes}
         numbers = [int(episode["episode_id"]) for episode in episodes]
     except (KeyError, TypeError, ValueError) as error:
