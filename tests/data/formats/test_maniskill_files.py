@@ -213,6 +213,23 @@ def test_damaged_files_are_refused_with_the_place(write, damage, message):
     assert "trajectory.h5" in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["obs", "env_states", "actions"])
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("kind", ["external", "soft"])
+def test_links_are_refused_also_if_they_lead_nowhere(write, tmp_path, key, exists, kind):
+    path = write()
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        if exists:
+            other["array"] = np.zeros((4, 42), np.float32)
+    with h5py.File(path, "a") as file:
+        del file[f"traj_0/{key}"]
+        target = "traj_1/actions" if exists else "nothing"
+        link = h5py.ExternalLink("other.h5", "/array") if kind == "external" else h5py.SoftLink(f"/{target}")
+        file[f"traj_0/{key}"] = link
+    with pytest.raises(DataError, match=f"traj_0/{key} is a .*Link.*links are not followed"):
+        read_demos(path)
+
+
 def test_a_truncated_file_is_refused(write):
     path = write()
     path.write_bytes(path.read_bytes()[:-500])

@@ -14,7 +14,7 @@ from typing import Any, final
 import numpy as np
 
 from difftori.data._filling import Field
-from difftori.data.formats._hdf5 import array_in, group_in, names_in, open_file, reading
+from difftori.data.formats._hdf5 import array_in, group_in, member, names_in, open_file, reading
 from difftori.data.formats._source import Source, need, read_json
 from difftori.envs.maniskill_cloud import policy_cloud, robot_state
 from difftori.envs.maniskill_names import CONTROL, MANISKILL2
@@ -142,8 +142,10 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _refuse_other_frame(env_id: str, trajectory: Any, path: Path) -> None:
     """Raise DataError for a file of ManiSkill 2, whose names end in -v0 or whose simulator states are one array."""
-    states = trajectory.get("env_states", getclass=True, getlink=False)
-    second = env_id.endswith("-v0") or states is need("h5py").Dataset
+    is_array = "env_states" in names_in(trajectory, path) and isinstance(
+        member(trajectory, "env_states", path), need("h5py").Dataset
+    )
+    second = env_id.endswith("-v0") or is_array
     if second and env_id.rpartition("-")[0] not in MANISKILL2:
         raise DataError(
             f"{path}: is of ManiSkill 2 ({env_id}), whose actions are in the frame of the hand; those of ManiSkill 3 are in the "
@@ -155,8 +157,7 @@ def _observations(trajectory: Any, path: Path) -> tuple[str, ...]:
     """Return the observations of a file: the state is one array, and the mode `pointcloud` a group."""
     if "obs" not in names_in(trajectory, path):
         raise DataError(f"{path}: {trajectory.name} has no obs. Fix: create the file again, with observations")
-    with reading(f"{path}: {trajectory.name}/obs"):
-        is_group = trajectory.get("obs", getclass=True) is need("h5py").Group
+    is_group = isinstance(member(trajectory, "obs", path), need("h5py").Group)
     return (_CLOUD, _ROBOT) if is_group else ("state",)
 
 
