@@ -13,7 +13,7 @@ from difftori.cli import main
 from difftori.envs import maniskill_server
 from difftori.envs.base import RenderingError
 from difftori.envs.maniskill import LIMITS, build
-from difftori.envs.maniskill_bridge import VARIABLE, BridgedSimulation
+from difftori.envs.maniskill_bridge import OUTPUT, VARIABLE, BridgedSimulation
 from difftori.envs.maniskill_names import MANISKILL2
 from difftori.errors import ConfigError
 from difftori.registry import make_env, resolve_env
@@ -140,6 +140,24 @@ def test_an_interpreter_is_needed_and_must_exist(monkeypatch, tmp_path):
         build("Hang")
 
 
+def test_a_file_that_is_no_program_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "image").write_bytes(bytes(100))
+    (tmp_path / "image").chmod(0o755)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "image"))
+    with pytest.raises(
+        ConfigError, match="image', which cannot be executed .*Exec format error.*Fix: install mani_skill2"
+    ):
+        build("Hang")
+
+
+def test_the_end_of_a_long_output_is_kept_and_does_not_block_the_interpreter(monkeypatch, tmp_path):
+    path = script(tmp_path / "long", "head -c 10000000 /dev/zero >&2; echo the end >&2; exit 1")
+    monkeypatch.setenv(VARIABLE, path)
+    with pytest.raises(RuntimeError, match="the end") as caught:
+        build("Hang")
+    assert len(str(caught.value)) < OUTPUT + 500
+
+
 @pytest.mark.parametrize("task", ["Fill", "PickCube"])
 def test_no_option_names_the_interpreter_so_a_stored_run_cannot(tmp_path, capsys, task):
     program = script(tmp_path / "program", f"touch {tmp_path / 'executed'}")
@@ -156,7 +174,7 @@ def test_no_option_names_the_interpreter_so_a_stored_run_cannot(tmp_path, capsys
 def test_without_mani_skill2_its_installation_is_named(tmp_path, monkeypatch):
     bare = script(tmp_path / "bare", f'exec {sys.executable} -S "$@"')
     monkeypatch.setenv(VARIABLE, bare)
-    with pytest.raises(RuntimeError, match="(?s)Its last words:.*numpy"):  # not even numpy
+    with pytest.raises(RuntimeError, match="(?s)The end of its output:.*numpy"):  # not even numpy
         BridgedSimulation("Fill", obs="state")
     monkeypatch.setenv(VARIABLE, sys.executable)
     with pytest.raises(ConfigError, match="No module named 'mani_skill2'.*Fix: .*pip install 'mani_skill2==0.5.3'"):
