@@ -50,7 +50,7 @@ class BridgedSimulation(Simulation):
         self._task, self._timeout = task, timeout
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         command = [self._python, maniskill_server.__file__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self._process: Any = subprocess.Popen(command, env=kept, bufsize=0, **pipes)
         except OSError as error:
