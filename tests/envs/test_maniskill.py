@@ -1,5 +1,7 @@
 """ManiSkill: names, clouds, success, the planner. What needs the simulator needs the extra `maniskill` and Vulkan."""
 
+import sys
+
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -8,6 +10,7 @@ from difftori.collection.play import play
 from difftori.envs import maniskill, maniskill_simulation
 from difftori.envs.base import RenderingError
 from difftori.envs.maniskill_cloud import policy_cloud, rotation
+from difftori.envs.maniskill_names import ROBOTS
 from difftori.envs.workers import launch
 from difftori.errors import ConfigError, DataError, MissingExtraError
 from difftori.registry import make_env, resolve_env
@@ -105,8 +108,16 @@ def test_other_errors_of_the_simulator_pass(monkeypatch):
         maniskill.build("PickCube")
 
 
+def test_later_pythons_cannot_have_the_extra(monkeypatch):
+    monkeypatch.setattr(maniskill_simulation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(maniskill_simulation, "PYTHON_END", sys.version_info[:2])
+    with pytest.raises(MissingExtraError, match="needs Python 3.10 or 3.11, and this is 3.*Fix: create an environment"):
+        maniskill.build("PickCube")
+
+
 def test_without_the_extra_its_name_is_told(monkeypatch):
     monkeypatch.setattr(maniskill_simulation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(maniskill_simulation, "PYTHON_END", (4, 0))
     with pytest.raises(MissingExtraError, match=r"pip install 'difftori\[maniskill\]'"):
         maniskill.build("PickCube")
 
@@ -156,6 +167,14 @@ def test_clouds_and_their_repetition_by_seed(make):
     tool = first["agent_pos"][0, 18:21]
     assert np.abs(first["point_cloud"][0, :1150, :3]).max() < 2
     assert 0 < tool[2] < 0.5
+
+
+@pytest.mark.parametrize("task", ["PushCube", "StackCube"])
+def test_the_robot_decides_the_cameras(task):
+    cameras = {"panda": ["base_camera"], "panda_wristcam": ["base_camera", "hand_camera"]}[ROBOTS[task]]
+    env = opened(lambda: maniskill_simulation.open_simulation(task, obs_mode="pointcloud"))
+    assert (env.agent.uid, list(env.scene.sensors)) == (ROBOTS[task], cameras)
+    env.close()
 
 
 def test_a_planned_demonstration_succeeds_and_repeats_after_others():

@@ -9,12 +9,14 @@ import time
 import numpy as np
 import pytest
 
+from difftori.cli import main
 from difftori.envs import maniskill_server
 from difftori.envs.base import RenderingError
 from difftori.envs.maniskill import LIMITS, build
-from difftori.envs.maniskill_bridge import MANISKILL2, VARIABLE, BridgedSimulation
+from difftori.envs.maniskill_bridge import OUTPUT, VARIABLE, BridgedSimulation
+from difftori.envs.maniskill_names import MANISKILL2
 from difftori.errors import ConfigError
-from difftori.registry import make_env
+from difftori.registry import make_env, resolve_env
 
 STAND_IN = """
 import importlib.util, os, sys, time
@@ -69,12 +71,13 @@ gymnasium.register("Fill-v0", Task)
 
 
 @pytest.fixture
-def python(tmp_path):
-    """The path of an interpreter that has the stand-in."""
+def python(tmp_path, monkeypatch):
+    """Selects an interpreter that has the stand-in."""
     (tmp_path / "with" / "mani_skill2").mkdir(parents=True)
     (tmp_path / "with" / "mani_skill2" / "__init__.py").touch()
     (tmp_path / "with" / "mani_skill2" / "envs.py").write_text(textwrap.dedent(STAND_IN))
-    return script(tmp_path / "python", f'PYTHONPATH={tmp_path / "with"} exec {sys.executable} "$@"')
+    path = script(tmp_path / "python", f'PYTHONPATH={tmp_path / "with"} exec {sys.executable} "$@"')
+    monkeypatch.setenv(VARIABLE, path)
 
 
 def script(path, line: str) -> str:
@@ -90,7 +93,7 @@ def test_the_papers_other_tasks_are_named_with_their_limits():
 
 @pytest.mark.parametrize("written", ["Fill", "fill", "Fill-v0"])
 def test_states_rewards_and_success_cross_the_bridge(python, written):
-    env = make_env(f"maniskill:{written}", num_envs=1, seed=0, interpreter=python)
+    env = make_env(f"maniskill:{written}", num_envs=1, seed=0)
     start, _ = env.reset(seed=[7])
     assert env.name == "maniskill:Fill"
     assert np.allclose(start, np.random.default_rng(7).uniform())
@@ -102,7 +105,7 @@ def test_states_rewards_and_success_cross_the_bridge(python, written):
 
 
 def test_clouds_are_reduced_on_this_side_and_repeat_by_seed(python):
-    env = build("Fill", obs="points", interpreter=python)
+    env = build("Fill", obs="points")
     first, again, other = (env.reset(seed=seed)[0] for seed in (3, 3, 4))
     assert {name: part.shape for name, part in first.items()} == {"point_cloud": (1200, 6), "agent_pos": (25,)}
     assert env.observation_space.contains(first)
@@ -113,16 +116,16 @@ def test_clouds_are_reduced_on_this_side_and_repeat_by_seed(python):
 
 
 def test_it_runs_in_worker_processes(python):
-    env = make_env("maniskill:Fill", num_envs=2, seed=0, interpreter=python, workers="async")
+    env = make_env("maniskill:Fill", num_envs=2, seed=0, workers="async")
     assert env.reset(seed=[1, 2])[0].shape == (2, 5)
     env.close()
 
 
 def test_closing_ends_the_interpreter_and_so_does_the_end_of_its_input(python):
-    simulation = BridgedSimulation("Fill", obs="state", interpreter=python)
+    simulation = BridgedSimulation("Fill", obs="state")
     simulation.close()
     assert simulation._process.returncode == 0
-    other = BridgedSimulation("Fill", obs="state", interpreter=python)
+    other = BridgedSimulation("Fill", obs="state")
     other._process.stdin.close()
     assert other._process.wait(20) == 0
     other.close()
@@ -137,17 +140,45 @@ def test_an_interpreter_is_needed_and_must_exist(monkeypatch, tmp_path):
         build("Hang")
 
 
-def test_it_is_only_for_the_tasks_of_maniskill_2():
-    with pytest.raises(ConfigError, match="PickCube is a task of ManiSkill 3"):
-        build("PickCube", interpreter=sys.executable)
+def test_a_file_that_is_no_program_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "image").write_bytes(bytes(100))
+    (tmp_path / "image").chmod(0o755)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "image"))
+    with pytest.raises(
+        ConfigError, match="image', which cannot be executed .*Exec format error.*Fix: install mani_skill2"
+    ):
+        build("Hang")
 
 
-def test_without_mani_skill2_its_installation_is_named(tmp_path):
+def test_the_end_of_a_long_output_is_kept_and_does_not_block_the_interpreter(monkeypatch, tmp_path):
+    path = script(tmp_path / "long", "head -c 10000000 /dev/zero >&2; echo the end >&2; exit 1")
+    monkeypatch.setenv(VARIABLE, path)
+    with pytest.raises(RuntimeError, match="the end") as caught:
+        build("Hang")
+    assert len(str(caught.value)) < OUTPUT + 500
+
+
+@pytest.mark.parametrize("task", ["Fill", "PickCube"])
+def test_no_option_names_the_interpreter_so_a_stored_run_cannot(tmp_path, capsys, task):
+    program = script(tmp_path / "program", f"touch {tmp_path / 'executed'}")
+    with pytest.raises(ConfigError, match="takes no option 'interpreter'"):
+        resolve_env(f"maniskill:{task}").read_options([f"interpreter={program}"])
+    with pytest.raises(ConfigError, match="takes no option 'interpreter'"):
+        make_env(f"maniskill:{task}", num_envs=1, seed=0, interpreter=program)
+    options = ["--env", f"maniskill:{task}", "--env-options", f"interpreter={program}", "--demos", "none.h5"]
+    assert main(["train", "bc", *options]) == 2
+    assert "takes no option 'interpreter'" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_mani_skill2_its_installation_is_named(tmp_path, monkeypatch):
     bare = script(tmp_path / "bare", f'exec {sys.executable} -S "$@"')
-    with pytest.raises(RuntimeError, match="(?s)Its last words:.*numpy"):  # not even numpy
-        BridgedSimulation("Fill", obs="state", interpreter=bare)
+    monkeypatch.setenv(VARIABLE, bare)
+    with pytest.raises(RuntimeError, match="(?s)The end of its output:.*numpy"):  # not even numpy
+        BridgedSimulation("Fill", obs="state")
+    monkeypatch.setenv(VARIABLE, sys.executable)
     with pytest.raises(ConfigError, match="No module named 'mani_skill2'.*Fix: .*pip install 'mani_skill2==0.5.3'"):
-        BridgedSimulation("Fill", obs="state", interpreter=sys.executable)
+        BridgedSimulation("Fill", obs="state")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +193,7 @@ def test_without_mani_skill2_its_installation_is_named(tmp_path):
 def test_what_is_missing_there_is_told_with_the_fix(python, monkeypatch, trouble, error, message):
     monkeypatch.setenv("TROUBLE", trouble)
     with pytest.raises(error, match=message):
-        build("Fill", interpreter=python)
+        build("Fill")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +201,7 @@ def test_what_is_missing_there_is_told_with_the_fix(python, monkeypatch, trouble
 )
 def test_a_hanging_or_dying_interpreter_is_an_error_and_leaves_no_process(python, monkeypatch, trouble, message):
     monkeypatch.setenv("TROUBLE", trouble)
-    simulation = BridgedSimulation("Fill", obs="state", interpreter=python)
+    simulation = BridgedSimulation("Fill", obs="state")
     simulation._timeout = 0.5
     with pytest.raises(RuntimeError, match=message):
         simulation.step(np.zeros(7))

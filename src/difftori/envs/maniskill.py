@@ -8,6 +8,8 @@ Tasks have the paper's names, such as `PickCube`; `PickCube-v1` and `pick-cube` 
 steps and never terminate. `info["success"]` remains true after the first success: success means success at any step.
 """
 
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,13 +19,14 @@ from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
 from difftori.envs.family import Arrays, EnvFamily, Expert
-from difftori.envs.maniskill_bridge import MANISKILL2, BridgedSimulation
+from difftori.envs.maniskill_bridge import BridgedSimulation
 from difftori.envs.maniskill_cloud import COLUMNS, POINTS, policy_cloud, robot_state
 from difftori.envs.maniskill_experts import PLANNED, planned_expert
-from difftori.envs.maniskill_simulation import CABINETS, FPS, LocalSimulation, Simulation
+from difftori.envs.maniskill_names import MANISKILL2, ROBOTS
+from difftori.envs.maniskill_simulation import FPS, LocalSimulation, Simulation
 from difftori.errors import ConfigError
 
-TASKS = ("PickCube", "PushCube", "StackCube", "PegInsertionSide", *CABINETS, *MANISKILL2)
+TASKS = (*ROBOTS, *MANISKILL2)
 OBS_TYPES = ("state", "points")
 PARTS = {"state": ("state",), "points": ("point_cloud", "agent_pos")}
 """For each `obs`, the names of its observations, which are also the arrays of a collected data set."""
@@ -46,12 +49,9 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
     is truncated. `info["episode_seed"]` of a reset is the seed of the episode.
     """
 
-    def __init__(self, task: str, *, obs: str, max_steps: int, interpreter: str = "", named: bool = False):
-        self._env: Simulation = (
-            BridgedSimulation(task, obs=obs, interpreter=interpreter)
-            if task in MANISKILL2
-            else LocalSimulation(task, obs=obs)
-        )
+    def __init__(self, task: str, *, obs: str, max_steps: int, named: bool = False):
+        simulation = BridgedSimulation if task in MANISKILL2 else LocalSimulation
+        self._env: Simulation = simulation(task, obs=obs)
         self._max_steps = max_steps
         self._steps, self._success = 0, False
         self._obs, self._named = obs, named
@@ -105,23 +105,17 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         }
 
 
-def build(task: str, *, obs: str = "state", max_steps: int | None = None, interpreter: str = "") -> ManiskillEnv:
+def build(task: str, *, obs: str = "state", max_steps: int | None = None) -> ManiskillEnv:
     """Build a task. `obs`: `state`, or `points`, that is `point_cloud` (1200 6) and `agent_pos` (25); both float32.
 
-    `max_steps`: the step after which an episode is truncated. `interpreter`: path of the Python that has mani_skill2, for the
-    tasks in `MANISKILL2`. Defaults: `state`, 200 (`LIMITS`), the path in DIFFTORI_MANISKILL2_PYTHON. Raises `ConfigError`,
-    `MissingExtraError` (extra `maniskill`), `RenderingError` (no Vulkan).
+    `max_steps`: the step after which an episode is truncated. Defaults: `state`, 200 (`LIMITS`). The tasks in `MANISKILL2` run in
+    the interpreter at the path in DIFFTORI_MANISKILL2_PYTHON. Raises `ConfigError`, `MissingExtraError` (extra `maniskill`),
+    `RenderingError` (no Vulkan).
     """
     if faults := choice_fault("obs", obs, OBS_TYPES) + numeric_faults(max_steps=max_steps):
         raise ConfigError(faults)
-    if interpreter and task not in MANISKILL2:
-        raise ConfigError(
-            [
-                f"interpreter is {interpreter!r}, but {task} is a task of ManiSkill 3, which this interpreter runs. Fix: omit it"
-            ]
-        )
     limit = LIMITS.get(task, EPISODE_STEPS) if max_steps is None else max_steps
-    return ManiskillEnv(task, obs=obs, max_steps=limit, interpreter=interpreter)
+    return ManiskillEnv(task, obs=obs, max_steps=limit)
 
 
 def expert(task: str, *, obs: str = "state") -> Expert:
@@ -137,8 +131,15 @@ def expert(task: str, *, obs: str = "state") -> Expert:
     return planned_expert(build_one, task, PARTS[obs])
 
 
-def from_recorded(stored: Arrays, actions: np.ndarray, obs: str) -> tuple[Arrays, np.ndarray]:
-    """Return recorded observations (T, …) of the type `obs`, and actions (T, A) clipped to ±1, as executed."""
+def from_recorded(
+    stored: Arrays, actions: np.ndarray, *, task: str, obs: str, about: Mapping[str, Any]
+) -> tuple[Arrays, np.ndarray]:
+    """Return recorded observations (T, …) of the type `obs`, and actions (T, A) clipped to ±1, as executed.
+
+    Raises `ConfigError` for data of another task or robot: `about` is the metadata of a file of ManiSkill, or of
+    `difftori collect`.
+    """
+    _refuse_other_data(task, about)
     return {name: stored[name] for name in PARTS[obs]}, np.clip(actions, -1.0, 1.0)
 
 
@@ -156,6 +157,29 @@ FAMILY = EnvFamily(
 def _plain(name: str) -> str:
     """Return a task's name without its version, hyphens and capitals."""
     return name.lower().replace("-", "").replace("_", "").removesuffix("v1").removesuffix("v0")
+
+
+def _refuse_other_data(task: str, about: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for data of another task or robot than those of the environment, or of an unknown task."""
+    if "env_id" in about:
+        found = "maniskill:" + re.sub(r"-v\d+$", "", str(about["env_id"]))
+    else:
+        found = str(about.get("env", "no environment"))
+    if found != f"maniskill:{task}":
+        raise ConfigError(
+            [
+                f"demos: the metadata name {found!r}, not maniskill:{task}. Fix: choose another --env, or give a file of ManiSkill or "
+                "of difftori collect of this task"
+            ]
+        )
+    robot = ROBOTS.get(task)
+    if robot is not None and about.get("robot_uids", robot) != robot:
+        raise ConfigError(
+            [
+                f"demos: recorded with the robot {about['robot_uids']!r}, but maniskill:{task} has {robot!r}. Fix: give "
+                f"demonstrations of {robot!r}"
+            ]
+        )
 
 
 def _numbers(shape: tuple[int, ...]) -> Box:

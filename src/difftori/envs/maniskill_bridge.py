@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
+import threading
 import time
 from typing import Any, final
 
@@ -17,41 +17,47 @@ from gymnasium.spaces import Box
 
 from difftori.envs import maniskill_server
 from difftori.envs.base import RenderingError
+from difftori.envs.maniskill_names import MANISKILL2
 from difftori.envs.maniskill_simulation import Simulation, Step
 from difftori.errors import ConfigError
 
 VARIABLE = "DIFFTORI_MANISKILL2_PYTHON"
-"""Environment variable with the path of the interpreter."""
-_ARM, _MOBILE = "pd_ee_delta_pose", "base_pd_joint_vel_arm_pd_ee_delta_pose"
-MANISKILL2 = {
-    "PushChair": ("PushChair-v1", _MOBILE),
-    "MoveBucket": ("MoveBucket-v1", _MOBILE),
-    "Fill": ("Fill-v0", _ARM),
-    "Hang": ("Hang-v0", _ARM),
-    "Excavate": ("Excavate-v0", _ARM),
-    "Pour": ("Pour-v0", _ARM),
-}
-"""For each task, its name in Gymnasium's registry and its control mode."""
+"""Environment variable with the path of the interpreter. It is not an option of the environment, because a run stores its options,
+and a stored run must not name a program to execute."""
 START, STEP, CLOSE = 600.0, 60.0, 3.0
-"""Time limits in seconds: to import and compile, which soft bodies do at their first start; to answer; to close."""
+"""Time limits in seconds: to import and compile, which soft bodies do at their first start; to answer; to close.
+
+With `workers="async"`, the limit of a worker process applies first: `make_env(..., timeout=600)`; default: 120.
+"""
+OUTPUT = 2000
+"""Number of bytes of the interpreter's output that are kept for errors: the last ones."""
+_FIX = (
+    "Fix: install mani_skill2 into a Python of its own (python3 -m venv ms2 && ms2/bin/pip install 'mani_skill2==0.5.3' "
+    f"'setuptools<81'), and set the environment variable {VARIABLE} to its path, ms2/bin/python"
+)
 
 
 @final
 class BridgedSimulation(Simulation):
-    """A task of `MANISKILL2` in the interpreter at that path; "" is the path in the variable `DIFFTORI_MANISKILL2_PYTHON`.
+    """A task of `MANISKILL2` in the interpreter at the path in the environment variable `DIFFTORI_MANISKILL2_PYTHON`.
 
     Raises `ConfigError` if the interpreter, mani_skill2, its assets or the CUDA toolkit is missing, `RenderingError` without
     Vulkan, and RuntimeError for other failures, with the last lines that the interpreter wrote.
     """
 
-    def __init__(self, task: str, *, obs: str, interpreter: str = "", start: float = START, timeout: float = STEP):
-        self._python = _found(interpreter, task)
+    def __init__(self, task: str, *, obs: str, start: float = START, timeout: float = STEP):
+        self._python = _interpreter(task)
         self._task, self._timeout = task, timeout
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         command = [self._python, maniskill_server.__file__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
-        self._process: Any = subprocess.Popen(command, env=kept, bufsize=0, **pipes)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        try:
+            self._process: Any = subprocess.Popen(command, env=kept, bufsize=0, **pipes)
+        except OSError as error:
+            raise ConfigError(
+                [f"{VARIABLE} is {self._python!r}, which cannot be executed ({error}). {_FIX}"]
+            ) from error
+        self._output = _Output(self._process.stderr)
         env_id, control = MANISKILL2[task]
         mode = "pointcloud" if obs == "points" else "state"
         try:
@@ -88,8 +94,9 @@ class BridgedSimulation(Simulation):
         if process.poll() is None:
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout, self._said):
-            pipe.close()
+        self._output.close()
+        process.stdin.close()
+        process.stdout.close()
 
     def _ask(self, header: dict[str, Any], arrays: dict[str, np.ndarray], limit: float) -> tuple[Any, Any]:
         """Send a request and return the answer. After a failure of the connection, the interpreter is killed."""
@@ -102,8 +109,8 @@ class BridgedSimulation(Simulation):
             self._process.wait()
             what = f"did not answer within {limit:g} s" if isinstance(error, TimeoutError) else f"failed ({error})"
             raise RuntimeError(
-                f"maniskill:{self._task}: the interpreter {self._python} {what} at {header['kind']!r}. Its last words:\n"
-                f"{self._last_words()}"
+                f"maniskill:{self._task}: the interpreter {self._python} {what} at {header['kind']!r}. The end of its output:\n"
+                f"{self._output.close()}"
             ) from error
         if kind == "error":
             raise self._explained(str(answer.get("message")))
@@ -125,22 +132,33 @@ class BridgedSimulation(Simulation):
             return RenderingError(f"{place}. Fix: install the Vulkan driver of the GPU")
         return RuntimeError(place)
 
-    def _last_words(self) -> str:
-        size = self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, size - 2000))
-        return self._said.read().decode(errors="replace")
+
+class _Output:
+    """Reads a pipe in a thread until its end, so that its writer never waits, and keeps the last `OUTPUT` bytes."""
+
+    def __init__(self, pipe: Any):
+        self._pipe, self._last = pipe, b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def close(self) -> str:
+        """Return the last bytes as text, after the end of the pipe or some seconds: other processes can keep it open."""
+        self._thread.join(CLOSE)
+        if not self._thread.is_alive():
+            self._pipe.close()
+        return self._last.decode(errors="replace")
+
+    def _read(self) -> None:
+        while part := self._pipe.read(1 << 16):
+            self._last = (self._last + part)[-OUTPUT:]
 
 
-def _found(interpreter: str, task: str) -> str:
+def _interpreter(task: str) -> str:
     """Return the path of the interpreter. Raises `ConfigError` if there is none."""
-    given = interpreter or os.environ.get(VARIABLE, "")
-    fix = (
-        "Fix: install mani_skill2 into a Python of its own (python3 -m venv ms2 && ms2/bin/pip install 'mani_skill2==0.5.3' "
-        f"'setuptools<81'), and give its path, interpreter=ms2/bin/python or {VARIABLE}"
-    )
+    given = os.environ.get(VARIABLE, "")
     if not given:
-        raise ConfigError([f"maniskill:{task} is a task of ManiSkill 2 and needs a second interpreter. {fix}"])
+        raise ConfigError([f"maniskill:{task} is a task of ManiSkill 2 and needs a second interpreter. {_FIX}"])
     path = shutil.which(given)
     if path is None:
-        raise ConfigError([f"interpreter is {given!r}, which is not an executable file. {fix}"])
+        raise ConfigError([f"{VARIABLE} is {given!r}, which is not an executable file. {_FIX}"])
     return path

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 from difftori.envs.base import episode_metadata, numeric_faults
 from difftori.envs.family import EnvFamily
 from difftori.envs.maniskill import EPISODE_STEPS, TASKS, full_name
-from difftori.envs.maniskill_bridge import MANISKILL2
+from difftori.envs.maniskill_names import MANISKILL2
 from difftori.envs.maniskill_simulation import FPS, open_simulation
 from difftori.errors import ConfigError
 

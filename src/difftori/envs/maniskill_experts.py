@@ -17,6 +17,7 @@ from gymnasium.spaces import Box, Dict
 
 from difftori.envs.base import Observation
 from difftori.envs.family import Arrays, Expert
+from difftori.envs.maniskill_names import CONTROL
 from difftori.envs.maniskill_simulation import open_simulation
 
 PACKAGES = ("mani-skill", "sapien", "mplib", "gymnasium", "torch")
@@ -82,7 +83,7 @@ class Planner:
             return np.zeros((1, 7), dtype=np.float32)
         self._joints.reset(seed=seed)
         self._hand.reset(seed=seed)
-        self._convert("pd_ee_delta_pose", moves, ori_env=self._joints, env=self._hand)
+        self._convert(CONTROL, moves, ori_env=self._joints, env=self._hand)
         return np.clip(np.stack(self._hand.taken), -1.0, 1.0)
 
     def close(self) -> None:

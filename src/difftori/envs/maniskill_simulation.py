@@ -1,6 +1,7 @@
 """The simulations of ManiSkill 3, with clear errors for what is missing: the extra, Vulkan, or the assets of a task."""
 
 import importlib.util
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from importlib import import_module
@@ -10,11 +11,12 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from difftori.envs.base import RenderingError
+from difftori.envs.maniskill_names import CABINETS, CONTROL, ROBOTS
 from difftori.errors import ConfigError, MissingExtraError
 
-CONTROL = "pd_ee_delta_pose"
-"""Control mode of the environment: a change of the hand's pose, in the axes of the robot's base."""
 FPS = 20.0
+PYTHON_END = (3, 12)
+"""The first version of Python without the extra's packages: the motion planner's mplib needs NumPy 1."""
 VULKAN_HELP = (
     "install a Vulkan driver; Mesa's works without a GPU. On Debian 12: "
     "apt-get install libvulkan1 && apt-get install -t bookworm-backports mesa-vulkan-drivers. "
@@ -22,9 +24,6 @@ VULKAN_HELP = (
 )
 _NO_VULKAN = ("vk::", "Vulkan", "rendering device", "physical device")
 """What SAPIEN's errors contain if there is no usable Vulkan driver."""
-
-CABINETS = ("OpenCabinetDrawer", "OpenCabinetDoor")
-"""The tasks that need assets of PartNet-Mobility."""
 
 
 class Step(NamedTuple):
@@ -119,6 +118,7 @@ def open_simulation(
     try:
         made = gymnasium.make(
             f"{task}-v1",
+            robot_uids=ROBOTS[task],
             obs_mode=obs_mode,
             control_mode=control,
             num_envs=num_envs,
@@ -143,7 +143,13 @@ def to_numpy(value: Any) -> np.ndarray:
 def _maniskill() -> Any:
     """Import ManiSkill, which registers its tasks, and return Gymnasium. Raises `MissingExtraError`."""
     if importlib.util.find_spec("mani_skill") is None:
-        raise MissingExtraError("ManiSkill needs the extra `maniskill`. Fix: pip install 'difftori[maniskill]'")
+        install = "pip install 'difftori[maniskill]'"
+        if sys.version_info >= PYTHON_END:  # the extra is installed there, but without mani-skill
+            raise MissingExtraError(
+                f"ManiSkill needs Python 3.10 or 3.11, and this is {sys.version_info[0]}.{sys.version_info[1]}. Fix: create an "
+                f"environment with one of them (python3.11 -m venv), and there {install}"
+            )
+        raise MissingExtraError(f"ManiSkill needs the extra `maniskill`. Fix: {install}")
     import gymnasium
 
     with warnings.catch_warnings():

@@ -8,7 +8,8 @@ import pytest
 
 from difftori.data.formats import read_demos
 from difftori.envs.maniskill_cloud import policy_cloud
-from difftori.errors import DataError
+from difftori.errors import ConfigError, DataError
+from difftori.registry import resolve_env
 
 LENGTHS = (3, 5)
 SEEDS = (11, 7)
@@ -83,6 +84,51 @@ def test_clouds_are_those_that_the_environment_draws_with_the_episodes_seed(writ
             assert np.array_equal(read.obs["point_cloud"][LENGTHS[0] + step], cloud)
 
 
+def converted(path, task: str):
+    read = read_demos(path)
+    arrays = {name: values.numpy() for name, values in read.obs.items()}
+    given = {"obs": "state" if "state" in arrays else "points", "about": read.about, "action_key": None}
+    return resolve_env(f"maniskill:{task}").from_recorded(arrays, read.actions.numpy(), given)
+
+
+@pytest.mark.parametrize("mode", ["state", "pointcloud"])
+def test_demonstrations_of_the_task_are_converted(write, mode):
+    path = write(mode, env_id="PegInsertionSide-v1", change=robots("panda_wristcam"))
+    entries, actions = converted(path, "PegInsertionSide")
+    assert set(entries) == ({"state"} if mode == "state" else {"point_cloud", "agent_pos"})
+    assert np.array_equal(actions, read_demos(path).actions.numpy())
+    converted(write(mode), "PickCube")
+
+
+@pytest.mark.parametrize("mode", ["state", "pointcloud"])
+def test_demonstrations_of_another_task_are_refused(write, mode):
+    with pytest.raises(ConfigError, match="name 'maniskill:PushCube', not maniskill:PickCube. Fix"):
+        converted(write(mode, env_id="PushCube-v1"), "PickCube")
+
+
+def robots(value):
+    """Returns a change of the JSON file that names the robot."""
+    return lambda content: content["env_info"]["env_kwargs"].update(robot_uids=value)
+
+
+@pytest.mark.parametrize("value", ["xarm6_robotiq", ["xarm6_robotiq"]])
+def test_demonstrations_of_another_robot_are_refused(write, value):
+    path = write(change=robots(value))
+    assert read_demos(path).about["robot_uids"] == "xarm6_robotiq"
+    with pytest.raises(ConfigError, match="robot 'xarm6_robotiq', but maniskill:PickCube has 'panda'. Fix"):
+        converted(path, "PickCube")
+
+
+@pytest.mark.parametrize("about", [{"env": "maniskill:StackCube"}, {"env": "metaworld:assembly"}, {}])
+def test_collected_sets_of_another_task_are_refused(about):
+    arrays, actions = {"state": np.zeros((2, 42), np.float32)}, np.zeros((2, 7), np.float32)
+    env = resolve_env("maniskill:PickCube")
+    env.from_recorded(arrays, actions, {"obs": "state", "about": {"env": "maniskill:PickCube"}})
+    found = about.get("env", "no environment")
+    with pytest.raises(ConfigError, match=f"name '{found}', not maniskill:PickCube. Fix"):
+        env.from_recorded(arrays, actions, {"obs": "state", "about": about})
+
+
 def test_some_episodes_only(write):
     assert read_demos(write(), episodes=["1"]).actions.shape == (LENGTHS[1], 7)
 
@@ -90,6 +136,10 @@ def test_some_episodes_only(write):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            {"change": lambda content: content["env_info"]["env_kwargs"].update(robot_uids=3)},
+            "not ManiSkill's description",
+        ),
         ({"control": "pd_joint_pos"}, "actions are pd_joint_pos.*replay_trajectory"),
         ({"mode": "none"}, "observations are 'none'.*replay_trajectory"),
         ({"env_id": "PickCube-v0"}, "is of ManiSkill 2"),
@@ -161,6 +211,23 @@ def test_damaged_files_are_refused_with_the_place(write, damage, message):
     with pytest.raises(DataError, match=message) as caught:
         read_demos(path)
     assert "trajectory.h5" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["obs", "env_states", "actions"])
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("kind", ["external", "soft"])
+def test_links_are_refused_also_if_they_lead_nowhere(write, tmp_path, key, exists, kind):
+    path = write()
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        if exists:
+            other["array"] = np.zeros((4, 42), np.float32)
+    with h5py.File(path, "a") as file:
+        del file[f"traj_0/{key}"]
+        target = "traj_1/actions" if exists else "nothing"
+        link = h5py.ExternalLink("other.h5", "/array") if kind == "external" else h5py.SoftLink(f"/{target}")
+        file[f"traj_0/{key}"] = link
+    with pytest.raises(DataError, match=f"traj_0/{key} is a .*Link.*links are not followed"):
+        read_demos(path)
 
 
 def test_a_truncated_file_is_refused(write):

@@ -14,14 +14,14 @@ from typing import Any, final
 import numpy as np
 
 from difftori.data._filling import Field
-from difftori.data.formats._hdf5 import array_in, group_in, names_in, open_file, reading
+from difftori.data.formats._hdf5 import array_in, group_in, member, names_in, open_file, reading
 from difftori.data.formats._source import Source, need, read_json
-from difftori.envs.maniskill_bridge import MANISKILL2
 from difftori.envs.maniskill_cloud import policy_cloud, robot_state
+from difftori.envs.maniskill_names import CONTROL, MANISKILL2
 from difftori.errors import DataError
 
-CONTROL = "pd_ee_delta_pose"
 _NAME = re.compile(r"traj_(\d+)")
+_METADATA = ("env_id", "control_mode", "obs_mode", "robot_uids")
 _CLOUD, _ROBOT = "point_cloud", "agent_pos"
 
 
@@ -101,12 +101,15 @@ def open_maniskill(path: Path) -> Iterator[ManiskillSource]:
         observed = _observations(trajectories[0], path)
         seeds = tuple(_seed(episode, path) for episode in about["episodes"])
         entries = {name: name for name in observed}
-        told = {name: str(about[name]) for name in ("env_id", "control_mode", "obs_mode")}
-        yield ManiskillSource(path, ("actions", *observed), "actions", entries, ends, told, trajectories, seeds)
+        metadata = {name: about[name] for name in _METADATA if name in about}
+        yield ManiskillSource(path, ("actions", *observed), "actions", entries, ends, metadata, trajectories, seeds)
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """Read the JSON file beside `path`: `env_id`, `control_mode`, `obs_mode`, and `episodes`, a list of objects, not empty."""
+    """Read the JSON file beside `path`: `env_id`, `control_mode`, `obs_mode`, and `episodes`, a list of objects, not empty.
+
+    `robot_uids` is one name; it is absent if the file was recorded with the default robot of the task.
+    """
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise DataError(f"{path}: there is no {beside.name} beside it. Fix: copy it there; ManiSkill writes both files")
@@ -115,6 +118,8 @@ def _described(path: Path) -> dict[str, Any]:
         info, episodes = content["env_info"], [dict(episode) for episode in content["episodes"]]
         about = {"env_id": str(info["env_id"]), "episodes": episodes}
         about |= {name: str(info["env_kwargs"][name]) for name in ("control_mode", "obs_mode")}
+        if robots := info["env_kwargs"].get("robot_uids"):
+            about["robot_uids"] = robots if isinstance(robots, str) else ", ".join(str(robot) for robot in robots)
         modes = {str(episode.get("control_mode", about["control_mode"])) for episode in episodes}
         numbers = [int(episode["episode_id"]) for episode in episodes]
     except (KeyError, TypeError, ValueError) as error:
@@ -137,8 +142,10 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _refuse_other_frame(env_id: str, trajectory: Any, path: Path) -> None:
     """Raise DataError for a file of ManiSkill 2, whose names end in -v0 or whose simulator states are one array."""
-    states = trajectory.get("env_states", getclass=True, getlink=False)
-    second = env_id.endswith("-v0") or states is need("h5py").Dataset
+    is_array = "env_states" in names_in(trajectory, path) and isinstance(
+        member(trajectory, "env_states", path), need("h5py").Dataset
+    )
+    second = env_id.endswith("-v0") or is_array
     if second and env_id.rpartition("-")[0] not in MANISKILL2:
         raise DataError(
             f"{path}: is of ManiSkill 2 ({env_id}), whose actions are in the frame of the hand; those of ManiSkill 3 are in the "
@@ -150,8 +157,7 @@ def _observations(trajectory: Any, path: Path) -> tuple[str, ...]:
     """Return the observations of a file: the state is one array, and the mode `pointcloud` a group."""
     if "obs" not in names_in(trajectory, path):
         raise DataError(f"{path}: {trajectory.name} has no obs. Fix: create the file again, with observations")
-    with reading(f"{path}: {trajectory.name}/obs"):
-        is_group = trajectory.get("obs", getclass=True) is need("h5py").Group
+    is_group = isinstance(member(trajectory, "obs", path), need("h5py").Group)
     return (_CLOUD, _ROBOT) if is_group else ("state",)
 
 
