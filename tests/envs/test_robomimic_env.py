@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difftori.envs import robomimic, robomimic_actions
-from difftori.envs.base import RenderingError
+from difftori.envs.base import RenderingError, numeric_faults
 from difftori.envs.robomimic_simulation import TASKS
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError
 from difftori.registry import make_env, resolve_env
@@ -295,6 +295,15 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"difftori\[robomimic\].*Python 3.10 or 3.11"):
         made("square")
+
+
+def test_flags_are_no_integers_and_those_of_numpy_are():
+    assert numeric_faults(one=1, many=np.int64(3), none=None) == []
+    assert numeric_faults(a=True, b=np.int64(0), c=2.0) == [
+        "a is True, not an integer",
+        "b is 0; it must be at least 1",
+        "c is 2.0, not an integer",
+    ]
 
 
 def test_near_names_are_suggested():
