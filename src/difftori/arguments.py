@@ -58,7 +58,7 @@ class CollectArguments(Arguments):
 
 
 class RenderArguments(Arguments):
-    """Render the images of a raw robomimic file from its states: a new file with everything of the old one, and the images.
+    """Render the images of a raw robomimic file from its states: a copy of the file with the images.
 
     Low-dimensional observations are added if they are missing. Re-run the same command to resume an interrupted run.
     """

@@ -12,13 +12,22 @@ from difftori.data.formats import read_demos
 from difftori.envs import robomimic
 from difftori.envs.robomimic_demos import Layout, from_recorded, read_layout, recorded
 from difftori.envs.robomimic_simulation import TASKS
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DataError
 from difftori.registry import resolve_env
 
 needs_robosuite = pytest.mark.skipif(
     importlib.util.find_spec("robosuite") is None, reason="needs the extra: pip install 'difftori[robomimic]'"
 )
 FILES = Path(__file__).parents[1] / "fixtures" / "robomimic_141"
+
+QUATERNIONS = {
+    "lift": (3, 13),
+    "can": (3, 10, 17),
+    "square": (3, 10, 17),
+    "transport": (3, 10, 17, 44, 53),
+    "tool_hang": (3, 10, 17, 24, 31, 38, 47),
+}
+"""Where the quaternions of a state begin."""
 
 
 def converted(task: str, *, obs: str = "state", actions: str = "delta", action_key: str | None = None):
@@ -35,6 +44,15 @@ def states(task: str) -> list[tuple[np.ndarray, np.ndarray, str | None]]:
         return [(g["states"][()], g["actions"][()], g.attrs.get("model_file")) for g in file["data"].values()]
 
 
+def same_signs(shown: np.ndarray, wanted: np.ndarray, task: str) -> np.ndarray:
+    """The state with each quaternion of `QUATERNIONS` replaced by its negative, the same rotation, if that is nearer."""
+    shown = shown.copy()
+    for start in QUATERNIONS[task]:
+        if shown[start : start + 4] @ wanted[start : start + 4] < 0:
+            shown[start : start + 4] *= -1
+    return shown
+
+
 @needs_robosuite
 @pytest.mark.parametrize("task", TASKS)
 def test_a_file_of_robosuite_1_4_shows_what_the_environment_shows_and_replays(task):
@@ -47,8 +65,7 @@ def test_a_file_of_robosuite_1_4_shows_what_the_environment_shows_and_replays(ta
     assert info == {"success": False}
     for step in range(9):
         shown, *_ = env.step(actions[step].astype(np.float32))
-    # A relative quaternion and its negative are the same rotation.
-    assert np.minimum(np.abs(shown - obs[9]), np.abs(shown + obs[9])).max() < 0.02
+    assert np.abs(same_signs(shown, obs[9], task) - obs[9]).max() < 0.02
     env.reset(seed=5)
     start = env.simulation.sim.get_state().flatten()
     twin = robomimic.build(task)
@@ -72,6 +89,19 @@ def test_absolute_actions_are_those_that_robomimic_records(task):
     assert away[..., 3:9].max() < 0.02
     assert away[..., 9].max() == 0
     assert robomimic.action_space(task, "absolute").contains(computed[0].astype(np.float32))
+
+
+@needs_robosuite
+@pytest.mark.parametrize("broken", [0.0, np.nan])
+def test_a_quaternion_of_zeros_is_refused_with_its_step(broken):
+    with h5py.File(FILES / "square.hdf5") as file:
+        about = {"env_args": file["data"].attrs["env_args"]}
+    arrays = {name: np.ones((3, size)) for name, size in zip(recorded("square")["state"], (14, 3, 4, 2), strict=True)}
+    arrays["robot0_eef_quat"][1] = broken
+    given = {"task": "square", "obs": "state", "about": about, "action_key": None}
+    assert from_recorded(arrays, np.zeros((3, 7)), actions="delta", **given)[1].shape == (3, 7)
+    with pytest.raises(DataError, match="robot0_eef_quat of step 1.*Fix"):
+        from_recorded(arrays, np.zeros((3, 7)), actions="absolute", **given)
 
 
 def test_motions_are_clipped_as_executed():
@@ -209,9 +239,26 @@ def test_invalid_states_and_models_are_refused():
             "inc",
         ),
         ({"reset_to_state": state[0], "model_file": "<m><body name='cube_main'><geom file='/x'/></body></m>"}, "geom"),
+        (
+            {"reset_to_state": state[0], "model_file": "<m><body name='cube_main'/></m>"},
+            "no geom cube_g0, geom cube_g0_vis, joint cube_joint0, site cube_default_site",
+        ),
+        (
+            {
+                "reset_to_state": state[0],
+                "model_file": model.replace('name="cube_joint0" type="free"', 'name="cube_joint0" type="hinge"'),
+            },
+            "joints",
+        ),
+        (
+            {"reset_to_state": state[0], "model_file": model.replace('material="cube_redwood_mat"', 'material="gold"')},
+            "MuJoCo refuses",
+        ),
         ({"seat": 3}, "seat"),
     ]:
         with pytest.raises(ConfigError, match=message):
             env.reset(options=options)
+    env.reset(seed=0)  # the environment works after a refusal
+    env.step(np.zeros(7, dtype=np.float32))
     env.reset(options={"reset_to_state": state[0], "model_file": model})
     env.close()

@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difftori.envs import robomimic, robomimic_actions
-from difftori.envs.base import RenderingError
-from difftori.envs.robomimic_simulation import TASKS, import_robosuite
+from difftori.envs.base import RenderingError, numeric_faults
+from difftori.envs.robomimic_simulation import TASKS
 from difftori.errors import ConfigError, MissingExtraError, NonFiniteError
 from difftori.registry import make_env, resolve_env
 
@@ -260,10 +262,22 @@ def test_an_expert_in_the_environment_acts_once_a_step():
 
 
 @needs_robosuite
-def test_import_keeps_the_selected_backend_of_mujoco(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "disable")
-    import_robosuite(needs_images=False)
-    assert os.environ["MUJOCO_GL"] == "disable"
+@pytest.mark.parametrize("backend", ["disable", None])
+def test_import_keeps_the_selected_backend_of_mujoco(backend):
+    """In a new process, because robosuite sets the variable when it is imported first."""
+    script = """
+import os
+from difftori.envs import robomimic_simulation as simulation
+from difftori.envs.opengl import import_drawing
+import_drawing("mujoco", needs_images=False)
+before = os.environ.get("MUJOCO_GL")
+simulation.import_robosuite(needs_images=False)
+assert os.environ.get("MUJOCO_GL") == before, os.environ.get("MUJOCO_GL")
+"""
+    chosen = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    chosen |= {} if backend is None else {"MUJOCO_GL": backend}
+    done = subprocess.run([sys.executable, "-c", script], env=chosen, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("written", ["tool_hang", "tool-hang", "Tool-Hang"])
@@ -279,8 +293,17 @@ def test_invalid_options_are_listed_together():
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"difftori\[robomimic\]"):
+    with pytest.raises(MissingExtraError, match=r"difftori\[robomimic\].*Python 3.10 or 3.11"):
         made("square")
+
+
+def test_flags_are_no_integers_and_those_of_numpy_are():
+    assert numeric_faults(one=1, many=np.int64(3), none=None) == []
+    assert numeric_faults(a=True, b=np.int64(0), c=2.0) == [
+        "a is True, not an integer",
+        "b is 0; it must be at least 1",
+        "c is 2.0, not an integer",
+    ]
 
 
 def test_near_names_are_suggested():

@@ -27,7 +27,8 @@ _PLAN = "plan.json"
 _HEAD = "_attempt"
 """Name of the array (index, seed, steps, first success or −1) that is stored with those of the data set."""
 
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""Errors of a damaged file of arrays (npz)."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class EpisodeLog:
         try:
             with np.load(self._path(index), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files if name != _HEAD}
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise DataError(
                 f"{self._path(index)}: cannot be read ({error}). Fix: remove it and collect again"
             ) from error
@@ -124,7 +125,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder / _PLAN}: cannot be read ({error}). Fix: remove {folder} and collect again"
+            f"{folder / _PLAN}: cannot be read ({error}). Fix: remove {folder} and run the command again"
         ) from error
     return plan if isinstance(plan, dict) else {}
 
@@ -137,7 +138,9 @@ def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], place: Path)
         if before.get(name) != now.get(name)
     ]
     if faults:
-        raise ConfigError([*faults, f"out: {place} is another collection. Fix: choose another --out, or remove it"])
+        raise ConfigError(
+            [*faults, f"out: {place} was made by another request. Fix: choose another --out, or remove it"]
+        )
 
 
 def remove_log(folder: Path) -> None:
@@ -155,14 +158,22 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be written ({error}). Fix: free space, or choose another --out") from error
 
 
+def is_intact(path: Path) -> bool:
+    """Whether a file of arrays (npz) exists and is not damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except UNREADABLE:
+        return False
+
+
 def _head(path: Path) -> ExpertEpisode | None:
     """Read the episode of a file without its arrays; None if the file is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
+        if not is_intact(path):
+            return None
         with np.load(path, allow_pickle=False) as archive:
             index, seed, steps, first = (int(number) for number in archive[_HEAD])
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
     return ExpertEpisode(index, seed, steps, None if first < 0 else first, {})

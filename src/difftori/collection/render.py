@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from difftori.collection.episode_log import refuse_other, writing
+from difftori.collection.episode_log import UNREADABLE, is_intact, read_plan, refuse_other, writing
 from difftori.data.formats.robomimic import RobomimicSource, open_robomimic
 from difftori.envs.robomimic import RobomimicEnv
 from difftori.envs.robomimic_demos import Layout, objects_before_1_5, read_layout, read_task
-from difftori.envs.robomimic_simulation import TASKS, arm_parts, image_parts
+from difftori.envs.robomimic_simulation import TASKS, arm_parts, image_parts, import_robosuite
 from difftori.errors import ConfigError, DataError
 from difftori.runs.checkpoint import flush_directory, replace_file
 
@@ -48,11 +48,11 @@ class RenderRequest:
 def render(request: RenderRequest, show: Show = lambda done, total: None) -> dict[str, Any]:
     """Render all demonstrations, or resume an interrupted run, and return a summary. A finished file is not changed.
 
-    The new file has everything of the old one, the images of the task's cameras (T H W 3), and the low-dimensional
-    observations if they are missing. `show` is called with the numbers of rendered and of all demonstrations.
+    The new file is a copy of the old one with the images of the task's cameras (T H W 3), and with the low-dimensional
+    observations if a demonstration lacks them. `show` is called with the numbers of rendered and of all demonstrations.
 
-    Raises `ConfigError` (the file is not of a known task, or `out` is another file), `DataError` (a damaged or unwritable file),
-    and the errors of the environment.
+    Raises `ConfigError` (the file is not of a known task, or `out` is another file), `DataError` (a damaged or unwritable file,
+    links), `MissingExtraError` (extra `robomimic`), and the errors of the environment.
     """
     out = request.target
     if not request.file.is_file():
@@ -62,17 +62,16 @@ def render(request: RenderRequest, show: Show = lambda done, total: None) -> dic
     with open_robomimic(request.file, None) as source:
         task, plan = read_task(source.about), _plan(request)
         layout = read_layout(task, source.about)
-        if "states" not in source.keys:
-            raise ConfigError([f"file: {request.file} has no states to render. Fix: give a raw robomimic file"])
+        _check_source(source)
         if out.exists():
             refuse_other(_plan_of(out), plan, out)
             return {"task": task, "demonstrations": len(source.demos), "rendered_now": 0, "file": str(out)}
         parts = out.with_name(f"{out.name}.parts")
         _open_parts(parts, plan)
-        missing = [demo.name for demo in source.demos if not _part(parts, demo).is_file()]
+        missing = [demo.name for demo in source.demos if not is_intact(_part(parts, demo))]
         if missing:
             low_dim = ("object", *arm_parts(TASKS[task].arms))
-            names = (*image_parts(task), *(name for name in low_dim if f"obs/{name}" not in source.keys))
+            names = (*image_parts(task), *(name for name in low_dim if not _everywhere(source, f"obs/{name}")))
             with closing(
                 RobomimicEnv(task, parts=names, actions="delta", reflections=request.reflections, max_steps=1)
             ) as env:
@@ -83,7 +82,26 @@ def render(request: RenderRequest, show: Show = lambda done, total: None) -> dic
     return {"task": task, "demonstrations": len(source.demos), "rendered_now": len(missing), "file": str(out)}
 
 
+def _check_source(source: RobomimicSource) -> None:
+    """Check all that would fail only after hours of rendering. Raises `ConfigError` and `DataError`."""
+    if not _everywhere(source, "states"):
+        raise ConfigError([f"file: {source.path} has no states to render. Fix: give a raw robomimic file"])
+    source.check_copy()
+    field = source.field("states")
+    for demo, states in zip(source.demos, field.blocks, strict=True):
+        if states.shape[1:] != field.shape or not np.isfinite(states).all():
+            raise DataError(
+                f"{source.path}: {demo.name}/states has another shape than those of the first demonstration, or is not finite. "
+                "Fix: restore the file, or remove this demonstration"
+            )
+
+
+def _everywhere(source: RobomimicSource, key: str) -> bool:
+    return all(key in demo for demo in source.demos)
+
+
 def _plan(request: RenderRequest) -> dict[str, Any]:
+    import_robosuite(needs_images=False)  # refuses a missing extra
     digest = hashlib.sha256()
     with request.file.open("rb") as file:
         while block := file.read(1 << 20):
@@ -104,13 +122,15 @@ def _plan_of(out: Path) -> Mapping[str, Any]:
 
 def _open_parts(parts: Path, plan: Mapping[str, Any]) -> None:
     """Create the folder of finished episodes, or check that it is that of this plan. Raises `ConfigError`."""
-    record = parts / "plan.json"
     with writing(parts):
+        before = read_plan(parts)
+        if before is not None:
+            refuse_other(before, plan, parts)
+            return
         parts.mkdir(parents=True, exist_ok=True)
-        if record.is_file():
-            refuse_other(json.loads(record.read_bytes()), plan, parts)
-        else:
-            replace_file(record, json.dumps(plan).encode())
+        for unknown in parts.glob("*.npz"):
+            unknown.unlink()
+        replace_file(parts / "plan.json", json.dumps(plan).encode())
 
 
 def _part(parts: Path, demo: Any) -> Path:
@@ -140,7 +160,10 @@ def _render_missing(
 def _rendered(env: RobomimicEnv, states: np.ndarray, model: Any) -> dict[str, np.ndarray]:
     """Return the observations of all states of an episode by name, images with channels last."""
     env.reset(seed=0, options={"reset_to_state": states[0], "model_file": model})
-    rows = [one for one in map(env.shown, states) if isinstance(one, dict)]
+    rows: list[dict[str, np.ndarray]] = []
+    for one in map(env.shown, states):
+        assert isinstance(one, dict), "the environment has named parts"
+        rows.append(one)
     columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return {n: v.transpose(0, 2, 3, 1) if n.endswith("_image") else v.astype(np.float64) for n, v in columns.items()}
 
@@ -156,25 +179,16 @@ def _write(source: RobomimicSource, parts: Path, out: Path, plan: Mapping[str, A
     """Write the new file, completely or not at all."""
     h5py: Any = importlib.import_module("h5py")  # the file is open, so it is installed
     partial = out.with_name(f"{out.name}.tmp")
-    old = source.demos[0].file
     with writing(out):
-        with h5py.File(partial, "w") as file:
-            data = file.create_group("data")
-            data.attrs.update(old["data"].attrs)
-            data.attrs[RENDERED] = json.dumps(plan)
+        shutil.copyfile(source.path, partial)
+        with h5py.File(partial, "r+") as file:
+            file["data"].attrs[RENDERED] = json.dumps(plan)
             for demo in source.demos:
-                group = data.create_group(demo.name.rpartition("/")[2])
-                group.attrs.update(demo.attrs)
-            for key in source.keys:
-                for demo, values in zip(source.demos, source.field(key).blocks, strict=True):
-                    file[demo.name].create_dataset(key, data=values)
-            for demo in source.demos:
+                group = file[demo.name].require_group("obs")
                 for name, values in _read_part(_part(parts, demo)):
-                    if f"obs/{name}" in file[demo.name]:
-                        del file[demo.name][f"obs/{name}"]
-                    file[demo.name].create_dataset(f"obs/{name}", data=values, compression="gzip", compression_opts=1)
-            if "mask" in old:
-                old.copy("mask", file)
+                    if name in group:
+                        del group[name]
+                    group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
         os.replace(partial, out)
         flush_directory(out.parent)
 
@@ -184,5 +198,7 @@ def _read_part(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
                 yield name, archive[name]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Fix: remove it, and run the command again") from error
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}). Fix: run the command again; it is rendered again"
+        ) from error

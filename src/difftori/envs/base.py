@@ -128,13 +128,13 @@ def chosen_task(task: str, tasks: tuple[str, ...], *, env: str) -> str:
 
 def numeric_faults(**values: object) -> list[str]:
     """Return an error message for each value that is not an integer of at least 1. None is valid."""
-    return [
-        f"{name} is {value}; it must be at least 1"
-        if isinstance(value, int)
-        else f"{name} is {value!r}, not an integer"
-        for name, value in values.items()
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1)
-    ]
+    faults = []
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer | None):
+            faults.append(f"{name} is {value!r}, not an integer")
+        elif value is not None and value < 1:
+            faults.append(f"{name} is {value}; it must be at least 1")
+    return faults
 
 
 def choice_fault(name: str, value: str, known: Sequence[str]) -> list[str]:

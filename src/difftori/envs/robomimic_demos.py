@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from difftori.envs.robomimic_actions import (
+    DEGENERATE,
     MOTION,
     POSITION_SCALE,
     ROTATION_SCALE,
@@ -25,7 +26,7 @@ from difftori.envs.robomimic_actions import (
     turned_motions,
 )
 from difftori.envs.robomimic_simulation import CONTROL_FREQ, TASKS, arm_parts, image_parts
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DataError
 
 Arrays = dict[str, np.ndarray]
 
@@ -78,7 +79,7 @@ def from_recorded(
     """Convert the arrays of a data set (T …) to observations and actions of the environment. Motions are clipped to ±1, as executed.
 
     Absolute actions are computed from the motions and the hands' poses; with `--action-key actions_abs`, the stored ones are
-    used. Raises `ConfigError` for data of another task, controller or control frequency.
+    used. Raises `ConfigError` for data of another task, controller or control frequency, and `DataError` for a quaternion of zeros.
     """
     layout = read_layout(task, about)
     hands = arm_parts(TASKS[task].arms)
@@ -101,8 +102,20 @@ def from_recorded(
         if layout.in_base_frame:
             motion = turned_motions(motion, TASKS[task].base_angles[arm])
         position, quaternion = stored[f"robot{arm}_eef_pos"], stored[f"robot{arm}_eef_quat"]
-        converted.append(absolute_actions(position, quaternion, motion) if actions == "absolute" else motion)
+        if actions == "absolute":
+            _check_quaternions(quaternion, f"robot{arm}_eef_quat")
+            motion = absolute_actions(position, quaternion, motion)
+        converted.append(motion)
     return entries, np.concatenate(converted, 1)
+
+
+def _check_quaternions(quaternions: np.ndarray, name: str) -> None:
+    broken = np.flatnonzero(~(np.linalg.norm(quaternions, axis=1) > DEGENERATE))  # also NaN
+    if len(broken):
+        raise DataError(
+            f"demos: {name} of step {broken[0]}, counted over all demonstrations, is {quaternions[broken[0]].tolist()}, "
+            "which is no rotation. Fix: exclude this demonstration"
+        )
 
 
 def objects(task: str, stored: np.ndarray, layout: Layout) -> np.ndarray:

@@ -16,6 +16,7 @@ from difftori.envs.base import choice_fault
 from difftori.envs.robomimic_stages import (
     CLOSED,
     OPEN,
+    UP,
     Arm,
     Pose,
     Routine,
@@ -37,21 +38,17 @@ from difftori.envs.robomimic_transport import give_hammer, take_hammer
 from difftori.errors import ConfigError
 
 QUARTER = np.pi / 2
-UP = np.array([0.0, 0.0, 1.0])
 
 
-def make_script(task: str, *, noise: float | None = None) -> Script:
-    """Create the scripted expert of a task: `lift`, `can`, `square`, `tool_hang` or `transport`.
+def make_script(task: str) -> Script:
+    """Create the scripted expert of a task: `lift`, `can`, `square`, `tool_hang` or `transport`. Its noise is `NOISE` of the task.
 
-    `noise`: standard deviation of the Gaussian noise on the actions. Default: `NOISE` of the task, at which the
-    expert still succeeds in (nearly) every episode. Raises `ConfigError` for an unknown task or a negative noise.
+    Raises `ConfigError` for an unknown task.
     """
     faults = choice_fault("task", task, tuple(ROUTINES))
-    if noise is not None and not 0 <= noise < np.inf:
-        faults.append(f"noise is {noise}. Fix: give 0 or more")
     if faults:
         raise ConfigError(faults)
-    return Script(ROUTINES[task], noise=NOISE[task] if noise is None else noise)
+    return Script(ROUTINES[task], noise=NOISE[task])
 
 
 def lift(arm: Arm) -> list[Stage]:
@@ -162,4 +159,4 @@ ROUTINES: dict[str, tuple[Routine, ...]] = {
 }
 """The routines of each task, one for each arm."""
 NOISE = {"lift": 0.1, "can": 0.1, "square": 0.1, "tool_hang": 0.02, "transport": 0.1}
-"""Default standard deviation of the noise on the actions of each task."""
+"""Standard deviation of the noise on the actions of each task, at which the expert still succeeds in (nearly) every episode."""

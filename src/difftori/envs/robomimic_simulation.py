@@ -103,7 +103,10 @@ def import_robosuite(*, needs_images: bool) -> Any:
     Raises `MissingExtraError` and `RenderingError`.
     """
     if importlib.util.find_spec("robosuite") is None:
-        raise MissingExtraError("Robomimic needs the extra `robomimic`. Fix: pip install 'difftori[robomimic]'")
+        raise MissingExtraError(
+            "Robomimic needs the extra `robomimic`. Fix: pip install 'difftori[robomimic]' in Python 3.10 or 3.11; "
+            "with later versions the extra has no robosuite"
+        )
     import_drawing("mujoco", needs_images=needs_images)
     logging.getLogger("robosuite_logs").addFilter(_is_error)
     backend = os.environ.get("MUJOCO_GL")

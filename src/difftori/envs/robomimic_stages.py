@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from difftori.envs.robomimic_actions import POSITION_SCALE, ROTATION_SCALE
 from difftori.errors import ConfigError
 
 OPEN, CLOSED = -1.0, 1.0
-ACTION_METRES, ACTION_RADIANS = 0.05, 0.5
-"""Motion of the delta controller's goal for an action of 1."""
 POSITION_GAIN, ROTATION_GAIN = 2.0, 1.5
 """Action per remaining distance, both in units of the controller."""
+UP = np.array([0.0, 0.0, 1.0])
 HAND_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """The rotation of a hand that points down at heading 0: its y axis is the world's x axis."""
 
@@ -208,7 +208,7 @@ class Arm:
         self._steps += 1
         goal, hand = stage.goal(), self.hand
         distance, turn = goal.position - hand.position, rotation_vector(goal.rotation @ hand.rotation.T)
-        motion = np.concatenate([POSITION_GAIN * distance / ACTION_METRES, ROTATION_GAIN * turn / ACTION_RADIANS])
+        motion = np.concatenate([POSITION_GAIN * distance / POSITION_SCALE, ROTATION_GAIN * turn / ROTATION_SCALE])
         if (
             np.linalg.norm(distance) < stage.tolerance[0]
             and np.linalg.norm(turn) < stage.tolerance[1]

@@ -1,5 +1,6 @@
 """Sets a robosuite simulation to the seed of an episode, or to a recorded state."""
 
+import importlib
 import xml.etree.ElementTree as ET
 from typing import Any
 from xml.parsers import expat
@@ -11,6 +12,8 @@ from difftori.errors import ConfigError
 
 SAFE_TAGS = ("body", "geom", "joint", "freejoint", "site", "inertial")
 """Elements of a body in MuJoCo's XML that neither read files nor define anything else."""
+
+NAMED_TAGS = ("geom", "joint", "freejoint", "site")
 
 
 def reset_to_seed(simulation: Any, seed: int | None) -> None:
@@ -33,7 +36,9 @@ def reset_to_state(simulation: Any, task: RobomimicTask, state: np.ndarray, mode
             raise ConfigError(
                 [f"robomimic: {task.env} needs model_file, because its model is random. Fix: give that of the episode"]
             )
-        simulation.reset_from_xml_string(_with_body(simulation.model.get_xml(), model_file, task.random_body))
+        model = _with_body(simulation.model.get_xml(), model_file, task.random_body)
+        _check_model(model, task.random_body, len(state))
+        simulation.reset_from_xml_string(model)
     else:
         simulation.deterministic_reset = True
         simulation.reset()
@@ -62,16 +67,42 @@ def _check(simulation: Any, state: np.ndarray) -> None:
         )
 
 
+def _check_model(model: str, name: str, size: int) -> None:
+    """Compile the model, because robosuite cannot be used any more after one that MuJoCo refuses. Raises `ConfigError`."""
+    mujoco: Any = importlib.import_module("mujoco")
+    try:
+        made = mujoco.MjModel.from_xml_string(model)
+    except ValueError as error:
+        raise ConfigError(
+            [f"robomimic: MuJoCo refuses the body {name!r} of model_file ({error}). Fix: restore the file"]
+        ) from error
+    if 1 + made.nq + made.nv != size:
+        raise ConfigError([f"robomimic: the body {name!r} of model_file has other joints. Fix: restore the file"])
+
+
 def _with_body(model: str, other: str, name: str) -> str:
     """Return a model whose body of this name is that of another model."""
     root, body = ET.fromstring(model), _body(other, name)
     for parent in root.iter():
         for place, child in enumerate(list(parent)):
             if child.tag == "body" and child.get("name") == name:
+                missing = _names(child) - _names(body)
+                if missing:
+                    raise ConfigError(
+                        [
+                            f"robomimic: the body {name!r} of model_file has no {', '.join(sorted(missing))}. "
+                            "Fix: give the model of this task"
+                        ]
+                    )
                 parent.remove(child)
                 parent.insert(place, body)
                 return ET.tostring(root, encoding="unicode")
     raise AssertionError(f"no body {name} in the model")
+
+
+def _names(body: ET.Element) -> set[str]:
+    """Return the names of all geoms, joints and sites of a body, which robosuite looks up."""
+    return {f"{one.tag.removeprefix('free')} {one.get('name')}" for one in body.iter() if one.tag in NAMED_TAGS}
 
 
 def _body(model: str, name: str) -> ET.Element:

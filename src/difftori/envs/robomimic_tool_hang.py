@@ -9,6 +9,7 @@ import numpy as np
 from difftori.envs.robomimic_stages import (
     CLOSED,
     OPEN,
+    UP,
     Arm,
     Pose,
     Stage,
@@ -24,7 +25,6 @@ from difftori.envs.robomimic_stages import (
     wrap,
 )
 
-UP = np.array([0.0, 0.0, 1.0])
 FRAME, TOOL = "frame_root", "tool_root"
 GRIP = (0.0438, 0.0, 0.0525)
 """The middle of the frame's grip, in its frame."""

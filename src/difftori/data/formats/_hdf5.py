@@ -106,6 +106,28 @@ def _check_dataset(node: Any, place: str) -> None:
         raise DataError(f"{place} is not an array of steps. Fix: omit this key")
     if node.dtype.kind not in "fiub" or node.dtype.itemsize > 8:
         raise DataError(f"{place} holds {node.dtype}; only plain numbers are read, objects never. Fix: omit this key")
+    _check_stored(node, place)
+
+
+def check_contents(file: Any, path: Path) -> None:
+    """Check that the file has everything in itself. Raises DataError for a link, and for an array that is not stored in it."""
+    h5py = need("h5py")
+    # An exception in a visitor breaks h5py, so names are collected first.
+    links: dict[str, Any] = {}
+    with reading(str(path)):
+        file.visititems_links(links.__setitem__)
+        for name, link in links.items():
+            if not isinstance(link, h5py.HardLink):
+                raise DataError(
+                    f"{path}: /{name} is a {type(link).__name__} to {link.path!r}; links are not copied. Fix: copy the data into one file"
+                )
+            if isinstance(file[name], h5py.Dataset):
+                _check_stored(file[name], f"{path}: /{name}")
+
+
+def _check_stored(node: Any, place: str) -> None:
+    """Check that an array is completely in the file, in a form that HDF5 itself can read."""
+    h5py = need("h5py")
     if node.external or node.is_virtual:
         raise DataError(f"{place} is stored in another file. Fix: copy the data into one file")
     filters = node.id.get_create_plist()

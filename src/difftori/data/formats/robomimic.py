@@ -10,7 +10,16 @@ from typing import Any, final
 import numpy as np
 
 from difftori.data._filling import Field
-from difftori.data.formats._hdf5 import array_in, array_keys, group_in, member, names_in, open_file, reading
+from difftori.data.formats._hdf5 import (
+    array_in,
+    array_keys,
+    check_contents,
+    group_in,
+    member,
+    names_in,
+    open_file,
+    reading,
+)
 from difftori.data.formats._source import Source, need, plain_names
 from difftori.errors import DataError
 
@@ -40,6 +49,16 @@ class RobomimicSource(Source):
             with reading(place):
                 block = dataset[()]
             yield block
+
+    def check_copy(self) -> None:
+        """Check that a copy of the file would be complete and could get observations. Raises DataError.
+
+        Links, arrays that are stored in other files, and an `obs` that is no group are refused.
+        """
+        check_contents(self.demos[0].file, self.path)
+        for demo in self.demos:
+            if "obs" in demo:
+                group_in(demo, "obs", self.path)
 
 
 @contextmanager
