@@ -148,7 +148,6 @@ FAMILY = EnvFamily(
     tasks=TASKS,
     full_name=full_name,
     expert=expert,
-    window=(1, 1, 1),  # as in ManiSkill2-Learn
     recorded=PARTS,
     from_recorded=from_recorded,
 )
