@@ -118,7 +118,9 @@ def _data(words: list[str]) -> None:
 
     if words[:1] not in (["render"], ["--help"], ["-h"]):
         raise ConfigError(["data: its only command is render. Fix: difftori data render FILE"])
-    options = read_arguments(RenderArguments, words[words[0] == "render" :], "data render", positional="file")
+    options = read_arguments(
+        RenderArguments, words[1:] if words[0] == "render" else words, "data render", positional="file"
+    )
     from difftori.collection.render import RenderRequest, render
     from difftori.terminal import count_progress
 

@@ -1,7 +1,7 @@
 """Shared by all environments: observation types, errors, metadata, and checks of arguments."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -140,6 +140,27 @@ def numeric_faults(**values: object) -> list[str]:
 def choice_fault(name: str, value: str, known: Sequence[str]) -> list[str]:
     """Return an error message if `value` is not one of `known`."""
     return [] if value in known else [f"{name} is {value!r}. Fix: choose one of {', '.join(known)}"]
+
+
+def refuse_options(options: Mapping[str, Any] | None, *, env: str, known: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` if `options` of a reset contain names that are not in `known`."""
+    unknown = sorted(set(options or ()) - set(known))
+    if not unknown:
+        return
+    if not known:
+        raise ConfigError(
+            [f"{env}: reset options {unknown} are unknown; this environment takes none. Fix: remove them"]
+        )
+    names = f"the only option is {known[0]}" if len(known) == 1 else f"the options are {' and '.join(known)}"
+    raise ConfigError([f"{env}: reset options {unknown} are unknown. Fix: remove them; {names}"])
+
+
+def as_numbers(value: object) -> np.ndarray:
+    """Return a value as an array of float64, or an empty one if it is none, whose shape the caller refuses."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.empty(0)
 
 
 def clip_actions(actions: np.ndarray, box: Box, *, env: str, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from difftori.envs.base import (
     chosen_task,
     episode_metadata,
     numeric_faults,
+    refuse_options,
     rescaled,
 )
 from difftori.envs.family import EnvFamily
@@ -116,10 +117,7 @@ class DmcEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin a new episode. Without a seed, the random stream of the previous episode continues. There are no options."""
         super().reset(seed=seed)
-        if options:
-            raise ConfigError(
-                [f"dmc: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"]
-            )
+        refuse_options(options, env="dmc")
         fresh = np.random.RandomState(np.random.MT19937(int(self.np_random.integers(2**32))))
         self._random.set_state(fresh.get_state())
         observation = self._env.reset().observation

@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
+from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults, refuse_options
 from difftori.envs.family import Arrays, EnvFamily, Expert
 from difftori.envs.maniskill_bridge import BridgedSimulation
 from difftori.envs.maniskill_cloud import COLUMNS, POINTS, policy_cloud, robot_state
@@ -69,10 +69,7 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin a new episode. Without a seed, the previous random stream continues. There are no options."""
         super().reset(seed=seed)
-        if options:
-            raise ConfigError(
-                [f"maniskill: reset options {sorted(options)} are unknown; there are none. Fix: remove them"]
-            )
+        refuse_options(options, env="maniskill")
         episode = int(self.np_random.integers(2**31)) if seed is None else seed % 2**32
         self._draws = np.random.default_rng(episode)
         first = self._env.reset(episode)

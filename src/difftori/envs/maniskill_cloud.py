@@ -24,9 +24,9 @@ def policy_cloud(
 ) -> np.ndarray:
     """Return the cloud (1200 6) float32 of all points in world coordinates, `xyzw` (N 4) and `rgb` (N 3) uint8.
 
-    w is 0 where a camera saw nothing. `tcp_pose` (7): position, and quaternion w x y z; None: the cloud stays in
-    world coordinates. `goal` (3): position, or None. They are
-    drawn with repetition if there are too few. Raises `DataError` if there is none above the ground.
+    w is 0 where a camera saw nothing. `tcp_pose` (7): position, and quaternion w x y z; None: the cloud stays in world
+    coordinates. `goal` (3): position, or None. Points of the scene are drawn with repetition if there are too few. Raises
+    `DataError` if there is none above the ground.
     """
     seen = np.flatnonzero((xyzw[:, 3] > 0) & (xyzw[:, 2] > GROUND))
     if len(seen) == 0:

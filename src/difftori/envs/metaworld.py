@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
+from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults, refuse_options
 from difftori.envs.family import EnvFamily, Expert
 from difftori.envs.metaworld_camera import POINTS, Camera
 from difftori.envs.opengl import import_drawing
@@ -109,12 +109,7 @@ class MetaworldEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin a new episode with a new goal. Without a seed, the previous random stream continues. There are no options."""
         super().reset(seed=seed)
-        if options:
-            raise ConfigError(
-                [
-                    f"metaworld: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"
-                ]
-            )
+        refuse_options(options, env="metaworld")
         if seed is not None:
             self._env.seed(seed)
         state, _ = self._env.reset()

@@ -20,7 +20,7 @@ from gymnasium.spaces import Box
 from jaxtyping import Float
 from torch import Tensor
 
-from difftori.envs.base import chosen_task, episode_metadata, numeric_faults
+from difftori.envs.base import chosen_task, episode_metadata, numeric_faults, refuse_options
 from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, ShapeError
 from difftori.types import Plans, Rows, Scalar, TaskSpec
@@ -179,12 +179,7 @@ class PendulumEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin an episode at a start sampled by `sample_starts`. There are no options."""
         super().reset(seed=seed)
-        if options:
-            raise ConfigError(
-                [
-                    f"pendulum: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"
-                ]
-            )
+        refuse_options(options, env="pendulum")
         self._state = sample_starts(1, self.np_random, dtype=torch.float64)
         self._steps = 0
         return self._observation(), {}

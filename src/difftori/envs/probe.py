@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from difftori.envs.base import episode_metadata, numeric_faults
+from difftori.envs.base import episode_metadata, numeric_faults, refuse_options
 from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError
 
@@ -71,10 +71,7 @@ class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin an episode at a random start. There are no options."""
         super().reset(seed=seed)
-        if options:
-            raise ConfigError(
-                [f"probe: reset options {sorted(options)} are unknown; this environment takes none. Fix: remove them"]
-            )
+        refuse_options(options, env="probe")
         self._start = float(self.np_random.uniform(-1.0, 1.0))
         self._memory = 0.0
         self._time = 0

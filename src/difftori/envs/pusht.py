@@ -24,9 +24,11 @@ from gymnasium.spaces import Box, Dict
 from difftori.envs.base import (
     FrameStack,
     Observation,
+    as_numbers,
     choice_fault,
     episode_metadata,
     numeric_faults,
+    refuse_options,
     rescaled,
 )
 from difftori.envs.family import EnvFamily
@@ -184,18 +186,11 @@ def _board(*, images: bool) -> Any:
 
 def _requested_state(options: dict[str, Any] | None) -> np.ndarray | None:
     """Return the option `reset_to_state`, (5) finite numbers, or None. Raises `ConfigError` for other values."""
-    rest = dict(options or {})
-    requested = rest.pop("reset_to_state", None)
-    if rest:
-        raise ConfigError(
-            [f"pusht: reset options {sorted(rest)} are unknown. Fix: remove them; the only option is reset_to_state"]
-        )
+    refuse_options(options, env="pusht", known=("reset_to_state",))
+    requested = (options or {}).get("reset_to_state")
     if requested is None:
         return None
-    try:
-        state = np.asarray(requested, dtype=np.float64)
-    except (TypeError, ValueError):
-        state = np.empty(0)
+    state = as_numbers(requested)
     if state.shape != (5,) or not np.isfinite(state).all():
         raise ConfigError(
             [f"pusht: reset_to_state is {requested!r}. Fix: pass five finite numbers: agent x y, block x y, angle"]

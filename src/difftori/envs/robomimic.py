@@ -24,7 +24,15 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from difftori.envs.base import Observation, choice_fault, chosen_task, episode_metadata, numeric_faults
+from difftori.envs.base import (
+    Observation,
+    as_numbers,
+    choice_fault,
+    chosen_task,
+    episode_metadata,
+    numeric_faults,
+    refuse_options,
+)
 from difftori.envs.family import EnvFamily, Expert
 from difftori.envs.robomimic_actions import ABSOLUTE, MOTION, controller_goals
 from difftori.envs.robomimic_camera import Camera
@@ -98,18 +106,13 @@ class RobomimicEnv(gymnasium.Env[Observation, np.ndarray]):
         the recorded episode.
         """
         super().reset(seed=seed)
-        rest = dict(options or {})
-        state, model_file = rest.pop("reset_to_state", None), rest.pop("model_file", None)
-        if rest:
-            raise ConfigError(
-                [
-                    f"robomimic: reset options {sorted(rest)} are unknown. Fix: remove them; the options are reset_to_state and model_file"
-                ]
-            )
+        refuse_options(options, env="robomimic", known=("reset_to_state", "model_file"))
+        given = options or {}
+        state, model_file = given.get("reset_to_state"), given.get("model_file")
         if state is None:
             reset_to_seed(self.simulation, seed)
         else:
-            reset_to_state(self.simulation, self._task, _numbers(state), model_file)
+            reset_to_state(self.simulation, self._task, as_numbers(state), model_file)
         self._look()
         if self._script is not None:
             # A stream other than that of the simulation, which has the same seed.
@@ -246,11 +249,3 @@ FAMILY = EnvFamily(
     recorded=recorded,
     from_recorded=from_recorded,
 )
-
-
-def _numbers(state: object) -> np.ndarray:
-    """Return a state as an array, or an empty one if it is none, which has the wrong shape."""
-    try:
-        return np.asarray(state, dtype=np.float64)
-    except (TypeError, ValueError):
-        return np.empty(0)
