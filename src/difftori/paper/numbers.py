@@ -1,6 +1,7 @@
 """Reads the numbers printed in the paper (arXiv 2402.05421) from the CSV files in this folder."""
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -76,6 +77,11 @@ def paper_numbers(table: str) -> list[PaperNumber]:
         )
         for row in _rows(table)
     ]
+
+
+def labelled_numbers(table: str, labels: Mapping[str, str]) -> list[tuple[PaperNumber, str]]:
+    """Return the rows of a result table whose method is a value of `labels`, in print order, each with the key of its method."""
+    return [(row, label) for row in paper_numbers(table) for label, method in labels.items() if row.method == method]
 
 
 def paper_tasks() -> list[PaperTask]:

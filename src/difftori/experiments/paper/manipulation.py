@@ -24,6 +24,8 @@ FULL_UPDATES, FULL_EPISODES, DEMONSTRATIONS = 100_000, 50, 200
 PUSH_T = "pusht"
 PAPER_TASKS = ("square-ph", "transport-ph", "tool_hang-ph", PUSH_T)
 """The tasks of Tables 2, 4 and 7."""
+FAILURE_RATES = "table2_and_4_robomimic_pusht_failure_rate"
+"""The paper's results of Tables 2 and 4."""
 HUMAN = ("ph", "mh")
 TASKS = (PUSH_T, *(task + suffix for task in ROBOMIMIC for suffix in ("", *(f"-{data}" for data in HUMAN))))
 MH_STEPS = {"square": 500, "transport": 1100}

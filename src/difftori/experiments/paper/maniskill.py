@@ -11,7 +11,7 @@ from difftori.errors import ConfigError
 from difftori.experiments.il_report import Published, run_refinement
 from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.study import Method
-from difftori.paper.numbers import paper_numbers
+from difftori.paper.numbers import labelled_numbers, paper_numbers
 from difftori.policies.difftori import DEFAULT_NOISE
 
 TABLE = "table3_and_5_maniskill_success_rate"
@@ -84,12 +84,7 @@ def run_tables(
         title=title,
         reasons=[reason for reason, holds in checks.items() if holds],
         budget=f"{'+'.join(config.tasks)}-{budget}",
-        published=[
-            Published(row.task, label, row.mean, row.std)
-            for row in paper_numbers(TABLE)
-            for label, method in paper.items()
-            if row.method == method
-        ],
+        published=[Published(row.task, label, row.mean, row.std) for row, label in labelled_numbers(TABLE, paper)],
         runs=f"maniskill/{budget}",
     )
 

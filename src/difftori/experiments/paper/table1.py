@@ -14,7 +14,7 @@ from difftori.experiments.il_report import Published, run_refinement
 from difftori.experiments.il_study import Case, ILStudy, shortfalls
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
 from difftori.experiments.study import Method
-from difftori.paper.numbers import paper_numbers
+from difftori.paper.numbers import labelled_numbers
 from difftori.policies.difftori import DEFAULT_NOISE
 
 FULL_UPDATES, FULL_EPISODES, DEMOS = 15_000, 50, 10
@@ -73,9 +73,7 @@ def run(config: Config) -> None:
         budget=f"{config.obs}-{config.base}-{config.updates}",
         published=[
             Published(p.task, label, p.mean / 100, None if p.std is None else p.std / 100)
-            for p in paper_numbers("table1_metaworld_success_percent")
-            for label, theirs in PAPER.items()
-            if p.method == theirs
+            for p, label in labelled_numbers("table1_metaworld_success_percent", PAPER)
         ],
     )
 

@@ -5,9 +5,17 @@ coverage / 0.95 of an episode), so the score is compared with 1 − the paper's 
 """
 
 from difftori.experiments.paper.base_noise import RESIDUAL_NOISE
-from difftori.experiments.paper.manipulation import SMALL, ManipulationConfig, base, published, refiner, run_tables
+from difftori.experiments.paper.manipulation import (
+    FAILURE_RATES,
+    SMALL,
+    ManipulationConfig,
+    base,
+    published,
+    refiner,
+    run_tables,
+)
 from difftori.experiments.study import Method
-from difftori.paper.numbers import paper_numbers
+from difftori.paper.numbers import labelled_numbers
 
 PAPER = {
     "ibc": "ibc",
@@ -49,13 +57,12 @@ def run(config: Config) -> None:
             method.label for method in methods if name in method.label and not method.label.startswith("DiffTORI")
         ]
         compared += [(f"DiffTORI on {name}", other) for other in others]
-    rows = paper_numbers("table2_and_4_robomimic_pusht_failure_rate")
     run_tables(
         config,
         methods,
         compared,
         study="table2",
         title="Table 2: Robomimic and Push-T",
-        theirs=[published(row, label) for row in rows for label, method in PAPER.items() if row.method == method],
+        theirs=[published(*found) for found in labelled_numbers(FAILURE_RATES, PAPER)],
         further={"without controls": not config.controls},
     )

@@ -3,8 +3,15 @@
 Runs are shared with Table 2.
 """
 
-from difftori.experiments.paper.manipulation import ManipulationConfig, base, published, refiner, run_tables
-from difftori.paper.numbers import paper_numbers
+from difftori.experiments.paper.manipulation import (
+    FAILURE_RATES,
+    ManipulationConfig,
+    base,
+    published,
+    refiner,
+    run_tables,
+)
+from difftori.paper.numbers import labelled_numbers
 
 PAPER = {
     "diffusion": "diffusion",
@@ -26,13 +33,12 @@ def run(config: Config) -> None:
     ]
     methods = [base(config, "diffusion"), main, *starts]
     compared = [(main.label, method.label) for method in starts]
-    rows = paper_numbers("table2_and_4_robomimic_pusht_failure_rate")
     run_tables(
         config,
         methods,
         compared,
         study="table4",
         title="Table 4: where the solve starts",
-        theirs=[published(row, label) for row in rows for label, method in PAPER.items() if row.method == method],
+        theirs=[published(*found) for found in labelled_numbers(FAILURE_RATES, PAPER)],
         further={},
     )

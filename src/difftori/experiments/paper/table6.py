@@ -7,9 +7,10 @@ from pydantic import Field
 
 from difftori.experiments.paper.manipulation import ManipulationConfig, base, published, refiner, run_tables
 from difftori.experiments.study import Method
-from difftori.paper.numbers import paper_numbers
+from difftori.paper.numbers import labelled_numbers
 
 PAPER_TASKS = ("square-ph", "square-mh", "transport-ph", "transport-mh", "tool_hang-ph")
+TABLE = "table6_robomimic_position_control_failure_rate"
 PAPER = {"diffusion": "diffusion", "DiffTORI on diffusion": "difftori+diffusion"}
 
 
@@ -31,19 +32,13 @@ def run(config: Config) -> None:
         refiner(config, "residual on diffusion", "residual", "diffusion"),
     ]
     methods = [plain, *(controls if config.controls else ()), ours]
-    rows = paper_numbers("table6_robomimic_position_control_failure_rate")
     run_tables(
         config,
         methods,
         [(ours.label, method.label) for method in methods[:-1]],
         study="table6",
         title="Table 6: position control",
-        theirs=[
-            published(row, label, data=row.variant)
-            for row in rows
-            for label, method in PAPER.items()
-            if row.method == method
-        ],
+        theirs=[published(row, label, data=row.variant) for row, label in labelled_numbers(TABLE, PAPER)],
         full_tasks=PAPER_TASKS,
         further={"without controls": not config.controls},
         absolute=True,
