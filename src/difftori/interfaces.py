@@ -1,7 +1,7 @@
 """Interfaces of policies (imitation learning) and agents (reinforcement learning)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -193,6 +193,10 @@ class Agent(nn.Module, ABC):
         `first` (B): rows whose episode begins with `obs`; `memory` is not valid for them. `step`: number of agent steps so far
         in training, for schedules. `explore`: add exploration noise.
         """
+
+    def schedule(self, step: int, *, explore: bool) -> Hashable:
+        """Everything that `act` takes from `step`: two steps with equal schedules have equal actions. Default: the step itself."""
+        return (step,)
 
     @abstractmethod
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:

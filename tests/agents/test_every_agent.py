@@ -9,6 +9,7 @@ from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
 from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
+from tests.support.devices import never_waits
 
 AGENTS = sorted(find_agents())
 
@@ -34,6 +35,34 @@ def test_acts_in_the_box_and_learns(name, spec):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_acting_never_waits_for_the_device(name, explore):
+    agent = randomised(name).to("meta")
+    obs, generator = torch.empty(4, *STATES.obs_shape, device="meta"), torch.Generator()
+    options = {"step": 30_000, "explore": explore, "generator": generator}
+    with never_waits():
+        _, memory = agent.act(obs, None, first=torch.ones(4, dtype=torch.bool, device="meta"), **options)
+        agent.act(obs, memory, first=torch.zeros(4, dtype=torch.bool, device="meta"), **options)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_steps_of_one_schedule_have_the_same_actions(name, explore):
+    agent = randomised(name)
+    late, later = agent.schedule(3_000_000, explore=explore), agent.schedule(3_000_001, explore=explore)
+    assert late == later, "otherwise a CUDA graph is never recorded"
+    obs = segment().obs[0]
+    (first, _), (second, _) = (act(agent, obs, step=3_000_000 + i, explore=explore) for i in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_another_step_of_the_schedule_is_another_graph():
+    agent = build("difftori", schedule_steps=100)
+    assert len({agent.schedule(step, explore=True) for step in range(101)}) == 101
+    assert len({agent.schedule(step, explore=False) for step in range(101)}) == agent.config.horizon
+
+
 # Without noise that is drawn row by row: a row alone meets the same as in company.
 UNDRAWN = {"tdmpc": {"prior_samples": 0}, "difftori": {"init_std": 0.0}}
 WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
@@ -41,7 +70,7 @@ WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_row_acts_alone_as_in_company(name, monkeypatch):
-    monkeypatch.setattr(torch, "multinomial", lambda weights, count, **options: weights.topk(count, 1).indices)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **options: self.fill_(1.0))
     agent = randomised(name, **UNDRAWN.get(name, {})).double()
     obs, later = segment().obs[:2, :5].double()
     together, memory = act(agent, obs)

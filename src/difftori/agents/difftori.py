@@ -1,7 +1,7 @@
 """DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, Literal, final
 
 import torch
@@ -277,6 +277,11 @@ class DiffTORI(Agent):
         padded = nn.functional.pad(actions, (0, 0, 0, s.horizon + 1 - actions.shape[1]))
         return action.clamp(-1.0, 1.0), {"plan": padded}
 
+    def schedule(self, step: int, *, explore: bool) -> Hashable:
+        """The planning horizon, and the standard deviation of the noise."""
+        noisy = explore and self.settings.explore
+        return (self.settings.plan_horizon(step), self.settings.exploration_std(step) if noisy else 0.0)
+
     def plan(self, latent: Latents, horizon: int, start: Plans, adjoint: Adjoint, steps: int) -> Plan:
         """Solve Eq. 4 from `start`: actions (B H A), or (B H+1 A) if the last one is optimised too."""
         if self.settings.planner == "reference":
@@ -290,7 +295,8 @@ class DiffTORI(Agent):
         """Eq. 4 from `latent` (B Z), with π(z_H) or a_H in the terminal value."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         if self.settings.terminal == "prior":
-            return ReturnObjective(model.next, model.reward, model.value, latent, horizon, size, discount)
+            functions = (model.next, model.reward, model.value)
+            return ReturnObjective(*functions, latent, horizon, size, discount, stacked=True)
         return ActionReturnObjective(model.next, model.reward, model.min_q, latent, horizon + 1, size, discount)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """DrQ-v2: deterministic actor-critic from augmented images with n-step returns (Yarats et al., 2021, arXiv 2107.09645)."""
 
 import copy
+from collections.abc import Hashable
 from typing import Any, ClassVar, final
 
 import torch
@@ -119,6 +120,10 @@ class DrQV2(Agent):
         if explore:
             action = action + self.exploration_std(step) * noise_like(action, generator)
         return action.clamp(-1.0, 1.0), {}
+
+    def schedule(self, step: int, *, explore: bool) -> Hashable:
+        """The standard deviation of the noise."""
+        return (self.exploration_std(step),) if explore else ()
 
     def exploration_std(self, step: int) -> float:
         """Standard deviation of the exploration noise after `step` agent steps."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -138,6 +139,10 @@ class SAC(Agent):
         mean, log_std = self._gaussian(self.encoder(obs))
         noise = noise_like(mean, generator) if explore else torch.zeros_like(mean)
         return torch.tanh(mean + log_std.exp() * noise), {}
+
+    def schedule(self, step: int, *, explore: bool) -> Hashable:
+        """Nothing: the policy does not depend on the step."""
+        return ()
 
     def _gaussian(self, features: Latents) -> tuple[Actions, Actions]:
         """Mean and log standard deviation of the policy before tanh."""

@@ -1,6 +1,7 @@
 """TD-MPC: sampling-based planning in a task-oriented latent model (Hansen, Wang and Su, 2022, arXiv 2203.04955)."""
 
 import copy
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -98,12 +99,12 @@ class TDMPC(Agent):
         horizon = s.plan_horizon(step)
         mean = self._shifted(memory, first, latent)[:, :horizon]
         candidates = self._prior_plans(latent, horizon, generator)
-        objective = ReturnObjective(
-            self.model.next, self.model.reward, self.model.value, latent, horizon, self.spec.action_dim, s.discount
-        )
+        functions = (self.model.next, self.model.reward, self.model.value)
+        objective = ReturnObjective(*functions, latent, horizon, self.spec.action_dim, s.discount, stacked=True)
         plan = self._planner(step).plan(objective, mean, candidates=candidates, generator=generator)
         std, elites, weights = plan.solution.state.memory
-        sampled = torch.multinomial(weights, 1, generator=generator)
+        # An elite by its weight, as torch.multinomial draws it, but without asking the device whether the weights are valid.
+        sampled = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(1, keepdim=True)
         shape = (len(obs), horizon, self.spec.action_dim)
         action = elites.gather(1, sampled.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
         if explore:
@@ -111,6 +112,10 @@ class TDMPC(Agent):
             action = action + std.reshape(shape)[:, 0] * noise
         padded = F.pad(plan.actions, (0, 0, 0, s.horizon - horizon))
         return action.clamp(-1.0, 1.0), {"plan": padded}
+
+    def schedule(self, step: int, *, explore: bool) -> Hashable:
+        """The planning horizon, and the least standard deviation of MPPI."""
+        return (self.settings.plan_horizon(step), self.settings.exploration_std(step))
 
     def _planner(self, step: int) -> Planner:
         s = self.settings

@@ -16,6 +16,7 @@ from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
+from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
@@ -97,6 +98,7 @@ class _Session:
         )
         self.collector = Collector(env, self.replay, config.seed)
         self.acting = run.generator("acting", config.device)
+        self.explore = Acting(self.agent, self.acting, explore=True)
         self.learning = run.generator("learning", config.device)
         self.sampling = run.generator("sampling")
         self.updates, self.updates_due = 0, 0.0
@@ -174,15 +176,7 @@ class _Session:
         if step < self.agent.config.seed_steps:
             shape = (len(obs), self.spec.action_dim)
             return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
-        on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
-        return self.agent.act(
-            obs.to(device),
-            on_device,
-            first=first.to(device),
-            step=step,
-            explore=True,
-            generator=self.acting,
-        )
+        return self.explore(obs, memory, first, step=step)
 
     def _account(self, ended: list[EpisodeSummary], phase: Phase) -> None:
         """Log the episodes, pass each one to the agent's `end_episode`, and count the updates that are due for them."""

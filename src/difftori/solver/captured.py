@@ -1,0 +1,125 @@
+"""CUDA graphs: a function of tensors, recorded once for each shape of its arguments and replayed as one launch."""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP = 3
+"""Runs before the recording, in which libraries allocate their workspaces."""
+
+_REMEMBERED = 32
+"""Number of latest combinations of arguments that are remembered until their second call."""
+
+Recorder = Callable[[Callable[[], Any], Sequence[torch.Generator]], tuple[Callable[[], None], Any]]
+"""Records a run that uses some generators. Returns a function that repeats it, and the tensors to which the results are written."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    outputs: Any
+
+
+class Captured:
+    """A function of tensors, on a CUDA device recorded as a CUDA graph and replayed.
+
+        plan = Captured(lambda state, x0: solve(cost_of(state), x0, max_steps=20, tolerance=0.0, adjoint=Detached(), project_start=True).x)
+        x = plan(state, x0)
+
+    A short solve is hundreds of small kernels, and launching them one by one takes most of its time on a GPU; a graph is one
+    launch. Arguments and results may be tensors in tuples, lists and dictionaries. Arguments that are not tensors must be
+    hashable. Each combination of shapes, dtypes and other arguments has a recording of its own, made at its second call.
+    The results have no graph of derivatives.
+
+    The function must not read values of tensors on the host nor copy between devices: a fixed number of steps
+    (`tolerance=0.0`), a box of numbers, `project_start=True`. If it does, or if the arguments are not on a CUDA device, it
+    is called as it is; the reason is logged once. It may use other tensors, such as the weights of a network, and sees them
+    changed in place, but not replaced.
+
+    `generators`: the random generators that the function uses.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        generators: Sequence[torch.Generator] = (),
+        recorder: Recorder | None = None,
+    ):
+        self._function, self._generators = function, tuple(generators)
+        self._record = recorder or _record
+        self._always = recorder is not None
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._seen: dict[Hashable, None] = {}
+        self._warned = False
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """The function's result, in tensors of its own."""
+        leaves, form = tree_flatten((arguments, options))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors or not (self._always or all(tensor.is_cuda for tensor in tensors)):
+            return self._function(*arguments, **options)
+        key = (form, tuple(_kind(leaf) for leaf in leaves))
+        recording = self._recordings.get(key) or self._recorded(key, arguments, options)
+        if recording is None:
+            return self._function(*arguments, **options)
+        for static, tensor in zip(recording.inputs, tensors, strict=True):
+            static.copy_(tensor)
+        recording.replay()
+        return tree_map_only(Tensor, Tensor.clone, recording.outputs)
+
+    def _recorded(self, key: Hashable, arguments: Any, options: Any) -> _Recording | None:
+        """Record the function with these arguments; None at their first call, or if it is impossible."""
+        if self._warned or key not in self._seen:
+            self._seen[key] = None
+            while len(self._seen) > _REMEMBERED:
+                del self._seen[next(iter(self._seen))]
+            return None
+        inputs: list[Tensor] = []
+
+        def own(tensor: Tensor) -> Tensor:
+            inputs.append(tensor.detach().clone())
+            return inputs[-1]
+
+        statics, named = tree_map_only(Tensor, own, (arguments, options))
+        states = [generator.get_state() for generator in self._generators]
+        try:
+            replay, outputs = self._record(lambda: self._function(*statics, **named), self._generators)
+        except RuntimeError as error:
+            self._warned = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            _log.warning("no CUDA graph, so this runs kernel by kernel, which is slower: %s", reason)
+            return None
+        finally:
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+        self._recordings[key] = _Recording(inputs, replay, tree_map_only(Tensor, Tensor.detach, outputs))
+        return self._recordings[key]
+
+
+def _kind(leaf: Any) -> Hashable:
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+
+
+def _record(run: Callable[[], Any], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], Any]:
+    """Record a run as a CUDA graph with memory of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph.replay, outputs

@@ -1,0 +1,112 @@
+"""A recorded function: the same results as the function itself. A CUDA graph needs a GPU; its bookkeeping does not."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from difftori.solver import Box, Captured, Detached, ProjectedGradient, solve
+
+
+def rerun(run, generators):
+    """In place of a CUDA graph: a replay runs the function again and writes its results to the tensors of the first run."""
+    outputs = run()
+
+    def replay():
+        for old, new in zip(tree_leaves(outputs), tree_leaves(run()), strict=True):
+            old.copy_(new)
+
+    return replay, outputs
+
+
+def test_a_replay_takes_the_arguments_of_its_call_and_returns_results_of_its_own():
+    calls = []
+
+    def function(x, *, scale, further):
+        calls.append(x)
+        return {"sum": x + further["y"], "scaled": scale * x}
+
+    captured = Captured(function, recorder=rerun)
+    found = [captured(torch.full((2,), float(i)), scale=3.0, further={"y": torch.ones(2)}) for i in range(4)]
+    for i, each in enumerate(found):
+        assert each["sum"].tolist() == [i + 1.0] * 2
+        assert each["scaled"].tolist() == [3.0 * i] * 2
+    assert calls[1] is calls[2], "from the second call on, the recording's own tensors are used"
+
+
+def test_other_shapes_and_other_numbers_are_recorded_apart():
+    recorded = []
+
+    def recorder(run, generators):
+        recorded.append(run)
+        return rerun(run, generators)
+
+    captured = Captured(lambda x, n: n * x.sum(), recorder=recorder)
+    for _ in range(3):
+        assert captured(torch.ones(2), 3).item() == 6
+        assert captured(torch.ones(4), 3).item() == 12
+        assert captured(torch.ones(4), 5).item() == 20
+    assert len(recorded) == 3
+
+
+def test_random_numbers_go_on_as_without_recording():
+    def run(recorder):
+        generator = torch.Generator().manual_seed(0)
+        captured = Captured(
+            lambda x: x + torch.randn(3, generator=generator), generators=[generator], recorder=recorder
+        )
+        return [captured(torch.zeros(3)) for _ in range(4)]
+
+    def eager(run, generators):
+        raise RuntimeError("not here")
+
+    # The recording itself is a run; its numbers are drawn again.
+    for ours, theirs in zip(run(rerun), run(eager), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_function_that_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog):
+    def refuses(run, generators):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    captured = Captured(lambda x: 2 * x, recorder=refuses)
+    with caplog.at_level(logging.WARNING):
+        assert [captured(torch.ones(1)).item() for _ in range(5)] == [2.0] * 5
+        assert captured(torch.ones(3)).tolist() == [2.0] * 3
+    assert [record.getMessage().count("not permitted when stream is capturing") for record in caplog.records] == [1]
+
+
+def test_on_the_cpu_nothing_is_recorded():
+    seen = []
+    captured = Captured(lambda x: seen.append(x) or x)
+    x = torch.ones(1)
+    for _ in range(3):
+        assert captured(x) is x
+
+
+@pytest.mark.gpu
+def test_a_captured_solve_equals_the_solve_itself():
+    weights = torch.randn(8, 8, device="cuda")
+
+    def plan(target, x0):
+        options = {
+            "max_steps": 10,
+            "tolerance": 0.0,
+            "project_start": True,
+            "adjoint": Detached(),
+            "box": Box(-1.0, 1.0),
+        }
+        return solve(
+            lambda x: ((x @ weights).tanh() - target).square().sum(-1), x0, solver=ProjectedGradient(), **options
+        ).x
+
+    captured = Captured(plan)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        target, x0 = torch.randn(5, 8, device="cuda"), torch.zeros(5, 8, device="cuda")
+        torch.testing.assert_close(captured(target, x0), plan(target, x0))
+    weights.mul_(0.5)
+    torch.testing.assert_close(captured(target, x0), plan(target, x0))
+    assert captured._recordings
+    assert all(captured._recordings.values()), "it was recorded, not run as it is"
