@@ -24,7 +24,7 @@ from difftori.rl.config import parse_rl_config
 from difftori.runs.run import seeded
 from difftori.types import EnvSpec
 
-_TRAINED = 30_000
+TRAINED = 30_000
 """Number of agent steps after which the schedules have ended and the planning horizon is longest."""
 
 
@@ -121,7 +121,7 @@ def _parts(
         segment = replay.sample(agent.batch_size, generator=sampling)
 
         def act(agent: Agent = agent) -> object:
-            return agent.act(obs, None, first=first, step=_TRAINED, explore=True, generator=learning)
+            return agent.act(obs, None, first=first, step=TRAINED, explore=True, generator=learning)
 
         def update(agent: Agent = agent, segment=segment) -> object:
             return agent.update(segment, generator=learning)
