@@ -8,8 +8,8 @@ from difftori.errors import ConfigError, NonFiniteError
 from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
-from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
-from tests.support.devices import never_waits
+from tests.support.agents import PIXELS, STATES, accepted, act, build, randomised, segment
+from tests.support.devices import built_without_values, never_waits
 
 AGENTS = sorted(find_agents())
 
@@ -48,21 +48,42 @@ def test_acting_never_waits_for_the_device(name, explore, monkeypatch):
         agent.act(obs, memory, first=torch.zeros(4, dtype=torch.bool, device="meta"), **options)
 
 
+@pytest.mark.parametrize("spec", [STATES, PIXELS], ids=["states", "pixels"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((name, {}) for name in AGENTS), ("difftori", {"pg": "replay"})], ids=[*AGENTS, "replay"]
+)
+def test_learning_never_waits_for_the_device(name, settings, spec, monkeypatch):
+    with built_without_values(monkeypatch):
+        agent = build(name, spec, **settings)
+    batch, generator = segment(spec).to("meta"), torch.Generator()
+    with never_waits():
+        for _ in range(4):
+            agent.update(batch, generator=generator)
+        agent.end_episode(batch.obs[:, 0], generator=generator)
+
+
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("explore", [False, True])
-def test_steps_of_one_schedule_have_the_same_actions(name, explore):
-    agent = randomised(name)
-    late, later = agent.schedule(3_000_000, explore=explore), agent.schedule(3_000_001, explore=explore)
-    assert late == later, "otherwise a CUDA graph is never recorded"
-    obs = segment().obs[0]
-    (first, _), (second, _) = (act(agent, obs, step=3_000_000 + i, explore=explore) for i in (0, 1))
-    assert torch.equal(first, second)
+def test_the_scheduled_noise_may_be_a_tensor(name, explore):
+    agent, obs = randomised(name, **accepted(name, {"schedule_steps": 1000})), segment().obs[0]
+    for step in (0, 500, 2000):
+        schedule = agent.schedule(step, explore=explore)
+        expected, _ = act(agent, obs, step=step, explore=explore)
+        found, _ = act(agent, obs, step=step, explore=explore, std=torch.tensor(schedule.std))
+        assert torch.equal(found, expected)
 
 
-def test_another_step_of_the_schedule_is_another_graph():
-    agent = build("difftori", schedule_steps=100)
-    assert len({agent.schedule(step, explore=True) for step in range(101)}) == 101
-    assert len({agent.schedule(step, explore=False) for step in range(101)}) == agent.config.horizon
+@pytest.mark.parametrize("name", AGENTS)
+def test_equal_schedules_have_equal_actions_and_updates(name):
+    """What is replayed from a graph was recorded at another step."""
+    agent = randomised(name, **accepted(name, {"schedule_steps": 10}))
+    assert agent.schedule(10, explore=True) == agent.schedule(1000, explore=True)
+    seen = [agent.schedule(step, explore=True) for step in range(11)]
+    assert len(set(seen)) == (1 if name == "sac" else 11)
+    vars(agent).update(updates=1000)
+    late = agent.learning_schedule()
+    vars(agent).update(updates=1002)
+    assert agent.learning_schedule() == late, "otherwise a CUDA graph is never recorded"
 
 
 # Without noise that is drawn row by row: a row alone meets the same as in company.

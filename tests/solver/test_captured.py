@@ -4,20 +4,9 @@ import logging
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from difftori.solver import Box, Captured, Detached, ProjectedGradient, solve
-
-
-def rerun(run, generators):
-    """In place of a CUDA graph: a replay runs the function again and writes its results to the tensors of the first run."""
-    outputs = run()
-
-    def replay():
-        for old, new in zip(tree_leaves(outputs), tree_leaves(run()), strict=True):
-            old.copy_(new)
-
-    return replay, outputs
+from tests.support.devices import rerun
 
 
 def test_a_replay_takes_the_arguments_of_its_call_and_returns_results_of_its_own():
@@ -75,6 +64,29 @@ def test_a_function_that_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplo
         assert [captured(torch.ones(1)).item() for _ in range(5)] == [2.0] * 5
         assert captured(torch.ones(3)).tolist() == [2.0] * 3
     assert [record.getMessage().count("not permitted when stream is capturing") for record in caplog.records] == [1]
+
+
+def test_what_the_function_changes_is_as_if_it_had_not_been_recorded():
+    total = torch.zeros(2)
+    captured = Captured(lambda x: total.add_(x).clone(), changing=lambda: [total], recorder=rerun)
+    for i in range(1, 5):
+        assert captured(torch.ones(2)).tolist() == [i] * 2
+    assert total.tolist() == [4.0] * 2
+
+
+def test_old_recordings_are_dropped():
+    recorded = []
+
+    def recorder(run, generators):
+        recorded.append(run)
+        return rerun(run, generators)
+
+    captured = Captured(lambda x, n: n * x, recorder=recorder)
+    for n in [*range(12), *range(12)]:
+        assert captured(torch.ones(1), n).item() == n
+    for n in (11, 0):  # the latest is still there, the first is not
+        captured(torch.ones(1), n)
+    assert len(recorded) == 13
 
 
 def test_on_the_cpu_nothing_is_recorded():

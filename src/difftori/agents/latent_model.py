@@ -51,8 +51,9 @@ class LatentModelConfig(AgentConfig):
     """Width of the state encoder's hidden layer."""
     channels: int = Field(32, ge=1)
     """Channels of the pixel encoder's convolutions."""
-    precision: Precision = "float32"
-    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits."""
+    precision: Precision = "auto"
+    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits. `auto`: bfloat16 for the
+    convolutions and TF32 for matrix products on a CUDA device, otherwise float32."""
     lr: float | None = Field(None, gt=0)
     """Learning rate. Default: 3e-4 from pixels, 1e-3 from states."""
     discount: float = Field(0.99, gt=0, le=1)
@@ -136,4 +137,4 @@ def augmented(obs: Tensor, generator: torch.Generator) -> Tensor:
     """Images (T+1 B C H W) shifted at random, separately at each time step. States are unchanged."""
     if obs.dim() < 5:
         return obs
-    return random_shift(obs.flatten(0, 1), _MAX_SHIFT, generator).unflatten(0, obs.shape[:2])
+    return random_shift(obs, _MAX_SHIFT, generator)

@@ -1,12 +1,11 @@
 """The training loop of reinforcement learning."""
 
 import logging
-import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
+from difftori.rl.learning import Learning
 from difftori.rollout import check_episode
 from difftori.runs.checkpoint import State
 from difftori.runs.process import StopRequested, StopSignal
@@ -47,7 +47,12 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
             return run.summary()
         session = _Session(config, run)
         try:
-            with StopSignal() as stop, Progress(progress) as session.bar, session.bar.phase("") as phase:
+            with (
+                _matrix_products(config),
+                StopSignal() as stop,
+                Progress(progress) as session.bar,
+                session.bar.phase("") as phase,
+            ):
                 session.run_to_end(stop, phase)
             write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
@@ -59,6 +64,21 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
         if not (config.obs == "state" if config.keep_episodes is None else config.keep_episodes):
             shutil.rmtree(out / "episodes", ignore_errors=True)
         return summary
+
+
+@contextmanager
+def _matrix_products(config: RLConfig) -> Iterator[None]:
+    """On a GPU, TF32 for products of float32 matrices, unless the agent's `precision` is float32."""
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    exact = getattr(config.settings, "precision", "float32") == "float32"
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("highest" if exact else "high")
+        torch.backends.cudnn.allow_tf32 = not exact
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 class _Session:
@@ -99,7 +119,7 @@ class _Session:
         self.collector = Collector(env, self.replay, config.seed)
         self.acting = run.generator("acting", config.device)
         self.explore = Acting(self.agent, self.acting, explore=True)
-        self.learning = run.generator("learning", config.device)
+        self.learning = Learning(self.agent, run.generator("learning", config.device))
         self.sampling = run.generator("sampling")
         self.updates, self.updates_due = 0, 0.0
         self.collecting = False
@@ -109,7 +129,6 @@ class _Session:
         self.saved_at = 0
         self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are not deleted
         self._eval_env = None
-        self._sums: dict[str, float] = {}
         self.bar, self._notes = Progress(False), dict[str, str]()
         total = round(config.steps / self.spec.action_repeat * self.agent.config.updates_per_step)
         self._hint = LongRunHint(total, _remedies(config))
@@ -187,8 +206,8 @@ class _Session:
                 began = time.perf_counter()
                 row |= {
                     f"train/{name}": value
-                    for name, value in self.agent.end_episode(
-                        torch.from_numpy(episode.obs).to(self.config.device), generator=self.learning
+                    for name, value in self.learning.end_episode(
+                        torch.from_numpy(episode.obs).to(self.config.device)
                     ).items()
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
@@ -209,30 +228,21 @@ class _Session:
                 phase.update(due - int(self.updates_due))
                 self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
         if not stop.requested:
-            count = self._sums.pop("updates")
-            self.run.log(
-                self.env_steps,
-                {f"update/{name}": total / count for name, total in self._sums.items()} | {"updates": self.updates},
-            )
-            self._sums = {}
+            averages = {f"update/{name}": value for name, value in self.learning.read().items()}
+            self.run.log(self.env_steps, averages | {"updates": self.updates})
 
     def _update(self) -> None:
         """Sample a batch of segments and make one update."""
         began = time.perf_counter()
         segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
         sampled = time.perf_counter()
-        priorities, metrics = self.agent.update(segment, generator=self.learning)
+        priorities = self.learning.update(segment).cpu()
         sound = priorities.isfinite()
-        self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
+        self.replay.update_priorities(segment.index[sound], priorities[sound])
         self.seconds["sampling"] += sampled - began
         self.seconds["update"] += time.perf_counter() - sampled
         self.updates_due -= 1
         self.updates += 1
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        skipped = float(len(finite) < len(metrics))  # GuardedOptimizer skips such steps
-        for name, value in {**finite, "non_finite": skipped}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._sums["updates"] = self._sums.get("updates", 0.0) + 1
 
     def _evaluate_and_save(self, stop: StopSignal, phase: Phase) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
@@ -297,7 +307,7 @@ class _Session:
             "updates": self.updates,
             "updates_due": self.updates_due,
             "collecting": self.collecting,
-            "sums": dict(self._sums),
+            "averages": self.learning.averages.state(),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
         }
@@ -315,7 +325,7 @@ class _Session:
             self.collector.load(state["collector"])
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.collecting = bool(state["collecting"])
-            self._sums = dict(state["sums"])
+            self.learning.averages.load(state["averages"], self.config.device)
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
         except CheckpointError:

@@ -17,6 +17,9 @@ _WARM_UP = 3
 _REMEMBERED = 32
 """Number of latest combinations of arguments that are remembered until their second call."""
 
+_KEPT = 8
+"""Number of recordings that are kept; the least recently used are dropped first, with their memory."""
+
 Recorder = Callable[[Callable[[], Any], Sequence[torch.Generator]], tuple[Callable[[], None], Any]]
 """Records a run that uses some generators. Returns a function that repeats it, and the tensors to which the results are written."""
 
@@ -44,7 +47,9 @@ class Captured:
     is called as it is; the reason is logged once. It may use other tensors, such as the weights of a network, and sees them
     changed in place, but not replaced.
 
-    `generators`: the random generators that the function uses.
+    `generators`: the random generators that the function uses. `recorder`: records in place of a CUDA graph, on any device.
+    `changing`: returns the tensors that it changes in place, such as the weights that it trains; they are restored after
+    the runs that a recording needs.
     """
 
     def __init__(
@@ -52,9 +57,10 @@ class Captured:
         function: Callable[..., Any],
         *,
         generators: Sequence[torch.Generator] = (),
+        changing: Callable[[], Sequence[Tensor]] = tuple,
         recorder: Recorder | None = None,
     ):
-        self._function, self._generators = function, tuple(generators)
+        self._function, self._generators, self._changing = function, tuple(generators), changing
         self._record = recorder or _record
         self._always = recorder is not None
         self._recordings: dict[Hashable, _Recording] = {}
@@ -68,9 +74,12 @@ class Captured:
         if not tensors or not (self._always or all(tensor.is_cuda for tensor in tensors)):
             return self._function(*arguments, **options)
         key = (form, tuple(_kind(leaf) for leaf in leaves))
-        recording = self._recordings.get(key) or self._recorded(key, arguments, options)
+        recording = self._recordings.pop(key, None) or self._recorded(key, arguments, options)
         if recording is None:
             return self._function(*arguments, **options)
+        self._recordings[key] = recording  # the latest last
+        while len(self._recordings) > _KEPT:
+            del self._recordings[next(iter(self._recordings))]
         for static, tensor in zip(recording.inputs, tensors, strict=True):
             static.copy_(tensor)
         recording.replay()
@@ -91,6 +100,7 @@ class Captured:
 
         statics, named = tree_map_only(Tensor, own, (arguments, options))
         states = [generator.get_state() for generator in self._generators]
+        before = [(tensor, tensor.detach().clone()) for tensor in self._changing()]
         try:
             replay, outputs = self._record(lambda: self._function(*statics, **named), self._generators)
         except RuntimeError as error:
@@ -101,8 +111,10 @@ class Captured:
         finally:
             for generator, state in zip(self._generators, states, strict=True):
                 generator.set_state(state)
-        self._recordings[key] = _Recording(inputs, replay, tree_map_only(Tensor, Tensor.detach, outputs))
-        return self._recordings[key]
+            with torch.no_grad():
+                for tensor, old in before:
+                    tensor.copy_(old)
+        return _Recording(inputs, replay, tree_map_only(Tensor, Tensor.detach, outputs))
 
 
 def _kind(leaf: Any) -> Hashable:
