@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from difftori.experiments import pool
-from difftori.experiments.plan import RunSpec
 from difftori.errors import ConfigError
+from difftori.experiments import pool
 from difftori.experiments.gpus import GPUs
+from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure, RunsFailedError, report_failures, run_all, run_one
 
 
@@ -179,14 +179,14 @@ def test_runs_share_gpus_evenly_and_each_sees_its_own_only(tmp_path, monkeypatch
 
 
 def test_a_run_may_have_several_gpus():
-    gpus = GPUs(2, list("abcde"))
+    gpus = GPUs(2.0, list("abcde"))
     assert gpus.slots == 2
     assert [gpus.take(), gpus.take()] == ["a,b", "c,d"]
     gpus.give_back("a,b")
     assert gpus.take() == "e,a"
 
 
-@pytest.mark.parametrize(("per_run", "names"), [(0.5, []), (2, ["0"]), (1.5, ["0", "1"])])
+@pytest.mark.parametrize(("per_run", "names"), [(0.5, []), (2.0, ["0"]), (1.5, ["0", "1"])])
 def test_gpus_that_are_not_there_are_refused(per_run, names):
     with pytest.raises(ConfigError, match=f"{per_run:g} for each run, and {len(names)} in this machine"):
         GPUs(per_run, names)

@@ -89,7 +89,8 @@ class _ProcessPool:
         self.running: dict[subprocess.Popen[bytes], RunSpec] = {}
         self.locked: list[RunSpec] = []
         self._say, self._done, self._retries, self._tries = say, done, retries, Counter[str]()
-        self._gpus, self._taken = gpus, dict[subprocess.Popen[bytes], str]()
+        self._gpus = gpus
+        self._taken: dict[subprocess.Popen[bytes], str] = {}
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
         """Run until all runs have ended, or until the time `until`. All processes are stopped if this call is interrupted."""
