@@ -167,6 +167,13 @@ class ActingSchedule(NamedTuple):
     std: float
 
 
+class LearningSchedule(NamedTuple):
+    """What the next `update`, and the next `end_episode`, take from the number of updates."""
+
+    update: Hashable
+    end_episode: Hashable = ()
+
+
 class Agent(nn.Module, ABC):
     """Acts in a vector of environments and learns from recorded segments, with its own optimizers.
 
@@ -218,11 +225,8 @@ class Agent(nn.Module, ABC):
         """Learn from the observations (L *S) of an episode that has ended. Returns named numbers to log. Default: nothing."""
         return {}
 
-    def learning_schedule(self) -> Hashable | None:
-        """Everything that the next `update` and `end_episode` take from the number of updates, `updates`.
-
-        Updates of equal schedules are recorded once as a CUDA graph. Default: None, they are never recorded.
-        """
+    def learning_schedule(self) -> LearningSchedule | None:
+        """What learning takes from `updates`. Updates of equal schedules are recorded once as a CUDA graph. Default: None, they never are."""
         return None
 
     def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:

@@ -13,7 +13,10 @@ from difftori.runs.checkpoint import weights_digest
 from tests.support.agents import accepted, build, randomised, segment
 from tests.support.devices import rerun
 
-RUNS = [*((name, {}) for name in sorted(find_agents())), ("difftori", {"pg": "replay", "pg_every": 2})]
+RUNS = [
+    *((name, {}) for name in sorted(find_agents())),
+    ("difftori", {"pg": "replay", "pg_every": 2, "schedule_steps": 8}),
+]
 
 
 @pytest.mark.parametrize(("name", "settings"), RUNS, ids=lambda value: value if isinstance(value, str) else len(value))

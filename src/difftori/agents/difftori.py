@@ -1,7 +1,6 @@
 """DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
-from collections.abc import Hashable
 from typing import Any, Literal, final
 
 import torch
@@ -20,7 +19,7 @@ from difftori.agents.latent_model import (
 from difftori.agents.losses import critic_loss, model_loss, prior_loss
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.errors import ConfigError, SolverError
-from difftori.interfaces import ActingSchedule, Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.nets import noise_like
 from difftori.models.world_model import ObservationCritics, WorldModel, action_noise
 from difftori.planning import ActionReturnObjective, Plan, Planner, ReturnObjective
@@ -220,12 +219,11 @@ class DiffTORI(Agent):
         s = self.settings
         return s.pg == "replay" and update >= s.pg_after and update % s.pg_every == 0
 
-    def learning_schedule(self) -> Hashable:
+    def learning_schedule(self) -> LearningSchedule:
         """What is due, and the planning horizon of the policy-gradient term."""
-        s, due = self.settings, self.updates + 1
-        started = self.updates > 0 and self.updates >= s.pg_after
-        horizon = 0 if s.pg == "off" else self._scheduled_horizon()
-        return due % s.ema_every == 0, self._pg_due(due), started, horizon
+        s, now, due = self.settings, self.updates, self.updates + 1
+        horizons = (self._horizon(now), self._horizon(due)) if self._pg_due(due) else ()
+        return LearningSchedule((due % s.ema_every == 0, horizons), (now > 0 and now >= s.pg_after, self._horizon(now)))
 
     def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
         """If compiled, repeat the last row up to a multiple of 64 rows."""
@@ -305,13 +303,13 @@ class DiffTORI(Agent):
     def _differentiable_plan(self, obs: Observations, generator: torch.Generator) -> Plan:
         """Plans as in `act`, differentiable, with the scheduled horizon at this number of updates."""
         s, latent = self.settings, self.model.encode(obs)
-        horizon = self._scheduled_horizon()
+        horizon = self._horizon(self.updates)
         start = self._start(latent, horizon, generator)
         adjoints = {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="cg", products=12)}
         return self.plan(latent, horizon, start, adjoints[s.adjoint], s.pg_steps)
 
-    def _scheduled_horizon(self) -> int:
-        return self.settings.plan_horizon(int(self.updates / self.settings.updates_per_step))
+    def _horizon(self, updates: int) -> int:
+        return self.settings.plan_horizon(int(updates / self.settings.updates_per_step))
 
     # Diagnostics
 

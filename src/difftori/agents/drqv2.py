@@ -1,7 +1,6 @@
 """DrQ-v2: deterministic actor-critic from augmented images with n-step returns (Yarats et al., 2021, arXiv 2107.09645)."""
 
 import copy
-from collections.abc import Hashable
 from typing import Any, ClassVar, final
 
 import torch
@@ -18,7 +17,7 @@ from difftori.agents.actor_critic import (
 )
 from difftori.agents.calibration import calibration
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import ActingSchedule, Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics
 from difftori.models.encoders import random_shift
 from difftori.models.nets import noise_like
@@ -185,9 +184,9 @@ class DrQV2(Agent):
     def _update_std(self) -> float:
         return self.exploration_std(int(self.updates / self.settings.updates_per_step))
 
-    def learning_schedule(self) -> Hashable:
+    def learning_schedule(self) -> LearningSchedule:
         """The standard deviation of the noise, so a CUDA graph is recorded only when it has fallen to its end."""
-        return self._update_std()
+        return LearningSchedule(self._update_std())
 
     def q(self, obs: Observations, actions: Actions) -> AnyQValues:
         """Q_k(s, a): (B *S), (B A) → (2 B)."""

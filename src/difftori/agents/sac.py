@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -20,7 +19,7 @@ from difftori.agents.actor_critic import (
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import from_pixels
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import ActingSchedule, Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, squashed_gaussian
 from difftori.models.nets import noise_like
 from difftori.solver.compiled import maybe_compiled
@@ -211,10 +210,10 @@ class SAC(Agent):
         """Compare Q, which includes the entropy bonus, with the discounted returns that followed."""
         return calibration(self.q, obs, actions, returns)
 
-    def learning_schedule(self) -> Hashable:
+    def learning_schedule(self) -> LearningSchedule:
         """Whether the policy is updated, and the target critics."""
         update = self.updates + 1
-        return update % self.source.actor_every == 0, update % self.settings.ema_every == 0
+        return LearningSchedule((update % self.source.actor_every == 0, update % self.settings.ema_every == 0))
 
     # Resuming
 

@@ -1,7 +1,6 @@
 """TD-MPC: sampling-based planning in a task-oriented latent model (Hansen, Wang and Su, 2022, arXiv 2203.04955)."""
 
 import copy
-from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from difftori.agents.latent_model import (
 )
 from difftori.agents.losses import model_loss, prior_loss
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import ActingSchedule, Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.world_model import action_noise
 from difftori.planning import Planner, ReturnObjective
 from difftori.solver import MPPI, Box, Detached
@@ -170,9 +169,9 @@ class TDMPC(Agent):
         norms = {"prior_grad_norm": prior_norm, "grad_norm": grad_norm}
         return td.priorities, {**td.metrics, "prior_loss": prior.detach(), **norms}
 
-    def learning_schedule(self) -> Hashable:
+    def learning_schedule(self) -> LearningSchedule:
         """Whether the soft update is due."""
-        return (self.updates + 1) % self.settings.ema_every == 0
+        return LearningSchedule((self.updates + 1) % self.settings.ema_every == 0)
 
     # Resuming
 

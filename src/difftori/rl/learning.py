@@ -35,7 +35,7 @@ class Learning:
             priorities, metrics = self.agent.update(segment, generator=self.generator)
         else:
             parts = (segment.obs, segment.actions, segment.rewards, segment.terminated, segment.mask, segment.weights)
-            priorities, metrics = self._update(*parts, schedule)
+            priorities, metrics = self._update(*parts, schedule.update)
             self.agent.updates += 1
         self.averages.add(metrics)
         self._unchecked += 1
@@ -49,7 +49,7 @@ class Learning:
         if schedule is None or self.agent.compiles:
             metrics = self.agent.end_episode(obs, generator=self.generator)
         else:
-            metrics = self._end_episode(obs, schedule)
+            metrics = self._end_episode(obs, schedule.end_episode)
         return {name: float(value) for name, value in metrics.items()}
 
     def read(self) -> Metrics:
