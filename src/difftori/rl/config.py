@@ -51,6 +51,9 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Rendering of images. Only results with `default` are comparable with published ones."""
     workers: Literal["sync", "async"] = "sync"
     """How environments run. `sync`: in this process. `async`: one process for each."""
+    interleave: bool = False
+    """Make the updates of each agent step during the next step, instead of all of an episode at its end. With `--workers async`,
+    environments then step while the agent learns. It is another order of learning, so results differ."""
     eval_every: int = Field(20_000, ge=1)
     """Environment steps between evaluations."""
     eval_episodes: int = Field(10, ge=1)

@@ -166,13 +166,26 @@ class _Session:
             self.collecting = True
             ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
-                ended = self.collector.step(self._act)
+                ended = self._step()
                 self._show(phase)
             if not ended and self.env_steps < self.config.steps:
                 self.save()
                 stop.leave()
             self.collecting = False
             self._account(ended, phase)
+
+    def _step(self) -> list[EpisodeSummary]:
+        """Take one agent step in every environment, with `interleave` during the updates of the steps before."""
+        before = self.collector.agent_steps
+        if not self.config.interleave:
+            return self.collector.step(self._act)
+        ended = self.collector.step(self._act, self._update_during_step if self.updates else None)
+        self.updates_due += (self.collector.agent_steps - before) * self.agent.config.updates_per_step
+        return ended
+
+    def _update_during_step(self) -> None:
+        while self.updates_due >= 1:
+            self._update()
 
     def _show(self, phase: Phase, row: Metrics | None = None) -> None:
         """Show the environment steps, and the last returns, in the phase of the seed steps or of the training."""
@@ -213,23 +226,22 @@ class _Session:
                 self.seconds["end_episode"] += time.perf_counter() - began
             self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
             self._show(phase, row)
-            self.updates_due += episode.length * self.agent.config.updates_per_step
+            if not self.config.interleave:
+                self.updates_due += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
         """Make the updates that are due, after the random agent steps."""
         if self.collector.agent_steps < self.agent.config.seed_steps or not len(self.replay):
             return
-        due = int(self.updates_due)
-        if due < 1:
-            return
-        with self.bar.phase("updates" if self.updates else "seed updates", due) as phase:
-            while self.updates_due >= 1 and not stop.requested:
-                self._update()
-                phase.update(due - int(self.updates_due))
-                self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
-        if not stop.requested:
-            averages = {f"update/{name}": value for name, value in self.learning.read().items()}
-            self.run.log(self.env_steps, averages | {"updates": self.updates})
+        if due := int(self.updates_due):
+            with self.bar.phase("updates" if self.updates else "seed updates", due) as phase:
+                while self.updates_due >= 1 and not stop.requested:
+                    self._update()
+                    phase.update(due - int(self.updates_due))
+                    self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
+        if not stop.requested and (averages := self.learning.read()):
+            row = {f"update/{name}": value for name, value in averages.items()}
+            self.run.log(self.env_steps, row | {"updates": self.updates})
 
     def _update(self) -> None:
         """Sample a batch of segments and make one update."""
