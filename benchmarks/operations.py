@@ -2,16 +2,21 @@
 
 On a GPU, the time of an action is roughly proportional to the number of operations, because each is a launch of a kernel and
 the kernels are small. The time of an update from images is bound by arithmetic. Views are not counted, because they launch
-nothing.
+nothing. Reads are operations that wait for the device, to bring a value to the CPU.
+
+The tensors are on torch's `meta` device: they have shapes but no values, so nothing is computed.
 """
 
+import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +25,6 @@ from benchmarks.rl import METHODS, TRAINED
 from difftori.interfaces import Agent
 from difftori.registry import find_agent
 from difftori.types import EnvSpec, Segment
-
-BATCH = 8
-"""Rows of the batch that is counted. Operations do not depend on it, and arithmetic is proportional to it."""
 
 
 class Config(BaseModel):
@@ -34,10 +36,28 @@ class Config(BaseModel):
     """Preset of the agents."""
     action_dim: PositiveInt = 6
     """Size of the action; 6 is cheetah-run's."""
-    rows: PositiveInt = Field(256)
-    """Batch size for which the arithmetic of an update is given."""
+    rows: PositiveInt = 256
+    """Batch size of an update."""
     out: Path = RESULTS
     """Folder for `operations.csv`."""
+
+
+READS = frozenset(("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"))
+"""Operations that read values of tensors on the CPU."""
+
+
+_FUSED = "_get_fused_kernels_supported_devices"
+
+
+@contextmanager
+def optimizers_without_values() -> Iterator[None]:
+    """In the body, the fused Adam accepts tensors on `meta`, which torch otherwise refuses."""
+    with ExitStack() as stack:
+        for name in ("torch.optim.optimizer", "torch.optim.adam"):
+            module = importlib.import_module(name)
+            if hasattr(module, _FUSED):
+                stack.enter_context(mock.patch.object(module, _FUSED, return_value=["cpu", "meta"]))
+        yield
 
 
 class _Operations(TorchDispatchMode):
@@ -51,13 +71,14 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(job: Callable[[], object]) -> tuple[int, float]:
-    """The number of operations that a call dispatches, without views, and its multiplications and additions in units of 1e9."""
+def count(job: Callable[[], object]) -> tuple[int, int, float]:
+    """The number of operations that a call dispatches, without views, of reads, and of multiplications and additions in units of 1e9."""
     with _Operations() as operations:
         job()
     with FlopCounterMode(display=False) as arithmetic:
         job()
-    return sum(operations.counts.values()), arithmetic.get_total_flops() / 1e9
+    reads = sum(operations.counts[name] for name in READS)
+    return sum(operations.counts.values()), reads, arithmetic.get_total_flops() / 1e9
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -70,35 +91,33 @@ def run(config: Config) -> list[dict[str, Any]]:
     for obs, spec in specs.items():
         for method in METHODS:
             kind = find_agent(method.component)
-            torch.manual_seed(0)
-            agent = kind(kind.Config(**{"preset": config.preset, **method.settings}), spec)
-            with torch.no_grad():  # the last layers are zero at first, and a solve on a constant stops at once
-                for parameter in agent.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-            rows.append({"obs": obs, "method": method.name, **_counts(agent, spec, config.rows)})
+            with optimizers_without_values():
+                with torch.device("meta"):
+                    agent = kind(kind.Config(**{"preset": config.preset, **method.settings}), spec)
+                rows.append({"obs": obs, "method": method.name, **_counts(agent, spec, config.rows)})
     write_csv(config.out / "operations.csv", rows)
     return as_text(rows)
 
 
-def _counts(agent: Agent, spec: EnvSpec, batch: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    segment = _segment(spec, agent.config.horizon)
-    first = torch.ones(1, dtype=torch.bool)
-    row = segment.obs[0, :1]
+def _counts(agent: Agent, spec: EnvSpec, rows: int) -> dict[str, Any]:
+    generator = torch.Generator()
+    segment = _segment(spec, agent.config.horizon, rows)
+    first, row = segment.terminated[0, :1], segment.obs[0, :1]
     for _ in range(2):
         agent.update(segment, generator=generator)
-    vars(agent).update(updates=TRAINED)  # the longest planning horizon
-    act, act_gflop = count(lambda: agent.act(row, None, first=first, step=TRAINED, explore=True, generator=generator))
-    update, update_gflop = count(lambda: agent.update(segment, generator=generator))
-    return {"act": act, "update": update, "act_gflop": act_gflop, "update_gflop": update_gflop * batch / BATCH}
+    agent.updates = TRAINED  # the longest planning horizon
+    jobs: dict[str, Callable[[], object]] = {
+        "act": lambda: agent.act(row, None, first=first, step=TRAINED, explore=True, generator=generator),
+        "update": lambda: agent.update(segment, generator=generator),
+    }
+    counts: dict[str, Any] = {}
+    for name, job in jobs.items():
+        counts[name], counts[f"{name}_reads"], counts[f"{name}_gflop"] = count(job)
+    return counts
 
 
-def _segment(spec: EnvSpec, steps: int) -> Segment:
-    shape = (steps + 1, BATCH, *spec.obs_shape)
-    pixels = spec.obs_dtype == "uint8"
-    obs = torch.randint(0, 256, shape, dtype=torch.uint8) if pixels else torch.randn(shape)
-    actions = 2 * torch.rand(steps, BATCH, spec.action_dim) - 1
-    flags = torch.zeros(steps, BATCH, dtype=torch.bool)
-    return Segment(
-        obs, actions, torch.randn(steps, BATCH), flags, torch.ones(steps, BATCH), torch.ones(BATCH), torch.arange(BATCH)
-    )
+def _segment(spec: EnvSpec, steps: int, rows: int) -> Segment:
+    with torch.device("meta"):
+        obs = torch.empty((steps + 1, rows, *spec.obs_shape), dtype=getattr(torch, spec.obs_dtype))
+        actions, numbers = torch.empty(steps, rows, spec.action_dim), torch.empty(steps, rows)
+        return Segment(obs, actions, numbers, numbers > 0, numbers, numbers[0], torch.empty(rows, dtype=torch.long))

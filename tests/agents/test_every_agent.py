@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from benchmarks.operations import optimizers_without_values
 from difftori.agents.optim import GuardedOptimizer
 from difftori.errors import ConfigError, NonFiniteError
 from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
 from tests.support.agents import PIXELS, STATES, accepted, act, build, randomised, segment
-from tests.support.devices import built_without_values, never_waits
+from tests.support.devices import never_waits
 
 AGENTS = sorted(find_agents())
 
@@ -39,7 +40,7 @@ def test_acts_in_the_box_and_learns(name, spec):
 @pytest.mark.parametrize("explore", [False, True])
 def test_acting_never_waits_for_the_device(name, explore, monkeypatch):
     # On the meta device, and only there, this function takes no generator.
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **options: self.fill_(1.0))
+    monkeypatch.setattr(torch, "rand", halves)  # the heaviest elite is sampled
     agent = randomised(name).to("meta")
     obs, generator = torch.empty(4, *STATES.obs_shape, device="meta"), torch.Generator()
     options = {"step": 30_000, "explore": explore, "generator": generator}
@@ -52,11 +53,11 @@ def test_acting_never_waits_for_the_device(name, explore, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "settings"), [*((name, {}) for name in AGENTS), ("difftori", {"pg": "replay"})], ids=[*AGENTS, "replay"]
 )
-def test_learning_never_waits_for_the_device(name, settings, spec, monkeypatch):
-    with built_without_values(monkeypatch):
+def test_learning_never_waits_for_the_device(name, settings, spec):
+    with torch.device("meta"):
         agent = build(name, spec, **settings)
     batch, generator = segment(spec).to("meta"), torch.Generator()
-    with never_waits():
+    with optimizers_without_values(), never_waits():
         for _ in range(4):
             agent.update(batch, generator=generator)
         agent.end_episode(batch.obs[:, 0], generator=generator)
@@ -91,9 +92,14 @@ UNDRAWN = {"tdmpc": {"prior_samples": 0}, "difftori": {"init_std": 0.0}}
 WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
 
 
+def halves(*shape, generator=None, **options):
+    """In place of `torch.rand`."""
+    return torch.full(shape if isinstance(shape[0], int) else shape[0], 0.5, **options)
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_row_acts_alone_as_in_company(name, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **options: self.fill_(1.0))
+    monkeypatch.setattr(torch, "rand", halves)  # the heaviest elite is sampled
     agent = randomised(name, **UNDRAWN.get(name, {})).double()
     obs, later = segment().obs[:2, :5].double()
     together, memory = act(agent, obs)

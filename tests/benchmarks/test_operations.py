@@ -11,9 +11,13 @@ from tests.support.agents import act, randomised, segment
 
 def test_views_are_not_counted_and_arithmetic_is():
     x, w = torch.ones(3, 4), torch.ones(4, 5)
-    operations, gflop = count(lambda: (x.t().t() @ w).relu())
-    assert operations == 2
+    operations, reads, gflop = count(lambda: (x.t().t() @ w).relu())
+    assert (operations, reads) == (2, 0)
     assert gflop == pytest.approx(2 * 3 * 4 * 5 / 1e9)
+
+
+def test_values_that_are_read_are_counted():
+    assert count(lambda: torch.ones(3).sum().item())[:2] == (3, 1)
 
 
 def test_the_rewards_of_all_steps_are_one_evaluation():

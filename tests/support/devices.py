@@ -1,6 +1,5 @@
 """A device without a GPU: tensors on torch's `meta` device have shapes but no values, so a value that is read shows itself."""
 
-import importlib
 import traceback
 from contextlib import contextmanager
 
@@ -8,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+from benchmarks.operations import READS
+
 COPIES = ("_to_copy", "copy_")
 
 
@@ -54,14 +54,3 @@ def rerun(run, generators):
                 old.detach().copy_(new)
 
     return replay, outputs
-
-
-@contextmanager
-def built_without_values(monkeypatch):
-    """Networks and optimizers built in the body have their tensors on `meta`, where torch refuses the fused Adam otherwise."""
-    for name in ("torch.optim.optimizer", "torch.optim.adam"):
-        module = importlib.import_module(name)
-        if hasattr(module, "_get_fused_kernels_supported_devices"):
-            monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
-    with torch.device("meta"):
-        yield

@@ -52,9 +52,10 @@ class GuardedOptimizer:
         """Clip and step. Returns the norm before clipping, NaN or Inf if the step was skipped."""
         norms = torch.stack(torch._foreach_norm(list(gradient)))  # noqa: SLF001 (one fused call for all of them)
         norm = torch.linalg.vector_norm(norms)
-        skip = (~norm.isfinite()).float()
+        invalid = ~(norm < torch.inf)  # also true for NaN
+        skip = invalid.float()
         self._skips = self._skips or _Skips.none(norms)
-        self._skips.count(skip, norms)
+        self._skips.count(skip, torch.where(invalid, norms, self._skips.norms))
         if norm.device.type == "cpu":
             self.check()
         for parameter, part in zip(self.parameters, gradient, strict=True):
@@ -127,11 +128,11 @@ class _Skips:
         return cls(norms.new_zeros(()), norms.new_zeros(()), norms.new_zeros(()), torch.zeros_like(norms))
 
     def count(self, skip: Scalar, norms: Tensor) -> None:
-        """Count a step. `skip`: 1 if it is skipped, otherwise 0."""
+        """Count a step. `skip`: 1 if it is skipped, otherwise 0. `norms`: of the last skipped gradient."""
         self.total += skip
         self.latest.add_(1).mul_(skip)
         torch.maximum(self.longest, self.latest, out=self.longest)
-        self.norms.copy_(torch.where(skip > 0, norms, self.norms))
+        self.norms.copy_(norms)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""

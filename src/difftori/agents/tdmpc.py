@@ -105,8 +105,10 @@ class TDMPC(Agent):
             objective, mean, candidates=candidates, generator=generator
         )
         spread, elites, weights = plan.solution.state.memory
-        # An elite by its weight, as torch.multinomial draws it, but without asking the device whether the weights are valid.
-        sampled = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(1, keepdim=True)
+        # An elite by its weight: the shortest of exponential waiting times. torch.multinomial would wait for the device, to check
+        # the weights.
+        waits = -torch.rand(weights.shape, generator=generator, dtype=weights.dtype, device=weights.device).log()
+        sampled = (weights / waits).argmax(1, keepdim=True)
         shape = (len(obs), horizon, self.spec.action_dim)
         action = elites.gather(1, sampled.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
         if explore:
