@@ -20,11 +20,14 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import Method
 from benchmarks.records import RESULTS, as_text, write_csv
 from benchmarks.rl import METHODS, TRAINED
 from difftori.interfaces import Agent
 from difftori.registry import find_agent
 from difftori.types import EnvSpec, Segment
+
+_ONE_STEP = Method("difftori pg=per-episode obs-q-steps=1", "difftori", {"obs_q_steps": 1})
 
 
 class Config(BaseModel):
@@ -89,7 +92,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     rows = []
     for obs, spec in specs.items():
-        for method in METHODS:
+        for method in (*METHODS, _ONE_STEP):
             kind = find_agent(method.component)
             with optimizers_without_values():
                 with torch.device("meta"):
