@@ -65,7 +65,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     config.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * config.minutes
     ended: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for step in steps(config, Path(folder)):
             row = _run(step, min(step.seconds, until - time.monotonic()), config)
             print(f"{row['step']}: {row['result']}, {row['seconds']:.0f} s", file=sys.stderr)
@@ -93,10 +93,12 @@ def steps(config: Config, folder: Path) -> list[Step]:
     pixels = () if config.quick else ("--obs", "pixels")
     states = ("--states", "1", "2") if config.quick else ()
     return [
-        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu", *_elsewhere(config)), 120),
+        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu", *_elsewhere(config)), 90),
         Step("captured", (*bench, "captured", *device, *out, *repeats, *states), 60),
-        Step("rl from pixels", (*bench, "rl", *pixels, *device, *out, *repeats, *env), 90),
-        Step("learning", _sweep(config, folder / "learning", AGENTS, TASKS, 1, 0.25), 150),
+        Step("rl from pixels", (*bench, "rl", *pixels, *device, *out, *repeats, *env), 75),
+        Step("learning", _sweep(config, folder / "learning", AGENTS, TASKS, 1, 0.25), 110),
+        Step("rl from states", (*bench, "rl", "--obs", "state", *device, *out, *repeats, *env), 60),
+        Step("il", (*bench, "il", *device, *out, *repeats), 60),
         *(
             Step(
                 f"sharing by {count}",
@@ -105,8 +107,6 @@ def steps(config: Config, folder: Path) -> list[Step]:
             )
             for count in SHARING[: 2 if config.quick else None]
         ),
-        Step("rl from states", (*bench, "rl", "--obs", "state", *device, *out, *repeats, *env), 60),
-        Step("il", (*bench, "il", *device, *out, *repeats), 60),
     ]
 
 
@@ -146,7 +146,7 @@ def _run(step: Step, seconds: float, config: Config) -> dict[str, Any]:
             [sys.executable, *step.words],
             stdout=output,
             stderr=output,
-            env={**os.environ, "DIFFTORI_TEST_DEVICE": config.device, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **_one_gpu(), "DIFFTORI_TEST_DEVICE": config.device, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
         try:
@@ -154,6 +154,12 @@ def _run(step: Step, seconds: float, config: Config) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             result = _stopped(process)
     return {"step": step.name, "result": result, "seconds": time.monotonic() - began}
+
+
+def _one_gpu() -> dict[str, str]:
+    """All steps use one GPU, the first of those that are visible, which runs share."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[0]}
 
 
 def _stopped(process: subprocess.Popen[bytes]) -> str:

@@ -168,10 +168,10 @@ class ActingSchedule(NamedTuple):
 
 
 class LearningSchedule(NamedTuple):
-    """What the next `update`, and the next `end_episode`, take from the number of updates."""
+    """What the next `update`, and the next `end_episode`, take from the number of updates. None: `end_episode` does nothing."""
 
     update: Hashable
-    end_episode: Hashable = ()
+    end_episode: Hashable | None = None
 
 
 class Agent(nn.Module, ABC):

@@ -74,7 +74,7 @@ class ReturnObjective(TrajectoryObjective):
             states.append(latest)
             latest = self._next(latest, action, t)
         rewards = self._reward(torch.stack(states), actions, times.view(-1, *(1,) * (x.dim() - 1)))
-        total = torch.tensordot(self._weights, rewards, 1)
+        total = (self._weights.view(-1, *(1,) * (x.dim() - 1)) * rewards).sum(0)
         if self.terminal_value is not None:
             total = torch.add(total, self.terminal_value(latest), alpha=self.discount**self.horizon)
         return -total

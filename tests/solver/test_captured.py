@@ -83,7 +83,7 @@ def test_old_recordings_are_dropped():
     captured = Captured(lambda x, n: n * x, recorder=recorder)
     for n in [*range(12), *range(12)]:
         assert captured(torch.ones(1), n).item() == n
-    for n in (11, 0):  # the latest is still there, the first is not
+    for n in (11, 0, 0):  # the latest is still there, the first is recorded anew at its second call
         captured(torch.ones(1), n)
     assert len(recorded) == 13
 
@@ -93,4 +93,5 @@ def test_on_the_cpu_nothing_is_recorded():
     captured = Captured(lambda x: seen.append(x) or x)
     x = torch.ones(1)
     for _ in range(3):
-        assert captured(x) is x
+        assert torch.equal(captured(x), x)
+    assert all(each is x for each in seen)

@@ -1,7 +1,7 @@
 """DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from pydantic import Field, field_validator
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from difftori import presets
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import (
-    COMPACT,
     LatentModelConfig,
     augmented,
     build_encoder,
@@ -59,11 +58,6 @@ _BOX = Box(-1.0, 1.0)
 
 class DiffTORIConfig(LatentModelConfig):
     """Settings of `DiffTORI`: TD-MPC's latent model, the planner, and the policy-gradient term of Eq. 6."""
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        **LatentModelConfig.PRESETS,
-        "compact": {**COMPACT, "obs_q_steps": 1},
-    }
 
     pg: Literal["off", "replay", "per-episode"] = "per-episode"
     """Schedule of the policy-gradient term c_0·(−min Q̃(s, a(θ))) of Eq. 6. `off`: without the term (the ablation of Figure
@@ -229,7 +223,8 @@ class DiffTORI(Agent):
         """What is due, and the planning horizon of the policy-gradient term."""
         s, now, due = self.settings, self.updates, self.updates + 1
         horizons = (self._horizon(now), self._horizon(due)) if self._pg_due(due) else ()
-        return LearningSchedule((due % s.ema_every == 0, horizons), (now > 0 and now >= s.pg_after, self._horizon(now)))
+        episode = self._horizon(now) if s.pg == "per-episode" and now > 0 and now >= s.pg_after else None
+        return LearningSchedule((due % s.ema_every == 0, horizons), episode)
 
     def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
         """If compiled, repeat the last row up to a multiple of 64 rows."""

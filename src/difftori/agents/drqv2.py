@@ -184,9 +184,9 @@ class DrQV2(Agent):
     def _update_std(self) -> float:
         return self.exploration_std(int(self.updates / self.settings.updates_per_step))
 
-    def learning_schedule(self) -> LearningSchedule:
-        """The standard deviation of the noise, so a CUDA graph is recorded only when it has fallen to its end."""
-        return LearningSchedule(self._update_std())
+    def learning_schedule(self) -> LearningSchedule | None:
+        """Nothing once the noise has fallen to its end. Before, an update is not recorded, because the next one has less noise."""
+        return LearningSchedule(()) if self._update_std() == self.settings.std_end else None
 
     def q(self, obs: Observations, actions: Actions) -> AnyQValues:
         """Q_k(s, a): (B *S), (B A) → (2 B)."""

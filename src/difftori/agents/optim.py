@@ -31,7 +31,7 @@ class GuardedOptimizer:
         self.networks = {name: network for name, network in networks.items() if list(network.parameters())}
         self.parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.clip_norm = clip_norm
-        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(beta1, 0.999), fused=True, capturable=True)
+        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(beta1, 0.999), fused=True)
         self._skips: _Skips | None = None  # on the device of the gradients, which is known at the first step
 
     @property
@@ -61,6 +61,8 @@ class GuardedOptimizer:
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        # Otherwise Adam refuses to be recorded; with it, it warns when it is not.
+        self.adam.param_groups[0]["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()
         # Where Adam's kernel looks up whether to leave everything as it is.
         self.adam.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.adam.step()
@@ -99,7 +101,6 @@ class GuardedOptimizer:
                 f"the optimizer's checkpoint belongs to other networks, or another version of difftori wrote it: {error!r}. "
                 "Fix: resume with the version named in versions.json, or start a new run"
             ) from error
-        self.adam.param_groups[0]["capturable"] = True  # checkpoints of earlier versions say otherwise
         self._skips = _Skips.none(self.parameters[0].new_zeros(len(self.parameters)))
         self._skips.total += skipped
         self._skips.latest += consecutive

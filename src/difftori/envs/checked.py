@@ -120,7 +120,12 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
                 meanwhile()
         else:
             self._survive(lambda: begin(executed))
-            meanwhile()
+            try:
+                meanwhile()
+            except BaseException:
+                with suppress(Exception):  # an answer left in its pipe would be taken for the next one
+                    self._env.step_wait()  # pyright: ignore[reportAttributeAccessIssue]
+                raise
             result = self._survive(lambda: self._env.step_wait())  # pyright: ignore[reportAttributeAccessIssue]
         observations, rewards, terminated, truncated, info = result
         observations = self._owned(observations)

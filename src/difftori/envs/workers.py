@@ -233,8 +233,8 @@ def _report(pipe: Connection, error: Exception) -> None:
         return
 
 
-_Sent: TypeAlias = tuple[list[int], dict[int, Exception]]
-"""A request to several rows: those that will answer, and the errors of the others."""
+_Sent: TypeAlias = tuple[str, list[int], dict[int, Exception]]
+"""A request to several rows: the command, the rows that will answer, and the errors of the others."""
 
 
 class WorkerVectorEnv(VectorEnv):
@@ -245,7 +245,7 @@ class WorkerVectorEnv(VectorEnv):
         self.name = name
         self.timeout = timeout
         self._workers = list(workers)
-        self._stepping: _Sent = ([], {})
+        self._stepping: _Sent = ("step", [], {})
         spaces = self._request("spaces", [()] * self.num_envs)
         self.single_observation_space, self.single_action_space, metadata, self.render_mode = spaces[0]
         different = [row for row, other in enumerate(spaces) if other[:2] != spaces[0][:2]]
@@ -305,7 +305,7 @@ class WorkerVectorEnv(VectorEnv):
         return self._receive(*self._send(command, values, rows))
 
     def _send(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> _Sent:
-        """Send a request. Returns the rows that will answer, and the errors of the others."""
+        """Send a request without waiting for the results."""
         pending, failures = [], {}
         for row, value in zip(range(self.num_envs) if rows is None else rows, values, strict=True):
             try:
@@ -313,9 +313,9 @@ class WorkerVectorEnv(VectorEnv):
                 pending.append(row)
             except Exception as error:
                 failures[row] = error
-        return pending, failures
+        return command, pending, failures
 
-    def _receive(self, pending: list[int], failures: dict[int, Exception]) -> list[Any]:
+    def _receive(self, command: str, pending: list[int], failures: dict[int, Exception]) -> list[Any]:
         """Receive the results of a request. Raises `WorkerError` for the first row that failed."""
         answers, deadline = [], time.monotonic() + self.timeout
         # Every result is received, even after a failure: one left in its pipe would be taken for the next one.

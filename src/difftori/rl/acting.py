@@ -1,6 +1,7 @@
 """`agent.act` with its random generator; on a CUDA device as one CUDA graph."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,29 +19,43 @@ class Acting:
     """
 
     def __init__(self, agent: Agent, generator: torch.Generator, *, explore: bool, recorder: Recorder | None = None):
-        self.agent, self.generator, self.explore = agent, generator, explore
-        self._step = 0
-        self._captured = Captured(self._act, generators=[generator], recorder=recorder)
+        self._call = _Call(agent, generator, explore)
+        self._captured = Captured(self._call, generators=[generator], recorder=recorder)
+        self._records = recorder is not None or generator.device.type == "cuda"
 
     def __call__(
         self, obs: Observations, memory: Memory | None, first: RowFlags, *, step: int
     ) -> tuple[Actions, Memory]:
         """Return `agent.act` of these inputs, which are moved to the generator's device."""
-        self._step, device = step, self.generator.device
+        call, device = self._call, self._call.generator.device
+        call.step = step
         on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
         inputs = obs.to(device), on_device, first.to(device)
-        schedule = self.agent.schedule(step, explore=self.explore)
-        if schedule is None or self.agent.compiles:
-            return self.agent.act(*inputs[:2], first=inputs[2], **self._options)
-        std = torch.full((), schedule.std, device=device)
-        return self._captured(*inputs, std, schedule.fixed)
+        recorded = self._records and not call.agent.compiles
+        schedule = call.agent.schedule(step, explore=call.explore) if recorded else None
+        if schedule is None:
+            return call(*inputs)
+        return self._captured(*inputs, torch.full((), schedule.std, device=device), schedule.fixed)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"step": self._step, "explore": self.explore, "generator": self.generator}
 
-    def _act(
-        self, obs: Observations, memory: Memory | None, first: RowFlags, std: Scalar, fixed: Hashable
+@dataclass
+class _Call:
+    """`agent.act` at `step`. What is recorded holds for every step with the same `fixed` and `std`."""
+
+    agent: Agent
+    generator: torch.Generator
+    explore: bool
+    step: int = 0
+
+    def __call__(
+        self,
+        obs: Observations,
+        memory: Memory | None,
+        first: RowFlags,
+        std: Scalar | None = None,
+        fixed: Hashable = None,
     ) -> tuple[Actions, Memory]:
-        """Act at the present step; every step with the same `fixed` and `std` gives the same actions."""
-        return self.agent.act(obs, memory, first=first, std=std, **self._options)
+        options: dict[str, Any] = {"step": self.step, "explore": self.explore, "generator": self.generator}
+        if std is not None:  # agents without a schedule need no such argument
+            options["std"] = std
+        return self.agent.act(obs, memory, first=first, **options)

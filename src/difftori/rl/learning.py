@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from difftori.agents.optim import MAX_SKIPS, GuardedOptimizer
-from difftori.interfaces import Agent
+from difftori.interfaces import Agent, LearningSchedule
 from difftori.solver import Captured
 from difftori.solver.captured import Recorder
 from difftori.types import Metrics, Observations, Rows, Scalars, Segment
@@ -26,12 +26,13 @@ class Learning:
         options = {"generators": [generator], "changing": lambda: list(_changing_state(agent)), "recorder": recorder}
         self._update = Captured(self._run_update, **options)
         self._end_episode = Captured(self._run_end_episode, **options)
+        self._records = recorder is not None or generator.device.type == "cuda"
         self._unchecked = 0
 
     def update(self, segment: Segment) -> Rows:
         """Make one update, and return the new priorities (B), on the agent's device."""
-        schedule = self.agent.learning_schedule()
-        if schedule is None or self.agent.compiles:
+        schedule = self._schedule()
+        if schedule is None:
             priorities, metrics = self.agent.update(segment, generator=self.generator)
         else:
             parts = (segment.obs, segment.actions, segment.rewards, segment.terminated, segment.mask, segment.weights)
@@ -45,8 +46,8 @@ class Learning:
 
     def end_episode(self, obs: Observations) -> Metrics:
         """The agent's `end_episode`, and its metrics as numbers."""
-        schedule = self.agent.learning_schedule()
-        if schedule is None or self.agent.compiles:
+        schedule = self._schedule()
+        if schedule is None or schedule.end_episode is None:
             metrics = self.agent.end_episode(obs, generator=self.generator)
         else:
             metrics = self._end_episode(obs, schedule.end_episode)
@@ -62,6 +63,10 @@ class Learning:
         self._unchecked = 0
         for optimizer in _optimizers(self.agent):
             optimizer.check()
+
+    def _schedule(self) -> LearningSchedule | None:
+        """The agent's learning schedule, or None if nothing is recorded."""
+        return self.agent.learning_schedule() if self._records and not self.agent.compiles else None
 
     def _run_update(self, *arguments: Any) -> tuple[Rows, Scalars]:
         *parts, _ = arguments

@@ -47,12 +47,7 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
             return run.summary()
         session = _Session(config, run)
         try:
-            with (
-                _matrix_products(config),
-                StopSignal() as stop,
-                Progress(progress) as session.bar,
-                session.bar.phase("") as phase,
-            ):
+            with StopSignal() as stop, Progress(progress) as session.bar, session.bar.phase("") as phase:
                 session.run_to_end(stop, phase)
             write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
@@ -67,18 +62,15 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
 
 
 @contextmanager
-def _matrix_products(config: RLConfig) -> Iterator[None]:
-    """On a GPU, TF32 for products of float32 matrices, unless the agent's `precision` is float32."""
-    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    exact = getattr(config.settings, "precision", "float32") == "float32"
-    if config.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("highest" if exact else "high")
-        torch.backends.cudnn.allow_tf32 = not exact
+def _fast_products(config: RLConfig) -> Iterator[None]:
+    """From images on a GPU, TF32 for products of float32 matrices, unless the agent's `precision` is float32."""
+    before, exact = torch.get_float32_matmul_precision(), getattr(config.settings, "precision", "float32") == "float32"
+    if config.device.startswith("cuda") and config.obs == "pixels" and not exact:
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 class _Session:
@@ -248,7 +240,8 @@ class _Session:
         began = time.perf_counter()
         segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
         sampled = time.perf_counter()
-        priorities = self.learning.update(segment).cpu()
+        with _fast_products(self.config):
+            priorities = self.learning.update(segment).cpu()
         sound = priorities.isfinite()
         self.replay.update_priorities(segment.index[sound], priorities[sound])
         self.seconds["sampling"] += sampled - began

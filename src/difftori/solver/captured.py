@@ -1,7 +1,9 @@
 """CUDA graphs: a function of tensors, recorded once for each shape of its arguments and replayed as one launch."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 _log = logging.getLogger(__name__)
 
-_WARM_UP = 3
+_WARM_UP = 2
 """Runs before the recording, in which libraries allocate their workspaces."""
 
 _REMEMBERED = 32
@@ -21,7 +23,7 @@ _KEPT = 8
 """Number of recordings that are kept; the least recently used are dropped first, with their memory."""
 
 Recorder = Callable[[Callable[[], Any], Sequence[torch.Generator]], tuple[Callable[[], None], Any]]
-"""Records a run that uses some generators. Returns a function that repeats it, and the tensors to which the results are written."""
+"""Records a run that uses some generators, on the current device. Returns a function that repeats it, and the tensors to which the results are written."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Captured:
         recorder: Recorder | None = None,
     ):
         self._function, self._generators, self._changing = function, tuple(generators), changing
-        self._record = recorder or _record
+        self._record = recorder or _Graphs()
         self._always = recorder is not None
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: dict[Hashable, None] = {}
@@ -72,18 +74,24 @@ class Captured:
         leaves, form = tree_flatten((arguments, options))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or not (self._always or all(tensor.is_cuda for tensor in tensors)):
-            return self._function(*arguments, **options)
-        key = (form, tuple(_kind(leaf) for leaf in leaves))
-        recording = self._recordings.pop(key, None) or self._recorded(key, arguments, options)
-        if recording is None:
-            return self._function(*arguments, **options)
-        self._recordings[key] = recording  # the latest last
-        while len(self._recordings) > _KEPT:
-            del self._recordings[next(iter(self._recordings))]
-        for static, tensor in zip(recording.inputs, tensors, strict=True):
-            static.copy_(tensor)
-        recording.replay()
-        return tree_map_only(Tensor, Tensor.clone, recording.outputs)
+            return self._eager(arguments, options)
+        with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
+            key = (form, tuple(_kind(leaf) for leaf in leaves))
+            recording = self._recordings.pop(key, None) or self._recorded(key, arguments, options)
+            if recording is None:
+                return self._eager(arguments, options)
+            self._recordings[key] = recording  # the latest last
+            while len(self._recordings) > _KEPT:
+                dropped = next(iter(self._recordings))
+                del self._recordings[dropped]
+                self._seen.pop(dropped, None)
+            for static, tensor in zip(recording.inputs, tensors, strict=True):
+                static.copy_(tensor)
+            recording.replay()
+            return tree_map_only(Tensor, Tensor.clone, recording.outputs)
+
+    def _eager(self, arguments: Any, options: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.detach, self._function(*arguments, **options))
 
     def _recorded(self, key: Hashable, arguments: Any, options: Any) -> _Recording | None:
         """Record the function with these arguments; None at their first call, or if it is impossible."""
@@ -121,17 +129,38 @@ def _kind(leaf: Any) -> Hashable:
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
-def _record(run: Callable[[], Any], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], Any]:
-    """Record a run as a CUDA graph with memory of its own."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        outputs = run()
-    return graph.replay, outputs
+class _Graphs:
+    """Records runs as CUDA graphs that share memory, because they are replayed one after another."""
+
+    def __init__(self):
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Any], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], Any]:
+        """Record a run on the current device, after some runs without recording."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # around all, so that a failure leaves the stream as it was
+            for _ in range(_WARM_UP):
+                run()
+            with _no_reads():
+                run()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+                outputs = run()
+        torch.cuda.current_stream().wait_stream(side)
+        return graph.replay, outputs
+
+
+@contextmanager
+def _no_reads() -> Iterator[None]:
+    """Raise RuntimeError if the host waits for the device: such a run cannot be recorded, and a recording that fails is not undone cleanly."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
