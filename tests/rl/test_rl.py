@@ -132,11 +132,11 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     rl.train(wanted, tmp_path / "whole", progress=False)
     step, calls = Collector.step, []
 
-    def raises_a_flag(self, act):
+    def raises_a_flag(self, *arguments):
         calls.append(None)
         if len(calls) == 70:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, act)
+        return step(self, *arguments)
 
     monkeypatch.setattr(Collector, "step", raises_a_flag)
     with pytest.raises(SystemExit) as ended:
@@ -220,12 +220,12 @@ def test_episodes_of_unequal_age_are_played_again():
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
     step, calls = CheckedVectorEnv.step, []
 
-    def fails_once(self, actions):
+    def fails_once(self, *arguments):
         calls.append(None)
         if len(calls) == 60:
             self._begun[:] = self._running[:] = False
             raise EnvironmentRestarted("all copies were restarted", restarts=1)
-        return step(self, actions)
+        return step(self, *arguments)
 
     monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
     summary = rl.train(config(env="probe:delayed-reward", steps=120, eval_every=1000), tmp_path, progress=False)

@@ -177,16 +177,16 @@ class DrQV2(Agent):
 
     def _noise(self, like: Actions, generator: torch.Generator) -> Actions:
         """Clipped noise of the standard deviation that is scheduled at this number of updates."""
-        return action_noise(
-            like.shape, self._update_std(), like=like, generator=generator, limit=self.settings.noise_clip
-        )
+        std = self.exploration_std(self._trained_steps())
+        return action_noise(like.shape, std, like=like, generator=generator, limit=self.settings.noise_clip)
 
-    def _update_std(self) -> float:
-        return self.exploration_std(int(self.updates / self.settings.updates_per_step))
+    def _trained_steps(self) -> int:
+        """The number of agent steps to which the number of updates corresponds."""
+        return int(self.updates / self.settings.updates_per_step)
 
     def learning_schedule(self) -> LearningSchedule | None:
         """Nothing once the noise has fallen to its end. Before, an update is not recorded, because the next one has less noise."""
-        return LearningSchedule(()) if self._update_std() == self.settings.std_end else None
+        return LearningSchedule(()) if self._trained_steps() >= self.schedule_steps else None
 
     def q(self, obs: Observations, actions: Actions) -> AnyQValues:
         """Q_k(s, a): (B *S), (B A) → (2 B)."""
