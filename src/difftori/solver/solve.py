@@ -200,9 +200,10 @@ class _Run:
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
+                # Without a tolerance, a GPU is not asked whether all rows have finished, so no step waits for it.
+                asks = self.tolerance > 0 or progress.x.device.type == "cpu"
                 for _ in range(steps):
-                    # Without a tolerance, the device is not asked whether rows have finished, so no step waits for it.
-                    if self.tolerance > 0 and bool((progress.done | progress.failed).all()):
+                    if asks and bool((progress.done | progress.failed).all()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
             if finish:
