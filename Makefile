@@ -11,7 +11,7 @@ LAVAPIPE := \
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-suites vulkan soak lint resolve docs baselines bench clean
+.PHONY: demo test test-slow test-suites vulkan soak gpu-check lint resolve docs baselines bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ $(VULKAN)/activate:
 
 soak: $(VENV)/.dev  ## the long tests of docs/reliability.md: kills of every trainer, full disks, memory, sweeps, the wheel
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --timeout 3600 tests/soak --found results/soak.csv
+
+gpu-check: $(VENV)/.dev  ## on a CUDA device, eight minutes: tests, speed, and learning from pixels, into results/gpu
+	$(BIN)/difftori bench gpu-check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -31,6 +31,10 @@ Device: TypeAlias = Annotated[str, AfterValidator(_there)]
 """A device, as named by torch."""
 
 
+_WARM_UP = 5
+"""Calls of a part on a GPU before it is timed: a CUDA graph is recorded at the second call of each of the agent's two schedules."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A policy or agent with some settings, and its name in the table."""
@@ -77,9 +81,10 @@ def interleaved(items: Sequence[Item], repeats: int, seconds: float = math.inf) 
 
 
 def measure(parts: Mapping[Key, Job], *, repeats: int, device: str = "cpu") -> dict[Key, list[float]]:
-    """Milliseconds of each part, interleaved. The first call of each, which may compile or load, is not counted."""
+    """Milliseconds of each part, interleaved. The first calls of each, which may compile, load or record, are not counted."""
     for job in parts.values():
-        job()
+        for _ in range(1 if device == "cpu" else _WARM_UP):
+            job()
     samples: dict[Key, list[float]] = {key: [] for key in parts}
     with progress_bar(repeats * len(parts)) as (_, advance):
         for _, key in interleaved(list(parts), repeats):

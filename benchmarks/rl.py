@@ -19,12 +19,14 @@ from difftori.envs.base import env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.interfaces import Agent
 from difftori.registry import find_agent
+from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import parse_rl_config
+from difftori.rl.learning import Learning
 from difftori.runs.run import seeded
 from difftori.types import EnvSpec
 
-_TRAINED = 30_000
+TRAINED = 30_000
 """Number of agent steps after which the schedules have ended and the planning horizon is longest."""
 
 
@@ -112,29 +114,32 @@ def _parts(
         replays[length], ended, step = _recorded(env, spec, length, config)
     episode = torch.from_numpy(ended[0].obs).to(config.device)
     starts = [ended[row % len(ended)].obs[0] for row in range(config.num_envs)]
-    obs = torch.from_numpy(np.stack(starts)).to(config.device)
-    first = torch.ones(config.num_envs, dtype=torch.bool, device=config.device)
-    sampling, learning = seeded(0, "sampling"), seeded(0, "learning", config.device)
+    obs = torch.from_numpy(np.stack(starts))
+    first = torch.ones(config.num_envs, dtype=torch.bool)
+    sampling = seeded(0, "sampling")
     parts: dict[tuple[str, str], Job] = {}
     for name, agent in agents.items():
         replay = replays[agent.config.horizon]
         segment = replay.sample(agent.batch_size, generator=sampling)
+        # As in a run: on a GPU, actions and updates are replayed as CUDA graphs.
+        acting = Acting(agent, seeded(0, "acting", config.device), explore=True)
+        learning = Learning(agent, seeded(0, "learning", config.device))
 
-        def act(agent: Agent = agent) -> object:
-            return agent.act(obs, None, first=first, step=_TRAINED, explore=True, generator=learning)
+        def act(acting: Acting = acting) -> object:
+            return acting(obs, None, first, step=TRAINED)[0].cpu()
 
-        def update(agent: Agent = agent, segment=segment) -> object:
-            return agent.update(segment, generator=learning)
+        def update(learning: Learning = learning, segment=segment) -> object:
+            return learning.update(segment).cpu()
 
         def sample(agent: Agent = agent, replay: Replay = replay) -> object:
             return replay.sample(agent.batch_size, generator=sampling)
 
-        def end_episode(agent: Agent = agent) -> object:
-            return agent.end_episode(episode, generator=learning)
+        def end_episode(learning: Learning = learning) -> object:
+            return learning.end_episode(episode)
 
         parts |= {(name, "act"): act, (name, "update"): update, (name, "sample"): sample}
+        agent.updates = TRAINED  # with the longest planning horizon
         if getattr(agent.config, "pg", "off").startswith("per-"):
-            update()  # an agent does not learn from an episode before the first update
             parts[name, "end_episode"] = end_episode
     return parts, step
 
@@ -151,6 +156,7 @@ def _recorded(
         length=length,
         stack=3 if len(spec.obs_shape) == 3 else 1,
         num_rows=config.num_envs,
+        storage="auto",
         device=config.device,
     )
     collector = Collector(env, replay, config.seed)

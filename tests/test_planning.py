@@ -6,7 +6,8 @@ import torch
 import difftori
 from difftori import EnergyObjective, Planner, ReturnObjective, plan
 from difftori.errors import BoxError, NonFiniteError, ShapeError
-from difftori.solver import ILQR, MPPI, Box, Detached, ProjectedGradient
+from difftori.solver import ILQR, MPPI, Adam, Box, Detached, GradientDescent, ProjectedGradient
+from tests.support.devices import never_waits
 from tests.support.problems import F64, lqr
 
 
@@ -32,6 +33,47 @@ def test_the_objective_is_the_discounted_return():
         s = dynamics(s, actions[:, t])
     total = total + 0.9**3 * 5 * s[:, 0]
     torch.testing.assert_close(objective.cost(actions.flatten(1)), -total)
+
+
+def test_stacked_steps_have_the_same_cost_and_gradient():
+    """The rewards of all steps and all candidates in one evaluation, with functions that take the step too."""
+    reference = torch.randn(9, 2, dtype=F64)
+
+    def dynamics(state, action):
+        return torch.cat([state[..., :1] + 0.1 * state[..., 1:], state[..., 1:] + 0.1 * action], -1)
+
+    def reward(state, action, t):
+        return -(state - reference[t]).square().sum(-1) - 0.01 * action.square().sum(-1)
+
+    state, plans = torch.randn(2, 2, dtype=F64), torch.randn(4, 2, 3, dtype=F64)
+    for value in (None, lambda s: 5 * s[..., 0]):
+        plain, stacked = (
+            ReturnObjective(dynamics, reward, value, state, 3, 1, discount=0.9, first_step=2, stacked=flag)
+            for flag in (False, True)
+        )
+        costs = torch.stack([plain.cost(x) for x in plans])
+        torch.testing.assert_close(torch.stack([stacked.cost(x) for x in plans]), costs)
+        torch.testing.assert_close(stacked.costs(plans), costs)
+        x = plans[0].clone().requires_grad_()
+        (grad,), (theirs,) = (torch.autograd.grad(each.cost(x).sum(), x) for each in (stacked, plain))
+        torch.testing.assert_close(grad, theirs)
+
+
+@pytest.mark.parametrize("solver", [ProjectedGradient(), MPPI(samples=8, elites=4), GradientDescent(0.1), Adam()])
+def test_a_fixed_number_of_steps_never_waits_for_the_device(solver):
+    dynamics, reward = double_integrator(1.0)
+    planner = Planner(solver, Detached(), Box(-1.0, 1.0), 3, tolerance=0.0)
+    state, start = torch.empty(2, 2, device="meta"), torch.empty(2, 3, 1, device="meta")
+    objective = ReturnObjective(dynamics, reward, None, state, 3, 1, 0.9)
+    with torch.no_grad(), never_waits():
+        planner.plan(objective, start)
+
+
+def test_reading_a_value_is_seen():
+    with pytest.raises(AssertionError, match="a value is read"), never_waits():
+        bool(torch.empty(1, device="meta").sum() > 0)
+    with pytest.raises(AssertionError, match="a copy between devices"), never_waits():
+        torch.ones(2).to("meta")
 
 
 def test_the_energy_is_the_discounted_score():

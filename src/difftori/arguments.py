@@ -117,8 +117,11 @@ class SweepArguments(Arguments):
 
     file: Path
     """YAML file with `common` options, a `grid` of values, and `variants`."""
-    jobs: int = Field(1, ge=1)
-    """Number of concurrent runs on this machine, each a process with one thread."""
+    jobs: int | None = Field(None, ge=1)
+    """Number of concurrent runs on this machine, each a process with one thread. Default: as many as fit on the GPUs with
+    `--gpus-per-run`, otherwise 1."""
+    gpus_per_run: float | None = Field(None, ge=0)
+    """GPUs of each run; a fraction, such as 0.25, lets several runs share one. Default: `gpus` of the sweep file."""
     ray: str | None = None
     """Run on a Ray cluster: `auto` for this machine's, an address, or `local` to start one here (default: no cluster). Requires
     `difftori[ray]`."""

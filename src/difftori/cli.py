@@ -237,6 +237,7 @@ def _sweep(words: list[str]) -> None:
     from difftori.experiments.status import counts, run_status, table
 
     sweep = read_sweep(options.file)
+    gpus = sweep.gpus if options.gpus_per_run is None else options.gpus_per_run
     runs = plan(sweep)
     failures = []
     if not options.status:
@@ -245,14 +246,14 @@ def _sweep(words: list[str]) -> None:
         if options.ray is not None:
             from difftori.experiments.ray_cluster import on_ray
 
-            engine = on_ray(options.ray, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries)
+            engine = on_ray(options.ray, cpus=sweep.cpus, gpus=gpus, retries=sweep.retries)
         elif options.slurm:
             from difftori.experiments.slurm import on_slurm
 
             place = sweep.out / "slurm"
-            engine = on_slurm(place, cpus=sweep.cpus, gpus=sweep.gpus, retries=sweep.retries, parameters=sweep.slurm)
+            engine = on_slurm(place, cpus=sweep.cpus, gpus=gpus, retries=sweep.retries, parameters=sweep.slurm)
         else:
-            engine = local(options.jobs, sweep.retries)
+            engine = local(options.jobs, sweep.retries, gpus=gpus)
         with run_progress(len(runs), sum(run.finished for run in runs)) as (say, done):
             failures = run_sweep(runs, engine, say=say, done=done)
     found = [run_status(run) for run in runs]

@@ -1,8 +1,8 @@
 """Interfaces of policies (imitation learning) and agents (reinforcement learning)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +17,7 @@ from difftori.types import (
     RowFlags,
     Rows,
     Scalar,
+    Scalars,
     Segment,
     TaskSpec,
     Window,
@@ -159,6 +160,20 @@ Memory: TypeAlias = dict[str, Tensor]
 """State of an agent between agent steps, rows first, such as the plan that warm-starts the next solve."""
 
 
+class ActingSchedule(NamedTuple):
+    """What actions take from the number of agent steps: `fixed`, such as the planning horizon, and the scheduled `std` of the noise."""
+
+    fixed: Hashable
+    std: float
+
+
+class LearningSchedule(NamedTuple):
+    """What the next `update`, and the next `end_episode`, take from the number of updates. None: `end_episode` does nothing."""
+
+    update: Hashable
+    end_episode: Hashable | None = None
+
+
 class Agent(nn.Module, ABC):
     """Acts in a vector of environments and learns from recorded segments, with its own optimizers.
 
@@ -169,6 +184,8 @@ class Agent(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
     batch_size: int
+    updates: int = 0
+    """Number of updates so far."""
     compiles = False
     """Whether computations of fixed shape go through torch.compile. The trainer's `--compile` sets it."""
 
@@ -187,20 +204,30 @@ class Agent(nn.Module, ABC):
         step: int,
         explore: bool,
         generator: torch.Generator,
+        std: Scalar | None = None,
     ) -> tuple[Actions, "Memory"]:
         """One action per environment, (B A) in [−1, 1], without a graph, and the memory to pass with the next observation.
 
         `first` (B): rows whose episode begins with `obs`; `memory` is not valid for them. `step`: number of agent steps so far
-        in training, for schedules. `explore`: add exploration noise.
+        in training, for schedules. `explore`: add exploration noise. `std`: `schedule`'s `std` as a tensor, which a CUDA graph
+        reads anew at every replay; default: that of `step`. Agents without a `schedule` need no such argument.
         """
 
-    @abstractmethod
-    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
-        """Make one update on a batch. Returns new priorities (B) and named numbers to log."""
+    def schedule(self, step: int, *, explore: bool) -> ActingSchedule | None:
+        """What `act` takes from `step`. Actions of equal `fixed` are recorded once as a CUDA graph. Default: None, they never are."""
+        return None
 
-    def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
-        """Learn from the observations (L *S) of an episode that has ended. Default: nothing."""
+    @abstractmethod
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
+        """Make one update on a batch. Returns new priorities (B) and named numbers to log, which stay on the device."""
+
+    def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Scalars:
+        """Learn from the observations (L *S) of an episode that has ended. Returns named numbers to log. Default: nothing."""
         return {}
+
+    def learning_schedule(self) -> LearningSchedule | None:
+        """What learning takes from `updates`. Updates of equal schedules are recorded once as a CUDA graph. Default: None, they never are."""
+        return None
 
     def diagnose(self, segment: Segment, *, generator: torch.Generator) -> Metrics:
         """Named numbers about the training, computed at each evaluation. Default: none."""

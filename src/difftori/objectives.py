@@ -7,15 +7,15 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from difftori.errors import ShapeError, SolverError
 from difftori.solver import ConstrainedTrajectory, TrajectoryObjective
-from difftori.solver.objective import with_time
-from difftori.types import Actions, Points, Rows, States
+from difftori.solver.objective import is_timeless, with_time
+from difftori.types import Actions, Points, PointSets, Rows, States
 
 Dynamics = Callable[..., Tensor]
 """(state (B S), action (B A)) → next state (B S). A third required argument is the step t."""
@@ -32,7 +32,9 @@ class ReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value that depends on the state alone.
 
     `state`: z_0 (B Z), encoded once before the solve. `first_step`: the step t of the first action, for dynamics and
-    rewards that take it.
+    rewards that take it. `stacked`: the functions take any leading dimensions (…), t broadcasts against them, and no row has
+    tensors of its own in them. Then the rewards of all steps, (H B), are one evaluation, and so are the candidates of a
+    sampling solver, (K B). Default: False.
     """
 
     dynamics: Dynamics
@@ -43,19 +45,53 @@ class ReturnObjective(TrajectoryObjective):
     action_dim: int
     discount: float = 1.0
     first_step: int | Tensor = 0
+    stacked: bool = False
+    _weights: Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
         _accept_time(self)
-        # A tensor, so that the same compiled code is used for every step.
-        object.__setattr__(self, "first_step", torch.as_tensor(self.first_step, device=self.state.device))
+        if not isinstance(self.first_step, Tensor):
+            # A tensor, so that the same compiled code is used for every step; filled on the device, without a copy.
+            first = torch.full((), self.first_step, dtype=torch.long, device=self.state.device)
+            object.__setattr__(self, "first_step", first)
+        exponents = torch.arange(self.horizon, dtype=self.state.dtype, device=self.state.device)
+        object.__setattr__(self, "_weights", self.discount**exponents)
+
+    def cost(self, x: Points) -> Rows:
+        """Minus the return."""
+        return self._stacked_cost(x) if self.stacked else super().cost(x)
+
+    def costs(self, candidates: PointSets) -> Tensor | None:
+        """Minus the returns of K plans for every row, (K B n) → (K B), with `stacked`."""
+        return self._stacked_cost(candidates) if self.stacked else None
+
+    def _stacked_cost(self, x: Tensor) -> Tensor:
+        """The same cost of (… n): the model step by step, then the rewards of all steps at once."""
+        times, actions = self.times(), x.unflatten(-1, (self.horizon, self.action_dim)).movedim(-2, 0)
+        latest = self.state.expand(*x.shape[:-1], self.state.shape[-1])
+        states = []
+        for t, action in zip(times.unbind(), actions.unbind(), strict=True):
+            states.append(latest)
+            latest = self._next(latest, action, t)
+        rewards = self._reward(torch.stack(states), actions, times.view(-1, *(1,) * (x.dim() - 1)))
+        total = (self._weights.view(-1, *(1,) * (x.dim() - 1)) * rewards).sum(0)
+        if self.terminal_value is not None:
+            total = torch.add(total, self.terminal_value(latest), alpha=self.discount**self.horizon)
+        return -total
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a)."""
-        return self.dynamics(state, action, t + self.first_step)
+        return self._next(state, action, t)
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
-        return -self.reward(state, action, t + self.first_step)
+        return -self._reward(state, action, t)
+
+    def _next(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.dynamics(state, action, t if is_timeless(self.dynamics) else t + self.first_step)
+
+    def _reward(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.reward(state, action, t if is_timeless(self.reward) else t + self.first_step)
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero if there is no terminal value."""

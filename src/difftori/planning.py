@@ -87,6 +87,8 @@ class Planner:
     tolerance: float | None = None
     compile: bool = False
     keep: Literal["best", "last"] = "best"
+    project_start: bool = False
+    """Start at the nearest point of the box, as `plan` always does. Default: False, the start of `solve` must lie inside."""
     clamp_in_cost: bool = False
     """Clamp x inside the cost, as the authors' release does: coordinates outside the box have no gradient and stay there, so
     the result may lie outside. Default: False."""
@@ -116,6 +118,7 @@ class Planner:
             solver=self.solver,
             adjoint=self.adjoint,
             box=box,
+            project_start=self.project_start,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
             keep=self.keep,
@@ -157,7 +160,7 @@ class Planner:
                 "as the objective expects."
             )
         box = self.flat_box(init_actions)
-        solution = replace(self, box=box).solve(
+        solution = replace(self, box=box, project_start=True).solve(
             objective,
             box.project(init_actions.flatten(1)),
             candidates=None if candidates is None else candidates.flatten(2),
@@ -174,6 +177,8 @@ class Planner:
         """Bounds given as numbers, per action (A), per step (H A) or per row (B H A), for the flat variables (H·A)."""
 
         def flat(bound: Bound, name: str) -> Bound:
+            if isinstance(bound, int | float):
+                return bound
             tensor = torch.as_tensor(bound, dtype=actions.dtype, device=actions.device)
             if tensor.dim() == 0:
                 return tensor

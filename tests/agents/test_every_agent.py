@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from benchmarks.operations import optimizers_without_values
 from difftori.agents.optim import GuardedOptimizer
 from difftori.errors import ConfigError, NonFiniteError
 from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
-from tests.support.agents import PIXELS, STATES, act, build, randomised, segment
+from tests.support.agents import PIXELS, STATES, accepted, act, build, randomised, segment
+from tests.support.devices import never_waits
 
 AGENTS = sorted(find_agents())
 
@@ -34,14 +36,70 @@ def test_acts_in_the_box_and_learns(name, spec):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_acting_never_waits_for_the_device(name, explore, monkeypatch):
+    # On the meta device, and only there, this function takes no generator.
+    monkeypatch.setattr(torch, "rand", halves)  # the heaviest elite is sampled
+    agent = randomised(name).to("meta")
+    obs, generator = torch.empty(4, *STATES.obs_shape, device="meta"), torch.Generator()
+    options = {"step": 30_000, "explore": explore, "generator": generator}
+    with never_waits():
+        _, memory = agent.act(obs, None, first=torch.ones(4, dtype=torch.bool, device="meta"), **options)
+        agent.act(obs, memory, first=torch.zeros(4, dtype=torch.bool, device="meta"), **options)
+
+
+@pytest.mark.parametrize("spec", [STATES, PIXELS], ids=["states", "pixels"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((name, {}) for name in AGENTS), ("difftori", {"pg": "replay"})], ids=[*AGENTS, "replay"]
+)
+def test_learning_never_waits_for_the_device(name, settings, spec):
+    with torch.device("meta"):
+        agent = build(name, spec, **settings)
+    batch, generator = segment(spec).to("meta"), torch.Generator()
+    with optimizers_without_values(), never_waits():
+        for _ in range(4):
+            agent.update(batch, generator=generator)
+        agent.end_episode(batch.obs[:, 0], generator=generator)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_the_scheduled_noise_may_be_a_tensor(name, explore):
+    agent, obs = randomised(name, **accepted(name, {"schedule_steps": 1000})), segment().obs[0]
+    for step in (0, 500, 2000):
+        schedule = agent.schedule(step, explore=explore)
+        expected, _ = act(agent, obs, step=step, explore=explore)
+        found, _ = act(agent, obs, step=step, explore=explore, std=torch.tensor(schedule.std))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_equal_schedules_have_equal_actions_and_updates(name):
+    """What is replayed from a graph was recorded at another step."""
+    agent = randomised(name, **accepted(name, {"schedule_steps": 10}))
+    assert agent.schedule(10, explore=True) == agent.schedule(1000, explore=True)
+    seen = [agent.schedule(step, explore=True) for step in range(11)]
+    assert len(set(seen)) == (1 if name == "sac" else 11)
+    agent.updates = 1000
+    late = agent.learning_schedule()
+    agent.updates = 1002
+    assert agent.learning_schedule() == late is not None, "otherwise a CUDA graph is never recorded"
+
+
 # Without noise that is drawn row by row: a row alone meets the same as in company.
 UNDRAWN = {"tdmpc": {"prior_samples": 0}, "difftori": {"init_std": 0.0}}
 WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
 
 
+def halves(*shape, generator=None, **options):
+    """In place of `torch.rand`."""
+    return torch.full(shape if isinstance(shape[0], int) else shape[0], 0.5, **options)
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_row_acts_alone_as_in_company(name, monkeypatch):
-    monkeypatch.setattr(torch, "multinomial", lambda weights, count, **options: weights.topk(count, 1).indices)
+    monkeypatch.setattr(torch, "rand", halves)  # the heaviest elite is sampled
     agent = randomised(name, **UNDRAWN.get(name, {})).double()
     obs, later = segment().obs[:2, :5].double()
     together, memory = act(agent, obs)

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+from difftori.errors import ConfigError
 from difftori.experiments import pool
+from difftori.experiments.gpus import GPUs
 from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure, RunsFailedError, report_failures, run_all, run_one
 
@@ -159,3 +161,32 @@ def test_no_process_is_left_behind_by_whatever_ends_the_work(tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="an engine's own way"):
         run_one(run)
     assert [process.poll() for process in started] == [-15]
+
+
+def test_runs_share_gpus_evenly_and_each_sees_its_own_only(tmp_path, monkeypatch):
+    code = (
+        "import os, sys, time, pathlib; time.sleep(.3);"
+        "pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    python(monkeypatch, code)
+    monkeypatch.chdir(tmp_path)
+    names = [str(i) for i in range(4)]
+    gpus = GPUs(0.5, ["0", "1"])
+    failures, left = run_all(runs(tmp_path, *names), jobs=gpus.slots, seconds=None, say=print, gpus=gpus)
+    assert (failures, left) == ([], [])
+    assert sorted((tmp_path / name).read_text() for name in names) == ["0", "0", "1", "1"]
+    assert gpus.take() == "0", "all were given back"
+
+
+def test_a_run_may_have_several_gpus():
+    gpus = GPUs(2.0, list("abcde"))
+    assert gpus.slots == 2
+    assert [gpus.take(), gpus.take()] == ["a,b", "c,d"]
+    gpus.give_back("a,b")
+    assert gpus.take() == "a,b"
+
+
+@pytest.mark.parametrize(("per_run", "names"), [(0.5, []), (2.0, ["0"]), (1.5, ["0", "1"])])
+def test_gpus_that_are_not_there_are_refused(per_run, names):
+    with pytest.raises(ConfigError, match=f"{per_run:g} for each run, and {len(names)} in this machine"):
+        GPUs(per_run, names)

@@ -62,7 +62,7 @@ def started(monkeypatch) -> list[list[str]]:
     failing: set[str] = set()
     monkeypatch.failing = failing  # for tests that want some to fail
 
-    def run_all(specs, *, jobs, seconds, say, done=lambda run: None, retries=0):
+    def run_all(specs, *, jobs, seconds, say, done=lambda run: None, retries=0, gpus=None):
         waves.append([spec.name for spec in specs])
         for spec in specs:
             if "collect" in spec.words:

@@ -1,6 +1,7 @@
 """Studies of reinforcement learning on made-up runs: which runs, what makes a study full, what may differ between runs."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -8,7 +9,8 @@ from pydantic import ValidationError
 from difftori.config import fields_of, overlay, read_tokens
 from difftori.errors import ConfigError
 from difftori.experiments.paper import figure3, figure5, figure6
-from difftori.experiments.rl_study import TASKS, RLStudy, partial_reasons, plan_runs
+from difftori.experiments.records import RecordFile
+from difftori.experiments.rl_study import TASKS, RLStudy, budget_name, partial_reasons, plan_runs
 from difftori.experiments.study import comparable, config_mismatch
 from difftori.paper.numbers import paper_tasks
 from difftori.trainers import reinforcement
@@ -75,6 +77,30 @@ def test_figures_share_their_runs(small):
     forms = [plan_runs(small(), [method])[0] for method in figure5.FORMS.values()]
     assert len({run.spec.folder for run in forms}) == len(forms)
     assert sum(run.spec.folder in default for run in forms) == 1
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "count"),
+    [
+        (figure5, {"tasks": ("cheetah-run", "walker-run", "reacher-easy"), "seeds": 5}, 45),
+        (
+            figure3,
+            {"tasks": ("cheetah-run", "reacher-easy", "cup-catch"), "seeds": 3, "methods": ("difftori", "tdmpc")},
+            18,
+        ),
+    ],
+)
+def test_the_repositorys_runs_are_those_of_todays_defaults(small, study, options, count):
+    """A default that changes must not make the kept runs ones of other settings (docs/reinforcement-studies.md)."""
+    given = {"preset": "small", "steps": 50_000, "action_repeat": 4, "eval_every": 10_000, "compile": True}
+    config = small(study.Config, **given, **options)
+    file = RecordFile(Path(__file__).parents[2] / "results" / "runs" / f"{budget_name(config)}.jsonl")
+    kept = file.read()
+    methods = study.FORMS if study is figure5 else {name: study.METHODS[name] for name in options["methods"]}
+    runs = [run for run in plan_runs(config, list(methods.values())) if run.key in kept]
+    assert len(runs) == count
+    for run in runs:
+        assert config_mismatch(comparable(run.config.model_dump(mode="json")), kept[run.key].config) == []
 
 
 def test_what_decides_and_what_does_not(small):

@@ -28,10 +28,10 @@ def test_each_image_is_shifted_by_itself_by_whole_pixels_up_to_pad():
     images = random_images(300)
     result = shift(images, 2)
     assert result.shape == images.shape
-    assert result.dtype == torch.float32
+    assert result.dtype == images.dtype
     steps = range(-2, 3)
     found = []
-    for image, out in zip(images.float(), result, strict=True):
+    for image, out in zip(images, result, strict=True):
         fitting = [(i, j) for i, j in product(steps, steps) if torch.equal(moved(image, i, j), out)]
         assert len(fitting) == 1
         found += fitting
@@ -50,10 +50,15 @@ def test_an_image_is_not_mixed_with_its_neighbours():
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_no_shift_changes_nothing(kind):
     images = random_images(5).to(kind)
-    assert torch.equal(shift(images, 0), images.float())
+    assert torch.equal(shift(images, 0), images)
 
 
 def test_the_generator_alone_decides():
     images = random_images(20)
     assert torch.equal(shift(images, 2), shift(images, 2))
     assert not torch.equal(shift(images, 2), shift(images, 2, seed=1))
+
+
+def test_leading_dimensions_are_images_of_their_own():
+    images = random_images(6)
+    assert torch.equal(shift(images.view(2, 3, 3, 6, 8), 2).flatten(0, 1), shift(images, 2))

@@ -14,8 +14,8 @@ from tests.support.specs import (
     OBS_SHIFT,
     SCALE,
     SHIFT,
+    SMALL,
     SPECS,
-    TINY,
     WITHIN,
     build,
     demonstrations,
@@ -25,23 +25,10 @@ from tests.support.specs import (
     with_base,
 )
 
-UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 6, "images": TINY}
 LOSS_IN_TASK_UNITS = {"bc", "bc-pointnet"}
 """Their loss is the error of the controls themselves, as the pendulum's literature has it."""
 ALL_IN_TASK_UNITS = {"lstm"}
 """Table 8's baseline normalises nothing, as its source."""
-SMALL: dict[str, dict] = {
-    "bc": {"images": TINY},
-    "difftori-il": {"images": TINY},
-    "diffusion": UNET,
-    "dp3": {**UNET, "inference_steps": 2},
-    "residual": {"images": TINY},
-    "bc-pointnet": {"point_layers": (16, 32), "hidden": (32,)},
-    "bc-rnn-gmm": {"preset": "small", "hidden": 32, "images": TINY},
-    "ibc": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "images": TINY},
-    "ibc-base": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "images": TINY},
-}
-"""Settings that make a policy small enough to be tested often."""
 
 
 @pytest.fixture(params=[f"{name}-{spec}" for name in sorted(find_policies()) for spec in SPECS])

@@ -51,20 +51,25 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    ("env", "num_envs", "distractors"), [("probe:delayed-reward", 1, 0), ("gym:Pendulum-v1", 2, 3)]
+    ("env", "num_envs", "given"),
+    [
+        ("probe:delayed-reward", 1, {}),
+        ("gym:Pendulum-v1", 2, {"distractors": 3}),
+        ("probe:delayed-reward", 1, {"interleave": True}),
+    ],
 )
-def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, distractors, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, given, tmp_path, monkeypatch):
     steps = 90 if num_envs == 1 else 800
-    given = {"num_envs": num_envs, "steps": steps, "distractors": distractors}
+    given = {"num_envs": num_envs, "steps": steps, **given}
     wanted = config(env=env, save_every=30, eval_every=10_000, settings=QUICK, **given)
     rl.train(wanted, tmp_path / "whole", progress=False)
     update, calls = Collector.step, []
 
-    def dies(self, act):
+    def dies(self, act, *meanwhile):
         calls.append(None)
         if len(calls) in (steps // 2 // num_envs, int(steps * 0.8) // num_envs):
             raise Interrupted
-        return update(self, act)
+        return update(self, act, *meanwhile)
 
     monkeypatch.setattr(Collector, "step", dies)
     for _ in range(2):
@@ -80,6 +85,46 @@ def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, distractors, tm
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("workers", ["sync", "async"])
+def test_updates_are_made_while_the_environments_step(workers, tmp_path, monkeypatch):
+    step, update, stepping, made = CheckedVectorEnv.step, rl._Session._update, [], {True: 0, False: 0}
+
+    def watched_step(self, actions, meanwhile=None):
+        stepping.append(meanwhile)
+        try:
+            return step(self, actions, meanwhile)
+        finally:
+            stepping.pop()
+
+    def watched_update(self):
+        made[bool(stepping)] += 1
+        update(self)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", watched_step)
+    monkeypatch.setattr(rl._Session, "_update", watched_update)
+    given = {"interleave": True, "workers": workers, "eval_every": 10_000, "eval_episodes": 1}
+    wanted = config(env="gym:Pendulum-v1", steps=600, settings=QUICK, **given)
+    summary = rl.train(wanted, tmp_path / workers, progress=False)
+    # Three episodes of 200 steps, and an update for every 25 steps: at their ends all of the first, and the last one of the others.
+    assert made == {False: 10, True: 14}
+    assert sum(made.values()) == summary["updates"]
+
+
+def test_workers_step_while_the_caller_does_something_else():
+    env = make_env("gym:Pendulum-v1", num_envs=2, seed=0, workers="async")
+    order = []
+    inner = env._env
+    begin, wait = inner.step_async, inner.step_wait
+    inner.step_async = lambda actions: (order.append("begin"), begin(actions))[1]
+    inner.step_wait = lambda: (order.append("wait"), wait())[1]
+    try:
+        env.reset(seed=[0, 1])
+        env.step(np.zeros((2, 1), np.float32), lambda: order.append("meanwhile"))
+    finally:
+        env.close()
+    assert order == ["begin", "meanwhile", "wait"]
+
+
 def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatch):
     wanted = config(
         env="gym:Pendulum-v1", num_envs=3, steps=900, save_every=10_000, settings={"updates_per_step": 0.05}
@@ -87,11 +132,11 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     rl.train(wanted, tmp_path / "whole", progress=False)
     step, calls = Collector.step, []
 
-    def raises_a_flag(self, act):
+    def raises_a_flag(self, *arguments):
         calls.append(None)
         if len(calls) == 70:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, act)
+        return step(self, *arguments)
 
     monkeypatch.setattr(Collector, "step", raises_a_flag)
     with pytest.raises(SystemExit) as ended:
@@ -175,12 +220,12 @@ def test_episodes_of_unequal_age_are_played_again():
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
     step, calls = CheckedVectorEnv.step, []
 
-    def fails_once(self, actions):
+    def fails_once(self, *arguments):
         calls.append(None)
         if len(calls) == 60:
             self._begun[:] = self._running[:] = False
             raise EnvironmentRestarted("all copies were restarted", restarts=1)
-        return step(self, actions)
+        return step(self, *arguments)
 
     monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
     summary = rl.train(config(env="probe:delayed-reward", steps=120, eval_every=1000), tmp_path, progress=False)

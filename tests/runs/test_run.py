@@ -324,6 +324,9 @@ def test_a_configuration_of_an_earlier_version_is_read_with_todays_names():
     settings = {"samples": 512, "elites": 64, "lr": 1e-3, "obs_q_lambda": 0.0}
     assert current_config({"agent": "difftori", "settings": settings})["settings"] == {"lr": 1e-3}
     assert current_config({"agent": "tdmpc", "settings": settings})["settings"] == settings
+    exact = {"settings": {"precision": "float32"}}  # on a CPU the default of every version, on a GPU a choice
+    assert current_config(exact) == {"settings": {}}
+    assert current_config({**exact, "device": "cuda"}) == {**exact, "device": "cuda"}
     kept = current_config({"agent": "difftori", "settings": {"obs_q_lambda": 1.0}})
     assert kept["settings"] == {"obs_q_lambda": 1.0}
 

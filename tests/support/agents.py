@@ -14,17 +14,17 @@ FURTHER = {"prior_samples": 2, "channels": 4, "feature_dim": 8}
 def build(name: str, spec: EnvSpec = STATES, **settings):
     torch.manual_seed(0)
     kind = find_agent(name)
-    return kind(kind.Config(**{**_accepted(name, TINY | FURTHER), **settings}), spec)
+    return kind(kind.Config(**{**accepted(name, TINY | FURTHER), **settings}), spec)
 
 
-def _accepted(name: str, settings: dict) -> dict:
+def accepted(name: str, settings: dict) -> dict:
     """Those of the settings that the agent has."""
     return {key: value for key, value in settings.items() if key in find_agent(name).Config.model_fields}
 
 
 def randomised(name: str, spec: EnvSpec = STATES, **settings):
     """An agent of random weights throughout: freshly built, its last layers are zeros, and nothing depends on anything."""
-    agent = build(name, spec, **{**_accepted(name, {"schedule_steps": 0}), **settings})
+    agent = build(name, spec, **{**accepted(name, {"schedule_steps": 0}), **settings})
     g = torch.Generator().manual_seed(7)
     for parameter in agent.parameters():
         parameter.data.normal_(std=0.3, generator=g)
@@ -47,7 +47,7 @@ def segment(spec: EnvSpec = STATES, *, steps: int = 3, rows: int = 8, seed: int 
     )
 
 
-def act(agent, obs, memory=None, *, first=None, step=30_000, explore=False, seed=0):
+def act(agent, obs, memory=None, *, first=None, step=30_000, explore=False, seed=0, **options):
     first = torch.ones(len(obs), dtype=torch.bool) if first is None else first
     generator = torch.Generator().manual_seed(seed)
-    return agent.act(obs, memory, first=first, step=step, explore=explore, generator=generator)
+    return agent.act(obs, memory, first=first, step=step, explore=explore, generator=generator, **options)

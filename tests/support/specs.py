@@ -82,6 +82,19 @@ def in_other_units(spec: TaskSpec) -> TaskSpec:
 SPECS = {"rows": ROWS, "vectors": VECTORS, "clouds": CLOUDS, "images": IMAGES}
 TINY = Images(width=16, keypoints=4)
 """A network for images that is quick to make and to train."""
+_UNET = {"dims": (16, 32), "step_width": 16, "noise_steps": 6, "images": TINY}
+SMALL: dict[str, dict] = {
+    "bc": {"images": TINY},
+    "difftori-il": {"images": TINY},
+    "diffusion": _UNET,
+    "dp3": {**_UNET, "inference_steps": 2},
+    "residual": {"images": TINY},
+    "bc-pointnet": {"point_layers": (16, 32), "hidden": (32,)},
+    "bc-rnn-gmm": {"preset": "small", "hidden": 32, "images": TINY},
+    "ibc": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "images": TINY},
+    "ibc-base": {"preset": "small", "hidden": (64, 64), "num_negatives": 32, "samples": 64, "images": TINY},
+}
+"""Settings that make a policy small enough to be tested often."""
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -27,8 +27,9 @@ class ActorCriticConfig(AgentConfig):
     """Size of the features of an image that policy and critics receive."""
     channels: int = Field(32, ge=1)
     """Channels of the pixel encoder's convolutions."""
-    precision: Precision = "float32"
-    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits."""
+    precision: Precision = "auto"
+    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits. `auto`: on a CUDA
+    device bfloat16, and TF32 for the matrix products of updates; otherwise float32."""
     discount: float = Field(0.99, gt=0, le=1)
     """Discount γ per agent step."""
 

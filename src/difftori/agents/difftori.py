@@ -1,7 +1,6 @@
 """DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any, Literal, final
 
 import torch
@@ -20,8 +19,9 @@ from difftori.agents.latent_model import (
 from difftori.agents.losses import critic_loss, model_loss, prior_loss
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.errors import ConfigError, SolverError
-from difftori.interfaces import Agent, Memory
-from difftori.models.world_model import Critics, WorldModel, action_noise
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
+from difftori.models.nets import noise_like
+from difftori.models.world_model import ObservationCritics, WorldModel, action_noise
 from difftori.planning import ActionReturnObjective, Plan, Planner, ReturnObjective
 from difftori.solver import (
     Adjoint,
@@ -36,9 +36,7 @@ from difftori.solver import (
 from difftori.solver.compiled import maybe_compiled
 from difftori.types import (
     Actions,
-    AnyActions,
     AnyObservations,
-    AnyQValues,
     EnvSpec,
     Latents,
     Metrics,
@@ -47,6 +45,7 @@ from difftori.types import (
     RowFlags,
     Rows,
     Scalar,
+    Scalars,
     Segment,
 )
 
@@ -103,6 +102,8 @@ class DiffTORIConfig(LatentModelConfig):
     """Next action in the Bellman target of Q̃: that of π, as released, or that of the planner, which acts."""
     obs_q_coef: float = Field(0.1, ge=0)
     """Weight of the Bellman error of Q̃ in the loss."""
+    obs_q_steps: int | None = Field(None, ge=1)
+    """First steps of each segment on which Q̃ is trained. Default: all. From images, its encoders are most of the arithmetic of an update."""
 
     @field_validator("pg_networks")
     @classmethod
@@ -110,19 +111,6 @@ class DiffTORIConfig(LatentModelConfig):
         if not names:
             raise ValueError("pg_networks is empty. Fix: name at least one network, or set pg: off")
         return names
-
-
-class ObservationCritics(nn.Module):
-    """Q̃_φ(o, a): twin critics of observations, each with its own encoder (Wan et al., 2024, Section 3.2)."""
-
-    def __init__(self, encoders: Iterable[nn.Module], action_dim: int, *, latent_dim: int, width: int):
-        super().__init__()
-        self.encoders = nn.ModuleList(encoders)
-        self.heads = nn.ModuleList(Critics(latent_dim, action_dim, width, 1) for _ in self.encoders)
-
-    def forward(self, obs: AnyObservations, action: AnyActions) -> AnyQValues:
-        """(… *S), (… A) → (K …)."""
-        return torch.cat([head(encode(obs), action) for encode, head in zip(self.encoders, self.heads, strict=True)])
 
 
 @final
@@ -155,7 +143,7 @@ class DiffTORI(Agent):
         self.pg_optimizer = GuardedOptimizer(chosen, config.pg_lr or lr, config.pg_clip_norm)
         self.updates = 0
 
-    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
         """One update of Eq. 6: steps of the model and critics, of the prior π, and of the policy-gradient term; then soft updates.
 
         Q̃(o, a) are critics of observations. Q(z, a) are the critics inside the latent model.
@@ -166,7 +154,7 @@ class DiffTORI(Agent):
         # the loss of the latent model, L_TD-MPC (Eq. 3), and the Bellman error of Q̃
         noise = action_noise(segment.actions.shape, s.std_end, like=segment.actions, generator=generator)
         td = maybe_compiled(self.compiles, model_loss, model, self.target, segment, obs, noise, s.coefficients())
-        next_action = self._next_action(obs[1:], generator)
+        next_action = self._next_action(td.next_latents[: s.obs_q_steps], generator)
         critics, weights = (self.obs_critics, self.obs_target), (s.discount, s.rho, s.obs_q_coef)
         bellman = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
         loss, metrics = td.total + bellman, {**td.metrics, "obs_q_loss": bellman.detach()}
@@ -196,7 +184,7 @@ class DiffTORI(Agent):
             pg = self.policy_gradient_loss(states, generator)
             metrics["pg_grad_norm"] = self.pg_optimizer.step(self.pg_optimizer.gradient(s.pg_coef * pg))
             metrics["pg_loss"] = pg.detach()
-        return td.priorities, {name: float(value) for name, value in metrics.items()}
+        return td.priorities, metrics
 
     def policy_gradient_loss(self, obs: Observations, generator: torch.Generator, count: int | None = None) -> Scalar:
         """−min Q̃(s, a(θ)) averaged over the first `count` states of (B *S), or all, differentiable through the solve.
@@ -205,7 +193,7 @@ class DiffTORI(Agent):
         """
         return self._value_loss(obs, self._differentiable_plan(obs, generator), count)
 
-    def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Metrics:
+    def end_episode(self, obs: Observations, *, generator: torch.Generator) -> Scalars:
         """The released schedule: one step of the term on its gradient summed over an episode's states (L *S).
 
         The release solves while it acts. The weights do not change within an episode, so the sum is the same, except for
@@ -214,13 +202,13 @@ class DiffTORI(Agent):
         s = self.settings
         if s.pg != "per-episode" or self.updates == 0 or self.updates < s.pg_after or not len(obs):
             return {}
-        total, losses = [], 0.0
+        total, sum_of_losses = [], 0.0
         for part in obs.split(_MAX_ROWS):
             loss = self.policy_gradient_loss(self._padded_rows(part), generator, len(part)) * len(part)
             gradient = self.pg_optimizer.gradient(s.pg_coef * loss)
-            losses += loss.item()
+            sum_of_losses = sum_of_losses + loss.detach()
             total = [a + b for a, b in zip(total, gradient, strict=True)] if total else gradient
-        return {"pg_loss": losses / len(obs), "pg_grad_norm": self.pg_optimizer.step(total)}
+        return {"pg_loss": torch.as_tensor(sum_of_losses / len(obs)), "pg_grad_norm": self.pg_optimizer.step(total)}
 
     def _value_loss(self, obs: Observations, plan: Plan, count: int | None = None) -> Scalar:
         value = self.obs_critics(obs, plan.actions[:, 0]).amin(0)
@@ -231,23 +219,28 @@ class DiffTORI(Agent):
         s = self.settings
         return s.pg == "replay" and update >= s.pg_after and update % s.pg_every == 0
 
+    def learning_schedule(self) -> LearningSchedule:
+        """What is due, and the planning horizon of the policy-gradient term."""
+        s, now, due = self.settings, self.updates, self.updates + 1
+        horizons = (self._horizon(now), self._horizon(due)) if self._pg_due(due) else ()
+        episode = self._horizon(now) if s.pg == "per-episode" and now > 0 and now >= s.pg_after else None
+        return LearningSchedule((due % s.ema_every == 0, horizons), episode)
+
     def _padded_rows(self, obs: AnyObservations) -> AnyObservations:
         """If compiled, repeat the last row up to a multiple of 64 rows."""
         missing = -len(obs) % _COMPILED_ROWS if self.compiles else 0
         return torch.cat([obs, obs[-1:].expand(missing, *obs.shape[1:])]) if missing else obs
 
     @torch.no_grad()
-    def _next_action(self, next_obs: Tensor, generator: torch.Generator) -> Tensor:
-        """a' of the Bellman target of Q̃: π(h(o')) with noise, or the planner's action, (T B *S) → (T B A)."""
-        latent = self.model.encode(next_obs.flatten(0, 1))
+    def _next_action(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """a' of the Bellman target of Q̃ at h(o') (T B Z): π(h(o')) with noise, or the planner's action, (T B A)."""
+        latent, shape = latents.flatten(0, 1), (*latents.shape[:2], self.spec.action_dim)
         if self.settings.q_target == "prior":
-            shape = (len(latent), self.spec.action_dim)
-            noise = action_noise(shape, self.settings.std_end, like=latent, generator=generator)
-            return self.model.prior(latent, noise).unflatten(0, next_obs.shape[:2])
+            noise = action_noise((len(latent), shape[-1]), self.settings.std_end, like=latent, generator=generator)
+            return self.model.prior(latent, noise).view(shape)
         horizon = self.settings.horizon
         start = self._start(latent, horizon, generator)
-        plan = self.plan(latent, horizon, start, Detached(), self.settings.plan_steps)
-        return plan.actions[:, 0].unflatten(0, next_obs.shape[:2])
+        return self.plan(latent, horizon, start, Detached(), self.settings.plan_steps).actions[:, 0].view(shape)
 
     # Planning
 
@@ -261,6 +254,7 @@ class DiffTORI(Agent):
         step: int,
         explore: bool,
         generator: torch.Generator,
+        std: Scalar | None = None,
     ) -> tuple[Actions, Memory]:
         """The first action of the best plan, for all environments in one solve."""
         s, latent = self.settings, self.model.encode(obs)
@@ -272,10 +266,14 @@ class DiffTORI(Agent):
         actions = self.plan(latent, horizon, start, Detached(), s.plan_steps).actions
         action = actions[:, 0]
         if explore and s.explore:
-            noise = torch.randn(action.shape, generator=generator, device=action.device)
-            action = action + s.exploration_std(step) * noise
+            scale = s.exploration_std(step) if std is None else std
+            action = action + scale * noise_like(action, generator)
         padded = nn.functional.pad(actions, (0, 0, 0, s.horizon + 1 - actions.shape[1]))
         return action.clamp(-1.0, 1.0), {"plan": padded}
+
+    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+        """The planning horizon, and the standard deviation of the noise."""
+        return ActingSchedule(self.settings.plan_horizon(step), self.settings.exploration_std(step))
 
     def plan(self, latent: Latents, horizon: int, start: Plans, adjoint: Adjoint, steps: int) -> Plan:
         """Solve Eq. 4 from `start`: actions (B H A), or (B H+1 A) if the last one is optimised too."""
@@ -290,7 +288,8 @@ class DiffTORI(Agent):
         """Eq. 4 from `latent` (B Z), with π(z_H) or a_H in the terminal value."""
         model, size, discount = self.model, self.spec.action_dim, self.settings.discount
         if self.settings.terminal == "prior":
-            return ReturnObjective(model.next, model.reward, model.value, latent, horizon, size, discount)
+            functions = (model.next, model.reward, model.value)
+            return ReturnObjective(*functions, latent, horizon, size, discount, stacked=True)
         return ActionReturnObjective(model.next, model.reward, model.min_q, latent, horizon + 1, size, discount)
 
     @torch.no_grad()
@@ -305,10 +304,13 @@ class DiffTORI(Agent):
     def _differentiable_plan(self, obs: Observations, generator: torch.Generator) -> Plan:
         """Plans as in `act`, differentiable, with the scheduled horizon at this number of updates."""
         s, latent = self.settings, self.model.encode(obs)
-        horizon = s.plan_horizon(int(self.updates / s.updates_per_step))
+        horizon = self._horizon(self.updates)
         start = self._start(latent, horizon, generator)
         adjoints = {"unrolled": Unrolled(), "truncated": Truncated(5), "implicit": Implicit(linear="cg", products=12)}
         return self.plan(latent, horizon, start, adjoints[s.adjoint], s.pg_steps)
+
+    def _horizon(self, updates: int) -> int:
+        return self.settings.plan_horizon(int(updates / self.settings.updates_per_step))
 
     # Diagnostics
 

@@ -17,7 +17,7 @@ from difftori.agents.actor_critic import (
 )
 from difftori.agents.calibration import calibration
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics
 from difftori.models.encoders import random_shift
 from difftori.models.nets import noise_like
@@ -33,6 +33,7 @@ from difftori.types import (
     RowFlags,
     Rows,
     Scalar,
+    Scalars,
     Segment,
 )
 
@@ -113,12 +114,18 @@ class DrQV2(Agent):
         step: int,
         explore: bool,
         generator: torch.Generator,
+        std: Scalar | None = None,
     ) -> tuple[Actions, Memory]:
         """The policy's action, with noise of the scheduled standard deviation if `explore` is set."""
         action = self._policy(self.encoder(obs))
         if explore:
-            action = action + self.exploration_std(step) * noise_like(action, generator)
+            scale = self.exploration_std(step) if std is None else std
+            action = action + scale * noise_like(action, generator)
         return action.clamp(-1.0, 1.0), {}
+
+    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+        """The standard deviation of the noise."""
+        return ActingSchedule((), self.exploration_std(step))
 
     def exploration_std(self, step: int) -> float:
         """Standard deviation of the exploration noise after `step` agent steps."""
@@ -130,7 +137,7 @@ class DrQV2(Agent):
 
     # Learning
 
-    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
         """One update: a step of the critics and the encoder, one of the policy, and the soft update of the target critics."""
         s, batch = self.settings, n_step(segment, self.settings.discount)
         batch = batch._replace(obs=_shifted(batch.obs, generator), next_obs=_shifted(batch.next_obs, generator))
@@ -147,9 +154,9 @@ class DrQV2(Agent):
         self.updates += 1
         soft_update(self.target_critics.parameters(), self.critics.parameters(), s.ema)
         return priorities, {
-            "critic_loss": loss.item(),
-            "q": q.item(),
-            "actor_loss": actor_loss.item(),
+            "critic_loss": loss.detach(),
+            "q": q,
+            "actor_loss": actor_loss.detach(),
             "grad_norm": grad_norm,
             "actor_grad_norm": actor_grad_norm,
         }
@@ -170,8 +177,16 @@ class DrQV2(Agent):
 
     def _noise(self, like: Actions, generator: torch.Generator) -> Actions:
         """Clipped noise of the standard deviation that is scheduled at this number of updates."""
-        std = self.exploration_std(int(self.updates / self.settings.updates_per_step))
+        std = self.exploration_std(self._trained_steps())
         return action_noise(like.shape, std, like=like, generator=generator, limit=self.settings.noise_clip)
+
+    def _trained_steps(self) -> int:
+        """The number of agent steps to which the number of updates corresponds."""
+        return int(self.updates / self.settings.updates_per_step)
+
+    def learning_schedule(self) -> LearningSchedule | None:
+        """Nothing once the noise has fallen to its end. Before, an update is not recorded, because the next one has less noise."""
+        return LearningSchedule(()) if self._trained_steps() >= self.schedule_steps else None
 
     def q(self, obs: Observations, actions: Actions) -> AnyQValues:
         """Q_k(s, a): (B *S), (B A) → (2 B)."""

@@ -15,18 +15,26 @@ from difftori.types import EnvSpec
 _PIXELS, _STATE = {"lr": 3e-4, "batch_size": 256}, {"lr": 1e-3, "batch_size": 512}
 _MAX_SHIFT = 4
 
-# For two CPU cores. docs/reinforcement.md has the measured loss of performance.
+# For two CPU cores, and for many runs from pixels on a GPU. docs/reinforcement.md has the measured loss of performance.
 COMPACT: dict[str, Any] = {
     "latent_dim": 50,
     "width": 128,
     "encoder_width": 128,
+    "channels": 16,
     "batch_size": 128,
     "horizon": 3,
     "seed_steps": 1000,
     "schedule_steps": 10_000,
 }
 # For comparing variants of an agent by many runs on two CPU cores.
-SMALL: dict[str, Any] = {**COMPACT, "latent_dim": 32, "width": 64, "encoder_width": 64, "batch_size": 64}
+SMALL: dict[str, Any] = {
+    **COMPACT,
+    "latent_dim": 32,
+    "width": 64,
+    "encoder_width": 64,
+    "channels": 32,
+    "batch_size": 64,
+}
 # A latent state too small for the observations, so the training objective of the model matters: objective mismatch.
 NARROW: dict[str, Any] = {**SMALL, "latent_dim": 4}
 
@@ -51,8 +59,9 @@ class LatentModelConfig(AgentConfig):
     """Width of the state encoder's hidden layer."""
     channels: int = Field(32, ge=1)
     """Channels of the pixel encoder's convolutions."""
-    precision: Precision = "float32"
-    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits."""
+    precision: Precision = "auto"
+    """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits. `auto`: on a CUDA
+    device bfloat16, and TF32 for the matrix products of updates; otherwise float32."""
     lr: float | None = Field(None, gt=0)
     """Learning rate. Default: 3e-4 from pixels, 1e-3 from states."""
     discount: float = Field(0.99, gt=0, le=1)
@@ -136,4 +145,4 @@ def augmented(obs: Tensor, generator: torch.Generator) -> Tensor:
     """Images (T+1 B C H W) shifted at random, separately at each time step. States are unchanged."""
     if obs.dim() < 5:
         return obs
-    return random_shift(obs.flatten(0, 1), _MAX_SHIFT, generator).unflatten(0, obs.shape[:2])
+    return random_shift(obs, _MAX_SHIFT, generator)

@@ -33,11 +33,12 @@ class ModelCoefficients(NamedTuple):
 
 
 class ModelLoss(NamedTuple):
-    """Eq. 3 on a batch: the scalar, new priorities (B), the latents (T+1 B Z) without a graph, and scalars to log."""
+    """Eq. 3 on a batch: the scalar, new priorities (B), the latents (T+1 B Z) and h(s') (T B Z) without a graph, and scalars to log."""
 
     total: Scalar
     priorities: Rows
     latents: Tensor
+    next_latents: Tensor
     metrics: dict[str, Scalar]
 
 
@@ -48,7 +49,9 @@ def model_loss(
 
     `noise` (T B A) is added to π's action in the target.
     """
-    target_latents, target_values = model_targets(model, target, segment, obs[1:], noise, c.discount)
+    with torch.no_grad():
+        target_latents, next_latents = target.encode(obs[1:]), model.encode(obs[1:])
+        target_values = bellman_targets(model, target, segment, next_latents, noise, c.discount)
     latents = [model.encode(obs[0])]
     for action in segment.actions:
         latents.append(model.next(latents[-1], action))
@@ -73,18 +76,16 @@ def model_loss(
         "value_loss": value.mean(),
         "q": q.mean(),
     }
-    return ModelLoss(total, priorities, path.detach(), {name: m.detach() for name, m in metrics.items()})
+    scalars = {name: m.detach() for name, m in metrics.items()}
+    return ModelLoss(total, priorities, path.detach(), next_latents, scalars)
 
 
-@torch.no_grad()
-def model_targets(
-    model: WorldModel, target: WorldModel, segment: Segment, next_obs: Tensor, noise: Tensor, discount: float
-) -> tuple[Tensor, Tensor]:
-    """h⁻(s') (T B Z) and r + γ min Q⁻(h(s'), π(h(s'))) (T B), without the second term after a terminated step."""
-    latents, online = target.encode(next_obs), model.encode(next_obs)
-    action = model.prior(online, noise)
-    not_done = (~segment.terminated).float()
-    return latents, segment.rewards + discount * not_done * target.min_q(online, action)
+def bellman_targets(
+    model: WorldModel, target: WorldModel, segment: Segment, next_latents: Tensor, noise: Tensor, discount: float
+) -> Tensor:
+    """r + γ min Q⁻(z', π(z') + noise) at z' = h(s') (T B Z), without the second term after a terminated step, (T B)."""
+    action = model.prior(next_latents, noise)
+    return segment.rewards + discount * (~segment.terminated).float() * target.min_q(next_latents, action)
 
 
 def critic_loss(
@@ -99,13 +100,15 @@ def critic_loss(
 ) -> Scalar:
     """coef · Σ_t ρ^t Σ_k (Q_k(o, a) − (r + γ min Q⁻(o', a')))², the weighted mean over rows.
 
-    `critics` and `target`: (… *S), (… A) → (K …). `next_action` a' (T B A).
+    `critics` and `target`: (… *S), (… A) → (K …). `next_action` a' (N B A) of the first N ≤ T steps, which the sum extends over.
     """
+    steps = len(next_action)
     with torch.no_grad():
-        not_done = (~segment.terminated).float()
-        values = segment.rewards + discount * not_done * target(obs[1:], next_action).amin(0)
-    errors = (critics(obs[:-1], segment.actions) - values).square().sum(0)
-    rows = (step_weights(segment, rho) * errors).sum(0).clamp(max=CEILING)
+        not_done = (~segment.terminated[:steps]).float()
+        next_values = target(obs[1 : steps + 1], next_action).amin(0)
+        values = segment.rewards[:steps] + discount * not_done * next_values
+    errors = (critics(obs[:steps], segment.actions[:steps]) - values).square().sum(0)
+    rows = (step_weights(segment, rho)[:steps] * errors).sum(0).clamp(max=CEILING)
     return coef * (rows * segment.weights).mean() / len(segment.actions)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ class GuardedOptimizer:
     """Adam over `networks`, with the norm of the gradient clipped over all of them together.
 
     Networks without parameters are left out. `clip_norm` is inf by default, which means no clipping. `beta1` is the decay rate
-    of Adam's average gradient, by default 0.9.
+    of Adam's average gradient, by default 0.9. Only the parameters of `networks` receive gradients.
     A step with a gradient that is not finite is skipped and counted: weights and Adam's state do not change. `MAX_SKIPS`
-    consecutive skips raise NonFiniteError with the names of the networks. Only the parameters of `networks` receive gradients.
+    consecutive skips raise NonFiniteError with the names of the networks: on the CPU at once, on a GPU at the next `check`, so
+    that no step waits for the GPU.
     """
 
     def __init__(
@@ -30,27 +32,52 @@ class GuardedOptimizer:
         self.parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.clip_norm = clip_norm
         self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=(beta1, 0.999), fused=True)
-        self.skipped, self.consecutive_skips = 0, 0
+        self._skips: _Skips | None = None  # on the device of the gradients, which is known at the first step
+
+    @property
+    def skipped(self) -> int:
+        """Number of skipped steps. Reads from the device."""
+        return 0 if self._skips is None else int(self._skips.total)
+
+    @property
+    def consecutive_skips(self) -> int:
+        """Number of skipped steps since the last valid one. Reads from the device."""
+        return 0 if self._skips is None else int(self._skips.latest)
 
     def gradient(self, loss: Scalar, *, retain_graph: bool = False) -> list[Tensor]:
         """∂loss/∂parameters, zero for parameters that the loss does not depend on."""
         return list(torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, materialize_grads=True))
 
-    def step(self, gradient: Sequence[Tensor]) -> float:
+    def step(self, gradient: Sequence[Tensor]) -> Scalar:
         """Clip and step. Returns the norm before clipping, NaN or Inf if the step was skipped."""
-        norm = torch.nn.utils.get_total_norm(gradient)
-        if not bool(norm.isfinite()):
-            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
-            if self.consecutive_skips >= MAX_SKIPS:
-                raise NonFiniteError(self._describe(gradient))
-            return norm.item()
-        self.consecutive_skips = 0
+        norms = torch.stack(torch._foreach_norm(list(gradient)))  # noqa: SLF001 (one fused call for all of them)
+        norm = torch.linalg.vector_norm(norms)
+        invalid = ~(norm < torch.inf)  # also true for NaN
+        skip = invalid.float()
+        self._skips = self._skips or _Skips.none(norms)
+        self._skips.count(skip, torch.where(invalid, norms, self._skips.norms))
+        if norm.device.type == "cpu":
+            self.check()
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        # Otherwise Adam refuses to be recorded; with it, it warns when it is not.
+        self.adam.param_groups[0]["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()
+        # Where Adam's kernel looks up whether to leave everything as it is.
+        self.adam.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
+
+    def check(self) -> None:
+        """Raise NonFiniteError after `MAX_SKIPS` consecutive skipped steps. Reads from the device."""
+        if self._skips is not None and self._skips.longest >= MAX_SKIPS:
+            raise NonFiniteError(self._describe(self._skips.norms.tolist()))
+
+    def changing_state(self) -> list[Tensor]:
+        """The tensors that `step` changes in place, after the first step."""
+        adam = [part for state in self.adam.state.values() for part in state.values()]
+        return [*self.parameters, *adam, *(self._skips.tensors() if self._skips is not None else ())]
 
     def by_network(self, gradient: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradient of each network as one vector."""
@@ -68,19 +95,49 @@ class GuardedOptimizer:
         """Restore a saved state. Raises CheckpointError if it belongs to other networks."""
         try:
             self.adam.load_state_dict(state["adam"])
-            self.skipped, self.consecutive_skips = int(state["skipped"]), int(state["consecutive_skips"])
+            skipped, consecutive = float(state["skipped"]), float(state["consecutive_skips"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"the optimizer's checkpoint belongs to other networks, or another version of difftori wrote it: {error!r}. "
                 "Fix: resume with the version named in versions.json, or start a new run"
             ) from error
+        self._skips = _Skips.none(self.parameters[0].new_zeros(len(self.parameters)))
+        self._skips.total += skipped
+        self._skips.latest += consecutive
 
-    def _describe(self, gradient: Sequence[Tensor]) -> str:
-        broken = [name for name, part in self.by_network(gradient).items() if not bool(part.isfinite().all())]
+    def _describe(self, norms: Sequence[float]) -> str:
+        owners = [name for name, network in self.networks.items() for _ in network.parameters()]
+        broken = dict.fromkeys(name for name, norm in zip(owners, norms, strict=True) if not math.isfinite(norm))
         return (
             f"NaN or Inf in {MAX_SKIPS} consecutive updates, in the gradients of {', '.join(broken) or 'no single network'}. The "
             "weights are those of the last valid update. Fix: lower lr, or check the rewards and observations."
         )
+
+
+@dataclass
+class _Skips:
+    """Counts of skipped steps, on the device of the gradients, and the norms (P) of the last skipped gradient by parameter."""
+
+    total: Scalar
+    latest: Scalar
+    longest: Scalar
+    norms: Tensor
+
+    @classmethod
+    def none(cls, norms: Tensor) -> "_Skips":
+        """No step was skipped."""
+        return cls(norms.new_zeros(()), norms.new_zeros(()), norms.new_zeros(()), torch.zeros_like(norms))
+
+    def count(self, skip: Scalar, norms: Tensor) -> None:
+        """Count a step. `skip`: 1 if it is skipped, otherwise 0. `norms`: of the last skipped gradient."""
+        self.total += skip
+        self.latest.add_(1).mul_(skip)
+        torch.maximum(self.longest, self.latest, out=self.longest)
+        self.norms.copy_(norms)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.total, self.latest, self.longest, self.norms]
 
 
 def optimizers_state(optimizers: Mapping[str, GuardedOptimizer], updates: int) -> dict[str, Any]:

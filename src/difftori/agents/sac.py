@@ -19,7 +19,7 @@ from difftori.agents.actor_critic import (
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import from_pixels
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, squashed_gaussian
 from difftori.models.nets import noise_like
 from difftori.solver.compiled import maybe_compiled
@@ -33,6 +33,7 @@ from difftori.types import (
     RowFlags,
     Rows,
     Scalar,
+    Scalars,
     Segment,
 )
 
@@ -133,11 +134,16 @@ class SAC(Agent):
         step: int,
         explore: bool,
         generator: torch.Generator,
+        std: Scalar | None = None,
     ) -> tuple[Actions, Memory]:
         """An action sampled from the policy if `explore` is set, otherwise tanh of its mean."""
         mean, log_std = self._gaussian(self.encoder(obs))
         noise = noise_like(mean, generator) if explore else torch.zeros_like(mean)
         return torch.tanh(mean + log_std.exp() * noise), {}
+
+    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+        """Nothing: the policy does not depend on the step."""
+        return ActingSchedule((), 0.0)
 
     def _gaussian(self, features: Latents) -> tuple[Actions, Actions]:
         """Mean and log standard deviation of the policy before tanh."""
@@ -146,7 +152,7 @@ class SAC(Agent):
 
     # Learning
 
-    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
         """One update: steps of the critics, of the policy and of the temperature, and the soft update of the target critics."""
         s, batch = self.settings, n_step(segment, self.settings.discount)
         self.updates += 1
@@ -154,17 +160,17 @@ class SAC(Agent):
         noise = noise_like(batch.actions, generator)
         loss, priorities, q = maybe_compiled(self.compiles, SAC.critic_loss, self, batch, segment.weights, noise)
         grad_norm = self.optimizer.step(self.optimizer.gradient(loss))
-        metrics = {"critic_loss": loss.item(), "q": q.item(), "grad_norm": grad_norm}
+        metrics = {"critic_loss": loss.detach(), "q": q, "grad_norm": grad_norm}
 
         if self.updates % self.source.actor_every == 0:
             noise = noise_like(batch.actions, generator)
             loss, log_prob = maybe_compiled(self.compiles, SAC.actor_loss, self, batch.obs, noise)
             metrics["actor_grad_norm"] = self.actor_optimizer.step(self.actor_optimizer.gradient(loss))
-            metrics |= {"actor_loss": loss.item(), "entropy": -log_prob.mean().item()}
+            metrics |= {"actor_loss": loss.detach(), "entropy": -log_prob.mean()}
 
             loss = self.temperature_loss(log_prob)
             self.temperature_optimizer.step(self.temperature_optimizer.gradient(loss))
-            metrics |= {"temperature": self.temperature().item()}
+            metrics |= {"temperature": self.temperature().detach()}
 
         if self.updates % s.ema_every == 0:
             soft_update(self.target_encoder.parameters(), self.encoder.parameters(), s.encoder_ema)
@@ -203,6 +209,11 @@ class SAC(Agent):
     def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
         """Compare Q, which includes the entropy bonus, with the discounted returns that followed."""
         return calibration(self.q, obs, actions, returns)
+
+    def learning_schedule(self) -> LearningSchedule:
+        """Whether the policy is updated, and the target critics."""
+        update = self.updates + 1
+        return LearningSchedule((update % self.source.actor_every == 0, update % self.settings.ema_every == 0))
 
     # Resuming
 

@@ -19,12 +19,12 @@ from difftori.agents.latent_model import (
 )
 from difftori.agents.losses import model_loss, prior_loss
 from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
-from difftori.interfaces import Agent, Memory
+from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.world_model import action_noise
 from difftori.planning import Planner, ReturnObjective
 from difftori.solver import MPPI, Box, Detached
 from difftori.solver.compiled import maybe_compiled
-from difftori.types import Actions, EnvSpec, Latents, Metrics, Observations, Plans, RowFlags, Rows, Segment
+from difftori.types import Actions, EnvSpec, Latents, Observations, Plans, RowFlags, Rows, Scalar, Scalars, Segment
 
 _FEW_SAMPLES = {"samples": 128, "elites": 16, "prior_samples": 8}
 
@@ -92,34 +92,43 @@ class TDMPC(Agent):
         step: int,
         explore: bool,
         generator: torch.Generator,
+        std: Scalar | None = None,
     ) -> tuple[Actions, Memory]:
         """The first action of an elite sampled by weight, with MPPI's standard deviation as noise if `explore` is set."""
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(step)
         mean = self._shifted(memory, first, latent)[:, :horizon]
         candidates = self._prior_plans(latent, horizon, generator)
-        objective = ReturnObjective(
-            self.model.next, self.model.reward, self.model.value, latent, horizon, self.spec.action_dim, s.discount
+        functions = (self.model.next, self.model.reward, self.model.value)
+        objective = ReturnObjective(*functions, latent, horizon, self.spec.action_dim, s.discount, stacked=True)
+        plan = self._planner(s.exploration_std(step) if std is None else std).plan(
+            objective, mean, candidates=candidates, generator=generator
         )
-        plan = self._planner(step).plan(objective, mean, candidates=candidates, generator=generator)
-        std, elites, weights = plan.solution.state.memory
-        sampled = torch.multinomial(weights, 1, generator=generator)
+        spread, elites, weights = plan.solution.state.memory
+        # An elite by its weight: the shortest of exponential waiting times. torch.multinomial would wait for the device, to check
+        # the weights.
+        waits = -torch.rand(weights.shape, generator=generator, dtype=weights.dtype, device=weights.device).log()
+        sampled = (weights / waits).argmax(1, keepdim=True)
         shape = (len(obs), horizon, self.spec.action_dim)
         action = elites.gather(1, sampled.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
         if explore:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
-            action = action + std.reshape(shape)[:, 0] * noise
+            action = action + spread.reshape(shape)[:, 0] * noise
         padded = F.pad(plan.actions, (0, 0, 0, s.horizon - horizon))
         return action.clamp(-1.0, 1.0), {"plan": padded}
 
-    def _planner(self, step: int) -> Planner:
+    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+        """The planning horizon, and the least standard deviation of MPPI."""
+        return ActingSchedule(self.settings.plan_horizon(step), self.settings.exploration_std(step))
+
+    def _planner(self, min_std: float | Scalar) -> Planner:
         s = self.settings
         mppi = MPPI(
             samples=s.samples,
             elites=s.elites,
             temperature=s.temperature,
             momentum=s.momentum,
-            min_std=s.exploration_std(step),
+            min_std=min_std,
         )
         return Planner(mppi, Detached(), Box(-1.0, 1.0), s.iterations, tolerance=0.0, compile=self.compiles)
 
@@ -142,7 +151,7 @@ class TDMPC(Agent):
 
     # Learning
 
-    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Metrics]:
+    def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
         """One update: a step on Eq. 3, one of the policy prior, and the soft update of the target."""
         s, model = self.settings, self.model
         obs = augmented(segment.obs, generator)
@@ -159,13 +168,12 @@ class TDMPC(Agent):
         self.updates += 1
         if self.updates % s.ema_every == 0:
             soft_update(self.target.parameters(), model.parameters(), s.ema)
-        metrics = {name: value.item() for name, value in td.metrics.items()}
-        return td.priorities, {
-            **metrics,
-            "prior_loss": prior.item(),
-            "prior_grad_norm": prior_norm,
-            "grad_norm": grad_norm,
-        }
+        norms = {"prior_grad_norm": prior_norm, "grad_norm": grad_norm}
+        return td.priorities, {**td.metrics, "prior_loss": prior.detach(), **norms}
+
+    def learning_schedule(self) -> LearningSchedule:
+        """Whether the soft update is due."""
+        return LearningSchedule((self.updates + 1) % self.settings.ema_every == 0)
 
     # Resuming
 

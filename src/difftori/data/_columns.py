@@ -47,11 +47,15 @@ class Column:
         slots = (start + torch.arange(count)) % len(self._rows)
         return self._rows.index_select(0, slots.to(self._rows.device)).cpu().numpy()
 
-    def gather(self, slots: Int[np.ndarray, "B"]) -> Shaped[Tensor, "B width"]:
-        """Return the rows of these slots, on `device`."""
-        index = torch.from_numpy(slots)
+    def to_rows(self, slots: Int[np.ndarray, "B"]) -> Int[Tensor, "B"]:
+        """Return slots as an index on the device where the rows are."""
+        return torch.from_numpy(slots).to(self._rows.device)
+
+    def gather(self, slots: Int[np.ndarray, "B"] | Int[Tensor, "B"]) -> Shaped[Tensor, "B width"]:
+        """Return the rows of these slots, on `device`. `slots` may be a result of `to_rows`."""
+        index = self.to_rows(slots) if isinstance(slots, np.ndarray) else slots
         if self._rows.device.type != "cpu":
-            return self._rows.index_select(0, index.to(self._device))
+            return self._rows.index_select(0, index)
         if self._device.type == "cpu":
             return self._gather_reused(index)
         if self._device.type == "cuda":
@@ -114,6 +118,11 @@ def make_rows(
             f"{owner}: no {count / 1e9:.2f} GB of {place} for {size} rows of {width} {dtype} ({error}). "
             f"Fix: free some, {less}, or choose another storage"
         ) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, and 0 for another device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _map_file(count: int, folder: Path | None) -> np.ndarray:

@@ -4,13 +4,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from difftori.data._columns import Column, Storage, make_rows
+from difftori.data._columns import Column, Storage, free_bytes, make_rows
 from difftori.data._episodes import Episode, EpisodeBuffer, Frames, as_finite, read_episode, write_episode
 from difftori.data._sum_tree import SumTree
 from difftori.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -60,7 +60,8 @@ class Replay:
     `obs_shape` is the shape of the environment's observation: `stack` frames along the first dimension, oldest first. Only
     the newest frame is stored, once; the stacks are built on `device`. `obs_dtype` is uint8 or float32. `length` is T.
     `num_rows` is the number of environment rows that record at the same time. `storage` selects where observations and
-    steps are stored: "memory", "device" (on `device`), or "mmap", an unnamed file in `folder` (Linux).
+    steps are stored: "memory", "device" (on `device`), "mmap", an unnamed file in `folder` (Linux), or "auto": "device" if that
+    is a GPU with room for twice as much, otherwise "memory".
 
     Raises ConfigError listing every invalid setting, and DataError if there is no memory for `capacity` steps.
     """
@@ -77,7 +78,7 @@ class Replay:
         num_rows: int = 1,
         alpha: float = 0.6,
         beta: float = 0.4,
-        storage: Storage = "memory",
+        storage: Storage | Literal["auto"] = "memory",
         folder: Path | None = None,
         device: torch.device | str = "cpu",
     ):
@@ -102,6 +103,9 @@ class Replay:
         self.device = torch.device(device)
         self._frames = Frames(tuple(obs_shape), dtype, stack)
         self._size = capacity + max(capacity // 20, 1)
+        if storage == "auto":
+            count = self._size * (self._frames.width * dtype.itemsize + (action_dim + 2) * _FLOAT.itemsize)
+            storage = "device" if 2 * count < free_bytes(self.device) else "memory"
         place = {"storage": storage, "folder": folder, "device": self.device}
         rows = make_rows(self._size, self._frames.width, _OBS_TYPES[dtype.name], **place)
         self._obs = Column(rows, self.device)
@@ -206,18 +210,22 @@ class Replay:
         age, left = self._age[slots], self._left[slots]
         time = np.arange(self.length)[:, None]
         mask = time < left
-        steps = self._steps.gather(self._wrapped(slots + np.minimum(time, left - 1)).reshape(-1))
-        present = self._tensor(mask.astype(_FLOAT))
+        step_slots = self._wrapped(slots + np.minimum(time, left - 1)).reshape(-1)
+        # Everything that goes to the device goes in two copies: the slots to gather there, and the numbers known here.
+        which = self._obs.to_rows(np.concatenate((self._frame_slots(slots, age, left), step_slots)))
+        known = torch.from_numpy(np.vstack((mask, weights)).astype(_FLOAT)).to(self.device)
+        present = known[:-1]
+        frames, steps = self._obs.gather(which[: -len(step_slots)]), self._steps.gather(which[-len(step_slots) :])
         steps = steps.view(self.length, batch_size, -1) * present[..., None]
         tail = self._stored[0].start
         return Segment(
-            obs=self._observations(slots, age, left),
+            obs=self._observations(frames, batch_size),
             actions=steps[..., :-2].contiguous(),
             rewards=steps[..., -2].contiguous(),
             terminated=steps[..., -1] > 0,
             mask=present,
-            weights=self._tensor(weights.astype(_FLOAT)),
-            index=self._tensor(tail + (slots - tail) % self._size),
+            weights=known[-1],
+            index=torch.from_numpy(tail + (slots - tail) % self._size),
         )
 
     def update_priorities(self, index: RowCounts, priorities: Rows) -> None:
@@ -344,18 +352,20 @@ class Replay:
         first = stored.start % self._size
         return Episode(self._obs.read(first, stored.length + 1), self._steps.read(first, stored.length))
 
-    def _observations(self, slots: np.ndarray, age: np.ndarray, left: np.ndarray) -> Tensor:
-        """Return the stacked observations (T+1 B *S). The T + k frames of a row are contiguous; each stack is a view of k."""
-        rows, stack, width = len(slots), self._frames.stack, self._frames.width
-        steps = self.length + 1
-        time = np.arange(1 - stack, steps)
+    def _frame_slots(self, slots: np.ndarray, age: np.ndarray, left: np.ndarray) -> np.ndarray:
+        """Return the slots of the frames of segments: T + 1 by B without stacks, otherwise B by T + k contiguous ones."""
+        time = np.arange(1 - self._frames.stack, self.length + 1)
+        if self._frames.stack == 1:
+            return self._wrapped(slots + np.clip(time[:, None], -age, left)).reshape(-1)
+        return self._wrapped(slots[:, None] + np.clip(time, -age[:, None], left[:, None])).reshape(-1)
+
+    def _observations(self, frames: Tensor, rows: int) -> Tensor:
+        """Return the stacked observations (T+1 B *S) of the frames at `_frame_slots`. Each stack is a view of k frames."""
+        stack, width, steps = self._frames.stack, self._frames.width, self.length + 1
         if stack == 1:
-            chosen = slots + np.clip(time[:, None], -age, left)
-            return self._obs.gather(self._wrapped(chosen).reshape(-1)).view(steps, rows, *self._frames.shape)
-        chosen = slots[:, None] + np.clip(time, -age[:, None], left[:, None])
-        frames = self._obs.gather(self._wrapped(chosen).reshape(-1))
-        stacks = frames.as_strided((steps, rows, stack * width), (width, len(time) * width, 1))
-        return stacks.unflatten(2, self._frames.shape)
+            return frames.view(steps, rows, *self._frames.shape)
+        strides = (width, (steps + stack - 1) * width, 1)
+        return frames.as_strided((steps, rows, stack * width), strides).unflatten(2, self._frames.shape)
 
     def _slots(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) % self._size
@@ -365,9 +375,6 @@ class Replay:
 
     def _wrapped(self, slots: np.ndarray) -> np.ndarray:
         return slots % self._size
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
 
     def _settings(self) -> State:
         return {

@@ -96,11 +96,14 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
         self._episode_seeds[mask] = np.asarray(seeds)[mask]
         return observations, self._info(info)
 
-    def step(self, actions: np.ndarray) -> tuple[ObsT, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(
+        self, actions: np.ndarray, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[ObsT, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take one agent step in each row.
 
         Actions (num_envs, A) are clipped to the box; `info["clipped"]` (num_envs) counts the clipped actions of the running
-        episodes. The returned arrays are copies.
+        episodes. The returned arrays are copies. `meanwhile` is called while worker processes step, or after the step if the
+        environments run in this process; default: nothing.
         """
         executed, cut = clip_actions(actions, self.action_space, env=self.name, step=self._steps)
         if not self._running.all():
@@ -110,7 +113,21 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
                 'reset(options={"reset_mask": rows})'
             )
         executed = executed.astype(self.action_space.dtype)
-        observations, rewards, terminated, truncated, info = self._survive(lambda: self._env.step(executed))
+        begin = getattr(self._env, "step_async", None)
+        if meanwhile is None or begin is None:
+            result = self._survive(lambda: self._env.step(executed))
+            if meanwhile is not None:
+                meanwhile()
+        else:
+            self._survive(lambda: begin(executed))
+            try:
+                meanwhile()
+            except BaseException:
+                with suppress(Exception):  # an answer left in its pipe would be taken for the next one
+                    self._env.step_wait()  # pyright: ignore[reportAttributeAccessIssue]
+                raise
+            result = self._survive(lambda: self._env.step_wait())  # pyright: ignore[reportAttributeAccessIssue]
+        observations, rewards, terminated, truncated, info = result
         observations = self._owned(observations)
         rewards = self._finite("rewards", rewards).astype(np.float64)
         self._steps += 1

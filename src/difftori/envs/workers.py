@@ -233,6 +233,10 @@ def _report(pipe: Connection, error: Exception) -> None:
         return
 
 
+_Sent: TypeAlias = tuple[str, list[int], dict[int, Exception]]
+"""A request to several rows: the command, the rows that will answer, and the errors of the others."""
+
+
 class WorkerVectorEnv(VectorEnv):
     """The copies as one vector environment without autoreset. `reset` takes one seed per row. Use `launch` to create it."""
 
@@ -241,6 +245,7 @@ class WorkerVectorEnv(VectorEnv):
         self.name = name
         self.timeout = timeout
         self._workers = list(workers)
+        self._stepping: _Sent = ("step", [], {})
         spaces = self._request("spaces", [()] * self.num_envs)
         self.single_observation_space, self.single_action_space, metadata, self.render_mode = spaces[0]
         different = [row for row, other in enumerate(spaces) if other[:2] != spaces[0][:2]]
@@ -269,7 +274,16 @@ class WorkerVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take one step in every row."""
-        answers = self._request("step", [(action,) for action in actions])
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Begin a step in every row."""
+        self._stepping = self._send("step", [(action,) for action in actions])
+
+    def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Wait for the end of the step in every row."""
+        answers = self._receive(*self._stepping)
         infos: dict[str, Any] = {}
         for row, answer in enumerate(answers):
             self._observations[row] = answer[0]
@@ -288,15 +302,22 @@ class WorkerVectorEnv(VectorEnv):
 
     def _request(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> list[Any]:
         """Send a request to the rows and receive all results. Raises `WorkerError` for the first row that failed."""
-        rows = range(self.num_envs) if rows is None else rows
-        deadline = time.monotonic() + self.timeout
-        answers, failures, pending = [], {}, []
-        for row, value in zip(rows, values, strict=True):
+        return self._receive(*self._send(command, values, rows))
+
+    def _send(self, command: str, values: Sequence[tuple], rows: Sequence[int] | None = None) -> _Sent:
+        """Send a request without waiting for the results."""
+        pending, failures = [], {}
+        for row, value in zip(range(self.num_envs) if rows is None else rows, values, strict=True):
             try:
                 self._workers[row].send(command, *value)
                 pending.append(row)
             except Exception as error:
                 failures[row] = error
+        return command, pending, failures
+
+    def _receive(self, command: str, pending: list[int], failures: dict[int, Exception]) -> list[Any]:
+        """Receive the results of a request. Raises `WorkerError` for the first row that failed."""
+        answers, deadline = [], time.monotonic() + self.timeout
         # Every result is received, even after a failure: one left in its pipe would be taken for the next one.
         for row in pending:
             try:

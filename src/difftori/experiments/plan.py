@@ -52,7 +52,7 @@ class Sweep(BaseModel):
     cpus: float = Field(1.0, gt=0)
     """Number of processor cores of each run on Ray and Slurm."""
     gpus: float = Field(0.0, ge=0)
-    """Number of GPUs of each run on Ray and Slurm. On Ray, a fraction lets several runs share a GPU."""
+    """Number of GPUs of each run. A fraction lets several runs share a GPU, on this machine and on Ray."""
     slurm: dict[str, Any] = {}
     """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""
 

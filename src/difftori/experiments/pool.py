@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from difftori.errors import DifftoriError
+from difftori.experiments.gpus import GPUs
 from difftori.experiments.plan import RunSpec, beside
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.process import StopSignal
@@ -43,16 +44,17 @@ def run_all(
     say: Callable[[str], None],
     done: Callable[[RunSpec], None] = lambda run: None,
     retries: int = 0,
+    gpus: GPUs | None = None,
 ) -> tuple[list[Failure], list[RunSpec]]:
     """Run `runs`, with `jobs` concurrent processes. Returns the failures and the runs that were not started; `done` gets each other run.
 
     A run that crashes, or ends with an exit code other than 0 and 2, is restarted up to `retries` times, from its last
     checkpoint. If another process works on a run, such as one that outlived its parent, this call waits for it. After `seconds`,
-    no further run is started; running ones are finished. On SIGTERM or SIGINT, every process saves a checkpoint and exits, and
+    no further run is started; running ones are finished. With `gpus`, each process sees those that it is given only. On SIGTERM or SIGINT, every process saves a checkpoint and exits, and
     SystemExit is raised with status 143 or 130.
     """
     until = None if seconds is None else time.monotonic() + seconds
-    processes = _ProcessPool(runs, say, done, retries)
+    processes = _ProcessPool(runs, say, done, retries, gpus)
     with StopSignal() as stop:
         processes.run(jobs, until, lambda: stop.requested)
         if stop.requested:
@@ -76,12 +78,19 @@ class _ProcessPool:
     """The running processes, those of other programs on the same runs, and the failures so far."""
 
     def __init__(
-        self, runs: Sequence[RunSpec], say: Callable[[str], None], done: Callable[[RunSpec], None], retries: int
+        self,
+        runs: Sequence[RunSpec],
+        say: Callable[[str], None],
+        done: Callable[[RunSpec], None],
+        retries: int,
+        gpus: GPUs | None = None,
     ):
         self.waiting, self.failures = deque(runs), list[Failure]()
         self.running: dict[subprocess.Popen[bytes], RunSpec] = {}
         self.locked: list[RunSpec] = []
         self._say, self._done, self._retries, self._tries = say, done, retries, Counter[str]()
+        self._gpus = gpus
+        self._taken: dict[subprocess.Popen[bytes], str] = {}
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
         """Run until all runs have ended, or until the time `until`. All processes are stopped if this call is interrupted."""
@@ -109,7 +118,12 @@ class _ProcessPool:
         else:
             self._say(f"{run.name}: running ({len(self.waiting)} waiting)")
             _forget_failure(run)
-            self.running[_start(run)] = run
+            if self._gpus is None:
+                self.running[_start(run)] = run
+                return
+            taken = self._gpus.take()
+            process = _start(run, {"CUDA_VISIBLE_DEVICES": taken})
+            self.running[process], self._taken[process] = run, taken
 
     def _look(self) -> None:
         """Handle the runs that have ended since the last call."""
@@ -121,6 +135,8 @@ class _ProcessPool:
                 self.waiting.appendleft(run)
         for process in [process for process in self.running if process.poll() is not None]:
             run = self.running.pop(process)
+            if self._gpus is not None:
+                self._gpus.give_back(self._taken.pop(process))
             if process.returncode == 0 or run.finished:
                 self._succeed(run)
             elif run.locked or _TAKEN in _last_line(run):  # another process locked the directory first
@@ -173,8 +189,8 @@ def _forget_failure(run: RunSpec) -> None:
     beside(run.folder, ".failed.json").unlink(missing_ok=True)
 
 
-def _start(run: RunSpec) -> subprocess.Popen[bytes]:
-    """Start the process of a run. Its output is appended to the run's log.
+def _start(run: RunSpec, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start the process of a run, with further environment variables. Its output is appended to the run's log.
 
     The process has its own session, so that it does not get the terminal's Ctrl-C; `run_all` forwards it. PYTHONSAFEPATH makes
     the working directory the last place that is searched for modules, as in the command itself, and not the first.
@@ -187,7 +203,7 @@ def _start(run: RunSpec) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **own},
+            env={**os.environ, **own, **(variables or {})},
             start_new_session=True,
         )
 

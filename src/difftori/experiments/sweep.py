@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from difftori.experiments.gpus import GPUs
 from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure, run_all
 
@@ -47,15 +48,22 @@ def report_result(
     return [failure]
 
 
-def local(jobs: int, retries: int = 0, seconds: float | None = None) -> Engine:
-    """Return an engine that runs `jobs` concurrent processes on this machine. After `seconds` from now, no further run is started."""
+def local(jobs: int | None, retries: int = 0, seconds: float | None = None, gpus: float = 0.0) -> Engine:
+    """Return an engine that runs `jobs` concurrent processes on this machine, each with `gpus` GPUs or a fraction of one.
+
+    `jobs`: default, as many as there is room for on the GPUs, or 1 without GPUs. After `seconds` from now, no further run is
+    started. Raises ConfigError if there are too few GPUs.
+    """
+    there = GPUs(gpus) if gpus else None
+    room = 1 if there is None else there.slots
+    at_once = room if jobs is None else jobs if there is None else min(jobs, room)
     until = None if seconds is None else time.monotonic() + seconds
 
     def engine(
         runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
         left = None if until is None else max(0.0, until - time.monotonic())
-        failures, _ = run_all(runs, jobs=jobs, seconds=left, say=say, done=done, retries=retries)
+        failures, _ = run_all(runs, jobs=at_once, seconds=left, say=say, done=done, retries=retries, gpus=there)
         return failures
 
     return engine

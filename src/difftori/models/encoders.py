@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from difftori.errors import ShapeError
 from difftori.models.nets import mlp
 from difftori.types import AnyLatents, AnyObservations
 
-Precision: TypeAlias = Literal["float32", "bfloat16"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+"""`auto`: bfloat16 on a CUDA device, otherwise float32."""
 
 
 class StateEncoder(nn.Module):
@@ -83,10 +84,11 @@ def _num_features(convolutions: nn.Sequential, obs_shape: tuple[int, int, int]) 
 def _convolved(convolutions: nn.Sequential, obs: Tensor, offset: float, precision: Precision) -> Tensor:
     """The convolutions of obs/255 − offset, in the precision of the weights: (… C h w) → (… F)."""
     leading, dtype = obs.shape[:-3], next(convolutions.parameters()).dtype
+    half = precision == "bfloat16" or (precision == "auto" and obs.is_cuda)
     images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    images = images.to(dtype) / 255.0 - offset
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        features = convolutions(images)
+    images = images.to(torch.bfloat16 if half else dtype) / 255.0
+    with torch.autocast(obs.device.type, torch.bfloat16) if half else nullcontext():
+        features = convolutions(images - offset if offset else images)
     return features.to(dtype).flatten(1).reshape(*leading, -1)
 
 
@@ -105,15 +107,17 @@ def make_encoder(
 
 
 def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Shift each of B images (B C h w) by up to `pad` whole pixels, with repeated edges. Returns floats of the same shape.
+    """Shift each image of (… C h w) by up to `pad` whole pixels, with repeated edges. The result is stored channels-last.
 
     Source: Yarats et al. (2021), "Mastering visual continuous control" (DrQ-v2); also used in TD-MPC.
     """
-    rows, _, height, width = images.shape
-    padded = F.pad(images.float(), (pad, pad, pad, pad), mode="replicate")
-    shifts = torch.randint(0, 2 * pad + 1, (2, rows), generator=generator, device=images.device)
-    down = shifts[0, :, None] + torch.arange(height, device=images.device)
-    right = shifts[1, :, None] + torch.arange(width, device=images.device)
-    row = torch.arange(rows, device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return padded[row, channel, down[:, None, :, None], right[:, None, None, :]]
+    leading, (height, width), device = images.shape[:-3], images.shape[-2:], images.device
+    shifts = torch.randint(0, 2 * pad + 1, (2, math.prod(leading)), generator=generator, device=device) - pad
+    down, right = shifts.view(2, *leading, 1)
+    row = (down + torch.arange(height, device=device)).clamp(0, height - 1)
+    column = (right + torch.arange(width, device=device)).clamp(0, width - 1)
+    # Whole pixels of C bytes are copied, from wherever they are: no padded copy, no conversion to floats.
+    which = torch.meshgrid(*(torch.arange(size, device=device) for size in leading), indexing="ij")
+    pixels = images.movedim(-3, -1)
+    shifted = pixels[(*(index[..., None, None] for index in which), row.unsqueeze(-1), column.unsqueeze(-2))]
+    return shifted.movedim(-1, -3)

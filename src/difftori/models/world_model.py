@@ -1,6 +1,6 @@
 """The task-oriented latent model of TD-MPC (Hansen et al., 2022, Eqs. 4–8), also used by DiffTORI."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ def _critic(inputs: int, width: int) -> nn.Sequential:
     orthogonal(critic)
     zero_init_(critic)
     return critic
+
+
+class ObservationCritics(nn.Module):
+    """Q̃_φ(o, a): twin critics of observations, each with its own encoder (Wan et al., 2024, Section 3.2)."""
+
+    def __init__(self, encoders: Iterable[nn.Module], action_dim: int, *, latent_dim: int, width: int):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.heads = nn.ModuleList(Critics(latent_dim, action_dim, width, 1) for _ in self.encoders)
+
+    def forward(self, obs: AnyObservations, action: AnyActions) -> AnyQValues:
+        """(… *S), (… A) → (K …)."""
+        return torch.cat([head(encode(obs), action) for encode, head in zip(self.encoders, self.heads, strict=True)])
 
 
 class WorldModel(nn.Module):

@@ -65,23 +65,35 @@ class Collector:
         for row in range(self.env.num_envs):
             self.replay.begin(row, self._obs[row])
 
-    def step(self, act: ActInEnvs) -> list[EpisodeSummary]:
-        """Take one agent step in every environment. Returns the episodes that ended at this step."""
+    def step(self, act: ActInEnvs, meanwhile: Callable[[], None] | None = None) -> list[EpisodeSummary]:
+        """Take one agent step in every environment. Returns the episodes that ended at this step.
+
+        `meanwhile` is called while the environments step; see `CheckedVectorEnv.step`. Its time is not counted as theirs.
+        """
         began = time.perf_counter()
         actions, self.memory = act(torch.from_numpy(self._obs), self.memory, torch.from_numpy(self._first))
         chosen = actions.cpu().numpy()
         acted = time.perf_counter()
         self.seconds["acting"] += acted - began
+        elsewhere = 0.0
+
+        def timed() -> None:
+            nonlocal elsewhere
+            began = time.perf_counter()
+            if meanwhile is not None:
+                meanwhile()
+            elsewhere = time.perf_counter() - began
+
         try:
-            return self._execute(chosen)
+            return self._execute(chosen, None if meanwhile is None else timed)
         except EnvironmentRestarted:
             self._restart()
             return []
         finally:
-            self.seconds["environment"] += time.perf_counter() - acted
+            self.seconds["environment"] += time.perf_counter() - acted - elsewhere
 
-    def _execute(self, actions: np.ndarray) -> list[EpisodeSummary]:
-        next_obs, rewards, terminated, truncated, _ = self.env.step(actions)
+    def _execute(self, actions: np.ndarray, meanwhile: Callable[[], None] | None) -> list[EpisodeSummary]:
+        next_obs, rewards, terminated, truncated, _ = self.env.step(actions, meanwhile)
         ends = terminated | truncated
         ended = []
         for index, row in enumerate(self._rows):

@@ -51,6 +51,9 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Rendering of images. Only results with `default` are comparable with published ones."""
     workers: Literal["sync", "async"] = "sync"
     """How environments run. `sync`: in this process. `async`: one process for each."""
+    interleave: bool = False
+    """Make the updates of each agent step during the next step, instead of all of an episode at its end. With `--workers async`,
+    environments then step while the agent learns. It is another order of learning, so results differ."""
     eval_every: int = Field(20_000, ge=1)
     """Environment steps between evaluations."""
     eval_episodes: int = Field(10, ge=1)
@@ -59,8 +62,9 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Environment steps between checkpoints. Checkpoints are written at the end of an episode."""
     capacity: int = Field(1_000_000, ge=1)
     """Agent steps that the replay buffer holds, at most those of the run."""
-    storage: Literal["memory", "device", "mmap"] = "memory"
-    """Where the replay buffer is stored: main memory, the device, or a memory-mapped file."""
+    storage: Literal["auto", "memory", "device", "mmap"] = "auto"
+    """Where the replay buffer is stored: main memory, the device, or a memory-mapped file. `auto`: a GPU with room for twice as
+    much, otherwise main memory."""
     keep_episodes: bool | None = None
     """Keep the recorded episodes of a finished run, which are needed to extend it. Default: for `state`, not for `pixels`."""
     device: str = "cpu"

@@ -12,6 +12,7 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import write_video
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent, Memory
+from difftori.rl.acting import Acting
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rollout import ActInRows, episode_seed, record, run_episodes
 from difftori.runs.checkpoint import State, read_weights, write_weights
@@ -109,19 +110,14 @@ class AgentInRows:
     """
 
     def __init__(self, agent: Agent, *, step: int, generator: torch.Generator):
-        self.agent, self.step, self.generator = agent, step, generator
+        self.step = step
+        self._acting = Acting(agent, generator, explore=False)
         self._memory: Memory | None = None
 
     def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Return the action of each row (N A) in [−1, 1]; see `ActInRows`."""
-        device = self.generator.device
-        actions, self._memory = self.agent.act(
-            torch.as_tensor(obs).to(device),
-            self._memory,
-            first=torch.from_numpy(first).to(device),
-            step=self.step,
-            explore=False,
-            generator=self.generator,
+        actions, self._memory = self._acting(
+            torch.as_tensor(obs), self._memory, torch.from_numpy(first), step=self.step
         )
         return actions.cpu().numpy()
 

@@ -1,12 +1,11 @@
 """The training loop of reinforcement learning."""
 
 import logging
-import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
+from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
+from difftori.rl.learning import Learning
 from difftori.rollout import check_episode
 from difftori.runs.checkpoint import State
 from difftori.runs.process import StopRequested, StopSignal
@@ -60,6 +61,18 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
         return summary
 
 
+@contextmanager
+def _fast_products(config: RLConfig) -> Iterator[None]:
+    """From images on a GPU, TF32 for products of float32 matrices, unless the agent's `precision` is float32."""
+    before, exact = torch.get_float32_matmul_precision(), getattr(config.settings, "precision", "float32") == "float32"
+    if config.device.startswith("cuda") and config.obs == "pixels" and not exact:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Session:
     """The parts of a run: environment, agent, replay buffer, generators and counters."""
 
@@ -97,7 +110,8 @@ class _Session:
         )
         self.collector = Collector(env, self.replay, config.seed)
         self.acting = run.generator("acting", config.device)
-        self.learning = run.generator("learning", config.device)
+        self.explore = Acting(self.agent, self.acting, explore=True)
+        self.learning = Learning(self.agent, run.generator("learning", config.device))
         self.sampling = run.generator("sampling")
         self.updates, self.updates_due = 0, 0.0
         self.collecting = False
@@ -107,7 +121,6 @@ class _Session:
         self.saved_at = 0
         self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are not deleted
         self._eval_env = None
-        self._sums: dict[str, float] = {}
         self.bar, self._notes = Progress(False), dict[str, str]()
         total = round(config.steps / self.spec.action_repeat * self.agent.config.updates_per_step)
         self._hint = LongRunHint(total, _remedies(config))
@@ -145,13 +158,26 @@ class _Session:
             self.collecting = True
             ended: list[EpisodeSummary] = []
             while not ended and not stop.requested and self.env_steps < self.config.steps:
-                ended = self.collector.step(self._act)
+                ended = self._step()
                 self._show(phase)
             if not ended and self.env_steps < self.config.steps:
                 self.save()
                 stop.leave()
             self.collecting = False
             self._account(ended, phase)
+
+    def _step(self) -> list[EpisodeSummary]:
+        """Take one agent step in every environment, with `interleave` during the updates of the steps before."""
+        before = self.collector.agent_steps
+        if not self.config.interleave:
+            return self.collector.step(self._act)
+        ended = self.collector.step(self._act, self._update_during_step if self.updates else None)
+        self.updates_due += (self.collector.agent_steps - before) * self.agent.config.updates_per_step
+        return ended
+
+    def _update_during_step(self) -> None:
+        while self.updates_due >= 1:
+            self._update()
 
     def _show(self, phase: Phase, row: Metrics | None = None) -> None:
         """Show the environment steps, and the last returns, in the phase of the seed steps or of the training."""
@@ -174,15 +200,7 @@ class _Session:
         if step < self.agent.config.seed_steps:
             shape = (len(obs), self.spec.action_dim)
             return 2.0 * torch.rand(shape, generator=self.acting, device=device) - 1.0, {}
-        on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
-        return self.agent.act(
-            obs.to(device),
-            on_device,
-            first=first.to(device),
-            step=step,
-            explore=True,
-            generator=self.acting,
-        )
+        return self.explore(obs, memory, first, step=step)
 
     def _account(self, ended: list[EpisodeSummary], phase: Phase) -> None:
         """Log the episodes, pass each one to the agent's `end_episode`, and count the updates that are due for them."""
@@ -193,52 +211,43 @@ class _Session:
                 began = time.perf_counter()
                 row |= {
                     f"train/{name}": value
-                    for name, value in self.agent.end_episode(
-                        torch.from_numpy(episode.obs).to(self.config.device), generator=self.learning
+                    for name, value in self.learning.end_episode(
+                        torch.from_numpy(episode.obs).to(self.config.device)
                     ).items()
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
             self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
             self._show(phase, row)
-            self.updates_due += episode.length * self.agent.config.updates_per_step
+            if not self.config.interleave:
+                self.updates_due += episode.length * self.agent.config.updates_per_step
 
     def _learn(self, stop: StopSignal) -> None:
         """Make the updates that are due, after the random agent steps."""
         if self.collector.agent_steps < self.agent.config.seed_steps or not len(self.replay):
             return
-        due = int(self.updates_due)
-        if due < 1:
-            return
-        with self.bar.phase("updates" if self.updates else "seed updates", due) as phase:
-            while self.updates_due >= 1 and not stop.requested:
-                self._update()
-                phase.update(due - int(self.updates_due))
-                self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
-        if not stop.requested:
-            count = self._sums.pop("updates")
-            self.run.log(
-                self.env_steps,
-                {f"update/{name}": total / count for name, total in self._sums.items()} | {"updates": self.updates},
-            )
-            self._sums = {}
+        if due := int(self.updates_due):
+            with self.bar.phase("updates" if self.updates else "seed updates", due) as phase:
+                while self.updates_due >= 1 and not stop.requested:
+                    self._update()
+                    phase.update(due - int(self.updates_due))
+                    self._hint(self.updates, self.seconds["update"] + self.seconds["sampling"])
+        if not stop.requested and (averages := self.learning.read()):
+            row = {f"update/{name}": value for name, value in averages.items()}
+            self.run.log(self.env_steps, row | {"updates": self.updates})
 
     def _update(self) -> None:
         """Sample a batch of segments and make one update."""
         began = time.perf_counter()
         segment = self.replay.sample(self.agent.batch_size, generator=self.sampling)
         sampled = time.perf_counter()
-        priorities, metrics = self.agent.update(segment, generator=self.learning)
+        with _fast_products(self.config):
+            priorities = self.learning.update(segment).cpu()
         sound = priorities.isfinite()
-        self.replay.update_priorities(segment.index[sound.to(segment.index.device)], priorities[sound])
+        self.replay.update_priorities(segment.index[sound], priorities[sound])
         self.seconds["sampling"] += sampled - began
         self.seconds["update"] += time.perf_counter() - sampled
         self.updates_due -= 1
         self.updates += 1
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        skipped = float(len(finite) < len(metrics))  # GuardedOptimizer skips such steps
-        for name, value in {**finite, "non_finite": skipped}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._sums["updates"] = self._sums.get("updates", 0.0) + 1
 
     def _evaluate_and_save(self, stop: StopSignal, phase: Phase) -> None:
         if not self.evaluations or self._due(self.evaluations[-1][0], self.config.eval_every):
@@ -303,7 +312,7 @@ class _Session:
             "updates": self.updates,
             "updates_due": self.updates_due,
             "collecting": self.collecting,
-            "sums": dict(self._sums),
+            "averages": self.learning.averages.state(),
             "evaluations": self.evaluations,
             "seconds": {**self.seconds, **self.collector.seconds, "total": self._elapsed()},
         }
@@ -321,7 +330,7 @@ class _Session:
             self.collector.load(state["collector"])
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.collecting = bool(state["collecting"])
-            self._sums = dict(state["sums"])
+            self.learning.averages.load(state["averages"], self.config.device)
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
         except CheckpointError:

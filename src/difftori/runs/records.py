@@ -113,6 +113,8 @@ def current_config(config: dict) -> dict:
         retired = RETIRED.get(str(config.get("agent")), {})
         settings = _renamed(config["settings"])
         config["settings"] = {n: v for n, v in settings.items() if n not in retired or retired[n] not in (ANY_VALUE, v)}
+        if config.get("device", "cpu") == "cpu" and settings.get("precision") == "float32":
+            del config["settings"]["precision"]  # the default of before, and on a CPU that of now
     return config
 
 

@@ -159,7 +159,7 @@ class Run:
             own, state = found.state["run"], found.state["state"]
             torch.set_rng_state(own["torch"])
             if own["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(own["cuda"])
+                torch.cuda.set_rng_state_all(own["cuda"][: torch.cuda.device_count()])  # it may see fewer now
             self._restored = own["generators"]
             threads, logged = own["threads"], own["rows"]
         except (KeyError, TypeError, RuntimeError) as error:

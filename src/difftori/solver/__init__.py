@@ -8,6 +8,7 @@ from difftori.solver.adam import Adam
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian
 from difftori.solver.box import Box
+from difftori.solver.captured import Captured
 from difftori.solver.check import GradientCheck, check_gradients
 from difftori.solver.constraints import ConstrainedTrajectory, Multipliers
 from difftori.solver.gradient_descent import GradientDescent
@@ -29,6 +30,7 @@ __all__ = [
     "Adjoint",
     "AugmentedLagrangian",
     "Box",
+    "Captured",
     "ConstrainedTrajectory",
     "Detached",
     "FunctionObjective",

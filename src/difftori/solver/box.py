@@ -1,5 +1,6 @@
 """Bounds on the variables."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,14 @@ class Box:
     """Whether any variable is fixed."""
 
     def __post_init__(self):
+        if not (isinstance(self.low, int | float) and isinstance(self.high, int | float)):
+            self._check_tensors()
+            return
+        if not self.low <= self.high or (self.low == self.high and math.isinf(self.low)):  # also catches NaN
+            raise BoxError(_empty(self.low, self.high, ()))
+        object.__setattr__(self, "fixes", self.low == self.high)
+
+    def _check_tensors(self) -> None:
         low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
         try:
             empty = ~(low <= high) | ((low == high) & torch.isinf(low))  # also catches NaN
@@ -52,16 +61,11 @@ class Box:
         if inverted:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
-            raise BoxError(
-                f"Box: no finite number lies between low {low[where].item():g} and high {high[where].item():g}"
-                + (f" at coordinate {where}" if where else "")
-                + ". Fix: use low ≤ high everywhere (low = high fixes a variable)."
-            )
+            raise BoxError(_empty(low[where].item(), high[where].item(), where))
 
     def to(self, x: Tensor) -> "Box":
         """The same box with tensor bounds of x's dtype and device, shaped to broadcast against x (B n)."""
-        low = torch.as_tensor(self.low, dtype=x.dtype, device=x.device).detach()
-        high = torch.as_tensor(self.high, dtype=x.dtype, device=x.device).detach()
+        low, high = number_like(self.low, x).detach(), number_like(self.high, x).detach()
         for name, bound in (("low", low), ("high", high)):
             try:
                 fits = torch.broadcast_shapes(bound.shape, x.shape) == x.shape
@@ -76,20 +80,20 @@ class Box:
 
     def select(self, rows: Tensor, x: Points) -> "Box":
         """The box of some rows (indices) of x."""
-        low, high = (torch.as_tensor(bound).to(x).expand_as(x)[rows] for bound in (self.low, self.high))
+        low, high = (number_like(bound, x).expand_as(x)[rows] for bound in (self.low, self.high))
         return _checked(low, high, self)
 
     def project(self, x: PointSets) -> PointSets:
         """The nearest point of the box, coordinate by coordinate. NaN is unchanged."""
         if self.fixes:  # first, so a fixed variable has no derivative
-            x = torch.where(self.fixed(x), torch.as_tensor(self.low).to(x), x)
+            x = torch.where(self.fixed(x), number_like(self.low, x), x)
         if self.inward:
-            return _Inward.apply(x, torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
-        return torch.minimum(torch.maximum(x, torch.as_tensor(self.low).to(x)), torch.as_tensor(self.high).to(x))
+            return _Inward.apply(x, number_like(self.low, x), number_like(self.high, x))
+        return torch.minimum(torch.maximum(x, number_like(self.low, x)), number_like(self.high, x))
 
     def contains(self, x: PointSets, slack: float = 0.0) -> PointSetFlags:
         """Which coordinates lie inside the box, up to `slack`. Default: `slack=0.0`."""
-        return (x >= torch.as_tensor(self.low).to(x) - slack) & (x <= torch.as_tensor(self.high).to(x) + slack)
+        return (x >= number_like(self.low, x) - slack) & (x <= number_like(self.high, x) + slack)
 
     def held(self, x: Points, grad: Points) -> PointFlags:
         """Which coordinates are fixed, or have an active bound: on the bound, with the descent direction −grad pointing outwards.
@@ -102,16 +106,18 @@ class Box:
 
     def fixed(self, x: PointSets) -> PointSetFlags:
         """Which coordinates are fixed: low equals high."""
-        return (torch.as_tensor(self.low).to(x) == torch.as_tensor(self.high).to(x)).expand_as(x)
+        if not self.fixes:
+            return torch.zeros_like(x, dtype=torch.bool)
+        return (number_like(self.low, x) == number_like(self.high, x)).expand_as(x)
 
     def _edges(self, x: Points) -> tuple[Tensor, Tensor]:
         """The values from which a coordinate counts as on its lower or upper bound."""
-        return _edges(torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x))
+        return _edges(number_like(self.low, x), number_like(self.high, x))
 
     def projected_gradient(self, x: Points, grad: Points) -> Points:
         """The difference x − P(x − grad): zero exactly at a first-order point of the box-constrained problem."""
         # Computed as a clamp of the gradient: if |x| is large, the difference above would round a small gradient to zero.
-        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
+        low, high = number_like(self.low, x), number_like(self.high, x)
         return torch.minimum(torch.maximum(grad, x - high), x - low)
 
     def stationarity(self, x: Points, grad: Points) -> Rows:
@@ -132,7 +138,7 @@ class Box:
 
     def width(self, x: Points) -> Points:
         """The range high − low, broadcast to x. Infinite if a side is open."""
-        low, high = torch.as_tensor(self.low).to(x), torch.as_tensor(self.high).to(x)
+        low, high = number_like(self.low, x), number_like(self.high, x)
         return (high - low).expand_as(x)
 
 
@@ -149,6 +155,18 @@ class _Inward(torch.autograd.Function):
         (grad,), (x, low, high) = grads, ctx.saved_tensors
         outwards = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
         return torch.where(outwards, 0.0, grad), None, None
+
+
+def _empty(low: float, high: float, where: tuple[int, ...]) -> str:
+    place = f" at coordinate {where}" if where else ""
+    return f"Box: no finite number lies between low {low:g} and high {high:g}{place}. Fix: use low ≤ high everywhere (low = high fixes a variable)."
+
+
+def number_like(value: float | Tensor, x: Tensor) -> Tensor:
+    """A number or tensor as a tensor with the dtype and device of x. A number is filled in on the device, without a copy."""
+    if isinstance(value, int | float):
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
+    return torch.as_tensor(value).to(x)
 
 
 def _edges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

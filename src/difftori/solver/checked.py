@@ -51,8 +51,8 @@ def check_settings(
         )
 
 
-def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
-    """The box with bounds shaped for x0. Checks that candidates and x0 fit."""
+def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None, *, inside: bool) -> Box:
+    """The box with bounds shaped for x0. Checks that candidates and x0 fit, and with `inside` that x0 lies in the box."""
     if candidates is not None and not isinstance(candidates, Tensor):
         raise ShapeError(
             f"solve: candidates are a {type(candidates).__name__}, not a tensor (K B n). "
@@ -68,6 +68,8 @@ def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None) -> Box:
             "Fix: candidates.to(x0)."
         )
     bounds = (UNBOUNDED if box is None else box).to(x0)
+    if not inside:
+        return bounds
     slack = 1e-6 if x0.dtype == torch.float64 else 1e-4
     outside = ~(bounds.contains(x0.detach(), slack) | torch.isnan(x0.detach()))
     if bool(outside.any()):

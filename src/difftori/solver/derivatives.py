@@ -137,4 +137,7 @@ def _functional_value_grad_hessian(objective: Objective, x: Points) -> tuple[Row
 
 def costs_of_candidates(objective: Objective, candidates: Tensor) -> Tensor:
     """Costs (K B) of K candidates for every row, (K B n), in one batched evaluation."""
+    costs = objective.costs(candidates)
+    if costs is not None:
+        return costs
     return torch.func.vmap(lambda x: checked_cost(objective, x), randomness="same")(candidates)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from difftori.errors import SolverError
+from difftori.solver.box import number_like
 from difftori.solver.method import Problem, Solver, State
 from difftori.solver.objective import Objective
 from difftori.types import Points
@@ -42,7 +42,7 @@ class GradientDescent(Solver):
     def step(self, problem: Problem, x: Points, state: State) -> tuple[Points, State]:
         """One step."""
         assert state.grad is not None
-        alpha = torch.as_tensor(self.step_size).to(x)
+        alpha = number_like(self.step_size, x)
         x = problem.project(x - alpha * state.grad)
         cost, grad = problem.evaluate(x)
         return x, State(cost, grad)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import lq
+from difftori.solver.box import number_like
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.rollout import roll
@@ -251,6 +252,6 @@ def _trajectory(problem: Problem) -> TrajectoryObjective:
 
 
 def _bounds(problem: Problem, objective: TrajectoryObjective, x: Points) -> tuple[Tensor, Tensor]:
-    low = torch.as_tensor(problem.box.low).to(x).expand_as(x)
-    high = torch.as_tensor(problem.box.high).to(x).expand_as(x)
+    low = number_like(problem.box.low, x).expand_as(x)
+    high = number_like(problem.box.high, x).expand_as(x)
     return objective.plan(low), objective.plan(high)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from difftori.solver import lq
+from difftori.solver.box import number_like
 from difftori.solver.compiled import loop
 from difftori.solver.constraints import STIFFER, ConstrainedTrajectory, keep_active
 from difftori.solver.derivatives import pullback, unit_vectors
@@ -46,7 +47,7 @@ def differentiate(
     assert isinstance(objective, TrajectoryObjective)
     plan = objective.plan(x)
     with torch.no_grad():
-        low, high = (objective.plan(torch.as_tensor(b).to(x).expand_as(x)) for b in (problem.box.low, problem.box.high))
+        low, high = (objective.plan(number_like(b, x).expand_as(x)) for b in (problem.box.low, problem.box.high))
         inside = (plan > low) & (plan < high)
         model, costate, grad = _exact(problem, objective, states, plan, inside)
         free = (~problem.box.held(x, grad.flatten(1))).view_as(plan)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from difftori.errors import ShapeError
-from difftori.solver.box import Box
-from difftori.types import Actions, Plans, Points, Residuals, Rows, States
+from difftori.solver.box import Box, number_like
+from difftori.types import Actions, Plans, Points, PointSets, Residuals, Rows, States
 
 RowSelection = Tensor
 
@@ -24,6 +24,10 @@ class Objective(ABC):
     @abstractmethod
     def cost(self, x: Points) -> Rows:
         """One cost per row, (B n) → (B). Row i of the cost may depend on row i of x only."""
+
+    def costs(self, candidates: PointSets) -> Tensor | None:
+        """Costs (K B) of K candidates for every row, (K B n), or None if only `cost` is defined, which vmap then batches. Default: None."""
+        return None
 
     def select(self, rows: RowSelection) -> "Objective | None":
         """The same objective on some rows (indices), or None if the objective cannot be split. Default: None.
@@ -119,9 +123,7 @@ class ClampedObjective(Objective):
 
     def cost(self, x: Points) -> Rows:
         """The inner cost at clamp(x)."""
-        return self.inner.cost(
-            torch.clamp(x, torch.as_tensor(self.box.low).to(x), torch.as_tensor(self.box.high).to(x))
-        )
+        return self.inner.cost(torch.clamp(x, number_like(self.box.low, x), number_like(self.box.high, x)))
 
     def select(self, rows: RowSelection) -> "Objective | None":
         """The objective on some rows, or None if the inner objective cannot be split or the bounds differ between rows."""
@@ -154,6 +156,11 @@ class _Timeless:
 
     def __call__(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
         return self.function(state, action)
+
+
+def is_timeless(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
+    """Whether a function returned by `with_time` ignores the step."""
+    return isinstance(function, _Timeless)
 
 
 def as_objective(objective: "Objective | Callable[[Tensor], Tensor]") -> Objective:

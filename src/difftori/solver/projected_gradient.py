@@ -71,14 +71,19 @@ class ProjectedGradient(Solver):
         assert state.grad is not None
         trial = problem.project(x - alpha[:, None] * state.grad)
         cost, grad = problem.evaluate(trial)
-        s, y = trial - x, grad - state.grad
-        slope = (state.grad * s).sum(-1)
+        s = trial - x
+        # αy has the unit of s, so squares of gradients stay within the range of float32.
+        moves = torch.stack((s, alpha.detach()[:, None] * (grad - state.grad), state.grad), 1)
+        products = moves[:, :2] @ moves.mT  # all inner products of a row in one operation
+        slope = products[:, 0, 2]
         noise = 4 * torch.finfo(x.dtype).eps * state.cost.abs()
-        taken = (cost <= recent.amax(-1) + self.armijo * slope + noise) & all_finite(cost, grad)
-        longer = _spectral(s, y, alpha, use_long_step > 0)
+        highest = recent.amax(-1) if self.window > 1 else recent.squeeze(-1)
+        taken = (cost <= highest + self.armijo * slope + noise) & all_finite(cost, grad)
+        longer = _spectral(products, alpha, use_long_step > 0)
         alpha = torch.where(taken, longer, _shorter(state.cost, cost, slope, alpha))
         now = torch.where(taken, cost, state.cost)
-        recent = torch.cat([recent[:, 1:], now.detach().unsqueeze(-1)], -1)
+        latest = now.detach().unsqueeze(-1)
+        recent = torch.cat([recent[:, 1:], latest], -1) if self.window > 1 else latest
         memory = (alpha, torch.where(taken, -use_long_step, use_long_step), recent)
         return choose(taken, trial, x), State(now, choose(taken, grad, state.grad), memory)
 
@@ -93,22 +98,23 @@ class ProjectedGradient(Solver):
         return x, State(inner.cost, inner.grad, state.memory)
 
 
-def _spectral(s: Points, y: Points, alpha: Rows, use_long_step: RowFlags) -> Rows:
-    """‖s‖²/sᵀy or sᵀy/‖y‖², or a longer step than the last one if the curvature along s is not positive."""
-    # αy has the unit of s, so squares of gradients stay within the range of float32.
-    y = alpha.detach()[:, None] * y
-    curvature = (s * y).sum(-1)
-    positive = curvature > torch.finfo(s.dtype).tiny
+def _spectral(products: Tensor, alpha: Rows, use_long_step: RowFlags) -> Rows:
+    """‖s‖²/sᵀy or sᵀy/‖y‖², or a longer step than the last one if the curvature along s is not positive.
+
+    `products` (B 2 3): the inner products of s and αy with s, αy and the gradient.
+    """
+    long, curvature, short = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
+    positive = curvature > torch.finfo(alpha.dtype).tiny
     # `where` before the division: the unused branch must stay finite, otherwise its derivative would make the used one NaN.
-    square = torch.where(positive, y.square().sum(-1), 1.0)
-    step = torch.where(use_long_step, s.square().sum(-1) / torch.where(positive, curvature, 1.0), curvature / square)
-    return _representable(torch.where(positive, alpha.detach() * step, 4.0 * alpha))
+    above = torch.where(use_long_step, long, curvature)
+    below = torch.where(positive, torch.where(use_long_step, curvature, short), 1.0)
+    return _representable(torch.where(positive, alpha.detach() * (above / below), 4.0 * alpha))
 
 
 def _shorter(cost: Rows, trial_cost: Tensor, slope: Rows, alpha: Rows) -> Rows:
     """The minimiser of the parabola through the rejected trial, clamped to between a tenth and a half of its step."""
     excess = trial_cost - cost - slope
-    sound = torch.isfinite(excess) & (excess > torch.finfo(cost.dtype).tiny)
+    sound = (excess > torch.finfo(cost.dtype).tiny) & (excess < torch.inf)
     shrink = torch.where(sound, -slope / (2.0 * torch.where(sound, excess, 1.0)), 0.1)
     return _representable(alpha * shrink.clamp(0.1, 0.5))
 

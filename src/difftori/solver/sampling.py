@@ -65,7 +65,7 @@ class MPPI(Solver):
     temperature: float = 0.5
     momentum: float = 0.1
     std: float = 2.0
-    min_std: float = 0.05
+    min_std: float | Tensor = 0.05
 
     def __post_init__(self):
         _check_counts("MPPI", self.samples, self.elites)
@@ -86,7 +86,7 @@ class MPPI(Solver):
         weights = torch.softmax(-self.temperature * costs, dim=1)
         mean = (weights.unsqueeze(-1) * elites).sum(1)
         variance = (weights.unsqueeze(-1) * (elites - mean.unsqueeze(1)).square()).sum(1)
-        std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp(self.min_std, self.std)
+        std = (variance + torch.finfo(x.dtype).tiny).sqrt().clamp_min(self.min_std).clamp_max(self.std)
         mean = problem.project(self.momentum * x + (1 - self.momentum) * mean)
         return mean, State(problem.score(mean.unsqueeze(0))[0], None, (std, elites, weights))
 

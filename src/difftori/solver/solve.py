@@ -16,7 +16,7 @@ from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
-from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state
+from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
 from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.solution import History, Solution, Status
@@ -30,6 +30,7 @@ def solve(
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
     box: Box | None = None,
+    project_start: bool = False,
     max_steps: int = 100,
     tolerance: float | None = None,
     keep: Literal["best", "last"] = "best",
@@ -57,12 +58,14 @@ def solve(
         solver: default: `ProjectedGradient()`.
         adjoint: how x is differentiated; default: `Implicit()`.
         box: bounds; default: none.
+        project_start: start at the nearest point of the box to x0. Default: False, x0 must lie inside, which is checked.
         max_steps: the largest number of steps per row. A step of a first-order solver is one evaluation of cost and gradient.
         tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length scale.
             Default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest gradient coordinate without an active
             bound, divided by the curvature along the row's recent steps. The length scale is half the narrowest range (at
             most 1) or the largest |x|, whichever is larger. The test does not depend on the scale of the cost or the start.
-            0.0 runs all steps and skips the estimate, which costs one evaluation per solve.
+            0.0 runs all steps and skips the estimate, which costs one evaluation per solve. Together with `project_start` and
+            a box of numbers, a solve without derivative then never waits for the device.
         keep: return each row's iterate of lowest cost ("best") or its last iterate ("last").
         candidates: (K B n), points that CEM and MPPI evaluate in addition to their own samples.
         generator: the random generator of CEM and MPPI.
@@ -86,7 +89,7 @@ def solve(
     check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:
-        bounds = checked_box(x0, box, candidates)
+        bounds = checked_box(x0, box, candidates, inside=not project_start)
         problem = Problem(objective, bounds, False, generator, candidates, compile)
         if not isinstance(objective, Constrained):
             return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
@@ -197,8 +200,10 @@ class _Run:
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
+                # Without a tolerance, a GPU is not asked whether all rows have finished, so no step waits for it.
+                asks = self.tolerance > 0 or progress.x.device.type == "cpu"
                 for _ in range(steps):
-                    if bool((progress.done | progress.failed).all()):
+                    if asks and bool((progress.done | progress.failed).all()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
             if finish:
@@ -210,7 +215,7 @@ class _Run:
             progress.best_x, progress.best_cost = progress.x, progress.state.cost
             progress.best_norm = self._norm(progress.x, progress.state)
             progress.best_states = progress.state.states
-        usable = torch.isfinite(progress.best_cost.detach()) & torch.isfinite(x.detach()).all(-1)
+        usable = all_finite(progress.best_cost.detach(), x.detach())
         return Iterates(x, usable, progress, None if differentiable else progress.best_states)
 
     def recorded(self) -> History | None:
@@ -311,7 +316,7 @@ class _Run:
     def _length(self, x: Points) -> Rows:
         """The length scale of x: half the narrowest range, or the largest |x|."""
         # The largest |x| counts because the gradient is accurate to the rounding of x only.
-        return torch.maximum(self.room, _largest(x * self.movable))
+        return torch.maximum(self.room, largest(x * self.movable))
 
     def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
         """The curvature along the first gradient, by one evaluation nearby. If it is not positive, the result is zero, so that no
@@ -326,7 +331,7 @@ class _Run:
         trial = self.problem.project(x - step[:, None] * grad)
         _, there = self.problem.evaluate(trial)
         s, y = trial - x, there - grad
-        curvature = _largest(y) / _largest(s)
+        curvature = largest(y) / largest(s)
         valid = ((s * y).sum(-1) > 0) & torch.isfinite(curvature)
         return torch.where(valid, curvature, 0.0)
 
@@ -338,8 +343,8 @@ class _Run:
             progress.length = torch.where(moved, self._length(x), progress.length)
         if state.grad is None or progress.state.grad is None or state.distance is not None:
             return
-        move = _largest(x - progress.x.detach())
-        curvature = _largest(state.grad.detach() - progress.state.grad.detach()) / move
+        move = largest(x - progress.x.detach())
+        curvature = largest(state.grad.detach() - progress.state.grad.detach()) / move
         length = self._length(x)
         known = torch.maximum(curvature, (0.5 - move / length).clamp_min(0.0) * progress.curvature)
         # A step of length zero gives NaN or infinity and is ignored.
@@ -370,10 +375,6 @@ def _tolerance(given: float | None, dtype: torch.dtype) -> float:
 
 
 _CHUNK = 5
-
-
-def _largest(x: Points) -> Rows:
-    return torch.linalg.vector_norm(x, float("inf"), -1)
 
 
 def _steps(solver: Solver, problem: Problem, x: Tensor, state: State, count: int):

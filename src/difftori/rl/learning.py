@@ -1,0 +1,135 @@
+"""`agent.update` and `agent.end_episode` with their random generator, and what they log; on a CUDA device as CUDA graphs."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftori.agents.optim import MAX_SKIPS, GuardedOptimizer
+from difftori.interfaces import Agent, LearningSchedule
+from difftori.solver import Captured
+from difftori.solver.captured import Recorder
+from difftori.types import Metrics, Observations, Rows, Scalars, Segment
+
+
+class Learning:
+    """An agent that learns with one generator, and the averages of its metrics.
+
+    On a CUDA device, unless the agent is compiled, updates are replayed as one CUDA graph for each of the agent's learning
+    schedules; nothing waits for the device but `read`, and a check for NaN every ten updates. `recorder`: see `Captured`.
+    """
+
+    def __init__(self, agent: Agent, generator: torch.Generator, *, recorder: Recorder | None = None):
+        self.agent, self.generator = agent, generator
+        self.averages = Averages()
+        options = {"generators": [generator], "changing": lambda: list(_changing_state(agent)), "recorder": recorder}
+        self._update = Captured(self._run_update, **options)
+        self._end_episode = Captured(self._run_end_episode, **options)
+        self._records = recorder is not None or generator.device.type == "cuda"
+        self._unchecked = 0
+
+    def update(self, segment: Segment) -> Rows:
+        """Make one update, and return the new priorities (B), on the agent's device."""
+        schedule = self._schedule()
+        if schedule is None:
+            priorities, metrics = self.agent.update(segment, generator=self.generator)
+        else:
+            parts = (segment.obs, segment.actions, segment.rewards, segment.terminated, segment.mask, segment.weights)
+            priorities, metrics = self._update(*parts, schedule.update)
+            self.agent.updates += 1
+        self.averages.add(metrics)
+        self._unchecked += 1
+        if self._unchecked >= MAX_SKIPS:
+            self.check()
+        return priorities
+
+    def end_episode(self, obs: Observations) -> Metrics:
+        """The agent's `end_episode`, and its metrics as numbers."""
+        schedule = self._schedule()
+        if schedule is None or schedule.end_episode is None:
+            metrics = self.agent.end_episode(obs, generator=self.generator)
+        else:
+            metrics = self._end_episode(obs, schedule.end_episode)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def read(self) -> Metrics:
+        """The averages of the metrics since the last reading. Raises NonFiniteError; see `GuardedOptimizer`."""
+        self.check()
+        return self.averages.read()
+
+    def check(self) -> None:
+        """Raise NonFiniteError if too many consecutive updates were skipped."""
+        self._unchecked = 0
+        for optimizer in _optimizers(self.agent):
+            optimizer.check()
+
+    def _schedule(self) -> LearningSchedule | None:
+        """The agent's learning schedule, or None if nothing is recorded."""
+        return self.agent.learning_schedule() if self._records and not self.agent.compiles else None
+
+    def _run_update(self, *arguments: Any) -> tuple[Rows, Scalars]:
+        *parts, _ = arguments
+        weights = parts[-1]
+        segment = Segment(*parts, index=torch.zeros_like(weights, dtype=torch.long))  # agents do not use the index
+        before = self.agent.updates
+        try:
+            return self.agent.update(segment, generator=self.generator)
+        finally:
+            self.agent.updates = before
+
+    def _run_end_episode(self, obs: Observations, schedule: Hashable) -> Scalars:
+        return self.agent.end_episode(obs, generator=self.generator)
+
+
+def _optimizers(agent: Agent) -> Iterator[GuardedOptimizer]:
+    return (value for value in vars(agent).values() if isinstance(value, GuardedOptimizer))
+
+
+def _changing_state(agent: Agent) -> Iterator[Tensor]:
+    """Every tensor that learning changes in place."""
+    yield from agent.parameters()
+    yield from agent.buffers()
+    for optimizer in _optimizers(agent):
+        yield from optimizer.changing_state()
+
+
+class Averages:
+    """Means of named numbers, summed on the device where they are. Numbers that are not finite are left out of the means.
+
+    `non_finite`: the share of additions with such a number.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}  # by names, separated by commas: sum, count; then that of `non_finite`
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add one value for each name."""
+        if not metrics:
+            return
+        values = torch.stack([torch.as_tensor(value) for value in metrics.values()]).double()
+        finite = values.isfinite()
+        flags = (~finite).any().double().unsqueeze(0)
+        row = torch.stack(
+            (torch.cat((values.where(finite, 0.0), flags)), torch.cat((finite.double(), torch.ones_like(flags))))
+        )
+        names = ",".join(metrics)
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
+
+    def read(self) -> Metrics:
+        """Return the means, and begin anew."""
+        sums: dict[str, list[float]] = {}
+        for names, rows in self._sums.items():
+            for name, total, count in zip([*names.split(","), "non_finite"], *rows.tolist(), strict=True):
+                before = sums.get(name, [0.0, 0.0])
+                sums[name] = [before[0] + total, before[1] + count]
+        self._sums = {}
+        return {name: total / count for name, (total, count) in sums.items() if count}
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, for a checkpoint."""
+        return {names: rows.cpu() for names, rows in self._sums.items()}
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Restore them."""
+        self._sums = {names: rows.to(device) for names, rows in state.items()}
