@@ -1,4 +1,4 @@
-"""Milliseconds of an action, and of the solve in it, kernel by kernel and as one CUDA graph, over the number of states.
+"""Milliseconds of an action, kernel by kernel and as one CUDA graph, over the number of states.
 
 Agents have the sizes of a preset and random weights. All parts run in turn, in rotating order; the results are medians. On a CPU
 nothing can be recorded, so both columns are the same call.

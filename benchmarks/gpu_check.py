@@ -8,7 +8,6 @@ step ended, and repeats the tables. Of the runs, the folder keeps configurations
 """
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -26,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from benchmarks.measuring import Device
 from benchmarks.records import write_csv, write_record
-from difftori.runs.records import read_summary
+from difftori.runs.records import read_metrics, read_summary
 
-KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "versions.json", "report/report.html")
+KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "versions.json")
 TASKS = ("cup-catch", "cheetah-run")
 AGENTS = ("tdmpc", "difftori")
 SHARING = (1, 2, 4, 8)
@@ -182,15 +181,10 @@ def _kept(runs: Path, out: Path) -> list[dict[str, Any]]:
             if (folder / name).exists():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / name, place / name)
-        log = folder / "metrics.jsonl"
-        logged = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        evaluated = [row for row in logged if "eval/return" in row]
+        evaluated = [row for row in read_metrics(folder) if "eval/return" in row]
         if evaluated:
             last = evaluated[-1]
-            spent = sum(
-                last.get(f"seconds/{part}", 0.0)
-                for part in ("acting", "environment", "sampling", "update", "end_episode")
-            )
+            spent = sum(last[f"seconds/{part}"] for part in PARTS)
             rows.append(
                 {
                     "run": str(folder.relative_to(runs)),

@@ -213,7 +213,7 @@ class Agent(nn.Module, ABC):
         reads anew at every replay; default: that of `step`. Agents without a `schedule` need no such argument.
         """
 
-    def schedule(self, step: int, *, explore: bool) -> ActingSchedule | None:
+    def schedule(self, step: int) -> ActingSchedule | None:
         """What `act` takes from `step`. Actions of equal `fixed` are recorded once as a CUDA graph. Default: None, they never are."""
         return None
 

@@ -68,7 +68,7 @@ def test_learning_never_waits_for_the_device(name, settings, spec):
 def test_the_scheduled_noise_may_be_a_tensor(name, explore):
     agent, obs = randomised(name, **accepted(name, {"schedule_steps": 1000})), segment().obs[0]
     for step in (0, 500, 2000):
-        schedule = agent.schedule(step, explore=explore)
+        schedule = agent.schedule(step)
         expected, _ = act(agent, obs, step=step, explore=explore)
         found, _ = act(agent, obs, step=step, explore=explore, std=torch.tensor(schedule.std))
         assert torch.equal(found, expected)
@@ -78,8 +78,8 @@ def test_the_scheduled_noise_may_be_a_tensor(name, explore):
 def test_equal_schedules_have_equal_actions_and_updates(name):
     """What is replayed from a graph was recorded at another step."""
     agent = randomised(name, **accepted(name, {"schedule_steps": 10}))
-    assert agent.schedule(10, explore=True) == agent.schedule(1000, explore=True)
-    seen = [agent.schedule(step, explore=True) for step in range(11)]
+    assert agent.schedule(10) == agent.schedule(1000)
+    seen = [agent.schedule(step) for step in range(11)]
     assert len(set(seen)) == (1 if name == "sac" else 11)
     agent.updates = 1000
     late = agent.learning_schedule()

@@ -39,7 +39,7 @@ def recorded(captured: Captured, device: str) -> bool:
 
 
 def unrecorded(agent: Agent) -> Agent:
-    agent.schedule = lambda step, *, explore: None
+    agent.schedule = lambda step: None
     agent.learning_schedule = lambda: None
     return agent
 

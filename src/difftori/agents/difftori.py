@@ -271,7 +271,7 @@ class DiffTORI(Agent):
         padded = nn.functional.pad(actions, (0, 0, 0, s.horizon + 1 - actions.shape[1]))
         return action.clamp(-1.0, 1.0), {"plan": padded}
 
-    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+    def schedule(self, step: int) -> ActingSchedule:
         """The planning horizon, and the standard deviation of the noise."""
         return ActingSchedule(self.settings.plan_horizon(step), self.settings.exploration_std(step))
 

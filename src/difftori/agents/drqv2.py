@@ -123,7 +123,7 @@ class DrQV2(Agent):
             action = action + scale * noise_like(action, generator)
         return action.clamp(-1.0, 1.0), {}
 
-    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+    def schedule(self, step: int) -> ActingSchedule:
         """The standard deviation of the noise."""
         return ActingSchedule((), self.exploration_std(step))
 

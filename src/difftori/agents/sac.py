@@ -141,7 +141,7 @@ class SAC(Agent):
         noise = noise_like(mean, generator) if explore else torch.zeros_like(mean)
         return torch.tanh(mean + log_std.exp() * noise), {}
 
-    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+    def schedule(self, step: int) -> ActingSchedule:
         """Nothing: the policy does not depend on the step."""
         return ActingSchedule((), 0.0)
 

@@ -117,7 +117,7 @@ class TDMPC(Agent):
         padded = F.pad(plan.actions, (0, 0, 0, s.horizon - horizon))
         return action.clamp(-1.0, 1.0), {"plan": padded}
 
-    def schedule(self, step: int, *, explore: bool) -> ActingSchedule:
+    def schedule(self, step: int) -> ActingSchedule:
         """The planning horizon, and the least standard deviation of MPPI."""
         return ActingSchedule(self.settings.plan_horizon(step), self.settings.exploration_std(step))
 

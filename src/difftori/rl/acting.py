@@ -21,7 +21,6 @@ class Acting:
     def __init__(self, agent: Agent, generator: torch.Generator, *, explore: bool, recorder: Recorder | None = None):
         self._call = _Call(agent, generator, explore)
         self._captured = Captured(self._call, generators=[generator], recorder=recorder)
-        self._records = recorder is not None or generator.device.type == "cuda"
 
     def __call__(
         self, obs: Observations, memory: Memory | None, first: RowFlags, *, step: int
@@ -31,8 +30,8 @@ class Acting:
         call.step = step
         on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
         inputs = obs.to(device), on_device, first.to(device)
-        recorded = self._records and not call.agent.compiles
-        schedule = call.agent.schedule(step, explore=call.explore) if recorded else None
+        recorded = self._captured.records(device) and not call.agent.compiles
+        schedule = call.agent.schedule(step) if recorded else None
         if schedule is None:
             return call(*inputs)
         return self._captured(*inputs, torch.full((), schedule.std, device=device), schedule.fixed)

@@ -26,7 +26,6 @@ class Learning:
         options = {"generators": [generator], "changing": lambda: list(_changing_state(agent)), "recorder": recorder}
         self._update = Captured(self._run_update, **options)
         self._end_episode = Captured(self._run_end_episode, **options)
-        self._records = recorder is not None or generator.device.type == "cuda"
         self._unchecked = 0
 
     def update(self, segment: Segment) -> Rows:
@@ -66,7 +65,8 @@ class Learning:
 
     def _schedule(self) -> LearningSchedule | None:
         """The agent's learning schedule, or None if nothing is recorded."""
-        return self.agent.learning_schedule() if self._records and not self.agent.compiles else None
+        recorded = self._update.records(self.generator.device) and not self.agent.compiles
+        return self.agent.learning_schedule() if recorded else None
 
     def _run_update(self, *arguments: Any) -> tuple[Rows, Scalars]:
         *parts, _ = arguments

@@ -73,7 +73,7 @@ class Captured:
         """The function's result, in tensors of its own."""
         leaves, form = tree_flatten((arguments, options))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not tensors or not (self._always or all(tensor.is_cuda for tensor in tensors)):
+        if not tensors or not all(self.records(tensor.device) for tensor in tensors):
             return self._eager(arguments, options)
         with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
             key = (form, tuple(_kind(leaf) for leaf in leaves))
@@ -89,6 +89,10 @@ class Captured:
                 static.copy_(tensor)
             recording.replay()
             return tree_map_only(Tensor, Tensor.clone, recording.outputs)
+
+    def records(self, device: torch.device) -> bool:
+        """Whether calls with tensors on this device are recorded."""
+        return self._always or device.type == "cuda"
 
     def _eager(self, arguments: Any, options: Any) -> Any:
         return tree_map_only(Tensor, Tensor.detach, self._function(*arguments, **options))
