@@ -1,15 +1,13 @@
-"""`python dying.py SAVE CALL NOTE WORDS…`: difftori with these words, killed before the CALL-th change of the disk in its
-SAVE-th save, or in the next that has so many. What it was about to do is added to the file NOTE.
+"""`arm` kills a process in the middle of a save: before the CALL-th change of the disk in its SAVE-th save, or in the next
+that has so many. What it was about to do is added to the file NOTE.
 
 CALL 0 kills it after that save, and adds all that it did. What an earlier kill left is cleared away first, and not counted.
 """
 
 import os
 import signal
-import sys
 from pathlib import Path
 
-from difftori.cli import main
 from difftori.rl import train as rl
 from difftori.runs.checkpoint import Checkpoints
 from difftori.runs.run import Run
@@ -70,8 +68,3 @@ def arm(save: int, call: int, note: Path) -> None:
     Run.save = watched(Run.save)
     rl._Session.save = watched(rl._Session.save)
     Checkpoints._sweep = unwatched(Checkpoints._sweep)
-
-
-if __name__ == "__main__":
-    arm(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    sys.exit(main(sys.argv[4:]))

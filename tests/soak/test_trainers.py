@@ -3,13 +3,13 @@
 Trainings are processes of their own, killed without warning; what counts is the weights of one that was left alone.
 """
 
-import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,8 @@ from difftori.il.train import load_policy
 from difftori.runs.checkpoint import Checkpoints, weights_digest
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.runs.run import Run
+from tests.soak.children import Child
+from tests.soak.dying import arm
 from tests.support.trainers import TRAINERS
 from tests.support.waiting import wait_until
 
@@ -39,24 +41,27 @@ def options(template: str, straight: Path) -> list[str]:
 
 
 def start(
-    out: Path, name: str, straight: Path, *, killer: tuple[str, ...] = (), save_every: int | None = None, **more
-) -> subprocess.Popen:
-    """The command line's training, begun or gone on with; `killer` is the program that runs it, where not the package."""
-    program = killer or ("-m", "difftori.cli")
+    out: Path, name: str, straight: Path, *, save_every: int | None = None, prepare: Callable[[], None] | None = None
+) -> Child:
+    """The command line's training, begun or gone on with; `prepare` is called in its process before."""
     template = (
         TRAINERS[name] if save_every is None else re.sub(r"save-every \d+", f"save-every {save_every}", TRAINERS[name])
     )
-    words = [*program, "train", name, *options(template, straight), "--out", str(out), "--quiet"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": TINY}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *words], env=env, **quiet, **more)
+    words = ["train", name, *options(template, straight), "--out", str(out), "--quiet"]
+    return Child(words, out.with_name(f"{out.name}.log"), path=TINY, prepare=prepare)
 
 
 def finish(out: Path, name: str, straight: Path, **more) -> str:
-    process = start(out, name, straight, **more)
-    messages = process.communicate(timeout=900)[1].decode()
-    assert process.returncode == 0, messages
+    child = start(out, name, straight, **more)
+    assert child.wait(900)
+    assert child.returncode == 0, child.said()
     return digest(out)
+
+
+def limit_file_size() -> None:
+    """As a disk that fills up: no file of this process grows beyond 6000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def went_on(out: Path, began: float) -> bool:
@@ -101,19 +106,16 @@ def test_random_kills_change_no_bit(name, straight, tmp_path, found):
     chance = torch.Generator().manual_seed(sum(name.encode()))
     kills = cut_short = 0
     while kills < KILLS:
-        process = start(tmp_path / "run", name, folder)
-        try:
-            process.wait(2.0 + 0.7 * seconds * torch.rand((), generator=chance).item())
-            assert process.returncode == 0, process.stderr.read().decode()
+        child = start(tmp_path / "run", name, folder)
+        if child.wait(0.2 + 0.8 * seconds * torch.rand((), generator=chance).item()):
+            assert child.returncode == 0, child.said()
             cut_short += 1
             assert digest(tmp_path / "run") == wanted
             (tmp_path / "run").rename(tmp_path / f"done-{cut_short}")  # it was faster: the next kills are another run's
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        else:
+            child.kill()
+            assert child.wait(60)
             kills += 1
-        finally:
-            process.stderr.close()
     assert finish(tmp_path / "run", name, folder) == wanted
     result = f"weights equal to the last bit, {cut_short + 1} runs completed"
     found("SIGKILL at a random moment", trainer=name, times=kills, result=result)
@@ -126,10 +128,9 @@ def test_a_kill_in_each_phase_of_saving_changes_no_bit(name, straight, tmp_path,
     wanted, _ = ask(name)
 
     def killed(save: int, call: int, note: Path) -> None:
-        killer = (str(HERE / "dying.py"), str(save), str(call), str(note))
-        process = start(tmp_path / "run", name, folder, killer=killer)
-        messages = process.communicate(timeout=300)[1].decode()
-        assert process.returncode == -signal.SIGKILL, messages
+        child = start(tmp_path / "run", name, folder, prepare=partial(arm, save, call, note))
+        assert child.wait(300)
+        assert child.returncode == -signal.SIGKILL, child.said()
 
     whole, hit = tmp_path / "whole", tmp_path / "hit"
     killed(4, 0, whole)
@@ -151,12 +152,12 @@ def test_a_kill_in_each_phase_of_saving_changes_no_bit(name, straight, tmp_path,
 def test_a_polite_end_saves_and_exits_143(name, straight, tmp_path, found):
     folder, ask = straight
     wanted, _ = ask(name)
-    process = start(tmp_path / "run", name, folder, save_every=100_000)
+    child = start(tmp_path / "run", name, folder, save_every=100_000)
     wait_until((tmp_path / "run" / "metrics.jsonl").exists)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    child.kill(signal.SIGTERM)
+    assert child.wait(120)
+    assert child.returncode == 143
     assert list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]"))
     began = time.time()
     assert finish(tmp_path / "run", name, folder, save_every=100_000) == wanted
@@ -169,21 +170,16 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_afterwards(name, straight, 
     """RLIMIT_FSIZE below a checkpoint's size, in the middle of a run, stands for a disk that fills up."""
     folder, ask = straight
     wanted, _ = ask(name)
-    process = start(tmp_path / "run", name, folder)
+    child = start(tmp_path / "run", name, folder)
     wait_until(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")))
-    process.kill()
-    process.communicate()
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+    child.kill()
+    assert child.wait(60)
     before = Checkpoints(tmp_path / "run" / "checkpoints").latest().step
-    process = start(tmp_path / "run", name, folder, preexec_fn=limit)
-    messages = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 1, messages
-    assert "Traceback" not in messages
-    assert "free space" in messages.lower()
+    child = start(tmp_path / "run", name, folder, prepare=limit_file_size)
+    assert child.wait(300)
+    assert child.returncode == 1, child.said()
+    assert "Traceback" not in child.said()
+    assert "free space" in child.said().lower()
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == before
     began = time.time()
