@@ -125,7 +125,7 @@ def test_a_dict_that_was_flattened_in_training_is_flattened_again():
         return np.zeros((len(obs), 1))
 
     policy = LoadedPolicy(
-        act,
+        lambda: act,
         "own",
         {"state": EntrySpec((3,))},
         (-1.0,),
