@@ -237,6 +237,8 @@ def _serve(words: list[str]) -> None:
 
     token = None if options.token_file is None else read_token(options.token_file)
     require_token(options.host, token)
+    from socket import gethostname
+
     import torch
 
     from difftori import load
@@ -249,14 +251,15 @@ def _serve(words: list[str]) -> None:
     policy = load(options.run, which=options.which, device=options.device)
     torch.set_num_threads(int(read_config(options.run).get("threads", 1)))
     server = PolicyServer(policy, token=token, chunks=options.chunks, max_clients=options.max_clients, say=say)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    secret = "" if token is None else ", token=…"
-    serve(
-        server,
-        options.host,
-        options.port,
-        lambda port: say(f"{policy.name} of {options.run}: difftori.serving.Client('ws://{host}:{port}'{secret})"),
-    )
+
+    def ready(port: int) -> None:
+        name = gethostname() if options.host in ("0.0.0.0", "::") else options.host
+        address = f"ws://[{name}]:{port}" if ":" in name else f"ws://{name}:{port}"
+        secret = "" if token is None else ", token=…"
+        say(f"serving {policy.name} of {options.run} at {address}; Ctrl-C ends it")
+        say(f"to act with it: difftori.serving.Client({address!r}{secret}), or openpi-client")
+
+    serve(server, options.host, options.port, ready)
     print_table(str(options.run), server.traffic.table())
 
 

@@ -167,7 +167,7 @@ class LoadedPolicy:
             return {_STATE: self._flat(obs)}
         if missing := [name for name in self.obs if name not in obs]:
             raise ShapeError(
-                f"obs: {', '.join(missing)} missing; given are {', '.join(obs)}. Fix: add the missing ones"
+                f"obs: {', '.join(missing)} missing; given are {', '.join(obs) or 'none'}. Fix: add the missing ones"
             )
         return obs
 

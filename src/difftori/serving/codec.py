@@ -86,7 +86,7 @@ def _array(entries: dict[Any, Any]) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"an array with {len(data)} bytes, which does not fit its shape and type")
     if dtype.kind == "b":
-        return np.frombuffer(data, np.uint8).reshape(shape) != 0
+        return np.frombuffer(data, np.uint8).reshape(shape).astype(bool)
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 

@@ -33,6 +33,7 @@ _MARGIN = 2**20
 """Bytes of a message beyond the policy's observations, for names and for entries that it ignores."""
 _NUMBER = 8
 """Bytes of the largest number type that a client may send."""
+_ARRAY = np.ndarray | np.generic | int | float
 _QUEUE, _KEPT, _CLOSE_SECONDS = 2, 10_000, 2.0
 _INVALID, _UNSUPPORTED, _INTERNAL = 1007, 1003, 1011  # close codes of RFC 6455
 
@@ -222,14 +223,15 @@ class Episode:
         shapes = {name: entry.shape for name, entry in self._policy.obs.items()} | self._policy.parts
         for name in shapes.keys() & message.keys():
             values = message[name]
-            if not isinstance(values, np.ndarray | np.generic):
+            if not isinstance(values, _ARRAY):
                 raise ShapeError(f"obs: {name} is a {type(values).__name__}. Fix: give a numpy array")
-            if values.ndim == len(shapes[name]) + 1:
+            if np.ndim(values) == len(shapes[name]) + 1:
                 raise ShapeError(f"obs: {name} has a leading dimension of rows. Fix: connect once per environment")
         if begin:
             self._policy.reset()
         # with one observation step, the actions of a plan follow one another at the same observation
-        return np.stack([self._policy.act(message) for _ in range(self._steps)])
+        obs = {name: np.asarray(value) for name, value in message.items() if isinstance(value, _ARRAY)}
+        return np.stack([self._policy.act(obs) for _ in range(self._steps)])
 
 
 def _bytes(header: str) -> bytes:
