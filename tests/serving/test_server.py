@@ -1,6 +1,5 @@
 """The server: each client has its own episode, and whatever a client sends, the others are served."""
 
-import asyncio
 import socket
 import threading
 import warnings
@@ -14,7 +13,7 @@ from difftori.errors import ConfigError, ServingError
 from difftori.loading import LoadedPolicy
 from difftori.serving import Client
 from difftori.serving.codec import pack, unpack
-from difftori.serving.server import PolicyServer
+from difftori.serving.server import PolicyServer, in_thread
 from difftori.types import EntrySpec
 from tests.support import tiny_runs
 
@@ -37,7 +36,7 @@ def policy_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def agent_run(tmp_path_factory):
     """Warm-starts its solves."""
-    options = {"env": "probe:two-step", "steps": "16", "seed-steps": "9", "eval-episodes": "1", "horizon": "2"}
+    options = {"env": "probe:two-step", "steps": "16", "seed-steps": "9", "eval-episodes": "2", "horizon": "2"}
     options |= {"width": "16", "latent-dim": "4", "batch-size": "8", "plan-steps": "1"}
     return tiny_runs.trained("difftori", tmp_path_factory.mktemp("agent") / "run", **options)
 
@@ -50,28 +49,11 @@ def constant(value=0.5, size=3, **options):
 
 @contextmanager
 def serving(policy, **options):
-    """A server in a thread, and its port. Nothing listens afterwards."""
-    server, started, where = PolicyServer(policy, **options), threading.Event(), {}
-
-    async def run():
-        where.update(loop=asyncio.get_running_loop(), stop=asyncio.Event())
-
-        def ready(port):
-            where["port"] = port
-            started.set()
-
-        await server.run("127.0.0.1", 0, where["stop"], ready)
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield server, where["port"]
-    finally:
-        where["loop"].call_soon_threadsafe(where["stop"].set)
-        thread.join(30)
-        assert not thread.is_alive()
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", where["port"]), 1):  # noqa: PT011
+    """A server and its port. Nothing listens afterwards."""
+    server = PolicyServer(policy, **options)
+    with in_thread(server) as port:
+        yield server, port
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), 1):  # noqa: PT011
         pass
 
 
@@ -367,7 +349,8 @@ def test_an_address_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServingError, match="Fix: choose another port"):
-            asyncio.run(PolicyServer(constant()).run("127.0.0.1", port, asyncio.Event(), lambda port: None))
+            with in_thread(PolicyServer(constant()), port=port):
+                pass
 
 
 def test_images_of_cameras_and_several_entries():

@@ -78,7 +78,9 @@ def _decoded(entries: dict[Any, Any]) -> Any:
 
 
 def _array(entries: dict[Any, Any]) -> np.ndarray:
-    dtype, shape, data = _dtype(entries), entries.get(_SHAPE), entries.get(_DATA)
+    dtype = _dtype(entries)
+    shape: Any = entries.get(_SHAPE)
+    data: Any = entries.get(_DATA)
     if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > _DIMENSIONS:
         raise ValueError("an array without its bytes, or without a list as its shape")
     if not all(type(length) is int and length >= 0 for length in shape):
@@ -91,7 +93,8 @@ def _array(entries: dict[Any, Any]) -> np.ndarray:
 
 
 def _number(entries: dict[Any, Any]) -> np.generic:
-    dtype, value = _dtype(entries), entries.get(_DATA)
+    dtype = _dtype(entries)
+    value: Any = entries.get(_DATA)
     wanted = {"b": bool, "f": float}.get(dtype.kind, int)
     if type(value) is not wanted:
         raise ValueError(f"a number of type {dtype} that is a {type(value).__name__}")

@@ -12,10 +12,11 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -256,6 +257,32 @@ def serve(server: PolicyServer, host: str, port: int, ready: Callable[[int], Non
             await server.run(host, port, stop, ready)
 
     asyncio.run(run())
+
+
+@contextmanager
+def in_thread(server: PolicyServer, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """Serve in a thread of this process, until the block ends. Yields the port. Raises the errors of `PolicyServer.run`."""
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
+
+    async def run() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            await server.run(host, port, stop, lambda port: started.set_result((loop, stop, port)))
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = Thread(target=asyncio.run, args=(run(),), name="policy server")
+    thread.start()
+    try:
+        loop, stop, port = started.result()
+        try:
+            yield port
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+    finally:
+        thread.join()
 
 
 @contextmanager
