@@ -32,7 +32,7 @@ def pack(value: Any) -> bytes:
     except ImportError as error:
         raise missing_extra(error) from error
     try:
-        return msgpack.packb(value, default=_encoded)
+        return bytes(msgpack.packb(value, default=_encoded) or b"")
     except (TypeError, ValueError, OverflowError) as error:
         raise ServingError(f"cannot be sent: {error}. Fix: send arrays of numbers") from error
 
