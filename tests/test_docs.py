@@ -31,7 +31,8 @@ OTHER_TOOLS = {
     "--traj-path",
     "--save-traj",
     "--sim-backend",
-}  # torchrun's, ManiSkill's
+    "--no-deps",
+}  # torchrun's, ManiSkill's, pip's
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 FORBIDDEN = (
     r"made anew|the mend\b|one's own|likewise|of which|\bstoreys?\b|that are optimisers|go(es)? on where|unless given|"
@@ -62,7 +63,7 @@ def options(*words: str) -> set[str]:
 def commands() -> list[tuple[str, ...]]:
     """Every command with options of its own."""
     return [
-        *((command,) for command in ("collect", "data", "eval", "sweep", "report")),
+        *((command,) for command in ("collect", "data", "eval", "serve", "sweep", "report")),
         *(("train", name) for name in known_names()),
         *((command, name) for command in ("study", "bench") for name in names(command)),
     ]

@@ -4,7 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from tiny_env.reach import ENV, Reach, write_demos
+from tiny_env.reach import Reach
 
 import difftori
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
@@ -13,38 +13,19 @@ from difftori.il.train import evaluate_run as evaluate_policy_run
 from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
-from difftori.trainers import read_options
 from difftori.types import EntrySpec
-
-BC = {"hidden": "16", "epochs": "2", "eval-episodes": "2"}
-"""A policy that trains in a second."""
-
-
-def trained(name, out, **options):
-    trainer, config = read_options(name, {}, {key.replace("-", "_"): [value] for key, value in options.items()})
-    trainer.train(config, out, progress=False)
-    return out
+from tests.support import tiny_runs
+from tests.support.tiny_runs import trained
 
 
 @pytest.fixture(scope="module")
 def policy_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    demos = write_demos(folder / "demos.zarr")
-    return trained("bc", folder / "run", env=ENV, demos=demos, **BC)
+    return tiny_runs.policy_run(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
 def agent_run(tmp_path_factory):
-    options = {"env": "gym:Pendulum-v1", "steps": "230", "seed-steps": "210", "eval-episodes": "1", "horizon": "1"}
-    options |= {
-        "width": "16",
-        "latent-dim": "4",
-        "batch-size": "8",
-        "action-repeat": "1",
-        "updates-per-step": "0.02",
-        "init-std": "0",
-    }
-    return trained("difftori", tmp_path_factory.mktemp("agent") / "run", **options)
+    return tiny_runs.agent_run(tmp_path_factory.mktemp("agent"))
 
 
 def test_a_policy_alone_repeats_its_evaluation(policy_run):
@@ -113,8 +94,37 @@ def test_what_cannot_be_acted_on_is_named(policy_run, tmp_path):
         policy.act(np.zeros((2, 2)))
     with pytest.raises(ShapeError, match="4 rows"):
         policy.reset(np.array([True, False]))
+    for values, message in ((np.array([1e300, 0]), "float32"), (np.array([1j, 0]), "complex")):
+        with pytest.raises((ShapeError, NonFiniteError), match=message):
+            difftori.load(policy_run).act({"state": values})
     with pytest.raises(ConfigError, match="run"):
         difftori.load(tmp_path)
+
+
+def test_an_action_with_nan_is_an_error():
+    made = lambda: lambda obs, first, active: np.full((1, 1), np.nan, np.float32)  # noqa: E731
+    policy = LoadedPolicy(made, "own", {"state": EntrySpec((3,))}, (-1.0,), (1.0,), scaled=False)
+    with pytest.raises(NonFiniteError, match="the action of own"):
+        policy.act(np.zeros(3))
+
+
+def test_an_agent_has_no_best_weights(agent_run):
+    with pytest.raises(ConfigError, match="last weights only"):
+        difftori.load(agent_run, which="best")
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+def test_a_fork_shares_weights_and_begins_as_after_loading(run, request):
+    folder = request.getfixturevalue(run)
+    one, again = difftori.load(folder), difftori.load(folder)
+    numbers = np.random.default_rng(0)
+    before, after = (numbers.normal(size=(4, *one.obs["state"].shape)) for _ in range(2))
+    for obs in before:
+        one.act(obs)
+    fork = one.fork()
+    for obs in after:
+        one.act(obs)
+        assert np.array_equal(fork.act(obs), again.act(obs))
 
 
 def test_a_dict_that_was_flattened_in_training_is_flattened_again():
@@ -125,7 +135,7 @@ def test_a_dict_that_was_flattened_in_training_is_flattened_again():
         return np.zeros((len(obs), 1))
 
     policy = LoadedPolicy(
-        act,
+        lambda: act,
         "own",
         {"state": EntrySpec((3,))},
         (-1.0,),

@@ -109,6 +109,28 @@ class EvalArguments(Arguments):
     """Record a video of one evaluation episode in the folder `media` of the run directory."""
 
 
+class ServeArguments(Arguments):
+    """Serve a trained policy or agent over the network, in openpi's wire protocol (docs/serving.md). SIGINT and SIGTERM end it."""
+
+    run: Path
+    """Run directory."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but this machine's loopback needs `--token-file`; `0.0.0.0` is all addresses."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen at. 0 chooses a free one."""
+    token_file: Path | None = None
+    """File with the token that clients must send, at least 16 characters, which only you can read (mode 600)."""
+    chunks: bool = False
+    """Answer with the `n_action_steps` actions of a plan, for clients that execute them one by one. By default, with the next action."""
+    max_clients: int = Field(32, ge=1)
+    """Number of clients at once. Further ones are refused."""
+    which: Literal["best", "last"] | None = None
+    """Weights of a policy: those with the least validation error, or the last ones (default: `last` for runs with `--demos`,
+    otherwise `best`). Runs of agents store the last weights only."""
+    device: str = "cpu"
+    """Device for inference, such as `cpu` or `cuda`."""
+
+
 class SweepArguments(Arguments):
     """Train every combination of the options in a YAML file (docs/sweeps.md).
 

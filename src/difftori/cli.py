@@ -1,7 +1,7 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `serve`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
-Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM.
+Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM (`serve`: 0).
 """
 
 import logging
@@ -32,6 +32,8 @@ _USAGE = """usage: difftori COMMAND …
   train --resume RUN [--steps N | --updates N | --epochs N]
                                 resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
+  serve RUN [--host HOST] [--port PORT] [--token-file FILE]
+                                let other programs act with a policy or agent, over the network
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
                                 train many runs: tasks × seeds × options
   report DIR… [--out DIR]       compare any number of runs on one page
@@ -78,6 +80,7 @@ def _dispatch(words: list[str]) -> int:
         "data": _data,
         "train": _train,
         "eval": _eval,
+        "serve": _serve,
         "sweep": _sweep,
         "report": _report,
         "study": _study,
@@ -224,6 +227,40 @@ def _eval(words: list[str]) -> None:
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
+
+
+def _serve(words: list[str]) -> None:
+    from difftori.arguments import ServeArguments, read_arguments
+
+    options = read_arguments(ServeArguments, words, "serve", positional="run")
+    from difftori.serving.access import read_token, require_token
+
+    token = None if options.token_file is None else read_token(options.token_file)
+    require_token(options.host, token)
+    from socket import gethostname
+
+    import torch
+
+    from difftori import load
+    from difftori.runs.records import read_config
+    from difftori.serving.server import PolicyServer, serve
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    policy = load(options.run, which=options.which, device=options.device)
+    torch.set_num_threads(int(read_config(options.run).get("threads", 1)))
+    server = PolicyServer(policy, token=token, chunks=options.chunks, max_clients=options.max_clients, say=say)
+
+    def ready(port: int) -> None:
+        name = gethostname() if options.host in ("0.0.0.0", "::") else options.host
+        address = f"ws://[{name}]:{port}" if ":" in name else f"ws://{name}:{port}"
+        secret = "" if token is None else ", token=…"
+        say(f"serving {policy.name} of {options.run} at {address}; Ctrl-C ends it")
+        say(f"to act with it: difftori.serving.Client({address!r}{secret}), or openpi-client")
+
+    serve(server, options.host, options.port, ready)
+    print_table(str(options.run), server.traffic.table())
 
 
 def _sweep(words: list[str]) -> None:

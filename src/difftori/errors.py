@@ -48,6 +48,10 @@ class MissingExtraError(DifftoriError, ImportError):
     """An optional dependency is not installed. The message names the extra that installs it."""
 
 
+class ServingError(DifftoriError, RuntimeError):
+    """A policy server is not reachable, or it refused the client or a message; or a message is malformed."""
+
+
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
     """The end of an error message: the nearest known name, or all known names if none is near.
 

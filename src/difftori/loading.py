@@ -1,6 +1,7 @@
 """`difftori.load(RUN)`: a trained policy or agent that acts in your own loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Literal, TypeAlias, final
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftori.envs.base import rescaled
-from difftori.errors import NonFiniteError, ShapeError
+from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.il.train import load_policy, seeded_actor
 from difftori.rl.evaluate import AgentInRows, load_agent
 from difftori.rollout import ActInRows, PolicyInRows
@@ -29,23 +30,39 @@ def load(run: str | Path, *, which: Literal["best", "last"] | None = None, devic
     `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
     checkpoint.
 
-    Raises ConfigError if `run` is not a run directory, and CheckpointError if its weights are missing or damaged.
+    Raises ConfigError if `run` is not a run directory or has no such weights, and CheckpointError if they are missing or damaged.
     """
     folder = Path(run)
     config = read_config(folder)
     if trainer_of(config).key == "policy":
         policy, policy_config = load_policy(folder, which, device=device)
         spec = policy.spec
-        act = PolicyInRows(seeded_actor(policy, policy_config), spec)
-        return LoadedPolicy(act, policy_config.policy, spec.obs, spec.low, spec.high, scaled=False)
+        return LoadedPolicy(
+            lambda: PolicyInRows(seeded_actor(policy, policy_config), spec),
+            policy_config.policy,
+            spec.obs,
+            spec.low,
+            spec.high,
+            scaled=False,
+            n_obs_steps=spec.n_obs_steps,
+            n_action_steps=spec.n_action_steps,
+        )
+    if which == "best":
+        raise ConfigError(
+            ["which: 'best' is not available, because an agent's run stores its last weights only. Fix: use 'last'"]
+        )
     agent, agent_config, steps = load_agent(folder, device=device)
-    generator = seeded(agent_config.seed, "evaluation", device)
     entry = EntrySpec(agent.spec.obs_shape, agent.spec.obs_dtype)
     ones = (1.0,) * agent.spec.action_dim
     low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
-    act = AgentInRows(agent, step=steps, generator=generator)
     return LoadedPolicy(
-        act, agent_config.agent, {_STATE: entry}, low, high, scaled=True, flattened=agent.spec.flattened or ()
+        lambda: AgentInRows(agent, step=steps, generator=seeded(agent_config.seed, "evaluation", device)),
+        agent_config.agent,
+        {_STATE: entry},
+        low,
+        high,
+        scaled=True,
+        flattened=agent.spec.flattened or (),
     )
 
 
@@ -55,13 +72,16 @@ class LoadedPolicy:
 
     `obs`: the observations of one step that it needs, by name; images are (height width channels) for policies, stacked frames
     with channels first for agents. An agent that was trained with N distractors needs N further numbers at the end of the state, or
-    apart as `distractors`: those of `difftori.envs.distractors.Distractors`, or N zeros, their mean. `low` and `high`: bounds of the actions (A), in the environment's units. Call `reset` when an
-    episode begins. The history of observations, the rest of a predicted plan, and the warm start of a solve are kept inside.
+    apart as `distractors`: those of `difftori.envs.distractors.Distractors`, or N zeros, their mean. `parts`: names and shapes of
+    arrays that may be given in place of `state`, which concatenates them. `low` and `high`: bounds of the actions (A), in the
+    environment's units. `n_obs_steps`, `n_action_steps`: the observations that it reads, and the actions of a plan that it executes.
+    Call `reset` when an episode begins. The history of observations, the rest of a predicted plan, and the warm start of a solve are
+    kept inside. `make_act` returns a new actor without any of these.
     """
 
     def __init__(
         self,
-        act: ActInRows,
+        make_act: Callable[[], ActInRows],
         name: str,
         obs: Mapping[str, EntrySpec],
         low: tuple[float, ...],
@@ -69,11 +89,20 @@ class LoadedPolicy:
         *,
         scaled: bool,
         flattened: tuple[tuple[str, tuple[int, ...]], ...] = (),
+        n_obs_steps: int = 1,
+        n_action_steps: int = 1,
     ):
         self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
-        self._act, self._scaled, self._flattened = act, scaled, flattened
+        self.n_obs_steps, self.n_action_steps, self.parts = n_obs_steps, n_action_steps, dict(flattened)
+        self._make_act, self._act, self._scaled = make_act, make_act(), scaled
         self._first: np.ndarray | None = None
         self._frames: np.ndarray | None = None
+
+    def fork(self) -> "LoadedPolicy":
+        """Return a policy with the same weights, in shared memory, and with its own episodes and random numbers, as after `load`."""
+        fork = copy(self)
+        fork._act, fork._first, fork._frames = self._make_act(), None, None  # noqa: SLF001
+        return fork
 
     def reset(self, rows: np.ndarray | None = None) -> None:
         """Begin new episodes: in all environments, or, of several, in those where the mask `rows` (B) is true.
@@ -113,7 +142,7 @@ class LoadedPolicy:
                 f"obs: {rows} rows, but others or earlier ones had more or fewer. Fix: reset() before that"
             )
         first = np.ones(rows, dtype=bool) if self._first is None else self._first
-        parts = " and ".join(f"{name} {shape}" for name, shape in self._flattened)
+        parts = " and ".join(f"{name} {shape}" for name, shape in self.parts.items())
         inputs = {name: _converted(name, values, self.obs[name], parts) for name, values in arrays.items()}
         if self._scaled:
             actions = self._act(self._stacked(inputs[_STATE], first), first, np.ones(rows, dtype=bool))
@@ -121,6 +150,8 @@ class LoadedPolicy:
         else:
             actions = self._act(inputs, first, np.ones(rows, dtype=bool))
         self._first = np.zeros(rows, dtype=bool)
+        if not np.isfinite(actions).all():
+            raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs, then reset()")
         chosen = actions if batched else actions[0]
         example = next(iter(given.values()))
         return torch.from_numpy(chosen).to(example.device) if isinstance(example, Tensor) else chosen
@@ -132,18 +163,18 @@ class LoadedPolicy:
                     f"obs: {self.name} needs {', '.join(self.obs)}. Fix: give a dictionary with these names"
                 )
             return {next(iter(self.obs)): obs}
-        if self._flattened and all(name in obs for name, _ in self._flattened):
+        if self.parts and all(name in obs for name in self.parts):
             return {_STATE: self._flat(obs)}
         if missing := [name for name in self.obs if name not in obs]:
             raise ShapeError(
-                f"obs: {', '.join(missing)} missing; given are {', '.join(obs)}. Fix: add the missing ones"
+                f"obs: {', '.join(missing)} missing; given are {', '.join(obs) or 'none'}. Fix: add the missing ones"
             )
         return obs
 
     def _flat(self, obs: Mapping[str, Array]) -> Array:
         """Concatenate the arrays of a Dict observation, as the environment did in training, to (S) or (B S)."""
         parts = []
-        for name, shape in self._flattened:
+        for name, shape in self.parts.items():
             part = torch.as_tensor(obs[name])
             rows = part.shape[: max(part.ndim - len(shape), 0)]
             if part.shape[len(rows) :] != shape:
@@ -154,7 +185,7 @@ class LoadedPolicy:
                 "obs: some arrays have a leading dimension of rows, others not, or another one. Fix: give all alike"
             )
         flat = torch.cat(parts, -1)
-        return flat if isinstance(obs[self._flattened[0][0]], Tensor) else flat.numpy()
+        return flat if isinstance(obs[next(iter(self.parts))], Tensor) else flat.numpy()
 
     def _batched(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Whether the observations have a leading dimension of rows."""
@@ -183,7 +214,7 @@ class LoadedPolicy:
 def _plain(name: str, values: Array) -> np.ndarray:
     """Convert to numpy. Raises NonFiniteError for NaN or Inf, and ShapeError for what is no array of numbers."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if not np.issubdtype(array.dtype, np.number) and array.dtype != np.bool_:
+    if array.dtype.kind not in "biuf":
         raise ShapeError(f"obs: {name} has type {array.dtype}. Fix: give numbers")
     if not np.isfinite(array).all():
         raise NonFiniteError(f"obs: NaN or Inf in {name}. Fix: check the sensor")
@@ -199,7 +230,11 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, parts: str = "")
         if values.shape[1:] != entry.shape:
             made = f", which is {parts}" if parts else ""
             raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
-        return values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            converted = values.astype(np.float32)
+        if not np.isfinite(converted).all():
+            raise NonFiniteError(f"obs: {name} has numbers beyond those of float32. Fix: check the sensor")
+        return converted
     if values.dtype != np.uint8:
         if not np.issubdtype(values.dtype, np.floating) or values.min() < 0 or values.max() > 1:
             raise ShapeError(
