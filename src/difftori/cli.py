@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `publish`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM.
@@ -32,6 +32,8 @@ _USAGE = """usage: difftori COMMAND …
   train --resume RUN [--steps N | --updates N | --epochs N]
                                 resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
+  publish RUN --to FOLDER | hub:USER/NAME
+                                share a trained policy or agent with its evidence
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
                                 train many runs: tasks × seeds × options
   report DIR… [--out DIR]       compare any number of runs on one page
@@ -78,6 +80,7 @@ def _dispatch(words: list[str]) -> int:
         "data": _data,
         "train": _train,
         "eval": _eval,
+        "publish": _publish,
         "sweep": _sweep,
         "report": _report,
         "study": _study,
@@ -224,6 +227,16 @@ def _eval(words: list[str]) -> None:
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
+
+
+def _publish(words: list[str]) -> None:
+    from difftori.arguments import PublishArguments, read_arguments
+
+    options = read_arguments(PublishArguments, words, "publish", positional="run")
+    from difftori.publishing.publish import PublishRequest, publish
+
+    published = publish(PublishRequest(**dict(options)))
+    print_table(f"published {options.run}", [{"": name, "value": value} for name, value in published.items()])
 
 
 def _sweep(words: list[str]) -> None:
