@@ -48,7 +48,9 @@ def upload(folder: Path, name: str, files: Sequence[str], *, private: bool) -> s
         api.create_repo(name, private=private, exist_ok=True)
         if private and not api.model_info(name).private:
             raise ConfigError(
-                [f"private: {PREFIX}{name} exists and is public. Fix: make it private on the Hub, or choose another name"]
+                [
+                    f"private: {PREFIX}{name} exists and is public. Fix: make it private on the Hub, or choose another name"
+                ]
             )
         commit = api.upload_folder(
             repo_id=name,

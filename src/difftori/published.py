@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import difftori
 from difftori.config import device_faults, read_yaml
-from difftori.errors import CheckpointError, ConfigError, NonFiniteError
+from difftori.errors import CheckpointError, ConfigError, DifftoriError, NonFiniteError
 from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_agent, find_agents, find_policies, find_policy
@@ -122,7 +122,9 @@ def load_published(folder: Path, *, device: str = "cpu", trust_code: Collection[
     config = read_yaml(folder / CONFIG)
     if config.get("format") != _FORMAT:
         raise ConfigError(
-            [f"{folder / CONFIG}: format {config.get('format')!r}, not {_FORMAT}. Fix: install the version of difftori that wrote it"]
+            [
+                f"{folder / CONFIG}: format {config.get('format')!r}, not {_FORMAT}. Fix: install the version of difftori that wrote it"
+            ]
         )
     tensors = _tensors(files[WEIGHTS], folder / WEIGHTS)
     place = str(folder)
@@ -138,7 +140,7 @@ def load_published(folder: Path, *, device: str = "cpu", trust_code: Collection[
         else:
             component = _policy(config, tensors, place, device, trust_code)
     except (KeyError, TypeError, ValidationError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, DifftoriError):
             raise
         raise ConfigError(
             [f"{folder / CONFIG}: does not describe a policy or agent ({_brief(error)}). Fix: restore a copy"]
@@ -169,7 +171,9 @@ def _weights(component: NormalizedPolicy | Agent) -> dict[str, Tensor]:
     network = component if isinstance(component, Agent) else component.policy
     own = {f"model.{name}": value for name, value in network.state_dict().items()}
     if others := [name for name, value in own.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{others[0]}: not a tensor, so it cannot be published. Fix: return a tensor from get_extra_state")
+        raise CheckpointError(
+            f"{others[0]}: not a tensor, so it cannot be published. Fix: return a tensor from get_extra_state"
+        )
     below = None if isinstance(component, Agent) else component.base
     return own if below is None else own | {f"base.{n}": value for n, value in _weights(_normalized(below)).items()}
 
@@ -236,14 +240,18 @@ def _policy(
 
 def _agent(config: Mapping[str, Any], spec: EnvSpec, trust_code: Collection[str]) -> Agent:
     kind = find_agent(_trusted(config["agent"], trust_code))
-    return _built(kind, kind.Config.model_validate(current_config(dict(config))["settings"]), spec, str(config["agent"]))
+    return _built(
+        kind, kind.Config.model_validate(current_config(dict(config))["settings"]), spec, str(config["agent"])
+    )
 
 
 def _built(kind: type, settings: Any, spec: Any, place: str) -> Any:
     try:
         return kind(settings, spec)
     except RuntimeError as error:  # torch's error for impossible sizes
-        raise CheckpointError(f"{place}: {kind.name!r} cannot be built ({_brief(error)}). Fix: restore a copy") from error
+        raise CheckpointError(
+            f"{place}: {kind.name!r} cannot be built ({_brief(error)}). Fix: restore a copy"
+        ) from error
 
 
 def _trusted(name: object, trust_code: Collection[str]) -> str:

@@ -368,9 +368,7 @@ def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
 
 
-def seeded_actor(
-    policy: NormalizedPolicy, *, seed: int, device: str, watch: Callable[[], None] = lambda: None
-) -> Act:
+def seeded_actor(policy: NormalizedPolicy, *, seed: int, device: str, watch: Callable[[], None] = lambda: None) -> Act:
     """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator.
 
     `watch` is called before every plan; what it raises ends the evaluation.

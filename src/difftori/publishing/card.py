@@ -169,7 +169,9 @@ def _training(evidence: Evidence) -> list[list[str]]:
     if config.get("data_seed") is not None:
         rows.append(["seed of the data", str(config["data_seed"])])
     processor = versions.get("device_name") or versions.get("cpu")
-    rows.append(["hardware", f"{processor or 'unknown'}, device {config.get('device')}, {config.get('threads')} CPU threads"])
+    rows.append(
+        ["hardware", f"{processor or 'unknown'}, device {config.get('device')}, {config.get('threads')} CPU threads"]
+    )
     names = ("difftori", "git_commit", "python", "torch", "numpy", "gymnasium", "mujoco")
     rows.append(["versions", ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))])
     return [[first, _cell(second)] for first, second in rows]
@@ -194,7 +196,9 @@ def _limits(evidence: Evidence) -> list[str]:
     if env == "none":
         limits.append("It was compared with recorded actions only, never executed in closed loop.")
     else:
-        limits.append(f"Its results hold for `{env}`, with the observations and options above. Nothing is known about other tasks.")
+        limits.append(
+            f"Its results hold for `{env}`, with the observations and options above. Nothing is known about other tasks."
+        )
     if "agent" in config:
         limits.append("It may have learned to use properties of the simulation that a real system does not have.")
     else:
@@ -211,7 +215,9 @@ def _header(model: Published, evidence: Evidence, about: About) -> str:
         "library_name": "difftori",
         "pipeline_tag": "reinforcement-learning" if agent else "robotics",
         **header_of(about.license),
-        "tags": list(dict.fromkeys(["difftori", learning, model.name.rpartition(":")[2], *([] if env == "none" else [env])])),
+        "tags": list(
+            dict.fromkeys(["difftori", learning, model.name.rpartition(":")[2], *([] if env == "none" else [env])])
+        ),
     }
     if about.dataset is not None:
         values["datasets"] = [about.dataset]

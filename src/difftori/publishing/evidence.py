@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from difftori.errors import DataError
-from difftori.experiments.statistics import Estimate, paired_difference, student_interval, student_quantile
+from difftori.experiments.statistics import Estimate, student_interval, student_quantile
 from difftori.il.recorded import read_record
 from difftori.rollout import wilson_interval
 from difftori.runs.figures import RESULTS
@@ -77,10 +77,12 @@ def without_paths(value: Any) -> Any:
 def _last_part(text: str) -> str:
     """Return `demos.zarr` of `/home/me/demos.zarr`, and `NAME=demos.zarr` of `NAME=/home/me/demos.zarr`. `gym:ALE/Pong-v5` is no path."""
     name, equals, value = text.rpartition("=") if re.match(r"[\w.-]+=", text) else ("", "", text)
-    separated = re.search(r"[/\\]", value) or value.startswith("~")
-    if not separated or re.match(r"\w\w+:", value) or re.search(r"\s", value):
-        return text if not re.search(r"\s", text) else re.sub(r"(?<![\w:])(?:~|[A-Za-z]:)?[/\\]\S*", "…", text)
-    parts = [part for part in re.split(r"[/\\]", value) if part not in ("", "~", ".", "..")]
+    if not re.match(r"[/\\~]|\.+[/\\]|[A-Za-z]:[/\\]|file:", value):  # not certainly a path
+        if re.search(r"\s", value):
+            return re.sub(r"(?<![\w:])(?:~|[A-Za-z]:)?[/\\]\S*", "…", text)
+        if not re.search(r"[/\\]", value) or re.match(r"\w\w+:", value):
+            return text
+    parts = [part for part in re.split(r"[/\\]", value) if part not in ("", "~", ".", "..", "file:")]
     return name + equals + (parts[-1] if parts else "…")
 
 
@@ -134,7 +136,11 @@ def _circumstances(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluated(
-    source: str, which: Which, metrics: Mapping[str, float | None], episodes: Mapping[str, Sequence[float]], **about: Any
+    source: str,
+    which: Which,
+    metrics: Mapping[str, float | None],
+    episodes: Mapping[str, Sequence[float | int]],
+    **about: Any,
 ) -> dict[str, Any] | None:
     """Return an evaluation as it is published: metrics, 95 % intervals, and the results of each episode. None if it has no results."""
     results = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
@@ -148,17 +154,17 @@ def evaluated(
 
 
 def interval(
-    name: str, value: float, metrics: Mapping[str, float], episodes: Mapping[str, Sequence[float]]
+    name: str, value: float, metrics: Mapping[str, float], episodes: Mapping[str, Sequence[float | int]]
 ) -> Estimate | None:
     """Return the 95 % interval of a metric over independent episodes; None if it cannot be computed.
 
-    Wilson's for results that are 0 or 1, Student's for a mean of episodes, and for the difference to an expert that of the paired differences.
+    Wilson's for results that are 0 or 1, Student's for a mean of episodes, such as that of the differences to an expert.
     """
     if name in _COUNTS:
         return None
     column = np.array(episodes.get(name, ()), dtype=float)
     if name == "excess_cost" and {"cost", "expert_cost"} <= episodes.keys():
-        return paired_difference(np.array(episodes["cost"]), np.array(episodes["expert_cost"]))
+        return student_interval(np.array(episodes["cost"]) - np.array(episodes["expert_cost"]))
     if len(column) and np.isfinite(column).all() and math.isclose(column.mean(), value, rel_tol=1e-4, abs_tol=1e-6):
         if set(column) <= {0.0, 1.0}:
             return Estimate(value, *wilson_interval(int(column.sum()), len(column)))
@@ -171,7 +177,9 @@ def interval(
 
 def result_names(evaluation: Mapping[str, Any]) -> list[str]:
     """Return the metrics of an evaluation to show, the most important first."""
-    names = [n for n in evaluation["metrics"] if n not in _COUNTS and not n.endswith(("_low", "_high", "_stderr", "_std"))]
+    names = [
+        n for n in evaluation["metrics"] if n not in _COUNTS and not n.endswith(("_low", "_high", "_stderr", "_std"))
+    ]
     return sorted(names, key=lambda name: RESULTS.index(name) if name in RESULTS else len(RESULTS))
 
 

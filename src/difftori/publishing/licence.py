@@ -25,7 +25,9 @@ def checked_license(name: str, option: str) -> str:
         return lower
     near = difflib.get_close_matches(lower, KNOWN, n=1, cutoff=_NEAR)
     if near:
-        raise ConfigError([f"{option}: {name!r} is not an identifier of the Hub. Fix: write {near[0]}, or another name"])
+        raise ConfigError(
+            [f"{option}: {name!r} is not an identifier of the Hub. Fix: write {near[0]}, or another name"]
+        )
     if not name.strip() or not name.isprintable():
         raise ConfigError([f"{option}: {name!r} is not a name. Fix: write an identifier, such as mit"])
     return name.strip()

@@ -56,7 +56,7 @@ def publish(request: PublishRequest) -> dict[str, Any]:
     evidence = gather(request.run, model.which)
     _require_evidence(request, evidence, model.which)
     title = request.name or _title(evidence.config)
-    address = request.to if target is not None else Path(request.to).name
+    address = request.to if target is not None else Path(request.to).resolve().name
     about = About(title, address, dataset=request.dataset, **licenses)
     if target is None:
         size = _write(model, evidence, about, Path(request.to))
@@ -88,7 +88,9 @@ def _require_evidence(request: PublishRequest, evidence: Evidence, which: Which)
     if not evidence.evaluations:
         chosen = "" if "agent" in evidence.config else f" --which {which}"
         raise ConfigError(
-            [f"{run}: its {which} weights were not evaluated. Fix: difftori eval {run}{chosen}, or publish them by --unfinished"]
+            [
+                f"{run}: its {which} weights were not evaluated. Fix: difftori eval {run}{chosen}, or publish them by --unfinished"
+            ]
         )
 
 

@@ -92,7 +92,9 @@ def read_config(path: Path) -> dict:
     source = path / "config.yaml"
     if (path / MODEL).exists():
         raise ConfigError(
-            [f"{path}: a published folder, not the directory of a run. Fix: act with it by difftori.load, or give a run"]
+            [
+                f"{path}: a published folder, not the directory of a run. Fix: act with it by difftori.load, or give a run"
+            ]
         )
     try:
         text = source.read_text()
