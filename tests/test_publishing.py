@@ -18,13 +18,16 @@ from difftori.cli import main
 from difftori.errors import CheckpointError, ConfigError, MissingExtraError, NonFiniteError
 from difftori.experiments.gather import gather as gather_runs
 from difftori.il.train import evaluate_run as evaluate_policy_run
-from difftori.published import FILES, NEEDED
+from difftori.policies.mpc import PendulumMPC
+from difftori.policies.normalized import NormalizedPolicy
+from difftori.published import FILES, NEEDED, Published, load_published, write_published
 from difftori.publishing.evidence import evaluated, gather, without_paths
 from difftori.publishing.licence import checked_license, header_of
 from difftori.publishing.publish import PublishRequest, publish
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import wilson_interval
 from difftori.trainers import read_options
+from difftori.types import TaskSpec
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -55,8 +58,10 @@ def refiner(place, bc):
 
 
 @pytest.fixture(scope="module")
-def generated(place):
-    return trained("mpc", place / "mpc", **{"num-train": "8", "epochs": "1", "eval-episodes": "3"})
+def stochastic(place, bc):
+    small = {"dims": "16", "step-width": "8", "blocks": "1", "noise-steps": "4", "inference-steps": "2"}
+    common = {"env": ENV, "demos": str(place / "demos.zarr"), "epochs": "2", "eval-episodes": "3"}
+    return trained("diffusion", place / "diffusion", **common, **small)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def agent(place):
     return trained("tdmpc", place / "agent", **AGENT)
 
 
-RUNS = ("bc", "refiner", "generated", "agent")
+RUNS = ("bc", "refiner", "stochastic", "agent")
 
 
 def published(run, to, **options):
@@ -95,6 +100,16 @@ def test_it_acts_as_its_run_bit_by_bit_when_the_run_is_gone(name, request, tmp_p
     finally:
         gone.rename(run)
     assert {path.name for path in folder.iterdir()} <= set(FILES)
+
+
+def test_state_that_training_leaves_in_a_policy_needs_no_fixed_shape(tmp_path):
+    spec = TaskSpec.rows(3, 1, 4, (-2.0,), (2.0,))
+    policy = PendulumMPC(PendulumMPC.Config(), spec)
+    policy.set_extra_state(torch.full((7, 4, 1), torch.nan))
+    write_published(Published(NormalizedPolicy(policy), 0, "last"), tmp_path / "out", {})
+    again = load_published(tmp_path / "out").network
+    assert isinstance(again, PendulumMPC)
+    assert again.get_extra_state().shape == (7, 4, 1)
 
 
 def test_a_base_is_in_the_folder(refiner, tmp_path):
