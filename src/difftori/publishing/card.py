@@ -221,8 +221,8 @@ def _header(model: Published, evidence: Evidence, about: About) -> str:
     }
     if about.dataset is not None:
         values["datasets"] = [about.dataset]
-    if (best := evidence.best_known) is not None:
-        values["model-index"] = [{"name": about.title, "results": [_indexed(best, env, values["pipeline_tag"])]}]
+    if (largest := evidence.largest) is not None:
+        values["model-index"] = [{"name": about.title, "results": [_indexed(largest, env, values["pipeline_tag"])]}]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 

@@ -43,7 +43,7 @@ class Evidence:
         return bool(self.summary)
 
     @property
-    def best_known(self) -> dict[str, Any] | None:
+    def largest(self) -> dict[str, Any] | None:
         """The evaluation with the most episodes, the latest of them; None if there is none."""
         return max(reversed(self.evaluations), key=lambda found: found["count"], default=None)
 

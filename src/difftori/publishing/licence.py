@@ -15,11 +15,13 @@ KNOWN = (
 _NEAR = 0.8
 
 
-def checked_license(name: str, option: str) -> str:
-    """Return a licence's identifier as the Hub writes it; another licence is returned as it is.
+def checked_license(name: str | None, option: str) -> str | None:
+    """Return a licence's identifier as the Hub writes it; another licence, or None, is returned as it is.
 
     Raises ConfigError for a name that is almost an identifier, such as `apache2.0`.
     """
+    if name is None:
+        return None
     lower = name.strip().lower()
     if lower in KNOWN:
         return lower

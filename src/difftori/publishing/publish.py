@@ -45,10 +45,8 @@ def publish(request: PublishRequest) -> dict[str, Any]:
     target = hub_name(request.to)
     if target is None and request.private:
         raise ConfigError([f"private: {request.to} is a folder. Fix: remove --private, or give --to hub:USER/NAME"])
-    licenses = {
-        name: None if (given := getattr(request, name)) is None else checked_license(given, name)
-        for name in ("license", "dataset_license")
-    }
+    weights_license = checked_license(request.license, "license")
+    data_license = checked_license(request.dataset_license, "dataset_license")
     if target is not None:
         library()
     config = read_config(request.run)
@@ -57,7 +55,7 @@ def publish(request: PublishRequest) -> dict[str, Any]:
     _require_evidence(request, evidence, model.which)
     title = request.name or _title(evidence.config)
     address = request.to if target is not None else Path(request.to).resolve().name
-    about = About(title, address, dataset=request.dataset, **licenses)
+    about = About(title, address, weights_license, request.dataset, data_license)
     if target is None:
         size = _write(model, evidence, about, Path(request.to))
         return _summary(evidence, title, request.to, size)
@@ -113,8 +111,8 @@ def _title(config: dict[str, Any]) -> str:
 
 
 def _summary(evidence: Evidence, title: str, place: str, size: int) -> dict[str, Any]:
-    best = evidence.best_known
-    episodes = 0 if best is None else best["count"]
+    largest = evidence.largest
+    episodes = 0 if largest is None else largest["count"]
     return {"name": title, "place": place, "weights_bytes": size, "evaluation_episodes": episodes}
 
 
