@@ -225,7 +225,18 @@ def test_help_of_a_policy_tells_its_own_options(command):
 
 
 @pytest.mark.parametrize(
-    "words", ["collect", "data render", "eval", "sweep", "report", "train difftori", "train dp3", "train difftori-il"]
+    "words",
+    [
+        "collect",
+        "data render",
+        "eval",
+        "publish",
+        "sweep",
+        "report",
+        "train difftori",
+        "train dp3",
+        "train difftori-il",
+    ],
 )
 def test_help_fits_80_columns_and_tells_each_default_once(command, monkeypatch, words):
     monkeypatch.setenv("COLUMNS", "80")

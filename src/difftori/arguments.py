@@ -131,6 +131,31 @@ class ServeArguments(Arguments):
     """Device for inference, such as `cpu` or `cuda`."""
 
 
+class PublishArguments(Arguments):
+    """Share a trained policy or agent with its evidence: weights as safetensors, configuration, and a model card with evaluation, data
+    and licence. `difftori.load` acts with it (docs/publishing.md).
+    """
+
+    run: Path
+    """Run directory."""
+    to: str
+    """Folder to write, or `hub:USER/NAME` for the Hugging Face Hub, which requires `difftori[hub]`."""
+    which: Literal["best", "last"] | None = None
+    """Weights of a policy (default: `last` for runs with `--demos`, otherwise `best`). Runs of agents store the last weights only."""
+    name: str | None = None
+    """Title of the model card (default: NAME-ENV-SEED)."""
+    license: str | None = None
+    """Licence of the weights, as an identifier of the Hub such as `mit` (default: none)."""
+    dataset: str | None = None
+    """Name of the demonstrations on the Hub, such as `lerobot/pusht` (default: the file name of `--demos`)."""
+    dataset_license: str | None = None
+    """Licence of the demonstrations (default: none)."""
+    private: bool = False
+    """Make the repository on the Hub private."""
+    unfinished: bool = False
+    """Publish a run that has not finished, or weights that were not evaluated. The card says so first."""
+
+
 class SweepArguments(Arguments):
     """Train every combination of the options in a YAML file (docs/sweeps.md).
 

@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `serve`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `publish`, `serve`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM (`serve`: 0).
@@ -34,6 +34,8 @@ _USAGE = """usage: difftori COMMAND …
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
   serve RUN [--host HOST] [--port PORT] [--token-file FILE]
                                 let other programs act with a policy or agent, over the network
+  publish RUN --to FOLDER | hub:USER/NAME
+                                share a trained policy or agent with its evidence
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
                                 train many runs: tasks × seeds × options
   report DIR… [--out DIR]       compare any number of runs on one page
@@ -81,6 +83,7 @@ def _dispatch(words: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "serve": _serve,
+        "publish": _publish,
         "sweep": _sweep,
         "report": _report,
         "study": _study,
@@ -261,6 +264,14 @@ def _serve(words: list[str]) -> None:
 
     serve(server, options.host, options.port, ready)
     print_table(str(options.run), server.traffic.table())
+def _publish(words: list[str]) -> None:
+    from difftori.arguments import PublishArguments, read_arguments
+
+    options = read_arguments(PublishArguments, words, "publish", positional="run")
+    from difftori.publishing.publish import PublishRequest, publish
+
+    published = publish(PublishRequest(**dict(options)))
+    print_table(f"published {options.run}", [{"": name, "value": value} for name, value in published.items()])
 
 
 def _sweep(words: list[str]) -> None:

@@ -1,9 +1,9 @@
 """`difftori.load(RUN)`: a trained policy or agent that acts in your own loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from pathlib import Path
-from typing import Literal, TypeAlias, final
+from typing import TypeAlias, final
 
 import numpy as np
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from difftori.envs.base import rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
-from difftori.il.train import load_policy, seeded_actor
+from difftori.hub import download, hub_name
+from difftori.il.train import Which, load_policy, seeded_actor
+from difftori.policies.normalized import NormalizedPolicy
+from difftori.published import NEEDED, Published, is_published, load_published
 from difftori.rl.evaluate import AgentInRows, load_agent
 from difftori.rollout import ActInRows, PolicyInRows
 from difftori.runs.records import read_config
@@ -23,23 +26,55 @@ Array: TypeAlias = np.ndarray | Tensor
 _STATE = "state"
 
 
-def load(run: str | Path, *, which: Literal["best", "last"] | None = None, device: str = "cpu") -> "LoadedPolicy":
-    """Load the policy or the agent of a run directory, to act with it.
+def load(
+    run: str | Path,
+    *,
+    which: Which | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_code: Collection[str] = (),
+) -> "LoadedPolicy":
+    """Load the policy or the agent of a run directory, of a published folder, or of the Hub (`hub:USER/NAME`), to act with it.
 
     `which`: the weights of a policy, as in `difftori eval` (default: `last` for runs with demonstrations, otherwise `best`).
     `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
-    checkpoint.
+    checkpoint. `revision`: branch, tag or commit on the Hub (default: its main branch).
 
-    Raises ConfigError if `run` is not a run directory or has no such weights, and CheckpointError if they are missing or damaged.
+    Loading a published folder executes nothing that it contains or names; a policy or agent that is defined outside this package
+    is imported only if its module is in `trust_code`, such as `["my_pkg.my_policy"]`.
+
+    Raises ConfigError if `run` is neither of these or names a module that is not trusted, CheckpointError if its weights are missing or
+    damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
-    folder = Path(run)
+    name = hub_name(run)
+    if name is None and revision is not None:
+        raise ConfigError([f"revision: {run} is a folder. Fix: remove it, or load from hub:USER/NAME"])
+    folder = Path(run) if name is None else download(name, NEEDED, revision=revision)
+    if name is not None or is_published(folder):
+        model = load_published(folder, device=device, trust_code=trust_code)
+        if which not in (None, model.which):
+            raise ConfigError([f"which: {run} has the {model.which} weights only. Fix: remove it"])
+        return _in_closed_loop(model, device)
     config = read_config(folder)
     if trainer_of(config).key == "policy":
         policy, policy_config = load_policy(folder, which, device=device)
-        spec = policy.spec
+        return _in_closed_loop(Published(policy, policy_config.seed, which or "last"), device, policy_config.policy)
+    if which == "best":
+        raise ConfigError(
+            ["which: 'best' is not available, because an agent's run stores its last weights only. Fix: use 'last'"]
+        )
+    agent, agent_config, steps = load_agent(folder, device=device)
+    return _in_closed_loop(Published(agent, agent_config.seed, "last", steps), device, agent_config.agent)
+
+
+def _in_closed_loop(model: Published, device: str, name: str | None = None) -> "LoadedPolicy":
+    component = model.component
+    name = name or model.name
+    if isinstance(component, NormalizedPolicy):
+        spec = component.spec
         return LoadedPolicy(
-            lambda: PolicyInRows(seeded_actor(policy, policy_config), spec),
-            policy_config.policy,
+            lambda: PolicyInRows(seeded_actor(component, seed=model.seed, device=device), spec),
+            name,
             spec.obs,
             spec.low,
             spec.high,
@@ -47,22 +82,17 @@ def load(run: str | Path, *, which: Literal["best", "last"] | None = None, devic
             n_obs_steps=spec.n_obs_steps,
             n_action_steps=spec.n_action_steps,
         )
-    if which == "best":
-        raise ConfigError(
-            ["which: 'best' is not available, because an agent's run stores its last weights only. Fix: use 'last'"]
-        )
-    agent, agent_config, steps = load_agent(folder, device=device)
-    entry = EntrySpec(agent.spec.obs_shape, agent.spec.obs_dtype)
-    ones = (1.0,) * agent.spec.action_dim
-    low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
+    spec = component.spec
+    ones = (1.0,) * spec.action_dim
+    low, high = spec.action_bounds or (tuple(-one for one in ones), ones)
     return LoadedPolicy(
-        lambda: AgentInRows(agent, step=steps, generator=seeded(agent_config.seed, "evaluation", device)),
-        agent_config.agent,
-        {_STATE: entry},
+        lambda: AgentInRows(component, step=model.agent_steps, generator=seeded(model.seed, "evaluation", device)),
+        name,
+        {_STATE: EntrySpec(spec.obs_shape, spec.obs_dtype)},
         low,
         high,
         scaled=True,
-        flattened=agent.spec.flattened or (),
+        flattened=spec.flattened or (),
     )
 
 

@@ -21,7 +21,7 @@ from difftori.experiments.records import (
 )
 from difftori.runs.checkpoint import read_weights
 from difftori.runs.page import MEDIA
-from difftori.runs.records import current_config, flat, read_metrics
+from difftori.runs.records import MODEL, current_config, flat, read_metrics
 
 TRAINING = "train/return"
 _NOT_DISTINGUISHING = {
@@ -145,7 +145,8 @@ def _places(places: Sequence[Path]) -> list[Path]:
             found.setdefault(place.resolve(), place)
             continue
         files = [path for path in place.rglob("*.jsonl") if is_record_file(path)]
-        for path in [*(path.parent for path in place.rglob("config.yaml")), *files]:
+        folders = [path.parent for path in place.rglob("config.yaml")]
+        for path in [*(folder for folder in folders if not (folder / MODEL).exists()), *files]:  # not published folders
             found.setdefault(path.resolve(), path)
     return sorted(found.values())
 

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -259,7 +260,7 @@ def evaluate(
     watch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate a policy by the task's own measure, from starts that depend only on the seed and the number of episodes."""
-    act = seeded_actor(policy, config, watch)
+    act = seeded_actor(policy, seed=config.seed, device=config.device, watch=watch)
     return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
 
 
@@ -294,9 +295,10 @@ def evaluate_run(
             config.max_episode_steps,
             config.env_options or (),
         )
+        actor = partial(seeded_actor, policy, seed=config.seed, device=config.device)
         if video:
-            evaluator.film(seeded_actor(policy, config), policy.spec, run_dir)
-        result = evaluator.evaluate(seeded_actor(policy, config), policy.spec, episodes=count)
+            evaluator.film(actor(), policy.spec, run_dir)
+        result = evaluator.evaluate(actor(), policy.spec, episodes=count)
         return _kept(run_dir, result, config, which)
     finally:
         torch.set_num_threads(threads)
@@ -366,10 +368,13 @@ def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
 
 
-def seeded_actor(policy: NormalizedPolicy, config: TrainConfig, watch: Callable[[], None] = lambda: None) -> Act:
-    """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator."""
+def seeded_actor(policy: NormalizedPolicy, *, seed: int, device: str, watch: Callable[[], None] = lambda: None) -> Act:
+    """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator.
+
+    `watch` is called before every plan; what it raises ends the evaluation.
+    """
     policy.policy.eval()
-    generator = seeded(config.seed, "evaluation: policy", config.device)
+    generator = seeded(seed, "evaluation: policy", device)
 
     def act(obs: WindowObs) -> Plans:
         watch()

@@ -19,6 +19,9 @@ _QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SHORT = 4000
 """Longest text, in characters, for libyaml's loader, which does not check for nesting that overflows the stack."""
 
+MODEL = "model.safetensors"
+"""File with the weights of a published folder, which a run directory does not have."""
+
 ANY_VALUE = object()
 RETIRED: dict[str, dict[str, object]] = {
     "difftori": {
@@ -85,8 +88,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict:
-    """Read a run's configuration as plain values. Raises ConfigError if it is missing or not YAML."""
+    """Read a run's configuration as plain values. Raises ConfigError if it is missing or not YAML, and for a published folder."""
     source = path / "config.yaml"
+    if (path / MODEL).exists():
+        raise ConfigError(
+            [
+                f"{path}: a published folder, not the directory of a run. Fix: act with it by difftori.load, or give a run"
+            ]
+        )
     try:
         text = source.read_text()
         values = yaml.load(text, _QUICK if len(text) <= _SHORT else yaml.SafeLoader)

@@ -1,0 +1,1 @@
+"""Publishing a trained policy or agent together with its evidence: `difftori publish`."""
