@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `export`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM.
@@ -32,6 +32,8 @@ _USAGE = """usage: difftori COMMAND …
   train --resume RUN [--steps N | --updates N | --epochs N]
                                 resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
+  export RUN [--format onnx | pt2] [--out FILE]
+                                write a trained policy or agent, its solve included, as one file that runs without this package
   sweep FILE [--jobs N | --ray ADDRESS | --slurm] [--status]
                                 train many runs: tasks × seeds × options
   report DIR… [--out DIR]       compare any number of runs on one page
@@ -78,6 +80,7 @@ def _dispatch(words: list[str]) -> int:
         "data": _data,
         "train": _train,
         "eval": _eval,
+        "export": _export,
         "sweep": _sweep,
         "report": _report,
         "study": _study,
@@ -224,6 +227,26 @@ def _eval(words: list[str]) -> None:
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
+
+
+def _export(words: list[str]) -> None:
+    from difftori.arguments import ExportArguments, read_arguments
+
+    options = read_arguments(ExportArguments, words, "export", positional="run")
+    from rich.console import Console
+
+    from difftori.export import export
+
+    out = options.out or options.run / f"exported.{options.format}"
+    with Console(stderr=True).status(f"exporting {options.run}"):
+        done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
+    rows = {
+        "size": f"{done.size / 1e6:.2f} MB",
+        "largest difference of an action, as a share of its range": f"{done.difference:.1e}",
+        "milliseconds for one row, PyTorch": f"{done.original_ms:.2f}",
+        f"milliseconds for one row, {options.format}": f"{done.exported_ms:.2f}",
+    }
+    print_table(str(out), [{"": name, "value": value} for name, value in rows.items()])
 
 
 def _sweep(words: list[str]) -> None:

@@ -48,6 +48,10 @@ class MissingExtraError(DifftoriError, ImportError):
     """An optional dependency is not installed. The message names the extra that installs it."""
 
 
+class ExportError(DifftoriError, RuntimeError):
+    """The function cannot be exported, or the exported file computes other actions."""
+
+
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
     """The end of an error message: the nearest known name, or all known names if none is near.
 
