@@ -109,6 +109,21 @@ class EvalArguments(Arguments):
     """Record a video of one evaluation episode in the folder `media` of the run directory."""
 
 
+class ExportArguments(Arguments):
+    """Write a trained policy or agent, its solve included, as one file that runs without this package (docs/export.md)."""
+
+    run: Path
+    """Run directory."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """`onnx`: for ONNX Runtime and others; requires `difftori[onnx]`. `pt2`: for `torch.export.load`."""
+    out: Path | None = None
+    """File to write (default: `exported.onnx` or `exported.pt2` in the run directory)."""
+    which: Literal["best", "last"] | None = None
+    """Weights of a policy; see `difftori eval`."""
+    tolerance: float = Field(1e-5, gt=0)
+    """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
+
+
 class ServeArguments(Arguments):
     """Serve a trained policy or agent over the network, in openpi's wire protocol (docs/serving.md). SIGINT and SIGTERM end it."""
 

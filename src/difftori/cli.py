@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `publish`, `serve`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori collect`, `data`, `train`, `eval`, `export`, `publish`, `serve`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM (`serve`: 0).
@@ -32,6 +32,8 @@ _USAGE = """usage: difftori COMMAND …
   train --resume RUN [--steps N | --updates N | --epochs N]
                                 resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
+  export RUN [--format onnx | pt2] [--out FILE]
+                                write a trained policy or agent, its solve included, as one file that runs without this package
   serve RUN [--host HOST] [--port PORT] [--token-file FILE]
                                 let other programs act with a policy or agent, over the network
   publish RUN --to FOLDER | hub:USER/NAME
@@ -82,6 +84,7 @@ def _dispatch(words: list[str]) -> int:
         "data": _data,
         "train": _train,
         "eval": _eval,
+        "export": _export,
         "serve": _serve,
         "publish": _publish,
         "sweep": _sweep,
@@ -232,6 +235,26 @@ def _eval(words: list[str]) -> None:
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
 
 
+def _export(words: list[str]) -> None:
+    from difftori.arguments import ExportArguments, read_arguments
+
+    options = read_arguments(ExportArguments, words, "export", positional="run")
+    from rich.console import Console
+
+    from difftori.export import export
+
+    out = options.out or options.run / f"exported.{options.format}"
+    with Console(stderr=True).status(f"exporting {options.run}"):
+        done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
+    rows = {
+        "size": f"{done.size / 1e6:.2f} MB",
+        "largest difference of an action, as a share of its range": f"{done.difference:.1e}",
+        "milliseconds for one row, PyTorch": f"{done.original_ms:.2f}",
+        f"milliseconds for one row, {options.format}": f"{done.exported_ms:.2f}",
+    }
+    print_table(str(out), [{"": name, "value": value} for name, value in rows.items()])
+
+
 def _serve(words: list[str]) -> None:
     from difftori.arguments import ServeArguments, read_arguments
 
@@ -264,6 +287,8 @@ def _serve(words: list[str]) -> None:
 
     serve(server, options.host, options.port, ready)
     print_table(str(options.run), server.traffic.table())
+
+
 def _publish(words: list[str]) -> None:
     from difftori.arguments import PublishArguments, read_arguments
 

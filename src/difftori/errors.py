@@ -52,6 +52,10 @@ class ServingError(DifftoriError, RuntimeError):
     """A policy server is not reachable, or it refused the client or a message; or a message is malformed."""
 
 
+class ExportError(DifftoriError, RuntimeError):
+    """The function cannot be exported, or the exported file computes other actions."""
+
+
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
     """The end of an error message: the nearest known name, or all known names if none is near.
 

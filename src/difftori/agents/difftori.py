@@ -295,7 +295,7 @@ class DiffTORI(Agent):
     @torch.no_grad()
     def _start(self, latent: Latents, horizon: int, generator: torch.Generator) -> Plans:
         """The initial guess of solves: zeros, or the prior's rollout with noise."""
-        shape = (len(latent), horizon + (self.settings.terminal == "action"), self.spec.action_dim)
+        shape = (latent.shape[0], horizon + (self.settings.terminal == "action"), self.spec.action_dim)
         if self.settings.init == "zero":
             return latent.new_zeros(shape)
         noise = action_noise(shape, self.settings.init_std, like=latent, generator=generator)

@@ -109,7 +109,7 @@ class TDMPC(Agent):
         # the weights.
         waits = -torch.rand(weights.shape, generator=generator, dtype=weights.dtype, device=weights.device).log()
         sampled = (weights / waits).argmax(1, keepdim=True)
-        shape = (len(obs), horizon, self.spec.action_dim)
+        shape = (obs.shape[0], horizon, self.spec.action_dim)
         action = elites.gather(1, sampled.unsqueeze(-1).expand(-1, -1, elites.shape[-1])).reshape(shape)[:, 0]
         if explore:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
@@ -137,13 +137,13 @@ class TDMPC(Agent):
         count = self.settings.prior_samples
         if not count:
             return None
-        shape = (count, len(latent), horizon, self.spec.action_dim)
+        shape = (count, latent.shape[0], horizon, self.spec.action_dim)
         noise = action_noise(shape, self.settings.std_end, like=latent, generator=generator)
         return self.model.rollout(latent.expand(count, *latent.shape), noise)
 
     def _shifted(self, memory: Memory | None, first: RowFlags, latent: Latents) -> Plans:
         """The last plan shifted by one step, with zeros at its end. Rows without a plan are zero, (B T A)."""
-        zeros = latent.new_zeros(len(latent), self.settings.horizon, self.spec.action_dim)
+        zeros = latent.new_zeros(latent.shape[0], self.settings.horizon, self.spec.action_dim)
         if memory is None:
             return zeros
         later = torch.cat([memory["plan"][:, 1:], zeros[:, :1]], 1)

@@ -155,7 +155,7 @@ def denoise(
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)
     for step, before in pairs:
-        predicted = denoiser(x, torch.full((len(x),), step, device=x.device))
+        predicted = denoiser(x, torch.full((x.shape[0],), step, device=x.device))
         clean, estimated = schedule.estimate(x, predicted, step)
         if sampler.STOCHASTIC and before >= 0:
             fresh = noise_like(x, generator)

@@ -70,7 +70,7 @@ class ActionDiffusion(nn.Module):
     def sample(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
         """Sample actions (B H A), one sequence for each row."""
         features = self.window(obs)
-        shape = len(features), *self.plan_shape
+        shape = features.shape[0], *self.plan_shape
         noise = torch.randn(shape, generator=generator, dtype=features.dtype, device=features.device)
 
         def predicted(actions: Plans, step: RowCounts) -> Plans:

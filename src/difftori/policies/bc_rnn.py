@@ -104,7 +104,7 @@ class BCRNNGMM(Policy):
 
     def predict(self, obs: WindowObs, crops: torch.Generator | None = None) -> Mixture:
         """Return the mixture of each of the H steps. `crops`: see `WindowEncoder`."""
-        rows, seen, steps = len(next(iter(obs.values()))), self.spec.n_obs_steps, self.spec.horizon
+        rows, seen, steps = next(iter(obs.values())).shape[0], self.spec.n_obs_steps, self.spec.horizon
         features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
         features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)

@@ -223,7 +223,7 @@ class DiffTORI(Refiner):
         history: bool = False,
     ) -> Plan:
         """Solve Eq. 7 from `start` (B P A). `history`: record every iterate."""
-        first = start.reshape(len(state), self.steps, self.size)
+        first = start.reshape(state.shape[0], self.steps, self.size)
         return self._planner(adjoint).plan(self.objective(state, sample, base), first, history=history)
 
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
@@ -239,7 +239,7 @@ class DiffTORI(Refiner):
         planned = None if base is None else self.planned_base(base)
         start = self.guess(obs, planned, generator)
         state = self.encode(obs)
-        rows, samples = len(state), self.settings.act_samples
+        rows, samples = state.shape[0], self.settings.act_samples
 
         def again(values: Tensor) -> Tensor:
             return values.repeat(samples, *(1,) * (values.ndim - 1))

@@ -133,7 +133,7 @@ class IBC(Policy):
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:
         """Return the executed actions (B P A) with the least energy found."""
         features = self.window(obs)
-        candidates = self._uniform(self.settings.samples, len(features), generator)
+        candidates = self._uniform(self.settings.samples, features.shape[0], generator)
         score = partial(self.score.in_parts, features, at_once=self.settings.at_once)
         if self.settings.inference == "langevin":
             candidates = self._moved(features, candidates, generator)

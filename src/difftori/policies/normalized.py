@@ -78,12 +78,13 @@ class NormalizedPolicy:
         return self.policy.loss(self.normalized(batch), generator=generator)
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+    def act(self, obs: WindowObs, *, generator: torch.Generator, checked: bool = True) -> Plans:
         """Return the H actions (B H A) from the oldest observation on, in the task's units, inside the action box.
 
         The actions of a refiner replace those of its base. Actions that it returns unchanged equal the base's bit for bit.
+        `checked`: whether the base's actions are checked for NaN, which reads their values; default: True.
         """
-        whole = None if self.base is None else self.base_actions(obs, generator=generator)
+        whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
         if not isinstance(self.policy, Refiner):
             return self._whole(self.policy.act(inputs, generator=generator))
@@ -101,24 +102,27 @@ class NormalizedPolicy:
         inputs = self.normalizer.normalize_obs(obs)
         return inputs, None if base is None else self._base_from_present(base)
 
-    def base_actions(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
+    def base_actions(self, obs: WindowObs, *, generator: torch.Generator, checked: bool = True) -> Plans:
         """Return the base's actions (B H A) in the task's units, with the dtype and device of the observations, without a graph.
 
-        Raises ShapeError if the base returns another shape, and NonFiniteError for NaN or Inf.
+        Raises ShapeError if the base returns another shape, and, if `checked`, NonFiniteError for NaN or Inf.
         """
         assert self.base is not None
         like = next(iter(obs.values()))
         dtype = like.dtype if like.is_floating_point() else torch.float32
         with torch.no_grad():
-            own = self.base.act(obs, generator=generator) if isinstance(self.base, BasePolicy) else self.base(obs)
+            if isinstance(self.base, NormalizedPolicy):
+                own = self.base.act(obs, generator=generator, checked=checked)
+            else:
+                own = self.base.act(obs, generator=generator) if isinstance(self.base, BasePolicy) else self.base(obs)
         plans = own.detach().to(like.device, dtype)
-        wanted = (len(like), self.spec.horizon, self.spec.action_dim)
+        wanted = (like.shape[0], self.spec.horizon, self.spec.action_dim)
         if plans.shape != wanted:
             raise ShapeError(
                 f"base: it returned actions of shape {tuple(plans.shape)} for {len(like)} windows. "
                 f"Fix: return (B H A) = {wanted}, from the oldest observation on"
             )
-        if not plans.isfinite().all():
+        if checked and not plans.isfinite().all():
             rows = (~plans.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise NonFiniteError(
                 f"base: NaN or Inf in its actions in rows {rows[:8]} of {len(like)}. Fix: check the base policy"

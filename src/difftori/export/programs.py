@@ -1,0 +1,114 @@
+"""What is exported: the function from the observations to the actions of a run's policy or agent."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from difftori.il.train import load_policy
+from difftori.policies.normalized import NormalizedPolicy
+from difftori.rl.evaluate import load_agent
+from difftori.runs.records import read_config
+from difftori.trainers import trainer_of
+from difftori.types import EntrySpec, TaskSpec
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of named tensors, rows first, that is exported: its inputs, an example, and what a user must know."""
+
+    name: str
+    function: Callable[[Tensors, torch.Generator], Tensors]
+    inputs: Mapping[str, EntrySpec]
+    example: Callable[[int, torch.Generator], Tensors]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def program_of(run: Path, which: Literal["best", "last"] | None = None) -> Program:
+    """The function of a run: of a policy, the actions that it executes next; of an agent, its next action and its plan."""
+    if trainer_of(read_config(run)).key == "policy":
+        return _policy_program(run, which)
+    return _agent_program(run)
+
+
+def _policy_program(run: Path, which: Literal["best", "last"] | None) -> Program:
+    policy, config = load_policy(run, which)
+    spec: TaskSpec = policy.spec
+    for part in (policy, policy.base):
+        if isinstance(part, NormalizedPolicy):
+            part.policy.eval().requires_grad_(False)
+
+    def function(inputs: Tensors, generator: torch.Generator) -> Tensors:
+        plan = policy.act({name: inputs[name] for name in spec.obs}, generator=generator, checked=False)
+        return {"actions": plan[:, spec.present]}
+
+    history = {
+        name: EntrySpec((spec.n_obs_steps, *entry.shape), entry.dtype, entry.moments)
+        for name, entry in spec.obs.items()
+    }
+    about = {
+        "policy": config.policy,
+        "use": "Give the last observations of each row, oldest first, in the units of the environment; repeat the first "
+        "observation of an episode in place of earlier ones. Execute all actions, then ask again.",
+        "low": list(spec.low),
+        "high": list(spec.high),
+    }
+    return Program(config.policy, function, history, lambda rows, g: _example(history, rows, g), about)
+
+
+def _agent_program(run: Path) -> Program:
+    agent, config, steps = load_agent(run)
+    agent.requires_grad_(False).compiles = False
+    ones = (1.0,) * agent.spec.action_dim
+    low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
+    lower, upper = torch.tensor(low), torch.tensor(high)
+    entry = EntrySpec(agent.spec.obs_shape, agent.spec.obs_dtype)
+    with torch.no_grad():
+        seen = _example({"state": entry}, 2, torch.Generator())["state"]
+        first = torch.ones(2, dtype=torch.bool)
+        options: dict[str, Any] = {"step": steps, "explore": False}
+        _, memory = agent.act(seen, None, first=first, generator=torch.Generator(), **options)
+    kept = {f"last_{name}": EntrySpec(tuple(value.shape[1:])) for name, value in memory.items()}
+
+    def function(inputs: Tensors, generator: torch.Generator) -> Tensors:
+        before = {name.removeprefix("last_"): inputs[name] for name in kept}
+        action, after = agent.act(
+            inputs["state"], before or None, first=inputs["first"] > 0, generator=generator, **options
+        )
+        scaled = torch.maximum(torch.minimum(lower + (action + 1.0) * 0.5 * (upper - lower), upper), lower)
+        return {"actions": scaled, **after}
+
+    inputs = {"state": entry, "first": EntrySpec(()), **kept}
+
+    def example(rows: int, generator: torch.Generator) -> Tensors:
+        made = _example({"state": entry, **kept}, rows, generator)
+        return {**made, "first": (torch.arange(rows) % 2).float()}
+
+    about = {
+        "agent": config.agent,
+        "use": "`state` is the observation of each row, images as three stacked frames. If there are `first` and `last_plan`: "
+        "`first` is 1 for rows whose episode begins, otherwise 0; `last_plan` is the output `plan` of the step before, or zeros.",
+        "low": list(low),
+        "high": list(high),
+    }
+    return Program(config.agent, function, inputs, example, about)
+
+
+def _example(entries: Mapping[str, EntrySpec], rows: int, generator: torch.Generator) -> Tensors:
+    """Random observations, within the range of the training data where that is known."""
+    made: Tensors = {}
+    for name, entry in entries.items():
+        share = torch.rand((rows, *entry.shape), generator=generator)
+        if entry.dtype == "uint8":
+            made[name] = (256 * share).to(torch.uint8)
+        elif entry.moments is None:
+            made[name] = 2 * share - 1
+        else:
+            low, high = torch.tensor(entry.moments.low), torch.tensor(entry.moments.high)
+            made[name] = low + share * (high - low)
+    return made
