@@ -64,7 +64,7 @@ lint: $(VENV)/.dev
 
 resolve:  ## check that the core and every extra resolve to wheels on Python 3.10 to 3.13
 	$(PYTHON) -m venv $(VENV)/resolve && $(VENV)/resolve/bin/python -m pip install --quiet uv
-	for python in 3.10 3.11 3.12 3.13; do for extra in '' dmc metaworld pusht robomimic maniskill data wandb hub ray slurm serve docs test dev; do \
+	for python in 3.10 3.11 3.12 3.13; do for extra in '' dmc metaworld pusht robomimic maniskill data wandb hub ray slurm serve onnx docs test dev; do \
 	  $(VENV)/resolve/bin/uv pip compile --quiet --python-version $$python --python-platform x86_64-manylinux_2_28 --only-binary :all: \
 	    --constraint constraints.txt pyproject.toml $${extra:+--extra $$extra} --output-file $(VENV)/resolve/$$python-$$extra.txt \
 	    && echo "Python $$python, $${extra:-core}: $$(grep -E '^(torch|numpy)==' $(VENV)/resolve/$$python-$$extra.txt | paste -sd' ')" || exit 1; \

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXTRAS = "dm_control mujoco metaworld fpsample zarr numcodecs gym_pusht pymunk h5py pyarrow av ray submitit huggingface_hub mpc theseus casadi websockets msgpack".split()
+EXTRAS = "dm_control mujoco metaworld fpsample zarr numcodecs gym_pusht pymunk h5py pyarrow av ray submitit huggingface_hub mpc theseus casadi websockets msgpack onnx onnxscript onnxruntime".split()
 
 CODE = f"""
 import importlib, pkgutil, sys

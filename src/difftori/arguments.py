@@ -112,12 +112,12 @@ class EvalArguments(Arguments):
 class ExportArguments(Arguments):
     """Write a trained policy or agent, its solve included, as one file that runs without this package (docs/export.md)."""
 
-    run: Path
-    """Run directory."""
+    run: str
+    """Run directory, published folder, or `hub:USER/NAME`."""
     format: Literal["onnx", "pt2"] = "onnx"
     """`onnx`: for ONNX Runtime and others; requires `difftori[onnx]`. `pt2`: for `torch.export.load`."""
     out: Path | None = None
-    """File to write (default: `exported.onnx` or `exported.pt2` in the run directory)."""
+    """File to write (default: `exported.onnx` or `exported.pt2`, in the run directory if it is one)."""
     which: Literal["best", "last"] | None = None
     """Weights of a policy; see `difftori eval`."""
     tolerance: float = Field(1e-5, gt=0)
@@ -127,8 +127,8 @@ class ExportArguments(Arguments):
 class ServeArguments(Arguments):
     """Serve a trained policy or agent over the network, in openpi's wire protocol (docs/serving.md). SIGINT and SIGTERM end it."""
 
-    run: Path
-    """Run directory."""
+    run: str
+    """Run directory, published folder, or `hub:USER/NAME`."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's loopback needs `--token-file`; `0.0.0.0` is all addresses."""
     port: int = Field(8000, ge=0, le=65535)
@@ -139,6 +139,8 @@ class ServeArguments(Arguments):
     """Answer with the `n_action_steps` actions of a plan, for clients that execute them one by one. By default, with the next action."""
     max_clients: int = Field(32, ge=1)
     """Number of clients at once. Further ones are refused."""
+    threads: int = Field(1, ge=1)
+    """Number of threads for inference on the CPU."""
     which: Literal["best", "last"] | None = None
     """Weights of a policy: those with the least validation error, or the last ones (default: `last` for runs with `--demos`,
     otherwise `best`). Runs of agents store the last weights only."""

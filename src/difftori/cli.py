@@ -243,7 +243,9 @@ def _export(words: list[str]) -> None:
 
     from difftori.export import export
 
-    out = options.out or options.run / f"exported.{options.format}"
+    folder = Path(options.run)
+    beside = folder if (folder / "metrics.jsonl").exists() else Path()
+    out = options.out or beside / f"exported.{options.format}"
     with Console(stderr=True).status(f"exporting {options.run}"):
         done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
     rows = {
@@ -268,14 +270,13 @@ def _serve(words: list[str]) -> None:
     import torch
 
     from difftori import load
-    from difftori.runs.records import read_config
     from difftori.serving.server import PolicyServer, serve
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     policy = load(options.run, which=options.which, device=options.device)
-    torch.set_num_threads(int(read_config(options.run).get("threads", 1)))
+    torch.set_num_threads(options.threads)
     server = PolicyServer(policy, token=token, chunks=options.chunks, max_clients=options.max_clients, say=say)
 
     def ready(port: int) -> None:
@@ -286,7 +287,7 @@ def _serve(words: list[str]) -> None:
         say(f"to act with it: difftori.serving.Client({address!r}{secret}), or openpi-client")
 
     serve(server, options.host, options.port, ready)
-    print_table(str(options.run), server.traffic.table())
+    print_table(options.run, server.traffic.table())
 
 
 def _publish(words: list[str]) -> None:

@@ -46,6 +46,20 @@ def load(
     Raises ConfigError if `run` is neither of these or names a module that is not trusted, CheckpointError if its weights are missing or
     damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
+    return _in_closed_loop(
+        open_model(run, which=which, device=device, revision=revision, trust_code=trust_code), device
+    )
+
+
+def open_model(
+    run: str | Path,
+    *,
+    which: Which | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_code: Collection[str] = (),
+) -> Published:
+    """Load the networks of a run directory, of a published folder, or of the Hub. Arguments and errors: `load`."""
     name = hub_name(run)
     if name is None and revision is not None:
         raise ConfigError([f"revision: {run} is a folder. Fix: remove it, or load from hub:USER/NAME"])
@@ -54,27 +68,25 @@ def load(
         model = load_published(folder, device=device, trust_code=trust_code)
         if which not in (None, model.which):
             raise ConfigError([f"which: {run} has the {model.which} weights only. Fix: remove it"])
-        return _in_closed_loop(model, device)
-    config = read_config(folder)
-    if trainer_of(config).key == "policy":
+        return model
+    if trainer_of(read_config(folder)).key == "policy":
         policy, policy_config = load_policy(folder, which, device=device)
-        return _in_closed_loop(Published(policy, policy_config.seed, which or "last"), device, policy_config.policy)
+        return Published(policy, policy_config.seed, which or "last")
     if which == "best":
         raise ConfigError(
             ["which: 'best' is not available, because an agent's run stores its last weights only. Fix: use 'last'"]
         )
     agent, agent_config, steps = load_agent(folder, device=device)
-    return _in_closed_loop(Published(agent, agent_config.seed, "last", steps), device, agent_config.agent)
+    return Published(agent, agent_config.seed, "last", steps)
 
 
-def _in_closed_loop(model: Published, device: str, name: str | None = None) -> "LoadedPolicy":
+def _in_closed_loop(model: Published, device: str) -> "LoadedPolicy":
     component = model.component
-    name = name or model.name
     if isinstance(component, NormalizedPolicy):
         spec = component.spec
         return LoadedPolicy(
             lambda: PolicyInRows(seeded_actor(component, seed=model.seed, device=device), spec),
-            name,
+            model.name,
             spec.obs,
             spec.low,
             spec.high,
@@ -87,7 +99,7 @@ def _in_closed_loop(model: Published, device: str, name: str | None = None) -> "
     low, high = spec.action_bounds or (tuple(-one for one in ones), ones)
     return LoadedPolicy(
         lambda: AgentInRows(component, step=model.agent_steps, generator=seeded(model.seed, "evaluation", device)),
-        name,
+        model.name,
         {_STATE: EntrySpec(spec.obs_shape, spec.obs_dtype)},
         low,
         high,

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from difftori.errors import ShapeError
 
+Count: TypeAlias = int | torch.SymInt
+"""A number of rows or a size, symbolic while a function is traced for export."""
 Scalar: TypeAlias = Float[Tensor, ""]
 Rows: TypeAlias = Float[Tensor, "B"]
 RowFlags: TypeAlias = Bool[Tensor, "B"]

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +17,8 @@ from difftori.export.files import READERS, WRITERS, Call, Format
 from difftori.export.noise import Draw, draws_of, noise, noise_inputs, supplied
 from difftori.export.programs import Program, program_of
 from difftori.export.tracing import described, trace
+from difftori.il.train import Which
+from difftori.loading import open_model
 
 _CHECKED = (1, 2, 5)
 """Numbers of rows at which the file is compared with the original."""
@@ -34,22 +36,22 @@ class Exported(NamedTuple):
 
 
 def export(
-    run: Path,
+    run: str | Path,
     out: Path,
     *,
-    format: Format = "onnx",  # noqa: A002 (the option's name)
-    which: Literal["best", "last"] | None = None,
+    format: Format = "onnx",
+    which: Which | None = None,
     tolerance: float = 1e-5,
 ) -> Exported:
     """Write the policy or the agent of a run to `out`, and compare the file with the original.
 
-    Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
+    `run`, `which`: as in `difftori.load`. Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
     and how to use it. `tolerance`: largest difference of an action, as a share of its range; default: 1e-5.
 
-    Raises ConfigError if `run` is no run directory, MissingExtraError without the packages of the format, and ExportError if the
+    Raises the errors of `difftori.load`, MissingExtraError without the packages of the format, and ExportError if the
     function decides by values (`planner: reference`), or if the file computes other actions; then there is no file.
     """
-    program = program_of(run, which)
+    program = program_of(open_model(run, which=which))
     draws = draws_of(program)
     names = [*program.inputs, *noise_inputs(draws)]
     traced, outputs, used = trace(program, draws, names)

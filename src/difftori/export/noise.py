@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from difftori.errors import ExportError
 from difftori.export.programs import Program, Tensors
+from difftori.types import Count
 
 Kind: TypeAlias = Literal["normal", "uniform"]
 """Standard normal numbers, or numbers from 0 to 1."""
@@ -35,7 +36,7 @@ _KINDS: dict[Any, Kind] = {torch.randn: "normal", torch.rand: "uniform"}
 class _Drawing(TorchFunctionMode):
     """Calls `draw(kind, shape)` in place of torch's functions with a generator."""
 
-    def __init__(self, draw: Callable[[Kind, tuple[int, ...]], Tensor]):
+    def __init__(self, draw: Callable[[Kind, tuple[Count, ...]], Tensor]):
         super().__init__()
         self._draw = draw
 
@@ -63,11 +64,11 @@ def draws_of(program: Program) -> list[Draw]:
     return draws
 
 
-def _calls(program: Program, rows: int) -> list[tuple[Kind, tuple[int, ...]]]:
+def _calls(program: Program, rows: int) -> list[tuple[Kind, tuple[Count, ...]]]:
     """The kinds and shapes of the random numbers that one call draws."""
-    calls: list[tuple[Kind, tuple[int, ...]]] = []
+    calls: list[tuple[Kind, tuple[Count, ...]]] = []
 
-    def draw(kind: Kind, shape: tuple[int, ...]) -> Tensor:
+    def draw(kind: Kind, shape: tuple[Count, ...]) -> Tensor:
         calls.append((kind, shape))
         return torch.randn(shape) if kind == "normal" else torch.rand(shape)
 
@@ -99,7 +100,7 @@ def supplied(program: Program, draws: Sequence[Draw], inputs: Tensors) -> Tensor
     taken = dict.fromkeys(noise_inputs(draws), 0)
     left = list(draws)
 
-    def draw(kind: str, shape: tuple[int, ...]) -> Tensor:
+    def draw(kind: str, shape: tuple[Count, ...]) -> Tensor:
         own = left.pop(0)
         begin, count = taken[own.input], int(torch.Size(own.shape).numel())
         taken[own.input] += count

@@ -1,19 +1,16 @@
-"""What is exported: the function from the observations to the actions of a run's policy or agent."""
+"""What is exported: the function from observations to actions of a policy or an agent."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from difftori.il.train import load_policy
+from difftori.interfaces import Agent
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.rl.evaluate import load_agent
-from difftori.runs.records import read_config
-from difftori.trainers import trainer_of
-from difftori.types import EntrySpec, TaskSpec
+from difftori.published import Published
+from difftori.types import EntrySpec
 
 Tensors: TypeAlias = dict[str, Tensor]
 
@@ -29,16 +26,15 @@ class Program:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def program_of(run: Path, which: Literal["best", "last"] | None = None) -> Program:
-    """The function of a run: of a policy, the actions that it executes next; of an agent, its next action and its plan."""
-    if trainer_of(read_config(run)).key == "policy":
-        return _policy_program(run, which)
-    return _agent_program(run)
+def program_of(model: Published) -> Program:
+    """The function of a model: of a policy, the actions that it executes next; of an agent, its next action and its plan."""
+    if isinstance(model.component, NormalizedPolicy):
+        return _policy_program(model.name, model.component)
+    return _agent_program(model.name, model.component, model.agent_steps)
 
 
-def _policy_program(run: Path, which: Literal["best", "last"] | None) -> Program:
-    policy, config = load_policy(run, which)
-    spec: TaskSpec = policy.spec
+def _policy_program(name: str, policy: NormalizedPolicy) -> Program:
+    spec = policy.spec
     for part in (policy, policy.base):
         if isinstance(part, NormalizedPolicy):
             part.policy.eval().requires_grad_(False)
@@ -52,17 +48,16 @@ def _policy_program(run: Path, which: Literal["best", "last"] | None) -> Program
         for name, entry in spec.obs.items()
     }
     about = {
-        "policy": config.policy,
+        "policy": name,
         "use": "Give the last observations of each row, oldest first, in the units of the environment; repeat the first "
         "observation of an episode in place of earlier ones. Execute all actions, then ask again.",
         "low": list(spec.low),
         "high": list(spec.high),
     }
-    return Program(config.policy, function, history, lambda rows, g: _example(history, rows, g), about)
+    return Program(name, function, history, lambda rows, g: _example(history, rows, g), about)
 
 
-def _agent_program(run: Path) -> Program:
-    agent, config, steps = load_agent(run)
+def _agent_program(name: str, agent: Agent, steps: int) -> Program:
     agent.requires_grad_(False).compiles = False
     ones = (1.0,) * agent.spec.action_dim
     low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
@@ -90,13 +85,13 @@ def _agent_program(run: Path) -> Program:
         return {**made, "first": (torch.arange(rows) % 2).float()}
 
     about = {
-        "agent": config.agent,
+        "agent": name,
         "use": "`state` is the observation of each row, images as three stacked frames. If there are `first` and `last_plan`: "
         "`first` is 1 for rows whose episode begins, otherwise 0; `last_plan` is the output `plan` of the step before, or zeros.",
         "low": list(low),
         "high": list(high),
     }
-    return Program(config.agent, function, inputs, example, about)
+    return Program(name, function, inputs, example, about)
 
 
 def _example(entries: Mapping[str, EntrySpec], rows: int, generator: torch.Generator) -> Tensors:

@@ -9,6 +9,7 @@ from torch import Tensor
 from difftori.errors import ExportError
 from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
+from difftori.solver.solve import all_steps
 
 _ROWS = 13
 """Rows of the example that is traced: unlike any other size, so that only the rows are free."""
@@ -27,7 +28,10 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
         return [value.detach() for value in made.values()]
 
     try:
-        graph = make_fx(positional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*(example[n] for n in names))
+        with all_steps():
+            graph = make_fx(positional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                *(example[name] for name in names)
+            )
         graph.graph.eliminate_dead_code()
         given = [node for node in graph.graph.nodes if node.op == "placeholder"]
         used = [name for name, node in zip(names, given, strict=True) if node.users]
@@ -40,7 +44,7 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
         rows = torch.export.Dim("rows", min=1)
         free = tuple(None if name.endswith("shared") else {0: rows} for name in used)
         exported = torch.export.export(graph, tuple(example[name] for name in used), dynamic_shapes=free)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
             f"{program.name}: it cannot be exported, because it decides by values or by the number of rows: {reason}. "

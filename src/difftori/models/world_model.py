@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from difftori.models.nets import mlp
-from difftori.types import AnyActions, AnyLatents, AnyObservations, AnyPlans, AnyQValues, AnyValues
+from difftori.types import AnyActions, AnyLatents, AnyObservations, AnyPlans, AnyQValues, AnyValues, Count
 
 
 class Critics(nn.Module):
@@ -105,7 +105,7 @@ class WorldModel(nn.Module):
 
 
 def action_noise(
-    shape: Sequence[int], std: float, *, like: Tensor, generator: torch.Generator | None, limit: float = 0.3
+    shape: Sequence[Count], std: float, *, like: Tensor, generator: torch.Generator | None, limit: float = 0.3
 ) -> Tensor:
     """Sample N(0, std²) clipped to ±`limit` (default: 0.3), of this shape, with the device and dtype of `like`."""
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

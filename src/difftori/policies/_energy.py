@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from difftori.models.images import Images
 from difftori.policies._learning import ChiLearning
-from difftori.types import Latents, Points, Scalar
+from difftori.types import Count, Latents, Points, Scalar
 
 Candidates: TypeAlias = Float[Tensor, "K B n"]
 Scores: TypeAlias = Float[Tensor, "K B"]
@@ -143,7 +143,7 @@ def info_nce(scores: Scores) -> tuple[Scalar, float]:
     return loss, (scores.detach().argmax(0) == 0).float().mean().item()
 
 
-def uniform(count: int, rows: int, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:
+def uniform(count: int, rows: Count, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:
     """Sample `count` candidates for each row, uniformly between the bounds."""
     share = torch.rand((count, rows, len(low)), generator=generator, dtype=low.dtype, device=low.device)
     return low + (high - low) * share
@@ -247,5 +247,5 @@ def _resampled(candidates: Candidates, scores: Scores, generator: torch.Generato
     return candidates.gather(0, index.unsqueeze(-1).expand_as(candidates))
 
 
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+def _normal(shape: Sequence[Count], like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

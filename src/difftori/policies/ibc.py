@@ -22,7 +22,7 @@ from difftori.policies._energy import (
     uniform,
 )
 from difftori.policies._units import normalized_bounds
-from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Count, Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
 
 
 class IBCConfig(EnergyConfig):
@@ -147,5 +147,5 @@ class IBC(Policy):
         slopes = partial(self.score.slopes, features)
         return self.chain.run(slopes, candidates, self.low, self.high, generator=generator)
 
-    def _uniform(self, count: int, rows: int, generator: torch.Generator) -> Candidates:
+    def _uniform(self, count: int, rows: Count, generator: torch.Generator) -> Candidates:
         return uniform(count, rows, self.low, self.high, generator)

@@ -1,6 +1,8 @@
 """`solve`: run a solver on a batch of independent problems and differentiate the result with an adjoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,6 +23,18 @@ from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.solution import History, Solution, Status
 from difftori.types import Points, RowCounts, RowFlags, Rows
+
+_READS_ON_CPU = ContextVar("_READS_ON_CPU", default=True)
+
+
+@contextmanager
+def all_steps() -> Iterator[None]:
+    """Solves without a tolerance take all their steps on the CPU too, as on a GPU: they read no value, so they can be traced."""
+    token = _READS_ON_CPU.set(False)
+    try:
+        yield
+    finally:
+        _READS_ON_CPU.reset(token)
 
 
 def solve(
@@ -201,7 +215,7 @@ class _Run:
                 self._compiled(problem, progress, steps)
             else:
                 # Without a tolerance, a GPU is not asked whether all rows have finished, so no step waits for it.
-                asks = self.tolerance > 0 or progress.x.device.type == "cpu"
+                asks = self.tolerance > 0 or (progress.x.device.type == "cpu" and _READS_ON_CPU.get())
                 for _ in range(steps):
                     if asks and bool((progress.done | progress.failed).all()):
                         break
