@@ -11,7 +11,7 @@ LAVAPIPE := \
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-suites vulkan soak gpu-check lint resolve docs baselines bench clean
+.PHONY: demo test test-slow test-suites vulkan soak gpu-check lint resolve docs tutorials baselines bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -69,6 +69,9 @@ resolve:  ## check that the core and every extra resolve to wheels on Python 3.1
 	    --constraint constraints.txt pyproject.toml $${extra:+--extra $$extra} --output-file $(VENV)/resolve/$$python-$$extra.txt \
 	    && echo "Python $$python, $${extra:-core}: $$(grep -E '^(torch|numpy)==' $(VENV)/resolve/$$python-$$extra.txt | paste -sd' ')" || exit 1; \
 	done; done
+
+tutorials: $(VENV)/.dev  ## execute the tutorials and write their notebooks; some ten minutes
+	for file in docs/tutorials/*.py; do $(BIN)/python -m tests.support.notebooks $$file || exit 1; done
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
