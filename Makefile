@@ -23,8 +23,7 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 demo: $(VENV)/.core  ## learn to swing up a pendulum from an expert, by differentiating through the planner
-	$(BIN)/difftori train difftori-il --preset pendulum --env pendulum --seed 0 --epochs 120 --eval-every 5 --eval-episodes 500 --out runs/demo
-	$(BIN)/difftori eval runs/demo --episodes 1000
+	$(BIN)/difftori demo
 
 test: $(VENV)/.dev  ## the default suite: CPU only, well under six minutes on two cores
 	$(BIN)/python -m pytest -n 2

@@ -63,7 +63,10 @@ def options(*words: str) -> set[str]:
 def commands() -> list[tuple[str, ...]]:
     """Every command with options of its own."""
     return [
-        *((command,) for command in ("collect", "data", "eval", "export", "publish", "serve", "sweep", "report")),
+        *(
+            (command,)
+            for command in ("demo", "collect", "data", "eval", "export", "publish", "serve", "sweep", "report")
+        ),
         *(("train", name) for name in known_names()),
         *((command, name) for command in ("study", "bench") for name in names(command)),
     ]

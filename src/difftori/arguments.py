@@ -31,6 +31,15 @@ class Arguments(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class DemoArguments(Arguments):
+    """Train DiffTORI on the pendulum from an optimal expert, and evaluate it on 1000 starts: about a minute on one core."""
+
+    out: Path = Path("runs/demo")
+    """Run directory."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+
 class CollectArguments(Arguments):
     """Record demonstrations of scripted experts: a data set OUT/ENV-SEED.zarr and its manifest OUT/ENV-SEED.json.
 

@@ -1,4 +1,4 @@
-"""The command line: `difftori collect`, `data`, `train`, `eval`, `export`, `publish`, `serve`, `sweep`, `report`, `study`, `bench`.
+"""The command line: `difftori demo`, `collect`, `data`, `train`, `eval`, `export`, `publish`, `serve`, `sweep`, `report`, `study`, `bench`.
 
 Heavy packages are imported by the command that needs them, so that `--help` and `--version` are fast.
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM (`serve`: 0).
@@ -25,6 +25,7 @@ from difftori.terminal import (
 
 _USAGE = """usage: difftori COMMAND …
 
+  demo                          train DiffTORI on the pendulum and evaluate it: about a minute
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
   data render FILE [--out FILE]               render the images of a raw robomimic file
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
@@ -33,7 +34,7 @@ _USAGE = """usage: difftori COMMAND …
                                 resume an interrupted run, or extend a finished one
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
   export RUN [--format onnx | pt2] [--out FILE]
-                                write a trained policy or agent, its solve included, as one file that runs without this package
+                                write a policy or agent as one file, its solve included
   serve RUN [--host HOST] [--port PORT] [--token-file FILE]
                                 let other programs act with a policy or agent, over the network
   publish RUN --to FOLDER | hub:USER/NAME
@@ -80,6 +81,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"difftori {__version__}")
         return 0
     commands: dict[str, Callable[[list[str]], None]] = {
+        "demo": _demo,
         "collect": _collect,
         "data": _data,
         "train": _train,
@@ -98,6 +100,20 @@ def _dispatch(words: list[str]) -> int:
         )
     commands[words[0]](words[1:])
     return 0
+
+
+def _demo(words: list[str]) -> None:
+    from difftori.arguments import DemoArguments, read_arguments
+
+    options = read_arguments(DemoArguments, words, "demo")
+    settings = "difftori-il --preset pendulum --env pendulum --seed 0 --epochs 120 --eval-every 5 --eval-episodes 500"
+    train = [*settings.split(), "--out", str(options.out)]
+    evaluate = [str(options.out), "--episodes", "1000"]
+    print(f"$ difftori train {' '.join(train)}", flush=True)
+    _train([*train, "--quiet"] if options.quiet else train)
+    print(f"$ difftori eval {' '.join(evaluate)}", flush=True)
+    _eval(evaluate)
+    print(f"The run on one page: {options.out / 'report.html'}")
 
 
 def _collect(words: list[str]) -> None:
@@ -261,33 +277,10 @@ def _serve(words: list[str]) -> None:
     from difftori.arguments import ServeArguments, read_arguments
 
     options = read_arguments(ServeArguments, words, "serve", positional="run")
-    from difftori.serving.access import read_token, require_token
+    from difftori.serving.command import ServeRequest, serve_run
 
-    token = None if options.token_file is None else read_token(options.token_file)
-    require_token(options.host, token)
-    from socket import gethostname
-
-    import torch
-
-    from difftori import load
-    from difftori.serving.server import PolicyServer, serve
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    policy = load(options.run, which=options.which, device=options.device)
-    torch.set_num_threads(options.threads)
-    server = PolicyServer(policy, token=token, chunks=options.chunks, max_clients=options.max_clients, say=say)
-
-    def ready(port: int) -> None:
-        name = gethostname() if options.host in ("0.0.0.0", "::") else options.host
-        address = f"ws://[{name}]:{port}" if ":" in name else f"ws://{name}:{port}"
-        secret = "" if token is None else ", token=…"
-        say(f"serving {policy.name} of {options.run} at {address}; Ctrl-C ends it")
-        say(f"to act with it: difftori.serving.Client({address!r}{secret}), or openpi-client")
-
-    serve(server, options.host, options.port, ready)
-    print_table(options.run, server.traffic.table())
+    traffic = serve_run(ServeRequest(**dict(options)), lambda line: print(line, flush=True))
+    print_table(options.run, traffic.table())
 
 
 def _publish(words: list[str]) -> None:
