@@ -91,19 +91,20 @@ def _row(name: str, raw: Mapping[str, list[float]], rates: list[float]) -> dict[
 def _policies(seed: int) -> dict[str, LoadedPolicy]:
     states = replace(made_up_task(), n_action_steps=1)
     image = EntrySpec((_SIDE, _SIDE, 3), dtype="uint8")
-    base = _normalized("bc", {"hidden": (256, 256)}, states, None, seed)
+    base = normalized("bc", {"hidden": (256, 256)}, states, None, seed)
     return {
         "bc, 39 numbers": _loaded(base, states),
-        "DiffTORI on bc, 39 numbers": _loaded(_normalized("difftori-il", {}, states, base, seed), states),
+        "DiffTORI on bc, 39 numbers": _loaded(normalized("difftori-il", {}, states, base, seed), states),
         f"bc, image {_SIDE}×{_SIDE}": _loaded(
-            _normalized("bc", {}, image_task := replace(states, obs={"image": image}), None, seed), image_task
+            normalized("bc", {}, image_task := replace(states, obs={"image": image}), None, seed), image_task
         ),
     }
 
 
-def _normalized(
+def normalized(
     name: str, settings: dict[str, Any], spec: TaskSpec, base: NormalizedPolicy | None, seed: int
 ) -> NormalizedPolicy:
+    """Build a policy with fresh weights, on a base policy or alone."""
     torch.manual_seed(seed)
     kind = find_policy(name)
     return NormalizedPolicy(kind(kind.Config.model_validate(settings), spec).eval(), base)

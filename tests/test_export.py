@@ -84,9 +84,9 @@ def test_an_agents_file_acts_without_this_package(agent_file, agent_run, monkeyp
 def test_a_pt2_file_takes_any_number_of_rows(policy_run, tmp_path):
     done = export(policy_run, tmp_path / "policy.pt2", format="pt2")
     assert done.difference <= 1e-6
-    extra = {"difftori.json": ""}
+    extra = {"about.json": ""}
     module = torch.export.load(done.path, extra_files=extra).module()
-    about = json.loads(extra["difftori.json"])
+    about = json.loads(extra["about.json"])
     ((_, entry),) = about["inputs"].items()
     for rows in (1, 7):
         (actions,) = module(torch.zeros(rows, *entry["shape"][1:]))

@@ -19,6 +19,7 @@ from difftori.export.programs import Program, program_of
 from difftori.export.tracing import described, trace
 from difftori.il.train import Which
 from difftori.loading import open_model
+from difftori.published import Published
 
 _CHECKED = (1, 2, 5)
 """Numbers of rows at which the file is compared with the original."""
@@ -51,7 +52,12 @@ def export(
     Raises the errors of `difftori.load`, MissingExtraError without the packages of the format, and ExportError if the
     function decides by values (`planner: reference`), or if the file computes other actions; then there is no file.
     """
-    program = program_of(open_model(run, which=which))
+    return export_model(open_model(run, which=which), out, format=format, tolerance=tolerance)
+
+
+def export_model(model: Published, out: Path, *, format: Format = "onnx", tolerance: float = 1e-5) -> Exported:
+    """Write a policy or an agent, as `export` does that of a run."""
+    program = program_of(model)
     draws = draws_of(program)
     names = [*program.inputs, *noise_inputs(draws)]
     traced, outputs, used = trace(program, draws, names)
@@ -64,7 +70,7 @@ def export(
         difference = max(_difference(program, draws, call, rows) for rows in _CHECKED)
         if not difference <= tolerance:  # also if it is NaN
             raise ExportError(
-                f"{run}: the exported file computes other actions: difference {difference:.2g} of their range, more than "
+                f"{program.name}: the exported file computes other actions: difference {difference:.2g} of their range, more than "
                 f"{tolerance:g}. Fix: another format, or a larger tolerance"
             )
         times = _times(program, draws, call)

@@ -57,7 +57,7 @@ def _import_onnx() -> Any:
 
 
 def _write_pt2(traced: Any, used: Sequence[str], outputs: Sequence[str], about: dict[str, Any], path: Path) -> None:
-    torch.export.save(traced, path, extra_files={"difftori.json": json.dumps(about)})
+    torch.export.save(traced, path, extra_files={"about.json": json.dumps(about)})
 
 
 def _read_pt2(path: Path, used: Sequence[str], outputs: Sequence[str]) -> Call:

@@ -64,12 +64,12 @@ def draws_of(program: Program) -> list[Draw]:
     return draws
 
 
-def _calls(program: Program, rows: int) -> list[tuple[Kind, tuple[Count, ...]]]:
+def _calls(program: Program, rows: int) -> list[tuple[Kind, tuple[int, ...]]]:
     """The kinds and shapes of the random numbers that one call draws."""
-    calls: list[tuple[Kind, tuple[Count, ...]]] = []
+    calls: list[tuple[Kind, tuple[int, ...]]] = []
 
     def draw(kind: Kind, shape: tuple[Count, ...]) -> Tensor:
-        calls.append((kind, shape))
+        calls.append((kind, tuple(int(size) for size in shape)))
         return torch.randn(shape) if kind == "normal" else torch.rand(shape)
 
     inputs = program.example(rows, torch.Generator())
