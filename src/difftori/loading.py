@@ -12,7 +12,7 @@ from torch import Tensor
 from difftori.envs.base import rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.hub import download, hub_name
-from difftori.il.train import Which, load_policy, seeded_actor
+from difftori.il.train import Which, default_weights, load_policy, seeded_actor
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import NEEDED, Published, is_published, load_published
 from difftori.rl.evaluate import AgentInRows, load_agent
@@ -71,7 +71,7 @@ def open_model(
         return model
     if trainer_of(read_config(folder)).key == "policy":
         policy, policy_config = load_policy(folder, which, device=device)
-        return Published(policy, policy_config.seed, which or "last")
+        return Published(policy, policy_config.seed, which or default_weights(policy_config))
     if which == "best":
         raise ConfigError(
             ["which: 'best' is not available, because an agent's run stores its last weights only. Fix: use 'last'"]

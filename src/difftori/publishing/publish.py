@@ -8,12 +8,11 @@ from typing import Any
 
 from difftori.errors import ConfigError
 from difftori.hub import PREFIX, hub_name, library, upload
-from difftori.il.train import default_weights, load_policy
+from difftori.loading import open_model
 from difftori.published import CARD, FILES, Published, weights_bytes, write_published
 from difftori.publishing.card import About, render_card
 from difftori.publishing.evidence import Evidence, Which, gather
 from difftori.publishing.licence import checked_license
-from difftori.rl.evaluate import load_agent
 from difftori.runs.records import read_config
 
 
@@ -49,8 +48,8 @@ def publish(request: PublishRequest) -> dict[str, Any]:
     data_license = checked_license(request.dataset_license, "dataset_license")
     if target is not None:
         library()
-    config = read_config(request.run)
-    model = _loaded(request, config)
+    read_config(request.run)  # refuses a folder that is not a run
+    model = open_model(request.run, which=request.which)
     evidence = gather(request.run, model.which)
     _require_evidence(request, evidence, model.which)
     title = request.name or _title(evidence.config)
@@ -63,16 +62,6 @@ def publish(request: PublishRequest) -> dict[str, Any]:
         size = _write(model, evidence, about, Path(scratch))
         place = upload(Path(scratch), target, FILES, private=request.private)
     return _summary(evidence, title, f"{PREFIX}{target}", size) | {"address": place}
-
-
-def _loaded(request: PublishRequest, config: dict[str, Any]) -> Published:
-    if "agent" in config:
-        if request.which == "best":
-            raise ConfigError(["which: an agent's run stores its last weights only. Fix: use --which last"])
-        agent, agent_config, steps = load_agent(request.run)
-        return Published(agent, agent_config.seed, "last", steps)
-    policy, policy_config = load_policy(request.run, request.which)
-    return Published(policy, policy_config.seed, request.which or default_weights(policy_config))
 
 
 def _require_evidence(request: PublishRequest, evidence: Evidence, which: Which) -> None:
