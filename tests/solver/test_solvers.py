@@ -15,6 +15,7 @@ from difftori.solver import (
     Status,
     solve,
 )
+from difftori.solver.reading import all_steps
 from tests.support.problems import CASES, F64, fit, network, quadratic, swing
 from tests.support.solvers import SECOND_ORDER, SOLVERS, STACKED, applies
 
@@ -266,3 +267,21 @@ def test_candidates_are_scored_beside_the_samples():
         generator=torch.Generator().manual_seed(0),
     )
     torch.testing.assert_close(solution.x, best)
+
+
+def test_without_a_tolerance_a_solve_ends_when_all_rows_are_at_their_optimum_unless_it_takes_all_steps():
+    evaluations = 0
+
+    def cost(x):
+        nonlocal evaluations
+        evaluations += 1
+        return (x - 0.5).square().sum(-1)
+
+    start = torch.full((2, 3), 0.5, dtype=F64)
+    options = {"tolerance": 0.0, "max_steps": 20, "adjoint": Detached()}
+    assert solve(cost, start, **options).steps.tolist() == [0, 0]
+    ended, evaluations = evaluations, 0
+    with all_steps():
+        still = solve(cost, start, **options)
+    assert evaluations > ended + 15
+    assert still.x.equal(start)

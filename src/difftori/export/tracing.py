@@ -9,7 +9,7 @@ from torch import Tensor
 from difftori.errors import ExportError
 from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
-from difftori.solver.solve import all_steps
+from difftori.solver.reading import all_steps
 
 _ROWS = 13
 """Rows of the example that is traced: unlike any other size, so that only the rows are free."""

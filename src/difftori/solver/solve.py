@@ -1,8 +1,6 @@
 """`solve`: run a solver on a batch of independent problems and differentiate the result with an adjoint."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,20 +19,9 @@ from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
 from difftori.solver.objective import Objective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
+from difftori.solver.reading import reading_is_free
 from difftori.solver.solution import History, Solution, Status
 from difftori.types import Points, RowCounts, RowFlags, Rows
-
-_READS_ON_CPU = ContextVar("_READS_ON_CPU", default=True)
-
-
-@contextmanager
-def all_steps() -> Iterator[None]:
-    """Solves without a tolerance take all their steps on the CPU too, as on a GPU: they read no value, so they can be traced."""
-    token = _READS_ON_CPU.set(False)
-    try:
-        yield
-    finally:
-        _READS_ON_CPU.reset(token)
 
 
 def solve(
@@ -78,8 +65,8 @@ def solve(
             Default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest gradient coordinate without an active
             bound, divided by the curvature along the row's recent steps. The length scale is half the narrowest range (at
             most 1) or the largest |x|, whichever is larger. The test does not depend on the scale of the cost or the start.
-            0.0 runs all steps and skips the estimate, which costs one evaluation per solve. Together with `project_start` and
-            a box of numbers, a solve without derivative then never waits for the device.
+            0.0 skips the estimate, which costs one evaluation per solve. With `project_start` and a box of numbers, a solve
+            without derivative then never waits for a GPU: it takes all its steps there.
         keep: return each row's iterate of lowest cost ("best") or its last iterate ("last").
         candidates: (K B n), points that CEM and MPPI evaluate in addition to their own samples.
         generator: the random generator of CEM and MPPI.
@@ -185,15 +172,7 @@ def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
 class _Run:
     """The iteration of one call, which the adjoint runs through `iterate`."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        solver: Solver,
-        x0: Points,
-        tolerance: float | None,
-        keep: str,
-        history: bool,
-    ):
+    def __init__(self, problem: Problem, solver: Solver, x0: Points, tolerance: float | None, keep: str, history: bool):
         self.problem, self.solver, self.x0 = problem, solver, x0
         self.tolerance, self.keep = _tolerance(tolerance, x0.dtype), keep
         self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
@@ -214,10 +193,9 @@ class _Run:
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
-                # Without a tolerance, a GPU is not asked whether all rows have finished, so no step waits for it.
-                asks = self.tolerance > 0 or (progress.x.device.type == "cpu" and _READS_ON_CPU.get())
+                reads = self.tolerance > 0 or reading_is_free(progress.x.device)
                 for _ in range(steps):
-                    if asks and bool((progress.done | progress.failed).all()):
+                    if reads and bool((progress.done | progress.failed).all()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
             if finish:

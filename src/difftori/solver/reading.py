@@ -1,0 +1,24 @@
+"""Whether a solve without a tolerance may read values, to end when all rows have finished: not on a GPU, nor while it is traced."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_ALL_STEPS = ContextVar("_ALL_STEPS", default=False)
+
+
+@contextmanager
+def all_steps() -> Iterator[None]:
+    """Solves without a tolerance take all their steps on the CPU too, as on a GPU, so that they can be traced."""
+    token = _ALL_STEPS.set(True)
+    try:
+        yield
+    finally:
+        _ALL_STEPS.reset(token)
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether a value on this device is read without waiting for it, outside `all_steps`."""
+    return device.type == "cpu" and not _ALL_STEPS.get()
