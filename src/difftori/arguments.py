@@ -57,6 +57,16 @@ class CollectArguments(Arguments):
     """Show no progress bar."""
 
 
+class DataArguments(Arguments):
+    """Describe a data set of demonstrations: its episodes, its keys, and the names under which `difftori train --demos` reads them.
+
+    `difftori data render --help` describes how to render the images of a raw robomimic file.
+    """
+
+    path: Path
+    """LeRobot v3 folder, zarr folder, robomimic or ManiSkill file, or a folder with one of them."""
+
+
 class RenderArguments(Arguments):
     """Render the images of a raw robomimic file from its states: a copy of the file with the images.
 

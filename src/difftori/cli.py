@@ -26,6 +26,7 @@ from difftori.terminal import (
 _USAGE = """usage: difftori COMMAND …
 
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
+  data PATH                                   describe a data set of demonstrations
   data render FILE [--out FILE]               render the images of a raw robomimic file
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
                                 train a policy by imitation, or an agent by reinforcement learning
@@ -123,13 +124,22 @@ def _collect(words: list[str]) -> None:
 
 
 def _data(words: list[str]) -> None:
+    if words[:1] == ["render"]:
+        _render(words[1:])
+        return
+    from difftori.arguments import DataArguments, read_arguments
+
+    options = read_arguments(DataArguments, words, "data", positional="path")
+    from difftori.data.formats import describe_demos
+
+    found = describe_demos(options.path)
+    print_table(found.title(), found.table())
+
+
+def _render(words: list[str]) -> None:
     from difftori.arguments import RenderArguments, read_arguments
 
-    if words[:1] not in (["render"], ["--help"], ["-h"]):
-        raise ConfigError(["data: its only command is render. Fix: difftori data render FILE"])
-    options = read_arguments(
-        RenderArguments, words[1:] if words[0] == "render" else words, "data render", positional="file"
-    )
+    options = read_arguments(RenderArguments, words, "data render", positional="file")
     from difftori.collection.render import RenderRequest, render
     from difftori.terminal import count_progress
 
