@@ -117,6 +117,8 @@ class EvalArguments(Arguments):
     """Device for inference, such as `cpu` or `cuda`."""
     video: bool = False
     """Record a video of one evaluation episode in the folder `media` of the run directory."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ExportArguments(Arguments):
@@ -132,6 +134,8 @@ class ExportArguments(Arguments):
     """Weights of a policy; see `difftori eval`."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ServeArguments(Arguments):

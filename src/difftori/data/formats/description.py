@@ -39,7 +39,9 @@ class DemosDescription:
 
     def title(self) -> str:
         """Return a line with the path, the numbers of episodes and steps, and the short entries of the metadata."""
-        sizes = f"{len(self.lengths)} episodes, {sum(self.lengths)} steps, {min(self.lengths)} to {max(self.lengths)} each"
+        sizes = (
+            f"{len(self.lengths)} episodes, {sum(self.lengths)} steps, {min(self.lengths)} to {max(self.lengths)} each"
+        )
         about = [f"{name} {value}" for name, value in self.about.items() if isinstance(value, int | float | str)]
         return ", ".join([f"{self.path}: {sizes}", *(word for word in about if len(word) < 40)])
 
