@@ -64,6 +64,7 @@ def commands() -> list[tuple[str, ...]]:
     """Every command with options of its own."""
     return [
         *((command,) for command in ("collect", "data", "eval", "export", "publish", "serve", "sweep", "report")),
+        ("data", "render"),
         *(("train", name) for name in known_names()),
         *((command, name) for command in ("study", "bench") for name in names(command)),
     ]
@@ -117,7 +118,7 @@ def _known(command: str, name: str) -> set[str]:
         return options(command, name) if name in names(command) else set()
     if command == "train":
         return {"--resume", *options("train", name if name in known_names() else "bc")}
-    return options(command)
+    return options(command, name) if (command, name) in commands() else options(command)
 
 
 def test_every_option_named_in_prose_exists():

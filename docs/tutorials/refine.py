@@ -162,8 +162,8 @@ for pair in csv.DictReader(Path("runs/report/pairs.csv").open()):
 
 # %% [markdown]
 # Every kind of further training helps: the success rate rises from about 0.4 to about 0.7. DiffTORI is clearly above its base, but it does not
-# win here. The residual is better by about 0.1, with an interval that excludes 0, trains several times faster, and `bc` with more updates is at least as good. This
-# base is only undertrained, so a network that continues to fit the demonstrations is all that is needed. On MetaWorld the order was another one: the same
+# win here. The residual is better by about 0.1, with an interval that excludes 0, and trains several times faster. More updates of `bc` alone gain as much as DiffTORI, so
+# this base was mainly undertrained. On MetaWorld the order was another one: the same
 # `residual` did not improve its base, DiffTORI did, and so did a residual that was trained with noise (`--base-noise`):
 # [imitation studies](../imitation-studies.md). Which one suits your robot is a matter of measuring, with these four commands.
 #
@@ -283,7 +283,7 @@ print("largest difference of an action:", np.abs(play(act_onnx)[0] - wanted).max
 # ### Over the network
 #
 # The robot's program often runs in another process, without PyTorch. `difftori serve` answers it, in the protocol of openpi. `--port 0` chooses a free port; the first line
-# of the output names it.
+# of the output names it. The table at its end shows that the slowest answer takes much longer than the median: it is the first. Ask once before the robot moves.
 
 # %%
 import subprocess
@@ -327,7 +327,6 @@ print(*Path("published/README.md").read_text().split("\n# ")[1].splitlines()[:5]
 # | a base policy in your own code | `refine(my_function, demos, …)`: [refining a policy](../imitation.md#refining-a-policy) |
 # | demonstrations that go several ways | `diffusion` as the base policy |
 # | camera images | the same commands; use a GPU |
-# | a safety limit on the actions | `policy.low` and `policy.high` are the bounds of all actions |
 #
 # Train longer than here, keep the two controls, and use several `--seed`s before you believe a difference: the intervals above are over episodes of one training
 # each. More: [imitation learning](../imitation.md), [acting](../acting.md), [exporting](../export.md), [serving](../serving.md), [publishing](../publishing.md),
