@@ -67,6 +67,7 @@ def commands() -> list[tuple[str, ...]]:
             (command,)
             for command in ("demo", "collect", "data", "eval", "export", "publish", "serve", "sweep", "report")
         ),
+        ("data", "render"),
         *(("train", name) for name in known_names()),
         *((command, name) for command in ("study", "bench") for name in names(command)),
     ]
@@ -120,7 +121,7 @@ def _known(command: str, name: str) -> set[str]:
         return options(command, name) if name in names(command) else set()
     if command == "train":
         return {"--resume", *options("train", name if name in known_names() else "bc")}
-    return options(command)
+    return options(command, name) if (command, name) in commands() else options(command)
 
 
 def test_every_option_named_in_prose_exists():

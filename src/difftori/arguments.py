@@ -66,6 +66,16 @@ class CollectArguments(Arguments):
     """Show no progress bar."""
 
 
+class DataArguments(Arguments):
+    """Describe a data set of demonstrations: its episodes, its keys, and the names under which `difftori train --demos` reads them.
+
+    `difftori data render --help` describes how to render the images of a raw robomimic file.
+    """
+
+    path: Path
+    """LeRobot v3 folder, zarr folder, robomimic or ManiSkill file, or a folder with one of them."""
+
+
 class RenderArguments(Arguments):
     """Render the images of a raw robomimic file from its states: a copy of the file with the images.
 
@@ -116,6 +126,8 @@ class EvalArguments(Arguments):
     """Device for inference, such as `cpu` or `cuda`."""
     video: bool = False
     """Record a video of one evaluation episode in the folder `media` of the run directory."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ExportArguments(Arguments):
@@ -131,6 +143,8 @@ class ExportArguments(Arguments):
     """Weights of a policy; see `difftori eval`."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ServeArguments(Arguments):

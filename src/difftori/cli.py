@@ -21,12 +21,14 @@ from difftori.terminal import (
     print_errors,
     print_table,
     run_progress,
+    status,
 )
 
 _USAGE = """usage: difftori COMMAND …
 
   demo                          train DiffTORI on the pendulum and evaluate it: about a minute
   collect --env TASK --episodes N --out DIR   record demonstrations of a scripted expert
+  data PATH                                   describe a data set of demonstrations
   data render FILE [--out FILE]               render the images of a raw robomimic file
   train NAME [--out DIR] [--config FILE] [--env TASK] [--seed N] …
                                 train a policy by imitation, or an agent by reinforcement learning
@@ -139,13 +141,22 @@ def _collect(words: list[str]) -> None:
 
 
 def _data(words: list[str]) -> None:
+    if words[:1] == ["render"]:
+        _render(words[1:])
+        return
+    from difftori.arguments import DataArguments, read_arguments
+
+    options = read_arguments(DataArguments, words, "data", positional="path")
+    from difftori.data.formats import describe_demos
+
+    found = describe_demos(options.path)
+    print_table(found.title(), found.table())
+
+
+def _render(words: list[str]) -> None:
     from difftori.arguments import RenderArguments, read_arguments
 
-    if words[:1] not in (["render"], ["--help"], ["-h"]):
-        raise ConfigError(["data: its only command is render. Fix: difftori data render FILE"])
-    options = read_arguments(
-        RenderArguments, words[1:] if words[0] == "render" else words, "data render", positional="file"
-    )
+    options = read_arguments(RenderArguments, words, "data render", positional="file")
     from difftori.collection.render import RenderRequest, render
     from difftori.terminal import count_progress
 
@@ -230,8 +241,6 @@ def _eval(words: list[str]) -> None:
     from difftori.arguments import EvalArguments, read_arguments
 
     options = read_arguments(EvalArguments, words, "eval", positional="run")
-    from rich.console import Console
-
     from difftori.runs.records import read_config
     from difftori.trainers import trainer_of
 
@@ -245,7 +254,7 @@ def _eval(words: list[str]) -> None:
                 "--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"
             ]
         )
-    with Console(stderr=True).status(f"evaluating {options.run}"):
+    with status(f"evaluating {options.run}", shown=not options.quiet):
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
@@ -255,14 +264,12 @@ def _export(words: list[str]) -> None:
     from difftori.arguments import ExportArguments, read_arguments
 
     options = read_arguments(ExportArguments, words, "export", positional="run")
-    from rich.console import Console
-
     from difftori.export import export
 
     folder = Path(options.run)
     beside = folder if (folder / "metrics.jsonl").exists() else Path()
     out = options.out or beside / f"exported.{options.format}"
-    with Console(stderr=True).status(f"exporting {options.run}"):
+    with status(f"exporting {options.run}", shown=not options.quiet):
         done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
     rows = {
         "size": f"{done.size / 1e6:.2f} MB",

@@ -75,6 +75,15 @@ def print_errors(messages: Sequence[str]) -> None:
 
 
 @contextmanager
+def status(text: str, *, shown: bool = True) -> Iterator[None]:
+    """Show a text beside a spinner on stderr, in a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True, quiet=not shown).status(text):
+        yield
+
+
+@contextmanager
 def run_progress(total: int, finished: int) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
     """Show a progress bar over runs on stderr. Yields a function that prints a line above it and one to call after each finished run."""
     from rich.console import Console

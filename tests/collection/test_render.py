@@ -163,8 +163,3 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"difftori\[robomimic\]"):
         render(RenderRequest(file))
-
-
-def test_data_has_one_command(capsys):
-    assert cli.main(["data", "draw"]) == 2
-    assert "difftori data render FILE" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from difftori.data.formats import read_demos, write_lerobot, write_zarr
+from difftori import cli
+from difftori.data.formats import describe_demos, read_demos, write_lerobot, write_zarr
 from difftori.data.normalize import fit_normalizer
 from difftori.data.windows import Windows
 from difftori.errors import DataError, MissingExtraError
@@ -46,6 +48,31 @@ def test_a_folder_with_one_set_is_that_set(tmp_path):
     write_lerobot(tiny(), tmp_path / "two", fps=10, task="x")
     with pytest.raises(DataError, match=r"contains 2 data sets. Fix: choose one of .*one.zarr, .*two"):
         read_demos(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_zarr, partial(write_lerobot, fps=10, task="x")])
+def test_a_data_set_is_described_as_it_is_read(tmp_path, write, capsys):
+    write(tiny(), tmp_path / "d")
+    found = describe_demos(tmp_path / "d")
+    demos = read_demos(tmp_path / "d")
+    assert list(found.lengths) == demos.lengths
+    named = {key.name: key for key in found.keys if key.name is not None}
+    assert named.keys() == {"action", *demos.obs}
+    for name, values in {"action": demos.actions, **demos.obs}.items():
+        assert math.prod(named[name].shape or ()) == values[0].numel()
+        limits = (values.min().item(), values.max().item()) if name in ("state", "gripper", "action") else (None, None)
+        assert (named[name].low, named[name].high) == pytest.approx(limits)
+    assert cli.main(["data", str(tmp_path)]) == 0  # a folder with one data set stands for it
+    out = capsys.readouterr().out
+    assert f"{len(demos)} episodes, {sum(demos.lengths)} steps, 3 to 5 each" in " ".join(out.split())
+    assert all(name in out for name in named)
+
+
+def test_nothing_is_described_for_what_is_no_data_set(tmp_path, capsys):
+    assert cli.main(["data", str(tmp_path / "absent")]) == 1
+    assert "no such file or folder. Fix:" in capsys.readouterr().err
+    assert cli.main(["data"]) == 2
+    assert "PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["zarr", "h5py", "av", "pyarrow", "numcodecs"])

@@ -10,6 +10,7 @@ from difftori.data._columns import Storage
 from difftori.data._filling import TensorWriter
 from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes
 from difftori.data.formats._source import Entries, Source
+from difftori.data.formats.description import DemosDescription, describe
 from difftori.data.formats.lerobot import open_lerobot
 from difftori.data.formats.lerobot_writer import write_lerobot
 from difftori.data.formats.maniskill import holds_trajectories, open_maniskill
@@ -18,7 +19,7 @@ from difftori.data.formats.zarr_folder import open_zarr, write_zarr
 from difftori.data.trajectories import Trajectories, make_spans
 from difftori.errors import DataError
 
-__all__ = ["Entries", "find_set", "read_demos", "write_lerobot", "write_zarr"]
+__all__ = ["DemosDescription", "Entries", "describe_demos", "find_set", "read_demos", "write_lerobot", "write_zarr"]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KNOWN = (
@@ -76,6 +77,12 @@ def read_demos(
         fields = {name: [source.field(one) for one in keys] for name, keys in chosen.items()}
         obs = {name: writer.fill(parts) for name, parts in fields.items()}
         return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), source.about)
+
+
+def describe_demos(path: Path | str) -> DemosDescription:
+    """Describe the data set at `path`, of any format that `read_demos` reads. Raises the same errors. Images are not decoded."""
+    with _opened(find_set(Path(path)), None) as source:
+        return describe(source)
 
 
 def find_set(path: Path) -> Path:
