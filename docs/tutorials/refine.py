@@ -283,7 +283,7 @@ print("largest difference of an action:", np.abs(play(act_onnx)[0] - wanted).max
 # ### Over the network
 #
 # The robot's program often runs in another process, without PyTorch. `difftori serve` answers it, in the protocol of openpi. `--port 0` chooses a free port; the first line
-# of the output names it. The table at its end shows that the slowest answer takes much longer than the median: it is the first. Ask once before the robot moves.
+# of the output names it.
 
 # %%
 import subprocess

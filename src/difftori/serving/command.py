@@ -1,13 +1,16 @@
 """What `difftori serve` does: it loads a policy and serves it until a signal ends it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 from typing import Literal
 
+import numpy as np
 import torch
 
+from difftori.errors import NonFiniteError
 from difftori.loading import load
 from difftori.serving.access import read_token, require_token
 from difftori.serving.server import PolicyServer, Traffic, serve
@@ -37,6 +40,10 @@ def serve_run(request: ServeRequest, say: Callable[[str], None]) -> Traffic:
     require_token(request.host, token)
     policy = load(request.run, which=request.which, device=request.device)
     torch.set_num_threads(request.threads)
+    with suppress(NonFiniteError):  # of made-up observations
+        policy.fork().act(
+            {name: np.zeros(entry.shape, entry.dtype) for name, entry in policy.obs.items()}
+        )  # the first is slow
     server = PolicyServer(policy, token=token, chunks=request.chunks, max_clients=request.max_clients, say=say)
 
     def ready(port: int) -> None:
