@@ -107,6 +107,8 @@ class EvalArguments(Arguments):
     """Device for inference, such as `cpu` or `cuda`."""
     video: bool = False
     """Record a video of one evaluation episode in the folder `media` of the run directory."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ExportArguments(Arguments):
@@ -122,6 +124,8 @@ class ExportArguments(Arguments):
     """Weights of a policy; see `difftori eval`."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
+    quiet: bool = False
+    """Show no status while it runs."""
 
 
 class ServeArguments(Arguments):
@@ -193,6 +197,8 @@ class SweepArguments(Arguments):
     """Submit each run as a Slurm job. Requires `difftori[slurm]`."""
     status: bool = False
     """Show the states of the runs and start nothing."""
+    quiet: bool = False
+    """Show no progress bar, only the states of the runs at the end."""
 
 
 class ReportArguments(Arguments):

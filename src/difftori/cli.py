@@ -21,6 +21,7 @@ from difftori.terminal import (
     print_errors,
     print_table,
     run_progress,
+    status,
 )
 
 _USAGE = """usage: difftori COMMAND …
@@ -214,8 +215,6 @@ def _eval(words: list[str]) -> None:
     from difftori.arguments import EvalArguments, read_arguments
 
     options = read_arguments(EvalArguments, words, "eval", positional="run")
-    from rich.console import Console
-
     from difftori.runs.records import read_config
     from difftori.trainers import trainer_of
 
@@ -229,7 +228,7 @@ def _eval(words: list[str]) -> None:
                 "--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"
             ]
         )
-    with Console(stderr=True).status(f"evaluating {options.run}"):
+    with status(f"evaluating {options.run}", shown=not options.quiet):
         results = trainer.evaluate(options.run, **given)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
@@ -239,14 +238,12 @@ def _export(words: list[str]) -> None:
     from difftori.arguments import ExportArguments, read_arguments
 
     options = read_arguments(ExportArguments, words, "export", positional="run")
-    from rich.console import Console
-
     from difftori.export import export
 
     folder = Path(options.run)
     beside = folder if (folder / "metrics.jsonl").exists() else Path()
     out = options.out or beside / f"exported.{options.format}"
-    with Console(stderr=True).status(f"exporting {options.run}"):
+    with status(f"exporting {options.run}", shown=not options.quiet):
         done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
     rows = {
         "size": f"{done.size / 1e6:.2f} MB",
@@ -328,7 +325,7 @@ def _sweep(words: list[str]) -> None:
             engine = on_slurm(place, cpus=sweep.cpus, gpus=gpus, retries=sweep.retries, parameters=sweep.slurm)
         else:
             engine = local(options.jobs, sweep.retries, gpus=gpus)
-        with run_progress(len(runs), sum(run.finished for run in runs)) as (say, done):
+        with run_progress(len(runs), sum(run.finished for run in runs), shown=not options.quiet) as (say, done):
             failures = run_sweep(runs, engine, say=say, done=done)
     found = [run_status(run) for run in runs]
     print_table(f"{options.file.name}: {counts(found)}", table(found))

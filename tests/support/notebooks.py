@@ -4,6 +4,7 @@ The source is a Python file whose cells begin with `# %%`. Cells with the tag `r
 """
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -34,6 +35,9 @@ def execute(file: Path, *, timeout: int = 900) -> nbformat.NotebookNode:
         NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":  # a page shows no colours
+                output.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text)
     return notebook
 
 
