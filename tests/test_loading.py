@@ -159,7 +159,9 @@ def test_a_dict_that_was_flattened_in_training_is_flattened_again():
 def test_an_agent_with_distractors_says_what_it_needs(tmp_path):
     options = {"env": "probe:two-step", "steps": "16", "seed-steps": "9", "eval-episodes": "2", "horizon": "1"}
     options |= {"width": "8", "latent-dim": "4", "batch-size": "4", "updates-per-step": "0.1", "distractors": "2"}
+    options["action-repeat"] = "2"
     policy = difftori.load(trained("difftori", tmp_path / "run", **options))
+    assert policy.action_repeat == 2
     (size,) = policy.obs["state"].shape
     state, distractors = np.zeros(size - 2), np.array([0.5, -0.5])
     alone = policy.act(np.concatenate((state, distractors)))

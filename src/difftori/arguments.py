@@ -216,6 +216,8 @@ class SweepArguments(Arguments):
     """Submit each run as a Slurm job. Requires `difftori[slurm]`."""
     status: bool = False
     """Show the states of the runs and start nothing."""
+    quiet: bool = False
+    """Show no progress bar, only the states of the runs at the end."""
 
 
 class ReportArguments(Arguments):

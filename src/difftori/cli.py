@@ -328,7 +328,7 @@ def _sweep(words: list[str]) -> None:
             engine = on_slurm(place, cpus=sweep.cpus, gpus=gpus, retries=sweep.retries, parameters=sweep.slurm)
         else:
             engine = local(options.jobs, sweep.retries, gpus=gpus)
-        with run_progress(len(runs), sum(run.finished for run in runs)) as (say, done):
+        with run_progress(len(runs), sum(run.finished for run in runs), shown=not options.quiet) as (say, done):
             failures = run_sweep(runs, engine, say=say, done=done)
     found = [run_status(run) for run in runs]
     print_table(f"{options.file.name}: {counts(found)}", table(found))

@@ -105,6 +105,7 @@ def _in_closed_loop(model: Published, device: str) -> "LoadedPolicy":
         high,
         scaled=True,
         flattened=spec.flattened or (),
+        action_repeat=spec.action_repeat,
     )
 
 
@@ -116,7 +117,8 @@ class LoadedPolicy:
     with channels first for agents. An agent that was trained with N distractors needs N further numbers at the end of the state, or
     apart as `distractors`: those of `difftori.envs.distractors.Distractors`, or N zeros, their mean. `parts`: names and shapes of
     arrays that may be given in place of `state`, which concatenates them. `low` and `high`: bounds of the actions (A), in the
-    environment's units. `n_obs_steps`, `n_action_steps`: the observations that it reads, and the actions of a plan that it executes.
+    environment's units. `action_repeat`: environment steps for which an agent's action is executed. `n_obs_steps`, `n_action_steps`:
+    the observations that it reads, and the actions of a plan that it executes.
     Call `reset` when an episode begins. The history of observations, the rest of a predicted plan, and the warm start of a solve are
     kept inside. `make_act` returns a new actor without any of these.
     """
@@ -133,9 +135,11 @@ class LoadedPolicy:
         flattened: tuple[tuple[str, tuple[int, ...]], ...] = (),
         n_obs_steps: int = 1,
         n_action_steps: int = 1,
+        action_repeat: int = 1,
     ):
         self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
         self.n_obs_steps, self.n_action_steps, self.parts = n_obs_steps, n_action_steps, dict(flattened)
+        self.action_repeat = action_repeat
         self._make_act, self._act, self._scaled = make_act, make_act(), scaled
         self._first: np.ndarray | None = None
         self._frames: np.ndarray | None = None

@@ -84,14 +84,16 @@ def status(text: str, *, shown: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def run_progress(total: int, finished: int) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
+def run_progress(
+    total: int, finished: int, *, shown: bool = True
+) -> Iterator[tuple[Callable[[str], None], Callable[[object], None]]]:
     """Show a progress bar over runs on stderr. Yields a function that prints a line above it and one to call after each finished run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
     columns = (TextColumn("runs"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not shown)) as bar:
         line = bar.add_task("runs", total=total, completed=finished)
         yield lambda text: bar.console.print(Text(text), soft_wrap=True), lambda _: bar.advance(line)
 

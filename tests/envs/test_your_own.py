@@ -1,6 +1,7 @@
 """Environments that users bring: a class, a function, an id of Gymnasium's registry, or a whole record."""
 
 import sys
+from contextlib import closing
 
 import gymnasium
 import numpy as np
@@ -12,6 +13,7 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import EnvFamily
 from difftori.errors import ConfigError, NonFiniteError
 from difftori.registry import make_env, resolve_env
+from difftori.rl.config import parse_rl_config
 
 SOURCE = """
 import gymnasium
@@ -185,6 +187,27 @@ def test_a_class_that_can_render_does_and_the_limit_of_a_registered_one_is_known
     assert env.render()[0].shape == (4, 4, 3)
     assert env.metadata["render_fps"] == 10
     assert env_spec(opened("gym:my_car:Car-v0")).max_episode_steps == 2
+
+
+@pytest.mark.parametrize("workers", ["sync", "async"])
+def test_an_action_is_repeated_until_the_episode_ends(workers):
+    env = opened("my_car:Car", action_repeat=2, workers=workers, max_episode_steps=9)
+    assert (env_spec(env).action_repeat, env_spec(env).max_agent_steps, env.metadata["render_fps"]) == (2, 5, 5)
+    first, _ = env.reset(seed=[3, 4])
+    after, rewards, _, truncated, info = env.step(np.zeros((2, 2)))  # an action of 2 in the units of the car
+    assert np.allclose(after, first + 4.0, atol=1e-6)
+    assert (rewards.tolist(), truncated.tolist(), info["success"].tolist()) == ([2, 2], [False] * 2, [True] * 2)
+    _, rewards, _, truncated, _ = env.step(np.zeros((2, 2)))
+    assert (rewards.tolist(), truncated.tolist()) == ([1, 1], [True, True])
+    env.close()
+    with pytest.raises(ConfigError, match="action_repeat"):
+        opened("my_car:Car", action_repeat=0)
+
+
+def test_an_agents_run_repeats_actions_in_your_environment():
+    config = parse_rl_config({"agent": "sac", "env": "my_car:Car", "action_repeat": 3})
+    with closing(config.open_env(1)) as env:
+        assert env_spec(env).action_repeat == 3
 
 
 def test_a_record_carries_what_imitation_needs():

@@ -65,7 +65,9 @@ def test_a_sweep_runs_bases_first_and_again_repeats_nothing(sweep, in_this_proce
     assert main(["sweep", str(sweep), "--jobs", "2"]) == 0
     assert "4 finished" in capsys.readouterr().out
     assert [name.split("/")[1].split("_")[0] for name in in_this_process] == ["bc", "bc", "residual", "residual"]
-    assert main(["sweep", str(sweep)]) == 0
+    capsys.readouterr()
+    assert main(["sweep", str(sweep), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
     assert len(in_this_process) == 4
 
 

@@ -20,10 +20,10 @@ from difftori.registry import find_agent, find_agents, make_env
 from difftori.rl import train as rl
 from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
-from difftori.rl.evaluate import evaluate, evaluate_run, load_agent
+from difftori.rl.evaluate import evaluate, evaluate_run, load_agent, write_agent
 from difftori.rollout import episode_seed
 from difftori.runs.checkpoint import Checkpoints, read_weights, weights_digest, write_weights
-from difftori.runs.records import read_metrics, to_yaml
+from difftori.runs.records import read_config, read_metrics, to_yaml
 from difftori.runs.run import differences
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2}
@@ -83,6 +83,14 @@ def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, given, tmp_path
         for n in ("whole", "killed")
     ]
     assert rows[0] == rows[1]
+
+
+def test_the_file_of_weights_is_the_same_when_the_configuration_was_read_from_the_run(tmp_path):
+    rl.train(config(env="probe:two-step", steps=20, settings=QUICK), tmp_path, progress=False)
+    before = (tmp_path / "agent.pt").read_bytes()
+    agent, _, agent_steps = load_agent(tmp_path)
+    write_agent(tmp_path, agent, parse_rl_config(read_config(tmp_path)), agent_steps)
+    assert (tmp_path / "agent.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("workers", ["sync", "async"])

@@ -20,10 +20,10 @@ import yaml
 from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
 
-from difftori.envs.base import chosen_task
+from difftori.envs.base import chosen_task, numeric_faults
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.distractors import Distractors
-from difftori.envs.spaces import CheckedEnv, flat_observations, unit_actions
+from difftori.envs.spaces import ActionRepeat, CheckedEnv, flat_observations, unit_actions
 from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, suggest
 
@@ -172,6 +172,7 @@ class ResolvedEnv:
         flatten_obs: bool = False,
         max_episode_steps: int | None = None,
         distractors: int = 0,
+        action_repeat: int | None = None,
         **options: object,
     ) -> CheckedVectorEnv:
         """Create `num_envs` checked copies. `options` are the builder's; see `launch` for `workers`, `timeout` and `restarts`.
@@ -179,16 +180,24 @@ class ResolvedEnv:
         `unit_actions` maps actions in [−1, 1] to the environment's own bounds, which agents need; False leaves the actions
         unchanged. Default: True. `flatten_obs` makes one vector of a Dict observation. `max_episode_steps` truncates episodes
         after this number of environment steps, a multiple of the action repeat. `distractors` appends this number of
-        `Distractors` to vector observations. Raises `ConfigError`, and the errors of the builder.
+        `Distractors` to vector observations. `action_repeat`: environment steps per action; default: the builder's, or 1. Raises
+        `ConfigError`, and the errors of the builder.
         """
-        build = self.family.build
+        build, repeat = self.family.build, 1
+        if action_repeat is not None:
+            if self._vector or "action_repeat" in self.options:
+                options = {**options, "action_repeat": action_repeat}
+            elif faults := numeric_faults(action_repeat=action_repeat):
+                raise ConfigError(faults)
+            else:
+                repeat = action_repeat
         if self._vector and workers != "sync":
             options = {**options, "workers": workers}
         self._refuse_unknown(options)
         arguments = _filled(build, self, seed, num_envs) | options
         if not self._vector:
             build_one = partial(
-                _build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps, distractors
+                _build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps, distractors, repeat
             )
             return launch(
                 build_one,
@@ -304,6 +313,7 @@ def _build(
     flat: bool,
     limit: int | None,
     distractors: int,
+    repeat: int,
 ) -> gymnasium.Env:
     """Build one environment and convert it to the library's conventions. Runs in the worker's process."""
     env = build(**arguments)
@@ -313,6 +323,7 @@ def _build(
     env = flat_observations(env, name=name) if flat else env
     steps = None if limit is None else -(-limit // env.metadata.get("action_repeat", 1))
     env = CheckedEnv(env, name=name, max_episode_steps=steps)
+    env = ActionRepeat(env, repeat) if repeat > 1 else env
     env = Distractors(env, distractors, name=name) if distractors else env
     return unit_actions(env, name=name) if unit else env
 

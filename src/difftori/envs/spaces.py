@@ -57,6 +57,31 @@ def flat_observations(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
     return wrapped
 
 
+class ActionRepeat(gymnasium.Wrapper):
+    """Executes each action for `count` steps, or until the episode ends. Rewards are summed; success is success at any of them."""
+
+    def __init__(self, env: gymnasium.Env, count: int):
+        super().__init__(env)
+        self._count = count
+        repeat = count * env.metadata.get("action_repeat", 1)
+        self.metadata = {
+            **env.metadata,
+            "action_repeat": repeat,
+            "render_fps": env.metadata.get("render_fps", 30) / count,
+        }
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Take one agent step."""
+        total, succeeded = 0.0, False
+        for _ in range(self._count):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            succeeded = succeeded or bool(info.get("success", False))
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, {**info, "success": True} if succeeded else info
+
+
 class CheckedEnv(gymnasium.Wrapper):
     """One environment in the library's conventions: numbers float32, images uint8 with channels first.
 

@@ -88,6 +88,7 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
         "agent": name,
         "use": "`state` is the observation of each row, images as three stacked frames. If there are `first` and `last_plan`: "
         "`first` is 1 for rows whose episode begins, otherwise 0; `last_plan` is the output `plan` of the step before, or zeros.",
+        "action_repeat": agent.spec.action_repeat,
         "low": list(low),
         "high": list(high),
     }

@@ -39,7 +39,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     num_envs: int = Field(1, ge=1)
     """Number of environments that run in parallel, with one solve for all of them."""
     action_repeat: int | None = Field(None, ge=1)
-    """Environment steps per agent step. Default: the paper's for its 15 tasks, else 2."""
+    """Environment steps per agent step. Default: in DeepMind Control the paper's for its 15 tasks and 2 for the others; elsewhere 1."""
     max_episode_steps: int | None = Field(None, ge=1)
     """Truncate episodes after this number of environment steps. Default: the environment's own limit."""
     flatten_obs: bool = False
@@ -91,7 +91,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
         """Open `num_envs` copies of the environment, with those of its options that differ from the defaults."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         requested = {name: getattr(self, name) for name in SEPARATE}
-        known = self.environment.options
+        known = {*self.environment.options, "action_repeat"}
         options = {name: value for name, value in requested.items() if name in known or value != defaults[name]}
         return self.environment.make(
             num_envs=num_envs,

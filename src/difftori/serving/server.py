@@ -105,6 +105,7 @@ class PolicyServer:
             "high": policy.high.tolist(),
             "n_obs_steps": policy.n_obs_steps,
             "n_action_steps": policy.n_action_steps,
+            "action_repeat": policy.action_repeat,
             "actions": [self._steps, len(policy.low)],
             "max_message_bytes": self.max_size,
         }
