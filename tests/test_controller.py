@@ -203,6 +203,21 @@ def test_some_rows_can_be_reset():
     assert controller(states[:1]).shape == (1, 1)
 
 
+def test_each_row_has_its_own_first_guess():
+    """A hill with two sides: the first guess decides, and each row has one."""
+    guesses = torch.tensor([0.4, -0.4], dtype=torch.float64)[:, None, None].expand(2, 3, 1)
+    controller = Controller(
+        lambda s, a: s + a,
+        lambda s, a: -((s[..., 0] + a[..., 0]).square() - 1).square(),
+        horizon=3,
+        action_dim=1,
+        init_actions=guesses,
+        solver=ProjectedGradient(),
+    )
+    action = controller(torch.zeros(2, 1, dtype=torch.float64))
+    assert action[:, 0].sign().tolist() == [1, -1]
+
+
 def test_a_reset_row_forgets_its_plan():
     """After a reset the first guess decides, here between the two sides of a hill."""
 

@@ -56,7 +56,7 @@ class Controller:
         horizon: H, the number of planned steps.
         action_dim: A.
         low, high: bounds: numbers, (A) or (H A).
-        init_actions: the initial guess of a first solve, (A) or (H A); default: the middle of the box, or 0.
+        init_actions: the initial guess of a first solve, (A), (H A) or (B H A); default: the middle of the box, or 0.
         solver: default: `ILQR()`.
         max_steps: the largest number of solver steps of a call with a previous plan.
         first_steps: the largest number of solver steps of a call without a previous plan.

@@ -443,3 +443,26 @@ def test_newton_passes_the_kink_of_a_constraint():
     )
     assert solution.converged.all()
     torch.testing.assert_close(solution.x.detach(), 0.5 * c / c.norm(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-9, 1e-3])
+def test_starting_at_the_minimum_without_the_constraint(off):
+    """The gradient of the cost vanishes there, so it cannot set the weight of the penalty alone."""
+    target = torch.tensor([[0.6, 1.8]], dtype=F64)
+    solution = solve(
+        lambda x: (x - target).square().sum(-1),
+        target + off,
+        inequality=lambda x: x.square().sum(-1, keepdim=True) - 1,
+        max_steps=100,
+    )
+    assert solution.status.tolist() == [Status.CONVERGED]
+    torch.testing.assert_close(solution.x, target / target.norm(), rtol=0, atol=1e-5)
+
+
+def test_batched_gradients_are_those_one_by_one(driven):
+    radius, goal, plan = driven
+    forces, each = plan.actions[:, 3].flatten(), torch.eye(4, dtype=F64)
+    batched = torch.autograd.grad(forces, [radius, goal], each, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(forces, [radius, goal], one, retain_graph=True) for one in each]
+    for together, apart in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(apart))

@@ -61,24 +61,39 @@ class AugmentedLagrangian:
         return (1e-6 if dtype == torch.float64 else 1e-4) if self.tolerance is None else self.tolerance
 
     def first(self, objective: Constrained, x: Points) -> Multipliers:
-        """Initial multipliers: zero, with weights from the gradients of cost and constraints at x."""
+        """Initial multipliers: zero, with weights from the gradients of cost and constraints at x, and from the cost's curvature.
+
+        The curvature, along the gradient of the most violated constraint, sets the weight where x is a minimum of the cost
+        without constraints: the gradient of the cost is zero there.
+        """
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            cost = objective.plain.cost(point)
             values = objective.constraints(point, None)
             worst = values.abs().amax(-1)
-            pull = _slope(cost, point)
-            steepness = _slope(worst, point)
-        weight = self.weight * pull / (steepness * torch.maximum(worst.detach(), steepness))
+            slope, steep = _slope(objective.plain.cost(point), point), _slope(worst, point)
+            normal = _slope(violation(values, objective.equality(point)), point)
+            length = normal.square().sum(-1, keepdim=True)
+            along = torch.where(length > 0, normal / length.sqrt(), 0.0)
+            step = torch.finfo(x.dtype).eps ** 0.5 * x.detach().abs().amax(-1, keepdim=True).clamp(min=1.0)
+            moved = (x.detach() + step * along).requires_grad_()
+            bend = (_slope(objective.plain.cost(moved), moved) - slope) / step
+        pull, steepness = slope.abs().amax(-1), steep.abs().amax(-1)
+        sloped = self.weight * pull / (steepness * torch.maximum(worst.detach(), steepness))
+        curved = ((bend * along).sum(-1) / length.squeeze(-1)).nan_to_num(0.0, 0.0, 0.0)
+        weight = torch.maximum(sloped, _LIGHT * curved)
         usable = torch.isfinite(weight) & (weight > 0)
         return Multipliers(torch.zeros_like(values.detach()), torch.where(usable, weight, self.weight))
 
 
-def _slope(of: Rows, x: Points) -> Rows:
+_LIGHT = 1e-3
+"""The least first weight, as a share of the curvature of the cost. Heavy first weights lead to poor local optima."""
+
+
+def _slope(of: Rows, x: Points) -> Points:
     if not of.requires_grad:
-        return torch.zeros_like(of)
+        return torch.zeros_like(x)
     (grad,) = torch.autograd.grad(of.sum(), x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(of) if grad is None else grad.abs().amax(-1)
+    return torch.zeros_like(x) if grad is None else grad.detach()
 
 
 def solve_constrained(

@@ -235,7 +235,7 @@ class _Active(NamedTuple):
         def broken(found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             actions, states, _ = found
             stage = lq.times_vector(self.stage, torch.cat([states[:, :-1], actions], -1))
-            return torch.cat([stage.flatten(1), lq.times_vector(self.last, states[:, -1])], 1)
+            return torch.cat([stage.reshape(len(stage), -1), lq.times_vector(self.last, states[:, -1])], 1)
 
         return keep_active(solve, broken, torch.zeros_like(self.multipliers), self.weight)
 
