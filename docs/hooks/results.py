@@ -57,7 +57,8 @@ def _fill(name, columns, up):
     if path.suffix == ".svg":
         return f"![{path.stem.replace('_', ' ')}]({up}{name})"
     if columns is None:
-        return re.sub(r"\A# .*\n", "", path.read_text(encoding="utf-8"))
+        text = re.sub(r"\A# .*\n", "", path.read_text(encoding="utf-8"))
+        return re.sub(r"\]\(([\w-]+\.svg)\)", rf"]({up}{Path(name).parent.as_posix()}/\1)", text)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     pairs = [column.strip().partition("=") for column in columns.split(",")]
