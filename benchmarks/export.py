@@ -72,7 +72,9 @@ def _models(config: Config) -> Iterator[tuple[str, Published]]:
     base = normalized("bc", {}, task, None, config.seed)
     yield "bc", Published(base, config.seed, "last")
     yield "difftori-il on bc", Published(normalized("difftori-il", {}, task, base, config.seed), config.seed, "last")
-    yield "diffusion", Published(normalized("diffusion", {}, task, None, config.seed), config.seed, "last")
+    small = {"dims": (64, 128), "inference_steps": 10}
+    diffusion = normalized("diffusion", small, task, None, config.seed)
+    yield "diffusion, widths 64 128, 10 steps", Published(diffusion, config.seed, "last")
     spec = EnvSpec("benchmark", (17,), "float32", 6, 500, 2)
     for name in ("sac", "tdmpc", "difftori"):
         torch.manual_seed(config.seed)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from difftori.errors import MissingExtraError
+from difftori.errors import ExportError, MissingExtraError
 from difftori.export.programs import Tensors
 
 Format: TypeAlias = Literal["onnx", "pt2"]
@@ -35,7 +35,10 @@ def _read_onnx(path: Path, used: Sequence[str], outputs: Sequence[str]) -> Call:
     runtime = _import_onnx()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no other class
+        raise ExportError(f"ONNX Runtime refuses the file: {error}. Fix: --format pt2") from error
 
     def call(inputs: Tensors) -> Tensors:
         found = session.run(list(outputs), {name: inputs[name].numpy() for name in used})
