@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from difftori.errors import CheckpointError
-from difftori.runs.checkpoint import Checkpoints, digest, replace_file, unpack, weights_digest
+from difftori.runs.checkpoint import Checkpoints, digest, pack, replace_file, unpack, weights_digest
 
 
 def state(value: float = 1.0):
@@ -277,3 +277,14 @@ def test_a_checkpoint_of_this_format_stays_readable(tmp_path):
     assert found is not None
     assert found.state["a"].tolist() == [1, 1]
     shutil.rmtree(place)
+
+
+def test_equal_states_give_equal_bytes_whatever_objects_they_share(tmp_path):
+    """So the weights of a resumed run are the same file as those of an uninterrupted one."""
+    network, name = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "".join(("n", "ame"))
+    shared = [1, 2]
+    state = {"weights": network.state_dict(), "texts": [name, name], "lists": (shared, shared), name: None}
+    again = unpack(pack(state), tmp_path / "there")
+    apart = {**again, "texts": ["".join(("na", "me")), "name"], "lists": ([1, 2], [1, 2])}
+    assert pack(again) == pack(state) == pack(apart)
+    assert again["weights"]._metadata == state["weights"]._metadata

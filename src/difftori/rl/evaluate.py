@@ -1,6 +1,5 @@
 """Evaluate an agent during training, and from a run directory."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,8 +145,7 @@ def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int)
             "agent": agent.state_dict(),
             "spec": spec_state(agent.spec),
             "collector": {"agent_steps": agent_steps},
-            # strings of its own, so that the file of a resumed run is the same to the last bit
-            "config": json.loads(json.dumps(config.model_dump(mode="json"))),
+            "config": config.model_dump(mode="json"),
         },
     )
 

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import shutil
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -192,10 +193,13 @@ def flush_directory(path: Path) -> None:
 
 
 def pack(state: State) -> bytes:
-    """Serialise `state` to the bytes of a torch file for `unpack`. Raises CheckpointError naming a value that cannot be."""
+    """Serialise `state` to the bytes of a torch file for `unpack`. Raises CheckpointError naming a value that cannot be.
+
+    Equal states give equal bytes, also if one was read from a file.
+    """
     _require_plain(state, "state")
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_rebuilt(state), buffer)
     return buffer.getvalue()
 
 
@@ -351,6 +355,18 @@ def _require_plain(value: object, place: str) -> None:
             f"{place} is a {type(value).__module__}.{type(value).__name__}, which cannot be read back without running "
             "pickled code. Fix: convert it to tensors, numbers or text"
         )
+
+
+def _rebuilt(value: Any) -> Any:
+    """The same value with one object for equal texts and no shared containers: a pickle tells which of its objects are the same one."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, Mapping):
+        copy = type(value)((_rebuilt(key), _rebuilt(item)) for key, item in value.items())  # type: ignore[call-arg]
+        if isinstance(value, OrderedDict):  # torch keeps the versions of modules in attributes of a state_dict
+            copy.__dict__.update(_rebuilt(value.__dict__))
+        return copy
+    return type(value)(map(_rebuilt, value)) if type(value) in (list, tuple) else value
 
 
 def _first_line(error: BaseException) -> str:
