@@ -95,14 +95,12 @@ def _in_closed_loop(model: Published, device: str) -> "LoadedPolicy":
             n_action_steps=spec.n_action_steps,
         )
     spec = component.spec
-    ones = (1.0,) * spec.action_dim
-    low, high = spec.action_bounds or (tuple(-one for one in ones), ones)
     return LoadedPolicy(
         lambda: AgentInRows(component, step=model.agent_steps, generator=seeded(model.seed, "evaluation", device)),
         model.name,
-        {_STATE: EntrySpec(spec.obs_shape, spec.obs_dtype)},
-        low,
-        high,
+        spec.obs,
+        spec.low,
+        spec.high,
         scaled=True,
         flattened=spec.flattened or (),
         action_repeat=spec.action_repeat,

@@ -150,6 +150,21 @@ class EnvSpec:
     flattened: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     @property
+    def obs(self) -> dict[str, EntrySpec]:
+        """The observation by name, as in `TaskSpec`: `state`."""
+        return {"state": EntrySpec(self.obs_shape, self.obs_dtype)}
+
+    @property
+    def low(self) -> tuple[float, ...]:
+        """The environment's own lower bounds of the actions (A)."""
+        return (-1.0,) * self.action_dim if self.action_bounds is None else self.action_bounds[0]
+
+    @property
+    def high(self) -> tuple[float, ...]:
+        """The environment's own upper bounds of the actions (A)."""
+        return (1.0,) * self.action_dim if self.action_bounds is None else self.action_bounds[1]
+
+    @property
     def max_agent_steps(self) -> int | None:
         """Agent steps of the longest episode, ⌈max_episode_steps / action_repeat⌉."""
         return None if self.max_episode_steps is None else -(-self.max_episode_steps // self.action_repeat)

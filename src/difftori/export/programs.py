@@ -59,12 +59,10 @@ def _policy_program(name: str, policy: NormalizedPolicy) -> Program:
 
 def _agent_program(name: str, agent: Agent, steps: int) -> Program:
     agent.requires_grad_(False).compiles = False
-    ones = (1.0,) * agent.spec.action_dim
-    low, high = agent.spec.action_bounds or (tuple(-one for one in ones), ones)
-    lower, upper = torch.tensor(low), torch.tensor(high)
-    entry = EntrySpec(agent.spec.obs_shape, agent.spec.obs_dtype)
+    spec = agent.spec
+    lower, upper = torch.tensor(spec.low), torch.tensor(spec.high)
     with torch.no_grad():
-        seen = _example({"state": entry}, 2, torch.Generator())["state"]
+        seen = _example(spec.obs, 2, torch.Generator())["state"]
         first = torch.ones(2, dtype=torch.bool)
         options: dict[str, Any] = {"step": steps, "explore": False}
         _, memory = agent.act(seen, None, first=first, generator=torch.Generator(), **options)
@@ -78,19 +76,19 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
         scaled = torch.maximum(torch.minimum(lower + (action + 1.0) * 0.5 * (upper - lower), upper), lower)
         return {"actions": scaled, **after}
 
-    inputs = {"state": entry, "first": EntrySpec(()), **kept}
+    inputs = {**spec.obs, "first": EntrySpec(()), **kept}
 
     def example(rows: int, generator: torch.Generator) -> Tensors:
-        made = _example({"state": entry, **kept}, rows, generator)
+        made = _example({**spec.obs, **kept}, rows, generator)
         return {**made, "first": (torch.arange(rows) % 2).float()}
 
     about = {
         "agent": name,
         "use": "`state` is the observation of each row, images as three stacked frames. If there are `first` and `last_plan`: "
         "`first` is 1 for rows whose episode begins, otherwise 0; `last_plan` is the output `plan` of the step before, or zeros.",
-        "action_repeat": agent.spec.action_repeat,
-        "low": list(low),
-        "high": list(high),
+        "action_repeat": spec.action_repeat,
+        "low": list(spec.low),
+        "high": list(spec.high),
     }
     return Program(name, function, inputs, example, about)
 

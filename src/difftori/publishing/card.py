@@ -15,7 +15,6 @@ from difftori.published import Published, modules_of
 from difftori.publishing.evidence import Evidence, result_names, settings_of
 from difftori.publishing.licence import header_of
 from difftori.terminal import first_sentence
-from difftori.types import EntrySpec
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def render_card(model: Published, evidence: Evidence, about: About, size: int) -
 
 def example(model: Published, address: str) -> str:
     """Return a program that acts on one made-up observation."""
-    entries = observations_of(model)
+    entries = model.component.spec.obs
     shown = ", ".join(f'"{name}": np.zeros({entry.shape}, "{entry.dtype}")' for name, entry in entries.items())
     trusted = sorted(modules_of(model.component))
     trust = f", trust_code={trusted!r}" if trusted else ""
@@ -86,26 +85,14 @@ def example(model: Published, address: str) -> str:
         f'policy = difftori.load("{address}"{trust})',
         "policy.reset()  # at the beginning of each episode",
         f"obs = {{{shown}}}  # what your environment returns",
-        f"action = policy.act(obs)  # at every step; shape ({_action_dim(model)},), in the units of the environment",
+        f"action = policy.act(obs)  # at every step; shape ({model.component.spec.action_dim},), in the units of the environment",
     ]
     return "\n".join(lines)
 
 
-def observations_of(model: Published) -> dict[str, EntrySpec]:
-    """Return the observations that acting needs, by name."""
-    component = model.component
-    if isinstance(component, NormalizedPolicy):
-        return component.spec.obs
-    return {"state": EntrySpec(component.spec.obs_shape, component.spec.obs_dtype)}
-
-
-def _action_dim(model: Published) -> int:
-    return model.component.spec.action_dim
-
-
 def _observations(model: Published) -> list[list[str]]:
     rows = []
-    for name, entry in observations_of(model).items():
+    for name, entry in model.component.spec.obs.items():
         moments = entry.moments
         span = "" if moments is None else f"{min(moments.low):.4g} to {max(moments.high):.4g}"
         rows.append([f"`{name}`", str(entry.shape), entry.dtype, span])
@@ -127,13 +114,9 @@ def _obs_note(model: Published) -> str:
 
 
 def _actions(model: Published) -> list[list[str]]:
-    component = model.component
-    if isinstance(component, NormalizedPolicy):
-        low, high = component.spec.low, component.spec.high
-    else:
-        count = component.spec.action_dim
-        low, high = component.spec.action_bounds or ((-1.0,) * count, (1.0,) * count)
-    return [[str(i), f"{a:.6g}", f"{b:.6g}"] for i, (a, b) in enumerate(zip(low, high, strict=True))]
+    spec = model.component.spec
+    bounds = zip(spec.low, spec.high, strict=True)
+    return [[str(number), f"{low:.6g}", f"{high:.6g}"] for number, (low, high) in enumerate(bounds)]
 
 
 def _shown(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
