@@ -284,9 +284,9 @@ def _serve(words: list[str]) -> None:
     from difftori.arguments import ServeArguments, read_arguments
 
     options = read_arguments(ServeArguments, words, "serve", positional="run")
-    from difftori.serving.command import ServeRequest, serve_run
+    from difftori.serving.command import serve_run
 
-    traffic = serve_run(ServeRequest(**dict(options)), lambda line: print(line, flush=True))
+    traffic = serve_run(options, lambda line: print(line, flush=True))
     print_table(options.run, traffic.table())
 
 

@@ -56,6 +56,16 @@ class ExportError(DifftoriError, RuntimeError):
     """The function cannot be exported, or the exported file computes other actions."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def brief(error: BaseException) -> str:
+    """The class of an error, and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no details'}"
+
+
 def suggest(word: str, known: Iterable[str], written: Mapping[str, str] | None = None) -> str:
     """The end of an error message: the nearest known name, or all known names if none is near.
 

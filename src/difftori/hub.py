@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from difftori.errors import CheckpointError, ConfigError, MissingExtraError
+from difftori.errors import CheckpointError, ConfigError, MissingExtraError, brief
 
 PREFIX = "hub:"
 
@@ -31,7 +31,7 @@ def download(name: str, files: Sequence[str], *, revision: str | None = None) ->
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (hub.errors.HTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{PREFIX}{name}: cannot be downloaded ({_brief(error)}). Fix: check the name, the revision and the network; a private "
+            f"{PREFIX}{name}: cannot be downloaded ({brief(error)}). Fix: check the name, the revision and the network; a private "
             "repository needs `hf auth login`"
         ) from error
 
@@ -63,7 +63,7 @@ def upload(folder: Path, name: str, files: Sequence[str], *, private: bool) -> s
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
-            f"{PREFIX}{name}: cannot be uploaded ({_brief(error)}). Fix: log in with `hf auth login` as a user who may write there, "
+            f"{PREFIX}{name}: cannot be uploaded ({brief(error)}). Fix: log in with `hf auth login` as a user who may write there, "
             "and check the network"
         ) from error
     return str(commit)
@@ -79,8 +79,3 @@ def library() -> ModuleType:
             "the Hugging Face Hub needs huggingface_hub. Fix: pip install 'difftori[hub]'"
         ) from error
     return huggingface_hub
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftori.errors import ExportError
+from difftori.errors import ExportError, first_line
 from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
 from difftori.solver.reading import all_steps
@@ -45,9 +45,8 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
         free = tuple(None if name.endswith("shared") else {0: rows} for name in used)
         exported = torch.export.export(graph, tuple(example[name] for name in used), dynamic_shapes=free)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"{program.name}: it cannot be exported, because it decides by values or by the number of rows: {reason}. "
+            f"{program.name}: it cannot be exported, because it decides by values or by the number of rows: {first_line(error)}. "
             "Fix: choose a solver with a fixed number of steps"
         ) from error
     return exported, [name for name in outputs if name not in dropped], used

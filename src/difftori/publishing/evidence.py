@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from difftori.errors import DataError
 from difftori.experiments.statistics import Estimate, student_interval, student_quantile
 from difftori.il.recorded import read_record
+from difftori.il.train import Which
 from difftori.rollout import wilson_interval
 from difftori.runs.figures import RESULTS
 from difftori.runs.page import read_evaluations
 from difftori.runs.records import flat, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
-Which = Literal["best", "last"]
 _COUNTS = ("seed", "episode", "episodes", "updates")
 """Metrics and columns that are no results."""
 

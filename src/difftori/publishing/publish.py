@@ -8,10 +8,11 @@ from typing import Any
 
 from difftori.errors import ConfigError
 from difftori.hub import PREFIX, hub_name, library, upload
+from difftori.il.train import Which
 from difftori.loading import open_model
 from difftori.published import CARD, FILES, Published, weights_bytes, write_published
 from difftori.publishing.card import About, render_card
-from difftori.publishing.evidence import Evidence, Which, gather
+from difftori.publishing.evidence import Evidence, gather
 from difftori.publishing.licence import checked_license
 from difftori.runs.records import read_config
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from difftori.errors import CheckpointError
+from difftori.errors import CheckpointError, brief
 
 State: TypeAlias = dict[str, Any]
 """Tensors, numbers, text, None, and lists, tuples and dictionaries of them. These can be read without pickled code."""
@@ -212,7 +212,7 @@ def unpack(content: bytes, source: Path) -> State:
     except (pickle.UnpicklingError, zipfile.BadZipFile, *_READ_FAULTS) as error:
         raise CheckpointError(
             f"{source}: refused, because it is damaged or contains other things than tensors and plain values "
-            f"({_first_line(error)}). Fix: restore a copy"
+            f"({brief(error)}). Fix: restore a copy"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -299,7 +299,7 @@ def _read(path: Path, step: int) -> State:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         content = (path / _STATE).read_bytes()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: {brief(error)}") from error
     if manifest != _manifest(step, content):
         raise CheckpointError(
             f"{path}: {_STATE} ({len(content)} bytes, sha256 {digest(content)[:12]}…) does not match {_MANIFEST}, "
@@ -367,7 +367,3 @@ def _rebuilt(value: Any) -> Any:
             copy.__dict__.update(_rebuilt(value.__dict__))
         return copy
     return type(value)(map(_rebuilt, value)) if type(value) in (list, tuple) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"

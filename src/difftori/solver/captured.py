@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from difftori.errors import first_line
+
 _log = logging.getLogger(__name__)
 
 _WARM_UP = 2
@@ -117,8 +119,7 @@ class Captured:
             replay, outputs = self._record(lambda: self._function(*statics, **named), self._generators)
         except RuntimeError as error:
             self._warned = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            _log.warning("no CUDA graph, so this runs kernel by kernel, which is slower: %s", reason)
+            _log.warning("no CUDA graph, so this runs kernel by kernel, which is slower: %s", first_line(error))
             return None
         finally:
             for generator, state in zip(self._generators, states, strict=True):
