@@ -52,7 +52,7 @@ def test_the_delayed_reward_depends_on_the_first_two_actions_only():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_single_environments_pass_gymnasiums_check(task):
-    check_env(ProbeEnv(task, action_repeat=1), skip_render_check=True)
+    check_env(ProbeEnv(task), skip_render_check=True)
 
 
 def test_the_spec_counts_steps_and_agent_steps():

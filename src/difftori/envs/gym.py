@@ -11,6 +11,7 @@ from gymnasium.spaces import Box
 
 from difftori.envs.base import OBS_TYPES, FrameStack, RenderingError, choice_fault, episode_metadata, numeric_faults
 from difftori.envs.family import EnvFamily
+from difftori.envs.spaces import ActionRepeat
 from difftori.errors import ConfigError, MissingExtraError
 
 TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
@@ -33,12 +34,15 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if faults := numeric_faults(action_repeat=action_repeat) + choice_fault("obs", obs, OBS_TYPES):
             raise ConfigError(faults)
         self._env = _registered(task)
+        limit = self._env.spec.max_episode_steps if self._env.spec else None
+        repeat = action_repeat or 1
+        if repeat > 1:  # inside the stack of frames, which has those of agent steps only
+            self._env = ActionRepeat(self._env, repeat)
         observations = self._env.observation_space
         if fault := _observation_fault(observations, obs):
             self._env.close()
             raise ConfigError([f"gym:{task}: {fault}"])
         assert isinstance(observations, Box)
-        self._repeat = action_repeat or 1
         self.action_space = self._env.action_space
         if obs == "pixels":
             height, width, channels = observations.shape
@@ -51,9 +55,8 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 low, high = (bound.astype(np.float32).ravel() for bound in (observations.low, observations.high))
             self.observation_space = Box(low, high, dtype=np.float32)
         self.render_mode = self._env.render_mode
-        limit = self._env.spec.max_episode_steps if self._env.spec else None
-        fps = self._env.metadata.get("render_fps", 30) / self._repeat
-        self.metadata = episode_metadata(f"gym:{task}", max_episode_steps=limit, action_repeat=self._repeat, fps=fps)
+        fps = float(self._env.metadata.get("render_fps", 30))
+        self.metadata = episode_metadata(f"gym:{task}", max_episode_steps=limit, action_repeat=repeat, fps=fps)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -66,15 +69,10 @@ class GymEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._frames.restart(np.asarray(observation)), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeat the action `action_repeat` times, or until the episode ends. Rewards are summed."""
-        total = 0.0
-        for _ in range(self._repeat):
-            observation, reward, terminated, truncated, info = self._env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
+        """Take one agent step, `action_repeat` steps of the environment."""
+        observation, reward, terminated, truncated, info = self._env.step(action)
         obs = self._flat(observation) if self._frames is None else self._frames.push(np.asarray(observation))
-        return obs, total, bool(terminated), bool(truncated), info
+        return obs, float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the environment's RGB frame. Raises `RenderingError` if it renders none, or a package is missing."""

@@ -17,9 +17,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from difftori.envs.base import episode_metadata, numeric_faults, refuse_options
+from difftori.envs.base import episode_metadata, refuse_options
 from difftori.envs.family import EnvFamily
-from difftori.errors import ConfigError
 
 STEPS = {"one-step": 1, "two-step": 2, "delayed-reward": 8}
 """Number of steps of an episode, by task."""
@@ -49,17 +48,14 @@ def optimal_action(task: str, observations: np.ndarray) -> np.ndarray:
 
 
 class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """A task in `TASKS`, with the equations at the head of this file. `action_repeat`: steps per action; default: 1."""
+    """A task in `TASKS`, with the equations at the head of this file."""
 
-    def __init__(self, task: str, *, action_repeat: int | None = None):
-        if faults := numeric_faults(action_repeat=action_repeat):
-            raise ConfigError(faults)
+    def __init__(self, task: str):
         self._task = task
-        self._repeat = action_repeat or 1
         self.observation_space = Box(-2.0, 2.0, (SIZES[task],), np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
         self.metadata = {
-            **episode_metadata(f"probe:{task}", max_episode_steps=STEPS[task], action_repeat=self._repeat),
+            **episode_metadata(f"probe:{task}", max_episode_steps=STEPS[task], action_repeat=1),
             "render_modes": [],
         }
         self._start = 0.0
@@ -78,15 +74,10 @@ class ProbeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeat the action `action_repeat` times, or until the episode ends. Rewards are summed."""
-        total, ended = 0.0, False
-        for _ in range(self._repeat):
-            total += self._advance(float(action[0]))
-            self._time += 1
-            ended = self._time == STEPS[self._task]
-            if ended:
-                break
-        return self._observation(), total, ended, False, {}
+        """Take a step. The episode terminates after those of `STEPS`."""
+        reward = self._advance(float(action[0]))
+        self._time += 1
+        return self._observation(), reward, self._time == STEPS[self._task], False, {}
 
     def _advance(self, action: float) -> float:
         """Return the reward of one step, and update the memory."""
