@@ -16,14 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from benchmarks.il import made_up_task
 from benchmarks.measuring import as_in_runs
 from benchmarks.records import RESULTS, as_text, write_csv, write_record
+from benchmarks.rl import TRAINED
 from benchmarks.serving import normalized
 from difftori.export import Exported, export_model
 from difftori.published import Published
 from difftori.registry import find_agent
 from difftori.types import EnvSpec
-
-TRAINED = 30_000
-"""Agent steps after which the planning horizon is longest."""
 
 
 class Config(BaseModel):

@@ -26,20 +26,14 @@ from difftori.publishing.licence import checked_license, header_of
 from difftori.publishing.publish import PublishRequest, publish
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import wilson_interval
-from difftori.trainers import read_options
 from difftori.types import TaskSpec
+from tests.support.tiny_runs import trained
 
 safetensors = pytest.importorskip("safetensors.torch")
 
 BC = {"hidden": "8", "epochs": "2", "eval-episodes": "3"}
 AGENT = {"env": "probe:two-step", "steps": "16", "seed-steps": "9", "eval-episodes": "3", "horizon": "1", "width": "8"}
 AGENT |= {"latent-dim": "4", "batch-size": "4", "updates-per-step": "0.1"}
-
-
-def trained(name, out, **options):
-    trainer, config = read_options(name, {}, {key.replace("-", "_"): [value] for key, value in options.items()})
-    trainer.train(config, out, progress=False)
-    return out
 
 
 @pytest.fixture(scope="module")
