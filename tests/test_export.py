@@ -13,7 +13,11 @@ import difftori
 from difftori import export as exporting
 from difftori.cli import main
 from difftori.errors import ConfigError, ExportError, MissingExtraError
-from difftori.export import export, files
+from difftori.export import export, export_model, files
+from difftori.policies.bc import BC
+from difftori.policies.normalized import NormalizedPolicy
+from difftori.published import Published
+from difftori.types import EntrySpec, Moments, TaskSpec
 from tests.support import tiny_runs
 from tests.support.trainers import TRAINERS
 
@@ -119,6 +123,16 @@ def test_a_file_that_computes_other_actions_is_refused_and_not_kept(policy_run, 
         export(policy_run, tmp_path / "old.pt2", format="pt2")
     assert (tmp_path / "old.pt2").read_text() == "an earlier file"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("size", [7, 8, 13])
+def test_observations_of_any_size_are_no_rows(size, tmp_path):
+    """torch takes sizes that are equal while a function is traced for the same one."""
+    moments = [Moments((-1.0,) * n, (1.0,) * n, (0.0,) * n, (0.5,) * n) for n in (size, 2)]
+    obs = {"state": EntrySpec((size,), moments=moments[0])}
+    spec = TaskSpec(obs, 2, 4, (-1.0,) * 2, (1.0,) * 2, n_action_steps=3, moments=moments[1])
+    policy = NormalizedPolicy(BC(BC.Config(hidden=(8,)), spec).eval(), None)
+    assert export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2").difference <= 1e-6
 
 
 def test_nan_is_no_agreement(policy_run, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Traces a program with free rows, through the solver and its derivatives."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,16 @@ from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
 from difftori.solver.reading import all_steps
 
-_ROWS = 13
-"""Rows of the example that is traced: unlike any other size, so that only the rows are free."""
-
 
 def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tuple[Any, list[str], list[str]]:
     """Trace the function. Returns the exported program, the names of its outputs, and those of the inputs that it uses."""
     from torch.fx.experimental.proxy_tensor import make_fx  # imported here because it takes a second
 
-    example = {**program.example(_ROWS, torch.Generator()), **noise(draws, _ROWS, torch.Generator())}
+    sizes = {size for entry in program.inputs.values() for size in entry.shape} | {*noise_inputs(draws).values()}
+    count = next(
+        number for number in itertools.count(7) if number not in sizes
+    )  # torch takes equal sizes for the same one
+    example = {**program.example(count, torch.Generator()), **noise(draws, count, torch.Generator())}
     outputs: list[str] = []
 
     def positional(*values: Tensor) -> list[Tensor]:
