@@ -165,6 +165,14 @@ def test_wrong_places_are_errors_before_any_work(tmp_path, policy_run, monkeypat
 
 
 @pytest.mark.slow
+def test_plans_of_several_actions_are_valid_onnx(tmp_path):
+    """torch's optimiser of ONNX files made this one invalid."""
+    shared = {key: value for key, value in tiny_runs.AGENT.items() if key not in ("init-std", "plan-steps")}
+    run = tiny_runs.trained("tdmpc", tmp_path / "run", **shared | {"horizon": "2", "iterations": "3"})
+    assert export(run, tmp_path / "agent.onnx", format="onnx").difference <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name != "mpc"])
 def test_every_policy_and_agent(name, format, tmp_path):

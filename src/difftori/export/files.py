@@ -24,8 +24,8 @@ def _write_onnx(traced: Any, used: Sequence[str], outputs: Sequence[str], about:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
         program = torch.onnx.export(
-            traced, dynamo=True, input_names=list(used), output_names=list(outputs), verbose=False
-        )
+            traced, dynamo=True, input_names=list(used), output_names=list(outputs), verbose=False, optimize=False
+        )  # ONNX Runtime optimises; torch's optimiser can write an invalid graph, where a clamp follows several times
     assert program is not None
     program.model.metadata_props["difftori"] = json.dumps(about)
     program.save(path)
