@@ -28,6 +28,22 @@ def _quiet_machine():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def policy_run(tmp_path_factory) -> Path:
+    """A trained policy's run directory, only to be read."""
+    from tests.support import tiny_runs  # which needs OUT_OF_TREE
+
+    return tiny_runs.policy_run(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def agent_run(tmp_path_factory) -> Path:
+    """A trained agent's run directory, only to be read."""
+    from tests.support import tiny_runs  # which needs OUT_OF_TREE
+
+    return tiny_runs.agent_run(tmp_path_factory.mktemp("agent"))
+
+
 @pytest.fixture
 def in_child() -> Callable[[Callable[[], object]], int]:
     """Run a function in a fork of this process; its exit status, or minus the signal that killed it."""

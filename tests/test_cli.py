@@ -431,3 +431,20 @@ def test_an_invalid_request_to_collect_ends_with_status_2(command, words, messag
     status, _, err = command("collect", *words, "--quiet")
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize("words", ["eval {run} --episodes 2", "export {run} --format pt2 --out {out}/file.pt2"])
+def test_quiet_commands_write_their_result_only(command, policy_run, tmp_path, words):
+    status, out, err = command(*words.format(run=policy_run, out=tmp_path).split(), "--quiet")
+    assert (status, err) == (0, "")
+    assert "value" in out
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_swing_up(command, tmp_path):
+    """The expert's cost is 13.2; that of a policy that was hardly trained, 31."""
+    status, out, err = command("demo", "--out", str(tmp_path / "run"), "--quiet")
+    assert (status, err) == (0, "")
+    excess = re.findall(r"excess_cost +│ +([\d.]+)", out)
+    assert float(excess[-1]) < 0.2, out
+    assert (tmp_path / "run" / "report.html").exists()

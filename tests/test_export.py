@@ -25,16 +25,6 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "run_onnx.py"
 
 
 @pytest.fixture(scope="module")
-def policy_run(tmp_path_factory):
-    return tiny_runs.policy_run(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def agent_run(tmp_path_factory):
-    return tiny_runs.agent_run(tmp_path_factory.mktemp("agent"))
-
-
-@pytest.fixture(scope="module")
 def agent_file(agent_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "agent.onnx"
     pytest.importorskip("onnxruntime")

@@ -18,16 +18,6 @@ from tests.support import tiny_runs
 from tests.support.tiny_runs import trained
 
 
-@pytest.fixture(scope="module")
-def policy_run(tmp_path_factory):
-    return tiny_runs.policy_run(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def agent_run(tmp_path_factory):
-    return tiny_runs.agent_run(tmp_path_factory.mktemp("agent"))
-
-
 def test_a_policy_alone_repeats_its_evaluation(policy_run):
     policy = difftori.load(policy_run)
     returns = []

@@ -109,12 +109,13 @@ def _demo(words: list[str]) -> None:
 
     options = read_arguments(DemoArguments, words, "demo")
     settings = "difftori-il --preset pendulum --env pendulum --seed 0 --epochs 120 --eval-every 5 --eval-episodes 500"
+    quiet = ["--quiet"] if options.quiet else []
     train = [*settings.split(), "--out", str(options.out)]
     evaluate = [str(options.out), "--episodes", "1000"]
     print(f"$ difftori train {' '.join(train)}", flush=True)
-    _train([*train, "--quiet"] if options.quiet else train)
+    _train([*train, *quiet])
     print(f"$ difftori eval {' '.join(evaluate)}", flush=True)
-    _eval(evaluate)
+    _eval([*evaluate, *quiet])
     print(f"The run on one page: {options.out / 'report.html'}")
 
 
