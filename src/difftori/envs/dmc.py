@@ -179,5 +179,7 @@ def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
 def _suite(*, needs_images: bool) -> ModuleType:
     """Import dm_control's suite, with headless rendering by MUJOCO_GL (default: EGL), or without rendering if EGL is missing."""
     if importlib.util.find_spec("dm_control") is None:
-        raise MissingExtraError("DeepMind Control needs the extra `dmc`. Fix: pip install 'difftori[dmc]'")
+        raise MissingExtraError(
+            "DeepMind Control needs the extra `dmc`. Fix: pip install 'difftori[dmc]' in Python 3.10 to 3.12"
+        )
     return import_drawing("dm_control.suite", needs_images=needs_images)

@@ -55,7 +55,7 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         self._max_steps = max_steps
         self._steps, self._success = 0, False
         self._obs, self._named = obs, named
-        self._draws = np.random.default_rng(0)
+        self._rng = np.random.default_rng(0)
         shown = self._env.shapes
         parts = _points_parts(shown) if obs == "points" else {"state": _numbers(shown["state"])}
         space: Any = Dict(parts) if obs == "points" or named else parts["state"]  # pyright: ignore[reportArgumentType]
@@ -71,7 +71,7 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
         super().reset(seed=seed)
         refuse_options(options, env="maniskill")
         episode = int(self.np_random.integers(2**31)) if seed is None else seed % 2**32
-        self._draws = np.random.default_rng(episode)
+        self._rng = np.random.default_rng(episode)
         first = self._env.reset(episode)
         self._steps, self._success = 0, first.success
         return self._observation(first.arrays), {"success": self._success, "episode_seed": episode}
@@ -97,7 +97,7 @@ class ManiskillEnv(gymnasium.Env[Observation, np.ndarray]):
             return {"state": shown["state"]} if self._named else shown["state"]
         tcp, goal = shown.get("tcp_pose"), shown.get("goal_pos")
         return {
-            "point_cloud": policy_cloud(shown["xyzw"], shown["rgb"], tcp, goal, self._draws),
+            "point_cloud": policy_cloud(shown["xyzw"], shown["rgb"], tcp, goal, self._rng),
             "agent_pos": robot_state(shown["qpos"], shown["qvel"], tcp),
         }
 

@@ -61,8 +61,8 @@ class BridgedSimulation(Simulation):
         env_id, control = MANISKILL2[task]
         mode = "pointcloud" if obs == "points" else "state"
         try:
-            asked = {"kind": "open", "env_id": env_id, "obs_mode": mode, "control": control}
-            _, bounds = self._ask(asked, {}, start)
+            request = {"kind": "open", "env_id": env_id, "obs_mode": mode, "control": control}
+            _, bounds = self._ask(request, {}, start)
             self.action_space = Box(bounds["low"], bounds["high"], dtype=np.float32)
             self.shapes = {name: array.shape for name, array in self.reset(0).arrays.items()}
         except BaseException:

@@ -92,29 +92,29 @@ def _shown(observation) -> dict:
     return found
 
 
-def _open(asked: dict) -> Any:
+def _open(request: dict) -> Any:
     """Create the environment. ManiSkill 2 registers its tasks with Gymnasium."""
     import gymnasium
 
     importlib.import_module("mani_skill2.envs")
 
     made = gymnasium.make(
-        asked["env_id"], obs_mode=asked["obs_mode"], control_mode=asked["control"], render_mode="cameras"
+        request["env_id"], obs_mode=request["obs_mode"], control_mode=request["control"], render_mode="cameras"
     )
     return made.unwrapped
 
 
-def _answer(env, asked: dict, arrays: dict) -> tuple:
+def _answer(env, request: dict, arrays: dict) -> tuple:
     """Execute one request."""
-    if asked["kind"] == "reset":
-        observation, _ = env.reset(seed=asked["seed"])
+    if request["kind"] == "reset":
+        observation, _ = env.reset(seed=request["seed"])
         return {"kind": "reset"}, _shown(observation)
-    if asked["kind"] == "step":
+    if request["kind"] == "step":
         observation, reward, _, _, info = env.step(arrays["action"])
         return {"kind": "step", "reward": float(reward), "success": bool(info["success"])}, _shown(observation)
-    if asked["kind"] == "render":
+    if request["kind"] == "render":
         return {"kind": "render"}, {"image": np.asarray(env.render(), dtype=np.uint8)}
-    raise ValueError(f"unknown request {asked['kind']!r}")
+    raise ValueError(f"unknown request {request['kind']!r}")
 
 
 def main() -> None:
@@ -130,21 +130,21 @@ def main() -> None:
     env: Any = None
     while True:
         try:
-            asked, arrays = receive(inputs)
+            request, arrays = receive(inputs)
         except EOFError:
             return
-        if asked["kind"] == "close":
+        if request["kind"] == "close":
             if env is not None:
                 env.close()
             return
         try:
-            if asked["kind"] == "open":
-                env = _open(asked)
+            if request["kind"] == "open":
+                env = _open(request)
                 space = env.action_space  # a Box
                 low, high = (np.asarray(bound, dtype=np.float32) for bound in (space.low, space.high))
                 send(outputs, {"kind": "open"}, {"low": low, "high": high})
             else:
-                send(outputs, *_answer(env, asked, arrays))
+                send(outputs, *_answer(env, request, arrays))
         except Exception as error:  # every failure is an answer, and the other side decides
             text = f"{type(error).__name__}: {error}"
             send(outputs, {"kind": "error", "message": text[:2000]}, {})

@@ -22,15 +22,15 @@ def import_drawing(module: str, *, needs_images: bool) -> ModuleType:
 
     Raises `RenderingError` if the backend in MUJOCO_GL does not work, or if there is none and images are needed.
     """
-    asked = os.environ.get("MUJOCO_GL")
-    if asked is None and sys.platform == "linux":
+    backend = os.environ.get("MUJOCO_GL")
+    if backend is None and sys.platform == "linux":
         os.environ["MUJOCO_GL"] = "egl"
     try:
         found = importlib.import_module(module)
     except (ImportError, AttributeError, RuntimeError) as error:
         # PyOpenGL raises AttributeError for a missing library.
-        if asked is not None or sys.platform != "linux":
-            raise RenderingError(f"MUJOCO_GL={asked} does not work ({error}). Fix: unset it, or {HELP}") from error
+        if backend is not None or sys.platform != "linux":
+            raise RenderingError(f"MUJOCO_GL={backend} does not work ({error}). Fix: unset it, or {HELP}") from error
         os.environ["MUJOCO_GL"] = "disable"
         os.environ.pop("PYOPENGL_PLATFORM", None)
         found = importlib.import_module(module)

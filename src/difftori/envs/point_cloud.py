@@ -56,6 +56,6 @@ def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
         from fpsample import bucket_fps_kdline_sampling
     except ImportError as error:
         raise MissingExtraError(
-            "point clouds need fpsample, from the extra `metaworld`. Fix: pip install 'difftori[metaworld]'"
+            "point clouds need fpsample, from the extra `metaworld`. Fix: pip install 'difftori[metaworld]' in Python 3.10 to 3.12"
         ) from error
     return points[bucket_fps_kdline_sampling(points, count, h=min(BUCKETS, int(np.log2(len(points)))), start_idx=0)]

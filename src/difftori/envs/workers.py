@@ -126,9 +126,9 @@ class ProcessWorker(Worker):
 
     def __init__(self, build: Builder, name: str, row: int):
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self._pipe, far_end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(CloudpickleWrapper(build), theirs), name=f"{name}[{row}]", daemon=True
+            target=_serve, args=(CloudpickleWrapper(build), far_end), name=f"{name}[{row}]", daemon=True
         )
         try:
             self._process.start()
@@ -138,7 +138,7 @@ class ProcessWorker(Worker):
                     f"{name}: the environment cannot be sent to a process: {error}. Fix: make it picklable, or workers='sync'"
                 ]
             ) from error
-        theirs.close()
+        far_end.close()
 
     def send(self, command: str, *values: Any) -> None:
         """Send the request. Raises `_Fault` if the process has ended."""
