@@ -14,7 +14,6 @@ from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
 from difftori.types import EntrySpec
-from tests.support import tiny_runs
 from tests.support.tiny_runs import trained
 
 

@@ -24,6 +24,8 @@ from difftori.types import (
     WindowObs,
 )
 
+Steerable: TypeAlias = Literal["nothing", "cost", "cost and constraint"]
+
 
 class Settings(BaseModel):
     """Settings of a policy or an agent. They are immutable, and an unknown name raises an error.
@@ -95,6 +97,8 @@ class Policy(nn.Module, ABC):
     """Values that are scaled from the range of the training data to [−1, 1]. Actions without data are scaled from their box."""
     FROM_PRESENT: ClassVar[bool] = False
     """Whether the policy gets and returns actions from the present step on, (B P A), instead of all H of a window (B H A)."""
+    STEERABLE: ClassVar[Steerable] = "nothing"
+    """What `act` adds to its objective if it gets `steering` (`difftori.steering`)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
@@ -183,6 +187,8 @@ class Agent(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
+    STEERABLE: ClassVar[Steerable] = "nothing"
+    """What `act` adds to its objective if it gets `steering` (`difftori.steering`)."""
     batch_size: int
     updates: int = 0
     """Number of updates so far."""

@@ -16,9 +16,10 @@ from difftori.il.train import Which, default_weights, load_policy, seeded_actor
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import NEEDED, Published, is_published, load_published
 from difftori.rl.evaluate import AgentInRows, load_agent
-from difftori.rollout import ActInRows, PolicyInRows
+from difftori.rollout import PolicyInRows
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
+from difftori.steering import PlanFunction, Steering
 from difftori.trainers import trainer_of
 from difftori.types import EntrySpec
 
@@ -123,7 +124,7 @@ class LoadedPolicy:
 
     def __init__(
         self,
-        make_act: Callable[[], ActInRows],
+        make_act: Callable[[], PolicyInRows | AgentInRows],
         name: str,
         obs: Mapping[str, EntrySpec],
         low: tuple[float, ...],
@@ -164,7 +165,14 @@ class LoadedPolicy:
             )
         self._first = self._first | mask
 
-    def act(self, obs: Array | Mapping[str, Array]) -> Array:
+    def act(
+        self,
+        obs: Array | Mapping[str, Array],
+        *,
+        cost: PlanFunction | None = None,
+        weight: float = 1.0,
+        constraint: PlanFunction | None = None,
+    ) -> Array:
         """Return the next action in the environment's units: (A) for one observation, (B A) for a batch of B environments.
 
         `obs`: a dictionary of arrays by name, of which unknown names are ignored, or one array if there is only one observation.
@@ -172,8 +180,18 @@ class LoadedPolicy:
         stacked frames also takes single frames. The action is a tensor on the device of the observation if that is a tensor,
         otherwise a numpy array.
 
-        Raises ShapeError for other shapes, types and numbers of rows, and NonFiniteError for NaN or Inf.
+        `cost`, `constraint`: steer a policy that plans, without training it again (docs/steering.md). `cost` is a differentiable
+        function of the planned actions (B P A), from this step on and in the environment's units, to (B): `weight` times it is
+        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0, where a plan allows that. A second required
+        argument of either is the present observations by name, (B …). A policy that executes several actions of a plan is
+        steered where it plans: the B rows are then those that are due.
+
+        Raises ShapeError for other shapes, types and numbers of rows, NonFiniteError for NaN or Inf, and with `cost` or
+        `constraint` ConfigError if the policy does not plan, and ObjectiveError for another shape of their results.
         """
+        steering = None
+        if constraint is not None or (cost is not None and weight != 0):
+            steering = Steering(cost, weight, constraint)
         given = self._by_name(obs)
         arrays = {name: _plain(name, given[name]) for name in self.obs}
         batched = self._batched(arrays)
@@ -189,10 +207,11 @@ class LoadedPolicy:
         parts = " and ".join(f"{name} {shape}" for name, shape in self.parts.items())
         inputs = {name: _converted(name, values, self.obs[name], parts) for name, values in arrays.items()}
         if self._scaled:
-            actions = self._act(self._stacked(inputs[_STATE], first), first, np.ones(rows, dtype=bool))
+            inputs = self._stacked(inputs[_STATE], first)
+        active = np.ones(rows, dtype=bool)
+        actions = self._act(inputs, first, active) if steering is None else self._act(inputs, first, active, steering)
+        if self._scaled:
             actions = rescaled(actions, self.low, self.high).astype(np.float32)
-        else:
-            actions = self._act(inputs, first, np.ones(rows, dtype=bool))
         self._first = np.zeros(rows, dtype=bool)
         if not np.isfinite(actions).all():
             raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs, then reset()")

@@ -12,14 +12,15 @@ from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import Recording, frame
 from difftori.errors import ConfigError
+from difftori.steering import Steering
 from difftori.types import Plans, TaskSpec, WindowObs
 
 ActInRows: TypeAlias = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 """(observation (N …), first (N), active (N)) → actions (N A). `first`: rows whose episode begins with this observation, so that
 what was kept from earlier steps is not valid for them. `active`: rows with an episode; the actions of the others do not matter."""
 
-Act: TypeAlias = Callable[[WindowObs], Plans]
-"""A policy as a function from the last O observations of B rows, by name, to the actions (B H A)."""
+Act: TypeAlias = Callable[..., Plans]
+"""A policy as a function from the last O observations of B rows, by name, to the actions (B H A). A second argument may be a `Steering`."""
 
 
 CHECKED_STEPS = 5_000
@@ -153,8 +154,10 @@ class PolicyInRows:
         self._plans = np.zeros((0, spec.n_action_steps, spec.action_dim), dtype=np.float32)
         self._executed = np.zeros(0, dtype=np.int64)  # number of executed actions of each row's plan
 
-    def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
-        """Return the next action of each row (N A); see `ActInRows`."""
+    def __call__(
+        self, obs: Observation, first: np.ndarray, active: np.ndarray, steering: Steering | None = None
+    ) -> np.ndarray:
+        """Return the next action of each row (N A); see `ActInRows`. `steering` applies to the plans that are made in this call."""
         rows, length = len(first), self.spec.n_action_steps
         if len(self._executed) != rows:
             self._plans = np.zeros((rows, length, self.spec.action_dim), dtype=np.float32)
@@ -170,7 +173,8 @@ class PolicyInRows:
         due = (self._executed >= length) & active
         if due.any():
             window: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self._history.items()}
-            self._plans[due] = self.act(window)[:, self.spec.present].cpu().numpy()
+            plans = self.act(window) if steering is None else self.act(window, steering)
+            self._plans[due] = plans[:, self.spec.present].cpu().numpy()
             self._executed[due] = 0
         actions = self._plans[np.arange(rows), np.minimum(self._executed, length - 1)]
         self._executed += 1

@@ -34,6 +34,7 @@ from difftori.solver import (
     Unrolled,
 )
 from difftori.solver.compiled import maybe_compiled
+from difftori.steering import STEERED_STEPS, Steering
 from difftori.types import (
     Actions,
     AnyObservations,
@@ -122,6 +123,7 @@ class DiffTORI(Agent):
     """
 
     name = "difftori"
+    STEERABLE = "cost and constraint"
     Config = DiffTORIConfig
 
     def __init__(self, config: DiffTORIConfig, spec: EnvSpec):
@@ -255,15 +257,23 @@ class DiffTORI(Agent):
         explore: bool,
         generator: torch.Generator,
         std: Scalar | None = None,
+        steering: Steering | None = None,
     ) -> tuple[Actions, Memory]:
-        """The first action of the best plan, for all environments in one solve."""
+        """The first action of the best plan, for all environments in one solve.
+
+        `steering`: a cost and constraints of the planned actions, in [−1, 1], that are added to the objective.
+        """
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(step)
         start = self._start(latent, horizon, generator)
         if s.init == "previous" and memory is not None:
             later = torch.cat([memory["plan"][:, 1:], memory["plan"][:, -1:]], 1)[:, : start.shape[1]]
             start = torch.where(first[:, None, None], start, later)
-        actions = self.plan(latent, horizon, start, Detached(), s.plan_steps).actions
+        if steering is None:
+            actions = self.plan(latent, horizon, start, Detached(), s.plan_steps).actions
+        else:
+            planner = Planner(ProjectedGradient(), Detached(), _BOX, STEERED_STEPS)
+            actions = steering.plan(planner, self.objective(latent, horizon), start).actions
         action = actions[:, 0]
         if explore and s.explore:
             scale = s.exploration_std(step) if std is None else std

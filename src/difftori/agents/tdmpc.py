@@ -1,6 +1,7 @@
 """TD-MPC: sampling-based planning in a task-oriented latent model (Hansen, Wang and Su, 2022, arXiv 2203.04955)."""
 
 import copy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from difftori.models.world_model import action_noise
 from difftori.planning import Planner, ReturnObjective
 from difftori.solver import MPPI, Box, Detached
 from difftori.solver.compiled import maybe_compiled
+from difftori.steering import Steering
 from difftori.types import Actions, EnvSpec, Latents, Observations, Plans, RowFlags, Rows, Scalar, Scalars, Segment
 
 _FEW_SAMPLES = {"samples": 128, "elites": 16, "prior_samples": 8}
@@ -68,6 +70,7 @@ class TDMPC(Agent):
     """
 
     name = "tdmpc"
+    STEERABLE = "cost"
     Config = TDMPCConfig
 
     def __init__(self, config: TDMPCConfig, spec: EnvSpec):
@@ -93,17 +96,21 @@ class TDMPC(Agent):
         explore: bool,
         generator: torch.Generator,
         std: Scalar | None = None,
+        steering: Steering | None = None,
     ) -> tuple[Actions, Memory]:
-        """The first action of an elite sampled by weight, with MPPI's standard deviation as noise if `explore` is set."""
+        """The first action of an elite sampled by weight, with MPPI's standard deviation as noise if `explore` is set.
+
+        `steering`: a cost of the planned actions, in [−1, 1], that is added to the objective.
+        """
         s, latent = self.settings, self.model.encode(obs)
         horizon = s.plan_horizon(step)
         mean = self._shifted(memory, first, latent)[:, :horizon]
         candidates = self._prior_plans(latent, horizon, generator)
         functions = (self.model.next, self.model.reward, self.model.value)
         objective = ReturnObjective(*functions, latent, horizon, self.spec.action_dim, s.discount, stacked=True)
-        plan = self._planner(s.exploration_std(step) if std is None else std).plan(
-            objective, mean, candidates=candidates, generator=generator
-        )
+        planner = self._planner(s.exploration_std(step) if std is None else std)
+        solve = planner.plan if steering is None else partial(steering.plan, planner)
+        plan = solve(objective, mean, candidates=candidates, generator=generator)
         spread, elites, weights = plan.solution.state.memory
         # An elite by its weight: the shortest of exponential waiting times. torch.multinomial would wait for the device, to check
         # the weights.

@@ -31,6 +31,7 @@ from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.progress import LongRunHint, Progress
 from difftori.runs.records import is_finished, read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
+from difftori.steering import Steering
 from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
 
 _log = logging.getLogger(__name__)
@@ -376,8 +377,9 @@ def seeded_actor(policy: NormalizedPolicy, *, seed: int, device: str, watch: Cal
     policy.policy.eval()
     generator = seeded(seed, "evaluation: policy", device)
 
-    def act(obs: WindowObs) -> Plans:
+    def act(obs: WindowObs, steering: Steering | None = None) -> Plans:
         watch()
-        return policy.act(to_device(obs, generator.device), generator=generator).detach().cpu()
+        inputs = to_device(obs, generator.device)
+        return policy.act(inputs, generator=generator, steering=steering).detach().cpu()
 
     return act

@@ -27,12 +27,14 @@ from difftori.solver import (
     Truncated,
     Unrolled,
 )
+from difftori.steering import STEERED_STEPS, Steering
 from difftori.types import (
     Actions,
     Latents,
     Metrics,
     PartPlans,
     Plans,
+    Points,
     Rows,
     Samples,
     Scalar,
@@ -157,6 +159,7 @@ class DiffTORI(Refiner):
 
     name = "difftori-il"
     Config = DiffTORIConfig
+    STEERABLE = "cost and constraint"
     OR_ELSE = ", or --init prior, zero or random (and --anchor none or middle)"
 
     def __init__(self, config: DiffTORIConfig, spec: TaskSpec):
@@ -226,6 +229,17 @@ class DiffTORI(Refiner):
         first = start.reshape(state.shape[0], self.steps, self.size)
         return self._planner(adjoint).plan(self.objective(state, sample, base), first, history=history)
 
+    def steered_plan(
+        self, state: Latents, sample: Samples, start: PartPlans, base: PartPlans | None, steering: Steering, rows: int
+    ) -> Plan:
+        """Solve Eq. 7 with the added cost and constraints. There are several samples for each of `rows` observations."""
+
+        def actions(x: Points) -> tuple[Tensor, ...]:
+            return x.reshape(-1, rows, self.planned, self.spec.action_dim).unbind()
+
+        planner = Planner(ProjectedGradient(), Detached(), Box(-1.0, 1.0), max_steps=STEERED_STEPS)
+        return steering.plan(planner, self.objective(state, sample, base), start, actions)
+
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
         """Return the objective of Eq. 7 for the states z^s (B Z) and latent samples z̃ (B W)."""
         parts = [state, sample]
@@ -234,8 +248,18 @@ class DiffTORI(Refiner):
         return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
-        """Return the planned actions (B P A): those with the highest objective of `act_samples` solves."""
+    def act(
+        self,
+        obs: WindowObs,
+        base: Plans | None = None,
+        *,
+        generator: torch.Generator,
+        steering: Steering | None = None,
+    ) -> PartPlans:
+        """Return the planned actions (B P A): those with the highest objective of `act_samples` solves.
+
+        `steering`: a cost and constraints of normalised actions that are added to the objective.
+        """
         planned = None if base is None else self.planned_base(base)
         start = self.guess(obs, planned, generator)
         state = self.encode(obs)
@@ -247,7 +271,8 @@ class DiffTORI(Refiner):
         sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
         if self.settings.act_latent == "sample" and sample.numel():
             sample = noise_like(sample, generator)
-        plan = self.plan(again(state), sample, again(start), None if planned is None else again(planned), Detached())
+        inputs = again(state), sample, again(start), None if planned is None else again(planned)
+        plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
         return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
 

@@ -9,6 +9,7 @@ from difftori.data.normalize import Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner
+from difftori.steering import Steering
 from difftori.types import (
     AnyActions,
     AnyPartPlans,
@@ -78,17 +79,31 @@ class NormalizedPolicy:
         return self.policy.loss(self.normalized(batch), generator=generator)
 
     @torch.no_grad()
-    def act(self, obs: WindowObs, *, generator: torch.Generator, checked: bool = True) -> Plans:
+    def act(
+        self,
+        obs: WindowObs,
+        *,
+        generator: torch.Generator,
+        checked: bool = True,
+        steering: Steering | None = None,
+    ) -> Plans:
         """Return the H actions (B H A) from the oldest observation on, in the task's units, inside the action box.
 
         The actions of a refiner replace those of its base. Actions that it returns unchanged equal the base's bit for bit.
         `checked`: whether the base's actions are checked for NaN, which reads their values; default: True.
+        `steering`: a cost and constraints on the planned actions, added to the policy's objective.
+
+        Raises ConfigError for the steering of a policy without an objective.
         """
+        added = {}
+        if steering is not None:
+            present = {name: values[:, -1] for name, values in obs.items()}
+            added["steering"] = steering.within(self.policy, self._in_task_units, present)
         whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
         if not isinstance(self.policy, Refiner):
-            return self._whole(self.policy.act(inputs, generator=generator))
-        actions = self.policy.act(inputs, base, generator=generator)
+            return self._whole(self.policy.act(inputs, generator=generator, **added))
+        actions = self.policy.act(inputs, base, generator=generator, **added)
         if whole is None or base is None:
             return self._whole(actions)
         planned = slice(self.spec.n_obs_steps - 1, self.spec.n_obs_steps - 1 + actions.shape[1])

@@ -9,6 +9,7 @@ import torch
 from difftori.interfaces import Agent, Memory
 from difftori.solver import Captured
 from difftori.solver.captured import Recorder
+from difftori.steering import Steering
 from difftori.types import Actions, Observations, RowFlags, Scalar
 
 
@@ -23,13 +24,21 @@ class Acting:
         self._captured = Captured(self._call, generators=[generator], recorder=recorder)
 
     def __call__(
-        self, obs: Observations, memory: Memory | None, first: RowFlags, *, step: int
+        self,
+        obs: Observations,
+        memory: Memory | None,
+        first: RowFlags,
+        *,
+        step: int,
+        steering: Steering | None = None,
     ) -> tuple[Actions, Memory]:
-        """Return `agent.act` of these inputs, which are moved to the generator's device."""
+        """Return `agent.act` of these inputs, which are moved to the generator's device. With `steering`, nothing is recorded."""
         call, device = self._call, self._call.generator.device
         call.step = step
         on_device = {name: value.to(device) for name, value in memory.items()} if memory else None
         inputs = obs.to(device), on_device, first.to(device)
+        if steering is not None:
+            return call(*inputs, steering=steering)
         recorded = self._captured.records(device) and not call.agent.compiles
         schedule = call.agent.schedule(step) if recorded else None
         if schedule is None:
@@ -53,8 +62,11 @@ class _Call:
         first: RowFlags,
         std: Scalar | None = None,
         fixed: Hashable = None,
+        steering: Steering | None = None,
     ) -> tuple[Actions, Memory]:
         options: dict[str, Any] = {"step": self.step, "explore": self.explore, "generator": self.generator}
         if std is not None:  # agents without a schedule need no such argument
             options["std"] = std
+        if steering is not None:
+            options["steering"] = steering
         return self.agent.act(obs, memory, first=first, **options)

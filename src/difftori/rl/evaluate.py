@@ -19,7 +19,8 @@ from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.page import keep_evaluation
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
-from difftori.types import EnvSpec, Metrics
+from difftori.steering import Steering
+from difftori.types import EnvSpec, Metrics, Plans
 
 _ROWS = 10
 
@@ -111,15 +112,26 @@ class AgentInRows:
 
     def __init__(self, agent: Agent, *, step: int, generator: torch.Generator):
         self.step = step
+        self._agent = agent
         self._acting = Acting(agent, generator, explore=False)
         self._memory: Memory | None = None
 
-    def __call__(self, obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
-        """Return the action of each row (N A) in [−1, 1]; see `ActInRows`."""
+    def __call__(
+        self, obs: Observation, first: np.ndarray, active: np.ndarray, steering: Steering | None = None
+    ) -> np.ndarray:
+        """Return the action of each row (N A) in [−1, 1]; see `ActInRows`. `steering` is in the environment's units."""
+        inputs = torch.as_tensor(obs)
+        if steering is not None:
+            steering = steering.within(self._agent, self._in_units, {"state": inputs})
         actions, self._memory = self._acting(
-            torch.as_tensor(obs), self._memory, torch.from_numpy(first), step=self.step
+            inputs, self._memory, torch.from_numpy(first), step=self.step, steering=steering
         )
         return actions.cpu().numpy()
+
+    def _in_units(self, actions: Plans) -> Plans:
+        """Convert actions in [−1, 1] to the environment's units."""
+        low, high = (torch.tensor(bound).to(actions) for bound in (self._agent.spec.low, self._agent.spec.high))
+        return low + 0.5 * (actions + 1) * (high - low)
 
 
 def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> AgentInRows:

@@ -1,0 +1,141 @@
+"""Costs and constraints that a trained policy or agent gets when it acts."""
+
+import numpy as np
+import pytest
+import torch
+
+import difftori
+from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
+from tests.support import tiny_runs
+
+REFINER = {
+    "init": "zero",
+    "decision": "chunk",
+    "n-obs-steps": "2",
+    "n-action-steps": "3",
+    "horizon": "4",
+    "hidden": "16",
+}
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory):
+    """A policy that plans, without a base."""
+    folder = tmp_path_factory.mktemp("refined")
+    demos = tiny_runs.write_demos(folder / "demos.zarr")
+    common = {"epochs": "2", "batch-size": "16", "num-train": "4", "eval-episodes": "1"}
+    return tiny_runs.trained("difftori-il", folder / "run", env=tiny_runs.ENV, demos=demos, **REFINER | common)
+
+
+@pytest.fixture(params=["refined", "agent_run"])
+def run(request):
+    return request.getfixturevalue(request.param)
+
+
+def observations(policy, rows=3):
+    shape = policy.obs["state"].shape
+    return np.random.default_rng(0).normal(size=(rows, *shape)).astype(np.float32)
+
+
+def right(actions):
+    """The cost of first numbers below half of the upper bound."""
+    return (0.4 - actions[..., 0]).clamp_min(0).square().sum(-1)
+
+
+def test_a_cost_moves_the_plan_and_no_weight_does_not(run):
+    plain, off, on = (difftori.load(run) for _ in range(3))
+    obs = observations(plain)
+    actions = plain.act(obs)
+    np.testing.assert_array_equal(actions, off.act(obs, cost=right, weight=0.0))
+    away = -0.4 * np.sign(actions[:, :1]).mean()
+    steered = on.act(obs, cost=lambda planned: (planned[..., 0] - away).square().sum(-1), weight=1e4)
+    assert abs(actions[:, 0] - away).min() > 0.1
+    np.testing.assert_allclose(steered[:, 0], away, atol=0.02)
+
+
+def test_more_weight_lowers_the_cost(run):
+    costs = []
+    for weight in (0.0, 0.1, 1.0, 10.0, 100.0):
+        policy, seen = difftori.load(run), []
+
+        def cost(actions, seen=seen):
+            seen.append(actions.detach())
+            return right(actions)
+
+        policy.act(observations(policy), cost=cost, weight=weight)
+        if weight:
+            costs.append(min(right(actions).sum().item() for actions in seen))
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_constraints_hold(run):
+    policy = difftori.load(run)
+    action = policy.act(observations(policy), constraint=lambda actions: 0.3 - actions[..., 0])
+    assert action[:, 0].min() > 0.3 - 1e-3
+
+
+def test_rows_are_steered_apart(run):
+    """Each row has its own observation, in the environment's units, and the same result alone."""
+    together, obs = difftori.load(run), observations(difftori.load(run))
+
+    def towards(actions, now):
+        assert set(now) == {"state"}
+        return (actions[..., 0] - now["state"][:, :1].clamp(-0.5, 0.5)).square().sum(-1)
+
+    actions = together.act(obs, cost=towards, weight=1e4)
+    np.testing.assert_allclose(actions[:, 0], obs[:, 0].clip(-0.5, 0.5), atol=0.02)
+
+
+def test_a_policy_alone_is_steered_as_in_a_batch(refined):
+    together, obs = difftori.load(refined), observations(difftori.load(refined))
+    batch = together.act(obs, cost=right, weight=3.0)
+    for row, expected in zip(obs, batch, strict=True):
+        np.testing.assert_allclose(difftori.load(refined).act(row, cost=right, weight=3.0), expected, atol=5e-3)
+
+
+def test_samples_of_a_latent_share_the_cost(tmp_path):
+    demos = tiny_runs.write_demos(tmp_path / "demos.zarr")
+    several = {"cvae-dim": "2", "act-latent": "sample", "act-samples": "4", "epochs": "1", "eval-episodes": "1"}
+    run = tiny_runs.trained("difftori-il", tmp_path / "run", env=tiny_runs.ENV, demos=demos, **REFINER | several)
+    policy = difftori.load(run)
+    assert policy.act(observations(policy), cost=right, weight=1e4)[:, 0].min() > 0.39
+
+
+def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
+    shared = {key: value for key, value in tiny_runs.AGENT.items() if key not in ("init-std", "plan-steps")}
+    policy = difftori.load(tiny_runs.trained("tdmpc", tmp_path / "run", **shared))
+    assert policy.act(observations(policy), cost=right, weight=1e4)[:, 0].min() > 0.3
+    with pytest.raises(ConfigError, match="constraint: tdmpc plans by sampling"):
+        policy.act(observations(policy), constraint=lambda actions: actions[..., 0])
+
+
+def test_what_has_no_objective_says_so(policy_run, tmp_path):
+    policy = difftori.load(policy_run)
+    with pytest.raises(ConfigError, match="bc has no objective to add it to"):
+        policy.act(observations(policy), cost=right)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"cost": lambda a: a.sum()}, ObjectiveError, r"cost: it returned \(\) for actions"),
+        ({"cost": lambda a: a.sum(-1)}, ObjectiveError, "one number per row"),
+        ({"cost": lambda a: 0.5}, ObjectiveError, "float"),
+        ({"cost": lambda a: (a.sum((1, 2)) - 1e3).sqrt()}, NonFiniteError, "NaN or Inf in rows"),
+        ({"cost": right, "weight": -1.0}, ConfigError, "weight: -1.0"),
+        ({"cost": right, "weight": float("nan")}, ConfigError, "weight: nan"),
+        ({"constraint": lambda a: a.sum((1, 2))}, ObjectiveError, "inequality|constraint"),
+    ],
+)
+def test_wrong_costs_are_refused(refined, wrong, error, message):
+    policy = difftori.load(refined)
+    with pytest.raises(error, match=message):
+        policy.act(observations(policy), **wrong)
+
+
+def test_gradients_reach_what_the_user_may_train(refined):
+    """Acting builds no graph, whatever the cost holds."""
+    weight = torch.ones(1, requires_grad=True)
+    policy = difftori.load(refined)
+    action = policy.act(torch.from_numpy(observations(policy)), cost=lambda a: weight * right(a))
+    assert not action.requires_grad
