@@ -115,7 +115,7 @@ def test_a_file_that_computes_other_actions_is_refused_and_not_kept(policy_run, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("size", [7, 8, 13])
+@pytest.mark.parametrize("size", [7, 13, 97])
 def test_observations_of_any_size_are_no_rows(size, tmp_path):
     """torch takes sizes that are equal while a function is traced for the same one."""
     moments = [Moments((-1.0,) * n, (1.0,) * n, (0.0,) * n, (0.5,) * n) for n in (size, 2)]
@@ -152,6 +152,13 @@ def test_wrong_places_are_errors_before_any_work(tmp_path, policy_run, monkeypat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"difftori\[onnx\]"):
         export(policy_run, tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9])
+def test_bisection_finds_what_searchsorted_finds(count):
+    ends = torch.randint(0, 4, (5, count)).float().cumsum(-1)
+    values = torch.cat((ends - 0.5, ends, ends + 0.5), -1)
+    torch.testing.assert_close(files._searchsorted(ends, values), torch.searchsorted(ends, values))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from difftori.errors import ExportError, MissingExtraError
 from difftori.export.programs import Tensors
@@ -23,12 +24,25 @@ def _write_onnx(traced: Any, used: Sequence[str], outputs: Sequence[str], about:
     _import_onnx()
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
+        traced = traced.run_decompositions({torch.ops.aten.searchsorted.Tensor: _searchsorted})
         program = torch.onnx.export(
             traced, dynamo=True, input_names=list(used), output_names=list(outputs), verbose=False, optimize=False
         )  # ONNX Runtime optimises; torch's optimiser can write an invalid graph, where a clamp follows several times
     assert program is not None
     program.model.metadata_props["difftori"] = json.dumps(about)
     program.save(path)
+
+
+def _searchsorted(ends: Tensor, values: Tensor, **_: Any) -> Tensor:
+    """`torch.searchsorted` of sorted rows (B K) and values (B M) by bisection: ONNX has no such operator."""
+    count, index = ends.shape[-1], torch.zeros_like(values, dtype=torch.long)
+    step = 1 << (count.bit_length() - 1)
+    while step:
+        further = index + step
+        below = ends.gather(-1, further.clamp_max(count) - 1) < values
+        index = torch.where((further <= count) & below, further, index)
+        step >>= 1
+    return index
 
 
 def _read_onnx(path: Path, used: Sequence[str], outputs: Sequence[str]) -> Call:

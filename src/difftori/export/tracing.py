@@ -1,7 +1,7 @@
 """Traces a program with free rows, through the solver and its derivatives."""
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
 from difftori.solver.reading import all_steps
 
+_ROWS = (97, 101, 103, 107, 109)
+"""Rows of the example, of which one is unlike every size of the inputs: torch takes equal sizes for the same one. Nothing is computed with
+the example, and no layer has such a width."""
+
 
 def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tuple[Any, list[str], list[str]]:
     """Trace the function. Returns the exported program, the names of its outputs, and those of the inputs that it uses."""
     from torch.fx.experimental.proxy_tensor import make_fx  # imported here because it takes a second
 
     sizes = {size for entry in program.inputs.values() for size in entry.shape} | {*noise_inputs(draws).values()}
-    count = next(
-        number for number in itertools.count(7) if number not in sizes
-    )  # torch takes equal sizes for the same one
+    count = next(prime for prime in _ROWS if prime not in sizes)
     example = {**program.example(count, torch.Generator()), **noise(draws, count, torch.Generator())}
     outputs: list[str] = []
 
@@ -30,7 +32,7 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
         return [value.detach() for value in made.values()]
 
     try:
-        with all_steps():
+        with all_steps(), _without_mkldnn():
             graph = make_fx(positional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
                 *(example[name] for name in names)
             )
@@ -52,6 +54,17 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
             "Fix: choose a solver with a fixed number of steps"
         ) from error
     return exported, [name for name in outputs if name not in dropped], used
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Trace operations of torch, not of MKLDNN: other runtimes do not have its recurrent layers."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def _keep_outputs(graph: Any, keep: Sequence[bool]) -> None:

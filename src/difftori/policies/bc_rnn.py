@@ -107,7 +107,8 @@ class BCRNNGMM(Policy):
         rows, seen, steps = next(iter(obs.values())).shape[0], self.spec.n_obs_steps, self.spec.horizon
         features = self.frame({name: values.flatten(0, 1).unsqueeze(1) for name, values in obs.items()}, crops)
         features = features.unflatten(0, (rows, seen))
-        features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)
+        if steps > seen:  # ONNX cannot expand to no steps
+            features = torch.cat((features, features[:, -1:].expand(-1, steps - seen, -1)), 1)
         hidden, _ = self.lstm(features)
         modes, size = self.settings.modes, self.spec.action_dim
         logits, means, raw = self.head(hidden).split((modes, modes * size, modes * size), -1)

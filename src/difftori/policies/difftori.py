@@ -295,7 +295,7 @@ class DiffTORI(Refiner):
         if self.settings.init == "base":
             assert base is not None
             return base
-        rows = len(next(iter(obs.values())))
+        rows = next(iter(obs.values())).shape[0]
         zeros = self.raw_step_size.new_zeros(rows, self.planned, self.spec.action_dim)
         if self.prior is not None:
             return torch.tanh(self.prior(self.window(obs, crops))).reshape(zeros.shape)
@@ -327,7 +327,7 @@ class DiffTORI(Refiner):
     def _posterior(self, state: Latents, target: PartPlans, generator: torch.Generator) -> tuple[Samples, Scalar]:
         """Sample z̃ from the posterior N(μ, σ²) given the state and the expert's actions. Also return the KL to N(0, I), mean over rows."""
         if self.posterior is None:
-            return state.new_zeros(len(state), 0), state.new_zeros(())
+            return state.new_zeros(state.shape[0], 0), state.new_zeros(())
         mean, log_variance = self.posterior(torch.cat((state, target.flatten(1)), -1)).chunk(2, -1)
         log_variance = log_variance.clamp(-20, 10)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()

@@ -167,8 +167,7 @@ class NormalizedPolicy:
             return actions
         before = self.spec.n_obs_steps - 1
         after = self.spec.horizon - before - actions.shape[1]
-        first, last = actions[:, :1].expand(-1, before, -1), actions[:, -1:].expand(-1, after, -1)
-        return torch.cat((first, actions, last), 1)
+        return torch.cat((*[actions[:, :1]] * before, actions, *[actions[:, -1:]] * after), 1)
 
 
 def _checked_base(policy: Policy, base: Base | None) -> Base | None:
