@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import difftori
 from difftori.planning import trajectory_objective
@@ -13,6 +14,7 @@ from difftori.solver import (
     Box,
     FunctionObjective,
     Implicit,
+    Newton,
     Problem,
     ProjectedGradient,
     Status,
@@ -394,3 +396,34 @@ def test_without_second_order_and_hold_the_optimum_is_the_same():
         case.objective, case.x0, solver=replace(ILQR(), second_order=False, hold=False), box=case.box, max_steps=300
     )
     torch.testing.assert_close(plain.x.detach(), whole.x.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [ILQR(), ProjectedGradient(polish=2), Newton()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_layer_normalisation_in_models(solver, constrained):
+    """Its second derivatives are added in place by torch, which vmap allows in some layouts only. The gradient is that of differences."""
+    torch.manual_seed(3)
+
+    def net(inputs, outputs):
+        layers = nn.Linear(inputs, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, outputs)
+        return nn.Sequential(*layers).double().requires_grad_(False)
+
+    change, reward, state = net(3, 2), net(3, 1), torch.randn(3, 2, dtype=torch.float64)
+
+    def found(scale):
+        return difftori.plan(
+            lambda s, a: s + scale * change(torch.cat([s, a], -1)),
+            lambda s, a: 0.1 * reward(torch.cat([s, a], -1)).squeeze(-1) - a.square().sum(-1),
+            lambda s: -s.square().sum(-1),
+            state,
+            torch.zeros(3, 4, 1, dtype=torch.float64),
+            solver=solver,
+            constraint=(lambda s, a: s - 10.0 + 0.1 * change(torch.cat([s, a], -1))) if constrained else None,
+        ).actions.sum()
+
+    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(found(scale), scale)
+    with torch.no_grad():
+        step = 1e-4
+        differences = (found(scale + step) - found(scale - step)) / (2 * step)
+    torch.testing.assert_close(gradient, differences, rtol=1e-3, atol=1e-6)

@@ -107,8 +107,10 @@ def with_dynamics_curvature(
             _, pull = pullback(lambda z: objective.next(z[..., :size], z[..., size:], t), pair)
             return pull(weight)
 
-        _, pull = pullback(gradient, torch.cat([state, action], -1))
-        return vmap(pull)(basis)
+        pair = torch.cat([state, action], -1)
+        _, pull = pullback(gradient, pair)
+        # Directions of every step: torch's layer normalisation adds second derivatives in place, to a tensor of the directions' size.
+        return vmap(lambda direction: pull(direction + torch.zeros_like(pair)))(basis)
 
     bends = vmap(at, in_dims=(1, 1, 0, 1), randomness="same")(states[:, :-1], plan, objective.times(), costate[:, 1:])
     return model._replace(hessian=model.hessian + bends.permute(2, 0, 1, 3))
