@@ -6,6 +6,10 @@ import torch
 
 import difftori
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
+from difftori.policies.difftori import DiffTORI
+from difftori.policies.normalized import NormalizedPolicy
+from difftori.steering import Steering
+from difftori.types import EntrySpec, Moments, TaskSpec
 from tests.support import tiny_runs
 
 REFINER = {
@@ -53,19 +57,34 @@ def test_a_cost_moves_the_plan_and_no_weight_does_not(run):
     np.testing.assert_allclose(steered[:, 0], away, atol=0.02)
 
 
-def test_more_weight_lowers_the_cost(run):
-    costs = []
-    for weight in (0.0, 0.1, 1.0, 10.0, 100.0):
-        policy, seen = difftori.load(run), []
+def test_more_weight_lowers_the_cost_from_the_policys_own_actions_on(refined):
+    plain = difftori.load(refined)
+    obs = observations(plain)
+    actions = plain.act(obs)
+    away = -0.4 * np.sign(actions[:, :1]).mean()
 
-        def cost(actions, seen=seen):
-            seen.append(actions.detach())
-            return right(actions)
+    def cost(planned):
+        return (planned[..., 0] - away).square().sum(-1)
 
-        policy.act(observations(policy), cost=cost, weight=weight)
-        if weight:
-            costs.append(min(right(actions).sum().item() for actions in seen))
-    assert costs == sorted(costs, reverse=True)
+    steered = [
+        difftori.load(refined).act(obs, cost=cost, weight=weight) for weight in (1e-9, 0.1, 1.0, 10.0, 100.0, 1e5)
+    ]
+    np.testing.assert_allclose(steered[0], actions, atol=1e-4)
+    distances = [abs(action[:, 0] - away).sum() for action in steered]
+    assert all(after <= before + 1e-3 for before, after in zip(distances, distances[1:], strict=False))
+
+
+def test_bounds_of_the_data_do_not_stop_the_cost():
+    """Rounding puts normalised bounds just outside the box, where a clamp has no gradient."""
+    low, high = (-2.8, -0.3), (1.1, 0.7)
+    states, actions = (Moments(*pair, (0.0,) * 2, (0.5,) * 2) for pair in (((-1.0,) * 2, (1.0,) * 2), (low, high)))
+    obs = {"state": EntrySpec((2,), moments=states)}
+    spec = TaskSpec(obs, 2, 3, low, high, n_action_steps=3, moments=actions)
+    policy = NormalizedPolicy(DiffTORI(DiffTORI.Config(init="base", hidden=(8,)), spec).eval(), lambda obs: base)
+    base = torch.tensor(low).expand(4, 3, 2)
+    steering = Steering(lambda planned: (planned[..., 0] - 0.5).square().sum(-1), 1e4)
+    found = policy.act({"state": torch.zeros(4, 1, 2)}, generator=torch.Generator(), steering=steering)
+    torch.testing.assert_close(found[..., 0], torch.full((4, 3), 0.5), atol=0.01, rtol=0)
 
 
 def test_constraints_hold(run):
@@ -74,8 +93,14 @@ def test_constraints_hold(run):
     assert action[:, 0].min() > 0.3 - 1e-3
 
 
-def test_rows_are_steered_apart(run):
-    """Each row has its own observation, in the environment's units, and the same result alone."""
+def test_a_constraint_that_no_plan_satisfies_is_reported(run, caplog):
+    policy = difftori.load(run)
+    policy.act(observations(policy), constraint=lambda actions: 50.0 - actions[..., 0])
+    assert "no plan satisfies it in rows [0, 1, 2] of 3" in caplog.text
+
+
+def test_each_row_has_its_observation(run):
+    """In the environment's units."""
     together, obs = difftori.load(run), observations(difftori.load(run))
 
     def towards(actions, now):
@@ -93,12 +118,27 @@ def test_a_policy_alone_is_steered_as_in_a_batch(refined):
         np.testing.assert_allclose(difftori.load(refined).act(row, cost=right, weight=3.0), expected, atol=5e-3)
 
 
-def test_samples_of_a_latent_share_the_cost(tmp_path):
+def test_samples_of_a_latent_share_cost_and_constraint(tmp_path):
     demos = tiny_runs.write_demos(tmp_path / "demos.zarr")
     several = {"cvae-dim": "2", "act-latent": "sample", "act-samples": "4", "epochs": "1", "eval-episodes": "1"}
     run = tiny_runs.trained("difftori-il", tmp_path / "run", env=tiny_runs.ENV, demos=demos, **REFINER | several)
     policy = difftori.load(run)
-    assert policy.act(observations(policy), cost=right, weight=1e4)[:, 0].min() > 0.39
+    obs = observations(policy)
+    assert policy.act(obs, cost=right, weight=1e4)[:, 0].min() > 0.39
+    policy.reset()
+    assert policy.act(obs, constraint=lambda planned: 0.3 - planned[..., 0])[:, 0].min() > 0.3 - 1e-3
+
+
+class Learned(torch.nn.Module):
+    """A cost as a module, which takes the observations."""
+
+    def forward(self, actions, now):
+        return (actions[..., 0] - now["state"][:, :1].clamp(-0.5, 0.5)).square().sum(-1)
+
+
+def test_modules_are_costs(refined):
+    policy, obs = difftori.load(refined), observations(difftori.load(refined))
+    np.testing.assert_allclose(policy.act(obs, cost=Learned(), weight=1e4)[:, 0], obs[:, 0].clip(-0.5, 0.5), atol=0.02)
 
 
 def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
@@ -109,10 +149,11 @@ def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
         policy.act(observations(policy), constraint=lambda actions: actions[..., 0])
 
 
-def test_what_has_no_objective_says_so(policy_run, tmp_path):
+@pytest.mark.parametrize("given", ["cost", "constraint"])
+def test_what_does_not_plan_says_so(policy_run, given):
     policy = difftori.load(policy_run)
-    with pytest.raises(ConfigError, match="bc has no objective to add it to"):
-        policy.act(observations(policy), cost=right)
+    with pytest.raises(ConfigError, match=f"{given}: bc does not take it"):
+        policy.act(observations(policy), **{given: right})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +165,9 @@ def test_what_has_no_objective_says_so(policy_run, tmp_path):
         ({"cost": lambda a: (a.sum((1, 2)) - 1e3).sqrt()}, NonFiniteError, "NaN or Inf in rows"),
         ({"cost": right, "weight": -1.0}, ConfigError, "weight: -1.0"),
         ({"cost": right, "weight": float("nan")}, ConfigError, "weight: nan"),
-        ({"constraint": lambda a: a.sum((1, 2))}, ObjectiveError, "inequality|constraint"),
+        ({"constraint": lambda a: a.sum((1, 2))}, ObjectiveError, r"constraint: it returned \(3,\)"),
+        ({"constraint": lambda a: 0.5}, ObjectiveError, "constraint: it returned float"),
+        ({"cost": lambda a: (a[:, 0, 0] < 0.3).float()}, ObjectiveError, "cost: it has no gradient"),
     ],
 )
 def test_wrong_costs_are_refused(refined, wrong, error, message):
@@ -133,8 +176,7 @@ def test_wrong_costs_are_refused(refined, wrong, error, message):
         policy.act(observations(policy), **wrong)
 
 
-def test_gradients_reach_what_the_user_may_train(refined):
-    """Acting builds no graph, whatever the cost holds."""
+def test_acting_builds_no_graph_whatever_the_cost_holds(refined):
     weight = torch.ones(1, requires_grad=True)
     policy = difftori.load(refined)
     action = policy.act(torch.from_numpy(observations(policy)), cost=lambda a: weight * right(a))

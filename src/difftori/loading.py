@@ -13,6 +13,7 @@ from difftori.envs.base import rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.hub import download, hub_name
 from difftori.il.train import Which, default_weights, load_policy, seeded_actor
+from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import NEEDED, Published, is_published, load_published
 from difftori.rl.evaluate import AgentInRows, load_agent
@@ -91,6 +92,7 @@ def _in_closed_loop(model: Published, device: str) -> "LoadedPolicy":
             spec.obs,
             spec.low,
             spec.high,
+            model=component.policy,
             scaled=False,
             n_obs_steps=spec.n_obs_steps,
             n_action_steps=spec.n_action_steps,
@@ -102,6 +104,7 @@ def _in_closed_loop(model: Published, device: str) -> "LoadedPolicy":
         spec.obs,
         spec.low,
         spec.high,
+        model=component,
         scaled=True,
         flattened=spec.flattened or (),
         action_repeat=spec.action_repeat,
@@ -131,6 +134,7 @@ class LoadedPolicy:
         high: tuple[float, ...],
         *,
         scaled: bool,
+        model: Policy | Agent | None = None,
         flattened: tuple[tuple[str, tuple[int, ...]], ...] = (),
         n_obs_steps: int = 1,
         n_action_steps: int = 1,
@@ -139,7 +143,7 @@ class LoadedPolicy:
         self.name, self.obs, self.low, self.high = name, dict(obs), np.array(low), np.array(high)
         self.n_obs_steps, self.n_action_steps, self.parts = n_obs_steps, n_action_steps, dict(flattened)
         self.action_repeat = action_repeat
-        self._make_act, self._act, self._scaled = make_act, make_act(), scaled
+        self._make_act, self._act, self._model, self._scaled = make_act, make_act(), model, scaled
         self._first: np.ndarray | None = None
         self._frames: np.ndarray | None = None
 
@@ -182,7 +186,7 @@ class LoadedPolicy:
 
         `cost`, `constraint`: steer a policy that plans, without training it again (docs/steering.md). `cost` is a differentiable
         function of the planned actions (B P A), from this step on and in the environment's units, to (B): `weight` times it is
-        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0, where a plan allows that. A second required
+        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning is logged. A second required
         argument of either is the present observations by name, (B …). A policy that executes several actions of a plan is
         steered where it plans: the B rows are then those that are due.
 
@@ -192,6 +196,9 @@ class LoadedPolicy:
         steering = None
         if constraint is not None or (cost is not None and weight != 0):
             steering = Steering(cost, weight, constraint)
+            if self._model is None:
+                raise ConfigError([f"cost: {self.name} does not take it. Fix: load a policy or agent that plans"])
+            steering.check(self._model)
         given = self._by_name(obs)
         arrays = {name: _plain(name, given[name]) for name in self.obs}
         batched = self._batched(arrays)

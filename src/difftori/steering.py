@@ -1,6 +1,7 @@
 """Steering: a cost and constraints on the planned actions that a trained policy's or agent's objective gets when it acts."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,18 +13,18 @@ from torch import Tensor
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Agent, Policy
 from difftori.planning import Plan, Planner
-from difftori.solver import TrajectoryObjective
+from difftori.solver import Box, Detached, Solution, Status, TrajectoryObjective, solve
 from difftori.solver.constraints import ConstrainedFunction
+from difftori.solver.derivatives import value_and_grad
 from difftori.solver.objective import FunctionObjective, Objective
 from difftori.types import Plans, Points
 
 PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
-is the present observations by name, (B …)."""
-ToActions: TypeAlias = Callable[[Points], Sequence[Tensor]]
-"""From variables (S·B n), S plans of each of B rows, to S times actions (B P A)."""
-STEERED_STEPS = 30
-"""Largest number of gradient steps of a solve with an added cost. The sum is not what the step lengths of training were for."""
+is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
+_log = logging.getLogger(__name__)
+_PROXIMAL_STEPS = 20
+"""Largest number of steps that lower the cost after each step on the learned objective."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,27 @@ class Steering:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError([f"weight: {self.weight} is not a finite number ≥ 0. Fix: give one, such as 1.0"])
 
-    def within(self, model: Policy | Agent, convert: Callable[[Plans], Plans], obs: Mapping[str, Tensor]) -> "Steering":
-        """The same as functions of the model's own actions alone, which `convert` maps to the environment's units.
-
-        `obs`: the present observations by name, (B …). Raises ConfigError if the model has no objective to add them to.
-        """
+    def check(self, model: Policy | Agent) -> None:
+        """Raise ConfigError if the model does not take this cost or constraint."""
+        given = "constraint" if self.cost is None else "cost"
         if model.STEERABLE == "nothing":
             fix = (
-                "use an agent that plans"
-                if isinstance(model, Agent)
-                else "refine it, `difftori train difftori-il --base RUN`"
+                "train `difftori-il` on it, with --base RUN"
+                if isinstance(model, Policy)
+                else "use `difftori` or `tdmpc`"
             )
-            raise ConfigError([f"cost: {model.name} has no objective to add it to. Fix: {fix}"])
+            raise ConfigError([f"{given}: {model.name} does not take it. Fix: {fix}"])
         if self.constraint is not None and model.STEERABLE == "cost":
             raise ConfigError(
                 [f"constraint: {model.name} plans by sampling, without constraints. Fix: give a cost of violating it"]
             )
+
+    def within(self, model: Policy | Agent, convert: Callable[[Plans], Plans], obs: Mapping[str, Tensor]) -> "Steering":
+        """The same as functions of the model's own actions alone, which `convert` maps to the environment's units.
+
+        `obs`: the present observations by name, (B …). Raises ConfigError as `check`.
+        """
+        self.check(model)
 
         def converted(function: PlanFunction | None) -> PlanFunction | None:
             if function is None:
@@ -74,56 +80,114 @@ class Steering:
         planner: Planner,
         objective: TrajectoryObjective,
         start: Plans,
-        actions: ToActions | None = None,
         *,
         generator: torch.Generator | None = None,
         candidates: Tensor | None = None,
     ) -> Plan:
-        """Solve the sum from a start (S·B H A). The cost is evaluated on `actions` of the variables (default: the plan).
-
-        `generator`, `candidates`: as for `Planner.plan`.
+        """Solve the sum from a start (B H A), with the planner's own solver. Other arguments as for `Planner.plan`.
 
         Raises:
-            ObjectiveError: the cost or constraint has another shape.
-            NonFiniteError: it is NaN or Inf in a row.
+            ObjectiveError: the cost or constraint has another shape, or no gradient.
+            NonFiniteError: it is NaN or Inf at the start of a row.
         """
-        actions = actions or (lambda x: [objective.plan(x)])
-        whole: Objective = objective
-        if self.cost is not None and self.weight > 0:
-            cost, weight = self.cost, self.weight
-            whole = FunctionObjective(lambda x: objective.cost(x) + weight * _rows(cost, actions(x)))
-        if self.constraint is not None:
-            constraint = self.constraint
-            whole = ConstrainedFunction(whole, lambda x: torch.cat([constraint(part) for part in actions(x)]), None)
-        solution = replace(planner, project_start=True).solve(
-            whole,
+
+        def actions(x: Points) -> Sequence[Tensor]:
+            return (objective.plan(x),)
+
+        whole, constraint = self._added(lambda x: objective.cost(x), actions)
+        solution = replace(planner, project_start=True, compile=False).solve(
+            whole if constraint is None else ConstrainedFunction(whole, constraint, None),
             start.flatten(1),
             generator=generator,
             candidates=None if candidates is None else candidates.flatten(2),
         )
-        if not bool(solution.finite.all()):
-            rows = (~solution.finite).nonzero().flatten().tolist()
-            raise NonFiniteError(
-                f"steering: the cost or constraint, or its gradient, is NaN or Inf in rows {rows[:8]} of {len(start)}. "
-                "Fix: check it for these observations; |x| and sqrt(x) have no gradient at 0"
-            )
+        self._report(solution, len(start))
         return Plan(objective.plan(solution.x), solution)
 
+    def proximal_plan(
+        self, objective: TrajectoryObjective, start: Plans, step_size: Tensor, steps: int, rows: int, action_dim: int
+    ) -> Plan:
+        """Gradient steps on the objective as in training with `GradientDescent`, each followed by a proximal step on the cost (forward–backward splitting).
 
-def _rows(cost: PlanFunction, parts: Sequence[Tensor]) -> Tensor:
-    found = [cost(part) for part in parts]
-    for part, values in zip(parts, found, strict=True):
-        if not isinstance(values, Tensor) or values.shape != part.shape[:1]:
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ObjectiveError(
-                f"cost: it returned {shape} for actions {tuple(part.shape)}. Fix: return one number per row, ({len(part)})"
+        x ← argmin_y ½‖y − (x − α∇J(x))‖² / α + weight · cost(y), with constraint(y) ≤ 0, in [−1, 1]. Without a weight these are the
+        steps of training, and every weight is stable. `start` has (S·rows H A) S plans for each of `rows` observations.
+        Source: Combettes and Wajs (2005), "Signal recovery by proximal forward-backward splitting". Raises as `plan`.
+        """
+        box, x = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1)
+
+        def actions(y: Points) -> Sequence[Tensor]:
+            return y.reshape(-1, rows, y.shape[-1] // action_dim, action_dim).unbind()
+
+        solution = None
+        for _ in range(steps):
+            forward = box.project(x - step_size * value_and_grad(objective, x)[1])
+            whole, constraint = self._added(lambda y: 0.5 * (y - forward).square().sum(-1) / step_size, actions)  # noqa: B023
+            solution = solve(
+                whole,
+                forward,
+                adjoint=Detached(),
+                box=box,
+                max_steps=_PROXIMAL_STEPS,
+                inequality=constraint,
             )
-    return torch.cat(found)
+            x = solution.x
+        assert solution is not None
+        self._report(solution, rows)
+        return Plan(objective.plan(x), replace(solution, cost=objective.cost(x) + self._weighted(actions(x))))
+
+    def _added(
+        self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
+    ) -> tuple[Objective, Callable[[Points], Tensor] | None]:
+        """The objective inner + weight · cost, and the constraint, as functions of variables (S·B n)."""
+        objective = FunctionObjective(lambda x: inner(x) + self._weighted(actions(x)))
+        if self.constraint is None:
+            return objective, None
+        return objective, lambda x: torch.cat([_checked(self.constraint, part, "constraint") for part in actions(x)])
+
+    def _weighted(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.cost is None or self.weight == 0:
+            return torch.zeros((), device=parts[0].device)
+        return self.weight * torch.cat([_checked(self.cost, part, "cost") for part in parts])
+
+    def _report(self, solution: Solution, rows: int) -> None:
+        """Raise NonFiniteError for rows that are not finite, and warn of those that violate the constraint."""
+        bad = ~solution.finite
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"steering: the cost or constraint, or its gradient, is NaN or Inf in rows {_listed(bad, rows)} of {rows}. "
+                "Fix: check it for these observations (sqrt(x) has no gradient at 0), then reset()"
+            )
+        broken = solution.status == Status.INFEASIBLE
+        if bool(broken.any()):
+            _log.warning("constraint: no plan satisfies it in rows %s of %d", _listed(broken, rows), rows)
+
+
+def _listed(mask: Tensor, rows: int) -> list[int]:
+    return sorted({index % rows for index in mask.nonzero().flatten().tolist()})[:8]
+
+
+def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tensor:
+    """The values of a cost (B) or constraint (B m), in the type of the actions. Raises ObjectiveError for another shape, or no gradient."""
+    assert function is not None
+    values, rows = function(actions), actions.shape[0]
+    number = 1 if name == "cost" else 2
+    if not isinstance(values, Tensor) or values.dim() != number or values.shape[0] != rows:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        wanted = f"one number per row, ({rows})" if name == "cost" else f"m numbers per row, ({rows} m)"
+        raise ObjectiveError(f"{name}: it returned {shape} for actions {tuple(actions.shape)}. Fix: return {wanted}")
+    if torch.is_grad_enabled() and actions.requires_grad and not values.requires_grad:
+        raise ObjectiveError(
+            f"{name}: it has no gradient with respect to the actions. Fix: compute it from them with differentiable functions, "
+            "such as clamp_min in place of a comparison"
+        )
+    return values.to(actions.dtype)
 
 
 def _takes_two(function: PlanFunction) -> bool:
+    """Whether a second argument is required."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # a built-in function without a signature
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -34,7 +34,7 @@ from difftori.solver import (
     Unrolled,
 )
 from difftori.solver.compiled import maybe_compiled
-from difftori.steering import STEERED_STEPS, Steering
+from difftori.steering import Steering
 from difftori.types import (
     Actions,
     AnyObservations,
@@ -55,6 +55,8 @@ _MAX_ROWS = 256
 _COMPILED_ROWS = 64
 """If compiled, the number of rows is a multiple of this, because every new shape is compiled separately."""
 _BOX = Box(-1.0, 1.0)
+_STEERED_STEPS = 6
+"""Smallest number of steps of a solve with an added cost: the default of `plan_steps`."""
 
 
 class DiffTORIConfig(LatentModelConfig):
@@ -272,7 +274,7 @@ class DiffTORI(Agent):
         if steering is None:
             actions = self.plan(latent, horizon, start, Detached(), s.plan_steps).actions
         else:
-            planner = Planner(ProjectedGradient(), Detached(), _BOX, STEERED_STEPS)
+            planner = Planner(ProjectedGradient(), Detached(), _BOX, max(s.plan_steps, _STEERED_STEPS), tolerance=0.0)
             actions = steering.plan(planner, self.objective(latent, horizon), start).actions
         action = actions[:, 0]
         if explore and s.explore:

@@ -33,7 +33,7 @@ def _write_onnx(traced: Any, used: Sequence[str], outputs: Sequence[str], about:
     program.save(path)
 
 
-def _searchsorted(ends: Tensor, values: Tensor, **_: Any) -> Tensor:
+def _searchsorted(ends: Tensor, values: Tensor) -> Tensor:
     """`torch.searchsorted` of sorted rows (B K) and values (B M) by bisection: ONNX has no such operator."""
     count, index = ends.shape[-1], torch.zeros_like(values, dtype=torch.long)
     step = 1 << (count.bit_length() - 1)

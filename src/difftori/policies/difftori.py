@@ -24,17 +24,17 @@ from difftori.solver import (
     Newton,
     ProjectedGradient,
     Solver,
+    Status,
     Truncated,
     Unrolled,
 )
-from difftori.steering import STEERED_STEPS, Steering
+from difftori.steering import Steering
 from difftori.types import (
     Actions,
     Latents,
     Metrics,
     PartPlans,
     Plans,
-    Points,
     Rows,
     Samples,
     Scalar,
@@ -233,12 +233,10 @@ class DiffTORI(Refiner):
         self, state: Latents, sample: Samples, start: PartPlans, base: PartPlans | None, steering: Steering, rows: int
     ) -> Plan:
         """Solve Eq. 7 with the added cost and constraints. There are several samples for each of `rows` observations."""
-
-        def actions(x: Points) -> tuple[Tensor, ...]:
-            return x.reshape(-1, rows, self.planned, self.spec.action_dim).unbind()
-
-        planner = Planner(ProjectedGradient(), Detached(), Box(-1.0, 1.0), max_steps=STEERED_STEPS)
-        return steering.plan(planner, self.objective(state, sample, base), start, actions)
+        objective = self.objective(state, sample, base)
+        first = start.reshape(state.shape[0], self.steps, self.size)
+        alpha = F.softplus(self.raw_step_size.detach())
+        return steering.proximal_plan(objective, first, alpha, self.settings.max_steps, rows, self.spec.action_dim)
 
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
         """Return the objective of Eq. 7 for the states z^s (B Z) and latent samples z̃ (B W)."""
@@ -274,7 +272,9 @@ class DiffTORI(Refiner):
         inputs = again(state), sample, again(start), None if planned is None else again(planned)
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
-        return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
+        infeasible = (plan.solution.status == Status.INFEASIBLE).reshape(samples, rows)
+        value = value.nan_to_num(-torch.inf).masked_fill(infeasible, -torch.inf)
+        return actions[value.argmax(0), torch.arange(rows, device=value.device)]
 
     def noise(self, batch: Window) -> float:
         """Return σ of the noise on the start in training. It is 0 by default if the start is stochastic: random, or several base samples."""

@@ -98,7 +98,7 @@ class NormalizedPolicy:
         added = {}
         if steering is not None:
             present = {name: values[:, -1] for name, values in obs.items()}
-            added["steering"] = steering.within(self.policy, self._in_task_units, present)
+            added["steering"] = steering.within(self.policy, self._in_units_with_gradient, present)
         whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
         if not isinstance(self.policy, Refiner):
@@ -159,6 +159,11 @@ class NormalizedPolicy:
 
     def _in_task_units(self, actions: AnyActions) -> AnyActions:
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
+
+    def _in_units_with_gradient(self, actions: AnyActions) -> AnyActions:
+        """The same, with a gradient also where rounding, or a constant action, leaves the box."""
+        converted = self.normalizer.denormalize_actions(actions)
+        return converted + (converted.clamp(self.low, self.high) - converted).detach()
 
     def _whole(self, actions: PartPlans) -> Plans:
         """Return actions (B H A) in the task's units. Actions (B P A) from the present step on are padded by repeating the first and last."""

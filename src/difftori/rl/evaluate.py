@@ -112,7 +112,7 @@ class AgentInRows:
 
     def __init__(self, agent: Agent, *, step: int, generator: torch.Generator):
         self.step = step
-        self._agent = agent
+        self._agent, self._device = agent, generator.device
         self._acting = Acting(agent, generator, explore=False)
         self._memory: Memory | None = None
 
@@ -122,6 +122,7 @@ class AgentInRows:
         """Return the action of each row (N A) in [−1, 1]; see `ActInRows`. `steering` is in the environment's units."""
         inputs = torch.as_tensor(obs)
         if steering is not None:
+            inputs = inputs.to(self._device)
             steering = steering.within(self._agent, self._in_units, {"state": inputs})
         actions, self._memory = self._acting(
             inputs, self._memory, torch.from_numpy(first), step=self.step, steering=steering
