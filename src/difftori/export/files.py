@@ -49,6 +49,7 @@ def _read_onnx(path: Path, used: Sequence[str], outputs: Sequence[str]) -> Call:
     runtime = _import_onnx()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only: it warns of constants that it does not fold
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no other class
