@@ -1,7 +1,7 @@
 """The time of an action by an exported file, ONNX and pt2, against the same policy or agent in PyTorch.
 
 One row on `threads` threads. Networks are freshly initialised, which does not change the times, because every solve takes its full
-number of steps.
+number of steps. Layers that begin at zero are not left there: all plans would be equally good, and rounding would choose among them.
 """
 
 import statistics
@@ -78,4 +78,7 @@ def _models(config: Config) -> Iterator[tuple[str, Published]]:
         torch.manual_seed(config.seed)
         kind = find_agent(name)
         agent = kind(kind.Config.model_validate({"preset": config.preset}), spec).eval()
+        for parameter in agent.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.3)
         yield f"agent {name}, {config.preset}", Published(agent, config.seed, "last", TRAINED)
