@@ -202,3 +202,12 @@ def test_public_names():
     assert {"plan", "Plan", "Planner", "ReturnObjective", "EnergyObjective"} <= set(difftori.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = difftori.nothing
+
+
+def test_a_module_takes_the_step_as_a_function_does():
+    class Reward(torch.nn.Module):
+        def forward(self, state, action, t):
+            return -(action[..., 0] - t).square()
+
+    found = plan(lambda s, a: s, Reward(), None, torch.zeros(2, 1), torch.zeros(2, 3, 1), low=-9.0, high=9.0)
+    torch.testing.assert_close(found.actions[..., 0], torch.arange(3.0).expand(2, 3), atol=1e-3, rtol=0)

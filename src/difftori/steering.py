@@ -16,7 +16,7 @@ from difftori.planning import Plan, Planner
 from difftori.solver import Box, Detached, Solution, Status, TrajectoryObjective, solve
 from difftori.solver.constraints import ConstrainedFunction
 from difftori.solver.derivatives import value_and_grad
-from difftori.solver.objective import FunctionObjective, Objective
+from difftori.solver.objective import FunctionObjective, Objective, positional_parameters
 from difftori.types import Plans, Points
 
 PlanFunction: TypeAlias = Callable[..., Tensor]
@@ -70,7 +70,7 @@ class Steering:
         def converted(function: PlanFunction | None) -> PlanFunction | None:
             if function is None:
                 return None
-            takes_obs = _takes_two(function)
+            takes_obs = _takes_obs(function)
             return lambda actions: function(convert(actions), obs) if takes_obs else function(convert(actions))
 
         return replace(self, cost=converted(self.cost), constraint=converted(self.constraint))
@@ -94,7 +94,7 @@ class Steering:
         def actions(x: Points) -> Sequence[Tensor]:
             return (objective.plan(x),)
 
-        whole, constraint = self._added(lambda x: objective.cost(x), actions)
+        whole, constraint = self._added(objective.cost, actions)
         solution = replace(planner, project_start=True, compile=False).solve(
             whole if constraint is None else ConstrainedFunction(whole, constraint, None),
             start.flatten(1),
@@ -133,7 +133,11 @@ class Steering:
             x = solution.x
         assert solution is not None
         self._report(solution, rows)
-        return Plan(objective.plan(x), replace(solution, cost=objective.cost(x) + self._weighted(actions(x))))
+        cost = objective.cost(x) + self._weighted(actions(x))
+        cost = cost.masked_fill(
+            solution.status == Status.INFEASIBLE, torch.inf
+        )  # of several plans, one that is feasible is better
+        return Plan(objective.plan(x), replace(solution, cost=cost))
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
@@ -183,12 +187,6 @@ def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tenso
     return values.to(actions.dtype)
 
 
-def _takes_two(function: PlanFunction) -> bool:
+def _takes_obs(function: PlanFunction) -> bool:
     """Whether a second argument is required."""
-    try:
-        called = function.forward if isinstance(function, torch.nn.Module) else function
-        parameters = inspect.signature(called).parameters.values()
-    except (TypeError, ValueError):  # a built-in function without a signature
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return len([p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]) >= 2
+    return len([p for p in positional_parameters(function) if p.default is inspect.Parameter.empty]) >= 2

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftori.errors import ShapeError
 from difftori.solver.box import Box, number_like
@@ -132,17 +132,22 @@ class ClampedObjective(Objective):
         return ClampedObjective(inner, self.box) if inner is not None and shared else None
 
 
+def positional_parameters(function: Callable[..., Tensor]) -> list[inspect.Parameter]:
+    """The positional parameters of a function, or of the `forward` of a module. Empty if it has no signature, as built-in ones."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter for parameter in signature.parameters.values() if parameter.kind in kinds]
+
+
 def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function as a function of (state, action, t), whether or not it takes the step.
 
     The function takes the step if its third positional argument is required or is named `t`.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a built-in function without a signature
-        return _Timeless(function)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in parameters if p.kind in kinds]
+    positional = positional_parameters(function)
     if len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "t"):
         return function
     return _Timeless(function)
