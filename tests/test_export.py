@@ -164,8 +164,7 @@ def test_bisection_finds_what_searchsorted_finds(count):
 @pytest.mark.slow
 def test_plans_of_several_actions_are_valid_onnx(tmp_path):
     """torch's optimiser of ONNX files made this one invalid."""
-    shared = {key: value for key, value in tiny_runs.AGENT.items() if key not in ("init-std", "plan-steps")}
-    run = tiny_runs.trained("tdmpc", tmp_path / "run", **shared | {"horizon": "2", "iterations": "3"})
+    run = tiny_runs.trained("tdmpc", tmp_path / "run", **tiny_runs.PLANNER | {"horizon": "2", "iterations": "3"})
     assert export(run, tmp_path / "agent.onnx", format="onnx").difference <= 1e-5
 
 

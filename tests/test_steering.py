@@ -142,8 +142,7 @@ def test_modules_are_costs(refined):
 
 
 def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
-    shared = {key: value for key, value in tiny_runs.AGENT.items() if key not in ("init-std", "plan-steps")}
-    policy = difftori.load(tiny_runs.trained("tdmpc", tmp_path / "run", **shared))
+    policy = difftori.load(tiny_runs.trained("tdmpc", tmp_path / "run", **tiny_runs.PLANNER))
     assert policy.act(observations(policy), cost=right, weight=1e4)[:, 0].min() > 0.3
     with pytest.raises(ConfigError, match="constraint: tdmpc plans by sampling"):
         policy.act(observations(policy), constraint=lambda actions: actions[..., 0])

@@ -186,9 +186,9 @@ class LoadedPolicy:
 
         `cost`, `constraint`: steer a policy that plans, without training it again (docs/steering.md). `cost` is a differentiable
         function of the planned actions (B P A), from this step on and in the environment's units, to (B): `weight` times it is
-        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning is logged. A second required
-        argument of either is the present observations by name, (B …). A policy that executes several actions of a plan is
-        steered where it plans: the B rows are then those that are due.
+        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning
+        is logged. A second required argument of either is the present observations by name, (B …). A policy that executes
+        several actions of a plan is steered where it plans: the B rows are then those that are due.
 
         Raises ShapeError for other shapes, types and numbers of rows, NonFiniteError for NaN or Inf, and with `cost` or
         `constraint` ConfigError if the policy does not plan, and ObjectiveError for another shape of their results.

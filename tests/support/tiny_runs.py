@@ -8,7 +8,7 @@ from difftori.trainers import read_options
 
 BC = {"hidden": "16", "epochs": "2", "eval-episodes": "2"}
 """A policy that trains in a second."""
-AGENT = {
+PLANNER = {
     "env": "gym:Pendulum-v1",
     "steps": "230",
     "seed-steps": "210",
@@ -19,10 +19,10 @@ AGENT = {
     "batch-size": "8",
     "action-repeat": "1",
     "updates-per-step": "0.02",
-    "init-std": "0",
-    "plan-steps": "1",
 }
-"""An agent that plans."""
+"""An agent that plans: `tdmpc` or `difftori`."""
+AGENT = PLANNER | {"init-std": "0", "plan-steps": "1"}
+"""`difftori`."""
 
 
 def trained(name: str, out: Path, **options: str) -> Path:

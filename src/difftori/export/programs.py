@@ -10,6 +10,7 @@ from torch import Tensor
 from difftori.interfaces import Agent
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import Published
+from difftori.rl.evaluate import in_units
 from difftori.types import EntrySpec
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -73,7 +74,7 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
         action, after = agent.act(
             inputs["state"], before or None, first=inputs["first"] > 0, generator=generator, **options
         )
-        scaled = torch.maximum(torch.minimum(lower + (action + 1.0) * 0.5 * (upper - lower), upper), lower)
+        scaled = torch.maximum(torch.minimum(in_units(action, lower, upper), upper), lower)
         return {"actions": scaled, **after}
 
     inputs = {**spec.obs, "first": EntrySpec(()), **kept}

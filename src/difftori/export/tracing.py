@@ -1,5 +1,6 @@
 """Traces a program with free rows, through the solver and its derivatives."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,8 @@ from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
 from difftori.solver.reading import all_steps
 
-_ROWS = (97, 101, 103, 107, 109)
-"""Rows of the example, of which one is unlike every size of the inputs: torch takes equal sizes for the same one. Nothing is computed with
-the example, and no layer has such a width."""
+_ROWS = 97
+"""Rows of the example, or the next number that is no size of the inputs: torch takes equal sizes for the same one."""
 
 
 def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tuple[Any, list[str], list[str]]:
@@ -22,7 +22,7 @@ def trace(program: Program, draws: Sequence[Draw], names: Sequence[str]) -> tupl
     from torch.fx.experimental.proxy_tensor import make_fx  # imported here because it takes a second
 
     sizes = {size for entry in program.inputs.values() for size in entry.shape} | {*noise_inputs(draws).values()}
-    count = next(prime for prime in _ROWS if prime not in sizes)
+    count = next(number for number in itertools.count(_ROWS) if number not in sizes)
     example = {**program.example(count, torch.Generator()), **noise(draws, count, torch.Generator())}
     outputs: list[str] = []
 

@@ -24,7 +24,6 @@ from difftori.solver import (
     Newton,
     ProjectedGradient,
     Solver,
-    Status,
     Truncated,
     Unrolled,
 )
@@ -272,9 +271,7 @@ class DiffTORI(Refiner):
         inputs = again(state), sample, again(start), None if planned is None else again(planned)
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
-        infeasible = (plan.solution.status == Status.INFEASIBLE).reshape(samples, rows)
-        value = value.nan_to_num(-torch.inf).masked_fill(infeasible, -torch.inf)
-        return actions[value.argmax(0), torch.arange(rows, device=value.device)]
+        return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
 
     def noise(self, batch: Window) -> float:
         """Return σ of the noise on the start in training. It is 0 by default if the start is stochastic: random, or several base samples."""

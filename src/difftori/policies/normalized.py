@@ -93,7 +93,7 @@ class NormalizedPolicy:
         `checked`: whether the base's actions are checked for NaN, which reads their values; default: True.
         `steering`: a cost and constraints on the planned actions, added to the policy's objective.
 
-        Raises ConfigError for the steering of a policy without an objective.
+        Raises ConfigError if the policy does not take `steering` (`Policy.STEERABLE`).
         """
         added = {}
         if steering is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
@@ -20,7 +21,7 @@ from difftori.runs.page import keep_evaluation
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
 from difftori.steering import Steering
-from difftori.types import EnvSpec, Metrics, Plans
+from difftori.types import EnvSpec, Metrics
 
 _ROWS = 10
 
@@ -123,16 +124,19 @@ class AgentInRows:
         inputs = torch.as_tensor(obs)
         if steering is not None:
             inputs = inputs.to(self._device)
-            steering = steering.within(self._agent, self._in_units, {"state": inputs})
+            low, high = (
+                torch.tensor(bound, device=self._device) for bound in (self._agent.spec.low, self._agent.spec.high)
+            )
+            steering = steering.within(self._agent, lambda actions: in_units(actions, low, high), {"state": inputs})
         actions, self._memory = self._acting(
             inputs, self._memory, torch.from_numpy(first), step=self.step, steering=steering
         )
         return actions.cpu().numpy()
 
-    def _in_units(self, actions: Plans) -> Plans:
-        """Convert actions in [−1, 1] to the environment's units."""
-        low, high = (torch.tensor(bound).to(actions) for bound in (self._agent.spec.low, self._agent.spec.high))
-        return low + 0.5 * (actions + 1) * (high - low)
+
+def in_units(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Convert an agent's actions (… A) from [−1, 1] to the environment's units, with a gradient; `envs.base.rescaled` also clips."""
+    return low + (actions + 1.0) * 0.5 * (high - low)
 
 
 def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> AgentInRows:
