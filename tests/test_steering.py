@@ -6,6 +6,7 @@ import torch
 
 import difftori
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
+from difftori.loading import open_model
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.steering import Steering
@@ -148,11 +149,62 @@ def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
         policy.act(observations(policy), constraint=lambda actions: actions[..., 0])
 
 
-@pytest.mark.parametrize("given", ["cost", "constraint"])
-def test_what_does_not_plan_says_so(policy_run, given):
-    policy = difftori.load(policy_run)
-    with pytest.raises(ConfigError, match=f"{given}: bc does not take it"):
-        policy.act(observations(policy), **{given: right})
+def test_a_projection_is_the_nearest_plan(policy_run):
+    """Of a quadratic cost, in closed form: y = (a + 2 w c) / (1 + 2 w), in half-widths of the training data's range."""
+    plain, projected = difftori.load(policy_run), difftori.load(policy_run)
+    obs = observations(plain)
+    moments = open_model(policy_run).component.spec.moments
+    middle, half = (np.array(moments.low) + moments.high) / 2, (np.array(moments.high) - moments.low) / 2
+    centre, scale = torch.tensor(middle, dtype=torch.float32), torch.tensor(half, dtype=torch.float32)
+    steered = projected.act(obs, cost=lambda a: (((a - centre) / scale - 0.2).square()).sum((1, 2)), weight=3.0)
+    actions = (plain.act(obs) - middle) / half
+    np.testing.assert_allclose((steered - middle) / half, (actions + 2 * 3 * 0.2) / 7, atol=1e-4)
+
+
+def test_a_projection_leaves_what_satisfies_the_constraint(run):
+    plain, projected = difftori.load(run), difftori.load(run)
+    obs = observations(plain)
+    actions = plain.act(obs)
+    limit = float(np.median(actions[:, 0]))
+    moved = projected.act(obs, constraint=lambda planned: limit - planned[:, 0, :1], project=True)
+    keeps = actions[:, 0] >= limit
+    assert keeps.any()
+    assert not keeps.all()
+    np.testing.assert_allclose(moved[keeps], actions[keeps], atol=1e-5)
+    np.testing.assert_allclose(moved[~keeps, 0], limit, atol=1e-3)
+
+
+def test_an_agent_without_plans_is_projected_in_its_action(tmp_path):
+    sizes = {"env": "gym:Pendulum-v1", "steps": "230", "seed-steps": "210", "eval-episodes": "1", "width": "16"}
+    small = {"updates-per-step": "0.02", "batch-size": "8", "action-repeat": "1"}
+    policy = difftori.load(tiny_runs.trained("sac", tmp_path / "run", **sizes, **small))
+    shapes = []
+
+    def cost(actions):
+        shapes.append(actions.shape)
+        return right(actions)
+
+    assert policy.act(observations(policy), cost=cost, weight=1e4)[:, 0].min() > 0.39
+    assert set(shapes) == {(3, 1, len(policy.low))}
+
+
+def test_a_diffusion_policy_is_guided_not_only_projected(tmp_path):
+    """With equal random numbers: the noise is another after each guided step, so the free numbers change too."""
+    demos = tiny_runs.write_demos(tmp_path / "demos.zarr")
+    sizes = {"preset": "small", "epochs": "1", "eval-episodes": "1", "num-train": "4"}
+    run = tiny_runs.trained("diffusion", tmp_path / "run", env=tiny_runs.ENV, demos=demos, **sizes)
+    plain, guided, projected = (difftori.load(run) for _ in range(3))
+    obs = observations(plain)
+
+    def away(actions):
+        return (actions[:, 0, 0] + 0.4).square()
+
+    actions = plain.act(obs)
+    moved = [guided.act(obs, cost=away, weight=1e4), projected.act(obs, cost=away, weight=1e4, project=True)]
+    for found in moved:
+        np.testing.assert_allclose(found[:, 0], -0.4, atol=0.01)
+    np.testing.assert_allclose(moved[1][:, 1:], actions[:, 1:], atol=1e-4)
+    assert abs(moved[0][:, 1:] - actions[:, 1:]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ class LoadedPolicy:
         cost: PlanFunction | None = None,
         weight: float = 1.0,
         constraint: PlanFunction | None = None,
+        project: bool = False,
     ) -> Array:
         """Return the next action in the environment's units: (A) for one observation, (B A) for a batch of B environments.
 
@@ -184,21 +185,23 @@ class LoadedPolicy:
         stacked frames also takes single frames. The action is a tensor on the device of the observation if that is a tensor,
         otherwise a numpy array.
 
-        `cost`, `constraint`: steer a policy that plans, without training it again (docs/steering.md). `cost` is a differentiable
+        `cost`, `constraint`: steer the policy without training it again (docs/steering.md). `cost` is a differentiable
         function of the planned actions (B P A), from this step on and in the environment's units, to (B): `weight` times it is
         added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning
         is logged. A second required argument of either is the present observations by name, (B …). A policy that executes
-        several actions of a plan is steered where it plans: the B rows are then those that are due.
+        several actions of a plan is steered where it plans: the B rows are then those that are due. A diffusion policy is guided in
+        every denoising step. The plan of a policy without an objective, and with `project` of any policy, is projected: changed as
+        little as needed. Agents are projected in the next action only (P = 1).
 
         Raises ShapeError for other shapes, types and numbers of rows, NonFiniteError for NaN or Inf, and with `cost` or
-        `constraint` ConfigError if the policy does not plan, and ObjectiveError for another shape of their results.
+        `constraint` ConfigError if the policy does not take it, and ObjectiveError for another shape of their results.
         """
         steering = None
         if constraint is not None or (cost is not None and weight != 0):
-            steering = Steering(cost, weight, constraint)
+            steering = Steering(cost, weight, constraint, project)
             if self._model is None:
-                raise ConfigError([f"cost: {self.name} does not take it. Fix: load a policy or agent that plans"])
-            steering.check(self._model)
+                raise ConfigError([f"cost: {self.name} does not take it. Fix: load a policy or agent of difftori"])
+            steering.projects(self._model)  # raises an error before the history of observations is changed
         given = self._by_name(obs)
         arrays = {name: _plain(name, given[name]) for name in self.obs}
         batched = self._batched(arrays)

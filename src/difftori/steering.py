@@ -1,4 +1,7 @@
-"""Steering: a cost and constraints on the planned actions that a trained policy's or agent's objective gets when it acts."""
+"""Steering: a cost and constraints on the planned actions that a trained policy or agent gets when it acts.
+
+Policies that plan add them to their objective, diffusion policies to every denoising step, and all others are projected.
+"""
 
 import inspect
 import logging
@@ -32,12 +35,14 @@ class Steering:
     """What is added to the objective of a trained policy or agent: max_a Σ f(z, a) − weight · cost(a), with constraint(a) ≤ 0.
 
     `cost` is differentiable, (B P A) → (B), and `constraint` too, (B P A) → (B m). The rows are those whose plans are made
-    together. Raises ConfigError if there is neither, or the weight is negative or not finite.
+    together. `project`: change the finished plan instead, as little as needed (`projected`); policies without a way to plan with
+    a cost (`STEERABLE`) always do. Raises ConfigError if there is neither cost nor constraint, or the weight is negative or not finite.
     """
 
     cost: PlanFunction | None = None
     weight: float = 1.0
     constraint: PlanFunction | None = None
+    project: bool = False
 
     def __post_init__(self):
         if self.cost is None and self.constraint is None:
@@ -45,27 +50,27 @@ class Steering:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError([f"weight: {self.weight} is not a finite number ≥ 0. Fix: give one, such as 1.0"])
 
-    def check(self, model: Policy | Agent) -> None:
-        """Raise ConfigError if the model does not take this cost or constraint."""
-        given = "constraint" if self.cost is None else "cost"
-        if model.STEERABLE == "nothing":
-            fix = (
-                "train `difftori-il` on it, with --base RUN"
-                if isinstance(model, Policy)
-                else "use `difftori` or `tdmpc`"
-            )
-            raise ConfigError([f"{given}: {model.name} does not take it. Fix: {fix}"])
+    def projects(self, model: Policy | Agent) -> bool:
+        """Whether the finished plan of this model is projected.
+
+        Raises ConfigError if the model plans with costs, but not with the given constraint.
+        """
+        if self.project or model.STEERABLE == "nothing":
+            return True
         if self.constraint is not None and model.STEERABLE == "cost":
             raise ConfigError(
-                [f"constraint: {model.name} plans by sampling, without constraints. Fix: give a cost of violating it"]
+                [
+                    f"constraint: {model.name} plans by sampling, without constraints. "
+                    "Fix: give a cost of violating it, or project=True"
+                ]
             )
+        return False
 
-    def within(self, model: Policy | Agent, convert: Callable[[Plans], Plans], obs: Mapping[str, Tensor]) -> "Steering":
-        """The same as functions of the model's own actions alone, which `convert` maps to the environment's units.
+    def within(self, convert: Callable[[Plans], Plans], obs: Mapping[str, Tensor]) -> "Steering":
+        """The same as functions of normalised actions alone, which `convert` maps to the environment's units.
 
-        `obs`: the present observations by name, (B …). Raises ConfigError as `check`.
+        `obs`: the present observations by name, (B …).
         """
-        self.check(model)
 
         def converted(function: PlanFunction | None) -> PlanFunction | None:
             if function is None:
@@ -113,23 +118,13 @@ class Steering:
         steps of training, and every weight is stable. `start` has (S·rows H A) S plans for each of `rows` observations.
         Source: Combettes and Wajs (2005), "Signal recovery by proximal forward-backward splitting". Raises as `plan`.
         """
-        box, x = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1)
 
         def actions(y: Points) -> Sequence[Tensor]:
             return y.reshape(-1, rows, y.shape[-1] // action_dim, action_dim).unbind()
 
-        solution = None
+        x, solution = start.flatten(1).clamp(-1, 1), None
         for _ in range(steps):
-            forward = box.project(x - step_size * value_and_grad(objective, x)[1])
-            whole, constraint = self._added(lambda y: 0.5 * (y - forward).square().sum(-1) / step_size, actions)  # noqa: B023
-            solution = solve(
-                whole,
-                forward,
-                adjoint=Detached(),
-                box=box,
-                max_steps=_PROXIMAL_STEPS,
-                inequality=constraint,
-            )
+            solution = self._proximal(x - step_size * value_and_grad(objective, x)[1], step_size, actions)
             x = solution.x
         assert solution is not None
         self._report(solution, rows)
@@ -138,6 +133,25 @@ class Steering:
             solution.status == Status.INFEASIBLE, torch.inf
         )  # of several plans, one that is feasible is better
         return Plan(objective.plan(x), replace(solution, cost=cost))
+
+    def projected(self, plans: Plans, *, final: bool = True) -> Plans:
+        """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0, in [−1, 1].
+
+        `final`: warn of rows that violate the constraint. Raises as `plan`.
+        """
+        with torch.no_grad():
+            solution = self._proximal(
+                plans.flatten(1), plans.new_ones(()), lambda y: (y.reshape(y.shape[0], *plans.shape[1:]),)
+            )
+        self._report(solution, len(plans), warn=final)
+        return solution.x.reshape(plans.shape)
+
+    def _proximal(self, point: Points, scale: Tensor, actions: Callable[[Points], Sequence[Tensor]]) -> Solution:
+        """Minimise ½‖y − point‖² / scale + weight · cost(y), with constraint(y) ≤ 0, in [−1, 1], from the point on."""
+        box = Box(-1.0, 1.0)
+        start = box.project(point)
+        whole, constraint = self._added(lambda y: 0.5 * (y - start).square().sum(-1) / scale, actions)
+        return solve(whole, start, adjoint=Detached(), box=box, max_steps=_PROXIMAL_STEPS, inequality=constraint)
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
@@ -153,7 +167,7 @@ class Steering:
             return torch.zeros((), device=parts[0].device)
         return self.weight * torch.cat([_checked(self.cost, part, "cost") for part in parts])
 
-    def _report(self, solution: Solution, rows: int) -> None:
+    def _report(self, solution: Solution, rows: int, *, warn: bool = True) -> None:
         """Raise NonFiniteError for rows that are not finite, and warn of those that violate the constraint."""
         bad = ~solution.finite
         if bool(bad.any()):
@@ -162,7 +176,7 @@ class Steering:
                 "Fix: check it for these observations (sqrt(x) has no gradient at 0), then reset()"
             )
         broken = solution.status == Status.INFEASIBLE
-        if bool(broken.any()):
+        if warn and bool(broken.any()):
             _log.warning("constraint: no plan satisfies it in rows %s of %d", _listed(broken, rows), rows)
 
 

@@ -8,6 +8,7 @@ from difftori.errors import ShapeError
 from difftori.interfaces import PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_policies
+from difftori.steering import Steering
 from difftori.types import TaskSpec, Window
 from tests.support.specs import (
     OBS_SCALE,
@@ -114,6 +115,24 @@ def test_actions_have_the_documented_shape_and_lie_in_the_box(policy, rows):
     assert not actions.requires_grad
     assert (actions >= torch.tensor(spec.low)).all()
     assert (actions <= torch.tensor(spec.high)).all()
+
+
+@pytest.mark.parametrize("project", [False, True], ids=["own way", "projected"])
+def test_costs_and_constraints_move_the_plan(policy, project):
+    """To the middle of the actions' range by a heavy cost, and into its upper half by a constraint."""
+    obs = observations(policy.spec, 3)
+    shown = policy.spec.moments
+    low, high = (policy.spec.low[0], policy.spec.high[0]) if shown is None else (shown.low[0], shown.high[0])
+    middle, half = (low + high) / 2, (high - low) / 2
+
+    def above(actions):
+        return (actions[..., 0] - middle) / half
+
+    towards = Steering(lambda actions: above(actions).square().sum(-1), 1e4, project=project)
+    within = Steering(constraint=lambda actions: 0.1 - above(actions), project=project)
+    for steering, lowest, highest in ((towards, -0.02, 0.02), (within, 0.099, 1.001)):
+        found = policy.act(obs, generator=generator(), steering=steering)[:, policy.spec.present]
+        assert lowest <= above(found).min() <= above(found).max() <= highest
 
 
 def test_saved_and_loaded_weights_act_alike(policy, tmp_path):

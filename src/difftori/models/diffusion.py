@@ -26,6 +26,8 @@ Prediction: TypeAlias = Literal["epsilon", "sample"]
 """What the network predicts: `epsilon`, the noise ε, or `sample`, the actions without noise."""
 Denoiser: TypeAlias = Callable[[Plans, RowCounts], Plans]
 """The network: noisy actions (B H A) and the noise step of each row (B) → prediction (B H A)."""
+Guide: TypeAlias = Callable[[Plans, bool], Plans]
+"""Changes the estimated actions (B H A) of a denoising step. The second argument tells whether it is the last one."""
 
 
 def squared_cosine(steps: int) -> Float[Tensor, "k"]:
@@ -66,7 +68,12 @@ class NoiseSchedule(nn.Module):
         signal = self.at(step)
         if self.prediction == "epsilon":
             return ((noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()).clamp(-1, 1), predicted
-        return predicted.clamp(-1, 1), (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
+        return predicted.clamp(-1, 1), self.noise_of(noisy, predicted, step)
+
+    def noise_of(self, noisy: Plans, clean: Plans, step: int) -> Plans:
+        """Return the noise with which `clean` becomes x_k, `noisy`."""
+        signal = self.at(step)
+        return (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
 
     def at(self, step: int) -> Scalar:
         """Return ᾱ_k, or 1 for k < 0, where there is no noise."""
@@ -149,14 +156,26 @@ class DDIM(Sampler):
 
 
 def denoise(
-    denoiser: Denoiser, schedule: NoiseSchedule, sampler: Sampler, noise: Plans, *, generator: torch.Generator
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    noise: Plans,
+    *,
+    generator: torch.Generator,
+    guide: Guide | None = None,
 ) -> Plans:
-    """Denoise pure noise (B H A) to actions in [−1, 1]. If the sampler adds noise, it is sampled from `generator`."""
+    """Denoise pure noise (B H A) to actions in [−1, 1]. If the sampler adds noise, it is sampled from `generator`.
+
+    `guide` changes the estimate of the actions in every step, and the estimate of the noise follows from it.
+    """
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)
     for step, before in pairs:
         predicted = denoiser(x, torch.full((x.shape[0],), step, device=x.device))
         clean, estimated = schedule.estimate(x, predicted, step)
+        if guide is not None:
+            clean = guide(clean, before < 0)
+            estimated = schedule.noise_of(x, clean, step)
         if sampler.STOCHASTIC and before >= 0:
             fresh = noise_like(x, generator)
         x = sampler.back(x, clean, estimated, fresh, schedule.at(step), schedule.at(before))

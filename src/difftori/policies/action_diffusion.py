@@ -13,6 +13,7 @@ from difftori.models.nets import noise_like
 from difftori.models.unet1d import UNet1D
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._learning import ChiLearning
+from difftori.steering import Steering
 from difftori.types import Plans, RowCounts, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -46,6 +47,7 @@ class ActionDiffusion(nn.Module):
     def __init__(self, config: ActionDiffusionConfig, spec: TaskSpec):
         super().__init__()
         self.plan_shape = spec.horizon, spec.action_dim
+        self.past = spec.n_obs_steps - 1
         self.window = WindowEncoder(spec, config.images)
         self.schedule = NoiseSchedule(config.noise_steps, config.prediction)
         self.sampler: Sampler = DDPM() if config.inference_steps is None else DDIM(config.inference_steps)
@@ -67,8 +69,12 @@ class ActionDiffusion(nn.Module):
         return F.mse_loss(predicted, self.schedule.target(clean, noise))
 
     @torch.no_grad()
-    def sample(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """Sample actions (B H A), one sequence for each row."""
+    def sample(self, obs: WindowObs, *, generator: torch.Generator, steering: Steering | None = None) -> Plans:
+        """Sample actions (B H A), one sequence for each row.
+
+        `steering`: the actions from the present step on are guided: each denoising step's estimate of them is projected. The gradient
+        guidance of Janner et al. (2022, arXiv 2205.09991, Algorithm 1) with implicit steps, which are stable for every weight.
+        """
         features = self.window(obs)
         shape = features.shape[0], *self.plan_shape
         noise = torch.randn(shape, generator=generator, dtype=features.dtype, device=features.device)
@@ -76,4 +82,10 @@ class ActionDiffusion(nn.Module):
         def predicted(actions: Plans, step: RowCounts) -> Plans:
             return self.unet(actions, step, features)
 
-        return denoise(predicted, self.schedule, self.sampler, noise, generator=generator)
+        def guided(actions: Plans, last: bool) -> Plans:
+            assert steering is not None
+            past, planned = actions[:, : self.past], actions[:, self.past :]
+            return torch.cat((past, steering.projected(planned, final=last)), 1)
+
+        guide = None if steering is None else guided
+        return denoise(predicted, self.schedule, self.sampler, noise, generator=generator, guide=guide)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from difftori.interfaces import Policy
 from difftori.policies.action_diffusion import ActionDiffusion, ActionDiffusionConfig
+from difftori.steering import Steering
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -46,6 +47,7 @@ class DiffusionPolicy(Policy):
     name = "diffusion"
     Config = DiffusionConfig
     STOCHASTIC = True
+    STEERABLE = "cost and constraint"
 
     def __init__(self, config: DiffusionConfig, spec: TaskSpec):
         super().__init__(config, spec)
@@ -56,6 +58,6 @@ class DiffusionPolicy(Policy):
         loss = self.model.loss(batch, generator=generator)
         return loss, {"denoising_mse": loss.item()}
 
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """Sample actions (B H A), one sequence for each row."""
-        return self.model.sample(obs, generator=generator)
+    def act(self, obs: WindowObs, *, generator: torch.Generator, steering: Steering | None = None) -> Plans:
+        """Sample actions (B H A), one sequence for each row. `steering` guides the denoising."""
+        return self.model.sample(obs, generator=generator, steering=steering)

@@ -8,6 +8,7 @@ from pydantic import Field
 from difftori.interfaces import Policy
 from difftori.models.diffusion import Prediction
 from difftori.policies.action_diffusion import ActionDiffusion, ActionDiffusionConfig
+from difftori.steering import Steering
 from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 
 
@@ -41,6 +42,7 @@ class DP3(Policy):
     Config = DP3Config
     WINDOW = (2, 4, 3)
     STOCHASTIC = True
+    STEERABLE = "cost and constraint"
 
     def __init__(self, config: DP3Config, spec: TaskSpec):
         super().__init__(config, spec)
@@ -51,6 +53,6 @@ class DP3(Policy):
         loss = self.model.loss(batch, generator=generator)
         return loss, {"denoising_mse": loss.item()}
 
-    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:
-        """Sample actions (B H A), one sequence for each row."""
-        return self.model.sample(obs, generator=generator)
+    def act(self, obs: WindowObs, *, generator: torch.Generator, steering: Steering | None = None) -> Plans:
+        """Sample actions (B H A), one sequence for each row. `steering` guides the denoising."""
+        return self.model.sample(obs, generator=generator, steering=steering)

@@ -1,9 +1,11 @@
 """A policy in the units of its task. Normalisation, the present step and the base policy are handled here only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol, TypeAlias, final, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from difftori.data.normalize import Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
@@ -91,26 +93,44 @@ class NormalizedPolicy:
 
         The actions of a refiner replace those of its base. Actions that it returns unchanged equal the base's bit for bit.
         `checked`: whether the base's actions are checked for NaN, which reads their values; default: True.
-        `steering`: a cost and constraints on the planned actions, added to the policy's objective.
+        `steering`: a cost and constraints on the planned actions: added to the policy's objective, or its plan is projected.
 
-        Raises ConfigError if the policy does not take `steering` (`Policy.STEERABLE`).
+        Raises ConfigError if the policy does not take `steering`, BoxError if it is projected and the actions have no finite range.
         """
-        added = {}
-        if steering is not None:
-            present = {name: values[:, -1] for name, values in obs.items()}
-            added["steering"] = steering.within(self.policy, self._in_units_with_gradient, present)
+        added: dict[str, Steering] = {}
+        present = {name: values[:, -1] for name, values in obs.items()}
+        projects = steering is not None and steering.projects(self.policy)
+        if steering is not None and not projects:
+            added["steering"] = steering.within(partial(self._in_units_with_gradient, self.normalizer), present)
         whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
-        if not isinstance(self.policy, Refiner):
-            return self._whole(self.policy.act(inputs, generator=generator, **added))
-        actions = self.policy.act(inputs, base, generator=generator, **added)
+        if isinstance(self.policy, Refiner):
+            actions = self.policy.act(inputs, base, generator=generator, **added)
+        else:
+            actions = self.policy.act(inputs, generator=generator, **added)
+        first = self.spec.n_obs_steps - 1
+        planned = slice(first, first + actions.shape[1] if self.policy.FROM_PRESENT else None)
         if whole is None or base is None:
-            return self._whole(actions)
-        planned = slice(self.spec.n_obs_steps - 1, self.spec.n_obs_steps - 1 + actions.shape[1])
-        whole = whole.clamp(self.low, self.high)
-        unchanged = actions == base[:, : actions.shape[1]]
-        whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
+            whole = self._whole(actions)
+        else:
+            whole = whole.clamp(self.low, self.high)
+            unchanged = actions == base[:, : actions.shape[1]]
+            whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
+        if steering is not None and projects:
+            whole[:, planned] = self._projected(whole[:, planned], steering, present)
         return whole
+
+    def _projected(self, plans: PartPlans, steering: Steering, obs: Mapping[str, Tensor]) -> PartPlans:
+        """Project plans (B P A) in the task's units, which are normalised for it whatever the policy gets."""
+        scaling = Normalizer.of(self.spec, actions=min_max).to(plans.device)
+        converted = steering.within(partial(self._in_units_with_gradient, scaling), obs)
+        normalised = scaling.normalize_actions(plans)
+        if not normalised.isfinite().all():
+            raise BoxError(
+                f"steering: the actions of {self.policy.name} have the box [{self.spec.low}, {self.spec.high}], which is not finite. "
+                "Fix: give finite bounds"
+            )
+        return scaling.denormalize_actions(converted.projected(normalised)).clamp(self.low, self.high)
 
     def inputs(self, obs: WindowObs, base: Plans | None) -> tuple[WindowObs, PartPlans | None]:
         """Convert observations and the base's actions (B H A, or None) to the inputs of the policy at inference."""
@@ -160,9 +180,9 @@ class NormalizedPolicy:
     def _in_task_units(self, actions: AnyActions) -> AnyActions:
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
 
-    def _in_units_with_gradient(self, actions: AnyActions) -> AnyActions:
+    def _in_units_with_gradient(self, scaling: Normalizer, actions: AnyActions) -> AnyActions:
         """The same, with a gradient also where rounding, or a constant action, leaves the box."""
-        converted = self.normalizer.denormalize_actions(actions)
+        converted = scaling.denormalize_actions(actions)
         return converted + (converted.clamp(self.low, self.high) - converted).detach()
 
     def _whole(self, actions: PartPlans) -> Plans:

@@ -121,16 +121,20 @@ class AgentInRows:
         self, obs: Observation, first: np.ndarray, active: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
         """Return the action of each row (N A) in [−1, 1]; see `ActInRows`. `steering` is in the environment's units."""
-        inputs = torch.as_tensor(obs)
+        inputs, projects = torch.as_tensor(obs), False
         if steering is not None:
             inputs = inputs.to(self._device)
             low, high = (
                 torch.tensor(bound, device=self._device) for bound in (self._agent.spec.low, self._agent.spec.high)
             )
-            steering = steering.within(self._agent, lambda actions: in_units(actions, low, high), {"state": inputs})
+            projects = steering.projects(self._agent)
+            steering = steering.within(lambda actions: in_units(actions, low, high), {"state": inputs})
+        planning = None if projects else steering
         actions, self._memory = self._acting(
-            inputs, self._memory, torch.from_numpy(first), step=self.step, steering=steering
+            inputs, self._memory, torch.from_numpy(first), step=self.step, steering=planning
         )
+        if steering is not None and projects:
+            actions = steering.projected(actions[:, None])[:, 0]
         return actions.cpu().numpy()
 
 
