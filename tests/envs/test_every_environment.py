@@ -188,6 +188,17 @@ def test_actions_outside_the_box_act_as_clipped(build):
     assert np.array_equal(env.step(wild)[0], twin.step(twin.action_space.high)[0])
 
 
+def test_unknown_options_of_a_reset_are_refused_and_change_nothing(build):
+    env, twin = build(2), build(2)
+    if env.name.startswith("gym:"):
+        pytest.skip("the options are those of the environment itself")
+    with pytest.raises(ConfigError, match=r"reset options \['wind'\] are unknown.*Fix: remove them"):
+        env.reset(options={"wind": 1.0})
+    shown, expected = (one.reset(seed=[3, 4])[0] for one in (env, twin))
+    for name in shown if isinstance(shown, dict) else [slice(None)]:
+        assert np.array_equal(shown[name], expected[name])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unknown_tasks_are_refused_with_the_known_ones(name):
     with pytest.raises(ConfigError, match=FAMILIES[name].tasks[0]):
