@@ -161,6 +161,28 @@ def test_a_projection_is_the_nearest_plan(policy_run):
     np.testing.assert_allclose((steered - middle) / half, (actions + 2 * 3 * 0.2) / 7, atol=1e-4)
 
 
+def test_a_projection_solves_stiff_costs():
+    """Of third differences, whose curvatures differ by 10⁵: against the linear system in double precision."""
+    plans = torch.rand(4, 12, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    found = Steering(lambda actions: actions.diff(3, dim=1).square().sum((1, 2)), 300.0).projected(plans)
+    third = torch.eye(12, dtype=torch.float64).diff(3, dim=0)
+    exact = torch.linalg.solve(torch.eye(12, dtype=torch.float64) + 600 * third.T @ third, plans.double())
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
+
+
+def test_costs_may_be_looked_up_in_a_map():
+    """Interpolation has no second derivative in torch. The map's values grow to the right, up to the middle."""
+    values = torch.linspace(-1, 1, 41).clamp(max=0).square().expand(1, 1, 41, 41)
+
+    def cost(actions):
+        places = actions[None]
+        return torch.nn.functional.grid_sample(values, places, align_corners=True).sum((0, 1, 3))
+
+    found = Steering(cost, 1e3).projected(torch.full((3, 2, 2), -0.5))
+    torch.testing.assert_close(found[..., 0], torch.zeros(3, 2), atol=0.03, rtol=0)
+    torch.testing.assert_close(found[..., 1], torch.full((3, 2), -0.5), atol=1e-4, rtol=0)
+
+
 def test_a_projection_leaves_what_satisfies_the_constraint(run):
     plain, projected = difftori.load(run), difftori.load(run)
     obs = observations(plain)

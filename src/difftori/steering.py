@@ -16,7 +16,16 @@ from torch import Tensor
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Agent, Policy
 from difftori.planning import Plan, Planner
-from difftori.solver import Box, Detached, Solution, Status, TrajectoryObjective, solve
+from difftori.solver import (
+    Box,
+    Detached,
+    Newton,
+    ProjectedGradient,
+    Solution,
+    Status,
+    TrajectoryObjective,
+    solve,
+)
 from difftori.solver.constraints import ConstrainedFunction
 from difftori.solver.derivatives import value_and_grad
 from difftori.solver.objective import FunctionObjective, Objective, positional_parameters
@@ -26,8 +35,8 @@ PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
 _log = logging.getLogger(__name__)
-_PROXIMAL_STEPS = 20
-"""Largest number of steps that lower the cost after each step on the learned objective."""
+_PROXIMAL_STEPS, _GRADIENT_STEPS = 20, 200
+"""Largest numbers of Newton steps of a projection, and of gradient steps if the cost has no second derivative."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,17 @@ class Steering:
         box = Box(-1.0, 1.0)
         start = box.project(point)
         whole, constraint = self._added(lambda y: 0.5 * (y - start).square().sum(-1) / scale, actions)
-        return solve(whole, start, adjoint=Detached(), box=box, max_steps=_PROXIMAL_STEPS, inequality=constraint)
+        parts = [whole.cost] if constraint is None else [whole.cost, constraint]
+        twice = all(_twice_differentiable(part, start) for part in parts)
+        return solve(
+            whole,
+            start,
+            solver=Newton(linear="cg") if twice else ProjectedGradient(),
+            adjoint=Detached(),
+            box=box,
+            max_steps=_PROXIMAL_STEPS if twice else _GRADIENT_STEPS,
+            inequality=constraint,
+        )
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
@@ -199,6 +218,20 @@ def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tenso
             "such as clamp_min in place of a comparison"
         )
     return values.to(actions.dtype)
+
+
+def _twice_differentiable(function: Callable[[Points], Tensor], x: Points) -> bool:
+    """Whether torch has second derivatives of all operations, which those of interpolation (`grid_sample`) lack."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(function(point).sum(), point, create_graph=True, allow_unused=True)
+        if slope is None or not slope.requires_grad:
+            return True
+        try:
+            torch.autograd.grad(slope.sum(), point, allow_unused=True)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _takes_obs(function: PlanFunction) -> bool:
