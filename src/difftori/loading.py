@@ -194,14 +194,17 @@ class LoadedPolicy:
         little as needed. Agents are projected in the next action only (P = 1).
 
         Raises ShapeError for other shapes, types and numbers of rows, NonFiniteError for NaN or Inf, and with `cost` or
-        `constraint` ConfigError if the policy does not take it, and ObjectiveError for another shape of their results.
+        `constraint` ConfigError if the policy does not take it, ObjectiveError for another shape of their results, and BoxError
+        for a projection of actions without a finite range.
         """
         steering = None
+        if project and cost is None and constraint is None:
+            raise ConfigError(["project: there is no cost and no constraint. Fix: give one, or remove project"])
         if constraint is not None or (cost is not None and weight != 0):
             steering = Steering(cost, weight, constraint, project)
             if self._model is None:
                 raise ConfigError([f"cost: {self.name} does not take it. Fix: load a policy or agent of difftori"])
-            steering.projects(self._model)  # raises an error before the history of observations is changed
+            steering.check(self._model)
         given = self._by_name(obs)
         arrays = {name: _plain(name, given[name]) for name in self.obs}
         batched = self._batched(arrays)

@@ -16,18 +16,10 @@ from torch import Tensor
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Agent, Policy
 from difftori.planning import Plan, Planner
-from difftori.solver import (
-    Box,
-    Detached,
-    Newton,
-    ProjectedGradient,
-    Solution,
-    Status,
-    TrajectoryObjective,
-    solve,
-)
+from difftori.solver import Box, Detached, Solution, Status, TrajectoryObjective, solve
 from difftori.solver.constraints import ConstrainedFunction
 from difftori.solver.derivatives import value_and_grad
+from difftori.solver.inference import without_inference_tensors
 from difftori.solver.objective import FunctionObjective, Objective, positional_parameters
 from difftori.types import Plans, Points
 
@@ -35,8 +27,8 @@ PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
 _log = logging.getLogger(__name__)
-_PROXIMAL_STEPS, _GRADIENT_STEPS = 20, 200
-"""Largest numbers of Newton steps of a projection, and of gradient steps if the cost has no second derivative."""
+_PROXIMAL_STEPS = 300
+"""Largest number of projected gradient steps of a projection. Costs may lack second derivatives, as a map that is interpolated does."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +52,18 @@ class Steering:
             raise ConfigError([f"weight: {self.weight} is not a finite number ≥ 0. Fix: give one, such as 1.0"])
 
     def projects(self, model: Policy | Agent) -> bool:
-        """Whether the finished plan of this model is projected.
+        """Whether the finished plan of this model is projected."""
+        return self.project or model.STEERABLE == "nothing"
 
-        Raises ConfigError if the model plans with costs, but not with the given constraint.
-        """
-        if self.project or model.STEERABLE == "nothing":
-            return True
-        if self.constraint is not None and model.STEERABLE == "cost":
+    def check(self, model: Policy | Agent) -> None:
+        """Raise ConfigError if the model plans with costs, but not with the given constraint."""
+        if self.constraint is not None and model.STEERABLE == "cost" and not self.project:
             raise ConfigError(
                 [
                     f"constraint: {model.name} plans by sampling, without constraints. "
                     "Fix: give a cost of violating it, or project=True"
                 ]
             )
-        return False
 
     def within(self, convert: Callable[[Plans], Plans], obs: Mapping[str, Tensor]) -> "Steering":
         """The same as functions of normalised actions alone, which `convert` maps to the environment's units.
@@ -131,11 +121,17 @@ class Steering:
         def actions(y: Points) -> Sequence[Tensor]:
             return y.reshape(-1, rows, y.shape[-1] // action_dim, action_dim).unbind()
 
-        x, solution = start.flatten(1).clamp(-1, 1), None
-        for _ in range(steps):
-            solution = self._proximal(x - step_size * value_and_grad(objective, x)[1], step_size, actions)
-            x = solution.x
-        assert solution is not None
+        def run() -> Solution:
+            box, x, solution = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1), None
+            for _ in range(steps):
+                forward = x - step_size * value_and_grad(objective, x)[1]
+                solution = self._proximal(forward, step_size, box, actions)
+                x = solution.x
+            assert solution is not None
+            return solution
+
+        solution = without_inference_tensors(run)
+        x = solution.x
         self._report(solution, rows)
         cost = objective.cost(x) + self._weighted(actions(x))
         cost = cost.masked_fill(
@@ -144,33 +140,37 @@ class Steering:
         return Plan(objective.plan(x), replace(solution, cost=cost))
 
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
-        """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0, in [−1, 1].
+        """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0.
 
-        `final`: warn of rows that violate the constraint. Raises as `plan`.
+        y is in [−1, 1], and where the plan is outside of that, between the plan and it. `final`: warn of rows that violate the
+        constraint. Raises as `plan`.
         """
-        with torch.no_grad():
-            solution = self._proximal(
-                plans.flatten(1), plans.new_ones(()), lambda y: (y.reshape(y.shape[0], *plans.shape[1:]),)
+
+        def actions(y: Points) -> Sequence[Tensor]:
+            return (y.reshape(plans.shape),)
+
+        def run() -> Solution:
+            point = plans.flatten(1)
+            box = Box(point.clamp(max=-1), point.clamp(min=1))
+            return self._proximal(point, point.new_ones(()), box, actions)
+
+        bad = ~plans.isfinite().flatten(1).all(1)
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"steering: the plan is NaN or Inf in rows {_listed(bad, len(plans))} of {len(plans)}. Fix: check the observations, then reset()"
             )
+        with torch.no_grad():
+            solution = without_inference_tensors(run)
         self._report(solution, len(plans), warn=final)
         return solution.x.reshape(plans.shape)
 
-    def _proximal(self, point: Points, scale: Tensor, actions: Callable[[Points], Sequence[Tensor]]) -> Solution:
-        """Minimise ½‖y − point‖² / scale + weight · cost(y), with constraint(y) ≤ 0, in [−1, 1], from the point on."""
-        box = Box(-1.0, 1.0)
+    def _proximal(
+        self, point: Points, scale: Tensor, box: Box, actions: Callable[[Points], Sequence[Tensor]]
+    ) -> Solution:
+        """Minimise ½‖y − point‖² / scale + weight · cost(y), with constraint(y) ≤ 0, in the box, from its point nearest to `point` on."""
         start = box.project(point)
-        whole, constraint = self._added(lambda y: 0.5 * (y - start).square().sum(-1) / scale, actions)
-        parts = [whole.cost] if constraint is None else [whole.cost, constraint]
-        twice = all(_twice_differentiable(part, start) for part in parts)
-        return solve(
-            whole,
-            start,
-            solver=Newton(linear="cg") if twice else ProjectedGradient(),
-            adjoint=Detached(),
-            box=box,
-            max_steps=_PROXIMAL_STEPS if twice else _GRADIENT_STEPS,
-            inequality=constraint,
-        )
+        whole, constraint = self._added(lambda y: 0.5 * (y - point).square().sum(-1) / scale, actions)
+        return solve(whole, start, adjoint=Detached(), box=box, max_steps=_PROXIMAL_STEPS, inequality=constraint)
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
@@ -218,20 +218,6 @@ def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tenso
             "such as clamp_min in place of a comparison"
         )
     return values.to(actions.dtype)
-
-
-def _twice_differentiable(function: Callable[[Points], Tensor], x: Points) -> bool:
-    """Whether torch has second derivatives of all operations, which those of interpolation (`grid_sample`) lack."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(function(point).sum(), point, create_graph=True, allow_unused=True)
-        if slope is None or not slope.requires_grad:
-            return True
-        try:
-            torch.autograd.grad(slope.sum(), point, allow_unused=True)
-        except RuntimeError:
-            return False
-    return True
 
 
 def _takes_obs(function: PlanFunction) -> bool:

@@ -95,3 +95,20 @@ def test_nothing_is_saved_of_a_schedule():
 def test_steps_that_begin_far_from_pure_noise_are_refused(count):
     with pytest.raises(ConfigError, match=r"inference_steps: \d+ steps do not cover the 100"):
         DDIM(count).pairs(100)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(), DDIM(10)], ids=["ddpm", "ddim"])
+def test_a_guide_that_changes_nothing_changes_nothing(sampler):
+    """And it is told once that the step is the last."""
+    schedule, last = NoiseSchedule(STEPS), []
+
+    def sampled(guide):
+        return denoise(formula, schedule, sampler, noise(-1), generator=torch.Generator().manual_seed(0), guide=guide)
+
+    def same(actions, ends):
+        last.append(ends)
+        return actions.clone()
+
+    assert torch.equal(sampled(same), sampled(None))
+    assert last == [False] * (len(last) - 1) + [True]
+    assert sampled(lambda actions, ends: actions.clamp(max=0.1)).max() <= 0.1 < sampled(None).max()

@@ -68,12 +68,7 @@ class NoiseSchedule(nn.Module):
         signal = self.at(step)
         if self.prediction == "epsilon":
             return ((noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()).clamp(-1, 1), predicted
-        return predicted.clamp(-1, 1), self.noise_of(noisy, predicted, step)
-
-    def noise_of(self, noisy: Plans, clean: Plans, step: int) -> Plans:
-        """Return the noise with which `clean` becomes x_k, `noisy`."""
-        signal = self.at(step)
-        return (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+        return predicted.clamp(-1, 1), (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
 
     def at(self, step: int) -> Scalar:
         """Return ᾱ_k, or 1 for k < 0, where there is no noise."""
@@ -166,7 +161,7 @@ def denoise(
 ) -> Plans:
     """Denoise pure noise (B H A) to actions in [−1, 1]. If the sampler adds noise, it is sampled from `generator`.
 
-    `guide` changes the estimate of the actions in every step, and the estimate of the noise follows from it.
+    `guide` changes the estimate of the actions in every step, and the estimate of the noise so that both still give x_k.
     """
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)
@@ -174,8 +169,9 @@ def denoise(
         predicted = denoiser(x, torch.full((x.shape[0],), step, device=x.device))
         clean, estimated = schedule.estimate(x, predicted, step)
         if guide is not None:
-            clean = guide(clean, before < 0)
-            estimated = schedule.noise_of(x, clean, step)
+            guided, signal = guide(clean, before < 0), schedule.at(step)
+            estimated = estimated + (signal / (1 - signal)).sqrt() * (clean - guided)
+            clean = guided
         if sampler.STOCHASTIC and before >= 0:
             fresh = noise_like(x, generator)
         x = sampler.back(x, clean, estimated, fresh, schedule.at(step), schedule.at(before))

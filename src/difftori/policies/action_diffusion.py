@@ -72,8 +72,9 @@ class ActionDiffusion(nn.Module):
     def sample(self, obs: WindowObs, *, generator: torch.Generator, steering: Steering | None = None) -> Plans:
         """Sample actions (B H A), one sequence for each row.
 
-        `steering`: the actions from the present step on are guided: each denoising step's estimate of them is projected. The gradient
-        guidance of Janner et al. (2022, arXiv 2205.09991, Algorithm 1) with implicit steps, which are stable for every weight.
+        `steering`: the actions from the present step on are guided: each denoising step's estimate of them is projected, as by
+        Zhu et al. (2023, arXiv 2305.08995, Eq. 12), but with the same weight at every noise level. Unlike gradients added to the mean
+        (Janner et al., 2022, arXiv 2205.09991), this is stable for every weight.
         """
         features = self.window(obs)
         shape = features.shape[0], *self.plan_shape

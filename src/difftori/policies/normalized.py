@@ -1,11 +1,10 @@
 """A policy in the units of its task. Normalisation, the present step and the base policy are handled here only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeAlias, final, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from difftori.data.normalize import Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
@@ -95,42 +94,54 @@ class NormalizedPolicy:
         `checked`: whether the base's actions are checked for NaN, which reads their values; default: True.
         `steering`: a cost and constraints on the planned actions: added to the policy's objective, or its plan is projected.
 
-        Raises ConfigError if the policy does not take `steering`, BoxError if it is projected and the actions have no finite range.
+        Raises ConfigError if the policy does not take the constraint of `steering`, BoxError if it is projected and the actions have no
+        finite range, and NonFiniteError if the plan that is projected, or its cost, is NaN or Inf.
         """
-        added: dict[str, Steering] = {}
+        if steering is None:
+            return self._plan(obs, generator, checked)[0]
+        steering.check(self.policy)
         present = {name: values[:, -1] for name, values in obs.items()}
-        projects = steering is not None and steering.projects(self.policy)
-        if steering is not None and not projects:
-            added["steering"] = steering.within(partial(self._in_units_with_gradient, self.normalizer), present)
+        if not steering.projects(self.policy):
+            within = steering.within(partial(self._in_units_with_gradient, self.normalizer), present)
+            return self._plan(obs, generator, checked, steering=within)[0]
+        scaling = self._range_of_actions()
+        within = steering.within(partial(self._in_units_with_gradient, scaling), present)
+        whole, planned = self._plan(obs, generator, checked)
+        found = within.projected(scaling.normalize_actions(whole[:, planned]))
+        whole[:, planned] = scaling.denormalize_actions(found).clamp(self.low, self.high)
+        return whole
+
+    def _plan(
+        self, obs: WindowObs, generator: torch.Generator, checked: bool, **steering: Steering
+    ) -> tuple[Plans, slice]:
+        """Return the H actions (B H A) in the task's units, and the part of them that the policy planned, from the present step on."""
         whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
         if isinstance(self.policy, Refiner):
-            actions = self.policy.act(inputs, base, generator=generator, **added)
+            actions = self.policy.act(inputs, base, generator=generator, **steering)
         else:
-            actions = self.policy.act(inputs, generator=generator, **added)
+            actions = self.policy.act(inputs, generator=generator, **steering)
         first = self.spec.n_obs_steps - 1
         planned = slice(first, first + actions.shape[1] if self.policy.FROM_PRESENT else None)
         if whole is None or base is None:
-            whole = self._whole(actions)
-        else:
-            whole = whole.clamp(self.low, self.high)
-            unchanged = actions == base[:, : actions.shape[1]]
-            whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
-        if steering is not None and projects:
-            whole[:, planned] = self._projected(whole[:, planned], steering, present)
-        return whole
+            return self._whole(actions), planned
+        whole = whole.clamp(self.low, self.high)
+        unchanged = actions == base[:, : actions.shape[1]]
+        whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
+        return whole, planned
 
-    def _projected(self, plans: PartPlans, steering: Steering, obs: Mapping[str, Tensor]) -> PartPlans:
-        """Project plans (B P A) in the task's units, which are normalised for it whatever the policy gets."""
-        scaling = Normalizer.of(self.spec, actions=min_max).to(plans.device)
-        converted = steering.within(partial(self._in_units_with_gradient, scaling), obs)
-        normalised = scaling.normalize_actions(plans)
-        if not normalised.isfinite().all():
+    def _range_of_actions(self) -> Normalizer:
+        """Return the scaling of actions from their range in the training data, or from their box, to [−1, 1].
+
+        Raises BoxError if there are no training data, and the box is not finite.
+        """
+        scaling = Normalizer.of(self.spec, actions=min_max).to(self.low.device)
+        if self.spec.moments is None and not bool((self.high - self.low).isfinite().all()):
             raise BoxError(
                 f"steering: the actions of {self.policy.name} have the box [{self.spec.low}, {self.spec.high}], which is not finite. "
                 "Fix: give finite bounds"
             )
-        return scaling.denormalize_actions(converted.projected(normalised)).clamp(self.low, self.high)
+        return scaling
 
     def inputs(self, obs: WindowObs, base: Plans | None) -> tuple[WindowObs, PartPlans | None]:
         """Convert observations and the base's actions (B H A, or None) to the inputs of the policy at inference."""
@@ -181,7 +192,7 @@ class NormalizedPolicy:
         return self.normalizer.denormalize_actions(actions).clamp(self.low, self.high)
 
     def _in_units_with_gradient(self, scaling: Normalizer, actions: AnyActions) -> AnyActions:
-        """The same, with a gradient also where rounding, or a constant action, leaves the box."""
+        """Convert normalised actions to the task's units, inside the box, with a gradient also where rounding leaves the box."""
         converted = scaling.denormalize_actions(actions)
         return converted + (converted.clamp(self.low, self.high) - converted).detach()
 

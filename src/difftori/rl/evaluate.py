@@ -127,6 +127,7 @@ class AgentInRows:
             low, high = (
                 torch.tensor(bound, device=self._device) for bound in (self._agent.spec.low, self._agent.spec.high)
             )
+            steering.check(self._agent)
             projects = steering.projects(self._agent)
             steering = steering.within(lambda actions: in_units(actions, low, high), {"state": inputs})
         planning = None if projects else steering
