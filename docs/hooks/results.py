@@ -3,7 +3,7 @@
 | mark | becomes |
 |---|---|
 | `<!-- results: FILE.md -->` | the file without its title |
-| `<!-- results: FOLDER -->`, `<!-- results: FILE.svg -->` | the figures of the folder, or that figure |
+| `<!-- results: FOLDER -->`, `<!-- results: FILE.svg -->` or `.gif` | the figures of the folder, or that figure or film |
 | `<!-- results: FILE.csv \\| name, other=label -->` | these columns of the table, `other` under the heading `label` |
 | `<!-- output: difftori … -->` | the command with its output |
 
@@ -22,13 +22,14 @@ from difftori.cli import main
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("results", "benchmarks/results")
+FIGURES = (".svg", ".gif")
 ABSENT = "*There are no results of this kind in the repository yet.*"
 
 
 def on_files(files, config):
-    """Publish the figures, which are outside docs/."""
+    """Publish the figures and films, which are outside docs/."""
     for folder in FOLDERS:
-        for figure in sorted((ROOT / folder).rglob("*.svg")):
+        for figure in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in FIGURES):
             uri = figure.relative_to(ROOT).as_posix()
             files.append(File.generated(config, uri, abs_src_path=str(figure)))
     return files
@@ -54,7 +55,7 @@ def _fill(name, columns, up):
         return "\n\n".join(f"![{Path(n).stem.replace('_', ' ')}]({up}{n})" for n in names)
     if not path.exists():
         return ""
-    if path.suffix == ".svg":
+    if path.suffix in FIGURES:
         return f"![{path.stem.replace('_', ' ')}]({up}{name})"
     if columns is None:
         text = re.sub(r"\A# .*\n", "", path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ class Column:
     left: bool = False
 
 
-_LEFT = ("task", "method", "measure", "setting", "label", "difference")
+_LEFT = ("task", "method", "measure", "setting", "label", "difference", "requirement")
 """Headings of left-aligned columns."""
 
 
@@ -153,7 +153,9 @@ def plus_minus(value: float | None, deviation: float | None, digits: int = 3) ->
 
 
 def interval(estimate: Estimate, digits: int = 3, *, signed: bool = False) -> str:
-    """Format `value [low, high]`; only the value if the interval is infinite. `signed`: with explicit plus signs."""
+    """Format `value [low, high]`; only the value if the interval is infinite, nothing for NaN. `signed`: with explicit plus signs."""
+    if np.isnan(estimate.value):
+        return ""
     form = f"{'+' if signed else ''}.{digits}f"
     ends = f" [{estimate.low:{form}}, {estimate.high:{form}}]" if estimate.bounded else ""
     return f"{estimate.value:{form}}{ends}"
