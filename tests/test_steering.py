@@ -9,6 +9,7 @@ from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.loading import open_model
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
+from difftori.policies.residual import Residual
 from difftori.steering import Steering
 from difftori.types import EntrySpec, Moments, TaskSpec
 from tests.support import tiny_runs
@@ -147,6 +148,8 @@ def test_an_agent_that_samples_plans_is_steered_by_costs_only(tmp_path):
     assert policy.act(observations(policy), cost=right, weight=1e4)[:, 0].min() > 0.3
     with pytest.raises(ConfigError, match="constraint: tdmpc plans by sampling"):
         policy.act(observations(policy), constraint=lambda actions: actions[..., 0])
+    kept = policy.act(observations(policy), constraint=lambda actions: 0.3 - actions[..., 0], project=True)
+    assert kept[:, 0].min() > 0.3 - 1e-3
 
 
 def test_a_projection_is_the_nearest_plan(policy_run):
@@ -219,6 +222,18 @@ def test_a_projection_leaves_what_satisfies_the_constraint(run):
     assert not keeps.all()
     np.testing.assert_allclose(moved[keeps], actions[keeps], atol=1e-5)
     np.testing.assert_allclose(moved[~keeps, 0], limit, atol=1e-3)
+
+
+def test_a_projection_leaves_the_steps_that_a_refiner_does_not_plan():
+    """It plans 2 of the 4 steps that its base predicts."""
+    moments = Moments((-1.0,) * 2, (1.0,) * 2, (0.0,) * 2, (0.5,) * 2)
+    spec = TaskSpec({"state": EntrySpec((2,), moments=moments)}, 2, 4, (-1.0,) * 2, (1.0,) * 2, 1, 2, moments)
+    base = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    policy = NormalizedPolicy(Residual(Residual.Config(hidden=(8,)), spec).eval(), lambda obs: base)
+    steering = Steering(lambda actions: (actions - 0.2).square().sum((1, 2)), 1e4)
+    found = policy.act({"state": torch.zeros(3, 1, 2)}, generator=torch.Generator(), steering=steering)
+    torch.testing.assert_close(found[:, :2], torch.full((3, 2, 2), 0.2), atol=1e-3, rtol=0)
+    assert torch.equal(found[:, 2:], base[:, 2:])
 
 
 def test_an_agent_without_plans_is_projected_in_its_action(tmp_path):

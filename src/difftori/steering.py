@@ -27,8 +27,9 @@ PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
 _log = logging.getLogger(__name__)
-_PROXIMAL_STEPS = 300
-"""Largest number of projected gradient steps of a projection. Costs may lack second derivatives, as a map that is interpolated does."""
+_FINAL_STEPS, _EARLIER_STEPS = 300, 30
+"""Largest numbers of projected gradient steps of a projection that gives the plan, and of one that others follow. Gradient steps, because
+costs may lack second derivatives, as a map that is interpolated does."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Steering:
 
         def run() -> Solution:
             box, x, solution = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1), None
-            for _ in range(steps):
+            for step in range(steps):
                 forward = x - step_size * value_and_grad(objective, x)[1]
-                solution = self._proximal(forward, step_size, box, actions)
+                solution = self._proximal(forward, step_size, box, actions, final=step == steps - 1)
                 x = solution.x
             assert solution is not None
             return solution
@@ -142,8 +143,8 @@ class Steering:
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
         """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0.
 
-        y is in [−1, 1], and where the plan is outside of that, between the plan and it. `final`: warn of rows that violate the
-        constraint. Raises as `plan`.
+        y is in [−1, 1], and where the plan is outside of that, between the plan and it. `final`: no other projection follows, so
+        solve accurately, and warn of rows that violate the constraint. Raises as `plan`.
         """
 
         def actions(y: Points) -> Sequence[Tensor]:
@@ -152,7 +153,7 @@ class Steering:
         def run() -> Solution:
             point = plans.flatten(1)
             box = Box(point.clamp(max=-1), point.clamp(min=1))
-            return self._proximal(point, point.new_ones(()), box, actions)
+            return self._proximal(point, point.new_ones(()), box, actions, final=final)
 
         bad = ~plans.isfinite().flatten(1).all(1)
         if bool(bad.any()):
@@ -165,12 +166,13 @@ class Steering:
         return solution.x.reshape(plans.shape)
 
     def _proximal(
-        self, point: Points, scale: Tensor, box: Box, actions: Callable[[Points], Sequence[Tensor]]
+        self, point: Points, scale: Tensor, box: Box, actions: Callable[[Points], Sequence[Tensor]], *, final: bool
     ) -> Solution:
         """Minimise ½‖y − point‖² / scale + weight · cost(y), with constraint(y) ≤ 0, in the box, from its point nearest to `point` on."""
         start = box.project(point)
         whole, constraint = self._added(lambda y: 0.5 * (y - point).square().sum(-1) / scale, actions)
-        return solve(whole, start, adjoint=Detached(), box=box, max_steps=_PROXIMAL_STEPS, inequality=constraint)
+        steps = _FINAL_STEPS if final else _EARLIER_STEPS
+        return solve(whole, start, adjoint=Detached(), box=box, max_steps=steps, inequality=constraint)
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
