@@ -109,8 +109,9 @@ class ContrastRow:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """By seed: the chosen weights, and the evaluations with them and without cost."""
+    """By seed: the chosen weights, and the evaluations with them and without cost. `seeds`: those that have all weights."""
 
+    seeds: Sequence[int]
     weights: Mapping[int, float]
     with_cost: Mapping[int, Evaluated]
     without: Mapping[int, Evaluated]
@@ -182,7 +183,7 @@ def comparisons(
     rows, contrasts = [], []
     for task, name in _requirements(found):
         chosen = {method.label: _choose(found, task, name, method) for method in methods}
-        rows += [_chosen_row(task, name, label, one) for label, one in chosen.items()]
+        rows += [_chosen_row(task, name, label, one) for label, one in chosen.items() if one.seeds]
         *others, last = chosen
         pairs = [(last, other) for other in others] + [(others[1], others[0])]
         for method, reference in pairs:
@@ -210,7 +211,7 @@ def _choose(found: Sequence[Evaluated], task: str, name: str, method: SteeringMe
         }
         if scores:
             weights[seed] = max(scores, key=lambda weight: scores[weight])
-    return _Chosen(weights, {seed: by_weight[weight][seed] for seed, weight in weights.items()}, without)
+    return _Chosen(seeds, weights, {seed: by_weight[weight][seed] for seed, weight in weights.items()}, without)
 
 
 def _chosen_row(task: str, name: str, label: str, chosen: _Chosen) -> ChosenRow:
@@ -311,8 +312,8 @@ def _chosen_table(rows: Sequence[ChosenRow]) -> list[Column]:
             "method": [row.method for row in rows],
             "weight": [row.weights for row in rows],
             "seeds": [str(row.seeds) for row in rows],
-            "violations": [number(row.violations, 1) for row in rows],
-            "score": [number(row.score, 2) for row in rows],
+            "violations": [number(row.violations if row.seeds else None, 1) for row in rows],
+            "score": [number(row.score if row.seeds else None, 2) for row in rows],
             "change": [interval(row.change, 2, signed=True) for row in rows],
         }
     )
