@@ -18,7 +18,7 @@ from difftori.steering import PlanFunction
 
 RequirementName: TypeAlias = Literal["keep-out", "smooth", "around"]
 _MARGIN = 1.2
-"""The cost of `keep-out` begins at this multiple of the ball's radius."""
+"""The cost of `keep-out` begins at this multiple of the ball's radius, that of `smooth` at the limits divided by it."""
 _TURN, _NEAR = 0.1, 60.0
 """Scale of the cost of turning clockwise, and the smallest turn that violates, in radians per step; and the distance from the block, in pixels,
 below which turns do not count."""
@@ -114,9 +114,9 @@ def _steps_inside(positions: np.ndarray, ball: Ball) -> int:
 
 
 def _excess(positions: Tensor, task: SteeringTask) -> Tensor:
-    """The squared excess of speeds and jerks over their limits, in limits."""
+    """The squared excess of speeds and jerks over their limits with a margin, in limits."""
     excess = positions.new_zeros(len(positions))
-    for order, limit in ((1, task.speed), (3, task.jerk)):
+    for order, limit in ((1, task.speed / _MARGIN), (3, task.jerk / _MARGIN)):
         excess = excess + (_norm(positions.diff(order, dim=1)) / limit - 1).clamp_min(0).square().sum(-1)
     return excess
 
