@@ -186,12 +186,12 @@ class LoadedPolicy:
         otherwise a numpy array.
 
         `cost`, `constraint`: steer the policy without training it again (docs/steering.md). `cost` is a differentiable
-        function of the planned actions (B P A), from this step on and in the environment's units, to (B): `weight` times it is
-        added to what the solve minimises. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning
+        function of the planned actions (B P A), from this step on and in the environment's units, to (B). `weight` times it is
+        added to what a policy that plans minimises; a diffusion policy is guided in every denoising step; the finished plan of any
+        other, and with `project` of every policy, is projected: changed as little as needed. `constraint`: (B P A) → (B m), kept ≤ 0; where no plan is found that does, a warning
         is logged. A second required argument of either is the present observations by name, (B …). A policy that executes
-        several actions of a plan is steered where it plans: the B rows are then those that are due. A diffusion policy is guided in
-        every denoising step. The plan of a policy without an objective, and with `project` of any policy, is projected: changed as
-        little as needed. Agents are projected in the next action only (P = 1).
+        several actions of a plan is steered where it plans: the B rows are then those that are due. Agents are projected in the next
+        action only (P = 1).
 
         Raises ShapeError for other shapes, types and numbers of rows, NonFiniteError for NaN or Inf, and with `cost` or
         `constraint` ConfigError if the policy does not take it, ObjectiveError for another shape of their results, and BoxError
@@ -203,7 +203,8 @@ class LoadedPolicy:
         if constraint is not None or (cost is not None and weight != 0):
             steering = Steering(cost, weight, constraint, project)
             if self._model is None:
-                raise ConfigError([f"cost: {self.name} does not take it. Fix: load a policy or agent of difftori"])
+                given = "constraint" if cost is None else "cost"
+                raise ConfigError([f"{given}: {self.name} does not take it. Fix: load a policy or agent of difftori"])
             steering.check(self._model)
         given = self._by_name(obs)
         arrays = {name: _plain(name, given[name]) for name in self.obs}

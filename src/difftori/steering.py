@@ -16,7 +16,16 @@ from torch import Tensor
 from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Agent, Policy
 from difftori.planning import Plan, Planner
-from difftori.solver import Box, Detached, Solution, Status, TrajectoryObjective, solve
+from difftori.solver import (
+    Box,
+    Detached,
+    Newton,
+    ProjectedGradient,
+    Solution,
+    Status,
+    TrajectoryObjective,
+    solve,
+)
 from difftori.solver.constraints import ConstrainedFunction
 from difftori.solver.derivatives import value_and_grad
 from difftori.solver.inference import without_inference_tensors
@@ -27,9 +36,10 @@ PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
 _log = logging.getLogger(__name__)
-_FINAL_STEPS, _EARLIER_STEPS = 300, 30
-"""Largest numbers of projected gradient steps of a projection that gives the plan, and of one that others follow. Gradient steps, because
-costs may lack second derivatives, as a map that is interpolated does."""
+_NEWTON, _NEWTON_STEPS = Newton(linear="cg", products=32), 20
+"""The solver of projections, and its largest number of steps. Stiff costs, such as high weights on jerk, need second derivatives."""
+_GRADIENT, _GRADIENT_STEPS = ProjectedGradient(), 300
+"""The same for costs without second derivatives, such as a map that is interpolated."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +134,9 @@ class Steering:
 
         def run() -> Solution:
             box, x, solution = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1), None
-            for step in range(steps):
+            for _ in range(steps):
                 forward = x - step_size * value_and_grad(objective, x)[1]
-                solution = self._proximal(forward, step_size, box, actions, final=step == steps - 1)
+                solution = self._proximal(forward, step_size, box, actions)
                 x = solution.x
             assert solution is not None
             return solution
@@ -143,8 +153,8 @@ class Steering:
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
         """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0.
 
-        y is in [−1, 1], and where the plan is outside of that, between the plan and it. `final`: no other projection follows, so
-        solve accurately, and warn of rows that violate the constraint. Raises as `plan`.
+        y is in [−1, 1], extended to numbers of the plan that are outside of it. `final`: warn of rows that violate the constraint.
+        Raises as `plan`.
         """
 
         def actions(y: Points) -> Sequence[Tensor]:
@@ -153,7 +163,7 @@ class Steering:
         def run() -> Solution:
             point = plans.flatten(1)
             box = Box(point.clamp(max=-1), point.clamp(min=1))
-            return self._proximal(point, point.new_ones(()), box, actions, final=final)
+            return self._proximal(point, point.new_ones(()), box, actions)
 
         bad = ~plans.isfinite().flatten(1).all(1)
         if bool(bad.any()):
@@ -166,13 +176,22 @@ class Steering:
         return solution.x.reshape(plans.shape)
 
     def _proximal(
-        self, point: Points, scale: Tensor, box: Box, actions: Callable[[Points], Sequence[Tensor]], *, final: bool
+        self, point: Points, scale: Tensor, box: Box, actions: Callable[[Points], Sequence[Tensor]]
     ) -> Solution:
         """Minimise ½‖y − point‖² / scale + weight · cost(y), with constraint(y) ≤ 0, in the box, from its point nearest to `point` on."""
         start = box.project(point)
         whole, constraint = self._added(lambda y: 0.5 * (y - point).square().sum(-1) / scale, actions)
-        steps = _FINAL_STEPS if final else _EARLIER_STEPS
-        return solve(whole, start, adjoint=Detached(), box=box, max_steps=steps, inequality=constraint)
+        parts = [whole.cost] if constraint is None else [whole.cost, constraint]
+        newton = all(_twice_differentiable(part, start) for part in parts)
+        return solve(
+            whole,
+            start,
+            solver=_NEWTON if newton else _GRADIENT,
+            adjoint=Detached(),
+            box=box,
+            max_steps=_NEWTON_STEPS if newton else _GRADIENT_STEPS,
+            inequality=constraint,
+        )
 
     def _added(
         self, inner: Callable[[Points], Tensor], actions: Callable[[Points], Sequence[Tensor]]
@@ -220,6 +239,20 @@ def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tenso
             "such as clamp_min in place of a comparison"
         )
     return values.to(actions.dtype)
+
+
+def _twice_differentiable(function: Callable[[Points], Tensor], x: Points) -> bool:
+    """Whether torch has second derivatives of all operations, which those of interpolation (`grid_sample`) lack."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(function(point).sum(), point, create_graph=True, allow_unused=True)
+        if slope is None or not slope.requires_grad:
+            return True
+        try:
+            torch.autograd.grad(slope.sum(), point, allow_unused=True)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _takes_obs(function: PlanFunction) -> bool:

@@ -161,7 +161,7 @@ def denoise(
 ) -> Plans:
     """Denoise pure noise (B H A) to actions in [−1, 1]. If the sampler adds noise, it is sampled from `generator`.
 
-    `guide` changes the estimate of the actions in every step, and the estimate of the noise so that both still give x_k.
+    `guide` changes the estimate of the actions in every step, and with it the estimate of the noise, so that both give the same x_k as before.
     """
     pairs = sampler.pairs(schedule.steps)
     x, fresh = noise, torch.zeros_like(noise)

@@ -103,7 +103,7 @@ class NormalizedPolicy:
         present = {name: values[:, -1] for name, values in obs.items()}
         if not steering.projects(self.policy):
             within = steering.within(partial(self._in_units_with_gradient, self.normalizer), present)
-            return self._plan(obs, generator, checked, steering=within)[0]
+            return self._plan(obs, generator, checked, within)[0]
         scaling = self._range_of_actions()
         within = steering.within(partial(self._in_units_with_gradient, scaling), present)
         whole, planned = self._plan(obs, generator, checked)
@@ -112,15 +112,16 @@ class NormalizedPolicy:
         return whole
 
     def _plan(
-        self, obs: WindowObs, generator: torch.Generator, checked: bool, **steering: Steering
+        self, obs: WindowObs, generator: torch.Generator, checked: bool, steering: Steering | None = None
     ) -> tuple[Plans, slice]:
         """Return the H actions (B H A) in the task's units, and the part of them that the policy planned, from the present step on."""
+        added = {} if steering is None else {"steering": steering}
         whole = None if self.base is None else self.base_actions(obs, generator=generator, checked=checked)
         inputs, base = self.inputs(obs, whole)
         if isinstance(self.policy, Refiner):
-            actions = self.policy.act(inputs, base, generator=generator, **steering)
+            actions = self.policy.act(inputs, base, generator=generator, **added)
         else:
-            actions = self.policy.act(inputs, generator=generator, **steering)
+            actions = self.policy.act(inputs, generator=generator, **added)
         first = self.spec.n_obs_steps - 1
         planned = slice(first, first + actions.shape[1] if self.policy.FROM_PRESENT else None)
         if whole is None or base is None:

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from difftori.experiments.paper.steering_cases import (
 )
 from difftori.experiments.paper.steering_film import write_side_by_side
 from difftori.experiments.paper.steering_report import Evaluated, SteeringMethod, write_report
-from difftori.experiments.pool import report_failures
+from difftori.experiments.pool import RunsFailedError, report_failures
 from difftori.experiments.records import SOFTWARE, append_line
 from difftori.experiments.study import Method, Result
 from difftori.il.env_task import EVAL_ROWS, TEST_SEED, EnvEvaluator
@@ -52,7 +52,7 @@ from difftori.steering import Steering
 from difftori.types import Plans, WindowObs
 
 FULL_UPDATES, FULL_EPISODES, DEMONSTRATIONS = 2500, 20, 10
-WEIGHTS = (0.03, 0.3, 3.0, 30.0)
+WEIGHTS = (0.1, 1.0, 10.0, 100.0)
 BASE, RESIDUAL, DIFFTORI = "base", "residual", "DiffTORI"
 _BASE_UPDATES = 2
 """Length of the base's training, as a multiple of the refiners'."""
@@ -123,7 +123,15 @@ class _Job:
 
 def run(config: Config) -> None:
     """Train the missing policies, run the missing evaluations within the budget, and write `out/steering`."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        _run(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(config: Config) -> None:
     console, began = Console(), time.monotonic()
     tasks = [task for task in TASKS if task.name in config.tasks]
     checks = {
@@ -153,7 +161,7 @@ def run(config: Config) -> None:
                 continue
             try:
                 found = evaluate(by_name[job.task], job, trained[job.task, job.policy, job.seed], config.device)
-            except DifftoriError as error:
+            except (DifftoriError, RuntimeError) as error:
                 failed.append(f"{name}: {error}")
                 continue
             _record(file, job, found, config.device)
@@ -165,12 +173,14 @@ def run(config: Config) -> None:
     folder = results.folder("steering", str(config.updates))
     evaluated = [_evaluated(job, done[job.prefix]) for job in jobs if job.prefix in done]
     write_report(evaluated, METHODS, folder, label=results.label, console=console)
-    if config.budget != 0:
+    if config.budget is None or (time.monotonic() - began) / 60 < config.budget:
         _films(trained, config.weights[-1], config.device, folder, console)
+    for line in failed:
+        console.print(f"failed: {line}", highlight=False, soft_wrap=True)
     report_failures(results.failures)
     if failed:
-        raise ConfigError(
-            [*failed, "evaluations failed. Fix: see above, then run the command again, which repeats them"]
+        raise RunsFailedError(
+            f"{len(failed)} evaluations failed. Fix: see above, then run the command again, which repeats them"
         )
 
 
@@ -178,10 +188,11 @@ def run(config: Config) -> None:
 class _Actor:
     """A job's policy in closed loop, and its environment."""
 
-    rows: PolicyInRows
+    begin: Callable[[], PolicyInRows]
+    """Returns the policy as after loading, and forgets the times."""
     env: CheckedVectorEnv
     milliseconds: list[float]
-    """Of the plans of all rows at once, without the first."""
+    """Of the plans of all rows at once."""
 
 
 @contextmanager
@@ -196,20 +207,26 @@ def _acting(task: SteeringTask, job: _Job, result: Result, device: str, num_envs
     steering = None
     if job.requirement is not None:
         steering = Steering(requirement(task, job.requirement).cost, job.weight, project=job.project)
-    act, milliseconds = seeded_actor(policy, seed=job.seed, device=device), list[float]()
+    milliseconds = list[float]()
 
-    def timed(obs: WindowObs) -> Plans:
-        start = time.perf_counter()
-        plans = act({name: obs[name] for name in policy.spec.obs}, steering)
-        if len(plans) == num_envs:
-            milliseconds.append(1e3 * (time.perf_counter() - start))
-        return plans
+    def begin() -> PolicyInRows:
+        act = seeded_actor(policy, seed=job.seed, device=device)
+        milliseconds.clear()
+
+        def timed(obs: WindowObs) -> Plans:
+            start = time.perf_counter()
+            plans = act({name: obs[name] for name in policy.spec.obs}, steering)
+            if len(plans) == num_envs:
+                milliseconds.append(1e3 * (time.perf_counter() - start))
+            return plans
+
+        return PolicyInRows(timed, policy.spec)
 
     evaluator = EnvEvaluator(
         resolve_env(config.env), config.obs, num_envs, None, config.max_episode_steps, config.env_options or ()
     )
     with closing(evaluator.open(num_envs)) as env:
-        yield _Actor(PolicyInRows(timed, policy.spec), env, milliseconds)
+        yield _Actor(begin, env, milliseconds)
 
 
 def evaluate(task: SteeringTask, job: _Job, result: Result, device: str) -> dict[str, Any]:
@@ -220,7 +237,7 @@ def evaluate(task: SteeringTask, job: _Job, result: Result, device: str) -> dict
             states, success, score = defaultdict(list), np.zeros(job.episodes, bool), np.zeros(job.episodes)
             try:
                 seeds = range(TEST_SEED, TEST_SEED + job.episodes)
-                for step in run_episodes(actor.env, actor.rows, seeds, until_success=True):
+                for step in run_episodes(actor.env, actor.begin(), seeds, until_success=True):
                     shown, reached = named(step.obs)["state"], step.success
                     assert reached is not None
                     for row, number in step.active():
@@ -249,22 +266,18 @@ def _films(
     """Film an episode of Push-T by DiffTORI of seed 0, without cost and with each cost in its objective, if its policy is on this machine."""
     task = next(task for task in TASKS if task.env == "pusht")
     result = trained.get((task.name, DIFFTORI, 0))
-    missing: list[tuple[RequirementName, Path]] = []
-    for name in REQUIREMENTS[task.name]:
-        path = out / f"{name}-weight-{weight:g}.gif"
-        if not path.exists():
-            missing.append((name, path))
-    if result is None or not missing or not (result.run.spec.folder / "policy.pt").exists():
+    if result is None or not (result.run.spec.folder / "policy.pt").exists():
         return
 
     def filmed(name: RequirementName | None) -> Recording:
         job = _Job(task.name, name, DIFFTORI, False, weight, 0, 1, result.record.weights)
         with _acting(task, job, result, device, 1) as actor:
-            return record(actor.env, actor.rows, seed=TEST_SEED, until_success=True)
+            return record(actor.env, actor.begin(), seed=TEST_SEED, until_success=True)
 
     try:
         without = filmed(None)
-        for name, path in missing:
+        for name in REQUIREMENTS[task.name]:
+            path = out / f"{name}-weight-{weight:g}.gif"
             write_side_by_side(without, filmed(name), task.ball if name == "keep-out" else None, path)
     except RenderingError as error:
         console.print(f"no films: {error}", highlight=False, soft_wrap=True)

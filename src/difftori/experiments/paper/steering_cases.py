@@ -20,8 +20,7 @@ RequirementName: TypeAlias = Literal["keep-out", "smooth", "around"]
 _MARGIN = 1.2
 """The cost of `keep-out` begins at this multiple of the ball's radius, that of `smooth` at the limits divided by it."""
 _TURN, _NEAR = 0.1, 60.0
-"""Scale of the cost of turning clockwise, and the smallest turn that violates, in radians per step; and the distance from the block, in pixels,
-below which turns do not count."""
+"""The smallest clockwise turn that violates, in radians per step, and the distance from the block, in pixels, below which turns do not count."""
 _LEAD = 2
 """Push-T's disc follows its target with a delay of about two steps."""
 _HAND_STEP, _HAND_RATE, _COAST = 0.01, 0.27, 6
@@ -132,7 +131,7 @@ def _clockwise(relative: Tensor) -> Tensor:
     """The squared clockwise turns of positions (B N 2) around the origin. Smooth also at the origin, where turns do not count."""
     before, after = relative[:, :-1], relative[:, 1:]
     turns = _cross(before, after) / (_norm(before) * _norm(after) + _NEAR**2 / 4)
-    return (turns / _TURN).clamp(max=0).square().sum(-1)
+    return turns.clamp(max=0).square().sum(-1)
 
 
 def _steps_clockwise(positions: np.ndarray, blocks: np.ndarray) -> int:
@@ -160,7 +159,7 @@ def _push_t_path(actions: Tensor, state: Tensor) -> Tensor:
 
 
 def _push_t_motion(actions: Tensor, state: Tensor) -> Tensor:
-    """The targets, which the disc follows with a delay, after a first one that it reaches at the present speed or less."""
+    """The targets, which the disc follows with a delay, after the place where it would be at the present speed, on its way to the first target."""
     targets = _targets(actions)
     first = state[:, None, :2] + (targets[:, :1] - state[:, None, :2]) * (_LEAD / (_LEAD + 1))
     return torch.cat((first, targets), 1)
@@ -200,5 +199,5 @@ REQUIREMENTS: Mapping[str, tuple[RequirementName, ...]] = {
     task.name: ("keep-out", "smooth", "around") if task.env == "pusht" else ("keep-out", "smooth") for task in TASKS
 }
 """The requirements of each task, by its name."""
-VERSION = 1
+VERSION = 3
 """To raise when the tasks' numbers, the costs, the measures or the solver of projections change: evaluations of before are then run again."""

@@ -28,14 +28,16 @@ ALLOWED = 0.2
 NOTES = f"""\
 `violations`: number of steps of an episode that violate the requirement, mean over episodes and seeds: `keep-out`, the end effector's path meets
 the ball; `smooth`, its speed or jerk is above a limit; `around`, it turns clockwise around the block by more than .1 rad. An episode ends when it
-succeeds. `score`: mean of the environment's own measure; success where it has none. `ms`: median time to plan all rows at once, of runs that may
-have shared the machine. All methods act in the same episodes, and the cost depends on the executed actions only. Intervals: Student's 95 % over seeds.
+succeeds; the motion of its last step is not measured. `score`: mean of the environment's own measure; success where it has none. `ms`: median time
+to plan for all episodes at once (at most 25), of runs that may have shared the machine. All methods act in the same episodes, and the cost depends
+on the executed actions only. Intervals: Student's 95 % over seeds.
 
 Figures: one line for each method, from no cost (large marker) to the highest weight; up and left is better.
 
 First table: for each seed, the weight with the best mean score of the other seeds, among those that leave at most {ALLOWED:.0%} of the base's violations
-on the other seeds (with one seed: on itself). `change`: the score at these weights minus that of the same policy without cost, paired by seed.
-Second table: differences of these changes."""
+on the other seeds (with one seed: on itself). Seeds without such a weight are left out; `seeds` counts the others. `change`: the score at these
+weights minus that of the same policy without cost, paired by seed. Second table: differences of these changes. Their intervals take seeds as
+independent, although the weights of one depend on the others."""
 
 
 @dataclass(frozen=True)
