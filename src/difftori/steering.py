@@ -36,9 +36,9 @@ PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
 _log = logging.getLogger(__name__)
-_NEWTON, _NEWTON_STEPS = Newton(linear="cg", products=32), 20
-"""The solver of projections, and its largest number of steps. Stiff costs, such as high weights on jerk, need second derivatives."""
-_GRADIENT, _GRADIENT_STEPS = ProjectedGradient(), 300
+_SOLVER, _STEPS = ProjectedGradient(polish=2, polish_with=Newton(linear="cg", products=32)), 50
+"""The solver of projections, and its largest number of gradient steps. The Newton steps after them are for stiff costs, such as high weights on jerk."""
+_FIRST_ORDER, _FIRST_ORDER_STEPS = ProjectedGradient(), 300
 """The same for costs without second derivatives, such as a map that is interpolated."""
 
 
@@ -182,14 +182,14 @@ class Steering:
         start = box.project(point)
         whole, constraint = self._added(lambda y: 0.5 * (y - point).square().sum(-1) / scale, actions)
         parts = [whole.cost] if constraint is None else [whole.cost, constraint]
-        newton = all(_twice_differentiable(part, start) for part in parts)
+        twice = all(_twice_differentiable(part, start) for part in parts)
         return solve(
             whole,
             start,
-            solver=_NEWTON if newton else _GRADIENT,
+            solver=_SOLVER if twice else _FIRST_ORDER,
             adjoint=Detached(),
             box=box,
-            max_steps=_NEWTON_STEPS if newton else _GRADIENT_STEPS,
+            max_steps=_STEPS if twice else _FIRST_ORDER_STEPS,
             inequality=constraint,
         )
 
