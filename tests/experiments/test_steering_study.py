@@ -32,7 +32,8 @@ def push_t_state(agent, block=(256.0, 256.0)):
 
 
 @pytest.mark.parametrize(
-    ("task", "name"), [(task, name) for task in TASKS for name in REQUIREMENTS[task.name]], ids=str
+    ("task", "name"),
+    [pytest.param(task, name, id=f"{task.name}-{name}") for task in TASKS for name in REQUIREMENTS[task.name]],
 )
 def test_costs_have_bounded_gradients_everywhere(task, name):
     """Also at rest, in the middle of the ball, and at the block."""
