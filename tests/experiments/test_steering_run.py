@@ -35,7 +35,7 @@ def test_the_study_resumes_and_reports_failed_evaluations(tmp_path, monkeypatch,
         runs=tmp_path / "runs",
         out=tmp_path / "out",
     )
-    folder, records = tmp_path / "out/steering/partial/1", tmp_path / "out/runs/il/steering/evaluations-1.jsonl"
+    folder, records = tmp_path / "out/steering/partial/1", tmp_path / "out/steering/evaluations-1.jsonl"
     evaluate, calls = steering.evaluate, []
 
     def broken(task, job, result, device):

@@ -6,15 +6,16 @@ be resumed on another machine, and its tables and figures can be created from th
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from difftori.errors import DataError
 from difftori.runs.records import current_config, current_metrics, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
+T = TypeVar("T")
 RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
 SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
 
@@ -80,26 +81,33 @@ class RecordFile:
 
     def read(self) -> dict[str, Record]:
         """Read the records by the names of their runs. An incomplete last line is ignored. Raises DataError if another line is damaged."""
-        if not self.path.exists():
-            return {}
-        found: dict[str, Record] = {}
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                name, record = _parsed(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{self.path}, line {number}: not a valid record ({error}). Fix: restore the line, or remove it to run again"
-                ) from error
-            found[name] = record
-        return found
+        return dict(read_lines(self.path, lambda line: _parsed(json.loads(line))))
 
     def append(self, name: str, record: Record) -> None:
         """Append a finished run, unless the file has its name. Safe for concurrent processes."""
         plain = {**asdict(record), "evaluations": record.returns}
         plain["summary"] = {k: v if math.isfinite(v) else None for k, v in (record.summary or {}).items()}
         append_line(self.path, _head(name), json.dumps(plain)[1:].encode())
+
+
+def read_lines(path: Path, parse: Callable[[bytes], T | None]) -> list[T]:
+    """Read the records of a file, if it exists, without those that `parse` returns None for. An incomplete last line is ignored.
+
+    Raises DataError if `parse` raises an error for another line.
+    """
+    found: list[T] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = parse(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a valid record ({error}). Fix: restore the line, or remove it to run again"
+            ) from error
+        if record is not None:
+            found.append(record)
+    return found
 
 
 def append_line(path: Path, head: bytes, rest: bytes) -> None:

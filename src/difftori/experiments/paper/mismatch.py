@@ -22,12 +22,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from difftori.errors import DataError
 from difftori.experiments.paper.mismatch_loop import Closed
 from difftori.experiments.paper.mismatch_report import LevelRecord, write_report
 from difftori.experiments.paper.mismatch_systems import SYSTEMS
 from difftori.experiments.paper.mismatch_training import Budget, Level, run_level
-from difftori.experiments.records import append_line
+from difftori.experiments.records import append_line, read_lines
 from difftori.runs.process import versions
 from difftori.runs.progress import Progress
 
@@ -152,30 +151,25 @@ def _plain(level: Level) -> dict[str, Any]:
 
 def _read(path: Path, keys: list[_Key]) -> dict[bytes, LevelRecord]:
     """Read the records of these levels by the beginnings of their lines. Raises DataError if one is damaged."""
-    found: dict[bytes, LevelRecord] = {}
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+
+    def parse(line: bytes) -> tuple[bytes, LevelRecord] | None:
         key = next((key for key in keys if line.startswith(key.head)), None)
-        if key is None or not line.endswith(b"\n"):
-            continue
-        try:
-            plain = json.loads(line)
-            found[key.head] = LevelRecord(
-                system=key.system,
-                friction=key.friction,
-                horizon=key.horizon,
-                seconds=float(plain["seconds"]),
-                hardware=plain["hardware"],
-                command=plain["command"],
-                costs={name: np.array(values) for name, values in plain["costs"].items()},
-                parameters={name: np.array(values) for name, values in plain["parameters"].items()},
-                history={
-                    form: {name: np.array(values) for name, values in rows.items()}
-                    for form, rows in plain["history"].items()
-                },
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a valid record ({error}). Fix: restore the line, or remove it to run again"
-            ) from error
-    return found
+        return None if key is None else (key.head, _record(key, json.loads(line)))
+
+    return dict(read_lines(path, parse))
+
+
+def _record(key: _Key, plain: dict[str, Any]) -> LevelRecord:
+    return LevelRecord(
+        system=key.system,
+        friction=key.friction,
+        horizon=key.horizon,
+        seconds=float(plain["seconds"]),
+        hardware=plain["hardware"],
+        command=plain["command"],
+        costs={name: np.array(values) for name, values in plain["costs"].items()},
+        parameters={name: np.array(values) for name, values in plain["parameters"].items()},
+        history={
+            form: {name: np.array(values) for name, values in rows.items()} for form, rows in plain["history"].items()
+        },
+    )

@@ -4,7 +4,7 @@ A diffusion policy, a residual and DiffTORI on it are trained without the cost. 
 are projected (base, residual, DiffTORI), the diffusion is guided in its denoising steps, or the cost is added to DiffTORI's learned
 objective. The study reports the success, and the steps that violate the requirement behind the cost.
 
-A finished evaluation is recorded in `results/runs/il/steering/evaluations-….jsonl` and not repeated; re-run the same command to resume.
+A finished evaluation is recorded in `results/steering/evaluations-….jsonl` and not repeated; re-run the same command to resume.
 """
 
 import json
@@ -26,7 +26,7 @@ from rich.console import Console
 from difftori.envs.base import EnvironmentRestarted, RenderingError
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import Recording
-from difftori.errors import ConfigError, DataError, DifftoriError
+from difftori.errors import ConfigError, DifftoriError
 from difftori.experiments.il_study import Case, ILStudy, run_imitation, shortfalls
 from difftori.experiments.paper.manipulation import DATA, PUBLIC_NAME, SMALL_BASE_SAMPLES
 from difftori.experiments.paper.steering_cases import (
@@ -40,7 +40,7 @@ from difftori.experiments.paper.steering_cases import (
 from difftori.experiments.paper.steering_film import write_side_by_side
 from difftori.experiments.paper.steering_report import Evaluated, SteeringMethod, write_report
 from difftori.experiments.pool import RunsFailedError, report_failures
-from difftori.experiments.records import SOFTWARE, append_line
+from difftori.experiments.records import SOFTWARE, append_line, read_lines
 from difftori.experiments.study import Method, Result
 from difftori.il.env_task import EVAL_ROWS, TEST_SEED, EnvEvaluator
 from difftori.il.train import load_policy, seeded_actor
@@ -147,7 +147,7 @@ def _run(config: Config) -> None:
         reasons=[reason for reason, holds in checks.items() if holds],
         say=lambda text: console.print(text, highlight=False, soft_wrap=True),
     )
-    file = config.out / "runs" / "il" / "steering" / f"evaluations-{config.updates}.jsonl"
+    file = config.out / "steering" / f"evaluations-{config.updates}.jsonl"
     trained = {(r.run.task, r.run.method.label, r.seed): r for r in results.runs if r.finished}
     weights = {key: result.record.weights for key, result in trained.items()}
     jobs = [job for seed in range(config.seeds) for task in tasks for job in _jobs(config, task.name, seed, weights)]
@@ -331,23 +331,17 @@ def _record(file: Path, job: _Job, found: dict[str, Any], device: str) -> None:
 
 def _read(path: Path, jobs: Sequence[_Job]) -> dict[bytes, dict[str, Any]]:
     """Read the records of these jobs by the beginnings of their lines. Raises DataError if one is damaged."""
-    found: dict[bytes, dict[str, Any]] = {}
     by_prefix = {job.prefix: job for job in jobs}
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            plain = json.loads(line)
-            prefix = f'{{"job": {json.dumps(plain["job"])}, '.encode()
-            if prefix in by_prefix:
-                _evaluated(by_prefix[prefix], plain)
-                found[prefix] = plain
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a valid record ({error!r}). Fix: restore the line, or remove it to run again"
-            ) from error
-    return found
+
+    def parse(line: bytes) -> tuple[bytes, dict[str, Any]] | None:
+        plain = json.loads(line)
+        prefix = f'{{"job": {json.dumps(plain["job"])}, '.encode()
+        if prefix not in by_prefix:
+            return None
+        _evaluated(by_prefix[prefix], plain)  # raises an error if it is damaged
+        return prefix, plain
+
+    return dict(read_lines(path, parse))
 
 
 def _evaluated(job: _Job, record: dict[str, Any]) -> Evaluated:
