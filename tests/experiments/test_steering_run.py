@@ -1,5 +1,7 @@
 """`difftori study steering` as a whole, on Push-T with a few synthetic demonstrations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
@@ -36,7 +38,9 @@ def test_the_study_resumes_and_reports_failed_evaluations(tmp_path, monkeypatch,
         out=tmp_path / "out",
     )
     folder, records = tmp_path / "out/steering/partial/1", tmp_path / "out/steering/evaluations-1.jsonl"
-    evaluate, calls = steering.evaluate, []
+    evaluate, case, calls = steering.evaluate, steering._case, []
+    short = {"max_episode_steps": 24}
+    monkeypatch.setattr(steering, "_case", lambda *given: replace(case(*given), options=short))
 
     def broken(task, job, result, device):
         calls.append(job)
