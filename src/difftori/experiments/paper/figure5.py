@@ -3,8 +3,9 @@
 `off` plans by optimisation but does not differentiate through it. `per-episode` is the released schedule, `replay` is Eq. 6
 as written. Further forms: `replay-25` takes a policy-gradient step at every 25th update only; `replay-slow` has a tenth of
 the learning rate; `replay-critics` trains Q only, with that rate; `replay-shared` adds the term to the gradient of Eq. 3
-instead of using a separate optimizer; `…-flipped` has the opposite sign of c_0, so that a useful term must give worse
-results. Differences are paired by seed.
+instead of using a separate optimizer; `per-episode-one-step` trains Q̃ on the first step of each segment instead of
+all, with that much less arithmetic; `…-flipped` has the opposite sign of c_0, so that a useful term must give worse results.
+Differences are paired by seed.
 """
 
 from typing import Literal, get_args
@@ -23,6 +24,7 @@ Form = Literal[
     "replay-slow",
     "replay-critics",
     "replay-shared",
+    "per-episode-one-step",
     "per-episode-flipped",
     "replay-flipped",
 ]
@@ -35,6 +37,7 @@ FORMS: dict[str, Method] = {
     "replay-slow": Method("replay-slow", "difftori", {"pg": "replay", "pg_lr": 1e-4}),
     "replay-critics": Method("replay-critics", "difftori", {"pg": "replay", "pg_networks": ("q",), "pg_lr": 1e-4}),
     "replay-shared": Method("replay-shared", "difftori", {"pg": "replay", "pg_optimizer": "shared"}),
+    "per-episode-one-step": Method("per-episode-one-step", "difftori", {"pg": "per-episode", "obs_q_steps": 1}),
     "per-episode-flipped": Method("per-episode-flipped", "difftori", {"pg": "per-episode", "pg_coef": -1.0}),
     "replay-flipped": Method("replay-flipped", "difftori", {"pg": "replay", "pg_coef": -1.0}),
 }
