@@ -27,7 +27,10 @@ from difftori.interfaces import Agent
 from difftori.registry import find_agent
 from difftori.types import EnvSpec, Segment
 
-_ONE_STEP = Method("difftori pg=per-episode obs-q-steps=1", "difftori", {"obs_q_steps": 1})
+_LEANER = (
+    Method("difftori pg=per-episode obs-q-steps=1", "difftori", {"obs_q_steps": 1}),
+    Method("difftori pg=off obs-q-coef=0", "difftori", {"pg": "off", "obs_q_coef": 0.0}),
+)
 
 
 class Config(BaseModel):
@@ -92,7 +95,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     rows = []
     for obs, spec in specs.items():
-        for method in (*METHODS, _ONE_STEP):
+        for method in (*METHODS, *_LEANER):
             kind = find_agent(method.component)
             with optimizers_without_values():
                 with torch.device("meta"):

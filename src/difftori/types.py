@@ -150,6 +150,11 @@ class EnvSpec:
     flattened: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     @property
+    def task(self) -> str:
+        """The name without its suite: `cheetah-run` of `dmc:cheetah-run`."""
+        return self.name.partition(":")[2]
+
+    @property
     def obs(self) -> dict[str, EntrySpec]:
         """The observation by name, as in `TaskSpec`: `state`."""
         return {"state": EntrySpec(self.obs_shape, self.obs_dtype)}

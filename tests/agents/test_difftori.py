@@ -182,3 +182,16 @@ def test_diagnostics_are_finite():
     assert all(abs(v) < 1e9 for v in found.values())
     calibration = agent.value_calibration(torch.randn(40, 5), torch.rand(40, 2), torch.rand(40))
     assert -1 <= calibration["obs_q_correlation"] <= 1
+
+
+def test_without_the_term_its_critic_can_be_left_out():
+    agent = lively(pg="off", obs_q_coef=0.0)
+    before = [p.clone() for p in agent.obs_critics.parameters()]
+    g = torch.Generator().manual_seed(0)
+    _, metrics = agent.update(segment(), generator=g)
+    assert metrics["grad_norm"] > 0
+    assert "obs_q_loss" not in metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.obs_critics.parameters(), strict=True))
+    assert agent.diagnose(segment(), generator=g) == {}
+    with pytest.raises(ConfigError, match="--pg off, or --obs-q-coef"):
+        lively(pg="replay", obs_q_coef=0.0)

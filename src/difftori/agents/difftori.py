@@ -4,7 +4,7 @@ import copy
 from typing import Any, Literal, final
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from difftori import presets
@@ -82,7 +82,9 @@ class DiffTORIConfig(LatentModelConfig):
     """Updates between steps of the policy-gradient term with `pg: replay`."""
     pg_after: int = Field(0, ge=0)
     """Updates before the first step of the policy-gradient term."""
-    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = ("encoder", "dynamics", "reward", "q")
+    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = Field(
+        ("encoder", "dynamics", "reward", "q"), min_length=1
+    )
     """Networks that the policy-gradient term trains."""
 
     planner: Literal["fast", "reference"] = "fast"
@@ -104,16 +106,9 @@ class DiffTORIConfig(LatentModelConfig):
     q_target: Literal["prior", "planner"] = "prior"
     """Next action in the Bellman target of Q̃: that of π, as released, or that of the planner, which acts."""
     obs_q_coef: float = Field(0.1, ge=0)
-    """Weight of the Bellman error of Q̃ in the loss."""
+    """Weight of the Bellman error of Q̃ in the loss. 0, with `pg: off`: without Q̃, an update takes about as long as TD-MPC's."""
     obs_q_steps: int | None = Field(None, ge=1)
     """First steps of each segment on which Q̃ is trained. Default: all. From images, its encoders are most of the arithmetic of an update."""
-
-    @field_validator("pg_networks")
-    @classmethod
-    def _at_least_one(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names:
-            raise ValueError("pg_networks is empty. Fix: name at least one network, or set pg: off")
-        return names
 
 
 @final
@@ -141,7 +136,8 @@ class DiffTORI(Agent):
         self.obs_target = copy.deepcopy(self.obs_critics).requires_grad_(False)
         lr, self.batch_size = config.learning(spec)
         networks = trained_by_model_loss(self.model)
-        self.optimizer = GuardedOptimizer({**networks, "obs_q": self.obs_critics}, lr, config.clip_norm)
+        trained = {**networks, "obs_q": self.obs_critics} if config.obs_q_coef else networks
+        self.optimizer = GuardedOptimizer(trained, lr, config.clip_norm)
         self.prior_optimizer = GuardedOptimizer({"prior": self.model.policy}, lr, config.clip_norm)
         chosen = {name: network for name, network in networks.items() if name in config.pg_networks}
         self.pg_optimizer = GuardedOptimizer(chosen, config.pg_lr or lr, config.pg_clip_norm)
@@ -158,10 +154,12 @@ class DiffTORI(Agent):
         # the loss of the latent model, L_TD-MPC (Eq. 3), and the Bellman error of Q̃
         noise = action_noise(segment.actions.shape, s.std_end, like=segment.actions, generator=generator)
         td = maybe_compiled(self.compiles, model_loss, model, self.target, segment, obs, noise, s.coefficients())
-        next_action = self._next_action(td.next_latents[: s.obs_q_steps], generator)
-        critics, weights = (self.obs_critics, self.obs_target), (s.discount, s.rho, s.obs_q_coef)
-        bellman = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
-        loss, metrics = td.total + bellman, {**td.metrics, "obs_q_loss": bellman.detach()}
+        loss, metrics = td.total, dict(td.metrics)
+        if s.obs_q_coef:
+            next_action = self._next_action(td.next_latents[: s.obs_q_steps], generator)
+            critics, weights = (self.obs_critics, self.obs_target), (s.discount, s.rho, s.obs_q_coef)
+            bellman = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
+            loss, metrics["obs_q_loss"] = loss + bellman, bellman.detach()
 
         # policy-gradient term c_0·(−min Q̃(s, a(θ))): its gradient goes through the solve, here in the same step as Eq. 3
         states = segment.obs[0, : s.pg_batch]
@@ -290,7 +288,7 @@ class DiffTORI(Agent):
     def plan(self, latent: Latents, horizon: int, start: Plans, adjoint: Adjoint, steps: int) -> Plan:
         """Solve Eq. 4 from `start`: actions (B H A), or (B H+1 A) if the last one is optimised too."""
         if self.settings.planner == "reference":
-            release = presets.reference_rl(_task(self.spec), _BOX)
+            release = presets.reference_rl(self.spec.task, _BOX)
             planner = release.acting() if isinstance(adjoint, Detached) else release
         else:
             planner = Planner(ProjectedGradient(), adjoint, _BOX, steps, tolerance=0.0, compile=self.compiles)
@@ -332,8 +330,11 @@ class DiffTORI(Agent):
         Per network: `ratio`, the norm of the term's gradient over TD-MPC's, and their `cosine`, before clipping. `free`: share of
         a_0's coordinates inside the box; `valid`: share of plans at a strict optimum; `gain`: Q̃(s, a(θ)) − Q̃(s, π(h(s)));
         `unsolved`: share of plans that are not finite. `consistency_loss`, `reward_loss`, `value_loss`: as in an update.
+        Empty with `obs_q_coef: 0`.
         """
         s = self.settings
+        if not s.obs_q_coef:
+            return {}
         obs = augmented(segment.obs, generator)
         noise = action_noise(segment.actions.shape, s.std_end, like=segment.actions, generator=generator)
         td = maybe_compiled(self.compiles, model_loss, self.model, self.target, segment, obs, noise, s.coefficients())
@@ -358,7 +359,7 @@ class DiffTORI(Agent):
 
     def value_calibration(self, obs: Observations, actions: Actions, returns: Rows) -> Metrics:
         """Compare Q̃ of the observations and actions of an evaluation (N) with the discounted returns that followed."""
-        return calibration(self.obs_critics, obs, actions, returns)
+        return calibration(self.obs_critics, obs, actions, returns) if self.settings.obs_q_coef else {}
 
     # Resuming
 
@@ -388,12 +389,12 @@ def _check(config: DiffTORIConfig, spec: EnvSpec) -> None:
         raise ConfigError(
             [f"pg_optimizer: shared needs pg: replay, not pg: {config.pg}. Fix: --pg replay, or --pg-optimizer own"]
         )
+    if config.obs_q_coef == 0 and config.pg != "off":
+        raise ConfigError(
+            [f"obs_q_coef: 0 leaves nothing for pg: {config.pg} to maximise. Fix: --pg off, or --obs-q-coef 0.1"]
+        )
     if config.planner == "reference":
         try:
-            presets.reference_rl(_task(spec))
+            presets.reference_rl(spec.task)
         except SolverError as error:
             raise ConfigError([f"planner: reference: {error}"]) from error
-
-
-def _task(spec: EnvSpec) -> str:
-    return spec.name.partition(":")[2]

@@ -90,7 +90,7 @@ class DrQV2(Agent):
     def __init__(self, config: DrQV2Config, spec: EnvSpec):
         super().__init__(config, spec)
         self.settings = config
-        task = spec.name.partition(":")[2]
+        task = spec.task
         self.batch_size = config.batch_size or (512 if task.startswith("walker-") else 256)
         self.schedule_steps = _schedule_steps(task) if config.schedule_steps is None else config.schedule_steps
         self.encoder, size = build_features(config, spec, offset=0.5)
