@@ -1,7 +1,7 @@
-"""Time of acting and updating at two commits, side by side: `bench rl` of each commit's own checkout, in turn.
+"""Time of acting and updating at two commits, side by side: the same calls with each commit's own `difftori`, in turn.
 
-Every round runs both, the second round in the opposite order, and so on. The results are medians over all measurements of a
-commit, and the ratio of the medians of a round, as median and range over rounds.
+Sizes of cheetah-run from states, random segments, one thread. Two processes make every call once in each round, one after the
+other; the first is the other one in the next round. The results are medians, and the quartiles of the ratio within a round.
 """
 
 import json
@@ -10,19 +10,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from subprocess import PIPE
+from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.measuring import progress_bar, quartiles
 from benchmarks.records import RESULTS, as_text, write_csv, write_record
 from difftori.errors import ConfigError
 
-_ROOT = Path(__file__).parents[1]
-Samples: TypeAlias = dict[str, list[float]]
-"""Milliseconds by "METHOD: PART", the parts being `act`, `update`, `sample` and `end_episode`."""
+_ROOT, _WARM_UP = Path(__file__).parents[1], 3
+Samples: TypeAlias = dict[str, float]
+"""Milliseconds by "METHOD: PART", the parts being `act` and `update`."""
 
 
 class Config(BaseModel):
@@ -34,58 +36,45 @@ class Config(BaseModel):
     """Commit to compare with. Default: the last one before operations were reduced."""
     after: str = "HEAD"
     """Commit to compare."""
-    obs: Literal["state", "pixels"] = "state"
-    """Observation type."""
     preset: str = "small"
     """Preset of the agents."""
-    rounds: PositiveInt = 4
-    """Number of times that both are run."""
-    repeats: PositiveInt = 5
-    """Number of interleaved repeats of all parts in each run."""
+    rounds: int = Field(60, ge=2)
+    """Number of times that both make every call."""
     out: Path = RESULTS
-    """Folder for `versions-OBS-PRESET.csv` and `.json`."""
+    """Folder for `versions-PRESET.csv` and `.json`."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Measure, write `versions-OBS-PRESET.csv` and `.json` to `out`, and return the table. Raises ConfigError for an unknown commit."""
-    commits = {name: _commit(name) for name in (config.before, config.after)}
-    rounds: dict[str, list[Samples]] = {config.before: [], config.after: []}
-    with _checkout(commits[config.before]) as before, _checkout(commits[config.after]) as after:
-        for number in range(config.rounds):
-            both = ((config.before, before), (config.after, after))
-            for name, folder in both if number % 2 == 0 else both[::-1]:
-                rounds[name].append(_bench(folder, config))
-                print(f"round {number + 1} of {config.rounds}: {name} done", file=sys.stderr)
-    rows = compare(rounds[config.before], rounds[config.after])
-    stem = config.out / f"versions-{config.obs}-{config.preset}"
+    """Measure, write `versions-PRESET.csv` and `.json` to `out`, and return the table. Raises ConfigError for an unknown commit."""
+    commits = [_commit(config.before), _commit(config.after)]
+    with ExitStack() as stack:
+        both = [stack.enter_context(_measuring(commit, config.preset)) for commit in commits]
+        for measure in both * _WARM_UP:
+            measure()
+        before, after = samples = [list[Samples](), list[Samples]()]
+        with progress_bar(config.rounds) as (_, advance):
+            for number in range(config.rounds):
+                for side in (0, 1) if number % 2 == 0 else (1, 0):
+                    samples[side].append(both[side]())
+                advance()
+    rows = compare(before, after)
+    stem = config.out / f"versions-{config.preset}"
     write_csv(stem.with_suffix(".csv"), rows)
-    record = {"commits": list(commits.values()), "raw_ms": rounds}
+    record = {"commits": commits, "raw_ms": {key: [[r[key] for r in side] for side in samples] for key in before[0]}}
     write_record(stem.with_suffix(".json"), record, config=config.model_dump(mode="json"), device="cpu")
     return as_text(rows)
 
 
 def compare(before: list[Samples], after: list[Samples]) -> list[dict[str, Any]]:
-    """One row for each method and part of acting and updating that both have, from the measurements of each round."""
+    """One row for each method and part. `ratio`: after over before within a round, median and quartiles."""
     rows = []
     for key in before[0]:
         method, _, part = key.partition(": ")
-        if part not in ("act", "update") or key not in after[0]:
-            continue
-        ratios = [
-            statistics.median(new[key]) / statistics.median(old[key]) for old, new in zip(before, after, strict=True)
-        ]
-        median = [statistics.median(value for each in side for value in each[key]) for side in (before, after)]
-        rows.append(
-            {
-                "method": method,
-                "part": part,
-                "before_ms": median[0],
-                "after_ms": median[1],
-                "ratio": statistics.median(ratios),
-                "lowest_ratio": min(ratios),
-                "highest_ratio": max(ratios),
-            }
-        )
+        pairs = [(old[key], new[key]) for old, new in zip(before, after, strict=True)]
+        low, ratio, high = quartiles([new / old for old, new in pairs])
+        old, new = (statistics.median(side) for side in zip(*pairs, strict=True))
+        row = {"method": method, "part": part, "before_ms": old, "after_ms": new}
+        rows.append(row | {"ratio": ratio, "lower_quartile": low, "upper_quartile": high})
     return rows
 
 
@@ -112,13 +101,22 @@ def _checkout(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=_ROOT, check=True)
 
 
-def _bench(folder: Path, config: Config) -> Samples:
-    """The milliseconds of `bench rl` of a checkout."""
-    options = {"obs": config.obs, "preset": config.preset, "repeats": config.repeats, "out": folder / "measured"}
-    command = [sys.executable, "-m", "difftori.cli", "bench", "rl"]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"PYTHONPATH": f"{folder / 'src'}{os.pathsep}{folder}"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"bench rl failed at {folder}:\n{done.stderr[-2000:]}")
-    return json.loads((folder / "measured" / f"rl-{config.obs}-{config.preset}.json").read_text())["raw_ms"]
+@contextmanager
+def _measuring(commit: str, preset: str) -> Iterator[Callable[[], Samples]]:
+    """In the body, a function that makes every call once with the commit's `difftori`, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("versions_child.py")), "--preset", preset]
+    with _checkout(commit) as folder:
+        environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+        with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True, bufsize=1) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            lines, answers = child.stdin, child.stdout
+
+            def measure() -> Samples:
+                lines.write("\n")
+                answer = answers.readline()
+                if not answer:
+                    raise RuntimeError(f"the measurement of {commit} has ended; see above")
+                return json.loads(answer)
+
+            yield measure
