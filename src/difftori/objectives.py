@@ -171,6 +171,10 @@ class EnergyObjective(TrajectoryObjective):
                 f"EnergyObjective: horizon={self.horizon} needs dynamics. Fix: pass dynamics, or use horizon=1."
             )
 
+    def cost(self, x: Points) -> Rows:
+        """The discounted sum over the rollout."""
+        return -self.energy(self.state, x) if self.horizon == 1 else super().cost(x)
+
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a). Not used for H = 1."""
         return state if self.dynamics is None else self.dynamics(state, action)

@@ -26,9 +26,9 @@ def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torc
     """Create the optimizer named in a policy's settings. Raises ConfigError for an unknown name."""
     lr, decay, betas = settings.lr, settings.weight_decay, (settings.beta1, settings.beta2)
     if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, betas=betas)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, betas=betas, fused=True)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas, fused=True)
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, weight_decay=decay, alpha=settings.rmsprop_alpha)
     raise ConfigError([f"settings.optimizer: {settings.optimizer!r} is unknown. Fix: give adam, adamw or rmsprop"])

@@ -17,7 +17,7 @@ from difftori.solver.constraints import Constrained, ConstrainedFunction, Multip
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
-from difftori.solver.objective import Objective, as_objective
+from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.reading import reading_is_free
 from difftori.solver.solution import History, Solution, Status
@@ -271,12 +271,13 @@ class _Run:
         progress.x = choose(moved, x, progress.x)
         progress.state = choose_state(moved, state, progress.state)
         norm = self._norm(progress.x, progress.state)
-        better = moved & _improves(progress.state.cost.detach(), norm, progress)
-        progress.best_x = choose(better, progress.x, progress.best_x)
-        progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
-        progress.best_norm = torch.where(better, norm, progress.best_norm)
-        if progress.best_states is not None and progress.state.states is not None:
-            progress.best_states = choose(better, progress.state.states, progress.best_states)
+        if self.keep == "best":
+            better = moved & _improves(progress.state.cost.detach(), norm, progress)
+            progress.best_x = choose(better, progress.x, progress.best_x)
+            progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
+            progress.best_norm = torch.where(better, norm, progress.best_norm)
+            if progress.best_states is not None and progress.state.states is not None:
+                progress.best_states = choose(better, progress.state.states, progress.best_states)
         progress.done = progress.done | self._close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
@@ -384,10 +385,13 @@ def _constrained_gradient(objective: Constrained, x0: Points) -> bool:
 
 
 def _wants_gradient(objective: Objective, start: Points, compile: bool) -> bool:
-    """Whether the solution depends on any tensor that requires a gradient, by one eager evaluation of the cost.
+    """Whether the solution depends on any tensor that requires a gradient, by one eager evaluation of the cost if need be.
 
     A compiled solve skips the evaluation, because it costs time; no graph is built if none is needed.
     """
     if not torch.is_grad_enabled():
         return False
-    return compile or start.requires_grad or checked_cost(objective, start).requires_grad
+    known = (
+        compile or start.requires_grad or (isinstance(objective, TrajectoryObjective) and objective.state.requires_grad)
+    )
+    return known or checked_cost(objective, start).requires_grad

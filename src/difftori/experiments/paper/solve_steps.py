@@ -20,7 +20,7 @@ from difftori.experiments.study import Method
 from difftori.policies.difftori import DEFAULT_NOISE, DiffTORIConfig
 
 STEPS = (1, 2, 3, 5)
-_DEFAULT = DiffTORIConfig().max_steps
+_DEFAULT = DiffTORIConfig.model_validate({}).max_steps
 
 
 class Config(ILStudy):
