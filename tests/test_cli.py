@@ -63,6 +63,11 @@ def test_light_commands_import_nothing_heavy():
     assert done.stdout.endswith("brings []\n")
 
 
+def test_the_package_runs_as_the_command():
+    words = [sys.executable, "-m", "difftori", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "difftori 0.1.0\n"
+
+
 def test_version_and_help(command):
     assert command("--version") == (0, "difftori 0.1.0\n", "")
     status, out, _ = command("--help")

@@ -76,7 +76,7 @@ def test_an_agents_file_acts_without_this_package(agent_file, agent_run, monkeyp
 
 
 def test_a_pt2_file_takes_any_number_of_rows(policy_run, tmp_path):
-    done = export(policy_run, tmp_path / "policy.pt2", format="pt2")
+    done = export(policy_run, str(tmp_path / "policy.pt2"), format="pt2")
     assert done.difference <= 1e-6
     extra = {"about.json": ""}
     module = torch.export.load(done.path, extra_files=extra).module()

@@ -38,7 +38,7 @@ class Exported(NamedTuple):
 
 def export(
     run: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     format: Format = "onnx",
     which: Which | None = None,
@@ -52,7 +52,7 @@ def export(
     Raises the errors of `difftori.load`, MissingExtraError without the packages of the format, and ExportError if the
     function decides by values (`planner: reference`), or if the file computes other actions; then there is no file.
     """
-    return export_model(open_model(run, which=which), out, format=format, tolerance=tolerance)
+    return export_model(open_model(run, which=which), Path(out), format=format, tolerance=tolerance)
 
 
 def export_model(model: Published, out: Path, *, format: Format = "onnx", tolerance: float = 1e-5) -> Exported:
