@@ -20,7 +20,7 @@ from difftori.experiments.paper.steering_film import write_side_by_side
 from difftori.experiments.paper.steering_report import Evaluated, comparisons, summaries, write_report
 from difftori.registry import make_env
 
-PUSH_T, SWEEP, _ = TASKS
+PUSH_T, SWEEP, HOLE = TASKS
 
 
 def push_t_actions(positions):
@@ -100,9 +100,9 @@ def test_the_hand_is_predicted_with_its_delay():
 
 
 def test_a_hand_in_motion_costs_before_it_is_in_the_ball():
-    measured = requirement(SWEEP, "keep-out")
+    measured = requirement(HOLE, "keep-out")
     state = torch.zeros(2, 39)
-    state[:, :3] = torch.tensor(SWEEP.ball.centre) - torch.tensor([0.0, 0.045, 0.0])
+    state[:, :3] = torch.tensor(HOLE.ball.centre) - torch.tensor([0.0, 0.045, 0.0])
     state[:, 18:21] = state[:, :3]
     state[1, 19] -= 0.008  # it moves towards the ball, and the actions are zero
     cost = measured.cost(torch.zeros(2, 4, 4), {"state": state})
@@ -190,12 +190,12 @@ def test_weights_are_chosen_on_other_seeds(tmp_path):
 
 def test_records_are_those_of_the_same_weights_and_a_damaged_one_is_named(tmp_path):
     trained = {("pusht", "base", 0): "abc"}
-    jobs = steering._jobs(Config(runs=tmp_path), "pusht", 0, trained)
+    jobs = steering._jobs(Config(runs=tmp_path), PUSH_T, 0, trained)
     assert {job.policy for job in jobs} == {"base"}
     file, numbers = tmp_path / "records.jsonl", {"violations": {}, "milliseconds": 1}
     steering._record(file, jobs[0], {"success": [True], "score": [1], **numbers}, "cpu")
     assert list(steering._read(file, jobs)) == [jobs[0].prefix]
-    retrained = steering._jobs(Config(runs=tmp_path), "pusht", 0, {("pusht", "base", 0): "abd"})
+    retrained = steering._jobs(Config(runs=tmp_path), PUSH_T, 0, {("pusht", "base", 0): "abd"})
     assert not steering._read(file, retrained)
     with file.open("ab") as lines:
         lines.write(jobs[0].prefix + json.dumps({"success": []})[1:].encode() + b'\n{"job')

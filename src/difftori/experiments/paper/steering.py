@@ -32,7 +32,6 @@ from difftori.experiments.paper.manipulation import DATA, PUBLIC_NAME, SMALL_BAS
 from difftori.experiments.paper.steering_cases import (
     REQUIREMENTS,
     TASKS,
-    VERSION,
     RequirementName,
     SteeringTask,
     requirement,
@@ -113,7 +112,7 @@ class _Job:
     seed: int
     episodes: int
     trained: str | None
-    version: int = VERSION
+    version: int
 
     @property
     def prefix(self) -> bytes:
@@ -150,7 +149,7 @@ def _run(config: Config) -> None:
     file = config.out / "steering" / f"evaluations-{config.updates}.jsonl"
     trained = {(r.run.task, r.run.method.label, r.seed): r for r in results.runs if r.finished}
     weights = {key: result.record.weights for key, result in trained.items()}
-    jobs = [job for seed in range(config.seeds) for task in tasks for job in _jobs(config, task.name, seed, weights)]
+    jobs = [job for seed in range(config.seeds) for task in tasks for job in _jobs(config, task, seed, weights)]
     done, failed, by_name = _read(file, jobs), list[str](), {task.name: task for task in tasks}
     with Progress(True) as progress, progress.phase("evaluations", len(jobs)) as phase:
         for number, job in enumerate(jobs):
@@ -270,7 +269,7 @@ def _films(
         return
 
     def filmed(name: RequirementName | None) -> Recording:
-        job = _Job(task.name, name, DIFFTORI, False, weight, 0, 1, result.record.weights)
+        job = _Job(task.name, name, DIFFTORI, False, weight, 0, 1, result.record.weights, task.version)
         with _acting(task, job, result, device, 1) as actor:
             return record(actor.env, actor.begin(), seed=TEST_SEED, until_success=True)
 
@@ -300,7 +299,9 @@ def _methods() -> list[Method]:
     ]
 
 
-def _jobs(config: Config, task: str, seed: int, trained: Mapping[tuple[str, str, int], str | None]) -> list[_Job]:
+def _jobs(
+    config: Config, task: SteeringTask, seed: int, trained: Mapping[tuple[str, str, int], str | None]
+) -> list[_Job]:
     """Return the evaluations of a task and seed: first without cost, then by rising weight.
 
     `trained`: digests of the weights of the trained policies, by task, policy and seed.
@@ -308,14 +309,14 @@ def _jobs(config: Config, task: str, seed: int, trained: Mapping[tuple[str, str,
     plain: list[_Setting] = [(None, policy, False, 0.0) for policy in (BASE, RESIDUAL, DIFFTORI)]
     steered: list[_Setting] = [
         (name, method.policy, method.project, weight)
-        for name in REQUIREMENTS[task]
+        for name in REQUIREMENTS[task.name]
         for weight in config.weights
         for method in METHODS
     ]
     return [
-        _Job(task, name, policy, project, weight, seed, config.episodes, trained[task, policy, seed])
+        _Job(task.name, name, policy, project, weight, seed, config.episodes, trained[key], task.version)
         for name, policy, project, weight in (*plain, *steered)
-        if (task, policy, seed) in trained
+        if (key := (task.name, policy, seed)) in trained
     ]
 
 

@@ -44,7 +44,8 @@ class SteeringTask:
 
     `dims`: D, the first numbers of an observation, are the present position. `path`, `motion`: the executed actions of a plan (B P A) and
     present observations (B S) → positions (B N D) that must keep out, and those whose speed and jerk are limited. `speed`, `jerk`: limits
-    per step and per step³. `window`: options of the training.
+    per step and per step³. `window`: options of the training. `version`: to raise when the task's numbers, its costs or measures, or the
+    solver of projections change; evaluations of before are then run again.
     """
 
     env: str
@@ -57,6 +58,7 @@ class SteeringTask:
     motion: Callable[[Tensor, Tensor], Tensor]
     executed: int
     window: Mapping[str, int]
+    version: int
 
     @property
     def name(self) -> str:
@@ -186,18 +188,17 @@ def _hand(actions: Tensor, state: Tensor) -> Tensor:
 
 
 _WINDOW = {"horizon": 8, "n_action_steps": 4}
-_PUSH_T = {"path": _push_t_path, "motion": _push_t_motion, "executed": 8, "window": {}}
-_METAWORLD = {"path": _hand, "motion": _hand, "executed": 4, "window": _WINDOW}
+_PUSH_T = {"path": _push_t_path, "motion": _push_t_motion, "executed": 8, "window": {}, "version": 1}
+_METAWORLD = {"path": _hand, "motion": _hand, "executed": 4, "window": _WINDOW, "version": 2}
+_CEILING, _POST = Ball((0.0, 0.63, 0.335), 0.12), Ball((0.0, 0.68, 0.17), 0.03)
 TASKS = (
     SteeringTask("pusht", "pose", 2, Ball((120.0, 360.0), 40.0), 12.0, 10.0, **_PUSH_T),
-    SteeringTask("metaworld:sweep-into", "state", 3, Ball((0.03, 0.75, 0.1), 0.03), 0.0045, 0.002, **_METAWORLD),
-    SteeringTask("metaworld:pick-out-of-hole", "state", 3, Ball((0.0, 0.68, 0.17), 0.035), 0.0045, 0.002, **_METAWORLD),
+    SteeringTask("metaworld:sweep-into", "state", 3, _CEILING, 0.0075, 0.002, **_METAWORLD),
+    SteeringTask("metaworld:pick-out-of-hole", "state", 3, _POST, 0.0075, 0.002, **_METAWORLD),
 )
-"""The balls lie where demonstrations pass; the limits are below what demonstrations reach: of Push-T their upper third, of MetaWorld half of the
-largest speed."""
+"""The balls lie where demonstrations pass: before the block, over the start of sweep-into, and on the way to the hole, below the hand. The limits
+are below what demonstrations reach: the largest speeds are a third (Push-T) and half (MetaWorld) higher, or more."""
 REQUIREMENTS: Mapping[str, tuple[RequirementName, ...]] = {
     task.name: ("keep-out", "smooth", "around") if task.env == "pusht" else ("keep-out", "smooth") for task in TASKS
 }
 """The requirements of each task, by its name."""
-VERSION = 1
-"""To raise when the tasks' numbers, the costs, the measures or the solver of projections change: evaluations of before are then run again."""
