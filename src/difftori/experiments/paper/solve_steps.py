@@ -1,6 +1,6 @@
 """Numbers of steps of DiffTORI's solve, in training and inference: success, MetaWorld from states, a small base.
 
-The tasks, runs and controls are those of `base-noise`, whose DiffTORI takes 5 steps. A step costs about a quarter of an update.
+The tasks, demonstrations, budget and base are those of `base-noise`. The control is the residual with its best noise.
 """
 
 from pydantic import Field
@@ -24,7 +24,7 @@ _DEFAULT = DiffTORIConfig.model_validate({}).max_steps
 
 
 class Config(ILStudy):
-    """Numbers of steps of DiffTORI's solve, on MetaWorld from states. The runs are shared with `base-noise`."""
+    """Numbers of steps of DiffTORI's solve, on MetaWorld from states."""
 
     tasks: tuple[str, ...] = Field(TASKS, min_length=1)
     """Tasks of MetaWorld."""
@@ -36,14 +36,12 @@ class Config(ILStudy):
 
 def run(config: Config) -> None:
     """Run the missing runs, and write `out/solve_steps`."""
-    residual = f"residual σ {RESIDUAL_NOISE:g}"
-    refiners = [
-        Method(residual, "residual", {"base_noise": RESIDUAL_NOISE}, base="base"),
-        *(_refined(steps) for steps in sorted({*config.steps, _DEFAULT})),
-    ]
-    default = _label(_DEFAULT)
-    compared = [(_label(steps), default) for steps in sorted({*config.steps} - {_DEFAULT})]
-    compared += [(method.label, residual) for method in refiners if method.label != residual]
+    counts = sorted({*config.steps, _DEFAULT})
+    base, _ = small_base()
+    residual = Method(f"residual σ {RESIDUAL_NOISE:g}", "residual", {"base_noise": RESIDUAL_NOISE}, base=base.label)
+    refined = {steps: _refined(steps, base.label) for steps in counts}
+    compared = [(refined[steps].label, refined[_DEFAULT].label) for steps in counts if steps != _DEFAULT]
+    compared += [(method.label, other.label) for method in refined.values() for other in (residual, base)]
     checks = {
         **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES, seeds=FULL_SEEDS),
         "other tasks": set(config.tasks) != set(TASKS),
@@ -52,21 +50,15 @@ def run(config: Config) -> None:
     run_refinement(
         config,
         [metaworld_case(task) for task in config.tasks],
-        [*small_base(), *refiners],
+        [base, residual, *refined.values()],
         compared,
         study="solve_steps",
         title="Steps of DiffTORI's solve",
         reasons=[reason for reason, holds in checks.items() if holds],
         budget=f"state-{config.updates}",
-        runs=f"base_noise/state-{config.updates}",
     )
 
 
-def _label(steps: int) -> str:
-    """The label of DiffTORI with this number of steps. The default number has that of `base-noise`, whose runs it shares."""
-    return f"DiffTORI σ {DEFAULT_NOISE:g}" + ("" if steps == _DEFAULT else f", {steps} step{'s' * (steps > 1)}")
-
-
-def _refined(steps: int) -> Method:
-    settings = {"base_noise": DEFAULT_NOISE} | ({} if steps == _DEFAULT else {"max_steps": steps})
-    return Method(_label(steps), "difftori-il", settings, base="base")
+def _refined(steps: int, base: str) -> Method:
+    settings = {"base_noise": DEFAULT_NOISE, "max_steps": steps}
+    return Method(f"DiffTORI, {steps} step{'s' * (steps > 1)}", "difftori-il", settings, base=base)
