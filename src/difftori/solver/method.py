@@ -95,6 +95,14 @@ class Solver(ABC):
     traced_whole: ClassVar[bool] = True
     """With compile=True, whether several steps are traced together. False: a step compiles its own parts. Default: True."""
 
+    @property
+    def monotone(self) -> bool:
+        """Whether a row moves only to points with a finite cost and gradient, and no higher cost, rounding aside. Default: False.
+
+        Then no step is checked, and with a tolerance of 0 the last iterate counts as the best.
+        """
+        return False
+
     @abstractmethod
     def init(self, problem: Problem, x: Points) -> State:
         """The state at an initial point inside the box."""

@@ -46,6 +46,11 @@ class ProjectedGradient(Solver):
                 "Fix: use window ≥ 1, polish ≥ 0 and first_move > 0."
             )
 
+    @property
+    def monotone(self) -> bool:
+        """True without a window of costs and without polishing."""
+        return self.window == 1 and self.polish == 0
+
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate, and choose the first step length."""
         cost, grad = problem.evaluate(x)

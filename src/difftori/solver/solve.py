@@ -174,7 +174,8 @@ class _Run:
 
     def __init__(self, problem: Problem, solver: Solver, x0: Points, tolerance: float | None, keep: str, history: bool):
         self.problem, self.solver, self.x0 = problem, solver, x0
-        self.tolerance, self.keep = _tolerance(tolerance, x0.dtype), keep
+        self.tolerance = _tolerance(tolerance, x0.dtype)
+        self.keep = "last" if solver.monotone and self.tolerance == 0 else keep
         self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
         self.movable = ~problem.box.fixed(x0)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
@@ -262,10 +263,11 @@ class _Run:
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
     ) -> None:
         """Apply the result of a step to the unfinished rows, and record the best iterate."""
-        finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        working = ~progress.failed if past_done else ~(progress.done | progress.failed)
-        moved = working & finite
-        progress.failed = progress.failed | (working & ~finite)
+        working = moved = ~progress.failed if past_done else ~(progress.done | progress.failed)
+        if not self.solver.monotone:
+            finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
+            moved = working & finite
+            progress.failed = progress.failed | (working & ~finite)
         if self.tolerance > 0:
             self._learn_curvature(progress, x.detach(), state, moved)
         progress.x = choose(moved, x, progress.x)
