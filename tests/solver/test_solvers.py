@@ -89,6 +89,22 @@ def test_costs_never_rise(name):
     assert float(solution.history.cost.diff(dim=0).max()) <= 1e-12
 
 
+@pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.monotone])
+def test_a_monotone_solver_stays_where_the_cost_is_finite(name):
+    """Nothing checks its steps. The cost has its minimum at −1, and is NaN or infinite below .2."""
+
+    def cost(x):
+        return (x + 1).square().sum(-1) + torch.where(x[:, 0] > 0.2, 0.0, torch.tensor([torch.nan, torch.inf] * 2))
+
+    x0 = torch.tensor([[0.5, 1.0], [0.21, -1.0], [3.0, 0.0], [0.1, 1.0]], dtype=F64)
+    solution = solve(cost, x0, solver=SOLVERS[name], adjoint=Detached(), max_steps=25, tolerance=0.0, history=True)
+    assert solution.history is not None
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 3 + [Status.NON_FINITE]
+    costs = solution.history.cost[:, :3]
+    assert float(costs.diff(dim=0).max()) <= 1e-12
+    assert torch.equal(solution.cost[:3], costs.amin(0))
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_best_iterate_is_kept(name):
     case = fit() if name in STACKED else swing()
