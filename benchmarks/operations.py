@@ -27,8 +27,8 @@ from difftori.interfaces import Agent
 from difftori.registry import find_agent
 from difftori.types import EnvSpec, Segment
 
-_LEANER = (
-    Method("difftori pg=per-episode obs-q-steps=1", "difftori", {"obs_q_steps": 1}),
+_OTHERS = (
+    Method("difftori pg=per-episode obs-q-steps=5", "difftori", {"obs_q_steps": 5}),
     Method("difftori pg=off obs-q-coef=0", "difftori", {"pg": "off", "obs_q_coef": 0.0}),
 )
 
@@ -95,7 +95,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     rows = []
     for obs, spec in specs.items():
-        for method in (*METHODS, *_LEANER):
+        for method in (*METHODS, *_OTHERS):
             kind = find_agent(method.component)
             with optimizers_without_values():
                 with torch.device("meta"):

@@ -10,7 +10,7 @@ from difftori.agents import difftori
 from difftori.errors import ConfigError
 from difftori.registry import find_agent
 from difftori.solver import Detached
-from tests.support.agents import STATES, TINY, act, build, randomised, segment
+from tests.support.agents import PIXELS, STATES, TINY, act, build, randomised, segment
 
 lively = partial(randomised, "difftori")
 SIZES = {name: value for name, value in TINY.items() if name not in ("samples", "elites")}
@@ -182,6 +182,22 @@ def test_diagnostics_are_finite():
     assert all(abs(v) < 1e9 for v in found.values())
     calibration = agent.value_calibration(torch.randn(40, 5), torch.rand(40, 2), torch.rand(40))
     assert -1 <= calibration["obs_q_correlation"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "chosen", "steps"), [(STATES, None, 3), (STATES, 2, 2), (PIXELS, None, 1), (PIXELS, 3, 3)]
+)
+def test_its_critic_is_trained_on_one_step_of_images(spec, chosen, steps, monkeypatch):
+    agent, seen = build("difftori", spec, obs_q_steps=chosen), []
+
+    def spied(*arguments):
+        seen.append(len(arguments[4]))
+        return critic_loss(*arguments)
+
+    critic_loss = difftori.critic_loss
+    monkeypatch.setattr(difftori, "critic_loss", spied)
+    agent.update(segment(spec), generator=torch.Generator().manual_seed(0))
+    assert seen == [steps]
 
 
 def test_without_the_term_its_critic_can_be_left_out():

@@ -14,6 +14,7 @@ from difftori.agents.latent_model import (
     augmented,
     build_encoder,
     build_model,
+    from_pixels,
     trained_by_model_loss,
 )
 from difftori.agents.losses import critic_loss, model_loss, prior_loss
@@ -108,7 +109,8 @@ class DiffTORIConfig(LatentModelConfig):
     obs_q_coef: float = Field(0.1, ge=0)
     """Weight of the Bellman error of Q̃ in the loss. 0, with `pg: off`: without Q̃, an update takes about as long as TD-MPC's."""
     obs_q_steps: int | None = Field(None, ge=1)
-    """First steps of each segment on which Q̃ is trained. Default: all. From images, its encoders are most of the arithmetic of an update."""
+    """First steps of each segment on which Q̃ is trained. Default: all from states, one from images, because Q̃'s encoders are
+    most of the arithmetic of an update; from states, one step cost no return (docs/reinforcement-studies.md)."""
 
 
 @final
@@ -133,6 +135,7 @@ class DiffTORI(Agent):
         self.obs_critics = ObservationCritics(
             encoders, spec.action_dim, latent_dim=config.latent_dim, width=config.width
         )
+        self.obs_q_steps = config.obs_q_steps or (1 if from_pixels(spec) else config.horizon)
         self.obs_target = copy.deepcopy(self.obs_critics).requires_grad_(False)
         lr, self.batch_size = config.learning(spec)
         networks = trained_by_model_loss(self.model)
@@ -156,7 +159,7 @@ class DiffTORI(Agent):
         td = maybe_compiled(self.compiles, model_loss, model, self.target, segment, obs, noise, s.coefficients())
         loss, metrics = td.total, dict(td.metrics)
         if s.obs_q_coef:
-            next_action = self._next_action(td.next_latents[: s.obs_q_steps], generator)
+            next_action = self._next_action(td.next_latents[: self.obs_q_steps], generator)
             critics, weights = (self.obs_critics, self.obs_target), (s.discount, s.rho, s.obs_q_coef)
             bellman = maybe_compiled(self.compiles, critic_loss, *critics, segment, obs, next_action, *weights)
             loss, metrics["obs_q_loss"] = loss + bellman, bellman.detach()
@@ -165,7 +168,7 @@ class DiffTORI(Agent):
         states = segment.obs[0, : s.pg_batch]
         if s.pg_optimizer == "shared" and self._pg_due(self.updates + 1):
             pg = self.policy_gradient_loss(states, generator)
-            loss = loss + s.pg_coef * _only_through(pg, self.pg_optimizer)
+            loss = loss + s.pg_coef * self.pg_optimizer.restricted(pg)
             metrics["pg_loss"] = pg.detach()
         metrics["grad_norm"] = self.optimizer.step(self.optimizer.gradient(loss))
 
@@ -374,13 +377,6 @@ class DiffTORI(Agent):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore it. Raises CheckpointError if it belongs to another agent."""
         self.updates = load_optimizers(self._optimizers, state, agent=self.name)
-
-
-def _only_through(loss: Scalar, optimizer: GuardedOptimizer) -> Scalar:
-    """The loss with derivatives for the optimizer's networks only, so that Q̃ is not trained to raise its own value."""
-    gradient = optimizer.gradient(loss)
-    pull = torch.stack([(part * p).sum() for part, p in zip(gradient, optimizer.parameters, strict=True)]).sum()
-    return loss.detach() + pull - pull.detach()
 
 
 def _check(config: DiffTORIConfig, spec: EnvSpec) -> None:

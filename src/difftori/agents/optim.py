@@ -48,6 +48,12 @@ class GuardedOptimizer:
         """∂loss/∂parameters, zero for parameters that the loss does not depend on."""
         return list(torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, materialize_grads=True))
 
+    def restricted(self, loss: Scalar) -> Scalar:
+        """The loss with derivatives for `networks` only, for example so that a critic is not trained to raise its own value."""
+        gradient = self.gradient(loss)
+        pull = torch.stack([(part * p).sum() for part, p in zip(gradient, self.parameters, strict=True)]).sum()
+        return loss.detach() + pull - pull.detach()
+
     def step(self, gradient: Sequence[Tensor]) -> Scalar:
         """Clip and step. Returns the norm before clipping, NaN or Inf if the step was skipped."""
         norms = torch.stack(torch._foreach_norm(list(gradient)))  # noqa: SLF001 (one fused call for all of them)
