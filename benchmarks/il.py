@@ -3,7 +3,8 @@
 All parts of all methods run in turn, in rotating order. The results are medians in milliseconds, on `threads` threads. The
 task is synthetic and has the sizes of MetaWorld's states: two observations of 39 numbers, plans of 4 actions of 4 numbers, 3
 of them executed. Networks are freshly initialised, which does not change the times, because every solve takes its full number
-of steps. The update of a refiner does not include its base (the base actions are precomputed); its action does.
+of steps. Operations (without views) and floating-point operations of an update are counted; they do not depend on the machine.
+The update of a refiner does not include its base (the base actions are precomputed); its action does.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from benchmarks.measuring import Device, Job, Method, as_in_runs, measure, medians
+from benchmarks.operations import count
 from benchmarks.records import RESULTS, as_text, raw_ms, write_csv, write_record
 from difftori.il.base import base_actions
 from difftori.il.learner import Learner
@@ -51,6 +53,7 @@ REFINERS = (
     Method("residual", "residual"),
     Method("ibc from base, small", "ibc-base", {"preset": "small"}),
     Method("DiffTORI", "difftori-il"),
+    Method("DiffTORI, 2 steps", "difftori-il", {"max_steps": 2}),
     Method("DiffTORI, spectral", "difftori-il", {"solver": "spectral"}),
     Method("DiffTORI, release", "difftori-il", {"preset": "reference", "batch_size": 64}),
 )
@@ -59,7 +62,9 @@ REFINERS = (
 def run(config: Config) -> list[dict[str, Any]]:
     """Measure, write `il-BASE.csv` and `.json` to `out`, and return the table."""
     with as_in_runs(config.threads):
-        samples = measure(_parts(config), repeats=config.repeats, device=config.device)
+        parts = _parts(config)
+        samples = measure(parts, repeats=config.repeats, device=config.device)
+        counts = {name: count(job) for (name, part), job in parts.items() if part == "update"}
     median = medians(samples)
     rows = [
         {
@@ -68,9 +73,10 @@ def run(config: Config) -> list[dict[str, Any]]:
             "act_ms": median[name, "act"],
             "update_ratio": median[name, "update"] / median[config.base, "update"],
             "act_ratio": median[name, "act"] / median[config.base, "act"],
+            "update_operations": operations,
+            "update_gflop": gflop,
         }
-        for name, part in median
-        if part == "act"
+        for name, (operations, _, gflop) in counts.items()
     ]
     stem = config.out / f"il-{config.base}"
     write_csv(stem.with_suffix(".csv"), rows)

@@ -133,7 +133,7 @@ class DiffTORIConfig(RefinerConfig):
     """Gradient of the solve: exactly through all steps (`unrolled`), through the last five (`truncated`), or by the implicit function
     theorem at the optimum (`implicit`)."""
     max_steps: int = Field(5, ge=1)
-    """Number of steps of the solve. The release has 100."""
+    """Number of steps of the solve. Two or three measured as good, and train faster (docs/imitation-studies.md). The release has 100."""
     inward: bool = True
     """Let the loss's gradient pass through an active bound if it moves the action inside (`Box`). Experts' actions are often on
     bounds, where the gradient would otherwise be zero."""
