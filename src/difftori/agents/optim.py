@@ -59,10 +59,14 @@ class GuardedOptimizer:
         norms = torch.stack(torch._foreach_norm(list(gradient)))  # noqa: SLF001 (one fused call for all of them)
         norm = torch.linalg.vector_norm(norms)
         invalid = ~(norm < torch.inf)  # also true for NaN
-        skip = invalid.float()
         self._skips = self._skips or _Skips.none(norms)
-        self._skips.count(skip, torch.where(invalid, norms, self._skips.norms))
-        if norm.device.type == "cpu":
+        on_cpu, skip = norm.device.type == "cpu", None
+        if on_cpu and not invalid:  # reading is free
+            self._skips.latest.zero_()
+        else:
+            skip = invalid.float()
+            self._skips.count(skip, torch.where(invalid, norms, self._skips.norms))
+        if on_cpu:
             self.check()
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part
