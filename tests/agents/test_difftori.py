@@ -211,3 +211,8 @@ def test_without_the_term_its_critic_can_be_left_out():
     assert agent.diagnose(segment(), generator=g) == {}
     with pytest.raises(ConfigError, match="--pg off, or --obs-q-coef"):
         lively(pg="replay", obs_q_coef=0.0)
+
+
+def test_no_network_for_the_term_is_refused_with_the_fix():
+    with pytest.raises(ValueError, match="name at least one network, or set pg: off"):
+        difftori.DiffTORIConfig(pg_networks=())

@@ -4,7 +4,7 @@ import copy
 from typing import Any, Literal, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from difftori import presets
@@ -83,9 +83,7 @@ class DiffTORIConfig(LatentModelConfig):
     """Updates between steps of the policy-gradient term with `pg: replay`."""
     pg_after: int = Field(0, ge=0)
     """Updates before the first step of the policy-gradient term."""
-    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = Field(
-        ("encoder", "dynamics", "reward", "q"), min_length=1
-    )
+    pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = ("encoder", "dynamics", "reward", "q")
     """Networks that the policy-gradient term trains."""
 
     planner: Literal["fast", "reference"] = "fast"
@@ -111,6 +109,13 @@ class DiffTORIConfig(LatentModelConfig):
     obs_q_steps: int | None = Field(None, ge=1)
     """First steps of each segment on which Q̃ is trained. Default: all from states, one from images, because Q̃'s encoders are
     most of the arithmetic of an update; from states, one step cost no return (docs/reinforcement-studies.md)."""
+
+    @field_validator("pg_networks")
+    @classmethod
+    def _at_least_one(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("pg_networks is empty. Fix: name at least one network, or set pg: off")
+        return names
 
 
 @final
@@ -386,9 +391,7 @@ def _check(config: DiffTORIConfig, spec: EnvSpec) -> None:
             [f"pg_optimizer: shared needs pg: replay, not pg: {config.pg}. Fix: --pg replay, or --pg-optimizer own"]
         )
     if config.obs_q_coef == 0 and config.pg != "off":
-        raise ConfigError(
-            [f"obs_q_coef: 0 leaves nothing for pg: {config.pg} to maximise. Fix: --pg off, or --obs-q-coef 0.1"]
-        )
+        raise ConfigError([f"obs_q_coef: 0 leaves pg: {config.pg} no critic. Fix: --pg off, or --obs-q-coef 0.1"])
     if config.planner == "reference":
         try:
             presets.reference_rl(spec.task)
