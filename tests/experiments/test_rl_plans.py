@@ -82,7 +82,7 @@ def test_figures_share_their_runs(small):
 @pytest.mark.parametrize(
     ("study", "options", "count"),
     [
-        (figure5, {"tasks": ("cheetah-run", "walker-run", "reacher-easy"), "seeds": 5}, 45),
+        (figure5, {"tasks": ("cheetah-run", "walker-run", "reacher-easy"), "seeds": 5}, 60),
         (
             figure3,
             {"tasks": ("cheetah-run", "reacher-easy", "cup-catch"), "seeds": 3, "methods": ("difftori", "tdmpc")},
