@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from benchmarks.measuring import Device
 from benchmarks.records import write_csv, write_record
+from difftori.errors import DifftoriError
 from difftori.runs.records import read_metrics, read_summary
 
 KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "versions.json")
@@ -60,7 +61,7 @@ class Step:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Run all steps, write the results, and return how each step ended."""
+    """Run all steps, write the results, and return how each step ended. Raises DifftoriError, after all, if a step failed."""
     config.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * config.minutes
     ended: list[dict[str, Any]] = []
@@ -79,6 +80,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         config.out / "machine.json", {"gpu": _gpu()}, config=config.model_dump(mode="json"), device=config.device
     )
     (config.out / "summary.md").write_text(_summary(config.out))
+    if failed := [row["step"] for row in ended if row["result"].startswith("FAILED")]:
+        raise DifftoriError(f"gpu-check: failed: {', '.join(failed)}. Fix: read {config.out / 'logs'}")
     return [{**row, "seconds": f"{row['seconds']:.0f}"} for row in ended]
 
 
