@@ -52,6 +52,21 @@ def test_strictly_convex_rows_are_valid_and_right(seed, digits, scaling, size, d
     assert float(error) <= 100 * N * condition * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_row_whose_optimum_is_far_has_not_converged(constrained):
+    """Curvatures of 1e-6 to 1e6: the gradient is small long before the optimum is near. The Hessian tells."""
+    unit = torch.tensor([1.0, 1e3, 1e-3])
+    target = torch.tensor([[0.5, 0.5, 0.5]], requires_grad=True)
+    solution = solve(
+        lambda x: (x / unit - target).square().sum(-1),
+        0.1 * unit.expand(1, 3),
+        max_steps=200,
+        inequality=(lambda x: (x / unit).square().sum(-1, keepdim=True) - 0.6) if constrained else None,
+    )
+    assert solution.status.item() == Status.MAX_STEPS
+    assert not bool(solution.gradient_valid)
+
+
 @given(
     seed=st.integers(0, 10_000), size=st.sampled_from([1e-8, 1.0, 1e10]), dtype=st.sampled_from([torch.float32, F64])
 )

@@ -21,9 +21,9 @@ from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Multipliers, violation
-from difftori.solver.method import Problem
+from difftori.solver.method import Problem, largest
 from difftori.solver.objective import Objective
-from difftori.solver.solution import Solution, Status
+from difftori.solver.solution import Solution, Status, status_with_hessian
 from difftori.types import Points, Rows
 
 Inner = Callable[[Objective, Points, float | None], Solution]
@@ -117,6 +117,8 @@ def solve_constrained(
         equality = objective.equality(x)
     first = method.first(objective, x) if multipliers is None else multipliers
     _check(first, len(x), len(equality))
+    # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
+    tolerance = min(tolerance, method.allowed(x.dtype))
     rounds = _Rounds(objective, equality, method, tolerance, multipliers is not None)
     state = rounds.run(inner, x, first)
     return _finish(replace(problem, objective=objective.with_multipliers(state.multipliers)), adjoint, state, method)
@@ -158,7 +160,7 @@ class _Rounds:
             # The change of the multipliers measures the distance from feasibility and complementarity.
             moved = ((following - multipliers.values).abs() / multipliers.weight[:, None]).amax(-1)
             lost = ~(solution.finite & torch.isfinite(moved))
-            slow = moved > self.method.progress * before
+            slow = (moved > self.method.progress * before) & (moved > allowed)
             stuck = slow & (multipliers.weight >= heaviest)
             done = done | lost | stuck | ((moved <= allowed) & (tolerance <= self.tolerance))
             weight = torch.where(slow & ~done, multipliers.weight * self.method.growth, multipliers.weight)
@@ -182,10 +184,9 @@ def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: Augmented
     iterates = Iterates(solution.x.detach(), solution.finite, None, solution.differentiated.states)
     differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
     feasible = state.violated <= method.allowed(solution.x.dtype)
-    status = solution.status
-    if differentiated.convex is not None and differentiated.singular is not None:
-        status = torch.where(differentiated.convex, status, int(Status.NOT_A_MINIMUM))
-        status = torch.where(differentiated.singular, int(Status.ILL_CONDITIONED), status)
+    x = solution.x.detach()
+    length = torch.maximum(problem.box.room(x), largest(x * ~problem.box.fixed(x)))
+    status = status_with_hessian(solution.status, differentiated, length)
     status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
     status = torch.where(solution.finite, status, int(Status.NON_FINITE))
     with torch.no_grad():

@@ -136,6 +136,10 @@ class Box:
         narrowest = torch.where(self.fixed(x), float("inf"), width).amin(-1)
         return torch.where(torch.isfinite(narrowest), narrowest, unbounded)
 
+    def room(self, x: Points) -> Rows:
+        """Half the narrowest range of each row's variables, at most 1, (B)."""
+        return self.narrowest(x, 2.0).clamp_max(2.0) / 2.0
+
     def width(self, x: Points) -> Points:
         """The range high − low, broadcast to x. Infinite if a side is open."""
         low, high = number_like(self.low, x), number_like(self.high, x)

@@ -21,7 +21,8 @@ class Status(IntEnum):
     CONVERGED = 0
     """The estimated distance to the optimum is within the tolerance."""
     MAX_STEPS = 1
-    """The step limit was reached, or rounding allows no further step. Common and harmless for short solves."""
+    """The step limit was reached, rounding allows no further step, or the Hessian shows that the optimum is far from an x whose
+    gradient is small. Common and harmless for short solves."""
     NON_FINITE = 2
     """NaN or Inf in the cost or its gradient. x is the last finite iterate or the start, not a solution."""
     NOT_A_MINIMUM = 3
@@ -34,6 +35,24 @@ class Status(IntEnum):
     """A constraint is violated by more than the tolerance after the last round: x is the best compromise found. Either the
     constraints contradict each other, or the search is stuck at a point from which no small step helps. Fix: check
     `Solution.violation`, start elsewhere, or allow more rounds."""
+
+
+def status_with_hessian(status: RowCounts, differentiated: Differentiated, length: Rows) -> RowCounts:
+    """The status (B), corrected by the Hessian if the adjoint computed it. `length` (B): the length scale of x.
+
+    A row has not converged if a Newton step would still move it by a hundredth of the range: the gradient is small there only
+    because the curvatures are far apart.
+    """
+    convex, singular, step = differentiated.convex, differentiated.singular, differentiated.newton_step
+    if convex is None or singular is None or step is None:
+        return status
+    status = torch.where((status == Status.CONVERGED) & ~(step <= _FAR * length), int(Status.MAX_STEPS), status)
+    status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
+    return torch.where(singular, int(Status.ILL_CONDITIONED), status)
+
+
+_FAR = 2e-2
+"""A Newton step of more than this share of half the range means that the optimum is far."""
 
 
 class History(NamedTuple):
@@ -100,9 +119,9 @@ class Solution:
         x = self.x.detach()
         if convex is None or step is None:
             convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
-        room = self.problem.box.narrowest(x, 2.0).clamp_max(2.0) / 2.0
+        room = self.problem.box.room(x)
         feasible = self.status != Status.INFEASIBLE
-        return convex & (step <= 2e-2 * room) & self.finite & feasible
+        return convex & (step <= _FAR * room) & self.finite & feasible
 
     @property
     def converged(self) -> RowFlags:

@@ -20,7 +20,7 @@ from difftori.solver.method import Problem, Solver, State, all_finite, choose, c
 from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.reading import reading_is_free
-from difftori.solver.solution import History, Solution, Status
+from difftori.solver.solution import History, Solution, Status, status_with_hessian
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
 
@@ -176,7 +176,7 @@ class _Run:
         self.problem, self.solver, self.x0 = problem, solver, x0
         self.tolerance = _tolerance(tolerance, x0.dtype)
         self.keep = "last" if solver.monotone and self.tolerance == 0 else keep
-        self.room = problem.box.narrowest(x0, 2.0).clamp_max(2.0) / 2.0
+        self.room = problem.box.room(x0)
         self.movable = ~problem.box.fixed(x0)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
@@ -351,12 +351,10 @@ class _Run:
 
     def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
         """The status of each row."""
-        converged = self._close(progress.best_norm, progress.curvature, self._length(progress.best_x.detach()))
+        length = self._length(progress.best_x.detach())
+        converged = self._close(progress.best_norm, progress.curvature, length)
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        convex, singular = differentiated.convex, differentiated.singular
-        if convex is not None and singular is not None:
-            status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
-            status = torch.where(singular, int(Status.ILL_CONDITIONED), status)
+        status = status_with_hessian(status, differentiated, length)
         unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
         return torch.where(unsound, int(Status.NON_FINITE), status)
 
