@@ -10,6 +10,7 @@ from difftori.errors import ObjectiveError, SolverError
 from difftori.solver import (
     AugmentedLagrangian,
     Box,
+    Detached,
     Implicit,
     Multipliers,
     Newton,
@@ -17,6 +18,7 @@ from difftori.solver import (
     Status,
     Truncated,
     Unrolled,
+    check_gradients,
     solve,
 )
 
@@ -137,6 +139,84 @@ def test_gradient_reaches_the_constraints_own_parameters(name):
         wanted = torch.autograd.grad((right * weights).sum(), [r, c])
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def in_a_ball(dtype, radius, target, scale=1.0, **settings):
+    """min ‖y − c‖² + .1 Σ y⁴ in a ball, in float32 or float64, for y = x / scale."""
+    scales = torch.tensor([1.0, scale, 1.0 / scale], dtype=dtype)
+    return solve(
+        lambda x: (x / scales - target).square().sum(-1) + 0.1 * (x / scales).pow(4).sum(-1),
+        0.1 * scales.expand(target.shape),
+        inequality=lambda x: (x / scales).square().sum(-1, keepdim=True) - radius,
+        max_steps=200,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_single_precision_differentiates_active_constraints(name, scale):
+    """No penalty weight is left in the linear system, so float32 gives the gradient of float64."""
+    found = {}
+    for dtype in (F64, torch.float32):
+        target = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        radius = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+        solution = in_a_ball(dtype, radius, target, scale, solver=SOLVERS[name])
+        assert solution.converged.all(), (dtype, solution.status)
+        assert solution.gradient_valid.all()
+        total = (solution.x / torch.tensor([1.0, scale, 1.0 / scale], dtype=dtype)).sum()
+        found[dtype] = [part.double() for part in torch.autograd.grad(total, [radius, target])]
+    for wanted, got in zip(found[F64], found[torch.float32], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("allowed", [1e-7, 1e-9, 1e-11, 1e-13])
+def test_a_sharper_tolerance_of_the_constraints_keeps_the_gradient(allowed, name):
+    """The tolerance of x follows that of the constraints; with the default 1e-9, heavy weights would leave multipliers of 0."""
+    target = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    radius = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def gradient(tolerance):
+        augmented = AugmentedLagrangian(tolerance=tolerance)
+        solution = in_a_ball(F64, radius, target, solver=SOLVERS[name], augmented=augmented)
+        assert solution.converged.all(), solution.status
+        return torch.autograd.grad(solution.x.sum(), [radius, target])
+
+    for wanted, got in zip(gradient(1e-8), gradient(allowed), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_dependent_constraints_share_their_multipliers():
+    """Twice the same active constraint: the gradient is that of one."""
+    target = torch.tensor([[0.9, 0.2], [0.3, -0.8]], dtype=F64, requires_grad=True)
+    bound = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def grads(copies):
+        solution = solve(
+            lambda x: (x - target).square().sum(-1),
+            torch.zeros(2, 2, dtype=F64),
+            solver=Newton(),
+            inequality=lambda x: (x.square().sum(-1, keepdim=True) - bound).expand(-1, copies),
+        )
+        assert solution.gradient_valid.all()
+        return torch.autograd.grad(solution.x[:, 0].sum(), [target, bound])
+
+    for wanted, got in zip(grads(1), grads(2), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_check_gradients_with_constraints():
+    target = torch.tensor([[0.9, 0.2], [0.3, -0.8]], dtype=F64, requires_grad=True)
+    bound = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    settings = dict(solver=Newton(), equality=lambda x: x[:, :1] - bound)
+    start = torch.zeros(2, 2, dtype=F64)
+    assert check_gradients(lambda x: (x - target).square().sum(-1), start, **settings).relative_error < 1e-6
+    # The limit, which only the constraint uses, is found too.
+    found = check_gradients(lambda x: (x - 0.7).square().sum(-1), start, **settings)
+    assert found.ok
+    assert any(found.numeric)
+    assert not check_gradients(lambda x: (x - 0.7).square().sum(-1), start, adjoint=Detached(), **settings).ok
 
 
 def test_inactive_constraints_change_nothing():

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import kkt
-from difftori.solver.constraints import STIFFER, Constrained, ConstrainedFunction, keep_active
+from difftori.solver.active import ActiveFactor, factorise_active, multipliers_of
+from difftori.solver.constraints import Constrained, ConstrainedFunction
 from difftori.solver.derivatives import row_jacobian
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
@@ -191,23 +192,25 @@ class Implicit(Adjoint):
         return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
 
     def _constrained(self, problem: Problem, objective: ConstrainedFunction, solution: Points) -> "_Derivative":
-        """Differentiate the optimality conditions with the active constraints as equations, using multipliers in the linear system."""
+        """Differentiate the optimality conditions with the active constraints as equations."""
         multipliers = objective.multipliers
         assert multipliers is not None
         with torch.no_grad():
             moved = multipliers.updated(objective.constraints(solution), objective.equality(solution))
             on = ((moved > 0) | objective.equality(solution)).to(solution.dtype)
         jacobian = _constraint_jacobian(objective, solution) * on.unsqueeze(-1)
-        weight = STIFFER * multipliers.weight
-        _, grad, hessian = problem.curvature(solution)
-        extra = (weight - multipliers.weight)[:, None, None]
-        hessian = hessian + extra * (jacobian.transpose(-1, -2) @ jacobian)
-        factor = factorise(hessian, ~problem.box.held(solution, grad), self.eigenvalue_floor, RAISED)
-        plain = replace(problem, objective=objective.lagrangian(moved), create_graph=True)
-        _, residual = plain.evaluate(solution)
+        # Not compiled: each call has another Lagrangian.
+        _, grad = replace(problem, objective=objective.lagrangian(moved), compile=False).evaluate(solution)
+        free = ~problem.box.held(solution, grad)
+        # More accurate than the multipliers of the last round, which amplify the errors of x by the penalty weight.
+        exact = moved - multipliers_of(grad, jacobian, free)
+        lagrangian = replace(problem, objective=objective.lagrangian(exact), compile=False)
+        _, grad, hessian = lagrangian.curvature(solution)
+        factor = factorise_active(hessian, jacobian, free, self.eigenvalue_floor)
+        _, residual = lagrangian.with_graph().evaluate(solution)
         values = objective.constraints(solution)
-        x = solution + _ImplicitConstrained.apply(_Once.apply(residual), values, factor, jacobian, weight)
-        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
+        x = solution + _ImplicitConstrained.apply(_Once.apply(residual), values, factor)
+        return _Derivative(x, factor.factor.convex, factor.solve(grad)[0].abs().amax(-1), factor.factor.singular)
 
     def method(self, problem: Problem, x: Points, carried: bool) -> str:
         """The method for the linear system: "dense", "cg" or "riccati". `carried`: the solver computed the states of the trajectory."""
@@ -344,17 +347,11 @@ class _ImplicitConstrained(torch.autograd.Function):
     """Value 0. The derivative with respect to the gradient of the Lagrangian and the active constraint values is −K⁻¹."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, values: Tensor, factor: Factor, jacobian: Tensor, weight: Rows) -> Tensor:
-        ctx.factor, ctx.jacobian, ctx.weight = factor, jacobian, weight
+    def forward(ctx: Any, residual: Tensor, values: Tensor, factor: ActiveFactor) -> Tensor:
+        ctx.factor = factor
         return torch.zeros_like(residual)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        jacobian = ctx.jacobian
-        move, y = keep_active(
-            lambda y: ctx.factor.solve(outputs[0] - (jacobian.transpose(-1, -2) @ y.unsqueeze(-1)).squeeze(-1)),
-            lambda move: (jacobian @ move.unsqueeze(-1)).squeeze(-1),
-            torch.zeros_like(jacobian[..., 0]),
-            ctx.weight,
-        )
-        return -move, -y, None, None, None
+        move, y = ctx.factor.solve(outputs[0])
+        return -move, -y, None

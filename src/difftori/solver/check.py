@@ -8,7 +8,9 @@ from torch import Tensor
 
 from difftori.errors import ObjectiveError
 from difftori.solver.adjoint import Adjoint
+from difftori.solver.augmented_lagrangian import AugmentedLagrangian
 from difftori.solver.box import Box
+from difftori.solver.constraints import Constrained, ConstrainedFunction
 from difftori.solver.method import Solver
 from difftori.solver.objective import Objective, as_objective
 from difftori.solver.solve import solve
@@ -37,6 +39,9 @@ def check_gradients(
     adjoint: Adjoint | None = None,
     box: Box | None = None,
     max_steps: int = 100,
+    inequality: Callable[[Tensor], Tensor] | None = None,
+    equality: Callable[[Tensor], Tensor] | None = None,
+    augmented: AugmentedLagrangian | None = None,
     directions: int = 8,
     epsilon: float | None = None,
     tolerance: float = 1e-2,
@@ -48,8 +53,10 @@ def check_gradients(
     themselves are accurate to a few per cent only.
 
     Args:
-        objective, x0, solver, adjoint, box, max_steps: as for `solve`.
-        parameters: leaf tensors to differentiate with respect to. Default: all leaves in the graph of the objective.
+        objective, x0, solver, adjoint, box, max_steps, inequality, equality, augmented: as for `solve`. By default constraints
+            are solved to 1e-9 in float64, because differences need more accurate solutions than `solve` gives by default.
+        parameters: leaf tensors to differentiate with respect to. Default: all leaves in the graph of the objective and of the
+            constraints.
         directions: number of random directions.
         epsilon: step of the differences, relative to the root mean square of each parameter. Default: 1e-5 in float64,
             1e-2 in float32.
@@ -60,7 +67,11 @@ def check_gradients(
         ObjectiveError: no parameter that requires a gradient was given or found.
     """
     objective = as_objective(objective)
-    leaves = list(parameters) if parameters is not None else _leaves(objective.cost(x0))
+    if inequality is not None or equality is not None:
+        objective = ConstrainedFunction(objective, inequality, equality)
+    leaves = list(parameters) if parameters is not None else _leaves(_everything(objective, x0))
+    if augmented is None and x0.dtype == torch.float64:
+        augmented = AugmentedLagrangian(tolerance=1e-9)
     if not leaves:
         raise ObjectiveError(
             "check_gradients: the objective uses no leaf tensor that requires a gradient. Fix: call .requires_grad_() on the "
@@ -70,7 +81,7 @@ def check_gradients(
     weights = _noise(x0, generator)
 
     def functional() -> Tensor:
-        sol = solve(objective, x0, solver=solver, adjoint=adjoint, box=box, max_steps=max_steps)
+        sol = solve(objective, x0, solver=solver, adjoint=adjoint, box=box, max_steps=max_steps, augmented=augmented)
         return (sol.x * weights).sum()
 
     value = functional()
@@ -118,8 +129,15 @@ def _scale(leaf: Tensor) -> float:
     return size if size > 0 else 1.0
 
 
+def _everything(objective: Objective, x0: Points) -> Tensor:
+    """A number that depends on all that the objective and its constraints use."""
+    if not isinstance(objective, Constrained):
+        return objective.cost(x0).sum()
+    return objective.plain.cost(x0).sum() + objective.constraints(x0, None).sum()
+
+
 def _leaves(cost: Tensor) -> list[Tensor]:
-    """Every leaf that requires a gradient in the graph of a cost."""
+    """Every leaf that requires a gradient in the graph of a number."""
     found: dict[int, Tensor] = {}
     queue, seen = [cost.grad_fn], set()
     while queue:

@@ -137,7 +137,7 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
     `floor` and `raised`. Coordinates outside the free set get a row and column of the identity. A row without any curvature
     has no free coordinate. Only rows that are not convex are decomposed.
     """
-    eps, tiny = torch.finfo(hessian.dtype).eps, torch.finfo(hessian.dtype).tiny
+    eps = torch.finfo(hessian.dtype).eps
     floor = 1e3 * eps if floor is None else floor
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     finite = torch.isfinite(hessian).flatten(1).all(-1)
@@ -145,10 +145,7 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
     symmetric = torch.where(both, 0.5 * (hessian + hessian.transpose(-1, -2)), 0.0)
     size = symmetric.detach().abs()
     flat = (size.amax((-1, -2)) == 0) & free.any(-1) & finite
-    diagonal, largest = size.diagonal(dim1=-1, dim2=-2), size.amax(-1)
-    # A diagonal entry that is tiny compared with its row does not give the scale of the coordinate; the row's largest entry does.
-    unit = torch.where(diagonal > eps * largest, diagonal, largest).sqrt()
-    unit = torch.where(unit > tiny, unit, 1.0)
+    unit = curvature_units(size)
     both = both & ~flat[:, None, None]
     matrix = torch.where(both, symmetric / unit.unsqueeze(-1) / unit.unsqueeze(-2), identity)
     # The largest eigenvalue lies between the largest entry and the largest row sum of a symmetric matrix.
@@ -168,6 +165,14 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
     fallback = identity * scale.clamp_min(1.0).sqrt()[:, None, None]
     cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback) * unit.unsqueeze(-1)
     return Factor(cholesky, free & ~flat[:, None], convex & (failed == 0), singular)
+
+
+def curvature_units(size: Hessians) -> Points:
+    """Square roots of the curvatures, given the absolute values of a Hessian; 1 for coordinates without curvature."""
+    diagonal, largest = size.diagonal(dim1=-1, dim2=-2), size.amax(-1)
+    # A diagonal entry that is tiny compared with its row does not give the scale of the coordinate; the row's largest entry does.
+    unit = torch.where(diagonal > torch.finfo(size.dtype).eps * largest, diagonal, largest).sqrt()
+    return torch.where(unit > torch.finfo(size.dtype).tiny, unit, 1.0)
 
 
 def _raise_curvature(matrix: Hessians, both: Tensor, floor: Tensor) -> tuple[Hessians, Rows]:

@@ -1,0 +1,73 @@
+"""The linear system of the derivative of a solution with active constraints, as a dense matrix.
+
+At an optimum with the active constraints g_A(x) = 0 and their multipliers λ, the derivative is a solve with
+
+        K = [H  Jᵀ]      H = ∂²(J + λᵀg)/∂x²,   J = ∂g_A/∂x.
+            [J  0 ]
+
+H acts on the directions that keep the constraints only: with T the projection on them, d = T(T H T + I − T)⁻¹T v. No penalty
+weight occurs, so the condition number is that of the problem, and single precision suffices. T is orthogonal in coordinates
+scaled by the curvatures, in which badly scaled variables do not count.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftori.solver.newton import RAISED, Factor, curvature_units, factorise
+from difftori.types import Hessians, PointFlags, Points
+
+
+class ActiveFactor(NamedTuple):
+    """K, factorised. `hessian` H and `tangent` T (B n n) and `inverse` J⁺ (B n M), all in coordinates multiplied by `unit` (B n).
+    `factor`: T H T + I − T.
+    """
+
+    factor: Factor
+    hessian: Hessians
+    tangent: Hessians
+    inverse: Tensor
+    unit: Points
+
+    def solve(self, v: Points) -> tuple[Points, Tensor]:
+        """K⁻¹(v, 0): d (B n), which keeps the active constraints, and their multipliers (B M)."""
+        v = v * self.factor.free / self.unit
+        d = _times(self.tangent, self.factor.solve(_times(self.tangent, v)))
+        return d / self.unit, _times(self.inverse.transpose(-1, -2), (v - _times(self.hessian, d)) * self.factor.free)
+
+
+def multipliers_of(v: Points, jacobian: Tensor, free: PointFlags) -> Tensor:
+    """The multipliers y (B M) with the least ‖v − Jᵀy‖ on the free set (B n), for derivatives J (B M n), zero for inactive constraints."""
+    return _times(_pseudo_inverse(jacobian * free.unsqueeze(-2)).transpose(-1, -2), v * free)
+
+
+def factorise_active(hessian: Hessians, jacobian: Tensor, free: PointFlags, floor: float | None) -> ActiveFactor:
+    """Factorise K, with derivatives `jacobian` (B M n) of the active constraints, zero for the others, on the free set (B n)."""
+    finite = torch.isfinite(jacobian).flatten(1).all(-1) & torch.isfinite(hessian).flatten(1).all(-1)
+    known = torch.where(finite[:, None, None], hessian, 0.0)
+    unit = curvature_units(known.abs())
+    scaled = known / unit.unsqueeze(-1) / unit.unsqueeze(-2)
+    normal = torch.where(finite[:, None, None], jacobian, 0.0) * free.unsqueeze(-2) / unit.unsqueeze(-2)
+    inverse = _pseudo_inverse(normal)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    tangent = identity - inverse @ normal
+    tangent = 0.5 * (tangent + tangent.transpose(-1, -2))
+    reduced = tangent @ scaled @ tangent + identity - tangent
+    reduced = torch.where(finite[:, None, None], reduced, torch.nan)
+    factor = factorise(reduced, free, floor, RAISED)
+    return ActiveFactor(factor, scaled, tangent, inverse, unit)
+
+
+def _pseudo_inverse(jacobian: Tensor) -> Tensor:
+    """J⁺ (B n M) of J (B M n). Constraints that depend on each other to working precision share their multiplier."""
+    finite = torch.isfinite(jacobian).flatten(1).all(-1)[:, None, None]
+    known = torch.where(finite, jacobian, 0.0)
+    length = known.norm(dim=-1, keepdim=True)
+    length = torch.where(length > torch.finfo(known.dtype).tiny, length, 1.0)
+    inverse = torch.linalg.pinv(known / length, rtol=1e3 * torch.finfo(known.dtype).eps)
+    return inverse / length.transpose(-1, -2)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
