@@ -427,3 +427,45 @@ def test_layer_normalisation_in_models(solver, constrained):
         step = 1e-4
         differences = (found(scale + step) - found(scale - step)) / (2 * step)
     torch.testing.assert_close(gradient, differences, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_ilqr_uses_exact_curvature_where_bounds_hold_actions_of_negative_curvature(dtype):
+    """The curvature of an action on its bound does not matter. Counted as no minimum, it left linear convergence: 200 steps and more."""
+    solution = difftori.plan(
+        lambda s, a: s + 0.2 * torch.sin(2 * a),
+        lambda s, a: -s[:, 0].square() - 0.2 * torch.cos(2.5 * a[:, 0]),
+        lambda s: -5 * s[:, 0].square(),
+        torch.tensor([[1.0], [-0.7], [2.0]], dtype=dtype),
+        torch.full((3, 12, 1), 0.3, dtype=dtype),
+    ).solution
+    assert solution.converged.all(), (solution.status, solution.steps)
+    assert int(solution.steps.max()) <= 25
+    assert solution.gradient_valid.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_ilqr_with_a_product_of_two_bounded_actions(dtype):
+    """Thrust and gimbal: their product makes the curvature of both indefinite, wherever the thrust is on its bound."""
+
+    def dynamics(s, a):
+        thrust, gimbal = (a * torch.tensor([1e4, 0.1], dtype=dtype)).unbind(-1)
+        _, _, tilt, vx, vy, turn = s.unbind(-1)
+        ax, ay = thrust / 1e3 * torch.sin(tilt + gimbal), thrust / 1e3 * torch.cos(tilt + gimbal) - 9.81
+        return s + 0.1 * torch.stack([vx, vy, turn, ax, ay, -thrust * torch.sin(gimbal) / 1e3], -1)
+
+    weights = torch.tensor([0.1, 0.1, 5.0, 0.1, 0.1, 0.0], dtype=dtype)
+    last = torch.tensor([10.0, 10.0, 100.0, 10.0, 10.0, 10.0], dtype=dtype)
+    solution = difftori.plan(
+        dynamics,
+        lambda s, a: (
+            -(weights * s.square()).sum(-1) - 0.1 * (a - torch.tensor([0.981, 0.0], dtype=dtype)).square().sum(-1)
+        ),
+        lambda s: -(last * s.square()).sum(-1),
+        torch.tensor([[5.0, 20.0, 0.1, 0.0, -3.0, 0.0], [-8.0, 10.0, -0.2, 1.0, -1.0, 0.1]], dtype=dtype),
+        torch.tensor([0.981, 0.0], dtype=dtype).expand(2, 20, 2),
+        torch.tensor([0.0, -2.0], dtype=dtype),
+        2.0,
+    ).solution
+    assert solution.converged.all(), (solution.status, solution.steps)
+    assert solution.gradient_valid.all()

@@ -189,7 +189,8 @@ def sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, compile: bool 
     # Bounded actions of more than one dimension take several iterations each; most sweeps need none of them.
     several = low.shape[-1] > 1
     found = compiled_call(_sweep, model, low, high, damping, several, lean=lean)
-    if several and not bool(((found.gains[..., -1] >= low) & (found.gains[..., -1] <= high)).all()):
+    inside = (found.gains[..., -1] >= low) & (found.gains[..., -1] <= high)
+    if several and not bool((inside.all() & found.convex.all())):
         found = compiled_call(_sweep, model, low, high, damping, False, lean=lean)
     return found
 
@@ -226,13 +227,16 @@ def control(
 ) -> tuple[Tensor, RowFlags]:
     """[K k] (B A S+1) of min ½ kᵀh k + b₁ᵀk over low ≤ k ≤ high (B A), by projected Newton; K on the free set.
 
-    `damping` (B) multiplies the diagonal of h. Also returns which h are positive definite (B); the others have no minimum.
+    `damping` (B) multiplies the diagonal of h. Also returns which h are positive definite on the free set (B): bounds may hold
+    actions of negative curvature.
     """
     if h.shape[-1] == 1:
         request = b / (h * damping[:, None, None]).neg().clamp_max(-(torch.finfo(h.dtype).tiny ** 0.5))
         last = request[..., -1:]
         k = last.clamp(low.unsqueeze(-1), high.unsqueeze(-1))
-        return torch.cat([request[..., :-1] * (k == last), k], -1), h[:, 0, 0] > 0
+        slope = b[:, 0, -1:]
+        held = ((low >= 0) & (slope > 0)) | ((high <= 0) & (slope < 0))
+        return torch.cat([request[..., :-1] * (k == last), k], -1), (h[:, 0, 0] > 0) | held[:, 0]
     h = h + torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)) * (damping - 1)[:, None])
     request, sound = _solve(h, -b)
     if unbounded:
@@ -241,7 +245,7 @@ def control(
         inside = ((request[..., -1] >= low) & (request[..., -1] <= high)).all(-1)
         if bool((inside & sound).all()):
             return request, sound
-    return _bounded_control(h, b, low, high), sound
+    return _bounded_control(h, b, low, high)
 
 
 def _solve(h: Tensor, b: Tensor) -> tuple[Tensor, RowFlags]:
@@ -262,7 +266,8 @@ def _solve(h: Tensor, b: Tensor) -> tuple[Tensor, RowFlags]:
     return torch.stack([row[:, size:] for row in rows], 1), sound
 
 
-def _bounded_control(h: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _bounded_control(h: Tensor, b: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, RowFlags]:
+    """[K k] within the bounds, and which h are positive definite on the free set at k."""
     identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     eps = torch.finfo(h.dtype).eps
     h = h + eps * h.diagonal(dim1=-1, dim2=-2).amax(-1)[:, None, None] * identity
@@ -281,7 +286,7 @@ def _bounded_control(h: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
             break
     feedback, sound = _solve(_on(free, h, identity), b[..., :-1] * free.unsqueeze(-1))
     feedback = torch.where(sound[:, None, None], -feedback * free.unsqueeze(-1), 0.0)
-    return torch.cat([feedback, k.unsqueeze(-1)], -1)
+    return torch.cat([feedback, k.unsqueeze(-1)], -1), sound
 
 
 def _on(free: Tensor, matrix: Tensor, identity: Tensor) -> Tensor:
