@@ -36,8 +36,6 @@ class Box:
     inward: bool = False
     fixes: bool = field(default=False, init=False, repr=False, compare=False)
     """Whether any variable is fixed."""
-    uneven: bool = field(default=False, init=False, repr=False, compare=False)
-    """Whether the ranges of the variables differ by a factor of 8 or more. Open ranges count as 2; fixed variables do not count."""
 
     def __post_init__(self):
         if not (isinstance(self.low, int | float) and isinstance(self.high, int | float)):
@@ -56,12 +54,10 @@ class Box:
                 f"Box: low has shape {tuple(low.shape)} and high has shape {tuple(high.shape)}, which do not broadcast. "
                 "Fix: use the same shape for both, such as (n)."
             ) from error
-        fixed, width = low == high, torch.where(torch.isfinite(high - low), high - low, 2.0)
-        least, most = torch.where(fixed, torch.inf, width).amin(), torch.where(fixed, 0.0, width).amax()
-        one_synchronisation = torch.stack([empty.any(), fixed.any(), most >= _UNEVEN * least]).tolist()
-        inverted, fixes, uneven = one_synchronisation
+        inverted, fixes = torch.stack(
+            [empty.any(), (low == high).any()]
+        ).tolist()  # one synchronisation with the device
         object.__setattr__(self, "fixes", fixes)
-        object.__setattr__(self, "uneven", uneven)
         if inverted:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
@@ -81,11 +77,6 @@ class Box:
                     "Fix: use a number or a tensor (n) or (B n)."
                 )
         return _checked(low, high, self)
-
-    def in_units(self, unit: Tensor, x: Points) -> "Box":
-        """The same box of x / unit, for units (n)."""
-        bounds = self.to(x)
-        return _checked(number_like(bounds.low, x) / unit, number_like(bounds.high, x) / unit, self)
 
     def select(self, rows: Tensor, x: Points) -> "Box":
         """The box of some rows (indices) of x."""
@@ -211,8 +202,5 @@ def _checked(low: Tensor, high: Tensor, like: Box) -> Box:
     object.__setattr__(bounds, "fixes", like.fixes)
     return bounds
 
-
-_UNEVEN = 8.0
-"""Ranges that differ less are left alone: curvatures differ by less than the square, which every solver copes with."""
 
 UNBOUNDED = Box(-float("inf"), float("inf"))

@@ -54,11 +54,6 @@ class ILQR(Solver):
         """True for every objective: rollouts, derivatives and sweeps are compiled separately."""
         return True
 
-    @property
-    def scales(self) -> bool:
-        """True: a step hardly depends on the units."""
-        return True
-
     def init(self, problem: Problem, x: Points) -> State:
         """Roll out and linearise."""
         objective = _trajectory(problem)

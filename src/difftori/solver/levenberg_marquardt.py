@@ -87,11 +87,6 @@ class GaussNewton(Solver):
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0625)
     ridge: float = 1e-10
 
-    @property
-    def scales(self) -> bool:
-        """True: a step does not depend on the units."""
-        return True
-
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate cost and gradient."""
         if not isinstance(problem.objective, LeastSquaresObjective):

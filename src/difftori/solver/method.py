@@ -103,11 +103,6 @@ class Solver(ABC):
         """
         return False
 
-    @property
-    def scales(self) -> bool:
-        """Whether `solve` may call it with variables in units of their ranges: no setting is in units of x. Default: False."""
-        return False
-
     @abstractmethod
     def init(self, problem: Problem, x: Points) -> State:
         """The state at an initial point inside the box."""

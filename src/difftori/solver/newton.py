@@ -42,11 +42,6 @@ class Newton(Solver):
     def __post_init__(self):
         check_linear("Newton", self.linear, self.products, self.eigenvalue_floor)
 
-    @property
-    def scales(self) -> bool:
-        """True: a step does not depend on the units."""
-        return True
-
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate cost and gradient."""
         cost, grad = problem.evaluate(x)

@@ -51,11 +51,6 @@ class ProjectedGradient(Solver):
         """True without a window of costs and without polishing."""
         return self.window == 1 and self.polish == 0
 
-    @property
-    def scales(self) -> bool:
-        """True, unless `first_step` is given."""
-        return self.first_step is None
-
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate, and choose the first step length."""
         cost, grad = problem.evaluate(x)

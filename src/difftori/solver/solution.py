@@ -1,6 +1,6 @@
 """The result of `solve`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from difftori.solver.adjoint import Differentiated, Implicit
-from difftori.solver.box import Box
-from difftori.solver.constraints import Constrained, ConstrainedFunction, ConstrainedTrajectory, Multipliers
+from difftori.solver.constraints import Multipliers
 from difftori.solver.inference import without_inference_tensors
 from difftori.solver.method import Problem, State
-from difftori.solver.objective import Objective
-from difftori.solver.units import in_units
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
 
@@ -85,28 +82,6 @@ class Solution:
     stationarity: Rows | None
     multipliers: Multipliers | None = None
     violated: Rows | None = None
-    unit: Tensor | None = None
-    """The units (n) in which the problem was solved, or None for those of x (units.py)."""
-
-    def out_of_units(self, unit: Tensor, objective: Objective, box: Box) -> "Solution":
-        """The solution of the problem with this objective and box, of which this one was solved in units (n)."""
-        solved = self.problem.objective
-        if isinstance(objective, ConstrainedTrajectory | ConstrainedFunction):
-            assert isinstance(solved, Constrained)
-            assert solved.multipliers is not None
-            objective = objective.with_multipliers(solved.multipliers)
-        problem = replace(self.problem, objective=objective, box=box)
-        history = None if self.history is None else History(self.history.x * unit, self.history.cost)
-        return replace(self, x=self.x * unit, history=history, problem=problem, unit=unit)
-
-    @cached_property
-    def _solved(self) -> tuple[Problem, Points]:
-        """The problem as it was solved, and its solution without a graph."""
-        x = self.x.detach()
-        if self.unit is None:
-            return self.problem, x
-        objective, box = in_units(self.problem.objective, self.unit), self.problem.box.in_units(self.unit, x)
-        return replace(self.problem, objective=objective, box=box), x / self.unit
 
     @property
     def violation(self) -> Rows:
@@ -115,16 +90,14 @@ class Solution:
 
     @cached_property
     def grad_norm(self) -> Rows:
-        """The largest gradient coordinate without an active bound, (B): zero at a first-order point. Where ranges differ, it is the
-        gradient with respect to the variables in units of their ranges.
+        """The largest gradient coordinate without an active bound, (B): zero at a first-order point.
 
         Solvers without gradients (CEM, MPPI) compute it at the first access.
         """
         if self.stationarity is not None:
             return self.stationarity
-        problem, x = self._solved
-        _, grad = without_inference_tensors(lambda: problem.evaluate(x))
-        return problem.box.stationarity(x, grad)
+        _, grad = without_inference_tensors(lambda: self.problem.evaluate(self.x.detach()))
+        return self.problem.box.stationarity(self.x.detach(), grad)
 
     @property
     def gradient_valid(self) -> RowFlags:
@@ -143,10 +116,10 @@ class Solution:
     @cached_property
     def _near_minimum(self) -> RowFlags:
         convex, step = self.differentiated.convex, self.differentiated.newton_step
-        problem, x = self._solved
+        x = self.x.detach()
         if convex is None or step is None:
-            convex, step = without_inference_tensors(lambda: Implicit().examine(problem, x))
-        room = problem.box.room(x)
+            convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
+        room = self.problem.box.room(x)
         feasible = self.status != Status.INFEASIBLE
         return convex & (step <= _FAR * room) & self.finite & feasible
 

@@ -21,7 +21,6 @@ from difftori.solver.objective import Objective, TrajectoryObjective, as_objecti
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.reading import reading_is_free
 from difftori.solver.solution import History, Solution, Status, status_with_hessian
-from difftori.solver.units import in_units, range_units
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
 
@@ -51,7 +50,6 @@ def solve(
         x*(θ) = argmin_x J(x, θ)  subject to  low ≤ x ≤ high,  g(x, θ) ≤ 0,  h(x, θ) = 0
 
     Rows do not interact. NaN or Inf in one row does not change the others; `Solution.status` reports the result of each row.
-    Where ranges of the box differ, the variables are solved in units of their ranges, if no setting of the solver is in units of x.
     No graph is built under `torch.no_grad()` or `torch.inference_mode()`, or if nothing in the objective requires a gradient.
 
     Args:
@@ -90,28 +88,6 @@ def solve(
     if inequality is not None or equality is not None:
         objective = ConstrainedFunction(objective, inequality, equality)
     check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
-    unit = None if box is None or not solver.scales else range_units(box, objective, x0)
-    if unit is not None and box is not None:
-        bounds = checked_box(x0, box, candidates, inside=not project_start)
-        found = solve(
-            in_units(objective, unit),
-            x0 / unit,
-            solver=solver,
-            adjoint=adjoint,
-            box=bounds.in_units(unit, x0),
-            project_start=True,
-            max_steps=max_steps,
-            tolerance=tolerance,
-            keep=keep,
-            candidates=None if candidates is None else candidates / unit,
-            generator=generator,
-            history=history,
-            throw=throw,
-            compile=compile,
-            augmented=augmented,
-            multipliers=multipliers,
-        )
-        return found.out_of_units(unit, objective, bounds)
 
     def run() -> Solution:
         bounds = checked_box(x0, box, candidates, inside=not project_start)
