@@ -32,6 +32,7 @@ KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "versions.json")
 TASKS = ("cup-catch", "cheetah-run")
 AGENTS = ("tdmpc", "difftori")
 SHARING = (1, 2, 4, 8)
+PASSED, FAILED = "passed", "FAILED"
 PARTS = ("acting", "environment", "sampling", "update", "end_episode")
 """Parts of the time of a run, without evaluation."""
 
@@ -58,6 +59,8 @@ class Step:
     name: str
     words: tuple[str, ...]
     seconds: float
+    ends_early: bool = False
+    """Whether it may be stopped in time, or not be begun."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -66,7 +69,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     until = time.monotonic() + 60 * config.minutes
     ended: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for step in steps(config, Path(folder)):
+        planned = steps(config, Path(folder))
+        for step in planned:
             row = _run(step, min(step.seconds, until - time.monotonic()), config)
             print(f"{row['step']}: {row['result']}, {row['seconds']:.0f} s", file=sys.stderr)
             ended.append(row)
@@ -80,7 +84,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         config.out / "machine.json", {"gpu": _gpu()}, config=config.model_dump(mode="json"), device=config.device
     )
     (config.out / "summary.md").write_text(_summary(config.out))
-    if failed := [row["step"] for row in ended if row["result"].startswith("FAILED")]:
+    if failed := [row["step"] for row, step in zip(ended, planned, strict=True) if _failed(step, row["result"])]:
         raise DifftoriError(f"gpu-check: failed: {', '.join(failed)}. Fix: read {config.out / 'logs'}")
     return [{**row, "seconds": f"{row['seconds']:.0f}"} for row in ended]
 
@@ -98,7 +102,7 @@ def steps(config: Config, folder: Path) -> list[Step]:
         Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu", *_elsewhere(config)), 90),
         Step("captured", (*bench, "captured", *device, *out, *repeats, *states), 60),
         Step("rl from pixels", (*bench, "rl", *pixels, *device, *out, *repeats, *env), 75),
-        Step("learning", _sweep(config, folder / "learning", AGENTS, TASKS, 1, 0.25), 110),
+        Step("learning", _sweep(config, folder / "learning", AGENTS, TASKS, 1, 0.25), 110, ends_early=True),
         Step("rl from states", (*bench, "rl", "--obs", "state", *device, *out, *repeats, *env), 60),
         Step("il", (*bench, "il", *device, *out, *repeats), 60),
         *(
@@ -106,10 +110,15 @@ def steps(config: Config, folder: Path) -> list[Step]:
                 f"sharing by {count}",
                 _sweep(config, folder / f"sharing-{count}", AGENTS[:1], TASKS[:1], count, 1 / count),
                 40,
+                ends_early=True,
             )
             for count in SHARING[: 2 if config.quick else None]
         ),
     ]
+
+
+def _failed(step: Step, result: str) -> bool:
+    return result != PASSED and (result.startswith(FAILED) or not step.ends_early)
 
 
 def _elsewhere(config: Config) -> tuple[str, ...]:
@@ -152,7 +161,7 @@ def _run(step: Step, seconds: float, config: Config) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            result = "passed" if process.wait(seconds) == 0 else f"FAILED with status {process.returncode}, see {log}"
+            result = PASSED if process.wait(seconds) == 0 else f"{FAILED} with status {process.returncode}, see {log}"
         except subprocess.TimeoutExpired:
             result = _stopped(process)
     return {"step": step.name, "result": result, "seconds": time.monotonic() - began}

@@ -12,11 +12,12 @@ from difftori.errors import DifftoriError
 def test_a_failing_step_is_named_after_all_have_run(tmp_path, monkeypatch):
     steps = [
         Step("broken", ("-c", "raise SystemExit(3)"), 60.0),
-        Step("slow", ("-c", "import time; time.sleep(60)"), 5.0),
+        Step("slow", ("-c", "import time; time.sleep(60)"), 5.0, ends_early=True),
+        Step("hangs", ("-c", "import time; time.sleep(60)"), 5.0),
         Step("sound", ("-c", "print('done')"), 60.0),
     ]
     monkeypatch.setattr(gpu_check, "steps", lambda config, folder: steps)
-    with pytest.raises(DifftoriError, match="failed: broken. Fix: read"):
+    with pytest.raises(DifftoriError, match="failed: broken, hangs. Fix: read"):
         gpu_check.run(Config(device="cpu", quick=True, out=tmp_path))
     with (tmp_path / "steps.csv").open() as file:
         ended = {row["step"]: row["result"] for row in csv.DictReader(file)}

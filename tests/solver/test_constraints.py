@@ -206,6 +206,34 @@ def test_dependent_constraints_share_their_multipliers():
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("scale", "unit"), [(1.0, 1.0), (1e-8, 1.0), (1e6, 1.0), (1.0, 1e-3), (1.0, 1e3)])
+def test_a_variable_without_curvature_in_any_units(scale, unit):
+    """min s((x − 1)² + u y) with x − θ = u y: y has no curvature; dy/dθ = −1/u, in float32."""
+    theta = torch.tensor([0.3], requires_grad=True)
+    solution = solve(
+        lambda x: scale * ((x[:, 0] - 1).square() + unit * x[:, 1]),
+        torch.tensor([[0.1, 0.1 / unit]]),
+        solver=Newton(),
+        equality=lambda x: x[:, :1] - theta - unit * x[:, 1:],
+    )
+    assert solution.converged.all()
+    assert solution.gradient_valid.all()
+    (grad,) = torch.autograd.grad(unit * solution.x[:, 1].sum(), theta)
+    torch.testing.assert_close(grad, torch.tensor([-1.0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
+def test_a_tolerance_in_the_units_of_small_constraints(scale):
+    solution = solve(
+        lambda x: (x - 0.7).square().sum(-1) + 0.1 * x.pow(4).sum(-1),
+        torch.zeros(2, 3, dtype=F64),
+        equality=lambda x: scale * (x.sum(-1, keepdim=True) - 0.5),
+        augmented=AugmentedLagrangian(tolerance=1e-6 * scale),
+    )
+    assert solution.converged.all()
+    assert int(solution.steps.max()) <= 80
+
+
 def test_check_gradients_with_constraints():
     target = torch.tensor([[0.9, 0.2], [0.3, -0.8]], dtype=F64, requires_grad=True)
     bound = torch.tensor(0.5, dtype=F64, requires_grad=True)

@@ -46,7 +46,7 @@ def factorise_active(hessian: Hessians, jacobian: Tensor, free: PointFlags, floo
     """Factorise K, with derivatives `jacobian` (B M n) of the active constraints, zero for the others, on the free set (B n)."""
     finite = torch.isfinite(jacobian).flatten(1).all(-1) & torch.isfinite(hessian).flatten(1).all(-1)
     known = torch.where(finite[:, None, None], hessian, 0.0)
-    unit = curvature_units(known.abs())
+    unit = _units(known.abs(), jacobian.abs() * free.unsqueeze(-2))
     scaled = known / unit.unsqueeze(-1) / unit.unsqueeze(-2)
     normal = torch.where(finite[:, None, None], jacobian, 0.0) * free.unsqueeze(-2) / unit.unsqueeze(-2)
     inverse = _pseudo_inverse(normal)
@@ -57,6 +57,15 @@ def factorise_active(hessian: Hessians, jacobian: Tensor, free: PointFlags, floo
     reduced = torch.where(finite[:, None, None], reduced, torch.nan)
     factor = factorise(reduced, free, floor, RAISED)
     return ActiveFactor(factor, scaled, tangent, inverse, unit)
+
+
+def _units(hessian: Hessians, jacobian: Tensor) -> Points:
+    """Units (B n) from the sizes of curvatures; those of variables without curvature follow, through the constraints, from the others."""
+    unit, flat = curvature_units(hessian), hessian.amax(-1) == 0
+    # In units of the other variables, the largest derivative of each constraint is 1.
+    others = torch.where(flat.unsqueeze(-2), 0.0, jacobian / unit.unsqueeze(-2)).amax(-1, keepdim=True)
+    wanted = torch.where(others > 0, jacobian / torch.where(others > 0, others, 1.0), 0.0).amax(-2)
+    return torch.where(flat & (wanted > 0) & torch.isfinite(wanted), wanted, unit)
 
 
 def _pseudo_inverse(jacobian: Tensor) -> Tensor:

@@ -89,6 +89,15 @@ _LIGHT = 1e-3
 """The least first weight, as a share of the curvature of the cost. Heavy first weights lead to poor local optima."""
 
 
+def _needed(objective: Constrained, x: Points, allowed: float) -> float:
+    """The relative accuracy of x at which the constraints are as accurate as `allowed`, by their derivatives at x."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        steepness = _slope(objective.constraints(point, None).abs().amax(-1), point).abs().amax(-1)
+    largest_change = (steepness * x.abs().amax(-1).clamp(min=1.0)).nan_to_num(0.0, 0.0, 0.0)
+    return allowed / max(float(largest_change.max()), torch.finfo(x.dtype).tiny) if len(x) else allowed
+
+
 def _slope(of: Rows, x: Points) -> Points:
     if not of.requires_grad:
         return torch.zeros_like(x)
@@ -117,8 +126,9 @@ def solve_constrained(
         equality = objective.equality(x)
     first = method.first(objective, x) if multipliers is None else multipliers
     _check(first, len(x), len(equality))
-    # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
-    tolerance = min(tolerance, method.allowed(x.dtype))
+    if method.tolerance is not None:
+        # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
+        tolerance = min(tolerance, max(_needed(objective, x, method.tolerance), 10 * torch.finfo(x.dtype).eps))
     rounds = _Rounds(objective, equality, method, tolerance, multipliers is not None)
     state = rounds.run(inner, x, first)
     return _finish(replace(problem, objective=objective.with_multipliers(state.multipliers)), adjoint, state, method)

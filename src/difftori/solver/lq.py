@@ -190,7 +190,7 @@ def sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, compile: bool 
     several = low.shape[-1] > 1
     found = compiled_call(_sweep, model, low, high, damping, several, lean=lean)
     inside = (found.gains[..., -1] >= low) & (found.gains[..., -1] <= high)
-    if several and not bool((inside.all() & found.convex.all())):
+    if several and not bool(inside.all() & found.convex.all()):
         found = compiled_call(_sweep, model, low, high, damping, False, lean=lean)
     return found
 

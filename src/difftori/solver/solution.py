@@ -40,7 +40,7 @@ class Status(IntEnum):
 def status_with_hessian(status: RowCounts, differentiated: Differentiated, length: Rows) -> RowCounts:
     """The status (B), corrected by the Hessian if the adjoint computed it. `length` (B): the length scale of x.
 
-    A row has not converged if a Newton step would still move it by a hundredth of the range: the gradient is small there only
+    A row has not converged if a Newton step would still move it by 2 % of its length: the gradient is small there only
     because the curvatures are far apart.
     """
     convex, singular, step = differentiated.convex, differentiated.singular, differentiated.newton_step
@@ -52,7 +52,7 @@ def status_with_hessian(status: RowCounts, differentiated: Differentiated, lengt
 
 
 _FAR = 2e-2
-"""A Newton step of more than this share of half the range means that the optimum is far."""
+"""A Newton step of more than this share of the length scale means that the optimum is far."""
 
 
 class History(NamedTuple):
