@@ -12,8 +12,8 @@ from difftori.errors import DifftoriError
 def test_a_failing_step_is_named_after_all_have_run(tmp_path, monkeypatch):
     steps = [
         Step("broken", ("-c", "raise SystemExit(3)"), 60.0),
-        Step("slow", ("-c", "import time; time.sleep(60)"), 5.0, ends_early=True),
-        Step("hangs", ("-c", "import time; time.sleep(60)"), 5.0),
+        Step("slow", ("-c", "import time; time.sleep(60)"), 2.0, ends_early=True),
+        Step("hangs", ("-c", "import time; time.sleep(60)"), 2.0),
         Step("sound", ("-c", "print('done')"), 60.0),
     ]
     monkeypatch.setattr(gpu_check, "steps", lambda config, folder: steps)
