@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difftori.solver.lq import times_vector
 from difftori.solver.newton import RAISED, Factor, curvature_units, factorise
 from difftori.types import Hessians, PointFlags, Points
 
@@ -33,22 +34,23 @@ class ActiveFactor(NamedTuple):
     def solve(self, v: Points) -> tuple[Points, Tensor]:
         """K⁻¹(v, 0): d (B n), which keeps the active constraints, and their multipliers (B M)."""
         v = v * self.factor.free / self.unit
-        d = _times(self.tangent, self.factor.solve(_times(self.tangent, v)))
-        return d / self.unit, _times(self.inverse.transpose(-1, -2), (v - _times(self.hessian, d)) * self.factor.free)
+        d = times_vector(self.tangent, self.factor.solve(times_vector(self.tangent, v)))
+        rest = (v - times_vector(self.hessian, d)) * self.factor.free
+        return d / self.unit, times_vector(self.inverse.transpose(-1, -2), rest)
 
 
 def multipliers_of(v: Points, jacobian: Tensor, free: PointFlags) -> Tensor:
     """The multipliers y (B M) with the least ‖v − Jᵀy‖ on the free set (B n), for derivatives J (B M n), zero for inactive constraints."""
-    return _times(_pseudo_inverse(jacobian * free.unsqueeze(-2)).transpose(-1, -2), v * free)
+    return times_vector(_pseudo_inverse(jacobian * free.unsqueeze(-2)).transpose(-1, -2), v * free)
 
 
 def factorise_active(hessian: Hessians, jacobian: Tensor, free: PointFlags, floor: float | None) -> ActiveFactor:
     """Factorise K, with derivatives `jacobian` (B M n) of the active constraints, zero for the others, on the free set (B n)."""
     finite = torch.isfinite(jacobian).flatten(1).all(-1) & torch.isfinite(hessian).flatten(1).all(-1)
     known = torch.where(finite[:, None, None], hessian, 0.0)
-    unit = _units(known.abs(), jacobian.abs() * free.unsqueeze(-2))
-    scaled = known / unit.unsqueeze(-1) / unit.unsqueeze(-2)
-    normal = torch.where(finite[:, None, None], jacobian, 0.0) * free.unsqueeze(-2) / unit.unsqueeze(-2)
+    normal = torch.where(finite[:, None, None], jacobian, 0.0) * free.unsqueeze(-2)
+    unit = _units(known.abs(), normal.abs())
+    scaled, normal = known / unit.unsqueeze(-1) / unit.unsqueeze(-2), normal / unit.unsqueeze(-2)
     inverse = _pseudo_inverse(normal)
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     tangent = identity - inverse @ normal
@@ -76,7 +78,3 @@ def _pseudo_inverse(jacobian: Tensor) -> Tensor:
     length = torch.where(length > torch.finfo(known.dtype).tiny, length, 1.0)
     inverse = torch.linalg.pinv(known / length, rtol=1e3 * torch.finfo(known.dtype).eps)
     return inverse / length.transpose(-1, -2)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

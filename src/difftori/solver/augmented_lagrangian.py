@@ -21,7 +21,7 @@ from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Multipliers, violation
-from difftori.solver.method import Problem, largest
+from difftori.solver.method import Problem, largest, length_scale
 from difftori.solver.objective import Objective
 from difftori.solver.solution import Solution, Status, status_with_hessian
 from difftori.types import Points, Rows
@@ -70,14 +70,14 @@ class AugmentedLagrangian:
             point = x.detach().requires_grad_()
             values = objective.constraints(point, None)
             worst = values.abs().amax(-1)
-            slope, steep = _slope(objective.plain.cost(point), point), _slope(worst, point)
+            slope, steepness = _slope(objective.plain.cost(point), point), _steepness(worst, point)
             normal = _slope(violation(values, objective.equality(point)), point)
             length = normal.square().sum(-1, keepdim=True)
             along = torch.where(length > 0, normal / length.sqrt(), 0.0)
             step = torch.finfo(x.dtype).eps ** 0.5 * x.detach().abs().amax(-1, keepdim=True).clamp(min=1.0)
             moved = (x.detach() + step * along).requires_grad_()
             bend = (_slope(objective.plain.cost(moved), moved) - slope) / step
-        pull, steepness = slope.abs().amax(-1), steep.abs().amax(-1)
+        pull = slope.abs().amax(-1)
         sloped = self.weight * pull / (steepness * torch.maximum(worst.detach(), steepness))
         curved = ((bend * along).sum(-1) / length.squeeze(-1)).nan_to_num(0.0, 0.0, 0.0)
         weight = torch.maximum(sloped, _LIGHT * curved)
@@ -93,9 +93,13 @@ def _needed(objective: Constrained, x: Points, allowed: float) -> float:
     """The relative accuracy of x at which the constraints are as accurate as `allowed`, by their derivatives at x."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        steepness = _slope(objective.constraints(point, None).abs().amax(-1), point).abs().amax(-1)
+        steepness = _steepness(objective.constraints(point, None).abs().amax(-1), point)
     largest_change = (steepness * x.abs().amax(-1).clamp(min=1.0)).nan_to_num(0.0, 0.0, 0.0)
     return allowed / max(float(largest_change.max()), torch.finfo(x.dtype).tiny) if len(x) else allowed
+
+
+def _steepness(of: Rows, x: Points) -> Rows:
+    return largest(_slope(of, x))
 
 
 def _slope(of: Rows, x: Points) -> Points:
@@ -195,7 +199,7 @@ def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: Augmented
     differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
     feasible = state.violated <= method.allowed(solution.x.dtype)
     x = solution.x.detach()
-    length = torch.maximum(problem.box.room(x), largest(x * ~problem.box.fixed(x)))
+    length = length_scale(x, problem.box.room(x), ~problem.box.fixed(x))
     status = status_with_hessian(solution.status, differentiated, length)
     status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
     status = torch.where(solution.finite, status, int(Status.NON_FINITE))

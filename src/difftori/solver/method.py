@@ -12,7 +12,7 @@ from difftori.solver.box import Box
 from difftori.solver.compiled import compiled_call, maybe_compiled
 from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
-from difftori.types import Hessians, Points, PointSets, Rows
+from difftori.types import Hessians, PointFlags, Points, PointSets, Rows
 
 
 @dataclass(frozen=True)
@@ -148,3 +148,9 @@ def all_finite(cost: Rows, grad: Points | None) -> Tensor:
 def largest(x: Points) -> Rows:
     """The largest |x| of each row; NaN if the row contains NaN."""
     return torch.linalg.vector_norm(x, torch.inf, -1)
+
+
+def length_scale(x: Points, room: Rows, movable: PointFlags) -> Rows:
+    """The length scale of x (B): `room`, half the narrowest range, or the largest |x| of a movable variable."""
+    # The largest |x| counts because the gradient is accurate to the rounding of x only.
+    return torch.maximum(room, largest(x * movable))

@@ -16,7 +16,7 @@ from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
-from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
+from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest, length_scale
 from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.reading import reading_is_free
@@ -309,9 +309,7 @@ class _Run:
         return norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
 
     def _length(self, x: Points) -> Rows:
-        """The length scale of x: half the narrowest range, or the largest |x|."""
-        # The largest |x| counts because the gradient is accurate to the rounding of x only.
-        return torch.maximum(self.room, largest(x * self.movable))
+        return length_scale(x, self.room, self.movable)
 
     def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
         """The curvature along the first gradient, by one evaluation nearby. If it is not positive, the result is zero, so that no
