@@ -60,7 +60,7 @@ class Interrupted(Exception):
 )
 def test_a_killed_run_resumes_to_the_same_weights(env, num_envs, given, tmp_path, monkeypatch):
     steps = 90 if num_envs == 1 else 800
-    given = {"num_envs": num_envs, "steps": steps, **given}
+    given = {"num_envs": num_envs, "steps": steps, "eval_episodes": 1, **given}
     wanted = config(env=env, save_every=30, eval_every=10_000, settings=QUICK, **given)
     rl.train(wanted, tmp_path / "whole", progress=False)
     update, calls = Collector.step, []
@@ -134,9 +134,8 @@ def test_workers_step_while_the_caller_does_something_else():
 
 
 def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatch):
-    wanted = config(
-        env="gym:Pendulum-v1", num_envs=3, steps=900, save_every=10_000, settings={"updates_per_step": 0.05}
-    )
+    given = {"num_envs": 3, "steps": 900, "save_every": 10_000, "eval_episodes": 1}
+    wanted = config(env="gym:Pendulum-v1", settings=QUICK, **given)
     rl.train(wanted, tmp_path / "whole", progress=False)
     step, calls = Collector.step, []
 

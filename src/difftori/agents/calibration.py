@@ -18,8 +18,10 @@ def calibration(
     batches = zip(obs.split(_MAX_ROWS), actions.split(_MAX_ROWS), strict=True)
     value = torch.cat([critics(o, a).amin(0) for o, a in batches])
     both = torch.stack([value.double(), returns.double()])
+    # One agent step has no correlation, nor have constant returns: 0.
+    correlation = torch.corrcoef(both)[0, 1].nan_to_num().item() if len(returns) > 1 else 0.0
     return {
         "obs_q": value.mean().item(),
         "discounted_return": returns.mean().item(),
-        "obs_q_correlation": torch.corrcoef(both)[0, 1].nan_to_num().item(),
+        "obs_q_correlation": correlation,
     }

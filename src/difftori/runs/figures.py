@@ -31,6 +31,10 @@ _COLUMNS = 3
 _TITLE = 34
 _FEW = 30
 _WIDE_RANGE = 100.0
+_MARGINS = (0.6, 0.15, 0.4, 0.3, 0.75, 0.55)
+"""Inches: left, right, bottom and top of the figure, and between panels, across and down."""
+_LINE = 0.17
+"""Inches for each further line of a title."""
 
 Points = tuple[np.ndarray, np.ndarray]
 
@@ -113,7 +117,9 @@ def _figure(panels: Sequence[Panel], xlabel: str, end: int, *, large: bool) -> F
     down = -(-len(panels) // columns)
     width, height = (6.0, 3.0) if large else (4.0, 2.5)
     with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):  # names may contain characters of formulas
-        figure = Figure(figsize=(width * columns, height * down), layout="constrained")
+        titles = _LINE * max(_title(panel).count("\n") for panel in panels)
+        figure = Figure(figsize=(width * columns, (height + titles) * down))
+        _place(figure, columns, down, titles)
         axes = figure.subplots(down, columns, squeeze=False).flat
         for index, axis in enumerate(axes):
             if index >= len(panels):
@@ -123,10 +129,23 @@ def _figure(panels: Sequence[Panel], xlabel: str, end: int, *, large: bool) -> F
             axis.set_xlim(-0.03 * max(end, 1), 1.03 * max(end, 1))
             if index + columns >= len(panels):
                 axis.set_xlabel(xlabel)
-        # The layout is computed once. matplotlib repeats it for every output otherwise.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
     return figure
+
+
+def _place(figure: Figure, columns: int, down: int, titles: float) -> None:
+    """Set fixed margins and gaps, with room (inches) for titles of several lines. A computed layout takes longer than the drawing."""
+    width, height = figure.get_size_inches()
+    left, right, bottom, top, across, between = _MARGINS
+    top, between = top + titles, between + titles
+    panel = (width - left - right - across * (columns - 1)) / columns
+    row = (height - bottom - top - between * (down - 1)) / down
+    figure.subplots_adjust(
+        left / width, bottom / height, 1 - right / width, 1 - top / height, across / panel, between / row
+    )
+
+
+def _title(panel: Panel) -> str:
+    return "\n".join(textwrap.wrap(panel.title, _TITLE))
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -143,7 +162,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.yaxis.set_major_formatter("{x:g}")  # plain text: mathematical labels would be shown as their source
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
-    axis.set_title("\n".join(textwrap.wrap(panel.title, _TITLE)))
+    axis.set_title(_title(panel))
     axis.grid(alpha=0.3)
     if len(panel.lines) > 1:
         axis.legend(fontsize=7)
