@@ -16,7 +16,7 @@ from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
 from difftori.solver.objective import TrajectoryObjective
-from difftori.types import PointFlags, Points, RowFlags, Rows
+from difftori.types import PointFlags, Points, RowFlags
 
 
 class Iterates(NamedTuple):
@@ -43,7 +43,7 @@ class Differentiated(NamedTuple):
     """A differentiable solution.
 
     `convex` (B): the Hessian is positive definite on the free set; `singular` (B): the Hessian is singular to working
-    precision. Both are None if no Hessian was computed. `newton_step` (B): the largest coordinate of H⁻¹∇J, an estimate of
+    precision. Both are None if no Hessian was computed. `newton_step` (B n): H⁻¹∇J, an estimate of
     the distance to the optimum. `states` (B H+1 S): the states of a trajectory, with the same derivative, if the adjoint
     computes it. `solves`: the linear solves of the backward pass; after it they list the rows that were not solved.
     """
@@ -51,7 +51,7 @@ class Differentiated(NamedTuple):
     x: Points
     iterates: Iterates
     convex: RowFlags | None = None
-    newton_step: Rows | None = None
+    newton_step: Points | None = None
     singular: RowFlags | None = None
     states: Tensor | None = None
     solves: InverseProducts | None = None
@@ -189,7 +189,7 @@ class Implicit(Adjoint):
         x = solution - factor.solve(differentiable - differentiable.detach())
         if self.order == 2 and x.requires_grad:
             x = self._second_order(problem, x, factor.free)
-        return _Derivative(x, factor.convex, factor.solve(grad).abs().amax(-1), factor.singular)
+        return _Derivative(x, factor.convex, factor.solve(grad), factor.singular)
 
     def _constrained(self, problem: Problem, objective: ConstrainedFunction, solution: Points) -> "_Derivative":
         """Differentiate the optimality conditions with the active constraints as equations."""
@@ -210,7 +210,7 @@ class Implicit(Adjoint):
         _, residual = lagrangian.with_graph().evaluate(solution)
         values = objective.constraints(solution)
         x = solution + _ImplicitConstrained.apply(_Once.apply(residual), values, factor)
-        return _Derivative(x, factor.factor.convex, factor.solve(grad)[0].abs().amax(-1), factor.factor.singular)
+        return _Derivative(x, factor.factor.convex, factor.solve(grad)[0], factor.factor.singular)
 
     def method(self, problem: Problem, x: Points, carried: bool) -> str:
         """The method for the linear system: "dense", "cg" or "riccati". `carried`: the solver computed the states of the trajectory."""
@@ -246,16 +246,16 @@ class Implicit(Adjoint):
         products = max(x.shape[-1], _DENSE) if self.products is None else self.products
         return products, torch.finfo(x.dtype).eps ** 0.5
 
-    def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Rows]:
-        """Which rows are strict minima, (B), and the largest coordinate of H⁻¹∇J, (B), after an adjoint that did not compute them."""
+    def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Points]:
+        """Which rows are strict minima, (B), and H⁻¹∇J (B n), after an adjoint that did not compute them."""
         if self.method(problem, x, False) != "cg" or self.linear == "cg":
             factor, grad = self.factor(problem, x)
-            return factor.convex, factor.solve(grad).abs().amax(-1)
+            return factor.convex, factor.solve(grad)
         _, grad = problem.evaluate(x)
         solves = InverseProducts(problem, x, ~problem.box.held(x, grad), *self._budget(x))
         step = solves(grad)
         assert solves.unsolved is not None
-        return ~solves.unsolved, step.abs().amax(-1)
+        return ~solves.unsolved, step
 
     def _second_order(self, problem: Problem, x: Points, free: PointFlags) -> Points:
         """One more Newton step N(x, θ) = x − H⁻¹∇J, with value x. ∂N/∂x is zero at the optimum. The missing second derivative
@@ -280,7 +280,7 @@ class _Derivative(NamedTuple):
 
     x: Points
     convex: RowFlags | None
-    newton_step: Rows | None
+    newton_step: Points | None
     singular: RowFlags | None
     states: Tensor | None = None
     solves: InverseProducts | None = None

@@ -21,7 +21,8 @@ from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Multipliers, violation
-from difftori.solver.method import Problem, largest, length_scale
+from difftori.solver.lengths import Lengths
+from difftori.solver.method import Problem, largest
 from difftori.solver.objective import Objective
 from difftori.solver.solution import Solution, Status, status_with_hessian
 from difftori.types import Points, Rows
@@ -199,8 +200,7 @@ def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: Augmented
     differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
     feasible = state.violated <= method.allowed(solution.x.dtype)
     x = solution.x.detach()
-    length = length_scale(x, problem.box.room(x), ~problem.box.fixed(x))
-    status = status_with_hessian(solution.status, differentiated, length)
+    status = status_with_hessian(solution.status, differentiated, Lengths(problem.box, x).of(x))
     status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
     status = torch.where(solution.finite, status, int(Status.NON_FINITE))
     with torch.no_grad():

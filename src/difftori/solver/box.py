@@ -12,6 +12,10 @@ from difftori.errors import BoxError
 from difftori.types import PointFlags, Points, PointSetFlags, PointSets, Rows
 
 Bound = float | Tensor
+UNEVEN = 8.0
+"""Ranges that differ by this factor are taken for ranges in different units."""
+_OPEN = 1e12
+"""A wider range says nothing about the scale of its variable."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Box:
     inward: bool = False
     fixes: bool = field(default=False, init=False, repr=False, compare=False)
     """Whether any variable is fixed."""
+    uneven: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether the ranges of the variables of a row differ by a factor of 8 or more (see `spans`). Fixed variables do not count."""
 
     def __post_init__(self):
         if not (isinstance(self.low, int | float) and isinstance(self.high, int | float)):
@@ -54,10 +60,14 @@ class Box:
                 f"Box: low has shape {tuple(low.shape)} and high has shape {tuple(high.shape)}, which do not broadcast. "
                 "Fix: use the same shape for both, such as (n)."
             ) from error
-        inverted, fixes = torch.stack(
-            [empty.any(), (low == high).any()]
-        ).tolist()  # one synchronisation with the device
+        width, fixed = _spans(high - low), low == high
+        narrow, wide = torch.where(fixed, torch.inf, width), torch.where(fixed, 0.0, width)
+        if width.dim() and width.numel():
+            narrow, wide = narrow.amin(-1), wide.amax(-1)
+        one_synchronisation = torch.stack([empty.any(), fixed.any(), (wide >= UNEVEN * narrow).any()])
+        inverted, fixes, uneven = one_synchronisation.tolist()
         object.__setattr__(self, "fixes", fixes)
+        object.__setattr__(self, "uneven", uneven)
         if inverted:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
@@ -120,14 +130,18 @@ class Box:
         low, high = number_like(self.low, x), number_like(self.high, x)
         return torch.minimum(torch.maximum(grad, x - high), x - low)
 
-    def stationarity(self, x: Points, grad: Points) -> Rows:
-        """The largest gradient coordinate without an active bound, per row: zero exactly at a first-order point.
+    def pull(self, x: Points, grad: Points) -> Points:
+        """The gradient, with zero for coordinates with an active bound: zero exactly at a first-order point.
 
         Unlike the projected gradient it is not limited by the width of the box, so it is proportional to the scale of the cost.
         """
         low, high = self._edges(x)
         pull = torch.where(x <= low, grad.clamp_max(0), grad)
-        return torch.linalg.vector_norm(torch.where(x >= high, pull.clamp_min(0), pull), float("inf"), -1)
+        return torch.where(x >= high, pull.clamp_min(0), pull)
+
+    def stationarity(self, x: Points, grad: Points) -> Rows:
+        """The largest gradient coordinate without an active bound, per row: zero exactly at a first-order point."""
+        return torch.linalg.vector_norm(self.pull(x, grad), float("inf"), -1)
 
     def narrowest(self, x: Points, unbounded: float) -> Rows:
         """The narrowest range of each row's variables, (B). An open range counts as `unbounded`; fixed variables do not count."""
@@ -144,6 +158,10 @@ class Box:
         """The range high − low, broadcast to x. Infinite if a side is open."""
         low, high = number_like(self.low, x), number_like(self.high, x)
         return (high - low).expand_as(x)
+
+    def spans(self, x: Points) -> Points:
+        """The ranges as measures of scale: 2 if they are open or above 1e12."""
+        return _spans(self.width(x))
 
 
 class _Inward(torch.autograd.Function):
@@ -173,6 +191,10 @@ def number_like(value: float | Tensor, x: Tensor) -> Tensor:
     return torch.as_tensor(value).to(x)
 
 
+def _spans(width: Tensor) -> Tensor:
+    return torch.where(width < _OPEN, width, 2.0)
+
+
 def _edges(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     slack = 4 * torch.finfo(low.dtype).eps
     # An infinite bound becomes NaN here, so no coordinate is on it.
@@ -200,6 +222,7 @@ class _Bounds(Box):
 def _checked(low: Tensor, high: Tensor, like: Box) -> Box:
     bounds = _Bounds(low, high, like.inward)
     object.__setattr__(bounds, "fixes", like.fixes)
+    object.__setattr__(bounds, "uneven", like.uneven)
     return bounds
 
 

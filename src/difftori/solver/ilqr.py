@@ -9,6 +9,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.box import number_like
+from difftori.solver.lengths import range_units
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.rollout import roll
@@ -36,7 +37,8 @@ class ILQR(Solver):
         armijo: the share of the predicted decrease that a step must reach.
         damping: if no length lowers the cost, the curvature of each action is raised by this share, then by 10 times as much
             after each further failure. It decreases again after an accepted step.
-        floor: eigenvalues below this multiple of the row's largest curvature are raised to it.
+        floor: eigenvalues below this multiple of the row's largest curvature are raised to it, in units of the ranges of the
+            actions where these differ.
 
     The solution includes the states: it stores the closed-loop rollout as computed. Unstable dynamics, whose open-loop rollout
     would amplify the rounding error of an action, can therefore be solved too.
@@ -164,9 +166,8 @@ class ILQR(Solver):
         low, high = _bounds(problem, objective, plan.flatten(1))
         still = states[:, :1].expand_as(states).contiguous()
         nothing = torch.zeros_like(plan[:, 0, 0])
-        model = lq.convexified(
-            problem.call(lq.linearise, objective, still, plan), max(self.floor, 8 * torch.finfo(plan.dtype).eps)
-        )
+        floor, units = max(self.floor, 8 * torch.finfo(plan.dtype).eps), range_units(problem.box, plan.flatten(1))
+        model = lq.convexified(problem.call(lq.linearise, objective, still, plan), floor, units)
         gains = lq.sweep(model, low - plan, high - plan, nothing, problem.compile).gains.clone()
         gains[..., -1] = 0.0
         found, plans, costs = _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high)
@@ -182,22 +183,22 @@ class ILQR(Solver):
         with torch.set_grad_enabled(problem.create_graph):
             model = problem.call(lq.linearise, objective, memory.states, plan)
             costate, grad = problem.call(lq.costates, model, feedback)
-            floor = max(self.floor, 8 * torch.finfo(x.dtype).eps)
+            floor, units = max(self.floor, 8 * torch.finfo(x.dtype).eps), range_units(problem.box, x)
             near = memory.near > 0 if self.second_order else torch.zeros_like(memory.near, dtype=torch.bool)
             if bool(near.any()):
                 exact = problem.call(lq.with_dynamics_curvature, objective, memory.states, plan, model, costate)
                 every = bool(near.all())
-                swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor)), *bounds)
+                swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor, units)), *bounds)
                 sound = ~near | (swept.convex & (swept.slope <= 0))
                 memory = memory._replace(near=torch.where(sound, memory.near, 0.0))
                 if not bool(sound.all()):
-                    swept = lq.sweep(_mixed(near & sound, exact, lq.convexified(model, floor)), *bounds)
+                    swept = lq.sweep(_mixed(near & sound, exact, lq.convexified(model, floor, units)), *bounds)
             else:
-                swept = lq.sweep(lq.convexified(model, floor), *bounds)
+                swept = lq.sweep(lq.convexified(model, floor, units), *bounds)
         memory = memory._replace(
             gains=swept.gains, slope=swept.slope.detach(), bend=swept.bend.detach(), damping=memory.damping
         )
-        return State(cost, grad.flatten(1), tuple(memory), memory.states, swept.newton.detach())
+        return State(cost, grad.flatten(1), tuple(memory), memory.states, swept.newton.detach().flatten(1))
 
 
 def _mixed(rows: RowFlags, yes: lq.LQModel, no: lq.LQModel) -> lq.LQModel:

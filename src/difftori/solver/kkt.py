@@ -22,13 +22,14 @@ from difftori.solver.box import number_like
 from difftori.solver.compiled import loop
 from difftori.solver.constraints import STIFFER, ConstrainedTrajectory, keep_active
 from difftori.solver.derivatives import pullback, unit_vectors
+from difftori.solver.lengths import range_units
 from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import PlanFlags, Plans, Points, RowFlags, Rows
 
 
 class TrajectoryDerivative(NamedTuple):
-    """`actions` (B n) and `states` (B H+1 S) with their derivative; `convex`, `singular` (B) and `newton_step` (B) as in
+    """`actions` (B n) and `states` (B H+1 S) with their derivative; `convex`, `singular` (B) and `newton_step` (B n) as in
     `Differentiated`.
     """
 
@@ -36,7 +37,7 @@ class TrajectoryDerivative(NamedTuple):
     states: Tensor
     convex: RowFlags
     singular: RowFlags
-    newton_step: Rows
+    newton_step: Points
 
 
 def differentiate(
@@ -58,7 +59,7 @@ def differentiate(
         factor = factorise(model, free)
         if not bool(factor.convex.all()):
             # Not a minimum: the gradient is bounded by using the convex model of a solver step.
-            raised = lq.convexified(model, _RAISED)
+            raised = lq.convexified(model, _RAISED, range_units(problem.box, x))
             model = lq.LQModel(*(choose(factor.convex, own, other) for own, other in zip(model, raised, strict=True)))
             again = factorise(model, free)
             factor = again._replace(convex=factor.convex, singular=factor.singular)
@@ -70,10 +71,10 @@ def differentiate(
     residuals = problem.call(residual, lagrangian, states, plan, costate)
     residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
-        return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.abs().amax((1, 2)))
+        return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.flatten(1))
     residuals = tuple(first_order_only(part) if part.requires_grad else part for part in residuals)
     actions, states = _Optimum.apply(plan, states, factor, active, *residuals)
-    return TrajectoryDerivative(actions.flatten(1), states, factor.convex, factor.singular, move.abs().amax((1, 2)))
+    return TrajectoryDerivative(actions.flatten(1), states, factor.convex, factor.singular, move.flatten(1))
 
 
 _RAISED = 1e-4
@@ -85,7 +86,8 @@ def _exact(
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
     model = problem.call(lq.linearise, objective, states, plan)
     # The costates need some stabilising feedback (see lq.costates). This one uses the curvature of the costs only.
-    feedback = factorise(lq.convexified(model, _FLOOR), inside).gain
+    units = range_units(problem.box, plan.flatten(1))
+    feedback = factorise(lq.convexified(model, _FLOOR, units), inside).gain
     costate, grad = lq.costates(model, feedback)
     exact = problem.call(lq.with_dynamics_curvature, objective, states, plan, model, costate)
     # A row with NaN or infinity has no derivative. Zeros keep it out of the gradients of the other rows' parameters.

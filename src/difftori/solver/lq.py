@@ -17,7 +17,7 @@ from torch.func import vmap
 from difftori.solver.compiled import compiled_call, loop
 from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.objective import TrajectoryObjective
-from difftori.types import Plans, RowFlags, Rows
+from difftori.types import Plans, Points, RowFlags, Rows
 
 
 class LQModel(NamedTuple):
@@ -116,31 +116,39 @@ def with_dynamics_curvature(
     return model._replace(hessian=model.hessian + bends.permute(2, 0, 1, 3))
 
 
-def convexified(model: LQModel, floor: float) -> LQModel:
+def convexified(model: LQModel, floor: float, units: Points | None = None) -> LQModel:
     """The same model with the eigenvalues of every Hessian raised to `floor` × the largest curvature of its row.
 
-    Only the Hessians that need it are decomposed. The added part is treated as a constant in derivatives.
+    `units` (B H·A): the units of the actions in which eigenvalues are compared; default: those of the task. Only the Hessians
+    that need it are decomposed. The added part is treated as a constant in derivatives.
     """
-    scale = model.hessian.detach().abs().amax((1, 2, 3)).maximum(model.terminal_hessian.detach().abs().amax((1, 2)))
-    least = floor * scale
-    hessian = _convex(model.hessian.flatten(0, 1), least.repeat_interleave(model.hessian.shape[1]))
-    return model._replace(
-        hessian=hessian.view_as(model.hessian), terminal_hessian=_convex(model.terminal_hessian, least)
-    )
+    hessian, last = model.hessian, model.terminal_hessian
+    scaled, back = hessian.detach(), None
+    if units is not None:
+        states = torch.ones_like(scaled[..., : last.shape[-1], 0])
+        back = torch.cat([states, units.view(*states.shape[:2], -1)], -1)
+        scaled = scaled * back.unsqueeze(-1) * back.unsqueeze(-2)
+        back = back.flatten(0, 1)
+    least = floor * scaled.abs().amax((1, 2, 3)).maximum(last.detach().abs().amax((1, 2)))
+    every = least.repeat_interleave(hessian.shape[1])
+    hessian = _convex(hessian.flatten(0, 1), scaled.flatten(0, 1), back, every).view_as(hessian)
+    return model._replace(hessian=hessian, terminal_hessian=_convex(last, last.detach(), None, least))
 
 
-def _convex(matrices: Tensor, floor: Tensor) -> Tensor:
-    detached = matrices.detach()
+def _convex(matrices: Tensor, scaled: Tensor, units: Tensor | None, floor: Tensor) -> Tensor:
+    """Matrices whose eigenvalues in units (M N) are raised to the floor (M). `scaled`: the matrices in units, without a graph."""
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    finite = torch.isfinite(detached).flatten(1).all(-1)
+    finite = torch.isfinite(scaled).flatten(1).all(-1)
     _, failed = torch.linalg.cholesky_ex(
-        torch.where(finite[:, None, None], detached, identity) - floor[:, None, None] * identity
+        torch.where(finite[:, None, None], scaled, identity) - floor[:, None, None] * identity
     )
     rows = ((failed != 0) & finite & torch.isfinite(floor)).nonzero().squeeze(-1)
     if len(rows) == 0:
         return matrices
-    values, vectors = torch.linalg.eigh(detached[rows])
+    values, vectors = torch.linalg.eigh(scaled[rows])
     raised = (values.maximum(floor[rows, None]) - values).unsqueeze(-2)
+    if units is not None:
+        vectors = vectors / units[rows].unsqueeze(-1)
     return matrices.index_add(0, rows, (vectors * raised) @ vectors.transpose(-1, -2))
 
 
@@ -148,14 +156,14 @@ class Sweep(NamedTuple):
     """The result of a backward sweep.
 
     `gains` [K_t k_t] (B H A S+1): δa_t = K_t δs_t + α k_t. `slope` (B): the derivative of the cost along α at 0 in the model;
-    `bend` (B): its second derivative. `newton` (B): the largest change of an action by a Newton step with its own curvature
-    only. `convex` (B): the curvature of the actions is positive definite at every step.
+    `bend` (B): its second derivative. `newton` (B H A): the change of each action by a Newton step with its own curvature only.
+    `convex` (B): the curvature of the actions is positive definite at every step.
     """
 
     gains: Tensor
     slope: Rows
     bend: Rows
-    newton: Rows
+    newton: Plans
     convex: RowFlags
 
 
@@ -219,7 +227,7 @@ def _sweep(model: LQModel, low: Plans, high: Plans, damping: Rows, unbounded: bo
     gains, linear, curvature, convex = (part.flip(0).movedim(0, 1) for part in found)
     slope = (gains[..., -1] * linear).sum((1, 2))
     alone = torch.minimum(torch.maximum(-linear / _positive(curvature), low), high)
-    return Sweep(gains, slope, value[:, -1, -1] - 2 * slope, alone.abs().amax((1, 2)), convex.all(-1))
+    return Sweep(gains, slope, value[:, -1, -1] - 2 * slope, alone, convex.all(-1))
 
 
 def control(
@@ -270,7 +278,7 @@ def _bounded_control(h: Tensor, b: Tensor, low: Tensor, high: Tensor) -> tuple[T
     """[K k] within the bounds, and which h are positive definite on the free set at k."""
     identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     eps = torch.finfo(h.dtype).eps
-    h = h + eps * h.diagonal(dim1=-1, dim2=-2).amax(-1)[:, None, None] * identity
+    h = h + eps * torch.diag_embed(_positive(h.diagonal(dim1=-1, dim2=-2)))
     k, right = torch.zeros_like(low), b[..., -1]
     free = torch.ones_like(k, dtype=torch.bool)
     compiling = torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ from difftori.solver.box import Box
 from difftori.solver.compiled import compiled_call, maybe_compiled
 from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
-from difftori.types import Hessians, PointFlags, Points, PointSets, Rows
+from difftori.types import Hessians, Points, PointSets, Rows
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Problem:
 class State(NamedTuple):
     """The state of a solver at x: cost (B), gradient (B n) if it computes one, and its own memory, rows first.
 
-    Solvers of trajectories also set `states` (B H+1 S), which belong to x, and `distance` (B), an estimate of the distance from x
-    to the optimum in units of x.
+    Solvers of trajectories also set `states` (B H+1 S), which belong to x, and `distance` (B n), an estimate of the change of
+    each variable from x to the optimum.
     """
 
     cost: Rows
     grad: Points | None
     memory: tuple[Tensor, ...] = ()
     states: Tensor | None = None
-    distance: Rows | None = None
+    distance: Points | None = None
 
     def detached(self) -> "State":
         """The same state without a graph."""
@@ -148,9 +148,3 @@ def all_finite(cost: Rows, grad: Points | None) -> Tensor:
 def largest(x: Points) -> Rows:
     """The largest |x| of each row; NaN if the row contains NaN."""
     return torch.linalg.vector_norm(x, torch.inf, -1)
-
-
-def length_scale(x: Points, room: Rows, movable: PointFlags) -> Rows:
-    """The length scale of x (B): `room`, half the narrowest range, or the largest |x| of a movable variable."""
-    # The largest |x| counts because the gradient is accurate to the rounding of x only.
-    return torch.maximum(room, largest(x * movable))

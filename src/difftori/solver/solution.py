@@ -11,6 +11,7 @@ from torch import Tensor
 from difftori.solver.adjoint import Differentiated, Implicit
 from difftori.solver.constraints import Multipliers
 from difftori.solver.inference import without_inference_tensors
+from difftori.solver.lengths import Lengths
 from difftori.solver.method import Problem, State
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
@@ -37,22 +38,23 @@ class Status(IntEnum):
     `Solution.violation`, start elsewhere, or allow more rounds."""
 
 
-def status_with_hessian(status: RowCounts, differentiated: Differentiated, length: Rows) -> RowCounts:
-    """The status (B), corrected by the Hessian if the adjoint computed it. `length` (B): the length scale of x.
+def status_with_hessian(status: RowCounts, differentiated: Differentiated, lengths: Tensor) -> RowCounts:
+    """The status (B), corrected by the Hessian if the adjoint computed it. `lengths` (B n or B 1): the length scales of x.
 
-    A row has not converged if a Newton step would still move it by 2 % of its length: the gradient is small there only
+    A row has not converged if a Newton step would still move a variable by 2 % of its length: the gradient is small there only
     because the curvatures are far apart.
     """
     convex, singular, step = differentiated.convex, differentiated.singular, differentiated.newton_step
     if convex is None or singular is None or step is None:
         return status
-    status = torch.where((status == Status.CONVERGED) & ~(step <= _FAR * length), int(Status.MAX_STEPS), status)
+    near = (step.abs() <= _FAR * lengths).all(-1)
+    status = torch.where((status == Status.CONVERGED) & ~near, int(Status.MAX_STEPS), status)
     status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
     return torch.where(singular, int(Status.ILL_CONDITIONED), status)
 
 
 _FAR = 2e-2
-"""A Newton step of more than this share of the length scale means that the optimum is far."""
+"""A Newton step of more than this share of a variable's length scale means that the optimum is far."""
 
 
 class History(NamedTuple):
@@ -105,7 +107,8 @@ class Solution:
 
         The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate
         by more than 1e-2 of the narrowest range of its row (ranges above 2, and open ones, count as 2; fixed variables do not
-        count). `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n
+        count) or, where the ranges of the row differ by a factor of 8 or more, by 2e-2 of its own length
+        (`Lengths.of`). `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n
         batched Hessian-vector products.
         """
         solves = self.differentiated.solves
@@ -119,9 +122,9 @@ class Solution:
         x = self.x.detach()
         if convex is None or step is None:
             convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
-        room = self.problem.box.room(x)
+        near = (step.abs() <= _FAR * Lengths(self.problem.box, x).trusted(x)).all(-1)
         feasible = self.status != Status.INFEASIBLE
-        return convex & (step <= _FAR * room) & self.finite & feasible
+        return convex & near & self.finite & feasible
 
     @property
     def converged(self) -> RowFlags:

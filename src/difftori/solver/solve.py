@@ -14,9 +14,10 @@ from difftori.solver.box import Box
 from difftori.solver.checked import check_settings, check_start, checked_box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
+from difftori.solver.convergence import Convergence
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
-from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest, length_scale
+from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
 from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
 from difftori.solver.projected_gradient import ProjectedGradient
 from difftori.solver.reading import reading_is_free
@@ -64,7 +65,8 @@ def solve(
         tolerance: a row has converged when its estimated distance to the optimum is at most this share of its length scale.
             Default: 1e-5 in float32 and 1e-9 in float64. The distance is the largest gradient coordinate without an active
             bound, divided by the curvature along the row's recent steps. The length scale is half the narrowest range (at
-            most 1) or the largest |x|, whichever is larger. The test does not depend on the scale of the cost or the start.
+            most 1) or the largest |x|, whichever is larger. Where ranges differ by a factor of 8 or more, such as newtons
+            beside radians, the test must also hold in units of the ranges. It does not depend on the scale of the cost.
             0.0 skips the estimate, which costs one evaluation per solve. With `project_start` and a box of numbers, a solve
             without derivative then never waits for a GPU: it takes all its steps there.
         keep: return each row's iterate of lowest cost ("best") or its last iterate ("last").
@@ -141,24 +143,24 @@ def _solve(
         differentiated=differentiated,
         stationarity=None
         if progress.state.grad is None or progress.state.distance is not None
-        else progress.best_norm.detach(),
+        else progress.best_norm[0].detach(),
     )
 
 
 @dataclass
 class _Progress:
-    """The state of an iteration from step to step, per row."""
+    """The state of an iteration from step to step, per row. `best_norm`, `curvature` and `length` (K B) in each of K units."""
 
     x: Points
     state: State
     best_x: Points
     best_cost: Rows
-    best_norm: Rows
+    best_norm: Tensor
     done: RowFlags
     failed: RowFlags
     steps: RowCounts
-    curvature: Rows
-    length: Rows
+    curvature: Tensor
+    length: Tensor
     best_states: Tensor | None = None
 
 
@@ -166,7 +168,7 @@ def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
     """A lower cost or, if rounding hides the difference, a smaller projected gradient."""
     best = progress.best_cost.detach()
     noise = 8 * torch.finfo(cost.dtype).eps * best.abs()
-    return (cost < best - noise) | ((cost <= best + noise) & (norm <= progress.best_norm))
+    return (cost < best - noise) | ((cost <= best + noise) & (norm <= progress.best_norm[0]))
 
 
 class _Run:
@@ -176,8 +178,7 @@ class _Run:
         self.problem, self.solver, self.x0 = problem, solver, x0
         self.tolerance = _tolerance(tolerance, x0.dtype)
         self.keep = "last" if solver.monotone and self.tolerance == 0 else keep
-        self.room = problem.box.room(x0)
-        self.movable = ~problem.box.fixed(x0)
+        self.test = Convergence(problem, x0, self.tolerance)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
     def iterate(
@@ -206,7 +207,7 @@ class _Run:
         x = progress.best_x if self.keep == "best" else progress.x
         if self.keep == "last":
             progress.best_x, progress.best_cost = progress.x, progress.state.cost
-            progress.best_norm = self._norm(progress.x, progress.state)
+            progress.best_norm = self.test.norm(progress.x, progress.state)
             progress.best_states = progress.state.states
         usable = all_finite(progress.best_cost.detach(), x.detach())
         return Iterates(x, usable, progress, None if differentiable else progress.best_states)
@@ -220,13 +221,13 @@ class _Run:
     def _begin(self, problem: Problem) -> _Progress:
         x = self.x0 if problem.create_graph else self.x0.detach()
         state = self.solver.init(problem, x)
-        norm = self._norm(x, state)
+        norm = self.test.norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
-        length = self._length(x.detach())
-        curvature = self._first_curvature(x.detach(), state, norm, length)
+        length = self.test.length(x.detach(), state)
+        curvature = self.test.first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self._close(norm, curvature, length)
+        done = self.test.close(norm, curvature, length)
         return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
@@ -244,7 +245,7 @@ class _Run:
             state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
-        norm = self._norm(x, state)
+        norm = self.test.norm(x, state)
         return _Progress(
             x,
             state,
@@ -272,15 +273,15 @@ class _Run:
             self._learn_curvature(progress, x.detach(), state, moved)
         progress.x = choose(moved, x, progress.x)
         progress.state = choose_state(moved, state, progress.state)
-        norm = self._norm(progress.x, progress.state)
+        norm = self.test.norm(progress.x, progress.state)
         if self.keep == "best":
-            better = moved & _improves(progress.state.cost.detach(), norm, progress)
+            better = moved & _improves(progress.state.cost.detach(), norm[0], progress)
             progress.best_x = choose(better, progress.x, progress.best_x)
             progress.best_cost = torch.where(better, progress.state.cost, progress.best_cost)
             progress.best_norm = torch.where(better, norm, progress.best_norm)
             if progress.best_states is not None and progress.state.states is not None:
                 progress.best_states = choose(better, progress.state.states, progress.best_states)
-        progress.done = progress.done | self._close(norm, progress.curvature, progress.length)
+        progress.done = progress.done | self.test.close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -296,63 +297,27 @@ class _Run:
             progress.steps = progress.steps + chunk * working
             taken += chunk
 
-    def _norm(self, x: Points, state: State) -> Rows:
-        """The distance from a first-order point: the solver's estimate, or the largest gradient coordinate without an active bound."""
-        if state.distance is not None:
-            return state.distance.detach()
-        if state.grad is None:
-            return torch.full_like(state.cost.detach(), float("inf"))
-        return self.problem.box.stationarity(x.detach(), state.grad.detach())
-
-    def _close(self, norm: Rows, curvature: Rows, length: Rows) -> RowFlags:
-        """Which rows have converged: gradient / curvature, a distance, is small compared with the length scale of x."""
-        return norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
-
-    def _length(self, x: Points) -> Rows:
-        return length_scale(x, self.room, self.movable)
-
-    def _first_curvature(self, x: Points, state: State, norm: Rows, length: Rows) -> Rows:
-        """The curvature along the first gradient, by one evaluation nearby. If it is not positive, the result is zero, so that no
-        row counts as converged. Without this, a start at the optimum could not be recognised.
-        """
-        if state.distance is not None:
-            return torch.ones_like(norm)
-        if self.tolerance == 0 or state.grad is None:
-            return torch.zeros_like(norm)
-        grad = state.grad.detach()
-        step = torch.finfo(x.dtype).eps ** 0.5 * length / torch.where(norm > 0, norm, 1.0)
-        trial = self.problem.project(x - step[:, None] * grad)
-        _, there = self.problem.evaluate(trial)
-        s, y = trial - x, there - grad
-        curvature = largest(y) / largest(s)
-        valid = ((s * y).sum(-1) > 0) & torch.isfinite(curvature)
-        return torch.where(valid, curvature, 0.0)
-
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
-        """Update the curvature ‖Δ∇J‖/‖Δx‖ with the step about to be taken. A small step along a flat direction at most halves it;
-        after a step of half the length scale or more, the old value is discarded.
-        """
-        if state.distance is not None:
-            progress.length = torch.where(moved, self._length(x), progress.length)
-        if state.grad is None or progress.state.grad is None or state.distance is not None:
+        """Update the curvature and the length with the step about to be taken."""
+        if state.grad is None or progress.state.grad is None:
             return
-        move = largest(x - progress.x.detach())
-        curvature = largest(state.grad.detach() - progress.state.grad.detach()) / move
-        length = self._length(x)
-        known = torch.maximum(curvature, (0.5 - move / length).clamp_min(0.0) * progress.curvature)
-        # A step of length zero gives NaN or infinity and is ignored.
-        progress.curvature = torch.where(moved & torch.isfinite(curvature), known, progress.curvature)
-        progress.length = torch.where(moved, length, progress.length)
+        step = x - progress.x.detach()
+        if state.distance is None:
+            length = self.test.length(x, state)
+            change = state.grad.detach() - progress.state.grad.detach()
+            curvature = self.test.learned(progress.curvature, step, change, length)
+            progress.curvature = torch.where(moved, curvature, progress.curvature)
+            progress.length = torch.where(moved, length, progress.length)
         if not state.memory:
             # Without memory, a solver that has not moved will never move.
-            progress.done = progress.done | (moved & (move == 0))
+            progress.done = progress.done | (moved & (largest(step) == 0))
 
     def status(self, progress: _Progress, bad_start: RowFlags, differentiated: Differentiated) -> RowCounts:
         """The status of each row."""
-        length = self._length(progress.best_x.detach())
-        converged = self._close(progress.best_norm, progress.curvature, length)
+        x = progress.best_x.detach()
+        converged = self.test.close(progress.best_norm, progress.curvature, self.test.length(x, progress.state))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = status_with_hessian(status, differentiated, length)
+        status = status_with_hessian(status, differentiated, self.test.lengths.of(x))
         unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
         return torch.where(unsound, int(Status.NON_FINITE), status)
 

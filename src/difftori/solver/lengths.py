@@ -1,0 +1,67 @@
+"""Length scales: what counts as a small change of each variable.
+
+Variables in different units, such as newtons beside radians, are told apart by the ranges of the box. Ranges that differ by less
+than a factor of 8 count as one scale.
+"""
+
+import torch
+from torch import Tensor
+
+from difftori.solver.box import UNEVEN, Box
+from difftori.solver.method import largest
+from difftori.types import Points, Rows
+
+
+def range_units(box: Box, x: Points) -> Points | None:
+    """Half the range of each variable (B n) in rows whose ranges differ; 1 in other rows, for open ranges and for fixed variables.
+    None if no row has different ranges.
+    """
+    if not box.uneven:
+        return None
+    half, uneven = _half_ranges(box, x)
+    return torch.where(uneven & ~box.fixed(x), half, 1.0)
+
+
+def _half_ranges(box: Box, x: Points) -> tuple[Points, Tensor]:
+    """Half the ranges (B n), 1 for open ones, and which rows have different ones (B 1)."""
+    half, fixed = 0.5 * box.spans(x), box.fixed(x)
+    least = torch.where(fixed, torch.inf, half).amin(-1, keepdim=True)
+    most = torch.where(fixed, 0.0, half).amax(-1, keepdim=True)
+    return half, most >= UNEVEN * least
+
+
+class Lengths:
+    """The length scales of the variables of a box, row by row. `units` (B n): see `range_units`."""
+
+    def __init__(self, box: Box, x: Points):
+        self.room: Rows = box.room(x)
+        self.units = range_units(box, x)
+        self._movable = ~box.fixed(x)
+        if self.units is None:
+            return
+        half, self._uneven = _half_ranges(box, x)
+        self._reach = torch.where(self._uneven, half.clamp_max(1.0), self.room.unsqueeze(-1))
+        # The ranges in ascending order, and the position up to which they are not much wider than that of each variable.
+        width = torch.where(self._movable, box.width(x), torch.inf)
+        ordered, self._order = width.sort(-1)
+        similar = torch.searchsorted(ordered, UNEVEN * width, right=True) - 1
+        self._similar = torch.where(self._uneven, similar, x.shape[-1] - 1)
+
+    def natural(self, x: Points) -> Rows:
+        """One length scale of all variables, (B): half the narrowest range (at most 1) or the largest |x|, whichever is larger."""
+        # |x| counts because the gradient is accurate to the rounding of x only.
+        return torch.maximum(self.room, largest(x * self._movable))
+
+    def of(self, x: Points) -> Tensor:
+        """The length scale of each variable, (B n), or (B 1) if no row has different ranges. In rows with different ranges, it is
+        half the variable's own range (at most 1) or the largest |x| of the variables whose ranges are not much wider.
+        """
+        if self.units is None:
+            return self.natural(x).unsqueeze(-1)
+        size = (x * self._movable).abs().gather(-1, self._order).cummax(-1).values
+        return torch.maximum(self._reach, size.gather(-1, self._similar))
+
+    def trusted(self, x: Points) -> Tensor:
+        """The lengths, (B n) or (B 1), on which the Hessian is taken to be constant: `room`, or `of` in rows with different ranges."""
+        room = self.room.unsqueeze(-1)
+        return room if self.units is None else torch.where(self._uneven, self.of(x), room)
