@@ -231,6 +231,9 @@ class ReportArguments(Arguments):
     """Title of the page (default: the paths of the runs)."""
     reference: str | None = None
     """Method to compare the others with, by its name in the report (default: compare every pair)."""
+    evaluation: Literal["training", "latest"] = "training"
+    """Results of the evaluation at the end of the training, or of the latest `difftori eval` of each run. Finished runs without one
+    are excluded then, with the reason."""
 
 
 def read_arguments(

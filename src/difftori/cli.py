@@ -351,7 +351,8 @@ def _report(words: list[str]) -> None:
 
     only = options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else None
     out = options.out or (Path("report") if only is None else only / "report")
-    report = write_report(options.runs, out, title=options.title, reference=options.reference)
+    given = {"title": options.title, "reference": options.reference, "evaluation": options.evaluation}
+    report = write_report(options.runs, out, **given)
     from rich.console import Console
 
     from difftori.experiments.tables import screen_table

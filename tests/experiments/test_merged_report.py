@@ -305,6 +305,37 @@ def test_a_base_without_any_record_is_named_by_its_path(tmp_path):
     }
 
 
+def test_the_latest_evaluation_after_training(tmp_path, capsys):
+    for seed in range(2):
+        agent_run(tmp_path / f"agent{seed}", 500.0, agent="tdmpc", seed=seed)
+        policy_run(tmp_path / f"policy{seed}", [1.0, 0.0], policy="bc", seed=seed)
+    kept = {"time": "2026-01-01", "command": "difftori eval", "weights": "last"}
+    entry = {**kept, "metrics": {"eval/return": 321.0}, "episodes": {"return": [321.0] * 40, "length": [250] * 40}}
+    (tmp_path / "agent0" / "eval.json").write_text(json.dumps([{**entry, "metrics": {"eval/return": 1.0}}, entry]))
+    episodes = {"seed": [7, 8, 9, 10], "success": [1.0, 1.0, 1.0, 0.0], "score": [1.0, 1.0, 1.0, 0.0]}
+    metrics = {"success": 0.75, "score": 0.75, "return": None}
+    best = {**kept, "weights": "best", "metrics": metrics, "episodes": episodes}
+    (tmp_path / "policy0" / "eval.json").write_text(json.dumps([best]))
+
+    before = {run.place.name: next(iter(run.outcomes.values())) for run in gather([tmp_path]).runs}
+    assert before == {"agent0": 500.0, "agent1": 500.0, "policy0": 0.5, "policy1": 0.5}
+    found = gather([tmp_path], "latest")
+    agent, policy = sorted(found.runs, key=lambda run: run.place.name)
+    assert list(agent.outcomes.values()) == [321.0]
+    assert agent.config["eval_episodes"] == 40
+    assert {m.name: value for m, value in policy.outcomes.items()} == {"success": 0.75, "score": 0.75}
+    assert (policy.rule, policy.episode_seeds) == ("weights of least validation error", (7, 8, 9, 10))
+    assert {place.name for place, _ in found.left_out} == {"agent1", "policy1"}
+    assert all("difftori eval RUN" in reason for _, reason in found.left_out)
+
+    main(["report", str(tmp_path), "--evaluation", "latest", "--out", str(tmp_path / "out")])
+    assert "0.75" in capsys.readouterr().out
+    rows = csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines())
+    assert sorted(row["episodes"] for row in rows) == ["4", "40"]
+    with pytest.raises(ConfigError, match="records of studies have no later evaluation"):
+        gather([Path("results/runs/il/table1")], "latest")
+
+
 def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
     for policy, updates in (("bc", 120), ("residual", 60)):
         place = policy_run(tmp_path / policy, [1.0, 0.0], policy=policy, seed=0, settings={"epochs": 60})

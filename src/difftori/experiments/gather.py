@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,8 +20,9 @@ from difftori.experiments.records import (
     read_run,
 )
 from difftori.runs.checkpoint import read_weights
-from difftori.runs.page import MEDIA
+from difftori.runs.page import MEDIA, read_evaluations
 from difftori.runs.records import MODEL, current_config, flat, read_metrics
+from difftori.types import Metrics
 
 TRAINING = "train/return"
 _NOT_DISTINGUISHING = {
@@ -101,11 +102,12 @@ class Gathered:
     left_out: tuple[tuple[Path, str], ...]
 
 
-def gather(places: Sequence[Path]) -> Gathered:
+def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "training") -> Gathered:
     """Read every run in and below `places`. Methods are named by the settings that distinguish them.
 
-    Of two runs with the same method, task and seed, the later one in the order of paths is excluded. Raises ConfigError if there
-    is no run.
+    `evaluation`: results from the end of the training, or from the latest `difftori eval` of each run; a finished run without one is
+    excluded then. Of two runs with the same method, task and seed, the later one in the order of paths is excluded. Raises
+    ConfigError if there is no run.
     """
     missing = [f"{place}: does not exist. Fix: give directories of runs" for place in places if not place.exists()]
     if missing:
@@ -114,7 +116,7 @@ def gather(places: Sequence[Path]) -> Gathered:
     runs, left_out = [], []
     for place in _places(places):
         try:
-            records |= _records(place)
+            records |= _records(place, evaluation)
         except (DifftoriError, OSError) as error:
             left_out.append((place, str(error)))
     bases = _base_names(records)
@@ -151,12 +153,35 @@ def _places(places: Sequence[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def _records(place: Path) -> dict[Path, Record]:
+def _records(place: Path, evaluation: str) -> dict[Path, Record]:
     """Read the records of a run directory or a record file; empty if another program wrote it."""
     if place.is_file():
+        if evaluation == "latest":
+            raise DataError("records of studies have no later evaluation. Fix: report --evaluation training")
         return {place / name: record for name, record in RecordFile(place).read().items()}
     record = read_run(place)
+    if record is not None and record.summary is not None and evaluation == "latest":
+        record = _evaluated_again(place, record, record.summary)
     return {} if record is None else {place: record}
+
+
+def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
+    """Return the record of a finished run with the results of its latest evaluation after training."""
+    evaluations = read_evaluations(place)
+    if not evaluations:
+        raise DataError(
+            "it was not evaluated after its training. Fix: difftori eval RUN, or report --evaluation training"
+        )
+    latest = evaluations[-1]
+    values = {name: math.nan if value is None else float(value) for name, value in latest["metrics"].items()}
+    count = len(next(iter(latest["episodes"].values()), ()))
+    config = {**record.config, "eval_episodes": count} if count else record.config
+    if "agent" in record.config:
+        return replace(record, config=config, summary={**summary, "return": values[RETURN]})
+    which = latest["weights"]
+    other = {name: value for name, value in summary.items() if not name.startswith(("last/", "best/"))}
+    results = {f"{which}/{name}": value for name, value in values.items()}
+    return replace(record, config=config, summary={**other, **results}, episodes={which: latest["episodes"]})
 
 
 def _base_names(records: Mapping[Path, Record]) -> dict[Path, str]:

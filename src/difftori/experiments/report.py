@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 
@@ -64,14 +65,19 @@ class EstimateLine:
 
 
 def write_report(
-    places: Sequence[Path], out: Path, *, title: str | None = None, reference: str | None = None
+    places: Sequence[Path],
+    out: Path,
+    *,
+    title: str | None = None,
+    reference: str | None = None,
+    evaluation: Literal["training", "latest"] = "training",
 ) -> Report:
     """Write `out/report.html`, `runs.csv`, `results.csv`, `aggregates.csv`, `pairs.csv` and `tables.tex`.
 
-    `reference`: the method to compare the others with (default: compare every pair). Raises ConfigError without runs, or for an
-    unknown reference.
+    `reference`: the method to compare the others with (default: compare every pair). `evaluation`: as in `gather`. Raises
+    ConfigError without runs, or for an unknown reference.
     """
-    found = gather(places)
+    found = gather(places, evaluation)
     parts = sections(found.runs, reference)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "runs.csv", [_run_line(run) for run in found.runs])
