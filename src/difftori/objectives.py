@@ -155,7 +155,8 @@ class ActionReturnObjective(TrajectoryObjective):
 class EnergyObjective(TrajectoryObjective):
     """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, without a meaning outside the optimisation.
 
-    `dynamics` may be None for H = 1, where f scores one action or one chunk of actions.
+    `dynamics` may be None for H = 1, where f scores one action or one chunk of actions. `energy_and_grad` may then give f and its
+    gradient with respect to the action in closed form.
     """
 
     dynamics: Dynamics | None
@@ -164,6 +165,7 @@ class EnergyObjective(TrajectoryObjective):
     horizon: int
     action_dim: int
     discount: float = 1.0
+    energy_and_grad: Callable[[States, Actions], tuple[Rows, Actions]] | None = None
 
     def __post_init__(self):
         if self.dynamics is None and self.horizon != 1:
@@ -174,6 +176,13 @@ class EnergyObjective(TrajectoryObjective):
     def cost(self, x: Points) -> Rows:
         """The discounted sum over the rollout."""
         return -self.energy(self.state, x) if self.horizon == 1 else super().cost(x)
+
+    def value_and_grad(self, x: Points) -> tuple[Rows, Points] | None:
+        """−f and its gradient, for H = 1 and if `energy_and_grad` is given."""
+        if self.energy_and_grad is None or self.horizon != 1:
+            return None
+        value, grad = self.energy_and_grad(self.state, x)
+        return -value, -grad
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a). Not used for H = 1."""

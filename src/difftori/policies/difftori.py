@@ -1,6 +1,7 @@
 """DiffTORI for imitation: a policy defined by trajectory optimisation over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from difftori import presets
 from difftori.errors import ConfigError
+from difftori.models.action_score import ActionScore, Remainder
 from difftori.models.images import Images
 from difftori.models.nets import mlp, noise_like, small_init_
 from difftori.models.window_encoder import WindowEncoder
@@ -181,7 +183,7 @@ class DiffTORI(Refiner):
         self.encoder, self.state_dim = _encoder(config, self.window.width)
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
-        self.score = mlp((self.known + self.size, *hidden, 1), nn.ELU)
+        self.score = ActionScore(self.known, self.size, hidden)
         small_init_(self.score)  # initially the solve hardly changes its start, or moves it to the anchor
         if self.dynamics is not None:
             # initially, H steps of the model hardly change the state, so that the gradient does not explode
@@ -239,10 +241,15 @@ class DiffTORI(Refiner):
 
     def objective(self, state: Latents, sample: Samples, base: PartPlans | None) -> EnergyObjective:
         """Return the objective of Eq. 7 for the states z^s (B Z) and latent samples z̃ (B W)."""
-        parts = [state, sample]
+        known, anchor = torch.cat([state, sample], -1), []
         if self.settings.anchor == "base" and base is not None:
-            parts.append(base.flatten(1))
-        return EnergyObjective(self._next, self._energy, torch.cat(parts, -1), self.steps, self.size)
+            anchor = [base.flatten(1)]
+        if self.dynamics is not None:
+            return EnergyObjective(self._next, self._energy, torch.cat([known, *anchor], -1), self.steps, self.size)
+        score = self.score.remainder()
+        prepared = torch.cat([self.score.prepare(known), *anchor], -1)
+        functions = partial(self._chunk_energy, score), partial(self._chunk_energy_and_grad, score)
+        return EnergyObjective(None, functions[0], prepared, 1, self.size, energy_and_grad=functions[1])
 
     @torch.no_grad()
     def act(
@@ -307,15 +314,33 @@ class DiffTORI(Refiner):
     def _energy(self, state: States, action: Actions) -> Rows:
         """Return f(z, a) − ½k‖a − c‖². The remaining steps of c are appended to z, the current step first."""
         value = self.score(torch.cat((state[..., : self.known], action), -1)).squeeze(-1)
+        return value if self.settings.anchor == "none" else value - self._pull(state[..., self.known :], action)[0]
+
+    def _chunk_energy(self, score: Remainder, state: States, action: Actions) -> Rows:
+        """Return the same for all planned actions at once. c is appended to the score's `prepare` of z."""
         if self.settings.anchor == "none":
-            return value
-        away = action if self.settings.anchor == "middle" else action - state[..., self.known :][..., : self.size]
-        return value - 0.5 * F.softplus(self.raw_curvature) * away.square().sum(-1)
+            return score.value(state, action)
+        prepared, anchor = state.split((score.first.shape[0], state.shape[-1] - score.first.shape[0]), -1)
+        return score.value(prepared, action) - self._pull(anchor, action)[0]
+
+    def _chunk_energy_and_grad(self, score: Remainder, state: States, action: Actions) -> tuple[Rows, Actions]:
+        """Return the same and its gradient with respect to the actions."""
+        if self.settings.anchor == "none":
+            return score.value_and_grad(state, action)
+        prepared, anchor = state.split((score.first.shape[0], state.shape[-1] - score.first.shape[0]), -1)
+        value, grad = score.value_and_grad(prepared, action)
+        pull, slope = self._pull(anchor, action)
+        return value - pull, grad - slope
+
+    def _pull(self, anchor: Tensor, action: Actions) -> tuple[Rows, Actions]:
+        """Return ½k‖a − c‖² and its gradient. c is the centre of the box or the first numbers of `anchor`."""
+        away = action if self.settings.anchor == "middle" else action - anchor[..., : self.size]
+        stiff = F.softplus(self.raw_curvature) * away
+        return 0.5 * (stiff * away).sum(-1), stiff
 
     def _next(self, state: States, action: Actions) -> States:
         """Return d(z, a) = z^s + MLP(z, a); z̃ is unchanged."""
-        if self.dynamics is None:
-            return state
+        assert self.dynamics is not None
         seen = state[..., : self.state_dim] + self.dynamics(torch.cat((state[..., : self.known], action), -1))
         centre = state[..., self.known :]
         left = (centre[..., self.size :], torch.zeros_like(centre[..., : self.size]))

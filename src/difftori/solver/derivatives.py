@@ -22,14 +22,23 @@ def value_and_grad(objective: Objective, x: Points, create_graph: bool = False) 
     With `create_graph=True` both can be differentiated with respect to x and every tensor that the objective closes over;
     with False (the default) both are detached.
     """
-    if torch.compiler.is_compiling():
+    with torch.set_grad_enabled(create_graph):
+        closed = objective.value_and_grad(x)
+    if closed is not None:
+        cost, grad = check_cost(closed[0], x), closed[1]
+        if grad.shape != x.shape:
+            raise ObjectiveError(
+                f"value_and_grad of {type(objective).__name__} returned a gradient of shape {tuple(grad.shape)} for x {tuple(x.shape)}. "
+                "Fix: return one number per variable, (B n)."
+            )
+    elif torch.compiler.is_compiling():
         cost, grad = _functional_value_and_grad(objective, x)
-        return (cost, grad) if create_graph else (cost.detach(), grad.detach())
-    with torch.enable_grad():
-        point = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-        cost = checked_cost(objective, point)
-        grad = _gradient(cost, point, create_graph)
-    return (cost, grad) if create_graph else (cost.detach(), grad)
+    else:
+        with torch.enable_grad():
+            point = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+            cost = checked_cost(objective, point)
+            grad = _gradient(cost, point, create_graph)
+    return (cost, grad) if create_graph else (cost.detach(), grad.detach())
 
 
 def checked_cost(objective: Objective, x: Points) -> Rows:

@@ -29,6 +29,13 @@ class Objective(ABC):
         """Costs (K B) of K candidates for every row, (K B n), or None if only `cost` is defined, which vmap then batches. Default: None."""
         return None
 
+    def value_and_grad(self, x: Points) -> tuple[Rows, Points] | None:
+        """Cost (B) and gradient (B n) in closed form, or None: autograd then differentiates `cost`. Default: None.
+
+        Both must be differentiable with respect to everything that `cost` is.
+        """
+        return None
+
     def select(self, rows: RowSelection) -> "Objective | None":
         """The same objective on some rows (indices), or None if the objective cannot be split. Default: None.
 

@@ -197,7 +197,7 @@ class _Run:
             else:
                 reads = self.tolerance > 0 or reading_is_free(progress.x.device)
                 for _ in range(steps):
-                    if reads and bool((progress.done | progress.failed).all()):
+                    if reads and bool(self._settled(progress).all()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
             if finish:
@@ -227,7 +227,7 @@ class _Run:
         curvature = self.test.first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self.test.close(norm, curvature, length)
+        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else torch.zeros_like(failed)
         return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
@@ -264,16 +264,21 @@ class _Run:
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
     ) -> None:
         """Apply the result of a step to the unfinished rows, and record the best iterate."""
-        working = moved = ~progress.failed if past_done else ~(progress.done | progress.failed)
+        settled = progress.failed if past_done else self._settled(progress)
+        working = moved = ~settled
         if not self.solver.monotone:
             finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
             moved = working & finite
-            progress.failed = progress.failed | (working & ~finite)
+            progress.failed = ~moved if settled is progress.failed else progress.failed | (working & ~finite)
         if self.tolerance > 0:
             self._learn_curvature(progress, x.detach(), state, moved)
-        progress.x = choose(moved, x, progress.x)
-        progress.state = choose_state(moved, state, progress.state)
-        norm = self.test.norm(progress.x, progress.state)
+        if reading_is_free(x.device) and bool(moved.all()):
+            progress.x, progress.state = x, state
+        else:
+            progress.x = choose(moved, x, progress.x)
+            progress.state = choose_state(moved, state, progress.state)
+        if self.keep == "best" or self.tolerance > 0:
+            norm = self.test.norm(progress.x, progress.state)
         if self.keep == "best":
             better = moved & _improves(progress.state.cost.detach(), norm[0], progress)
             progress.best_x = choose(better, progress.x, progress.best_x)
@@ -281,7 +286,8 @@ class _Run:
             progress.best_norm = torch.where(better, norm, progress.best_norm)
             if progress.best_states is not None and progress.state.states is not None:
                 progress.best_states = choose(better, progress.state.states, progress.best_states)
-        progress.done = progress.done | self.test.close(norm, progress.curvature, progress.length)
+        if self.tolerance > 0:
+            progress.done = progress.done | self.test.close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -296,6 +302,10 @@ class _Run:
             self._advance(progress, x, state, counts=False)
             progress.steps = progress.steps + chunk * working
             taken += chunk
+
+    def _settled(self, progress: _Progress) -> RowFlags:
+        """Which rows take no further step. Without a tolerance, only a failure ends a row."""
+        return progress.failed if self.tolerance == 0 else progress.done | progress.failed
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """Update the curvature and the length with the step about to be taken."""

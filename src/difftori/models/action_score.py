@@ -1,0 +1,69 @@
+"""f(z, a), an MLP with ELU that scores actions, and its gradient with respect to the action in closed form."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftori.models.nets import mlp
+from difftori.types import Actions, Rows
+
+
+class ActionScore(nn.Sequential):
+    """f([z, a]) for z (B known) and a (B size), with hidden layers of the widths `hidden`.
+
+    A solve evaluates it at many actions of one z. `prepare` computes the first layer's part of z once, and `remainder` the rest.
+    """
+
+    def __init__(self, known: int, size: int, hidden: Sequence[int]):
+        super().__init__(*mlp((known + size, *hidden, 1), nn.ELU))
+        self.known = known
+
+    def prepare(self, known: Tensor) -> Tensor:
+        """The first layer's output (B W) for z and a = 0, before its activation."""
+        first = self._linear()[0]
+        return F.linear(known, first.weight[:, : self.known], first.bias)
+
+    def remainder(self) -> "Remainder":
+        """f as a function of prepared z and actions."""
+        first, *middle, last = self._linear()
+        return Remainder(first.weight[:, self.known :], middle, last)
+
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+
+class Remainder(NamedTuple):
+    """f for prepared z (B W) and actions (B size): `first`, the first layer's weights (W size) of the actions, and the other layers."""
+
+    first: Tensor
+    middle: list[nn.Linear]
+    last: nn.Linear
+
+    def value(self, prepared: Tensor, action: Actions) -> Rows:
+        """f (B)."""
+        return self.last(self._hidden(prepared, action)[-1]).squeeze(-1)
+
+    def value_and_grad(self, prepared: Tensor, action: Actions) -> tuple[Rows, Actions]:
+        """f (B), and its gradient with respect to the actions (B size).
+
+        Both can be differentiated as usual, with fewer operations than differentiating f twice.
+        """
+        hidden = self._hidden(prepared, action)
+        slope = self.last.weight * _elu_slope(hidden[-1])
+        for layer, below in zip(reversed(self.middle), reversed(hidden[:-1]), strict=True):
+            slope = (slope @ layer.weight) * _elu_slope(below)
+        return self.last(hidden[-1]).squeeze(-1), slope @ self.first
+
+    def _hidden(self, prepared: Tensor, action: Actions) -> list[Tensor]:
+        """The outputs of the hidden layers."""
+        hidden = [F.elu(prepared + F.linear(action, self.first))]
+        for layer in self.middle:
+            hidden.append(F.elu(layer(hidden[-1])))
+        return hidden
+
+
+def _elu_slope(output: Tensor) -> Tensor:
+    """The derivative of ELU, given its output: 1 above zero, output + 1 = exp(input) below."""
+    return (output + 1).clamp_max(1.0)
