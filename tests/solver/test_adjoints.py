@@ -352,3 +352,19 @@ def test_the_default_linear_solver_is_the_cheapest_for_the_size(state_dim, actio
     objective = ReturnObjective(lambda s, a: s, lambda s, a: a.sum(-1), None, state, horizon, action_dim)
     x = torch.zeros(1, horizon * action_dim, dtype=F64)
     assert Implicit().method(Problem(objective, Box(-1.0, 1.0)), x, carried=False) == expected
+
+
+@pytest.mark.parametrize(
+    "solver", [GradientDescent(0.25), ProjectedGradient(first_step=0.25)], ids=lambda s: type(s).__name__
+)
+def test_without_a_tolerance_a_start_at_the_optimum_has_a_derivative(solver):
+    """Its gradient is exactly zero, and the row takes all its steps all the same."""
+    target = torch.tensor([[0.5, -0.25]], requires_grad=True)
+    start = target.detach().clone()
+    solution = solve(
+        lambda x: (x - target).square().sum(-1), start, solver=solver, adjoint=Unrolled(), tolerance=0.0, max_steps=1
+    )
+    assert torch.equal(solution.x, start)
+    assert solution.converged.all()
+    (grad,) = torch.autograd.grad(solution.x.sum(), target)
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.5))
