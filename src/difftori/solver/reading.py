@@ -1,4 +1,4 @@
-"""Whether a solve without a tolerance may read values, to end when all rows have finished: not on a GPU, nor while it is traced."""
+"""Whether a solve may read values to save operations, or to end when all rows have failed: not on a GPU, nor while it is traced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
