@@ -34,7 +34,7 @@ def test_a_policy_alone_repeats_its_evaluation(policy_run):
 def test_an_agent_alone_repeats_its_evaluation_in_the_units_of_the_environment(agent_run):
     agent = difftori.load(agent_run)
     assert (agent.low.tolist(), agent.high.tolist()) == ([-2.0], [2.0])
-    env, total, over = gymnasium.make("Pendulum-v1"), 0.0, False
+    env, total, over = gymnasium.make("Pendulum-v1", max_episode_steps=40), 0.0, False
     obs, _ = env.reset(seed=episode_seed(0, "evaluation", 0))
     agent.reset()
     while not over:

@@ -10,15 +10,16 @@ BC = {"hidden": "16", "epochs": "2", "eval-episodes": "2"}
 """A policy that trains in a second."""
 PLANNER = {
     "env": "gym:Pendulum-v1",
-    "steps": "230",
-    "seed-steps": "210",
+    "steps": "70",
+    "max-episode-steps": "40",
+    "seed-steps": "50",
     "eval-episodes": "1",
     "horizon": "1",
     "width": "16",
     "latent-dim": "4",
     "batch-size": "8",
     "action-repeat": "1",
-    "updates-per-step": "0.02",
+    "updates-per-step": "0.05",
 }
 """An agent that plans: `tdmpc` or `difftori`."""
 AGENT = PLANNER | {"init-std": "0", "plan-steps": "1"}
