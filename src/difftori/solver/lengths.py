@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difftori.solver.box import UNEVEN, Box
 from difftori.solver.method import largest
-from difftori.types import Points, Rows
+from difftori.types import PointFlags, Points, Rows
 
 
 def range_units(box: Box, x: Points) -> Points | None:
@@ -19,7 +19,11 @@ def range_units(box: Box, x: Points) -> Points | None:
     if not box.uneven:
         return None
     half, uneven = _half_ranges(box, x)
-    return torch.where(uneven & ~box.fixed(x), half, 1.0)
+    return _units(half, uneven, box.fixed(x))
+
+
+def _units(half: Points, uneven: Tensor, fixed: PointFlags) -> Points:
+    return torch.where(uneven & ~fixed, half, 1.0)
 
 
 def _half_ranges(box: Box, x: Points) -> tuple[Points, Tensor]:
@@ -35,11 +39,12 @@ class Lengths:
 
     def __init__(self, box: Box, x: Points):
         self.room: Rows = box.room(x)
-        self.units = range_units(box, x)
+        self.units: Points | None = None
         self._movable = ~box.fixed(x)
-        if self.units is None:
+        if not box.uneven:
             return
         half, self._uneven = _half_ranges(box, x)
+        self.units = _units(half, self._uneven, ~self._movable)
         self._reach = torch.where(self._uneven, half.clamp_max(1.0), self.room.unsqueeze(-1))
         # The ranges in ascending order, and the position up to which they are not much wider than that of each variable.
         width = torch.where(self._movable, box.width(x), torch.inf)

@@ -295,10 +295,10 @@ class _Run:
     def _compiled(self, problem: Problem, progress: _Progress, steps: int) -> None:
         """Run all steps in compiled chunks of a fixed length. Only the ends of chunks are checked."""
         taken = 0
-        while taken < steps and not bool((progress.done | progress.failed).all()):
+        while taken < steps and not bool(self._settled(progress).all()):
             chunk = min(_CHUNK, steps - taken)
             x, state = compiled_call(_steps, self.solver, problem, progress.x, progress.state, chunk)
-            working = ~(progress.done | progress.failed)
+            working = ~self._settled(progress)
             self._advance(progress, x, state, counts=False)
             progress.steps = progress.steps + chunk * working
             taken += chunk
@@ -309,15 +309,13 @@ class _Run:
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """Update the curvature and the length with the step about to be taken."""
-        if state.grad is None or progress.state.grad is None:
+        if state.grad is None or progress.state.grad is None or state.distance is not None:
             return
-        step = x - progress.x.detach()
-        if state.distance is None:
-            length = self.test.length(x, state)
-            change = state.grad.detach() - progress.state.grad.detach()
-            curvature = self.test.learned(progress.curvature, step, change, length)
-            progress.curvature = torch.where(moved, curvature, progress.curvature)
-            progress.length = torch.where(moved, length, progress.length)
+        step, length = x - progress.x.detach(), self.test.length(x, state)
+        change = state.grad.detach() - progress.state.grad.detach()
+        curvature = self.test.learned(progress.curvature, step, change, length)
+        progress.curvature = torch.where(moved, curvature, progress.curvature)
+        progress.length = torch.where(moved, length, progress.length)
         if not state.memory:
             # Without memory, a solver that has not moved will never move.
             progress.done = progress.done | (moved & (largest(step) == 0))
