@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import type_checks  # checks the functions of what is imported below
+
+# isort: split
+
 from difftori.il.config import TrainConfig
 from difftori.il.learner import Learner
 from difftori.il.train import train
@@ -23,7 +27,8 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _quiet_machine():
-    """One thread (two contended ones are slower by far), and the same random numbers for each test."""
+    """One thread (two contended ones are slower by far), the same random numbers and checks of types for each test."""
+    type_checks.start()
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
