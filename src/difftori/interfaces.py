@@ -24,7 +24,7 @@ from difftori.types import (
     WindowObs,
 )
 
-Steerable: TypeAlias = Literal["nothing", "cost", "cost and constraint"]
+Steerable: TypeAlias = Literal["none", "cost", "cost and constraint"]
 
 
 class Settings(BaseModel):
@@ -97,7 +97,7 @@ class Policy(nn.Module, ABC):
     """Values that are scaled from the range of the training data to [−1, 1]. Actions without data are scaled from their box."""
     FROM_PRESENT: ClassVar[bool] = False
     """Whether the policy gets and returns actions from the present step on, (B P A), instead of all H of a window (B H A)."""
-    STEERABLE: ClassVar[Steerable] = "nothing"
+    STEERABLE: ClassVar[Steerable] = "none"
     """What `act` plans with if it gets `steering`. `nothing`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
@@ -187,7 +187,7 @@ class Agent(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
-    STEERABLE: ClassVar[Steerable] = "nothing"
+    STEERABLE: ClassVar[Steerable] = "none"
     """What `act` plans with if it gets `steering`. `nothing`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
     batch_size: int
     updates: int = 0

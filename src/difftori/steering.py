@@ -64,7 +64,7 @@ class Steering:
 
     def projects(self, model: Policy | Agent) -> bool:
         """Whether the finished plan of this model is projected."""
-        return self.project or model.STEERABLE == "nothing"
+        return self.project or model.STEERABLE == "none"
 
     def check(self, model: Policy | Agent) -> None:
         """Raise ConfigError if the model plans with costs, but not with the given constraint."""

@@ -41,6 +41,11 @@ class Remainder(NamedTuple):
     middle: list[nn.Linear]
     last: nn.Linear
 
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The prepared z, and the numbers that were appended to it."""
+        width = self.first.shape[0]
+        return state[..., :width], state[..., width:]
+
     def value(self, prepared: Tensor, action: Actions) -> Rows:
         """f (B)."""
         return self.last(self._hidden(prepared, action)[-1]).squeeze(-1)

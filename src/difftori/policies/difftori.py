@@ -248,7 +248,9 @@ class DiffTORI(Refiner):
             return EnergyObjective(self._next, self._energy, torch.cat([known, *anchor], -1), self.steps, self.size)
         score = self.score.remainder()
         prepared = torch.cat([self.score.prepare(known), *anchor], -1)
-        functions = partial(self._chunk_energy, score), partial(self._chunk_energy_and_grad, score)
+        if self.settings.anchor == "none":
+            return EnergyObjective(None, score.value, prepared, 1, self.size, energy_and_grad=score.value_and_grad)
+        functions = partial(self._anchored, score), partial(self._anchored_and_grad, score)
         return EnergyObjective(None, functions[0], prepared, 1, self.size, energy_and_grad=functions[1])
 
     @torch.no_grad()
@@ -316,18 +318,14 @@ class DiffTORI(Refiner):
         value = self.score(torch.cat((state[..., : self.known], action), -1)).squeeze(-1)
         return value if self.settings.anchor == "none" else value - self._pull(state[..., self.known :], action)[0]
 
-    def _chunk_energy(self, score: Remainder, state: States, action: Actions) -> Rows:
+    def _anchored(self, score: Remainder, state: States, action: Actions) -> Rows:
         """Return the same for all planned actions at once. c is appended to the score's `prepare` of z."""
-        if self.settings.anchor == "none":
-            return score.value(state, action)
-        prepared, anchor = state.split((score.first.shape[0], state.shape[-1] - score.first.shape[0]), -1)
+        prepared, anchor = score.split(state)
         return score.value(prepared, action) - self._pull(anchor, action)[0]
 
-    def _chunk_energy_and_grad(self, score: Remainder, state: States, action: Actions) -> tuple[Rows, Actions]:
+    def _anchored_and_grad(self, score: Remainder, state: States, action: Actions) -> tuple[Rows, Actions]:
         """Return the same and its gradient with respect to the actions."""
-        if self.settings.anchor == "none":
-            return score.value_and_grad(state, action)
-        prepared, anchor = state.split((score.first.shape[0], state.shape[-1] - score.first.shape[0]), -1)
+        prepared, anchor = score.split(state)
         value, grad = score.value_and_grad(prepared, action)
         pull, slope = self._pull(anchor, action)
         return value - pull, grad - slope
