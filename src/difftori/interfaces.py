@@ -98,7 +98,7 @@ class Policy(nn.Module, ABC):
     FROM_PRESENT: ClassVar[bool] = False
     """Whether the policy gets and returns actions from the present step on, (B P A), instead of all H of a window (B H A)."""
     STEERABLE: ClassVar[Steerable] = "none"
-    """What `act` plans with if it gets `steering`. `nothing`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
+    """What `act` plans with if it gets `steering`. `none`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
@@ -188,7 +188,7 @@ class Agent(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
     STEERABLE: ClassVar[Steerable] = "none"
-    """What `act` plans with if it gets `steering`. `nothing`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
+    """What `act` plans with if it gets `steering`. `none`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
     batch_size: int
     updates: int = 0
     """Number of updates so far."""
