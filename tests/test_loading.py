@@ -1,9 +1,13 @@
 """`difftori.load`: a trained policy or agent in your own loop gives what `difftori eval` measures."""
 
+import shutil
+from functools import partial
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_env.reach import Reach
 
 import difftori
@@ -14,6 +18,7 @@ from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
 from difftori.types import EntrySpec
+from tests.support import tiny_runs
 from tests.support.tiny_runs import trained
 
 
@@ -163,10 +168,44 @@ def test_an_agent_with_distractors_says_what_it_needs(tmp_path):
 def test_layouts_of_images_are_the_same_observation():
     image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
     entry = EntrySpec((6, 5, 3), "uint8")
+    convert = partial(_converted, "image", stacked=False, parts="")
     wanted = image.transpose(0, 3, 1, 2)
     for given in (image, wanted, image / 255.0, (wanted / 255.0).astype(np.float32)):
-        assert np.array_equal(_converted("image", given, entry), wanted)
+        assert np.array_equal(convert(given, entry), wanted)
     with pytest.raises(ShapeError, match="from 0 to 255"):
-        _converted("image", image.astype(np.float32) * 0 + np.array([0.0, 255.0, 1.0]), entry)
+        convert(image.astype(np.float32) * 0 + np.array([0.0, 255.0, 1.0]), entry)
     with pytest.raises(ShapeError, match=r"\(5, 6, 3\), not \(6, 5, 3\)"):
-        _converted("image", image.transpose(0, 2, 1, 3), entry)
+        convert(image.transpose(0, 2, 1, 3), entry)
+
+
+def test_a_policys_image_may_have_many_channels_and_be_depth():
+    convert = partial(_converted, "image", stacked=False, parts="")
+    two = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 8), dtype=np.uint8)
+    entry = EntrySpec((8, 8, 6), "uint8")
+    assert np.array_equal(convert(two, entry), two)
+    assert np.array_equal(convert(two.transpose(0, 2, 3, 1), entry), two)
+    depth = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    for given in (depth, depth.transpose(0, 3, 1, 2)):
+        assert np.array_equal(convert(given, EntrySpec((8, 8, 1))), depth)
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+def test_acting_does_not_need_the_environment(run, request, tmp_path):
+    """On a robot, the simulation of training is not installed."""
+    folder = tmp_path / "run"
+    shutil.copytree(request.getfixturevalue(run), folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"env": "not_installed:make"}))
+    policy, same = difftori.load(folder), difftori.load(request.getfixturevalue(run))
+    obs = np.zeros(next(iter(policy.obs.values())).shape, np.float32)
+    assert np.array_equal(policy.act(obs), same.act(obs))
+    evaluate = evaluate_policy_run if run == "policy_run" else evaluate_agent_run
+    with pytest.raises(ConfigError, match="not_installed"):
+        evaluate(folder, episodes=1)
+
+
+def test_a_run_that_was_not_validated_has_no_best_weights(tmp_path):
+    run = tiny_runs.policy_run(tmp_path, **{"held-out": "0"})
+    with pytest.raises(ConfigError, match="not been validated"):
+        difftori.load(run, which="best")
+    assert difftori.load(run).name == "bc"

@@ -120,12 +120,20 @@ def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads only `true` and `false` as booleans, as in YAML 1.2: `pg: off` is a string."""
+    """Reads only `true` and `false` as booleans, and no numbers to the base 60, as in YAML 1.2: `off` and `10:50` are strings."""
 
     yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
         for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """Return the tag of a node; see `yaml.resolver`."""
+        tag = super().resolve(kind, value, implicit)
+        sixties = (
+            kind is yaml.ScalarNode and ":" in value and tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        )
+        return self.DEFAULT_SCALAR_TAG if sixties else tag
 
 
 def fields_of(model: Any) -> dict[str, Any]:

@@ -219,7 +219,10 @@ class LoadedPolicy:
             )
         first = np.ones(rows, dtype=bool) if self._first is None else self._first
         parts = " and ".join(f"{name} {shape}" for name, shape in self.parts.items())
-        inputs = {name: _converted(name, values, self.obs[name], parts) for name, values in arrays.items()}
+        inputs = {
+            name: _converted(name, values, self.obs[name], stacked=self._scaled, parts=parts)
+            for name, values in arrays.items()
+        }
         if self._scaled:
             inputs = self._stacked(inputs[_STATE], first)
         active = np.ones(rows, dtype=bool)
@@ -298,12 +301,14 @@ def _plain(name: str, values: Array) -> np.ndarray:
     return array
 
 
-def _converted(name: str, values: np.ndarray, entry: EntrySpec, parts: str = "") -> np.ndarray:
+def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool, parts: str) -> np.ndarray:
     """Convert rows (B …) to the environment's convention: float32, or uint8 images with channels first.
 
-    `parts`: the arrays that were concatenated to it, for the message.
+    `stacked`: images are an agent's stacked frames. `parts`: the arrays that were concatenated to it, for the message.
     """
     if entry.dtype != "uint8":
+        if len(entry.shape) == 3 and values.shape[1:] == (entry.shape[2], *entry.shape[:2]) != entry.shape:
+            values = values.transpose(0, 2, 3, 1)
         if values.shape[1:] != entry.shape:
             made = f", which is {parts}" if parts else ""
             raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
@@ -319,15 +324,15 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, parts: str = "")
                 "floating-point numbers in [0, 1]"
             )
         values = np.rint(values * 255.0).astype(np.uint8)
-    return _channels_first(name, values, entry.shape)
+    return _channels_first(name, values, entry.shape, stacked)
 
 
-def _channels_first(name: str, images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _channels_first(name: str, images: np.ndarray, shape: tuple[int, ...], stacked: bool) -> np.ndarray:
     """Convert images of any layout that fits `shape`: (height width C), or (count·C height width) of stacked frames."""
-    channels, height, width = (shape[2], *shape[:2]) if shape[2] <= 4 else shape
+    channels, height, width = shape if stacked else (shape[2], *shape[:2])
     for image in (images, images.transpose(0, 3, 1, 2)):
         if image.shape[2:] == (height, width) and (
-            image.shape[1] == channels or (shape[2] > 4 and channels % image.shape[1] == 0)
+            image.shape[1] == channels or (stacked and channels % image.shape[1] == 0)
         ):
             return image
     raise ShapeError(f"obs: {name} has shape {images.shape[1:]}, not {shape}. Fix: give images of that size")

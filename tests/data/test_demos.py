@@ -81,7 +81,7 @@ def test_batch_size_below_one_is_refused():
 
 
 def test_saved_and_loaded_are_equal(tmp_path):
-    images = Demos(torch.randint(0, 255, (4, 3, 5, 5), dtype=torch.uint8), torch.randn(4, 2, 1, dtype=torch.float64))
+    images = Demos(torch.randint(0, 255, (4, 3, 5, 5), dtype=torch.uint8), torch.randn(4, 2, 1))
     for data in (demos(), images):
         data.save(tmp_path / "new" / "demos.npz")
         again = Demos.load(tmp_path / "new" / "demos.npz")
@@ -89,6 +89,12 @@ def test_saved_and_loaded_are_equal(tmp_path):
         assert torch.equal(again.actions, data.actions)
         assert (again.obs.dtype, again.actions.dtype) == (data.obs.dtype, data.actions.dtype)
     assert os.listdir(tmp_path / "new") == ["demos.npz"]
+
+
+def test_numpys_doubles_become_the_networks_floats(tmp_path):
+    np.savez(tmp_path / "d.npz", obs=np.ones((3, 2)), actions=np.ones((3, 4, 1)))
+    again = Demos.load(tmp_path / "d.npz")
+    assert (again.obs.dtype, again.actions.dtype) == (torch.float32, torch.float32)
 
 
 def test_missing_file(tmp_path):

@@ -257,6 +257,22 @@ def test_unknown_options_are_left_for_the_list_of_faults():
     assert sorted(f.partition(":")[0] for f in caught.value.faults) == ["lrr", "no_flg", "sed", "seed"]
 
 
+def test_a_refiner_sets_an_option_of_its_base_to_none(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"policy": "bc", "env": "pendulum", "num_train": 2, "seed": 3})
+    )
+    given = {"policy": "residual", "base": str(tmp_path)}
+    assert parse_config(given).num_train == 2
+    assert parse_config(given | {"num_train": None}).num_train is None
+    assert parse_config(given | {"data_seed": None}).data_seed is None
+
+
+def test_episodes_in_yaml_are_numbers_and_ranges(tmp_path):
+    (tmp_path / "c.yaml").write_text("episodes: [10:50, 60, 0:5]\n")
+    values = read_yaml(tmp_path / "c.yaml")
+    assert parse_config({**GOOD, **values}).episodes == ("10:50", "60", "0:5")
+
+
 def test_a_refiner_takes_the_episode_limit_of_an_endless_environment_from_its_base(tmp_path):
     below = {"policy": "bc", "env": "pendulum", "seed": 3, "max_episode_steps": 30, "num_envs": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(below))

@@ -91,7 +91,10 @@ class Demos:
 
     @staticmethod
     def load(path: Path) -> "Demos":
-        """Read a file of `save`. Raises DataError if it is missing, truncated or corrupt, or contains pickled objects."""
+        """Read an .npz file of `obs` and `actions`. Numbers become float32, except images of bytes.
+
+        Raises DataError if it is missing, truncated or corrupt, or contains pickled objects.
+        """
         try:
             arrays = _read_arrays(path)
         except DataError:
@@ -103,7 +106,8 @@ class Demos:
                 f"{path}: not a readable .npz of plain arrays ({error}); it is truncated or corrupt, or contains pickled "
                 "objects, which are refused. Fix: create the file again"
             ) from error
-        return Demos(torch.from_numpy(arrays["obs"]), torch.from_numpy(arrays["actions"]))
+        obs, actions = (torch.from_numpy(arrays[name]) for name in _ARRAYS)
+        return Demos(obs if obs.dtype == torch.uint8 else obs.float(), actions.float())
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

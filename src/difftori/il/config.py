@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,7 +40,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     (default: those of the environment; without one, all)."""
     action_key: str | None = None
     """Key of the actions in `--demos` (default: `action` or `actions`)."""
-    episodes: tuple[str, ...] | None = None
+    episodes: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] | None = None
     """Episodes to read from `--demos`, as numbers and ranges, such as `0:50 60`, or the name of a list in robomimic's `mask/`
     (default: all)."""
     held_out: float | None = Field(None, ge=0, lt=1)
@@ -99,12 +99,17 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
 
 
 def parse_config(
-    values: Mapping[str, Any], policy: type[Policy] | None = None, *, also: Iterable[str] = ()
+    values: Mapping[str, Any],
+    policy: type[Policy] | None = None,
+    *,
+    also: Iterable[str] = (),
+    check_env: bool = True,
 ) -> TrainConfig:
     """Return a configuration from plain values, such as those of a YAML file, with its policy and task resolved.
 
     `policy`: the policy's class, if the caller has already resolved it. `also` names further options to suggest for a misspelt
-    one. Raises ConfigError, which lists every error.
+    one. `check_env`: resolve the task now, instead of where it is used; acting does not need it. Raises ConfigError, which lists
+    every error.
     """
     given, faults = _with_base({"settings": {}, **values})
     policy = policy or resolved(find_policy, given.get("policy"), faults)
@@ -115,7 +120,8 @@ def parse_config(
     config, found = validated(TrainConfig[PolicyConfig if policy is None else policy.Config], given, also)
     faults += found + _range_faults(given["settings"], found)
     find = partial(find_task, demos=given.get("demos") is not None)
-    task = resolved(find, given.get("env", TrainConfig.model_fields["env"].default), faults)
+    name = given.get("env", TrainConfig.model_fields["env"].default)
+    task = resolved(find, name, faults) if check_env else None
     if config is not None and config.env_options and config.demos is not None and task is not None:
         resolved(partial(_check_env_options, config.env_options), config.env, faults)
     if isinstance(given.get("device"), str):
@@ -124,7 +130,9 @@ def parse_config(
         raise ConfigError(list(dict.fromkeys(faults)))
     assert policy is not None
     config = _with_window(config, policy)
-    vars(config).update(policy_type=policy, task_factory=task)
+    vars(config).update(policy_type=policy)
+    if task is not None:
+        vars(config).update(task_factory=task)
     return config
 
 
@@ -169,7 +177,7 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return given, [] if "env" in given else [f"base: {error}"]
     if "policy" not in below:
         return given, [f"base: {given['base']} is the run of an agent. Fix: give the run of an imitation policy"]
-    given |= {name: value for name, value in inherited(below).items() if given.get(name) is None}
+    given = inherited(below) | given
     return given, []
 
 

@@ -101,7 +101,7 @@ def _fitted(demos: Trajectories, values: Tensor, shown: Shown) -> Tensor | None:
     shape = tuple(values.shape[1:])
     if len(shape) == 3 and shape != shown.shape and (*shape[1:], shape[0]) == shown.shape:
         values = values.permute(0, 2, 3, 1).contiguous()
-    elif shape == (*shown.shape, 1):
+    elif shape == (*shown.shape, 1) and len(shape) != 3:  # a depth image without a channel would be a cloud of points
         values = values.squeeze(-1)
     if tuple(values.shape[1:]) != shown.shape:
         return None

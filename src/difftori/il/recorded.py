@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class DemosOptions:
         """Read the demonstrations. `obs_keys` take precedence over `entries`. Raises DataError."""
         episodes = None if self.episodes is None else list(self.episodes)
         subset = None
-        if episodes is not None and len(episodes) == 1 and episodes[0].isidentifier():
+        if episodes is not None and len(episodes) == 1 and not re.fullmatch(r"[\d:]+", episodes[0]):
             subset, episodes = episodes[0], None  # the name of a list in mask/
         chosen = entries if self.obs_keys is None else list(self.obs_keys)
         path = find_demos(self.demos, _log.warning)
@@ -74,10 +75,12 @@ def hold_out(
     return train.select(sorted(order.tolist())), held
 
 
-def make_windows(demos: Trajectories, *, n_obs_steps: int, horizon: int, n_action_steps: int) -> Windows:
+def make_windows(
+    demos: Trajectories, device: str | None = None, /, *, n_obs_steps: int, horizon: int, n_action_steps: int
+) -> Windows:
     """Return the windows of these episodes. Every step is the present step of one window, for any `n_action_steps`."""
-    reach = max(n_action_steps, horizon - n_obs_steps + 1)
-    return Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach)
+    reach = max(n_action_steps, horizon - n_obs_steps + 1) if n_action_steps > 0 else n_action_steps
+    return Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=reach, device=device)
 
 
 def check_data(run_dir: Path, now: Fingerprint | None, *, accept: bool = False) -> None:

@@ -6,9 +6,10 @@ import torch
 
 from difftori.data.normalize import measured_spec
 from difftori.data.trajectories import Trajectories
-from difftori.data.windows import Windows
+from difftori.errors import ConfigError
 from difftori.il.base import WithBase, base_actions
 from difftori.il.learner import Learner, TrainLoop, run_length
+from difftori.il.recorded import make_windows
 from difftori.policies.difftori import DiffTORI, DiffTORIConfig
 from difftori.policies.normalized import Base, NormalizedPolicy
 from difftori.runs.run import seeded
@@ -32,7 +33,7 @@ def refine(
     """Train DiffTORI to refine the actions of `base` on these episodes, and return the refined policy.
 
     `base` maps the last O = `n_obs_steps` observations by name (B O …) to H = `horizon` actions (B H A), from the oldest
-    observation on, in the task's units. It is a function, or an object with `act(obs, *, generator)`. It is evaluated at every
+    observation on, in the task's units, as a tensor or array. It is a function, or an object with `act(obs, *, generator)`. It is evaluated at every
     window, `settings.base_samples` times, before training, and is not trained. `low` and `high` are the bounds of the actions,
     A numbers each. `n_action_steps` actions of a plan are executed, `actions[:, O − 1 : O − 1 + n_action_steps]`, and these are
     refined. `watch` is called with the mean metrics of each epoch. The same seed gives the same policy, on the CPU bit by bit.
@@ -41,9 +42,10 @@ def refine(
     many consecutive updates with NaN or Inf.
     """
     settings = DiffTORIConfig.model_validate({}) if settings is None else settings
-    windows = Windows(demos, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps, device=device)
+    low, high = _checked_bounds(low, high, demos.actions.shape[1])
+    windows = make_windows(demos, device, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps)
     spec = measured_spec(
-        demos, low=tuple(low), high=tuple(high), n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
+        demos, low=low, high=high, n_obs_steps=n_obs_steps, horizon=horizon, n_action_steps=n_action_steps
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,3 +58,18 @@ def refine(
             watch(row)
     learner.acting.policy.eval()
     return learner.acting
+
+
+def _checked_bounds(low: Sequence[float], high: Sequence[float], size: int) -> tuple[tuple[float, ...], ...]:
+    """Return the bounds as tuples. Raises ConfigError unless each has one number per action dimension, none is NaN, and low ≤ high."""
+    faults, bounds = [], []
+    for name, values in (("low", low), ("high", high)):
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+        if numbers.shape != (size,) or numbers.isnan().any():
+            faults.append(f"{name}: {values} is no bound of {size} action dimensions. Fix: give {size} numbers")
+        bounds.append(numbers)
+    if not faults and (bounds[0] > bounds[1]).any():
+        faults.append(f"low: {low} is above high, {high}. Fix: exchange them, or correct the numbers")
+    if faults:
+        raise ConfigError(faults)
+    return tuple(tuple(numbers.tolist()) for numbers in bounds)

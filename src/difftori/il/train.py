@@ -334,11 +334,17 @@ def load_policy(
     """Load the policy of a run, for inference on `device`. Returns it with the run's configuration (with that device).
 
     `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are
-    those of its newest valid checkpoint. Raises ConfigError if `run_dir` is not a run or its policy is unknown, and
-    CheckpointError if the weights are missing or damaged.
+    those of its newest valid checkpoint. The environment need not be installed. Raises ConfigError if `run_dir` is not a run, its
+    policy is unknown, or `which` is `best` and nothing was held out, and CheckpointError if the weights are missing or damaged.
     """
-    config = parse_config({**read_config(run_dir), "device": device})
+    config = parse_config({**read_config(run_dir), "device": device}, check_env=False)
     state = read_weights(run_dir / "policy.pt")
+    if which == "best" and not state["learner"].get("best"):
+        raise ConfigError(
+            [
+                "which: 'best' is not available, because the run has not been validated on held-out demonstrations. Fix: use 'last'"
+            ]
+        )
     if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
         state = {**state, "base": read_weights(run_dir / "base.pt")}
     return _restored(state, config, which or default_weights(config), str(run_dir)), config
@@ -362,7 +368,8 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> No
 
 def _restored_base(state: State, config: TrainConfig, place: str) -> NormalizedPolicy:
     """Build the base policy from its exported state, on the device of the run that refines it."""
-    return _restored(state, parse_config({**state["config"], "device": config.device, "base": None}), "last", place)
+    plain = {**state["config"], "device": config.device, "base": None}
+    return _restored(state, parse_config(plain, check_env=False), "last", place)
 
 
 def _state(learner: Learner, spec: TaskSpec) -> State:

@@ -110,8 +110,8 @@ class DiffTORIConfig(RefinerConfig):
     centre of the action box. `random`: a uniform sample from it."""
     base_noise: float | None = Field(None, ge=0)
     """Standard deviation σ of Gaussian noise on the start of the solve in training, in half-widths of the training data's range
-    (default: 1 for a deterministic start, so that the score does not memorise one action per state; 0 for a stochastic start,
-    because noise hides which of several good ways the base policy took)."""
+    (default: 1 for one start per state, so that the score does not memorise one action per state; 0 for a random start and for several
+    samples of a stochastic base, because noise hides which of several good ways the base policy took)."""
     anchor: Literal["none", "middle", "base"] = "none"
     """Add −½k‖a − c‖² to the score, with learned k. `middle`: c is the centre of the action box. `base`: c is the base policy's
     actions."""

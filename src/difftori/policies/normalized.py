@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter, signature
 from typing import Protocol, TypeAlias, final, runtime_checkable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from difftori.data.normalize import Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
@@ -162,13 +165,15 @@ class NormalizedPolicy:
                 own = self.base.act(obs, generator=generator, checked=checked)
             else:
                 own = self.base.act(obs, generator=generator) if isinstance(self.base, BasePolicy) else self.base(obs)
-        plans = own.detach().to(like.device, dtype)
         wanted = (like.shape[0], self.spec.horizon, self.spec.action_dim)
-        if plans.shape != wanted:
+        plans = torch.from_numpy(own) if isinstance(own, np.ndarray) else own
+        if not isinstance(plans, Tensor) or plans.shape != wanted:
+            found = f"actions of shape {tuple(plans.shape)}" if isinstance(plans, Tensor) else f"a {type(own).__name__}"
             raise ShapeError(
-                f"base: it returned actions of shape {tuple(plans.shape)} for {len(like)} windows. "
+                f"base: it returned {found} for {len(like)} windows. "
                 f"Fix: return (B H A) = {wanted}, from the oldest observation on"
             )
+        plans = plans.detach().to(like.device, dtype)
         if checked and not plans.isfinite().all():
             rows = (~plans.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise NonFiniteError(
@@ -219,6 +224,13 @@ def _checked_base(policy: Policy, base: Base | None) -> Base | None:
         raise ConfigError(
             [f"base: missing; {policy.name} refines another policy's actions. Fix: give --base RUN{policy.OR_ELSE}"]
         )
+    if not isinstance(base, NormalizedPolicy) and isinstance(base, BasePolicy) and not _takes_generator(base.act):
+        raise ConfigError(
+            [
+                "base: its act has no argument `generator`. Fix: give an object with act(obs, *, generator), or a function of the "
+                "observations; for a run, difftori.loading.open_model(RUN).component"
+            ]
+        )
     if isinstance(base, NormalizedPolicy) and described(base.spec) != described(policy.spec):
         raise ConfigError(
             [
@@ -226,6 +238,11 @@ def _checked_base(policy: Policy, base: Base | None) -> Base | None:
             ]
         )
     return base
+
+
+def _takes_generator(act: Callable[..., Plans]) -> bool:
+    parameters = signature(act).parameters
+    return "generator" in parameters or any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def described(spec: TaskSpec) -> str:

@@ -106,12 +106,12 @@ class RLConfig(BaseModel, Generic[SettingsT]):
 
 
 def parse_rl_config(
-    values: Mapping[str, Any], agent: type[Agent] | None = None, *, also: Iterable[str] = ()
+    values: Mapping[str, Any], agent: type[Agent] | None = None, *, also: Iterable[str] = (), check_env: bool = True
 ) -> RLConfig:
     """Build a configuration from plain values, such as those of a YAML file, and resolve its agent and environment.
 
-    `agent`: the agent's class, if already resolved. `also`: more options to suggest for a misspelt one. Raises ConfigError
-    that lists every error.
+    `agent`: the agent's class, if already resolved. `also`: more options to suggest for a misspelt one. `check_env`: resolve the
+    environment now, instead of where it is used; acting does not need it. Raises ConfigError that lists every error.
     """
     faults: list[str] = []
     given = {"settings": {}, **values}
@@ -120,7 +120,8 @@ def parse_rl_config(
         given["settings"] = {}  # unknown agent: its settings cannot be checked, but the others can
     config, found = validated(RLConfig[AgentConfig if agent is None else agent.Config], given, also)
     faults += found
-    env = resolved(resolve_env, given.get("env", RLConfig.model_fields["env"].default), faults)
+    name = given.get("env", RLConfig.model_fields["env"].default)
+    env = resolved(resolve_env, name, faults) if check_env else None
     if config is not None and env is not None:
         try:
             env.read_options(config.env_options, other=SEPARATE)
@@ -132,5 +133,7 @@ def parse_rl_config(
         faults.append("distractors: images take none. Fix: --obs state, or remove --distractors")
     if faults or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
-    vars(config).update(agent_type=agent, environment=env)
+    vars(config).update(agent_type=agent)
+    if env is not None:
+        vars(config).update(environment=env)
     return config

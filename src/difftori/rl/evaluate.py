@@ -175,9 +175,9 @@ def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int)
 def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
     """Load the agent of a run on `device`. Returns the agent, its configuration, and its number of agent steps.
 
-    For an unfinished run, the weights of its newest valid checkpoint are loaded.
+    For an unfinished run, the weights of its newest valid checkpoint are loaded. The environment need not be installed.
     """
-    config = parse_rl_config({**read_config(run_dir), "device": device})
+    config = parse_rl_config({**read_config(run_dir), "device": device}, check_env=False)
     state = read_weights(run_dir / "agent.pt")
     agent = config.agent_type(config.settings, spec_from(state["spec"])).to(device)
     agent.compiles = config.compile

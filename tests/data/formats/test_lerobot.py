@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from difftori.data.formats import read_demos, write_lerobot
+from difftori.data.formats import describe_demos, read_demos, write_lerobot
 from difftori.data.formats._video import encode_image
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError
@@ -150,7 +150,6 @@ def test_a_wrong_description_is_refused(path, changes, words):
         ("observation.state", {"shape": [4]}, r"steps of shape \(3,\), but meta/info.json has \(4,\)"),
         ("observation.state", {"shape": [10**30]}, r"steps of shape \(3,\), but meta/info.json has"),
         ("observation.state", {"shape": 3}, "not a feature with dtype and shape"),
-        ("observation.state", {"dtype": "string"}, "is of type 'string'; only numbers"),
         ("observation.state", {"dtype": "image", "shape": [8, 6, 3]}, "instead of images"),
         ("observation.images.image", {"dtype": "float32"}, "holds struct<.*only plain numbers"),
         ("observation.images.image", {"shape": [9, 6, 3]}, r"image of shape \(8, 6, 3\), but meta/info.json has"),
@@ -164,6 +163,14 @@ def test_a_wrong_feature_is_refused(path, key, changes, words):
     edit_feature(path, key, **changes)
     with pytest.raises(DataError, match=words):
         read_demos(path)
+
+
+def test_text_is_read_only_if_it_is_named_and_then_refused(path):
+    edit_feature(path, "observation.state", dtype="string")
+    assert "state" not in read_demos(path).obs
+    assert "observation.state" in {key.key for key in describe_demos(path).keys}
+    with pytest.raises(DataError, match="is of type 'string'; only numbers"):
+        read_demos(path, ["observation.state"])
 
 
 def test_channels_may_come_first_in_the_description(path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zarr
 
-from difftori.data.formats import read_demos, write_zarr
+from difftori.data.formats import describe_demos, read_demos, write_zarr
 from difftori.errors import DataError
 from tests.support.demo_files import ENDS, Canary, assert_same, tiny
 
@@ -44,6 +44,18 @@ def test_written_and_read_are_equal(written):
     assert_same(again, tiny())
     assert again.about == {"env": "tiny", "seed": 0}
     assert [child.name for child in written.parent.iterdir()] == ["d.zarr"]
+
+
+def test_actions_are_no_observations(path):
+    values = tiny().actions.numpy()
+    shutil.move(path / "data" / "action", path / "data" / "actions")
+    zarr.create_array(path / "data" / "action_delta", shape=values.shape, dtype=values.dtype, zarr_format=2)[...] = (
+        values
+    )
+    for action in (None, "action_delta", "state"):
+        assert set(read_demos(path, action=action).obs) == set(tiny().obs) - {action}
+    assert {key.name for key in describe_demos(path).keys} == {*tiny().obs, "action", None}
+    assert set(read_demos(path, ["action_delta"]).obs) == {"action_delta"}
 
 
 def test_a_selection_is_written_alone(tmp_path):

@@ -50,7 +50,7 @@ def read_demos(
     `entries` maps each entry to the key that is read, such as {"state": "obs/object", "image": "obs/agentview_image"}; the
     vectors of a tuple of keys are concatenated. Short names are keys too: `state` is `observation.state` or `obs/state`, and
     `image` is the only camera. A list of words has the same meaning: ["state=obs/object", "agentview_image"]. Default: every
-    observation under its short name. `action` is the key of the actions. Default: `action` or `actions`. `episodes` are the
+    observation under its short name, in zarr also without other keys that begin with `action`. `action` is the key of the actions. Default: `action` or `actions`. `episodes` are the
     episodes to read, as numbers and ranges: ["0:50", 60]. Default: all.
 
     Images become uint8 (T height width C), also those with the channels first, without a channel dimension, or stored as
@@ -67,7 +67,8 @@ def read_demos(
             f"{path}: storage is {storage!r} and folder {folder}. Fix: set folder if storage is 'mmap', and only then"
         )
     with _opened(path, subset) as source:
-        chosen, key = chosen_entries(source, entries), action_key(source, action)
+        key = action_key(source, action)
+        chosen = chosen_entries(source, entries, key)
         kept = None if episodes is None else chosen_episodes(episodes, len(source.ends), str(path))
         writer = TensorWriter.of(source.ends, kept, storage, folder, device)
         part = source.field(key)

@@ -14,18 +14,24 @@ _ACTIONS = ("action", "actions")
 _ACTION_WANTED = ("the actions are", "--action-key KEY (in Python `action`)")
 
 
-def chosen_entries(source: Source, entries: Entries | None) -> dict[str, tuple[str, ...]]:
-    """Return the keys of each entry, as the file writes them. See `read_demos` for `entries`; None: all observations.
+def default_entries(source: Source, action: str) -> dict[str, str]:
+    """Return the observations by name, without the actions, which are the key `action`."""
+    return {name: key for name, key in source.entries.items() if key != action}
+
+
+def chosen_entries(source: Source, entries: Entries | None, action: str) -> dict[str, tuple[str, ...]]:
+    """Return the keys of each entry, as the file writes them. See `read_demos` for `entries`; None: all observations but `action`.
 
     Raises DataError for a key that does not exist, and for a name that cannot be used.
     """
     if entries is None:
-        if not source.entries:
+        usual = default_entries(source, action)
+        if not usual:
             raise DataError(
                 f"{source.path}: no observations are found by name; there are {listing(source)}. "
                 "Fix: name the keys, --obs-keys NAME=KEY … (in Python `entries`)"
             )
-        return {name: (key,) for name, key in source.entries.items()}
+        return {name: (key,) for name, key in usual.items()}
     if isinstance(entries, Mapping):
         given = [(name, (keys,) if isinstance(keys, str) else tuple(keys)) for name, keys in entries.items()]
     else:
@@ -63,7 +69,7 @@ def chosen_episodes(words: Sequence[str | int], count: int, place: str) -> list[
     not exist.
     """
     chosen: set[int] = set()
-    for word in words:
+    for word in [words] if isinstance(words, str) else words:
         match = re.fullmatch(r"(\d*):(\d*)|(\d+)", str(word))
         if match is None:
             raise DataError(f"{place}: {word!r} names no episodes. Fix: give numbers and ranges, such as 0:50 60")

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
-from difftori.data.formats._keys import action_key
+from difftori.data.formats._keys import action_key, default_entries
 from difftori.data.formats._source import Source
 
 
@@ -58,7 +58,8 @@ def describe(source: Source) -> DemosDescription:
 
     Raises DataError if there are no actions, and for numbers that cannot be read.
     """
-    names = {key: name for name, key in source.entries.items()} | {action_key(source, None): "action"}
+    action = action_key(source, None)
+    names = {key: name for name, key in default_entries(source, action).items()} | {action: "action"}
     lengths = tuple(np.diff(source.ends, prepend=0).tolist())
     keys = tuple(_described(source, key, names.get(key)) for key in source.keys)
     return DemosDescription(source.path, lengths, keys, source.about)

@@ -92,9 +92,18 @@ def open_lerobot(path: Path) -> LeRobotSource:
     files = tuple(data_file(path, int(c), int(n)) for c, n in dict.fromkeys(zip(chunks, numbers, strict=True)))
     _check_steps(files, ends)
     keys = tuple(key for key in info["features"] if key not in BOOKKEEPING)
-    observed = {key: key.removeprefix(IMAGES).removeprefix(OBSERVATION) for key in keys if key.startswith(OBSERVATION)}
+    observed = {
+        key: key.removeprefix(IMAGES).removeprefix(OBSERVATION)
+        for key in keys
+        if key.startswith(OBSERVATION) and not _is_text(info["features"][key])
+    }
     about = {name: info[name] for name in ("fps", "robot_type") if info.get(name) is not None}
     return LeRobotSource(path, keys, ACTION, plain_names(observed, path), ends, about, files, info)
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is text, such as an instruction, which no policy here reads."""
+    return isinstance(feature, dict) and feature.get("dtype") == "string"
 
 
 def _info(path: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def open_zarr(path: Path) -> ZarrSource:
     ends = checked_ends(
         np.concatenate([np.zeros((0, *layout.shape[1:]), layout.dtype), *_blocks(layout, place)]), place
     )
-    entries = plain_names({key: key for key in keys if key != ACTION}, path)
+    entries = plain_names({key: key for key in keys if not key.startswith(ACTION)}, path)
     return ZarrSource(path, keys, ACTION, entries, ends, _attributes(path))
 
 
