@@ -33,6 +33,12 @@ def _quiet_machine():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def unchecked():
+    """No checks of annotated types, so that invalid arguments reach this package's own checks."""
+    type_checks.stop()
+
+
 @pytest.fixture(scope="session")
 def policy_run(tmp_path_factory) -> Path:
     """A trained policy's run directory, only to be read."""

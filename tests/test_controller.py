@@ -8,7 +8,7 @@ import torch
 
 from difftori import Controller
 from difftori.errors import NonFiniteError, ShapeError, SolverError
-from difftori.solver import ILQR, ProjectedGradient
+from difftori.solver import ILQR, ProjectedGradient, Status
 
 F64 = torch.float64
 DT = 0.05
@@ -287,3 +287,61 @@ def test_float32():
     path = run(balancer(), torch.tensor([[0.3, 0.0]]), 20, disturbance=0.01)
     assert path.dtype == torch.float32
     assert float(path[-3:, :, 0].abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("calls", [5, 40])
+def test_it_recovers_from_states_that_violate_a_constraint(dtype, calls):
+    """Too fast for some calls, whatever the actions, and then at rest: it acts as a fresh controller."""
+
+    def moved(state, action):
+        speed = state[..., 1] + 0.1 * action[..., 0]
+        return torch.stack((state[..., 0] + 0.1 * speed, speed), -1)
+
+    def reach(state, action):
+        return -(state[..., 0] - 1).square() - 0.05 * action[..., 0].square()
+
+    def limited():
+        bounds = {"low": -2.0, "high": 2.0, "constraint": lambda s, a: s[..., 1:] - 0.5}
+        return Controller(moved, reach, horizon=10, action_dim=1, **bounds)
+
+    controller, state = limited(), torch.tensor([[0.0, 0.1]], dtype=dtype)
+    controller(state)
+    for _ in range(calls):
+        controller(torch.tensor([[0.0, 3.0]], dtype=dtype))
+        assert controller.status.tolist() == [Status.INFEASIBLE]
+    for _ in range(4):
+        action = controller(state)
+        assert controller.status.tolist() == [Status.CONVERGED]
+        assert action.item() == pytest.approx(limited()(state).item(), abs=2e-2)
+        state = moved(state, action)
+    assert controller.fallbacks == 0
+
+
+def test_a_reset_row_without_a_plan_does_not_act_by_its_guess():
+    controller = simple()
+    controller(torch.zeros(2, 2))
+    controller.reset(torch.tensor([True, False]))
+    with pytest.raises(NonFiniteError, match=r"rows \[0\] \(of 2\), which have no earlier plan"):
+        controller(torch.tensor([[float("nan"), 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"init_actions": torch.zeros(7)}, "init_actions has shape"), ({"low": torch.zeros(3)}, "low has shape")],
+)
+def test_shapes_of_bounds_and_guesses_are_named(settings, words):
+    with pytest.raises(ShapeError, match=words):
+        simple(**settings)(torch.zeros(2, 2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_masks_and_states_are_checked():
+    controller = simple()
+    with pytest.raises(ShapeError, match="the state is"):
+        controller(torch.zeros(0, 2))
+    controller(torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="boolean mask"):
+        controller.reset([0, 1])
+    with pytest.raises(ShapeError, match="the last call had 2"):
+        controller(torch.zeros(2, 3))

@@ -143,6 +143,8 @@ class ExportArguments(Arguments):
     """Weights of a policy; see `difftori eval`."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
+    trust_code: tuple[str, ...] = ()
+    """Installed modules outside this package that a published folder may name, such as `my_pkg.my_policy`; see `difftori.load`."""
     quiet: bool = False
     """Show no status while it runs."""
 
@@ -169,6 +171,8 @@ class ServeArguments(Arguments):
     otherwise `best`). Runs of agents store the last weights only."""
     device: str = "cpu"
     """Device for inference, such as `cpu` or `cuda`."""
+    trust_code: tuple[str, ...] = ()
+    """Installed modules outside this package that a published folder may name, such as `my_pkg.my_policy`; see `difftori.load`."""
 
 
 class PublishArguments(Arguments):

@@ -271,7 +271,14 @@ def _export(words: list[str]) -> None:
     beside = folder if (folder / "metrics.jsonl").exists() else Path()
     out = options.out or beside / f"exported.{options.format}"
     with status(f"exporting {options.run}", shown=not options.quiet):
-        done = export(options.run, out, format=options.format, which=options.which, tolerance=options.tolerance)
+        done = export(
+            options.run,
+            out,
+            format=options.format,
+            which=options.which,
+            tolerance=options.tolerance,
+            trust_code=options.trust_code,
+        )
     rows = {
         "size": f"{done.size / 1e6:.2f} MB",
         "largest difference of an action, as a share of its range": f"{done.difference:.1e}",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftori.errors import ShapeError, SolverError
+from difftori.errors import NonFiniteError, ShapeError, SolverError
 from difftori.planning import Constraint, Dynamics, Plan, Planner, Reward, Value, check_model, trajectory_objective
 from difftori.solver import (
     ILQR,
@@ -37,6 +37,10 @@ class Timing:
     longest_ms: float
     median_steps: float
     fallbacks: int
+
+
+_GROWN = 1e2
+"""Growth of a constraint's weight over that of the last feasible call, above which an infeasible row begins again."""
 
 
 class Controller:
@@ -114,8 +118,10 @@ class Controller:
         if rows is None or self._actions is None:
             self._actions: Plans | None = None
             self._multipliers: Multipliers | None = None
+            self._usual_weight: Tensor | None = None
             self._feedback: tuple[Tensor, Tensor] | None = None
             self._fresh: RowFlags | None = None
+            self._size: int | None = None
             self.plan: Plan | None = None
             self.status: Tensor | None = None
             self.step, self.fallbacks = 0, 0
@@ -123,9 +129,10 @@ class Controller:
             self._taken: deque[float] = deque(maxlen=10_000)
             return
         rows = torch.as_tensor(rows)
-        if rows.shape != self._actions.shape[:1]:
+        if rows.shape != self._actions.shape[:1] or rows.dtype != torch.bool:
             raise ShapeError(
-                f"Controller.reset: rows has shape {tuple(rows.shape)}. Fix: use a mask ({len(self._actions)},)."
+                f"Controller.reset: rows has shape {tuple(rows.shape)} and type {rows.dtype}. "
+                f"Fix: use a boolean mask ({len(self._actions)},)."
             )
         self._fresh = rows if self._fresh is None else self._fresh | rows
 
@@ -134,16 +141,21 @@ class Controller:
         """The action for a state: (B S) → (B A), or (S) → (A). Returns a tensor for a tensor, an array for an array.
 
         Raises:
-            ShapeError: the state has another number of rows than before, or is not floating point.
-            NonFiniteError: a first solve produced NaN or Inf, so there is no earlier plan to use.
+            ShapeError: the state has another shape than before, or is not floating point; bounds or `init_actions` do not fit.
+            NonFiniteError: the first solve of a row produced NaN or Inf, so there is no earlier plan to use.
         """
         began = time.perf_counter()
         given = torch.as_tensor(state)
-        if not given.is_floating_point() or given.dim() not in (1, 2):
+        if not given.is_floating_point() or given.dim() not in (1, 2) or 0 in given.shape:
             raise ShapeError(
                 f"Controller: the state is {tuple(given.shape)} {given.dtype}. Fix: use floats, (S) or (B S)."
             )
         states = given if given.dim() == 2 else given[None]
+        if self._size not in (None, states.shape[-1]):
+            raise ShapeError(
+                f"Controller: the state has {states.shape[-1]} numbers, but the last call had {self._size}. "
+                "Fix: give the same state, or reset() before another one."
+            )
         if self._actions is not None and len(self._actions) != len(states):
             raise ShapeError(
                 f"Controller: the state has {len(states)} rows, but the last call had {len(self._actions)}. Fix: reset() before another batch."
@@ -195,6 +207,12 @@ class Controller:
         augmented = self._augmented if cold else self._warm_rounds
         plan = planner.plan(objective, start, augmented=augmented, multipliers=multipliers, throw=self._actions is None)
         lost = plan.solution.status == Status.NON_FINITE
+        if fresh is not None and bool((lost & fresh).any()):
+            rows = (lost & fresh).nonzero().squeeze(-1).tolist()
+            raise NonFiniteError(
+                f"Controller: the objective is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no earlier plan. "
+                "Fix: check the state of these rows."
+            )
         actions = plan.actions
         if bool(lost.any()):
             self.fallbacks += int(lost.sum())
@@ -216,13 +234,25 @@ class Controller:
 
     def _guess(self, states: Tensor) -> Plans:
         shape = (len(states), *self._shape)
-        low, high = (torch.as_tensor(bound).to(states).expand(shape) for bound in (self._box.low, self._box.high))
+        low, high = (_spread(name, getattr(self._box, name), states, shape) for name in ("low", "high"))
         if self._first_guess is not None:
-            first = torch.as_tensor(self._first_guess).to(states).expand(shape)
+            first = _spread("init_actions", self._first_guess, states, shape)
         else:
             middle = (low + high) / 2
             first = torch.where(torch.isfinite(middle), middle, 0.0)
         return first.maximum(low).minimum(high)
+
+    def _bounded(self, multipliers: Multipliers, status: Tensor) -> Multipliers:
+        """The multipliers for the next call. Those of rows that stay infeasible grow without limit, so they begin again at zero, with
+        the weight of the last feasible call.
+        """
+        infeasible, lost = status == Status.INFEASIBLE, status == Status.NON_FINITE
+        first = multipliers.weight if multipliers.first_weight is None else multipliers.first_weight
+        usual = first if self._usual_weight is None else self._usual_weight
+        again = lost | (infeasible & (multipliers.weight >= _GROWN * usual))
+        self._usual_weight = torch.where(infeasible | lost, usual, multipliers.weight)
+        values = torch.where(again[:, None], 0.0, multipliers.values)
+        return multipliers._replace(values=values, weight=torch.where(again, usual, multipliers.weight))
 
     def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:
         """The actions corrected by feedback for the current state. Unchanged if that leads to NaN or Inf."""
@@ -240,11 +270,11 @@ class Controller:
 
     def _move_on(self, objective: Any, plan: Plan, actions: Plans) -> None:
         self._actions = torch.cat([actions[:, 1:], actions[:, -1:]], 1)
-        self._fresh = None
+        self._fresh, self._size = None, objective.state.shape[-1]
         self.step += 1
         multipliers = plan.solution.multipliers
         if multipliers is not None and isinstance(objective, ConstrainedTrajectory):
-            self._multipliers = objective.shifted(multipliers)
+            self._multipliers = objective.shifted(self._bounded(multipliers, plan.solution.status))
         self._feedback = None
         gains = self._solver.feedback(plan.solution.state) if isinstance(self._solver, ILQR) else None
         if gains is not None:
@@ -253,3 +283,15 @@ class Controller:
             states = plan.states
             nominal = torch.cat([states[:, 1:], states[:, -1:]], 1)
             self._feedback = nominal, torch.cat([gains[:, 1:], torch.zeros_like(gains[:, :1])], 1)
+
+
+def _spread(name: str, values: Bound, states: Tensor, shape: tuple[int, int, int]) -> Plans:
+    """The numbers for all rows, steps and actions (B H A)."""
+    numbers = torch.as_tensor(values).to(states)
+    try:
+        return numbers.expand(shape)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"Controller: {name} has shape {tuple(numbers.shape)}, which does not fit actions (B H A) = {shape}. "
+            "Fix: use a number, (A), (H A) or (B H A)."
+        ) from error

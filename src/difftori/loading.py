@@ -32,7 +32,7 @@ def load(
     run: str | Path,
     *,
     which: Which | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_code: Collection[str] = (),
 ) -> "LoadedPolicy":
@@ -48,21 +48,22 @@ def load(
     Raises ConfigError if `run` is neither of these or names a module that is not trusted, CheckpointError if its weights are missing or
     damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
-    return _in_closed_loop(
-        open_model(run, which=which, device=device, revision=revision, trust_code=trust_code), device
-    )
+    model = open_model(run, which=which, device=device, revision=revision, trust_code=trust_code)
+    return _in_closed_loop(model, str(device))
 
 
 def open_model(
     run: str | Path,
     *,
     which: Which | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_code: Collection[str] = (),
 ) -> Published:
     """Load the networks of a run directory, of a published folder, or of the Hub. Arguments and errors: `load`."""
-    name = hub_name(run)
+    if which not in (None, "best", "last"):
+        raise ConfigError([f"which: {which!r} is unknown. Fix: choose 'best' or 'last'"])
+    name, device = hub_name(run), str(device)
     if name is None and revision is not None:
         raise ConfigError([f"revision: {run} is a folder. Fix: remove it, or load from hub:USER/NAME"])
     folder = Path(run) if name is None else download(name, NEEDED, revision=revision)
@@ -233,7 +234,7 @@ class LoadedPolicy:
         if not np.isfinite(actions).all():
             raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs, then reset()")
         chosen = actions if batched else actions[0]
-        example = next(iter(given.values()))
+        example = given[next(iter(self.obs))]
         return torch.from_numpy(chosen).to(example.device) if isinstance(example, Tensor) else chosen
 
     def _by_name(self, obs: Array | Mapping[str, Array]) -> Mapping[str, Array]:
@@ -255,17 +256,17 @@ class LoadedPolicy:
         """Concatenate the arrays of a Dict observation, as the environment did in training, to (S) or (B S)."""
         parts = []
         for name, shape in self.parts.items():
-            part = torch.as_tensor(obs[name])
+            part = _plain(name, obs[name])
             rows = part.shape[: max(part.ndim - len(shape), 0)]
             if part.shape[len(rows) :] != shape:
-                raise ShapeError(f"obs: {name} has shape {tuple(part.shape)}, not {shape}. Fix: give that shape")
+                raise ShapeError(f"obs: {name} has shape {part.shape}, not {shape}. Fix: give that shape")
             parts.append(part.reshape(*rows, -1))
         if len({part.shape[:-1] for part in parts}) > 1:
             raise ShapeError(
                 "obs: some arrays have a leading dimension of rows, others not, or another one. Fix: give all alike"
             )
-        flat = torch.cat(parts, -1)
-        return flat if isinstance(obs[next(iter(self.parts))], Tensor) else flat.numpy()
+        flat, example = np.concatenate(parts, -1), obs[next(iter(self.parts))]
+        return torch.from_numpy(flat).to(example.device) if isinstance(example, Tensor) else flat
 
     def _batched(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Whether the observations have a leading dimension of rows."""
@@ -293,7 +294,13 @@ class LoadedPolicy:
 
 def _plain(name: str, values: Array) -> np.ndarray:
     """Convert to numpy. Raises NonFiniteError for NaN or Inf, and ShapeError for what is no array of numbers."""
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise ShapeError(f"obs: {name} is no array of numbers ({error}). Fix: give one array") from error
     if array.dtype.kind not in "biuf":
         raise ShapeError(f"obs: {name} has type {array.dtype}. Fix: give numbers")
     if not np.isfinite(array).all():
@@ -327,12 +334,17 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
     return _channels_first(name, values, entry.shape, stacked)
 
 
+def _is_frame(frame: int, stack: int) -> bool:
+    """Whether an image of `frame` channels is one frame of a stack of `stack` channels. Frames of long stacks are RGB if they can be."""
+    return frame == 3 if stack > 4 and stack % 3 == 0 else stack % frame == 0
+
+
 def _channels_first(name: str, images: np.ndarray, shape: tuple[int, ...], stacked: bool) -> np.ndarray:
     """Convert images of any layout that fits `shape`: (height width C), or (count·C height width) of stacked frames."""
     channels, height, width = shape if stacked else (shape[2], *shape[:2])
     for image in (images, images.transpose(0, 3, 1, 2)):
         if image.shape[2:] == (height, width) and (
-            image.shape[1] == channels or (stacked and channels % image.shape[1] == 0)
+            image.shape[1] == channels or (stacked and _is_frame(image.shape[1], channels))
         ):
             return image
     raise ShapeError(f"obs: {name} has shape {images.shape[1:]}, not {shape}. Fix: give images of that size")

@@ -207,20 +207,22 @@ _SMALL_STATE = 24
 
 
 def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
-    """Raise ObjectiveError if dynamics or reward return rows of the wrong shape or precision."""
+    """Raise ObjectiveError if dynamics, reward or terminal value return rows of the wrong shape or precision."""
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
     action = state.new_zeros(len(state), objective.action_dim)
+    t = objective.times()[0]
     with torch.no_grad():
         for name, function, shape in (
-            ("dynamics", model.next, state.shape),
-            ("reward", model.stage_cost, state.shape[:1]),
+            ("dynamics", lambda: model.next(state, action, t), state.shape),
+            ("reward", lambda: model.stage_cost(state, action, t), state.shape[:1]),
+            ("terminal_value", lambda: model.terminal_cost(state), state.shape[:1]),
         ):
-            got = function(state, action, objective.times()[0])
+            got = function()
             if not isinstance(got, Tensor) or got.shape != shape:
                 found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
                 raise ObjectiveError(
                     f"{name} returned {found} for state {tuple(state.shape)} and action {tuple(action.shape)}, not a tensor "
-                    f"{tuple(shape)}. Fix: keep the rows, and index the last dimension: state[..., 0]."
+                    f"{tuple(shape)}. Fix: keep the rows, and index or sum over the last dimension: state[..., 0], cost.sum(-1)."
                 )
             if got.dtype != state.dtype:
                 raise ObjectiveError(
@@ -279,8 +281,10 @@ def plan(
     Raises:
         ShapeError, BoxError, ObjectiveError: invalid input.
     """
-    if init_actions.dim() != 3:
-        raise ShapeError(f"plan: init_actions have shape {tuple(init_actions.shape)}. Fix: use (B H A).")
+    for name, value, wanted in (("state", state, "(B S)"), ("init_actions", init_actions, "(B H A)")):
+        if not isinstance(value, Tensor) or value.dim() != len(wanted.split()) or 0 in value.shape[1:]:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ShapeError(f"plan: {name} has {found}. Fix: use a tensor {wanted}, with at least 1 for all but B.")
     _, horizon, action_dim = init_actions.shape
     objective = trajectory_objective(
         dynamics,

@@ -259,11 +259,12 @@ def _trusted(name: object, trust_code: Collection[str]) -> str:
     if not isinstance(name, str):
         raise ConfigError([f"{CONFIG}: {name!r} is not the name of a policy or agent. Fix: restore a copy"])
     module, colon, _ = name.partition(":")
-    if colon and module not in trust_code:
+    trusted = {trust_code} if isinstance(trust_code, str) else set(trust_code)
+    if colon and module not in trusted:
         raise ConfigError(
             [
                 f"{name!r} is code outside difftori, which a published model does not import. "
-                f"Fix: install that module and, if you trust it, load with trust_code=[{module!r}]"
+                f"Fix: install that module and, if you trust it, load with trust_code=[{module!r}], --trust-code {module} on the command line"
             ]
         )
     return name

@@ -6,7 +6,7 @@ number of steps without decisions that depend on values. Random numbers become i
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,16 +43,19 @@ def export(
     format: Format = "onnx",
     which: Which | None = None,
     tolerance: float = 1e-5,
+    trust_code: Collection[str] = (),
 ) -> Exported:
     """Write the policy or the agent of a run to `out`, and compare the file with the original.
 
-    `run`, `which`: as in `difftori.load`. Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
+    `run`, `which`, `trust_code`: as in `difftori.load`. Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
     and how to use it. `tolerance`: largest difference of an action, as a share of its range; default: 1e-5.
 
     Raises the errors of `difftori.load`, MissingExtraError without the packages of the format, and ExportError if the
     function decides by values (`planner: reference`), or if the file computes other actions; then there is no file.
     """
-    return export_model(open_model(run, which=which), Path(out), format=format, tolerance=tolerance)
+    return export_model(
+        open_model(run, which=which, trust_code=trust_code), Path(out), format=format, tolerance=tolerance
+    )
 
 
 def export_model(model: Published, out: Path, *, format: Format = "onnx", tolerance: float = 1e-5) -> Exported:

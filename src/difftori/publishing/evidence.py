@@ -66,12 +66,15 @@ def gather(run: Path, which: Which) -> Evidence:
 
 
 def without_paths(value: Any) -> Any:
-    """Return plain values in which every path is replaced by its last part, at any depth."""
+    """Return plain values in which every path is replaced by its last part, at any depth. Keys of data are no paths: `obs/object`."""
     if isinstance(value, Mapping):
-        return {name: without_paths(item) for name, item in value.items()}
+        return {name: item if name in _DATA_KEYS else without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     return _last_part(value) if isinstance(value, str) else value
+
+
+_DATA_KEYS = ("obs_keys", "action_key")
 
 
 def _last_part(text: str) -> str:
@@ -215,4 +218,8 @@ def _command(line: str) -> str:
         words = shlex.split(line)
     except ValueError:
         return ""
-    return shlex.join(["difftori", *(_last_part(word) for word in words[1:])]) if words else ""
+    kept, option = [], ""
+    for word in words[1:]:
+        option = word.lstrip("-").replace("-", "_") if word.startswith("--") else option
+        kept.append(word if option in _DATA_KEYS else _last_part(word))
+    return shlex.join(["difftori", *kept]) if words else ""

@@ -116,12 +116,15 @@ class AgentInRows:
         self._agent, self._device = agent, generator.device
         self._acting = Acting(agent, generator, explore=False)
         self._memory: Memory | None = None
+        self._rows = 0
 
     def __call__(
         self, obs: Observation, first: np.ndarray, active: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
         """Return the action of each row (N A) in [−1, 1]; see `ActInRows`. `steering` is in the environment's units."""
-        inputs, projects = torch.as_tensor(obs), False
+        if self._rows != len(first):
+            self._rows, self._memory = len(first), None
+        inputs, projects = torch.as_tensor(np.ascontiguousarray(obs)), False
         if steering is not None:
             inputs = inputs.to(self._device)
             low, high = (

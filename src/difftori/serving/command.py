@@ -21,7 +21,7 @@ def serve_run(options: ServeArguments, say: Callable[[str], None]) -> Traffic:
     """
     token = None if options.token_file is None else read_token(options.token_file)
     require_token(options.host, token)
-    policy = load(options.run, which=options.which, device=options.device)
+    policy = load(options.run, which=options.which, device=options.device, trust_code=options.trust_code)
     torch.set_num_threads(options.threads)
     made_up = {name: np.zeros(entry.shape, entry.dtype) for name, entry in policy.obs.items()}
     with suppress(NonFiniteError):

@@ -15,7 +15,7 @@ from difftori.solver.derivatives import row_jacobian
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
-from difftori.solver.objective import TrajectoryObjective
+from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.types import PointFlags, Points, RowFlags
 
 
@@ -154,15 +154,23 @@ class Implicit(Adjoint):
     def _attach(self, problem: Problem, result: Iterates) -> Differentiated:
         usable, solution, states = result.usable, result.x.detach(), result.states
         rows = usable.nonzero().squeeze(-1)
-        part = None if bool(usable.all()) else problem.objective.select(rows)
-        if part is None:
-            good = self._derivative(problem, solution, states)
-            return good.of(result, choose(usable, good.x, solution))
         # Rows without a finite solution stay out of the graph: 0 × NaN would make the gradients of shared parameters NaN.
-        box = problem.box.select(rows, solution)
-        states = None if states is None else states[rows]
-        good = self._derivative(replace(problem, objective=part, box=box), solution[rows], states)
-        return good.spread(rows, usable).of(result, solution.index_copy(0, rows, good.x))
+        part = None if bool(usable.all()) else problem.objective.select(rows)
+        alone = part is not None and _is_part(problem.objective, part, solution, rows)
+        if part is not None and not alone:
+            if not len(rows):
+                return _no_derivative(result)
+            # The functions close over a value for each row, which cannot be selected: a good row takes the place of the others.
+            rows = torch.where(usable, torch.arange(len(usable), device=rows.device), rows[:1])
+            part = problem.objective.select(rows)
+        if part is not None:
+            box = problem.box.select(rows, solution)
+            problem = replace(problem, objective=part, box=box)
+            states = None if states is None else states[rows]
+        good = self._derivative(problem, solution if part is None else solution[rows], states)
+        if alone:
+            return good.spread(rows, usable).of(result, solution.index_copy(0, rows, good.x))
+        return good.of(result, choose(usable, good.x, solution))
 
     def _derivative(self, problem: Problem, solution: Points, states: Tensor | None) -> "_Derivative":
         linear = self.method(problem, solution, states is not None)
@@ -273,6 +281,22 @@ class Implicit(Adjoint):
 
 _DENSE = 48
 """Hessian-vector products that the sweep or the dense Hessian may cost under "auto"; beyond, conjugate gradients need fewer."""
+
+
+def _no_derivative(result: Iterates) -> Differentiated:
+    """The result of a batch without any finite row. It has no graph, because NaN would reach the gradients of all parameters."""
+    x, none = result.x.detach(), torch.zeros_like(result.usable)
+    return Differentiated(x, result, none, torch.full_like(x, torch.inf), none, result.states)
+
+
+def _is_part(whole: Objective, part: Objective, x: Points, rows: Tensor) -> bool:
+    """Whether an objective that was selected from another one has the same costs."""
+    with torch.no_grad():
+        try:
+            found, expected = part.cost(x[rows]), whole.cost(x)[rows]
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return found.shape == expected.shape and bool(torch.isclose(found, expected, rtol=1e-3, atol=1e-6).all())
 
 
 class _Derivative(NamedTuple):

@@ -25,7 +25,7 @@ from difftori.solver.lengths import Lengths
 from difftori.solver.method import Problem, largest
 from difftori.solver.objective import Objective
 from difftori.solver.solution import Solution, Status, status_with_hessian
-from difftori.types import Points, Rows
+from difftori.types import Points, RowFlags, Rows
 
 Inner = Callable[[Objective, Points, float | None], Solution]
 """(objective without constraints, start, tolerance) → solution without a graph."""
@@ -51,10 +51,12 @@ class AugmentedLagrangian:
     tolerance: float | None = None
 
     def __post_init__(self):
-        if self.rounds < 1 or self.weight <= 0 or self.growth <= 1 or not 0 < self.progress < 1:
+        tolerance = 1.0 if self.tolerance is None else self.tolerance
+        if self.rounds < 1 or self.weight <= 0 or self.growth <= 1 or not 0 < self.progress < 1 or not tolerance > 0:
             raise SolverError(
                 f"AugmentedLagrangian: invalid settings rounds={self.rounds}, weight={self.weight}, growth={self.growth}, "
-                f"progress={self.progress}. Fix: use rounds ≥ 1, weight > 0, growth > 1 and 0 < progress < 1."
+                f"progress={self.progress}, tolerance={self.tolerance}. "
+                "Fix: use rounds ≥ 1, weight > 0, growth > 1, 0 < progress < 1 and tolerance > 0."
             )
 
     def allowed(self, dtype: torch.dtype) -> float:
@@ -83,7 +85,8 @@ class AugmentedLagrangian:
         curved = ((bend * along).sum(-1) / length.squeeze(-1)).nan_to_num(0.0, 0.0, 0.0)
         weight = torch.maximum(sloped, _LIGHT * curved)
         usable = torch.isfinite(weight) & (weight > 0)
-        return Multipliers(torch.zeros_like(values.detach()), torch.where(usable, weight, self.weight))
+        weight = torch.where(usable, weight, self.weight)
+        return Multipliers(torch.zeros_like(values.detach()), weight, weight)
 
 
 _LIGHT = 1e-3
@@ -126,22 +129,27 @@ def solve_constrained(
         raise SolverError(
             f"solve: {type(adjoint).__name__} cannot differentiate a solve with constraints. Fix: adjoint=Implicit() or Detached()."
         )
+    undefined = torch.isnan(x0).any(-1)
     x = problem.box.project(torch.nan_to_num(x0.detach()))
     with torch.no_grad():
         equality = objective.equality(x)
     first = method.first(objective, x) if multipliers is None else multipliers
     _check(first, len(x), len(equality))
+    first = _restarted(first)
     if method.tolerance is not None:
         # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
         tolerance = min(tolerance, max(_needed(objective, x, method.tolerance), 10 * torch.finfo(x.dtype).eps))
     rounds = _Rounds(objective, equality, method, tolerance, multipliers is not None)
     state = rounds.run(inner, x, first)
-    return _finish(replace(problem, objective=objective.with_multipliers(state.multipliers)), adjoint, state, method)
+    problem = replace(problem, objective=objective.with_multipliers(state.multipliers))
+    return _finish(problem, adjoint, state, method, undefined)
 
 
 @dataclass
 class _State:
-    """The state after the rounds: the last solution, the multipliers used to compute it, and its constraint values (B M)."""
+    """The state after the rounds: the last solution, the multipliers used to compute it, its constraint values (B M), and whether the
+    multipliers of a row have settled.
+    """
 
     solution: Solution
     multipliers: Multipliers
@@ -149,6 +157,7 @@ class _State:
     steps: Tensor
     values: Tensor
     violated: Rows
+    settled: RowFlags
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,8 @@ class _Rounds:
     warm: bool
 
     def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
-        allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.weight
+        assert multipliers.first_weight is not None
+        allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.first_weight
         done = torch.zeros_like(x[:, 0], dtype=torch.bool)
         before = torch.full_like(x[:, 0], torch.inf)
         steps = torch.zeros_like(done, dtype=torch.long)
@@ -179,30 +189,50 @@ class _Rounds:
             stuck = slow & (multipliers.weight >= heaviest)
             done = done | lost | stuck | ((moved <= allowed) & (tolerance <= self.tolerance))
             weight = torch.where(slow & ~done, multipliers.weight * self.method.growth, multipliers.weight)
-            after = Multipliers(torch.where(lost[:, None], multipliers.values, following), weight)
+            after = multipliers._replace(
+                values=torch.where(lost[:, None], multipliers.values, following), weight=weight
+            )
             if bool(done.all()) or count == self.method.rounds - 1:
                 break
             # Finished rows keep their multipliers, so their solutions do not change.
-            finished = done[:, None]
-            multipliers = Multipliers(torch.where(finished, multipliers.values, after.values), weight.minimum(heaviest))
+            values = torch.where(done[:, None], multipliers.values, after.values)
+            multipliers = multipliers._replace(values=values, weight=weight.minimum(heaviest))
             before = moved
-        return _State(solution, multipliers, after, steps, values, violation(values, self.equality))
+        return _State(
+            solution, multipliers, after, steps, values, violation(values, self.equality), torch.le(moved, allowed)
+        )
 
 
 _HEAVIEST = 1e8
 """Upper limit of the weight, as a multiple of the first weight. Above it, rounding would hide the cost."""
 
 
-def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: AugmentedLagrangian) -> Solution:
-    """The solution with its derivative, from the optimality conditions with the active constraints as equations."""
+def _restarted(given: Multipliers) -> Multipliers:
+    """The multipliers of a warm start. Those of rows at the limit of the weight, which were infeasible, or with NaN begin again."""
+    first = given.weight if given.first_weight is None else given.first_weight
+    again = ~((given.weight < _HEAVIEST * first) & torch.isfinite(given.values).all(-1))
+    values = torch.where(again[:, None], 0.0, given.values)
+    return Multipliers(values, torch.where(again, first, given.weight), first)
+
+
+def _finish(
+    problem: Problem, adjoint: Adjoint, state: _State, method: AugmentedLagrangian, undefined: RowFlags
+) -> Solution:
+    """The solution with its derivative, from the optimality conditions with the active constraints as equations.
+
+    A row whose multipliers have not settled is not at the optimum: some of its active constraints may be wrong. `undefined`: rows
+    whose start was NaN.
+    """
     solution = state.solution
     iterates = Iterates(solution.x.detach(), solution.finite, None, solution.differentiated.states)
     differentiated = adjoint.apply(lambda *_, **__: iterates, problem, 0)
+    if (step := differentiated.newton_step) is not None:
+        differentiated = differentiated._replace(newton_step=torch.where(state.settled[:, None], step, torch.inf))
     feasible = state.violated <= method.allowed(solution.x.dtype)
     x = solution.x.detach()
     status = status_with_hessian(solution.status, differentiated, Lengths(problem.box, x).of(x))
     status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
-    status = torch.where(solution.finite, status, int(Status.NON_FINITE))
+    status = torch.where(solution.finite & ~undefined, status, int(Status.NON_FINITE))
     with torch.no_grad():
         cost = _plain_cost(cast(Constrained, problem.objective), solution)
     return replace(
@@ -213,7 +243,7 @@ def _finish(problem: Problem, adjoint: Adjoint, state: _State, method: Augmented
         status=status,
         problem=problem,
         differentiated=differentiated,
-        multipliers=Multipliers(*(part.detach() for part in state.following)),
+        multipliers=state.following,
         violated=state.violated,
     )
 

@@ -43,6 +43,9 @@ class Box:
     uneven: bool = field(default=False, init=False, repr=False, compare=False)
     """Whether the ranges of the variables of a row differ by a factor of 8 or more (see `spans`). Fixed variables do not count."""
 
+    scaled: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether the range of any variable is not 2 (see `spans`). Fixed variables do not count."""
+
     def __post_init__(self):
         if not (isinstance(self.low, int | float) and isinstance(self.high, int | float)):
             self._check_tensors()
@@ -50,6 +53,9 @@ class Box:
         if not self.low <= self.high or (self.low == self.high and math.isinf(self.low)):  # also catches NaN
             raise BoxError(_empty(self.low, self.high, ()))
         object.__setattr__(self, "fixes", self.low == self.high)
+        object.__setattr__(
+            self, "scaled", self.low < self.high and self.high - self.low < _OPEN and self.high - self.low != 2
+        )
 
     def _check_tensors(self) -> None:
         low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
@@ -61,13 +67,15 @@ class Box:
                 "Fix: use the same shape for both, such as (n)."
             ) from error
         width, fixed = _spans(high - low), low == high
+        scaled = (width != 2) & ~fixed
         narrow, wide = torch.where(fixed, torch.inf, width), torch.where(fixed, 0.0, width)
         if width.dim() and width.numel():
             narrow, wide = narrow.amin(-1), wide.amax(-1)
-        one_synchronisation = torch.stack([empty.any(), fixed.any(), (wide >= UNEVEN * narrow).any()])
-        inverted, fixes, uneven = one_synchronisation.tolist()
+        one_synchronisation = torch.stack([empty.any(), fixed.any(), (wide >= UNEVEN * narrow).any(), scaled.any()])
+        inverted, fixes, uneven, scaled = one_synchronisation.tolist()
         object.__setattr__(self, "fixes", fixes)
         object.__setattr__(self, "uneven", uneven)
+        object.__setattr__(self, "scaled", scaled)
         if inverted:
             where = tuple(empty.nonzero()[0].tolist())
             low, high = torch.broadcast_tensors(low, high)
@@ -223,6 +231,7 @@ def _checked(low: Tensor, high: Tensor, like: Box) -> Box:
     bounds = _Bounds(low, high, like.inward)
     object.__setattr__(bounds, "fixes", like.fixes)
     object.__setattr__(bounds, "uneven", like.uneven)
+    object.__setattr__(bounds, "scaled", like.scaled)
     return bounds
 
 

@@ -2,11 +2,22 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
 
 from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.method import Solver
 from difftori.solver.objective import Objective, TrajectoryObjective
+
+
+def check_transforms() -> None:
+    """Raise SolverError inside a transform of `torch.func` or a forward-mode derivative, which would be zero or wrong."""
+    if maybe_current_level() is not None or forward_ad._current_level >= 0:  # noqa: SLF001
+        raise SolverError(
+            "solve: torch.func (vmap, grad, jacrev, jvp, …) and forward-mode derivatives do not support a solve. Fix: use "
+            "torch.autograd.grad or torch.autograd.functional.jacobian, and give many problems as the rows of one solve."
+        )
 
 
 def check_start(x0: Tensor) -> None:

@@ -15,14 +15,19 @@ Found = TypeVar("Found")
 
 
 class Multipliers(NamedTuple):
-    """The multipliers: `values` (B M), one for each constraint, and the `weight` ρ (B)."""
+    """The multipliers: `values` (B M), one for each constraint, and the `weight` ρ (B).
+
+    `first_weight` (B): the weight of the first solve, which limits those of later, warm-started ones. None: `weight`.
+    """
 
     values: Tensor
     weight: Rows
+    first_weight: Rows | None = None
 
     def select(self, rows: RowSelection) -> "Multipliers":
         """The multipliers of some rows."""
-        return Multipliers(self.values[rows], self.weight[rows])
+        first = None if self.first_weight is None else self.first_weight[rows]
+        return Multipliers(self.values[rows], self.weight[rows], first)
 
     def updated(self, constraints: Tensor, equality: Tensor) -> Tensor:
         """max(0, λ + ρ g) and ν + ρ h at constraint values (B M). `equality` (M) marks the equations."""
@@ -180,7 +185,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
     def equality(self, x: Points) -> Tensor:
         """False for every constraint: there are no equations."""
         with torch.no_grad():
-            return torch.zeros_like(self.constraints(x)[0], dtype=torch.bool)
+            return torch.zeros(self.constraints(x).shape[-1], dtype=torch.bool, device=x.device)
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Split values (B H·m+k) into those of the stages (B H m) and the terminal ones (B k)."""
@@ -213,7 +218,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         """The multipliers for the plan shifted by one step. The last step is repeated."""
         stage, terminal = self.split(multipliers.values)
         stage = torch.cat([stage[:, 1:], stage[:, -1:]], 1)
-        return Multipliers(torch.cat([stage.flatten(1), terminal], 1), multipliers.weight)
+        return multipliers._replace(values=torch.cat([stage.flatten(1), terminal], 1))
 
     def select(self, rows: RowSelection) -> "Objective | None":
         """The objective on some rows, or None if the inner objective cannot be split."""
@@ -237,17 +242,18 @@ def violation(values: Tensor, equality: Tensor) -> Rows:
 
 
 def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
-    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[0] != like.shape[0]:
+    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[0] != like.shape[0] or not values.shape[1]:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ObjectiveError(
-            f"{name}: returned {shape} for {like.shape[0]} rows, but must return (B m): m values per row, each ≤ 0 "
+            f"{name}: returned {shape} for {like.shape[0]} rows, but must return (B m): m ≥ 1 values per row, each ≤ 0 "
             f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
         )
     return values
 
 
-STIFFER = 1e3
-"""Factor by which the weight of active constraints is increased in the linear system of a derivative, so that few rounds suffice."""
+STIFFER = 10.0
+"""Factor by which the weight of active constraints is increased in the linear system of a derivative, so that few rounds suffice. A
+larger one would leave float32 no digits for the directions that keep the constraints."""
 
 
 def keep_active(

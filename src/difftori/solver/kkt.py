@@ -130,8 +130,8 @@ class Factor(NamedTuple):
     """K, factorised by a backward sweep. Rows first, then time.
 
     `jacobian` F (B H S N); `free` (B H A); `cholesky` (B H A A) of the actions' curvature on the free set; `gain` K (B H A S);
-    `value` V (B H+1 S S). `convex` (B): every curvature is positive definite, so the point is a strict minimum. `singular`
-    (B): at least one of them is singular to working precision.
+    `value` V (B H+1 S S). `convex` (B): every curvature is positive definite to working precision, so the point is a strict minimum.
+    `singular` (B): at least one of them is singular to working precision, and none is negative.
     """
 
     jacobian: Tensor
@@ -179,7 +179,8 @@ def factorise(model: lq.LQModel, free: PlanFlags) -> Factor:
     def back(carry: tuple[Tensor], step: tuple[Tensor, ...]) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
         (value,), (f, hessian, free) = carry, step
         q = hessian + f.transpose(-1, -2) @ value @ f
-        h = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), q[:, size:, size:], identity)
+        both = free.unsqueeze(-1) & free.unsqueeze(-2)
+        h = torch.where(both, q[:, size:, size:], identity)
         factor, failed = torch.linalg.cholesky_ex(h)
         pivot = factor.diagonal(dim1=-1, dim2=-2).square() / h.diagonal(dim1=-1, dim2=-2)
         sound = (failed == 0) & torch.isfinite(factor).flatten(1).all(-1)
@@ -187,16 +188,26 @@ def factorise(model: lq.LQModel, free: PlanFlags) -> Factor:
         gain = -torch.cholesky_solve(q[:, size:, :size] * free.unsqueeze(-1), factor) * free.unsqueeze(-1)
         value = q[:, :size, :size] + q[:, :size, size:] @ gain
         value = 0.5 * (value + value.transpose(-1, -2))
-        return (value,), (value, factor, gain, sound, torch.where(sound, pivot.amin(-1), 0.0))
+        largest = torch.where(both, h, 0.0).abs().amax((1, 2))
+        return (value,), (value, factor, gain, sound, torch.where(sound, pivot.amin(-1), 0.0), h, largest)
 
     steps = (model.jacobian, model.hessian, free)
     _, found = loop(back, (model.terminal_hessian,), tuple(part.movedim(1, 0).flip(0) for part in steps))
-    value, cholesky, gain, sound, pivot = (part.flip(0).movedim(0, 1) for part in found)
+    value, cholesky, gain, sound, pivot, h, largest = (part.flip(0).movedim(0, 1) for part in found)
     value = torch.cat([value, model.terminal_hessian.unsqueeze(1)], 1)
-    convex = sound.all(-1)
     near = 1e3 * eps
-    # A failed pivot is singular only if its curvature is zero. A sweep cannot distinguish the cases, so it counts as negative.
-    return Factor(model.jacobian, free, cholesky, gain, value, convex, convex & (pivot.amin(-1) < near))
+    singular = pivot.amin(-1) < near
+    if not bool(sound.all()):
+        singular = singular & (sound | _zero(h, ~sound, near * largest.amax(-1, keepdim=True))).all(-1)
+    return Factor(model.jacobian, free, cholesky, gain, value, sound.all(-1) & ~singular, singular)
+
+
+def _zero(h: Tensor, failed: Tensor, rounding: Tensor) -> Tensor:
+    """Which of the curvatures h (B H A A) that could not be factorised, `failed` (B H), are zero and not negative up to `rounding` (B 1)."""
+    blocks = h[failed]
+    finite = torch.isfinite(blocks).flatten(1).all(-1)
+    least = torch.linalg.eigvalsh(torch.where(finite[:, None, None], blocks, 0.0)).amin(-1)
+    return failed.masked_scatter(failed, finite & (least >= -rounding.expand_as(failed)[failed]))
 
 
 class _Active(NamedTuple):

@@ -1,7 +1,8 @@
-"""Length scales: what counts as a small change of each variable.
+"""Units and length scales of the variables, by the ranges of the box.
 
-Variables in different units, such as newtons beside radians, are told apart by the ranges of the box. Ranges that differ by less
-than a factor of 8 count as one scale.
+`range_units` are the units in which curvatures of states and actions are compared. `Lengths` tells what counts as a small change:
+variables in different units, such as newtons beside radians, are told apart by their ranges. Ranges that differ by less than a factor
+of 8 count as one scale.
 """
 
 import torch
@@ -9,21 +10,12 @@ from torch import Tensor
 
 from difftori.solver.box import UNEVEN, Box
 from difftori.solver.method import largest
-from difftori.types import PointFlags, Points, Rows
+from difftori.types import Points, Rows
 
 
 def range_units(box: Box, x: Points) -> Points | None:
-    """Half the range of each variable (B n) in rows whose ranges differ; 1 in other rows, for open ranges and for fixed variables.
-    None if no row has different ranges.
-    """
-    if not box.uneven:
-        return None
-    half, uneven = _half_ranges(box, x)
-    return _units(half, uneven, box.fixed(x))
-
-
-def _units(half: Points, uneven: Tensor, fixed: PointFlags) -> Points:
-    return torch.where(uneven & ~fixed, half, 1.0)
+    """Half the range of each variable (B n); 1 for open ranges and for fixed variables. None if that is 1 for all."""
+    return torch.where(box.fixed(x), 1.0, 0.5 * box.spans(x)) if box.scaled else None
 
 
 def _half_ranges(box: Box, x: Points) -> tuple[Points, Tensor]:
@@ -35,7 +27,11 @@ def _half_ranges(box: Box, x: Points) -> tuple[Points, Tensor]:
 
 
 class Lengths:
-    """The length scales of the variables of a box, row by row. `units` (B n): see `range_units`."""
+    """The length scales of the variables of a box, row by row.
+
+    `units` (B n): half the range of each variable in rows whose ranges differ; 1 in other rows, for open ranges and for fixed
+    variables. None if no row has different ranges.
+    """
 
     def __init__(self, box: Box, x: Points):
         self.room: Rows = box.room(x)
@@ -44,7 +40,7 @@ class Lengths:
         if not box.uneven:
             return
         half, self._uneven = _half_ranges(box, x)
-        self.units = _units(half, self._uneven, ~self._movable)
+        self.units = torch.where(self._uneven & self._movable, half, 1.0)
         self._reach = torch.where(self._uneven, half.clamp_max(1.0), self.room.unsqueeze(-1))
         # The ranges in ascending order, and the position up to which they are not much wider than that of each variable.
         width = torch.where(self._movable, box.width(x), torch.inf)

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import NonFiniteError
+from difftori.errors import NonFiniteError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import Box
-from difftori.solver.checked import check_settings, check_start, checked_box
+from difftori.solver.checked import check_settings, check_start, check_transforms, checked_box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.convergence import Convergence
@@ -72,7 +72,7 @@ def solve(
         keep: return each row's iterate of lowest cost ("best") or its last iterate ("last").
         candidates: (K B n), points that CEM and MPPI evaluate in addition to their own samples.
         generator: the random generator of CEM and MPPI.
-        history: record every iterate in `Solution.history`.
+        history: record every iterate in `Solution.history`. Not available with constraints.
         throw: raise an error if a row is not finite, instead of reporting it in the status.
         compile: run the steps through `torch.compile` (the first call with each shape takes a minute or more).
         inequality, equality: g: (B n) → (B m) and h: (B n) → (B p), differentiable. Solved in rounds of the augmented
@@ -84,11 +84,14 @@ def solve(
         ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before any computation.
         NonFiniteError: a row is not finite; only with `throw`.
     """
+    check_transforms()
     check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
     objective = as_objective(objective)
     if inequality is not None or equality is not None:
         objective = ConstrainedFunction(objective, inequality, equality)
+    if history and isinstance(objective, Constrained):
+        raise SolverError("solve: history is not available with constraints. Fix: history=False.")
     check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:

@@ -1,0 +1,262 @@
+"""Faults that a control engineer met in ordinary problems: each was a wrong status or a wrong gradient."""
+
+import pytest
+import torch
+
+import difftori
+from difftori.errors import ObjectiveError, ShapeError, SolverError
+from difftori.solver import AugmentedLagrangian, Detached, Implicit, Newton, ProjectedGradient, Status, solve
+
+F32, F64 = torch.float32, torch.float64
+
+
+def moved(state, action, mass=1.0):
+    """A point mass: position and speed."""
+    speed = state[..., 1] + 0.1 * action[..., 0] / mass
+    return torch.stack((state[..., 0] + 0.1 * speed, speed), -1)
+
+
+def reach(state, action):
+    return -(state[..., 0] - 1).square() - 0.05 * action[..., 0].square()
+
+
+# Values for each row in closures.
+
+
+@pytest.mark.parametrize("solver", [None, ProjectedGradient(window=5, polish=1), Newton()])
+@pytest.mark.parametrize("bad", [[1], [0], [0, 2], [0, 1, 2]])
+def test_a_nan_row_beside_parameters_of_each_row(solver, bad):
+    """Rows cannot be cut out of a tensor that the functions close over."""
+    mass = torch.tensor([1.0, 1.5, 2.0], dtype=F64, requires_grad=True)
+    shared = torch.tensor(1.0, dtype=F64, requires_grad=True)
+
+    def plan(state):
+        return difftori.plan(
+            lambda s, a: moved(s, a, mass * shared),
+            reach,
+            None,
+            state,
+            torch.zeros(3, 5, 1, dtype=F64),
+            solver=solver,
+        )
+
+    good = [row for row in range(3) if row not in bad]
+    state = torch.zeros(3, 2, dtype=F64)
+    whole = plan(state)
+    expected = torch.autograd.grad(whole.actions[good, 0].sum(), (mass, shared)) if good else ()
+    state[bad] = torch.nan
+    found = plan(state)
+    if not good:
+        assert not found.actions.requires_grad
+        return
+    assert found.solution.gradient_valid.tolist() == [row in good for row in range(3)]
+    grads = torch.autograd.grad(found.actions[good, 0].sum(), (mass, shared), materialize_grads=True)
+    for got, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+# Large units.
+
+
+def truck(dtype, unit):
+    """40 t, force in units of `unit` newtons up to 1e5 N, at most 14 m/s."""
+
+    def dynamics(s, a):
+        speed = s[..., 1] + 0.5 * (a[..., 0] * unit - 300 * s[..., 1]) / 4e4
+        return torch.stack((s[..., 0] + 0.5 * speed, speed), -1)
+
+    def reward(s, a):
+        return -1e-2 * (s[..., 0] - 100).square() - 1e-11 * (a[..., 0] * unit).square()
+
+    return difftori.plan(
+        dynamics,
+        reward,
+        None,
+        torch.zeros(1, 2, dtype=dtype),
+        torch.zeros(1, 20, 1, dtype=dtype),
+        -1e5 / unit,
+        1e5 / unit,
+        constraint=lambda s, a: s[..., 1:] - 14,
+        adjoint=Detached(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_one_actuator_in_newtons_is_planned_as_in_units_of_its_range(dtype):
+    newtons, scaled = truck(dtype, 1.0), truck(dtype, 1e5)
+    assert newtons.solution.status.tolist() == scaled.solution.status.tolist() == [Status.CONVERGED]
+    assert abs(int(newtons.solution.steps) - int(scaled.solution.steps)) <= 2
+    torch.testing.assert_close(newtons.actions / 1e5, scaled.actions, rtol=0, atol=2e-3 if dtype == F32 else 1e-5)
+
+
+# What the status says of a Hessian.
+
+
+def test_an_action_without_effect_is_ill_conditioned_and_no_saddle():
+    """The last action moves the speed only, which no reward sees."""
+    start = torch.zeros(1, 2, dtype=F64), torch.zeros(1, 6, 1, dtype=F64)
+    weight = torch.ones((), dtype=F64, requires_grad=True)
+    for adjoint in (None, Implicit(linear="dense")):
+        found = difftori.plan(moved, lambda s, a: -weight * (s[..., 0] - 1).square(), None, *start, adjoint=adjoint)
+        assert found.solution.status.tolist() == [Status.ILL_CONDITIONED]
+        assert found.solution.gradient_valid.tolist() == [False]
+
+
+def test_redundant_actuators_without_a_cost_have_no_trusted_gradient():
+    target = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    found = difftori.plan(
+        lambda s, a: s + 0.1 * a.sum(-1, keepdim=True),
+        lambda s, a: -(s[..., 0] - 0.1 * target).square(),
+        lambda s: -(s[..., 0] - 0.1 * target).square(),
+        torch.zeros(1, 1, dtype=F64),
+        torch.zeros(1, 4, 2, dtype=F64),
+        -5.0,
+        5.0,
+    )
+    assert found.solution.status.tolist() == [Status.ILL_CONDITIONED]
+    assert found.solution.gradient_valid.tolist() == [False]
+
+
+@pytest.mark.parametrize(("cost", "status"), [(0.05, Status.CONVERGED), (0.005, Status.ILL_CONDITIONED)])
+def test_float32_has_the_gradient_of_float64_with_a_shared_power_limit_or_says_that_it_has_not(cost, status):
+    def gradient(dtype):
+        limit, mass = (torch.tensor(value, dtype=dtype, requires_grad=True) for value in (1.2, 1.5))
+
+        def dynamics(s, a):
+            x, vx, y, vy = s.unbind(-1)
+            vx, vy = vx + 0.2 * a[..., 0] / mass, vy + 0.2 * a[..., 1] / mass
+            return torch.stack((x + 0.2 * vx, vx, y + 0.2 * vy, vy), -1)
+
+        found = difftori.plan(
+            dynamics,
+            lambda s, a: -(s[..., 0] - 1).square() - (s[..., 2] + 0.5).square() - cost * a.square().sum(-1),
+            None,
+            torch.zeros(1, 4, dtype=dtype),
+            torch.zeros(1, 8, 2, dtype=dtype),
+            -3.0,
+            3.0,
+            constraint=lambda s, a: torch.stack((a[..., 0] - a[..., 1] - limit, a[..., 0] + a[..., 1] - limit), -1),
+        )
+        weights = torch.linspace(-1, 1, 16, dtype=dtype).view(8, 2)
+        return found.solution, torch.stack(torch.autograd.grad((found.actions[0] * weights).sum(), (limit, mass)))
+
+    (_, exact), (solution, found) = gradient(F64), gradient(F32)
+    assert (solution.status.tolist(), solution.gradient_valid.tolist()) == ([status], [status == Status.CONVERGED])
+    if status == Status.CONVERGED:
+        torch.testing.assert_close(found.double(), exact, rtol=5e-3, atol=1e-3)
+
+
+def test_multipliers_that_have_not_settled_give_no_trusted_gradient():
+    def run(limit, **options):
+        limit = torch.tensor(limit, dtype=F64, requires_grad=True)
+        start = torch.zeros(1, 1, dtype=F64)
+        return solve(lambda x: (x - 2).square().sum(-1), start, inequality=lambda x: x - limit, **options)
+
+    tight = run(-5.0)
+    stale = run(3.0, multipliers=tight.multipliers, augmented=AugmentedLagrangian(rounds=1))
+    assert stale.status.tolist() == [Status.MAX_STEPS]
+    assert stale.gradient_valid.tolist() == [False]
+    assert run(3.0, multipliers=tight.multipliers).x.item() == pytest.approx(2.0)
+
+
+def test_multipliers_of_an_infeasible_plan_do_not_spoil_the_next():
+    def plan(speed, multipliers=None):
+        return difftori.plan(
+            moved,
+            reach,
+            None,
+            torch.tensor([[0.0, speed]], dtype=F64),
+            torch.zeros(1, 10, 1, dtype=F64),
+            -2.0,
+            2.0,
+            constraint=lambda s, a: s[..., 1:] - 0.5,
+            adjoint=Detached(),
+            multipliers=multipliers,
+        )
+
+    multipliers = None
+    for _ in range(4):
+        multipliers = plan(3.0, multipliers).solution.multipliers
+    torch.testing.assert_close(plan(0.1, multipliers).actions, plan(0.1).actions, rtol=0, atol=1e-3)
+
+
+# Arguments.
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_transforms_that_would_be_wrong_are_refused():
+    def first(target):
+        start = torch.zeros(1, 2, dtype=F64), torch.zeros(1, 5, 1, dtype=F64)
+        return difftori.plan(moved, lambda s, a: reach(s - target, a), None, *start).actions[0, :, 0]
+
+    target = torch.tensor([0.5, 0.0], dtype=F64)
+    for transform in (torch.func.jacrev, torch.func.vmap):
+        with pytest.raises(SolverError, match="functional.jacobian"):
+            transform(first)(target[None] if transform is torch.func.vmap else target)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(SolverError, match="functional.jacobian"):
+        first(torch.autograd.forward_ad.make_dual(target, target))
+    assert torch.autograd.functional.jacobian(first, target).abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [lambda s: -s.square().sum(), lambda s: -s[..., :1].square(), lambda s: 0.0],
+    ids=["sum", "column", "number"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_terminal_value_has_one_number_for_each_row(value):
+    with pytest.raises(ObjectiveError, match="terminal_value returned"):
+        difftori.plan(moved, reach, value, torch.zeros(2, 2), torch.zeros(2, 5, 1))
+
+
+@pytest.mark.parametrize(
+    ("state", "actions", "words"),
+    [
+        (torch.zeros(2), torch.zeros(2, 5, 1), "state has shape"),
+        (torch.zeros(2, 2).numpy(), torch.zeros(2, 5, 1), "state has type ndarray"),
+        (torch.zeros(2, 2), torch.zeros(2, 0, 1), "init_actions has shape"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_states_and_guesses_of_a_plan_are_checked(state, actions, words):
+    with pytest.raises(ShapeError, match=words):
+        difftori.plan(moved, reach, None, state, actions)
+
+
+def test_an_empty_batch_with_constraints_is_empty():
+    found = difftori.plan(
+        moved, reach, None, torch.zeros(0, 2), torch.zeros(0, 5, 1), constraint=lambda s, a: s[..., 1:] - 1
+    )
+    assert found.actions.shape == (0, 5, 1)
+
+
+def test_constraints_keep_the_promises_of_a_solve():
+    start, limit = torch.zeros(2, 2, dtype=F64), torch.tensor(0.3, dtype=F64, requires_grad=True)
+
+    def cost(x):
+        return (x - 1).square().sum(-1)
+
+    def limited(x):
+        return x.sum(-1, keepdim=True) - limit
+
+    with pytest.raises(SolverError, match="history"):
+        solve(cost, start, inequality=limited, history=True)
+    with pytest.raises(ObjectiveError, match="m ≥ 1"):
+        solve(cost, start, inequality=lambda x: x[:, :0])
+    with pytest.raises(SolverError, match="tolerance > 0"):
+        AugmentedLagrangian(tolerance=0.0)
+    start[1] = torch.nan
+    found = solve(cost, start, inequality=limited)
+    assert found.status.tolist() == [Status.CONVERGED, Status.NON_FINITE]
+    assert found.gradient_valid.tolist() == [True, False]
+
+
+def test_a_gradient_that_is_zero_up_to_rounding_agrees():
+    scale = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    def cost(x):
+        return (
+            scale * ((x - 0.7).square() + 0.1 * (x - 0.7) ** 4).sum(-1) + 0.3 * scale * (x[:, 0] - x[:, 1] / 2).square()
+        )
+
+    assert difftori.solver.check_gradients(cost, torch.zeros(2, 2, dtype=F64)).ok
