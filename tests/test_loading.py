@@ -209,3 +209,54 @@ def test_a_run_that_was_not_validated_has_no_best_weights(tmp_path):
     with pytest.raises(ConfigError, match="not been validated"):
         difftori.load(run, which="best")
     assert difftori.load(run).name == "bc"
+
+
+@pytest.mark.parametrize("name", ["tdmpc", "difftori"])
+def test_after_a_reset_an_agent_acts_on_another_number_of_rows(name, tmp_path):
+    options = tiny_runs.PLANNER if name == "tdmpc" else tiny_runs.AGENT | {"init": "previous"}
+    agent = difftori.load(trained(name, tmp_path / "run", **options))
+    for rows in (3, 4, 1):
+        agent.reset()
+        assert agent.act(np.zeros((rows, 3), np.float32)).shape == (rows, 1)
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_weights_are_refused(run, request):
+    with pytest.raises(ConfigError, match="which: 'Best' is unknown"):
+        difftori.load(request.getfixturevalue(run), which="Best")
+
+
+def test_the_kind_of_the_action_is_that_of_the_observation_that_is_used(policy_run):
+    policy = difftori.load(policy_run, device=torch.device("cpu"))
+    ((name, entry),) = policy.obs.items()
+    for state, kind in ((np.zeros(entry.shape), np.ndarray), (torch.zeros(entry.shape), torch.Tensor)):
+        for unused in (np.zeros(1), torch.zeros(1)):
+            assert isinstance(policy.act({"unused": unused, name: state}), kind)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_any_type_and_order(policy_run):
+    policy = difftori.load(policy_run)
+    ((name, entry),) = policy.obs.items()
+    state = np.arange(entry.shape[0], dtype=np.float32)
+    expected = policy.act(state)
+    for given in (
+        state[::-1].copy()[::-1],
+        state.astype(">f8"),
+        state.tolist(),
+        torch.tensor(state, dtype=torch.bfloat16),
+    ):
+        policy.reset()
+        assert np.allclose(policy.act({name: given}), expected, atol=1e-6)
+    for given in ([[1.0], [1.0, 2.0]], None, "state"):
+        with pytest.raises(ShapeError, match="obs: "):
+            policy.act({name: given})
+
+
+def test_a_grey_image_is_no_frame_of_an_rgb_stack():
+    images = np.zeros((2, 84, 84, 1), np.uint8)
+    with pytest.raises(ShapeError, match="Fix: give images"):
+        _converted("state", images, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="")
+    rgb = np.zeros((2, 84, 84, 3), np.uint8)[..., ::-1]
+    assert _converted("state", rgb, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="").shape == (2, 3, 84, 84)

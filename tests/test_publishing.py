@@ -21,7 +21,7 @@ from difftori.il.train import evaluate_run as evaluate_policy_run
 from difftori.policies.mpc import PendulumMPC
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import FILES, NEEDED, Published, load_published, write_published
-from difftori.publishing.evidence import evaluated, gather, without_paths
+from difftori.publishing.evidence import _command, evaluated, gather, without_paths
 from difftori.publishing.licence import checked_license, header_of
 from difftori.publishing.publish import PublishRequest, publish
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
@@ -226,6 +226,15 @@ def test_paths_are_shortened_and_names_are_kept():
     assert without_paths("read /home/a/d.zarr twice") == "read … twice"
 
 
+def test_keys_of_data_are_no_paths():
+    assert without_paths({"obs_keys": ["state=obs/object"], "demos": "/a/b.zarr"}) == {
+        "obs_keys": ["state=obs/object"],
+        "demos": "b.zarr",
+    }
+    line = "/bin/difftori train bc --demos /a/d.hdf5 --obs-keys state=obs/object obs/rgb --out /a/run"
+    assert _command(line) == "difftori train bc --demos d.hdf5 --obs-keys state=obs/object obs/rgb --out run"
+
+
 def test_what_lacks_evidence_is_refused_unless_it_is_said(bc, tmp_path):
     run = shutil.copytree(bc, tmp_path / "run")
     with pytest.raises(ConfigError, match="its best weights were not evaluated. Fix: difftori eval .*--which best"):
@@ -396,11 +405,14 @@ def test_a_module_of_the_config_is_imported_only_if_it_is_trusted(place, tmp_pat
     wanted = actions(run)
     mark.unlink()
     monkeypatch.delitem(sys.modules, "my_policies")
-    for trusted in ((), ("other",)):
+    for trusted in ((), ("other",), "my_policies_too"):
         with pytest.raises(ConfigError, match=r"trust_code=\['my_policies'\]"):
             difftori.load(folder, trust_code=trusted)
     assert not mark.exists()
-    assert actions(folder, trust_code=["my_policies"]) == wanted
+    assert actions(folder, trust_code=["my_policies"]) == actions(folder, trust_code="my_policies") == wanted
+    export = ["export", str(folder), "--format", "pt2", "--out", str(tmp_path / "mine.pt2")]
+    assert main(export) == 2
+    assert main([*export, "--trust-code", "my_policies"]) == 0
     assert "trust_code=['my_policies']" in (folder / "README.md").read_text()
 
 
