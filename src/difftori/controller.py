@@ -192,6 +192,8 @@ class Controller:
         fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
         start = self._start(objective, states, fresh)
         cold = fresh is not None and bool(fresh.any())
+        if cold:
+            self._usual_weight = None
         solver = self._solver
         if isinstance(solver, ILQR) and not cold:
             solver = replace(solver, hold=False)

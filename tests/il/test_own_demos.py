@@ -19,6 +19,7 @@ from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, DataError
 from difftori.il.config import parse_config
 from difftori.il.demos_task import DemosTask
+from difftori.il.recorded import DemosOptions
 from difftori.il.train import evaluate_run, load_policy, open_task, train
 from difftori.runs.records import read_summary
 from tests.support.own_demos import SIDE, episodes, write_lerobot_set, write_robomimic_set, write_zarr_set
@@ -365,3 +366,13 @@ def test_a_constant_action_is_learned(tmp_path):
 def test_none_needs_demonstrations(capsys):
     assert cli.main(["train", "bc", "--env", "none"]) == 2
     assert "give demonstrations, --demos PATH" in capsys.readouterr().err
+
+
+def test_a_word_with_letters_is_a_list_of_robomimics(tmp_path):
+    demos = write_robomimic_set(tmp_path / "demos.hdf5")
+    with h5py.File(demos, "a") as file:
+        file["mask/20_percent"] = np.array([b"demo_0", b"demo_2"])
+    lengths = [len(DemosOptions(demos, episodes=(word,)).read()) for word in ("20_percent", "1:3", "0")]
+    assert lengths == [2, 2, 1]
+    with pytest.raises(DataError, match="'1,2' names no episodes"):
+        DemosOptions(demos, episodes=("1,2",)).read()

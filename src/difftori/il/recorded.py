@@ -39,7 +39,7 @@ class DemosOptions:
         """Read the demonstrations. `obs_keys` take precedence over `entries`. Raises DataError."""
         episodes = None if self.episodes is None else list(self.episodes)
         subset = None
-        if episodes is not None and len(episodes) == 1 and not re.fullmatch(r"[\d:]+", episodes[0]):
+        if episodes is not None and len(episodes) == 1 and re.search(r"[^\W\d]", episodes[0]):
             subset, episodes = episodes[0], None  # the name of a list in mask/
         chosen = entries if self.obs_keys is None else list(self.obs_keys)
         path = find_demos(self.demos, _log.warning)
