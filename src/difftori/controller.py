@@ -39,8 +39,9 @@ class Timing:
     fallbacks: int
 
 
-_GROWN = 1e2
-"""Growth of a constraint's weight over that of the last feasible call, above which an infeasible row begins again."""
+_GROWN, _HEAVY = 1e6, 1e3
+"""Shares of a constraint's first weight: above `_GROWN`, a row that is infeasible begins again; above `_HEAVY`, the weight of a row that
+is feasible is reduced."""
 
 
 class Controller:
@@ -118,7 +119,6 @@ class Controller:
         if rows is None or self._actions is None:
             self._actions: Plans | None = None
             self._multipliers: Multipliers | None = None
-            self._usual_weight: Tensor | None = None
             self._feedback: tuple[Tensor, Tensor] | None = None
             self._fresh: RowFlags | None = None
             self._size: int | None = None
@@ -192,8 +192,6 @@ class Controller:
         fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
         start = self._start(objective, states, fresh)
         cold = fresh is not None and bool(fresh.any())
-        if cold:
-            self._usual_weight = None
         solver = self._solver
         if isinstance(solver, ILQR) and not cold:
             solver = replace(solver, hold=False)
@@ -245,16 +243,17 @@ class Controller:
         return first.maximum(low).minimum(high)
 
     def _bounded(self, multipliers: Multipliers, status: Tensor) -> Multipliers:
-        """The multipliers for the next call. Those of rows that stay infeasible grow without limit, so they begin again at zero, with
-        the weight of the last feasible call.
+        """The multipliers for the next call. In a row that no action makes feasible, they would grow without limit.
+
+        A heavy weight hides the cost, so it is reduced once the row is feasible, whose multipliers are then about right.
         """
         infeasible, lost = status == Status.INFEASIBLE, status == Status.NON_FINITE
         first = multipliers.weight if multipliers.first_weight is None else multipliers.first_weight
-        usual = first if self._usual_weight is None else self._usual_weight
-        again = lost | (infeasible & (multipliers.weight >= _GROWN * usual))
-        self._usual_weight = torch.where(infeasible | lost, usual, multipliers.weight)
+        again = lost | (infeasible & (multipliers.weight >= _GROWN * first))
+        heavy = ~infeasible & (multipliers.weight > _HEAVY * first)
+        weight = torch.where(heavy, 1e-2 * multipliers.weight, multipliers.weight)
         values = torch.where(again[:, None], 0.0, multipliers.values)
-        return multipliers._replace(values=values, weight=torch.where(again, usual, multipliers.weight))
+        return multipliers._replace(values=values, weight=torch.where(again, first, weight))
 
     def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:
         """The actions corrected by feedback for the current state. Unchanged if that leads to NaN or Inf."""

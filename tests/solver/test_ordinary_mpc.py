@@ -260,3 +260,64 @@ def test_a_gradient_that_is_zero_up_to_rounding_agrees():
         )
 
     assert difftori.solver.check_gradients(cost, torch.zeros(2, 2, dtype=F64)).ok
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.01])
+def test_a_light_weight_of_the_multipliers_does_not_change_the_derivative(weight):
+    """One step to a limit: the action follows the limit, with derivative 1."""
+    limit = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    found = difftori.plan(
+        lambda s, a: s + a,
+        lambda s, a: -(a[..., 0] - limit.detach() - 0.005).square(),
+        None,
+        torch.zeros(1, 1, dtype=F64),
+        torch.zeros(1, 1, 1, dtype=F64),
+        terminal_constraint=lambda s: s - limit,
+        augmented=AugmentedLagrangian(weight=weight, tolerance=0.01),
+    )
+    assert found.solution.gradient_valid.tolist() == [True]
+    (slope,) = torch.autograd.grad(found.actions.sum(), limit)
+    assert slope.item() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("bound", [1e4, 1e6])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_loose_bound_changes_neither_the_plan_nor_the_number_of_steps(bound, dtype):
+    def unicycle(s, a):
+        x, y, heading = s.unbind(-1)
+        turned = heading + 0.1 * a[..., 1]
+        step = 0.1 * a[..., 0]
+        return torch.stack((x + step * turned.cos(), y + step * turned.sin(), turned), -1)
+
+    def plan(bound):
+        return difftori.plan(
+            unicycle,
+            lambda s, a: -(s[..., 0] - 1).square() - (s[..., 1] - 1).square() - 0.01 * a.square().sum(-1),
+            None,
+            torch.zeros(1, 3, dtype=dtype),
+            0.1 * torch.ones(1, 10, 2, dtype=dtype),
+            -bound,
+            bound,
+            adjoint=Detached(),
+        )
+
+    free, loose = plan(torch.inf), plan(bound)
+    assert loose.solution.status.tolist() == [Status.CONVERGED]
+    assert abs(int(loose.solution.steps) - int(free.solution.steps)) <= 1
+    torch.testing.assert_close(loose.actions, free.actions, rtol=1e-2, atol=1e-3)
+
+
+def test_a_chain_of_warm_starts_survives_a_tiny_first_weight():
+    """The first solve starts at the optimum without the constraint, where the weight is tiny; then the target moves."""
+
+    def run(target, x, multipliers=None):
+        def cost(x):
+            return (x - target).square().sum(-1)
+
+        return solve(cost, x, inequality=lambda x: x - 1, multipliers=multipliers, adjoint=Detached())
+
+    found = run(0.0, torch.full((1, 1), 1e-9, dtype=F64))
+    for target in (0.0, 4.0, 4.0):
+        found = run(target, found.x, found.multipliers)
+    assert found.status.tolist() == [Status.CONVERGED]
+    assert found.x.item() == pytest.approx(1.0, abs=1e-5)

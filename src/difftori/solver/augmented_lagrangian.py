@@ -135,7 +135,8 @@ def solve_constrained(
         equality = objective.equality(x)
     first = method.first(objective, x) if multipliers is None else multipliers
     _check(first, len(x), len(equality))
-    first = _restarted(first)
+    if multipliers is not None:
+        first = _restarted(first, method, objective, x)
     if method.tolerance is not None:
         # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
         tolerance = min(tolerance, max(_needed(objective, x, method.tolerance), 10 * torch.finfo(x.dtype).eps))
@@ -207,12 +208,18 @@ _HEAVIEST = 1e8
 """Upper limit of the weight, as a multiple of the first weight. Above it, rounding would hide the cost."""
 
 
-def _restarted(given: Multipliers) -> Multipliers:
+def _restarted(given: Multipliers, method: AugmentedLagrangian, objective: Constrained, x: Points) -> Multipliers:
     """The multipliers of a warm start. Those of rows at the limit of the weight, which were infeasible, or with NaN begin again."""
-    first = given.weight if given.first_weight is None else given.first_weight
-    again = ~((given.weight < _HEAVIEST * first) & torch.isfinite(given.values).all(-1))
-    values = torch.where(again[:, None], 0.0, given.values)
-    return Multipliers(values, torch.where(again, first, given.weight), first)
+    limit = _HEAVIEST * (given.weight if given.first_weight is None else given.first_weight)
+    again = ~((given.weight < limit) & torch.isfinite(given.values).all(-1))
+    if not bool(again.any()):
+        return given if given.first_weight is not None else given._replace(first_weight=given.weight)
+    fresh = method.first(objective, x)
+    return Multipliers(
+        torch.where(again[:, None], fresh.values, given.values),
+        torch.where(again, fresh.weight, given.weight),
+        torch.where(again, fresh.weight, limit / _HEAVIEST),
+    )
 
 
 def _finish(

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingImports]
 
 from difftori.errors import ObjectiveError
 from difftori.solver.objective import FunctionObjective, Objective, RowSelection, TrajectoryObjective
@@ -251,20 +252,29 @@ def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
     return values
 
 
-STIFFER = 10.0
+STIFFER = {torch.float32: 10.0, torch.float64: 1e3}
 """Factor by which the weight of active constraints is increased in the linear system of a derivative, so that few rounds suffice. A
 larger one would leave float32 no digits for the directions that keep the constraints."""
+_FEW, _MOST = 6, 60
 
 
 def keep_active(
     solve: Callable[[Tensor], Found], broken: Callable[[Found], Tensor], multipliers: Tensor, weight: Rows
 ) -> tuple[Found, Tensor]:
-    """Solve K d = v with J d = 0 for active constraints, by six rounds of multipliers y (B M). Returns d and y.
+    """Solve K d = v with J d = 0 for active constraints, by rounds of multipliers y (B M). Returns d and y. Six rounds are enough
+    unless the weight is light.
 
     `solve` computes K⁻¹(v − Jᵀy), and `broken` computes J d (B M). K already contains the constraints with `weight` (B).
     """
     found = solve(multipliers)
-    for _ in range(6):
-        multipliers = multipliers + weight[:, None] * broken(found)
+    begun, small = broken(found).abs().amax(-1), 1e3 * torch.finfo(weight.dtype).eps
+    batched = (
+        maybe_current_level() is not None
+    )  # several gradients at once (`is_grads_batched`), whose values cannot be read
+    for count in range(_FEW if batched else _MOST):
+        left = broken(found)
+        if count and count % _FEW == 0 and not bool((left.abs().amax(-1) > small * begun).any()):
+            break
+        multipliers = multipliers + weight[:, None] * left
         found = solve(multipliers)
     return found, multipliers

@@ -274,7 +274,7 @@ def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Act
     last = x.new_zeros(len(x), 0, size)
     if objective.terminal is not None:
         last = jacobian(objective.terminal, states[:, -1])
-    stiffer = (STIFFER - 1) * multipliers.weight
+    stiffer = (STIFFER[x.dtype] - 1) * multipliers.weight
     return _Active(
         stage * on_stage.unsqueeze(-1), last * on_last.unsqueeze(-1), moved, stiffer, stiffer + multipliers.weight
     )

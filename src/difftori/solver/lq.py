@@ -119,14 +119,18 @@ def with_dynamics_curvature(
 def convexified(model: LQModel, floor: float, units: Points | None = None) -> LQModel:
     """The same model with the eigenvalues of every Hessian raised to `floor` × the largest curvature of its row.
 
-    `units` (B H·A): the units of the actions in which eigenvalues are compared; default: those of the task. Only the Hessians
-    that need it are decomposed. The added part is treated as a constant in derivatives.
+    `units` (B H·A): the units of the actions in which eigenvalues are compared; default: those of the task. They are used only as far
+    as the curvature of an action in its unit is at most the largest of the row, because a bound may be loose. Only the Hessians that
+    need it are decomposed. The added part is treated as a constant in derivatives.
     """
     hessian, last = model.hessian, model.terminal_hessian
     scaled, back = hessian.detach(), None
     if units is not None:
         states = torch.ones_like(scaled[..., : last.shape[-1], 0])
-        back = torch.cat([states, units.view(*states.shape[:2], -1)], -1)
+        most = scaled.abs().amax((1, 2, 3)).maximum(last.detach().abs().amax((1, 2)))[:, None, None]
+        own = scaled.diagonal(dim1=-1, dim2=-2)[..., last.shape[-1] :].abs()
+        widest = torch.where(own > 0, (most / own).sqrt(), torch.inf)
+        back = torch.cat([states, units.view_as(own).minimum(widest.clamp_min(1.0))], -1)
         scaled = scaled * back.unsqueeze(-1) * back.unsqueeze(-2)
         back = back.flatten(0, 1)
     least = floor * scaled.abs().amax((1, 2, 3)).maximum(last.detach().abs().amax((1, 2)))
