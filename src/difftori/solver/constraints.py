@@ -6,7 +6,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingImports]
 
 from difftori.errors import ObjectiveError
 from difftori.solver.objective import FunctionObjective, Objective, RowSelection, TrajectoryObjective
@@ -268,13 +267,18 @@ def keep_active(
     """
     found = solve(multipliers)
     begun, small = broken(found).abs().amax(-1), 1e3 * torch.finfo(weight.dtype).eps
-    batched = (
-        maybe_current_level() is not None
-    )  # several gradients at once (`is_grads_batched`), whose values cannot be read
-    for count in range(_FEW if batched else _MOST):
+    for count in range(_MOST):
         left = broken(found)
-        if count and count % _FEW == 0 and not bool((left.abs().amax(-1) > small * begun).any()):
+        if count and count % _FEW == 0 and _all(left.abs().amax(-1) <= small * begun):
             break
         multipliers = multipliers + weight[:, None] * left
         found = solve(multipliers)
     return found, multipliers
+
+
+def _all(flags: Tensor) -> bool:
+    """Whether all are true; assumed for several gradients at once (`is_grads_batched`), whose values cannot be read."""
+    try:
+        return bool(flags.all())
+    except RuntimeError:
+        return True
