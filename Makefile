@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.core
 demo: $(VENV)/.core  ## learn to swing up a pendulum from an expert, by differentiating through the planner
 	$(BIN)/difftori demo
 
-test: $(VENV)/.dev  ## the default suite: CPU only, some thirteen minutes on two cores
+test: $(VENV)/.dev  ## the default suite: CPU only, some fourteen minutes on two cores
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.dev  ## what takes minutes: compilation, long runs

@@ -128,7 +128,7 @@ class Controller:
             self._ms: deque[float] = deque(maxlen=10_000)
             self._taken: deque[float] = deque(maxlen=10_000)
             return
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(rows, device=self._actions.device)
         if rows.shape != self._actions.shape[:1] or rows.dtype != torch.bool:
             raise ShapeError(
                 f"Controller.reset: rows has shape {tuple(rows.shape)} and type {rows.dtype}. "
@@ -189,7 +189,7 @@ class Controller:
         box = self._box
         if self._actions is None:
             check_model(objective)
-        fresh = torch.ones(len(states), dtype=torch.bool) if self._actions is None else self._fresh
+        fresh = torch.ones_like(states[:, 0], dtype=torch.bool) if self._actions is None else self._fresh
         start = self._start(objective, states, fresh)
         cold = fresh is not None and bool(fresh.any())
         solver = self._solver
@@ -205,7 +205,7 @@ class Controller:
         )
         multipliers = None if cold else self._multipliers
         augmented = self._augmented if cold else self._warm_rounds
-        plan = planner.plan(objective, start, augmented=augmented, multipliers=multipliers, throw=self._actions is None)
+        plan = planner.plan(objective, start, augmented=augmented, multipliers=multipliers)
         lost = plan.solution.status == Status.NON_FINITE
         if fresh is not None and bool((lost & fresh).any()):
             rows = (lost & fresh).nonzero().squeeze(-1).tolist()
@@ -248,7 +248,7 @@ class Controller:
         A heavy weight hides the cost, so it is reduced once the row is feasible, whose multipliers are then about right.
         """
         infeasible, lost = status == Status.INFEASIBLE, status == Status.NON_FINITE
-        first = multipliers.weight if multipliers.first_weight is None else multipliers.first_weight
+        first = multipliers.initial
         again = lost | (infeasible & (multipliers.weight >= _GROWN * first))
         heavy = ~infeasible & (multipliers.weight > _HEAVY * first)
         weight = torch.where(heavy, 1e-2 * multipliers.weight, multipliers.weight)

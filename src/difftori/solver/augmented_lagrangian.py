@@ -170,8 +170,7 @@ class _Rounds:
     warm: bool
 
     def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
-        assert multipliers.first_weight is not None
-        allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.first_weight
+        allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.initial
         done = torch.zeros_like(x[:, 0], dtype=torch.bool)
         before = torch.full_like(x[:, 0], torch.inf)
         steps = torch.zeros_like(done, dtype=torch.long)
@@ -210,15 +209,14 @@ _HEAVIEST = 1e8
 
 def _restarted(given: Multipliers, method: AugmentedLagrangian, objective: Constrained, x: Points) -> Multipliers:
     """The multipliers of a warm start. Those of rows at the limit of the weight, which were infeasible, or with NaN begin again."""
-    limit = _HEAVIEST * (given.weight if given.first_weight is None else given.first_weight)
-    again = ~((given.weight < limit) & torch.isfinite(given.values).all(-1))
+    again = ~((given.weight < _HEAVIEST * given.initial) & torch.isfinite(given.values).all(-1))
     if not bool(again.any()):
-        return given if given.first_weight is not None else given._replace(first_weight=given.weight)
+        return given
     fresh = method.first(objective, x)
     return Multipliers(
         torch.where(again[:, None], fresh.values, given.values),
         torch.where(again, fresh.weight, given.weight),
-        torch.where(again, fresh.weight, limit / _HEAVIEST),
+        torch.where(again, fresh.weight, given.initial),
     )
 
 

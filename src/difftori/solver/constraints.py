@@ -24,6 +24,11 @@ class Multipliers(NamedTuple):
     weight: Rows
     first_weight: Rows | None = None
 
+    @property
+    def initial(self) -> Rows:
+        """`first_weight`, or `weight` where there is none."""
+        return self.weight if self.first_weight is None else self.first_weight
+
     def select(self, rows: RowSelection) -> "Multipliers":
         """The multipliers of some rows."""
         first = None if self.first_weight is None else self.first_weight[rows]
@@ -266,13 +271,14 @@ def keep_active(
     `solve` computes K⁻¹(v − Jᵀy), and `broken` computes J d (B M). K already contains the constraints with `weight` (B).
     """
     found = solve(multipliers)
-    begun, small = broken(found).abs().amax(-1), 1e3 * torch.finfo(weight.dtype).eps
-    for count in range(_MOST):
-        left = broken(found)
-        if count and count % _FEW == 0 and _all(left.abs().amax(-1) <= small * begun):
-            break
+    left = broken(found)
+    small = 1e3 * torch.finfo(weight.dtype).eps * left.abs().amax(-1)
+    for count in range(1, _MOST + 1):
         multipliers = multipliers + weight[:, None] * left
         found = solve(multipliers)
+        left = broken(found)
+        if count % _FEW == 0 and _all(left.abs().amax(-1) <= small):
+            break
     return found, multipliers
 
 
