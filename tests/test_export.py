@@ -15,6 +15,7 @@ from difftori.cli import main
 from difftori.errors import ConfigError, ExportError, MissingExtraError
 from difftori.export import export, export_model, files
 from difftori.policies.bc import BC
+from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import Published
 from difftori.types import EntrySpec, Moments, TaskSpec
@@ -123,6 +124,16 @@ def test_observations_of_any_size_are_no_rows(size, tmp_path):
     spec = TaskSpec(obs, 2, 4, (-1.0,) * 2, (1.0,) * 2, n_action_steps=3, moments=moments[1])
     policy = NormalizedPolicy(BC(BC.Config(hidden=(8,)), spec).eval(), None)
     assert export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2").difference <= 1e-6
+
+
+def test_several_solves_from_latent_samples(tmp_path):
+    moments = [Moments((-1.0,) * n, (1.0,) * n, (0.0,) * n, (0.5,) * n) for n in (3, 2)]
+    obs = {"state": EntrySpec((3,), moments=moments[0])}
+    spec = TaskSpec(obs, 2, 2, (-1.0,) * 2, (1.0,) * 2, n_action_steps=1, moments=moments[1])
+    config = DiffTORI.Config(hidden=(8,), latent_dim=4, init="zero", cvae_dim=2, act_latent="sample", act_samples=3)
+    policy = NormalizedPolicy(DiffTORI(config, spec).eval(), None)
+    done = export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2")
+    assert done.difference <= 1e-6
 
 
 def test_nan_is_no_agreement(policy_run, tmp_path, monkeypatch):

@@ -164,6 +164,27 @@ def test_negative_budget():
         solve(bowl, X0, max_steps=-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("solver", "newton", "solver=ProjectedGradient()"),
+        ("solver", Newton, "solver=ProjectedGradient()"),
+        ("adjoint", "implicit", "adjoint=Implicit()"),
+        ("box", (-1, 1), r"box=Box\(-1.0, 1.0\)"),
+        ("max_steps", 2.5, "max_steps=100"),
+        ("tolerance", "small", "tolerance=1e-6"),
+    ],
+)
+def test_arguments_of_another_type_are_named(unchecked, name, value, fix):
+    with pytest.raises(SolverError, match=rf"{name}=.*Fix: .*{fix}"):
+        solve(bowl, X0, **{name: value})
+
+
+def test_a_bound_that_is_no_number_is_named(unchecked):
+    with pytest.raises(BoxError, match=r"low=None.*low=-math.inf"):
+        Box(None, 1.0)
+
+
 def test_candidates_of_another_shape_or_dtype():
     with pytest.raises(ShapeError, match="candidates"):
         solve(bowl, X0, solver=CEM(), candidates=torch.zeros(5, 2, 2))

@@ -274,10 +274,10 @@ class DiffTORI(Refiner):
         def again(values: Tensor) -> Tensor:
             return values.repeat(samples, *(1,) * (values.ndim - 1))
 
-        sample = state.new_zeros(rows * samples, self.settings.cvae_dim)
+        sample = state.new_zeros(samples, rows, self.settings.cvae_dim)
         if self.settings.act_latent == "sample" and sample.numel():
             sample = noise_like(sample, generator)
-        inputs = again(state), sample, again(start), None if planned is None else again(planned)
+        inputs = again(state), sample.flatten(0, 1), again(start), None if planned is None else again(planned)
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
         return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]

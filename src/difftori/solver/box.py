@@ -58,7 +58,7 @@ class Box:
         )
 
     def _check_tensors(self) -> None:
-        low, high = torch.as_tensor(self.low).detach(), torch.as_tensor(self.high).detach()
+        low, high = _numbers("low", self.low), _numbers("high", self.high)
         try:
             empty = ~(low <= high) | ((low == high) & torch.isinf(low))  # also catches NaN
         except RuntimeError as error:
@@ -190,6 +190,15 @@ class _Inward(torch.autograd.Function):
 def _empty(low: float, high: float, where: tuple[int, ...]) -> str:
     place = f" at coordinate {where}" if where else ""
     return f"Box: no finite number lies between low {low:g} and high {high:g}{place}. Fix: use low ≤ high everywhere (low = high fixes a variable)."
+
+
+def _numbers(name: str, bound: Bound) -> Tensor:
+    try:
+        return torch.as_tensor(bound).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BoxError(
+            f"Box: {name}={bound!r} is not a number or a tensor. Fix: for a variable without bounds, low=-math.inf and high=math.inf."
+        ) from error
 
 
 def number_like(value: float | Tensor, x: Tensor) -> Tensor:

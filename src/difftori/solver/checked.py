@@ -1,11 +1,14 @@
 """Checks of the arguments of `solve`, before any computation. Each message names the value and the fix."""
 
+from typing import SupportsFloat, SupportsIndex
+
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
+from difftori.solver.adjoint import Adjoint
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.method import Solver
 from difftori.solver.objective import Objective, TrajectoryObjective
@@ -38,6 +41,19 @@ def check_start(x0: Tensor) -> None:
             f"solve: x0 has shape {tuple(x0.shape)}, not (B n). Fix: pass B independent problems of n ≥ 1 variables "
             "(one problem: x0[None])."
         )
+
+
+def check_types(solver: Solver, adjoint: Adjoint | None, box: Box | None, max_steps: int, tolerance: float | None) -> None:
+    """Check that each argument is of its type, not a class, a name or a pair."""
+    for name, value, wanted, example in (
+        ("solver", solver, Solver, "ProjectedGradient()"),
+        ("adjoint", adjoint, Adjoint | None, "Implicit()"),
+        ("box", box, Box | None, "Box(-1.0, 1.0)"),
+        ("max_steps", max_steps, SupportsIndex, "100"),
+        ("tolerance", tolerance, SupportsFloat | None, "1e-6"),
+    ):
+        if isinstance(value, type) or not isinstance(value, wanted):
+            raise SolverError(f"solve: {name}={value!r} is not valid. Fix: for example {name}={example}.")
 
 
 def check_settings(

@@ -11,7 +11,7 @@ from difftori.errors import NonFiniteError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import Box
-from difftori.solver.checked import check_settings, check_start, check_transforms, checked_box
+from difftori.solver.checked import check_settings, check_start, check_transforms, check_types, checked_box
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.convergence import Convergence
@@ -87,6 +87,7 @@ def solve(
     check_transforms()
     check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
+    check_types(solver, adjoint, box, max_steps, tolerance)
     objective = as_objective(objective)
     if inequality is not None or equality is not None:
         objective = ConstrainedFunction(objective, inequality, equality)

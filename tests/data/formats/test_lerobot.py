@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from difftori.data.formats import describe_demos, read_demos, write_lerobot
+from difftori.data.formats._source import plain_names
 from difftori.data.formats._video import encode_image
 from difftori.data.trajectories import Trajectories
 from difftori.errors import DataError
@@ -121,10 +122,18 @@ def test_entries_are_joined_and_renamed(path):
     assert torch.equal(again.actions, tiny().obs["state"])
 
 
-def test_two_keys_of_one_name_must_be_named(path):
+def test_two_keys_with_the_same_short_name_are_called_by_their_whole_keys(path):
+    short = {"observation.image": "image", "observation.images.image": "image", "observation.state": "state"}
+    named = {"observation_image": "observation.image", "observation_images_image": "observation.images.image"}
+    assert plain_names(short, path) == {**named, "state": "observation.state"}
     edit_feature(path, "observation.image", dtype="float32", shape=[3])
-    with pytest.raises(DataError, match="would both be called 'image'. Fix: name them"):
-        read_demos(path)
+    again = read_demos(path, {"image": "observation.images.image"})
+    assert torch.equal(again.obs["image"], tiny().obs["image"])
+
+
+def test_keys_that_no_name_separates_are_refused(tmp_path):
+    with pytest.raises(DataError, match="'a.b' and 'a_b' would both be called 'a_b'. Fix: rename"):
+        plain_names({"a.b": "x", "a_b": "x"}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -42,14 +43,17 @@ class Source(ABC):
 def plain_names(keys: Mapping[str, str], path: Path) -> dict[str, str]:
     """Map entries to keys, given key → preferred name. Other characters than letters and digits become underscores.
 
-    Raises DataError if two keys get the same name.
+    Keys with the same preferred name are called by their whole key instead.
+    Raises DataError if two keys get the same name nevertheless.
     """
+    count = Counter(plain_name(preferred) for preferred in keys.values())
     names: dict[str, str] = {}
     for key, preferred in keys.items():
         name = plain_name(preferred)
+        name = name if count[name] == 1 else plain_name(key)
         if name in names:
             raise DataError(
-                f"{path}: {names[name]!r} and {key!r} would both be called {name!r}. Fix: name them, --obs-keys NAME=KEY (in Python `entries`)"
+                f"{path}: {names[name]!r} and {key!r} would both be called {name!r}. Fix: rename one of them in the file"
             )
         names[name] = key
     return names
