@@ -43,7 +43,9 @@ def check_start(x0: Tensor) -> None:
         )
 
 
-def check_types(solver: Solver, adjoint: Adjoint | None, box: Box | None, max_steps: int, tolerance: float | None) -> None:
+def check_types(
+    solver: Solver, adjoint: Adjoint | None, box: Box | None, max_steps: int, tolerance: float | None
+) -> None:
     """Check that each argument is of its type, not a class, a name or a pair."""
     for name, value, wanted, example in (
         ("solver", solver, Solver, "ProjectedGradient()"),
