@@ -113,6 +113,22 @@ def test_motions_are_clipped_as_executed():
     assert np.array_equal(actions, np.ones((2, 7)))
 
 
+def test_absolute_actions_under_the_name_of_motions_are_recognised():
+    """Diffusion Policy's converted files: `actions` are poses, and `env_args` are those of the motions."""
+    given = {"task": "square", "obs": "state", "action_key": None}
+    demos = read_demos(
+        FILES / "square.hdf5", {name: name for name in recorded("square")["state"]}, action="actions_abs"
+    )
+    arrays = {name: values.numpy() for name, values in demos.obs.items()}
+    read = from_recorded(arrays, demos.actions.numpy(), actions="absolute", about=demos.about, **given)[1]
+    named = from_recorded(
+        arrays, demos.actions.numpy(), actions="absolute", about=demos.about, **given | {"action_key": "actions_abs"}
+    )[1]
+    assert np.array_equal(read, named)
+    with pytest.raises(ConfigError, match=r"'actions' of .* are absolute.*actions=absolute"):
+        from_recorded(arrays, demos.actions.numpy(), actions="delta", about=demos.about, **given)
+
+
 def about(
     task: str = "transport", *, version: str | None = "1.5.1", name: str | None = None, **changes
 ) -> dict[str, str]:
@@ -168,6 +184,16 @@ def test_other_tasks_controllers_and_frames_are_refused(changes, message):
 def test_damaged_metadata_are_refused(text):
     with pytest.raises(ConfigError, match="env_args"):
         read_layout("lift", {"env_args": text})
+
+
+@pytest.mark.parametrize("robots", [["Sawyer"], "Sawyer"])
+def test_another_robot_is_refused(robots):
+    args = json.loads(about("lift")["env_args"])
+    args["env_kwargs"]["robots"] = ["Panda"]
+    read_layout("lift", {"env_args": json.dumps(args)})
+    args["env_kwargs"]["robots"] = robots
+    with pytest.raises(ConfigError, match="Sawyer.*Panda"):
+        read_layout("lift", {"env_args": json.dumps(args)})
 
 
 def test_another_control_frequency_is_refused():

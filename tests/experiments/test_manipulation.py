@@ -88,7 +88,8 @@ def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, t
 
 def test_the_name_of_a_robomimic_task_says_whose_demonstrations_it_has(asked, tmp_path):
     (tmp_path / "square" / "mh").mkdir(parents=True)
-    (tmp_path / "square" / "mh" / "low_dim_v15.hdf5").touch()
+    for name in ("low_dim_v15.hdf5", "low_dim_abs.hdf5"):
+        (tmp_path / "square" / "mh" / name).touch()
     config = table2.Config(tasks=("square", "square-ph", "square-mh"), demos=tmp_path, obs="state", demonstrations=50)
     table2.run(config)
     scripted, proficient, several = asked["cases"]
@@ -178,6 +179,23 @@ def test_demonstrations_of_maniskill_are_planned_or_provided(asked, tmp_path):
     assert provided.collect is None
     assert provided.demos == str(tmp_path / "Pour" / "trajectory.h5")
     assert "100 of 1000 demonstrations" in asked["reasons"]
+
+
+@pytest.mark.parametrize(("obs", "kind"), [("points", "pointcloud"), ("state", "state")])
+def test_of_several_files_of_maniskill_the_one_with_these_observations_is_used(asked, tmp_path, obs, kind):
+    (tmp_path / "Pour").mkdir()
+    for name in ("trajectory", "trajectory.pointcloud.pd_ee_delta_pose", "trajectory.state.pd_ee_delta_pose"):
+        (tmp_path / "Pour" / f"{name}.h5").touch()
+    table3.run(table3.Config(tasks=("Pour",), demos=tmp_path, obs=obs))
+    assert asked["cases"][0].demos == str(tmp_path / "Pour" / f"trajectory.{kind}.pd_ee_delta_pose.h5")
+
+
+@pytest.mark.parametrize(("task", "limit"), [("lift-mh", 500), ("can-mh", 500), ("transport-mh", 1100)])
+def test_demonstrations_of_several_operators_have_robomimics_limits(asked, tmp_path, task, limit):
+    table2.run(table2.Config(tasks=(task,), demos=tmp_path, obs="state"))
+    assert asked["cases"][0].options == {"env_options": (f"max_steps={limit}",)}
+    with pytest.raises(ValidationError, match="'tool_hang-mh' is unknown"):
+        table2.Config(tasks=("tool_hang-mh",))
 
 
 def test_a_study_knows_its_own_runs_again(asked, tmp_path):

@@ -77,6 +77,16 @@ def test_options_reach_the_environment_and_the_conversion_and_are_inherited(demo
     assert evaluate_run(tmp_path / "run", episodes=1)["episodes"] == 1
 
 
+def test_what_the_environment_computes_cannot_be_replaced_by_other_keys(demos):
+    given = {"policy": "bc", "env": "line_env:FAMILY", "demos": demos, "env_options": ("size=2", "actions=places")}
+    task = open_task(parse_config({**given, "obs_keys": ("state",)}))
+    assert task.spec.action_dim == 2, "converted"
+    with pytest.raises(
+        ConfigError, match=r"obs_keys: 'state=state' is no observation of line_env:FAMILY.*: state\. Fix"
+    ):
+        open_task(parse_config({**given, "obs_keys": ("state=state",)}))
+
+
 def test_faults_are_listed_before_the_data_are_read(demos, capsys):
     words = ["acions=places", "size=big", "fast=yes please", "count=1.5", "obs=image", "limit", "size=1"]
     told = "train", "bc", "--env", "line_env:FAMILY", "--demos", "nowhere", "--env-options", *words

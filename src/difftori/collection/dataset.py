@@ -29,7 +29,7 @@ def need_zarr() -> tuple[Any, Any]:
         import zarr
     except ImportError as error:
         raise MissingExtraError(
-            f"difftori collect: the package {error.name!r} is not installed. Fix: pip install 'difftori[metaworld]'"
+            f"difftori collect: the package {error.name!r} is not installed. Fix: pip install 'zarr>=3', which needs Python 3.11"
         ) from error
     return zarr, numcodecs
 

@@ -1,7 +1,7 @@
 """Reduces ManiSkill's points to the cloud of a policy, as ManiSkill2-Learn does (Gu et al. 2023, arXiv 2302.04659).
 
     scene  points that a camera sees above the table or ground (z > 1 mm), `POINTS` or `POINTS` − 50 of them, drawn at random
-    goal   50 points drawn from a cube of ±2 cm at the goal position, in green; only in tasks that show a goal position
+    goal   50 points drawn from a cube of ±1 cm at the goal position, in green; only in tasks that show a goal position
     frame  the tool centre point between the fingers: p' = Rᵀ (p − t)
 
 A row is x, y, z in metres, and red, green, blue from 0 to 1. The random numbers are the episode's: a generator seeded by its
@@ -14,7 +14,7 @@ from difftori.errors import DataError
 
 POINTS = 1200
 GOAL_POINTS = 50
-GOAL_SIDE = 0.02
+GOAL_SIDE = 0.01
 GROUND = 0.001
 COLUMNS = 6
 

@@ -12,7 +12,7 @@ ROBOTS = {
     **dict.fromkeys(CABINETS, "fetch"),
 }
 """For each task of ManiSkill 3, its robot: the default of ManiSkill 3.0.1. `panda_wristcam` has a camera at the hand."""
-_MOBILE = f"base_pd_joint_vel_arm_{CONTROL}"
+_MOBILE = "base_pd_joint_vel_arm_pd_joint_vel"  # that of the published demonstrations, which cannot be converted
 MANISKILL2 = {
     "PushChair": ("PushChair-v1", _MOBILE),
     "MoveBucket": ("MoveBucket-v1", _MOBILE),

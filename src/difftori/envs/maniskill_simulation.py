@@ -169,6 +169,6 @@ def _refuse_missing_assets(task: str) -> None:
         raise ConfigError(
             [
                 f"maniskill:{task} needs {len(needed)} cabinets; {len(missing)} are not in {folder}, such as {missing[0]}. "
-                "Fix: python -m mani_skill.utils.download_asset partnet_mobility_cabinet, or set MS_ASSET_DIR to their folder"
+                "Fix: python -m mani_skill.utils.download_asset partnet_mobility_cabinet, or set MS_ASSET_DIR to the folder that contains data/partnet_mobility"
             ]
         )

@@ -25,13 +25,15 @@ from difftori.envs.robomimic_actions import (
     from_rotation_vectors,
     turned_motions,
 )
-from difftori.envs.robomimic_simulation import CONTROL_FREQ, TASKS, arm_parts, image_parts
+from difftori.envs.robomimic_simulation import CONTROL_FREQ, ROBOT, TASKS, arm_parts, image_parts
 from difftori.errors import ConfigError, DataError
 
 Arrays = dict[str, np.ndarray]
 
 ABSOLUTE_KEY = "actions_abs"
 """Robomimic's key of absolute actions."""
+_REACH = 0.25
+"""A pose further than this from the hand, in metres, is no goal of a controller."""
 _POSE = 14
 """Numbers of an object in `object`: its pose (7), and its pose relative to the hand (7)."""
 _SCALE = [POSITION_SCALE] * 3 + [ROTATION_SCALE] * 3
@@ -79,7 +81,7 @@ def from_recorded(
     """Convert the arrays of a data set (T …) to observations and actions of the environment. Motions are clipped to ±1, as executed.
 
     Absolute actions are computed from the motions and the hands' poses; with `--action-key actions_abs`, the stored ones are
-    used. Raises `ConfigError` for data of another task, controller or control frequency, and `DataError` for a quaternion of zeros.
+    used, and also if `actions` are poses, as in the files that Diffusion Policy converts. Raises `ConfigError` for data of another task, controller or control frequency, and `DataError` for a quaternion of zeros.
     """
     layout = read_layout(task, about)
     hands = arm_parts(TASKS[task].arms)
@@ -90,11 +92,15 @@ def from_recorded(
         entries = {"agent_pos": pose} | {name: stored[name] for name in image_parts(task)}
     if motions.shape[1] != MOTION * TASKS[task].arms:
         return entries, motions  # the size is refused with the environment's
+    split = np.split(motions, TASKS[task].arms, 1)
     is_absolute = action_key is not None and action_key.rpartition("/")[2] == ABSOLUTE_KEY
+    is_absolute = is_absolute or all(
+        _are_poses(given, stored[f"robot{arm}_eef_pos"]) for arm, given in enumerate(split)
+    )
     if is_absolute and (actions != "absolute" or layout.in_base_frame):
-        raise ConfigError([_wrong_key(actions)])
+        raise ConfigError([_wrong_key(actions, action_key)])
     converted = []
-    for arm, given in enumerate(np.split(motions, TASKS[task].arms, 1)):
+    for arm, given in enumerate(split):
         if is_absolute:
             converted.append(from_rotation_vectors(given))
             continue
@@ -107,6 +113,12 @@ def from_recorded(
             motion = absolute_actions(position, quaternion, motion)
         converted.append(motion)
     return entries, np.concatenate(converted, 1)
+
+
+def _are_poses(actions: np.ndarray, hand: np.ndarray) -> bool:
+    """Whether actions (T 7) are poses near the hand (T 3): motions are in ±1, and the hand's rotation is near π."""
+    is_beyond = bool(np.abs(actions[:, :6]).max(initial=0.0) > 1.001)
+    return is_beyond and bool(np.linalg.norm(actions[:, :3] - hand, axis=1).max(initial=0.0) < _REACH)
 
 
 def _check_quaternions(quaternions: np.ndarray, name: str) -> None:
@@ -168,6 +180,11 @@ def read_layout(task: str, about: Mapping[str, Any]) -> Layout:
         )
     before_1_5 = (int(version[1]), int(version[2])) < (1, 5)
     faults = []
+    robots = kwargs.get("robots") or ROBOT
+    if any(robot != ROBOT for robot in (robots if isinstance(robots, list) else [robots])):
+        faults.append(
+            f"demos: recorded with the robots {robots}, but the environment has {ROBOT}. Fix: give other demos"
+        )
     if args.get("env_name") != TASKS[task].env:
         faults.append(
             f"demos: recorded in {args.get('env_name')!r}, not in {TASKS[task].env!r}. Fix: choose another --env"
@@ -227,10 +244,11 @@ def _equal(found: Any, wanted: Any) -> bool:
         return False
 
 
-def _wrong_key(actions: str) -> str:
+def _wrong_key(actions: str, key: str | None) -> str:
+    place = f"action_key: {key or 'actions'!r} of these demonstrations"
     if actions != "absolute":
-        return f"action_key: {ABSOLUTE_KEY!r} are absolute actions. Fix: --env-options actions=absolute, or remove --action-key"
+        return f"{place} are absolute actions. Fix: --env-options actions=absolute, or give the key or the file of the motions"
     return (
-        f"action_key: {ABSOLUTE_KEY!r} of these demonstrations are in the frame of the robot's base. "
-        "Fix: remove --action-key; absolute actions are then computed from the motions"
+        f"{place} are in the frame of the robot's base. "
+        "Fix: give the key of the motions (default: actions); absolute actions are then computed from them"
     )

@@ -14,6 +14,7 @@ from difftori.errors import MissingExtraError
 
 Numbers3 = tuple[float, float, float]
 
+ROBOT = "Panda"
 CONTROL_FREQ = 20
 """Actions per second."""
 ARM_PARTS = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2}
@@ -82,7 +83,7 @@ def create_simulation(task: RobomimicTask, *, absolute: bool, needs_images: bool
     robosuite = import_robosuite(needs_images=needs_images)
     return robosuite.make(
         task.env,
-        robots=["Panda"] * task.arms,
+        robots=[ROBOT] * task.arms,
         controller_configs=[_controller(absolute) for _ in range(task.arms)],
         control_freq=CONTROL_FREQ,
         hard_reset=bool(task.random_body),

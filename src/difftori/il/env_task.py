@@ -153,23 +153,39 @@ def _interface(env: CheckedVectorEnv) -> tuple[Bounds, dict[str, Shown]]:
 
 
 def _recorded(options: DemosOptions, evaluator: EnvEvaluator, shown: Mapping[str, Shown]) -> Trajectories:
-    """Read the arrays that the environment's observations are computed from. By default, the names are the same."""
-    obs = evaluator.shown_obs
-    recorded = evaluator.env.recorded or {obs: tuple(shown)}
+    """Read the arrays that the environment's observations are computed from. By default, the names are the same.
+
+    Raises ConfigError for `obs_keys` that would replace what the environment computes from such arrays.
+    """
+    env, obs = evaluator.env, evaluator.shown_obs
+    recorded = env.recorded or {obs: tuple(shown)}
     if obs not in recorded:
         raise ConfigError([f"obs: {obs!r} is not in the demonstrations. Fix: choose one of {', '.join(recorded)}"])
+    if options.obs_keys is not None and env.family.from_recorded is not None and options.have(recorded[obs]):
+        if other := [word for word in options.obs_keys if word not in shown]:
+            raise ConfigError(
+                [
+                    f"obs_keys: {other[0]!r} is no observation of {env.name}, which computes them from these demonstrations: "
+                    f"{', '.join(shown)}. Fix: choose among these, or remove --obs-keys"
+                ]
+            )
+        options = replace(options, obs_keys=None)
     return options.read({name: name for name in recorded[obs]})
 
 
 def _converted(stored: Trajectories, options: DemosOptions, evaluator: EnvEvaluator) -> Trajectories:
-    """Convert recorded arrays to the environment's observations and actions. Observations under other names are those already."""
+    """Convert recorded arrays to the environment's observations, of which `obs_keys` are kept, and actions.
+
+    Observations under other names are those of the environment already.
+    """
     env, obs = evaluator.env, evaluator.shown_obs
     if env.family.from_recorded is None or not set(env.recorded[obs]) <= stored.obs.keys():
         return stored
     given = {**env.options, **evaluator.options, "obs": obs, "about": stored.about, "action_key": options.action_key}
     arrays = {name: values.numpy() for name, values in stored.obs.items()}
     obs_arrays, actions = env.from_recorded(arrays, stored.actions.numpy(), given)
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in obs_arrays.items()}
+    kept = obs_arrays if options.obs_keys is None else options.obs_keys
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(obs_arrays[name])) for name in kept}
     return replace(stored, obs=tensors, actions=torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32)))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from difftori.data.download import find_demos
 from difftori.data.fingerprint import Fingerprint, changes
-from difftori.data.formats import Entries, read_demos
+from difftori.data.formats import Entries, has_keys, read_demos
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.errors import ConfigError, DataError
@@ -34,6 +34,10 @@ class DemosOptions:
     obs_keys: Sequence[str] | None = None
     action_key: str | None = None
     episodes: Sequence[str] | None = None
+
+    def have(self, names: Sequence[str]) -> bool:
+        """Return whether the data set contains all these keys. Raises DataError."""
+        return has_keys(find_demos(self.demos, _log.warning), names)
 
     def read(self, entries: Entries | None = None) -> Trajectories:
         """Read the demonstrations. `obs_keys` take precedence over `entries`. Raises DataError."""

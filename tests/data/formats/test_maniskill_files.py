@@ -58,6 +58,18 @@ def write(tmp_path):
     return make
 
 
+def test_a_two_armed_robot_has_no_tool_pose(write):
+    path = write("pointcloud", "base_pd_joint_vel_arm_pd_joint_vel", "PushChair-v1")
+    with h5py.File(path, "a") as file:
+        for number in range(len(LENGTHS)):
+            del file[f"traj_{number}/obs/extra/tcp_pose"], file[f"traj_{number}/obs/extra/goal_pos"]
+        xyz = file["traj_0/obs/pointcloud/xyzw"][0, :, :3]
+    read = read_demos(path)
+    assert read.obs["agent_pos"].shape == (sum(LENGTHS), 18)
+    cloud = read.obs["point_cloud"][0, :, :3].numpy()
+    assert all((np.abs(xyz - point).max(1) < 1e-6).any() for point in cloud[:20]), "in world coordinates"
+
+
 def test_states_are_read_without_the_observation_after_the_last_action(write):
     path = write()
     read = read_demos(path)
@@ -140,7 +152,12 @@ def test_some_episodes_only(write):
             {"change": lambda content: content["env_info"]["env_kwargs"].update(robot_uids=3)},
             "not ManiSkill's description",
         ),
-        ({"control": "pd_joint_pos"}, "actions are pd_joint_pos.*replay_trajectory"),
+        ({"control": "pd_joint_pos"}, "actions are pd_joint_pos.*mani_skill.trajectory.replay_trajectory.*physx_cpu"),
+        (
+            {"control": "pd_joint_pos", "env_id": "Pour-v0"},
+            "actions are pd_joint_pos.*mani_skill2.trajectory.replay_trajectory",
+        ),
+        ({"control": "pd_joint_vel"}, "Fix: give demonstrations in pd_ee_delta_pose or pd_joint_pos"),
         ({"mode": "none"}, "observations are 'none'.*replay_trajectory"),
         ({"env_id": "PickCube-v0"}, "is of ManiSkill 2"),
         ({"change": lambda content: content.pop("env_info")}, "not ManiSkill's description"),

@@ -8,7 +8,7 @@ import torch
 
 from difftori.data._columns import Storage
 from difftori.data._filling import TensorWriter
-from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes
+from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes, find_key
 from difftori.data.formats._source import Entries, Source
 from difftori.data.formats.description import DemosDescription, describe
 from difftori.data.formats.lerobot import open_lerobot
@@ -19,7 +19,16 @@ from difftori.data.formats.zarr_folder import open_zarr, write_zarr
 from difftori.data.trajectories import Trajectories, make_spans
 from difftori.errors import DataError
 
-__all__ = ["DemosDescription", "Entries", "describe_demos", "find_set", "read_demos", "write_lerobot", "write_zarr"]
+__all__ = [
+    "DemosDescription",
+    "Entries",
+    "describe_demos",
+    "find_set",
+    "has_keys",
+    "read_demos",
+    "write_lerobot",
+    "write_zarr",
+]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KNOWN = (
@@ -84,6 +93,12 @@ def describe_demos(path: Path | str) -> DemosDescription:
     """Describe the data set at `path`, of any format that `read_demos` reads. Raises the same errors. Images are not decoded."""
     with _opened(find_set(Path(path)), None) as source:
         return describe(source)
+
+
+def has_keys(path: Path | str, names: Sequence[str]) -> bool:
+    """Return whether all these names refer to keys of the data set at `path`. Raises the errors of `read_demos`."""
+    with _opened(find_set(Path(path)), None) as source:
+        return all(find_key(source, name) is not None for name in names)
 
 
 def find_set(path: Path) -> Path:

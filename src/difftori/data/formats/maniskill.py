@@ -22,6 +22,7 @@ from difftori.errors import DataError
 
 _NAME = re.compile(r"traj_(\d+)")
 _METADATA = ("env_id", "control_mode", "obs_mode", "robot_uids")
+_CONVERTIBLE = "pd_joint_pos"
 _CLOUD, _ROBOT = "point_cloud", "agent_pos"
 
 
@@ -62,16 +63,18 @@ class ManiskillSource(Source):
         return array[:length]
 
     def _robot(self, trajectory: Any, seed: int, length: int) -> np.ndarray:
-        parts = ("obs/agent/qpos", "obs/agent/qvel", "obs/extra/tcp_pose")
-        return robot_state(*(self._first(trajectory, part, length) for part in parts))
+        joints = (self._first(trajectory, f"obs/agent/{part}", length) for part in ("qpos", "qvel"))
+        return robot_state(*joints, self._extra(trajectory, "tcp_pose", length))
+
+    def _extra(self, trajectory: Any, name: str, length: int) -> np.ndarray | None:
+        """Return an array that only some tasks show: two-armed robots have no `tcp_pose`, and most tasks no `goal_pos`."""
+        shown = group_in(group_in(trajectory, "obs", self.path), "extra", self.path)
+        return self._first(shown, name, length) if name in names_in(shown, self.path) else None
 
     def _cloud(self, trajectory: Any, seed: int, length: int) -> np.ndarray:
         xyzw, rgb = (self._first(trajectory, f"obs/pointcloud/{part}", length) for part in ("xyzw", "rgb"))
-        tcp = self._first(trajectory, "obs/extra/tcp_pose", length)
-        shows_goal = "goal_pos" in names_in(
-            group_in(group_in(trajectory, "obs", self.path), "extra", self.path), self.path
-        )
-        goals = self._first(trajectory, "obs/extra/goal_pos", length) if shows_goal else [None] * length
+        extra = [self._extra(trajectory, name, length) for name in ("tcp_pose", "goal_pos")]
+        tcp, goals = ([None] * length if part is None else part for part in extra)
         draws = np.random.default_rng(seed)
         shown = zip(xyzw, rgb, tcp, goals, strict=True)
         return np.stack([policy_cloud(*step, draws) for step in shown])
@@ -128,13 +131,17 @@ def _described(path: Path) -> dict[str, Any]:
         ) from error
     if not numbers:
         raise DataError(f"{beside}: lists no episodes. Fix: record successful episodes, or pass another file")
-    _, control = MANISKILL2.get(about["env_id"].rpartition("-")[0], ("", CONTROL))
+    task = about["env_id"].rpartition("-")[0]
+    _, control = MANISKILL2.get(task, ("", CONTROL))
+    package, backend = ("mani_skill2", "") if task in MANISKILL2 else ("mani_skill", " --sim-backend physx_cpu")
     replay = (
-        f"Fix: python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -o state -c {control} --save-traj "
-        "--sim-backend physx_cpu (or -o pointcloud), and pass the file that it writes"
+        f"Fix: python -m {package}.trajectory.replay_trajectory --traj-path {path} -o state -c {control} --save-traj{backend} "
+        "(or -o pointcloud), and pass the file that it writes"
     )
     if wrong := sorted(modes - {control}):
-        raise DataError(f"{path}: its actions are {', '.join(wrong)}; the environment's are {control}. {replay}")
+        # ManiSkill's tool converts actions of this mode only.
+        fix = replay if wrong == [_CONVERTIBLE] else f"Fix: give demonstrations in {control} or {_CONVERTIBLE}"
+        raise DataError(f"{path}: its actions are {', '.join(wrong)}; the environment's are {control}. {fix}")
     if about["obs_mode"] not in ("state", "pointcloud"):
         raise DataError(f"{path}: its observations are {about['obs_mode']!r}, neither state nor pointcloud. {replay}")
     return about

@@ -26,10 +26,12 @@ PAPER_TASKS = ("square-ph", "transport-ph", "tool_hang-ph", PUSH_T)
 """The tasks of Tables 2, 4 and 7."""
 FAILURE_RATES = "table2_and_4_robomimic_pusht_failure_rate"
 """The paper's results of Tables 2 and 4."""
-HUMAN = ("ph", "mh")
-TASKS = (PUSH_T, *(task + suffix for task in ROBOMIMIC for suffix in ("", *(f"-{data}" for data in HUMAN))))
-MH_STEPS = {"square": 500, "transport": 1100}
-"""Limits of steps with robomimic's demonstrations of several operators, where they differ."""
+MH_STEPS = {"lift": 500, "can": 500, "square": 500, "transport": 1100}
+"""Limits of steps with robomimic's demonstrations of several operators. There are none of ToolHang."""
+TASKS = (
+    PUSH_T,
+    *(task + suffix for task in ROBOMIMIC for suffix in ("", "-ph", *(("-mh",) if task in MH_STEPS else ()))),
+)
 DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
 LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
 SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
@@ -139,7 +141,7 @@ def _case(config: ManipulationConfig, task: str, absolute: bool) -> Case:
         return Case(PUSH_T, "pose" if config.obs == "state" else "image", demos)
     name, _, data = task.partition("-")
     words = ["actions=absolute"] if absolute else []
-    words += [f"max_steps={MH_STEPS[name]}"] if data == "mh" and name in MH_STEPS else []
+    words += [f"max_steps={MH_STEPS[name]}"] if data == "mh" else []
     env, options = f"robomimic:{name}", {"env_options": tuple(words)} if words else {}
     if data:
         kind = "image" if config.obs == "image" else "low_dim"
@@ -149,6 +151,6 @@ def _case(config: ManipulationConfig, task: str, absolute: bool) -> Case:
 
 
 def _human(folder: Path, kind: str) -> str:
-    """Return the path of robomimic's file, or one of `difftori data render`, by its name. If there are several, the first."""
-    found = sorted(folder.glob(f"*{kind}*.hdf5"))
+    """Return the path of robomimic's file, or one of `difftori data render`, by its name. If there are several, the first of motions."""
+    found = sorted(folder.glob(f"*{kind}*.hdf5"), key=lambda path: ("abs" in path.name, path.name))
     return str(found[0] if found else folder / f"{kind}.hdf5")

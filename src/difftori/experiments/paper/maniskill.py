@@ -106,5 +106,13 @@ def _case(config: ManiskillConfig, task: str) -> Case:
     if task in PLANNED:
         place = f"{{demos}}/{config.obs}-{config.demonstrations}/maniskill.{task}-{{seed}}.zarr"
         return Case(env, config.obs, place, config.demonstrations)
-    found = sorted((config.demos / task).glob("*.h5"))
-    return Case(env, config.obs, str(found[0] if found else config.demos / task / "trajectory.h5"))
+    return Case(
+        env, config.obs, str(_recorded(config.demos / task, "pointcloud" if config.obs == "points" else "state"))
+    )
+
+
+def _recorded(folder: Path, kind: str) -> Path:
+    """Return the path of ManiSkill's file with these observations, by its name. If no name contains them, the first file."""
+    found = sorted(folder.glob("*.h5"))
+    named = [path for path in found if f".{kind}." in path.name]
+    return (named or found or [folder / "trajectory.h5"])[0]
