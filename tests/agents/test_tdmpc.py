@@ -60,12 +60,37 @@ def test_the_prior_learns_without_moving_the_model():
     agent = build("tdmpc")
     agent.model.critics.members[0][-1].weight.data.normal_()
     latents = torch.randn(4, 8, 8)
-    loss = prior_loss(agent.model, latents, torch.zeros(4, 8, 2), 0.5)
+    loss = prior_loss(agent.model, latents, torch.ones(3, 8), torch.zeros(4, 8, 2), 0.5)
     critics = [p.clone() for p in agent.model.critics.parameters()]
     policy = [p.clone() for p in agent.model.policy.parameters()]
     agent.prior_optimizer.step(agent.prior_optimizer.gradient(loss))
     assert all(torch.equal(a, b) for a, b in zip(critics, agent.model.critics.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(policy, agent.model.policy.parameters(), strict=True))
+
+
+def test_the_prior_does_not_learn_at_latents_after_the_end_of_an_episode():
+    agent = build("tdmpc")
+    agent.model.critics.members[0][-1].weight.data.normal_()
+    latents, mask = torch.randn(4, 8, 8), torch.ones(3, 8)
+    mask[1:, 2] = 0  # row 2 has the latents of steps 0 and 1
+    other = latents.clone()
+    other[2:, 2] = torch.randn(2, 8)
+    losses = [prior_loss(agent.model, each, mask, torch.zeros(4, 8, 2), 0.5) for each in (latents, other)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_large_rewards_train_reward_and_value(scale):
+    """Each row's term is bounded, and its gradient is not zero then."""
+    agent = randomised("tdmpc")
+    batch = segment()
+    batch.rewards[:] = scale
+    noise = torch.zeros(3, 8, 2)
+    loss = model_loss(agent.model, agent.target, batch, batch.obs, noise, agent.settings.coefficients())
+    optimizer = GuardedOptimizer(trained_by_model_loss(agent.model), 1.0)
+    gradient = optimizer.by_network(optimizer.gradient(loss.total))
+    assert all(bool(gradient[name].any()) for name in ("reward", "q"))
+    assert loss.total < 1e5
 
 
 def test_planning_finds_what_the_model_promises():

@@ -58,29 +58,33 @@ def test_the_oldest_whole_episodes_go_and_the_ring_never_holds_more_than_its_cap
     compare(player, player.replay.sample(64, generator=seeded()))
 
 
-def test_the_last_starts_of_an_episode_cannot_be_drawn():
+def test_the_last_starts_of_an_episode_can_be_drawn_only_if_it_terminated():
     player = make_player(length=3)
     player.episode(6)
     player.episode(2)
-    assert drawable(player.replay) == {0, 1, 2, 3, 7}
+    player.episode(4, "terminate")
+    assert drawable(player.replay) == {0, 1, 2, 3, 7, 10, 11, 12, 13}
 
 
 def test_truncation_bootstraps_and_termination_does_not():
     for end, ended in [("terminate", [False, False, True]), ("truncate", [False] * 3)]:
         player = make_player(length=3)
         player.episode(3, end)
-        segment = player.replay.sample(1, generator=seeded())
-        assert segment.terminated[:, 0].tolist() == ended
-        assert segment.mask[:, 0].tolist() == [1.0] * 3
-        np.testing.assert_array_equal(segment.obs[-1, 0], player.kept[0].obs[-1])
+        segment = player.replay.sample(50, generator=seeded())
+        whole = segment.index.tolist().index(0)
+        assert segment.terminated[:, whole].tolist() == ended
+        assert segment.mask[:, whole].tolist() == [1.0] * 3
+        np.testing.assert_array_equal(segment.obs[-1, whole], player.kept[0].obs[-1])
 
 
 def test_an_episode_shorter_than_a_slice_is_one_slice_padded_and_masked():
     player = make_player(length=5, stack=3, pixels=True)
     player.episode(2, "terminate")
-    segment = player.replay.sample(3, generator=seeded())
-    assert segment.mask[:, 0].tolist() == [1, 1, 0, 0, 0]
-    assert segment.terminated[:, 0].tolist() == [False, True, False, False, False]
+    segment = player.replay.sample(50, generator=seeded())
+    for start, mask in ((0, [1, 1, 0, 0, 0]), (1, [1, 0, 0, 0, 0])):
+        row = segment.index.tolist().index(start)
+        assert segment.mask[:, row].tolist() == mask
+        assert segment.terminated[:, row].tolist() == [step == 1 - start for step in range(5)]
     compare(player, segment)
 
 
@@ -248,7 +252,7 @@ def test_an_episode_goes_on_after_a_refused_step():
 
 def test_frames_that_do_not_follow_are_refused():
     player = make_player(stack=3, pixels=True)
-    with pytest.raises(DataError, match="repeat the first frame"):
+    with pytest.raises(DataError, match="not 3 equal frames.*--obs pixels"):
         player.replay.begin(0, np.arange(6, dtype=np.uint8).reshape(6, 1, 1))
     player.play("step")
     with pytest.raises(DataError, match="not the first observation of the next episode"):

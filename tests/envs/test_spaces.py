@@ -163,6 +163,55 @@ def test_images_outside_their_range_are_refused():
         opened(Camera, "float last nan").reset(seed=[1, 2])
 
 
+class Counts(Reach):
+    """A vector of bytes, and actions that are numbers of units."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0, 255, (2,), np.uint8)
+        self.action_space = Box(0, 3, (1,), np.int64)
+        self.taken = []
+
+    def seen(self):
+        return np.array([3, 200], np.uint8)
+
+    def step(self, action):
+        self.taken.append(int(action[0]))
+        return super().step(np.zeros(2))
+
+
+def test_vectors_of_bytes_are_numbers_and_whole_numbers_are_rounded():
+    env = Counts()
+    family = ResolvedEnv("own", EnvFamily(build=lambda: env), "").make(num_envs=1, seed=0)
+    obs, _ = family.reset(seed=[1])
+    assert obs.dtype == np.float32
+    assert obs.tolist() == [[3.0, 200.0]]
+    assert env_spec(family).obs_dtype == "float32"
+    for action in (-1.0, -0.7, -0.3, 0.6, 0.7, 1.0):
+        family.step(np.array([[action]], np.float32))
+    assert env.taken == [0, 0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("shape", [(), (4, 4)])
+def test_observations_that_are_neither_vectors_nor_images_are_refused_for_agents(shape):
+    class Other(Reach):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = Box(-1.0, 1.0, shape, np.float32)
+
+    with pytest.raises(ConfigError, match="neither a vector.*FlattenObservation"):
+        env_spec(opened(Other))
+
+
+def test_a_limit_beyond_that_of_the_environment_is_refused():
+    class Limited(Reach):
+        metadata = {"render_modes": [], "max_episode_steps": 6}
+
+    with pytest.raises(ConfigError, match="max_episode_steps: 7 is too large; own ends its episodes after 6"):
+        opened(Limited, max_episode_steps=7)
+    assert env_spec(opened(Limited, max_episode_steps=6)).max_episode_steps == 6
+
+
 def test_episodes_can_be_given_a_limit():
     env = opened(Reach, "", None, max_episode_steps=4)
     env.reset(seed=[1, 2])

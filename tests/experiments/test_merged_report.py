@@ -17,7 +17,7 @@ from difftori.experiments.analyse import sections
 from difftori.experiments.gather import gather
 from difftori.experiments.records import RETURN
 from difftori.experiments.report import write_report
-from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
+from difftori.experiments.report_figures import _due, against, learning_curves, over_tasks, profiles
 
 VERSIONS = {"cpu": "a processor", "threads": 1, "difftori": "0", "torch": "2", "device_name": None}
 
@@ -84,6 +84,29 @@ def test_a_setting_that_an_earlier_version_did_not_write_is_no_difference(tmp_pa
     agent_run(tmp_path / "other", 2.0, agent="tdmpc", seed=1, lr=0.1, reward_shapes_latent=False)
     shapes = "tdmpc, reward_shapes_latent "
     assert {run.method for run in gather([tmp_path]).runs} == {"tdmpc", f"{shapes}True", f"{shapes}False"}
+
+
+def test_the_number_of_environments_distinguishes_agents_and_where_replay_is_stored_does_not(tmp_path):
+    changes = [{"num_envs": 1}, {"num_envs": 4}, {"num_envs": 4, "storage": "mmap", "keep_episodes": True}]
+    for seed, change in enumerate(changes):
+        place = agent_run(tmp_path / f"{seed}", 1.0, agent="sac", seed=seed)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(yaml.safe_dump(config | change))
+    assert [run.method for run in gather([tmp_path]).runs] == ["sac, num_envs 1", *["sac, num_envs 4"] * 2]
+
+
+def test_evaluations_at_the_ends_of_episodes_are_averaged_where_they_were_due(tmp_path):
+    for seed in range(3):
+        place = agent_run(tmp_path / f"{seed}", 1.0, agent="sac", seed=seed)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(yaml.safe_dump(config | {"eval_every": 250}))
+        rows = [{"step": step, "eval/return": 1.0} for step in (0, 251 + seed, 507 - seed, 760, 1000)]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = gather([tmp_path]).runs
+    assert all(_due(run).tolist() == [0, 250, 500, 750, 1000] for run in runs)
+    figure = learning_curves(runs, RETURN, ["sac"])
+    bold = max(figure.axes[0].lines, key=lambda line: line.get_linewidth())
+    assert bold.get_xdata().tolist() == [0, 252, 506, 760, 1000]
 
 
 def test_distractors_are_part_of_the_task(tmp_path):

@@ -13,6 +13,7 @@ from difftori.il.train import load_policy
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import PolicyInRows
 from difftori.runs.checkpoint import weights_digest
+from difftori.runs.process import hold
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.trainers import read_options, read_resumed
 
@@ -40,6 +41,17 @@ def test_an_extended_agent_goes_on_where_it_ended(tmp_path):
     assert json.loads((tmp_path / "run" / "summary-1.json").read_text())["env_steps"] == 48
     assert "steps: 48" in (tmp_path / "run" / "config-1.yaml").read_text()
     assert extended(tmp_path / "run", steps="80") == summary, "the same command again does nothing"
+
+
+def test_a_run_that_a_process_is_training_is_not_extended(tmp_path):
+    train("difftori", tmp_path / "run", **AGENT)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with (tmp_path / "run" / "run.lock").open("a") as handle:
+        hold(handle)
+        with pytest.raises(ConfigError, match="in use by another process"):
+            read_resumed(tmp_path / "run", {"steps": ["80"]})
+    assert read_config(tmp_path / "run")["steps"] == 48
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_an_extended_policy_equals_one_trained_for_as_long(tmp_path):

@@ -84,7 +84,11 @@ class Player:
     def starts(self) -> dict[int, tuple[NaiveEpisode, int]]:
         """Where slices start: what a Segment calls them, and the episode and step that they are."""
         length = self.replay.length
-        return {e.position + t: (e, t) for e in self.kept for t in range(max(len(e) - length + 1, 1))}
+        return {
+            e.position + t: (e, t)
+            for e in self.kept
+            for t in range(len(e) if e.terminated else max(len(e) - length + 1, 1))
+        }
 
 
 def compare(player: Player, segment: Segment):

@@ -180,7 +180,7 @@ class DiffTORI(Agent):
         # π maximises min Q at the same latents
         shape = (*td.latents.shape[:-1], self.spec.action_dim)
         noise = action_noise(shape, s.std_end, like=td.latents, generator=generator)
-        prior = maybe_compiled(self.compiles, prior_loss, model, td.latents, noise, s.rho)
+        prior = maybe_compiled(self.compiles, prior_loss, model, td.latents, segment.mask, noise, s.rho)
         metrics["prior_grad_norm"] = self.prior_optimizer.step(self.prior_optimizer.gradient(prior))
         metrics["prior_loss"] = prior.detach()
 

@@ -15,7 +15,8 @@ from difftori.models.world_model import WorldModel
 from difftori.types import Rows, Scalar, Segment
 
 CEILING = 1e4
-"""Upper bound of each row's terms and priorities."""
+"""Upper bound of each row's terms and priorities. TD-MPC's release also sets the gradient of such a term to zero, which ends the
+learning of rewards above some 50 per step; here a term keeps the direction of its gradient (see `_bounded`)."""
 
 
 class ModelCoefficients(NamedTuple):
@@ -63,11 +64,7 @@ def model_loss(
     reward = (weight * (model.reward(start, segment.actions) - segment.rewards).square()).sum(0)
     errors = q - target_values
     value = (weight * errors.square().sum(0)).sum(0)
-    rows = (
-        c.consistency * consistency.clamp(max=CEILING)
-        + c.reward * reward.clamp(max=CEILING)
-        + c.value * value.clamp(max=CEILING)
-    )
+    rows = c.consistency * _bounded(consistency) + c.reward * _bounded(reward) + c.value * _bounded(value)
     total = (rows * segment.weights).mean() / len(segment.actions)
     priorities = (weight * errors.detach().abs().sum(0)).sum(0).clamp(max=CEILING)
     metrics = {
@@ -108,15 +105,24 @@ def critic_loss(
         next_values = target(obs[1 : steps + 1], next_action).amin(0)
         values = segment.rewards[:steps] + discount * not_done * next_values
     errors = (critics(obs[:steps], segment.actions[:steps]) - values).square().sum(0)
-    rows = (step_weights(segment, rho)[:steps] * errors).sum(0).clamp(max=CEILING)
+    rows = _bounded((step_weights(segment, rho)[:steps] * errors).sum(0))
     return coef * (rows * segment.weights).mean() / len(segment.actions)
 
 
-def prior_loss(model: WorldModel, latents: Tensor, noise: Tensor, rho: float) -> Scalar:
-    """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over rows. `latents` (T+1 B Z) get no gradient; `noise` (T+1 B A) is added to π."""
+def prior_loss(model: WorldModel, latents: Tensor, mask: Tensor, noise: Tensor, rho: float) -> Scalar:
+    """−Σ_t ρ^t min Q(z_t, π(z_t)), the mean over rows, as far as their episodes go: `mask` (T B) is the segment's.
+
+    `latents` (T+1 B Z) get no gradient; `noise` (T+1 B A) is added to π.
+    """
     powers = rho ** torch.arange(len(latents), device=latents.device)
     action = model.prior(latents, noise)
-    return -(powers * model.min_q(latents, action).mean(-1)).sum()
+    present = torch.cat([torch.ones_like(mask[:1]), mask])
+    return -(powers * (present * model.min_q(latents, action)).mean(-1)).sum()
+
+
+def _bounded(terms: Rows) -> Rows:
+    """Terms (B) ≥ 0, at most `CEILING`: larger ones are scaled to it by a factor that has no gradient."""
+    return terms * (CEILING / terms.detach().clamp(min=CEILING))
 
 
 def step_weights(segment: Segment, rho: float) -> Tensor:

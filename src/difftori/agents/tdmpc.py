@@ -169,7 +169,7 @@ class TDMPC(Agent):
 
         shape = (*td.latents.shape[:-1], self.spec.action_dim)
         noise = action_noise(shape, s.std_end, like=td.latents, generator=generator)
-        prior = maybe_compiled(self.compiles, prior_loss, model, td.latents, noise, s.rho)
+        prior = maybe_compiled(self.compiles, prior_loss, model, td.latents, segment.mask, noise, s.rho)
         prior_norm = self.prior_optimizer.step(self.prior_optimizer.gradient(prior))
 
         self.updates += 1

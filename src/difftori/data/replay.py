@@ -138,7 +138,8 @@ class Replay:
         frames = self._frames.split(obs, f"replay, row {row}, first observation")
         if (frames != frames[-1]).any():
             raise DataError(
-                f"replay, row {row}: the frames of the first observation differ. Fix: repeat the first frame"
+                f"replay, row {row}: the first observation is not {self._frames.stack} equal frames. Fix: stack frames, beginning with "
+                "copies of the first; for an environment registered with Gymnasium, --env gym:my_env:Id --obs pixels does this"
             )
         self._growing[row] = EpisodeBuffer([frames[-1].copy()])
 
@@ -334,7 +335,9 @@ class Replay:
             self._count -= oldest.length
             self._tree.set(self._slots(oldest.start, oldest.stop), 0.0)
         self._write(stored, episode)
-        starts = max(stored.length - self.length + 1, 1)
+        # Segments are whole, except at the end of an episode that terminated: its last steps have values that nothing bootstraps.
+        terminated = bool(episode.steps[-1, -1] > 0)
+        starts = stored.length if terminated else max(stored.length - self.length + 1, 1)
         self._tree.set(self._slots(stored.start, stored.start + starts), greatest)
 
     def _write(self, stored: _StoredEpisode, episode: Episode) -> None:

@@ -74,6 +74,13 @@ def env_spec(env: VectorEnv) -> "EnvSpec":
         raise ConfigError(
             [f"spaces {observations} and {actions} are not supported. Fix: use Box observations and flat Box actions"]
         )
+    if len(observations.shape) not in (1, 3) or (len(observations.shape) == 1 and observations.dtype == np.uint8):
+        raise ConfigError(
+            [
+                f"observations {observations} are neither a vector of float32 nor an image. Fix: flatten them "
+                "(gymnasium.wrappers.FlattenObservation), and convert them to float32"
+            ]
+        )
     if len(observations.shape) == 3 and observations.dtype != np.uint8:
         raise ConfigError(
             [

@@ -32,7 +32,8 @@ def unit_actions(env: gymnasium.Env, *, name: str) -> gymnasium.Env:
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
 
     def to_own(action: np.ndarray) -> np.ndarray:
-        return rescaled(action, low, high).reshape(space.shape).astype(space.dtype)
+        own = rescaled(action, low, high).reshape(space.shape)
+        return (np.rint(own) if np.issubdtype(space.dtype, np.integer) else own).astype(space.dtype)
 
     wrapped = TransformAction(env, to_own, unit)
     wrapped.metadata = {**env.metadata, "action_bounds": (tuple(low.tolist()), tuple(high.tolist()))}
@@ -184,7 +185,7 @@ class _Entry:
         """Decide what the array is: an image of bytes, a depth image, or numbers."""
         floating = np.issubdtype(own.dtype, np.floating)
         if len(own.shape) != 3 or not (floating or own.dtype == np.uint8):
-            return _Entry(own, own if own.dtype == np.uint8 else _float32(own))
+            return _Entry(own, own if own.dtype == np.uint8 and len(own.shape) > 1 else _float32(own))
         last = own.shape[2] in _CHANNELS and own.shape[0] not in _CHANNELS
         if floating and 1 in (own.shape[0], own.shape[2]):  # depth: float32 (height width 1)
             axes = None if own.shape[2] == 1 else (1, 2, 0)
@@ -205,7 +206,7 @@ class _Entry:
             )
         if array.dtype == object or np.issubdtype(array.dtype, np.complexfloating):
             raise ShapeError(f"{what} has type {array.dtype}. Fix: return {self.own.dtype}")
-        if self.space.dtype == np.uint8 and self.scale is None and array.dtype != np.uint8:
+        if self.own.dtype == np.uint8 and array.dtype != np.uint8:
             raise ShapeError(f"{what} has type {array.dtype}, but its space has uint8. Fix: return uint8")
         if self.scale is not None:
             array = _bytes(array, self.scale, what)

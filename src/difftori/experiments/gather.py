@@ -36,13 +36,15 @@ _NOT_DISTINGUISHING = {
     "base",
     "device",
     "threads",
-    "num_envs",
     "workers",
     "save_every",
+    "storage",
+    "keep_episodes",
     "compile",
     "settings.preset",
 }
-"""Keys that do not distinguish methods: task, seed, data and machine. A preset is visible in its settings."""
+"""Keys that do not distinguish methods: task, seed, data and machine. A preset is visible in its settings. The number of environments
+changes the results of an agent, and not of a policy (it is that of the evaluation)."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,8 @@ def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple
 
 def _distinguishing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the settings in which configurations differ. One that an earlier version did not write is no difference."""
-    keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING
+    execution = {"num_envs"} if any("policy" in config for config in configs) else set()
+    keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING - execution
     return {key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1}
 
 

@@ -41,7 +41,7 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
             own = [run for run in drawn if run.task == task and run.method == method]
             for steps, values in (run.training for run in own):
                 axis.plot(steps, values, ":", color=look(index).color, linewidth=0.8, label=method)
-            draw_traces(axis, [Trace(run.curve[0], *run.curve) for run in own], index, method)
+            draw_traces(axis, [Trace(_due(run), *run.curve) for run in own], index, method)
         if name == VALIDATION_ERROR:
             axis.set_yscale("log")
 
@@ -50,6 +50,12 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
     if any(len(run.training[0]) for run in drawn):
         note += "; dotted: training episodes, of runs with fewer than two evaluations"
     return task_panels(tasks, methods, draw, xlabel=xlabel, ylabel=name.partition("/")[2], note=note)
+
+
+def _due(run: Run) -> np.ndarray:
+    """Return the steps (k) at which evaluations were due: those of an agent run at the end of an episode, the last at the end."""
+    steps, every, last = run.curve[0], run.config.get("eval_every"), run.config.get("steps")
+    return np.where(steps >= last, last, steps // every * every) if every and last else steps
 
 
 def over_tasks(section: Section) -> Figure:

@@ -77,8 +77,13 @@ def _convolutions(inputs: int, channels: int, *, kernels: Sequence[int], strides
 
 
 def _num_features(convolutions: nn.Sequential, obs_shape: tuple[int, int, int]) -> int:
-    with torch.no_grad():
-        return math.prod(convolutions(torch.zeros(1, *obs_shape)).shape)
+    try:
+        with torch.no_grad():
+            return math.prod(convolutions(torch.zeros(1, *obs_shape)).shape)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"images {obs_shape} are too small for the convolutions ({error}). Fix: use 84 × 84"
+        ) from error
 
 
 def _convolved(convolutions: nn.Sequential, obs: Tensor, offset: float, precision: Precision) -> Tensor:

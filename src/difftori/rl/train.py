@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from difftori.data.replay import DamagedEpisodeError, Replay, prune
-from difftori.envs.base import env_spec
+from difftori.envs.base import EnvironmentRestarted, env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
 from difftori.rl.acting import Acting
@@ -73,6 +73,15 @@ def _fast_products(config: RLConfig) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _with_restarts(call: Callable[[], None]) -> None:
+    """Repeat what an environment's failure interrupts, until its restarts are used up."""
+    while True:
+        try:
+            return call()
+        except EnvironmentRestarted:
+            continue
+
+
 class _Session:
     """The parts of a run: environment, agent, replay buffer, generators and counters."""
 
@@ -82,7 +91,7 @@ class _Session:
         self.spec = env_spec(env)
         if self.spec.max_episode_steps is None:
             with closing(config.open_env(1)) as single:
-                check_episode(single, success=False)
+                _with_restarts(lambda: check_episode(single, success=False))
         self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)
@@ -327,7 +336,7 @@ class _Session:
             self.agent.load_state_dict(state["agent"])
             self.agent.load_training_state(state["training"])
             self.replay.load(self.out / "episodes", state["replay"])
-            self.collector.load(state["collector"])
+            collected = state["collector"]
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.collecting = bool(state["collecting"])
             self.learning.averages.load(state["averages"], self.config.device)
@@ -344,6 +353,7 @@ class _Session:
             raise CheckpointError(
                 f"{self.out}: the checkpoint does not fit this agent: {error}. Fix: start a new run"
             ) from error
+        _with_restarts(lambda: self.collector.load(collected))
         self.before = seconds.pop("total")
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value

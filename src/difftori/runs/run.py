@@ -30,7 +30,7 @@ from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
 from difftori.runs.loggers import Logger, TensorBoard, WeightsAndBiases, uses_wandb
 from difftori.runs.page import render
-from difftori.runs.process import hold, removed_on_error, versions
+from difftori.runs.process import hold, is_held, removed_on_error, versions
 from difftori.runs.records import flat, is_finished, read_config, read_metrics, read_summary, to_yaml
 from difftori.types import Metrics
 
@@ -311,9 +311,12 @@ def extend(path: Path, config: BaseModel) -> None:
     """Give the run in this directory a configuration with which it goes on after its end, and record the earlier one.
 
     The summary of a finished run is kept as `summary-N.json`, and its configuration as `config-N.yaml`, N = 1, 2, …
+    Raises ConfigError if a process is training the run.
     """
     if not differences(read_config(path), config):
         return
+    if is_held(path / "run.lock"):
+        raise ConfigError([f"out: {path} is in use by another process. Fix: extend the run after it has ended"])
     number = 1 + len(list(path.glob("config-*.yaml")))
     with _writing(path):
         replace_file(path / f"config-{number}.yaml", (path / "config.yaml").read_bytes())
