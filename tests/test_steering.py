@@ -1,15 +1,19 @@
 """Costs and constraints that a trained policy or agent gets when it acts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import difftori
-from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
+from difftori.errors import ConfigError, NonFiniteError, ObjectiveError, ShapeError
 from difftori.loading import open_model
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.policies.residual import Residual
+from difftori.solver import Status, solve
 from difftori.steering import Steering
 from difftori.types import EntrySpec, Moments, TaskSpec
 from tests.support import tiny_runs
@@ -41,6 +45,13 @@ def run(request):
 def observations(policy, rows=3):
     shape = policy.obs["state"].shape
     return np.random.default_rng(0).normal(size=(rows, *shape)).astype(np.float32)
+
+
+def two_numbers(*names) -> TaskSpec:
+    """A task with three planned actions of two numbers, and observations of two numbers with these names."""
+    moments = Moments((-1.0,) * 2, (1.0,) * 2, (0.0,) * 2, (0.5,) * 2)
+    obs = {name: EntrySpec((2,), moments=moments) for name in names}
+    return TaskSpec(obs, 2, 3, (-1.0,) * 2, (1.0,) * 2, n_action_steps=3, moments=moments)
 
 
 def right(actions):
@@ -129,6 +140,86 @@ def test_samples_of_a_latent_share_cost_and_constraint(tmp_path):
     assert policy.act(obs, cost=right, weight=1e4)[:, 0].min() > 0.39
     policy.reset()
     assert policy.act(obs, constraint=lambda planned: 0.3 - planned[..., 0])[:, 0].min() > 0.3 - 1e-3
+
+
+def test_a_sample_that_is_not_used_neither_warns_nor_raises(caplog):
+    """One of two samples of each observation is infeasible, or NaN; the other one is executed."""
+    rows, samples = 3, 2
+    status = torch.tensor([Status.CONVERGED, Status.INFEASIBLE, Status.NON_FINITE] + [Status.CONVERGED] * 3)
+    solution = solve(lambda x: x.square().sum(-1), torch.ones(rows * samples, 2))
+    Steering(cost=right)._report(replace(solution, status=status), rows)
+    assert caplog.text == ""
+    status[4] = Status.INFEASIBLE
+    Steering(cost=right)._report(replace(solution, status=status), rows)
+    assert "no plan satisfies it in rows [1] of 3" in caplog.text
+    status[5] = Status.NON_FINITE
+    with pytest.raises(NonFiniteError, match=r"rows \[2\] of 3"):
+        Steering(cost=right)._report(replace(solution, status=status), rows)
+
+
+@pytest.mark.parametrize("settings", [{"solver": "spectral"}, {"solver": "reference", "max_steps": 5}])
+def test_plans_of_other_solvers_are_projected(settings):
+    spec = two_numbers("state")
+    torch.manual_seed(0)
+    policy = NormalizedPolicy(DiffTORI(DiffTORI.Config(init="zero", hidden=(8,), **settings), spec).eval())
+    policy.policy.score.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None)
+    given = {"state": torch.randn(4, 1, 2)}
+    plain = policy.act(given, generator=torch.Generator())
+    assert plain.abs().max() > 0.01
+    steered = policy.act(given, generator=torch.Generator(), steering=Steering(right, 1e-9))
+    torch.testing.assert_close(steered, plain, atol=1e-5, rtol=0)
+    bounded = policy.act(given, generator=torch.Generator(), steering=Steering(constraint=lambda a: 0.3 - a[..., 0]))
+    assert bounded[..., 0].min() > 0.3 - 1e-3
+
+
+def test_random_starts_are_several_and_equal_solves_are_refused():
+    spec = two_numbers("state")
+    with pytest.raises(ConfigError, match="act_samples: 3 solves would be equal"):
+        DiffTORI(DiffTORI.Config(init="zero", act_samples=3), spec)
+    with pytest.raises(ConfigError, match="act_samples: 3 solves would be equal"):
+        DiffTORI(DiffTORI.Config(init="zero", cvae_dim=4, act_samples=3), spec)
+    torch.manual_seed(0)
+    policy = DiffTORI(DiffTORI.Config(init="random", hidden=(8,), act_samples=20), spec).eval()
+    policy.score.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None)
+    state, one = (
+        policy.encode({"state": torch.randn(5, 1, 2)}),
+        DiffTORI(DiffTORI.Config(init="random", hidden=(8,)), spec),
+    )
+    one.load_state_dict(policy.state_dict())
+    given = {"state": torch.randn(5, 1, 2)}
+    state = policy.encode(given)
+
+    def objective(planner):
+        found = planner.act(given, generator=torch.Generator().manual_seed(0))
+        return -policy.objective(state, state.new_zeros(5, 0), None).cost(found.flatten(1))
+
+    assert (objective(policy) >= objective(one)).all()
+    assert (objective(policy) > objective(one) + 1e-3).any()
+
+
+@pytest.mark.parametrize("where", ["policy", "agent"])
+def test_a_cost_whose_own_parameters_have_a_gradient_is_no_cost_of_the_actions(where, refined, agent_run):
+    policy = difftori.load(refined if where == "policy" else agent_run)
+    net = nn.Linear(1, 1)
+    with pytest.raises(ObjectiveError, match="no gradient with respect to the actions"):
+        policy.act(observations(policy), cost=lambda actions: net(actions.detach()[:, 0, :1]).squeeze(-1))
+
+
+def test_a_constraint_that_holds_anyway_changes_no_plan_of_an_agent(agent_run):
+    obs = observations(difftori.load(agent_run))
+    with_cost = difftori.load(agent_run).act(obs, cost=right, weight=2.0)
+    held = difftori.load(agent_run).act(obs, cost=right, weight=2.0, constraint=lambda actions: actions[..., 0] - 50.0)
+    np.testing.assert_array_equal(with_cost, held)
+
+
+def test_observations_may_be_given_in_any_order():
+    spec = two_numbers("state", "object")
+    policy = NormalizedPolicy(DiffTORI(DiffTORI.Config(init="prior", hidden=(8,)), spec).eval())
+    given = {name: torch.randn(4, 1, 2) for name in spec.obs}
+    turned = dict(reversed(given.items()))
+    assert torch.equal(*(policy.act(each, generator=torch.Generator()) for each in (given, turned)))
+    with pytest.raises(ShapeError, match="have state, but not object"):
+        policy.act({"state": given["state"]}, generator=torch.Generator())
 
 
 class Learned(torch.nn.Module):

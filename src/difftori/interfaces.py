@@ -97,8 +97,9 @@ class Policy(nn.Module, ABC):
     """Values that are scaled from the range of the training data to [−1, 1]. Actions without data are scaled from their box."""
     FROM_PRESENT: ClassVar[bool] = False
     """Whether the policy gets and returns actions from the present step on, (B P A), instead of all H of a window (B H A)."""
-    STEERABLE: ClassVar[Steerable] = "none"
-    """What `act` plans with if it gets `steering`. `none`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
+    STEERABLE: Steerable = "none"
+    """What `act` plans with if it gets `steering`, of the class or one of its settings. `none`: it never gets it, and its finished plan is
+    projected (`difftori.steering`)."""
 
     def __init__(self, config: PolicyConfig, spec: TaskSpec):
         super().__init__()
@@ -187,8 +188,9 @@ class Agent(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[AgentConfig]]
-    STEERABLE: ClassVar[Steerable] = "none"
-    """What `act` plans with if it gets `steering`. `none`: it never gets it, and its finished plan is projected (`difftori.steering`)."""
+    STEERABLE: Steerable = "none"
+    """What `act` plans with if it gets `steering`, of the class or one of its settings. `none`: it never gets it, and its finished plan is
+    projected (`difftori.steering`)."""
     batch_size: int
     updates: int = 0
     """Number of updates so far."""

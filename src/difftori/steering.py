@@ -17,6 +17,8 @@ from difftori.errors import ConfigError, NonFiniteError, ObjectiveError
 from difftori.interfaces import Agent, Policy
 from difftori.planning import Plan, Planner
 from difftori.solver import (
+    CEM,
+    MPPI,
     Box,
     Detached,
     Newton,
@@ -35,6 +37,10 @@ from difftori.types import Plans, Points
 PlanFunction: TypeAlias = Callable[..., Tensor]
 """Planned actions (B P A), from the present step on, in the environment's units → (B), or (B m). A second required argument
 is the present observations by name, (B …), as the policy gets them; agents have one, `state`."""
+_NO_GRADIENT = (
+    "{}: it has no gradient with respect to the actions. Fix: compute it from them with differentiable functions, "
+    "such as clamp_min in place of a comparison, and without detach()"
+)
 _log = logging.getLogger(__name__)
 _SOLVER, _STEPS = ProjectedGradient(polish=2, polish_with=Newton(linear="cg", products=32)), 50
 """The solver of projections, and its largest number of gradient steps. The Newton steps after them are for stiff costs, such as high weights on jerk."""
@@ -110,14 +116,31 @@ class Steering:
             return (objective.plan(x),)
 
         whole, constraint = self._added(objective.cost, actions)
-        solution = replace(planner, project_start=True, compile=False).solve(
-            whole if constraint is None else ConstrainedFunction(whole, constraint, None),
+        planner = replace(planner, project_start=True, compile=False)
+        if not isinstance(planner.solver, MPPI | CEM):  # they use values only
+            self._check_gradients(lambda: actions(start.flatten(1)))
+        solution = planner.solve(
+            whole,
             start.flatten(1),
             generator=generator,
             candidates=None if candidates is None else candidates.flatten(2),
         )
+        if constraint is not None:
+            solution = self._constrained(planner, whole, constraint, solution)
         self._report(solution, len(start))
         return Plan(objective.plan(solution.x), solution)
+
+    def _constrained(
+        self, planner: Planner, whole: Objective, constraint: Callable[[Points], Tensor], free: Solution
+    ) -> Solution:
+        """Solve again with the constraint, from the solution without it, which is kept in the rows where it satisfies the constraint."""
+        with torch.no_grad():
+            kept = without_inference_tensors(lambda: (constraint(free.x) <= 0).all(1)) & free.finite
+        if bool(kept.all()):
+            return free
+        held = replace(planner, tolerance=None).solve(ConstrainedFunction(whole, constraint, None), free.x)
+        chosen = {name: torch.where(kept, getattr(free, name), getattr(held, name)) for name in ("cost", "status")}
+        return replace(held, x=torch.where(kept[:, None], free.x, held.x), **chosen)
 
     def proximal_plan(
         self, objective: TrajectoryObjective, start: Plans, step_size: Tensor, steps: int, rows: int, action_dim: int
@@ -134,6 +157,7 @@ class Steering:
 
         def run() -> Solution:
             box, x, solution = Box(-1.0, 1.0), start.flatten(1).clamp(-1, 1), None
+            self._check_gradients(lambda: actions(x))
             for _ in range(steps):
                 forward = x - step_size * value_and_grad(objective, x)[1]
                 solution = self._proximal(forward, step_size, box, actions)
@@ -145,9 +169,8 @@ class Steering:
         x = solution.x
         self._report(solution, rows)
         cost = objective.cost(x) + self._weighted(actions(x))
-        cost = cost.masked_fill(
-            solution.status == Status.INFEASIBLE, torch.inf
-        )  # of several plans, one that is feasible is better
+        # of several plans, one that is finite and feasible is better
+        cost = cost.masked_fill((solution.status == Status.INFEASIBLE) | ~solution.finite, torch.inf)
         return Plan(objective.plan(x), replace(solution, cost=cost))
 
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
@@ -163,12 +186,13 @@ class Steering:
         def run() -> Solution:
             point = plans.flatten(1)
             box = Box(point.clamp(max=-1), point.clamp(min=1))
+            self._check_gradients(lambda: actions(point))
             return self._proximal(point, point.new_ones(()), box, actions)
 
         bad = ~plans.isfinite().flatten(1).all(1)
         if bool(bad.any()):
             raise NonFiniteError(
-                f"steering: the plan is NaN or Inf in rows {_listed(bad, len(plans))} of {len(plans)}. Fix: check the observations, then reset()"
+                f"steering: the plan is NaN or Inf in rows {_listed(bad)} of {len(plans)}. Fix: check the observations, then reset()"
             )
         with torch.no_grad():
             solution = without_inference_tensors(run)
@@ -207,21 +231,39 @@ class Steering:
             return torch.zeros((), device=parts[0].device)
         return self.weight * torch.cat([_checked(self.cost, part, "cost") for part in parts])
 
+    def _check_gradients(self, actions: Callable[[], Sequence[Tensor]]) -> None:
+        """Raise ObjectiveError if cost or constraint have no gradient with respect to the actions (B P A), also if their parameters have one."""
+
+        def run() -> None:
+            with torch.enable_grad():
+                point = actions()[0].detach().requires_grad_()
+                for name, function in (("cost", self.cost), ("constraint", self.constraint)):
+                    if function is not None:
+                        values = _checked(function, point, name)
+                        (slope,) = torch.autograd.grad(values.sum(), point, allow_unused=True)
+                        if slope is None:
+                            raise ObjectiveError(_NO_GRADIENT.format(name))
+
+        without_inference_tensors(run)
+
     def _report(self, solution: Solution, rows: int, *, warn: bool = True) -> None:
-        """Raise NonFiniteError for rows that are not finite, and warn of those that violate the constraint."""
-        bad = ~solution.finite
+        """Raise NonFiniteError for rows of which no plan is finite, and warn of those of which none satisfies the constraint.
+
+        There are one or several plans for each of `rows` observations.
+        """
+        bad = ~solution.finite.reshape(-1, rows).any(0)
         if bool(bad.any()):
             raise NonFiniteError(
-                f"steering: the cost or constraint, or its gradient, is NaN or Inf in rows {_listed(bad, rows)} of {rows}. "
+                f"steering: the cost or constraint, or its gradient, is NaN or Inf in rows {_listed(bad)} of {rows}. "
                 "Fix: check it for these observations (sqrt(x) has no gradient at 0), then reset()"
             )
-        broken = solution.status == Status.INFEASIBLE
+        broken = ((solution.status == Status.INFEASIBLE) | ~solution.finite).reshape(-1, rows).all(0)
         if warn and bool(broken.any()):
-            _log.warning("constraint: no plan satisfies it in rows %s of %d", _listed(broken, rows), rows)
+            _log.warning("constraint: no plan satisfies it in rows %s of %d", _listed(broken), rows)
 
 
-def _listed(mask: Tensor, rows: int) -> list[int]:
-    return sorted({index % rows for index in mask.nonzero().flatten().tolist()})[:8]
+def _listed(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()[:8]
 
 
 def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tensor:
@@ -234,10 +276,7 @@ def _checked(function: PlanFunction | None, actions: Tensor, name: str) -> Tenso
         wanted = f"one number per row, ({rows})" if name == "cost" else f"m numbers per row, ({rows} m)"
         raise ObjectiveError(f"{name}: it returned {shape} for actions {tuple(actions.shape)}. Fix: return {wanted}")
     if torch.is_grad_enabled() and actions.requires_grad and not values.requires_grad:
-        raise ObjectiveError(
-            f"{name}: it has no gradient with respect to the actions. Fix: compute it from them with differentiable functions, "
-            "such as clamp_min in place of a comparison"
-        )
+        raise ObjectiveError(_NO_GRADIENT.format(name))
     return values.to(actions.dtype)
 
 

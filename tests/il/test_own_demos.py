@@ -271,6 +271,34 @@ def test_a_refiner_is_not_trained_on_other_data_than_its_base(tmp_path):
         train(refiner, tmp_path / "refined", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("base", "own", "warned"),
+    [
+        ({}, {}, False),
+        ({"held_out": 0.3}, {}, False),
+        ({"held_out": 0.3}, {"held_out": 0.1}, False),
+        ({}, {"held_out": 0.3}, True),
+        ({}, {"data_seed": 3}, True),
+        ({"held_out": 0.0}, {"held_out": 0.1}, True),
+    ],
+)
+def test_episodes_that_the_base_was_trained_on_are_not_held_out_silently(tmp_path, caplog, base, own, warned):
+    demos = write_zarr_set(tmp_path / "d.zarr")
+    train(config(demos, obs_keys=("state",), **base), tmp_path / "base", progress=False)
+    caplog.clear()
+    refiner = {"policy": "residual", "base": str(tmp_path / "base"), "settings": {"updates": 3}, **own}
+    train(parse_config(refiner), tmp_path / "refined", progress=False)
+    assert ("held_out: the base" in caplog.text) == warned
+
+
+def test_without_an_environment_a_refiner_holds_out_the_share_of_its_base(tmp_path):
+    demos = write_zarr_set(tmp_path / "d.zarr")
+    train(config(demos, env=ENV, obs_keys=("state",)), tmp_path / "base", progress=False)
+    given = {"policy": "residual", "base": str(tmp_path / "base")}
+    assert parse_config(given).held_out is None
+    assert parse_config({**given, "env": "none"}).held_out == 0.02
+
+
 def test_a_refiner_sees_what_its_base_saw(tmp_path):
     demos = write_zarr_set(tmp_path / "d.zarr")
     train(config(demos, obs_keys=("state",)), tmp_path / "base", progress=False)

@@ -127,13 +127,14 @@ class DiffTORI(Agent):
     """
 
     name = "difftori"
-    STEERABLE = "cost and constraint"
     Config = DiffTORIConfig
 
     def __init__(self, config: DiffTORIConfig, spec: EnvSpec):
         super().__init__(config, spec)
         _check(config, spec)
         self.settings = config
+        # Costs are added to the objective of gradient steps; plans of the release's solver are projected.
+        self.STEERABLE = "none" if config.planner == "reference" else "cost and constraint"
         self.model = build_model(config, spec)
         self.target = copy.deepcopy(self.model).requires_grad_(False)
         encoders = (build_encoder(config, spec), build_encoder(config, spec))

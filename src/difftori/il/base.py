@@ -3,15 +3,18 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from difftori.errors import CheckpointError, ConfigError
+from difftori.il.config import TrainConfig
+from difftori.il.task_names import default_held_out
 from difftori.interfaces import Dataset
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.policies.refiner import Refiner
@@ -103,3 +106,22 @@ def copy_base(base: Path, out: Path, name: str = "policy.pt") -> None:
     read_weights(base / name)  # raises CheckpointError if the file is damaged
     replace_file(out / "base.pt.sha256", (base / f"{name}.sha256").read_bytes())
     replace_file(out / "base.pt", (base / name).read_bytes())
+
+
+def warn_of_split(below: Mapping[str, Any], config: TrainConfig) -> None:
+    """Warn if the base was trained on episodes that this run holds out: those of a larger share, or of another seed."""
+    base, own = _split(below), _split(config.model_dump(mode="json"))
+    if own[0] > 0 and (own[0] > base[0] or own[1] != base[1]):
+        _log.warning(
+            "held_out: the base (--held-out %g, data seed %d) was trained on episodes that are held out here (%g, %d), so errors on "
+            "them are too small. Fix: --held-out %g --data-seed %d",
+            *base,
+            *own,
+            *base,
+        )
+
+
+def _split(plain: Mapping[str, Any]) -> tuple[float, int]:
+    """Return the share of the held-out episodes of a configuration, and the seed that they are drawn by."""
+    share, seed = plain.get("held_out"), plain.get("data_seed")
+    return default_held_out(str(plain["env"])) if share is None else share, plain["seed"] if seed is None else seed

@@ -11,7 +11,7 @@ from difftori.config import describe, device_faults, resolved, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.demos_task import NONE
 from difftori.il.env_task import SEPARATE
-from difftori.il.task_names import find_task
+from difftori.il.task_names import default_held_out, find_task
 from difftori.il.tasks import TaskFactory
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.registry import find_policy, resolve_env
@@ -178,6 +178,10 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if "policy" not in below:
         return given, [f"base: {given['base']} is the run of an agent. Fix: give the run of an imitation policy"]
     given = inherited(below) | given
+    if below.get("demos") is not None and given.get("held_out") is None and given.get("env") != below.get("env"):
+        given["held_out"] = default_held_out(
+            str(below.get("env"))
+        )  # the defaults with and without an environment differ
     return given, []
 
 

@@ -5,6 +5,8 @@ from functools import partial
 from typing import Any, cast
 
 from difftori.errors import ConfigError
+from difftori.il import demos_task as without_env
+from difftori.il import env_task as with_env
 from difftori.il.demos_task import NONE, demos_task
 from difftori.il.env_task import env_task
 from difftori.il.pendulum_task import pendulum_task
@@ -15,6 +17,11 @@ TASKS: dict[str, TaskFactory] = {
     "pendulum": partial(pendulum_task, False),
     "pendulum:damped": partial(pendulum_task, True),
 }
+
+
+def default_held_out(env: str) -> float:
+    """Return the share of the demonstration episodes that is held out by default."""
+    return without_env.HELD_OUT if env == NONE else with_env.HELD_OUT
 
 
 def find_task(name: str, *, demos: bool = False) -> TaskFactory:

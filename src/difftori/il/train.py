@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from difftori.errors import CheckpointError, ConfigError
-from difftori.il.base import WithBase, copy_base, kept_base_actions
+from difftori.il.base import WithBase, copy_base, kept_base_actions, warn_of_split
 from difftori.il.config import TASK_OPTIONS, TrainConfig, parse_config
 from difftori.il.demos_task import NONE
 from difftori.il.distributed import Distributed
@@ -189,6 +189,7 @@ def _base(
         below = read_config(Path(config.base))
         if (below.get("demos"), below.get("episodes")) == (config.demos, config.model_dump(mode="json")["episodes"]):
             check_base_data(Path(config.base), task.data)
+            warn_of_split(below, config)
     if distributed.is_main and not (out / "base.pt").exists():
         copy_base(Path(config.base), out)
     distributed.wait()

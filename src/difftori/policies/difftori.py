@@ -125,7 +125,8 @@ class DiffTORIConfig(RefinerConfig):
     act_latent: Literal["zero", "sample"] = "zero"
     """Latent sample z̃ at inference: the mean of its prior (`zero`), or a sample from it (`sample`)."""
     act_samples: int = Field(1, ge=1)
-    """Number of samples of z̃ at inference. The plan with the highest objective is used."""
+    """Number of solves at inference, from samples of z̃ (`--act-latent sample`) or random starts (`--init random`). The plan with the
+    highest objective is used."""
     solver: Literal["gradient", "spectral", "reference"] = "gradient"
     """Solver. `gradient`: gradient steps of one learned length. `spectral`: spectral step lengths for each row. `reference`: the
     release's Levenberg–Marquardt, row by row."""
@@ -160,23 +161,22 @@ class DiffTORI(Refiner):
 
     name = "difftori-il"
     Config = DiffTORIConfig
-    STEERABLE = "cost and constraint"
     OR_ELSE = ", or --init prior, zero or random (and --anchor none or middle)"
 
     def __init__(self, config: DiffTORIConfig, spec: TaskSpec):
         super().__init__(config, spec)
         self.settings = config
+        self.STEERABLE = "cost and constraint" if config.solver == "gradient" else "none"
         self.uses_base = "base" in (config.init, config.anchor)
         self.stochastic = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
+        if config.act_samples > 1 and not self.stochastic:
+            fix = "Fix: --act-samples 1, --act-latent sample with --cvae-dim, or --init random"
+            raise ConfigError([f"settings.act_samples: {config.act_samples} solves would be equal. {fix}"])
         room = spec.horizon - spec.n_obs_steps + 1
         self.planned = spec.n_action_steps if config.plan_horizon is None else config.plan_horizon
         if not spec.n_action_steps <= self.planned <= room:
-            raise ConfigError(
-                [
-                    f"settings.plan_horizon: {self.planned} is out of range. Fix: give at least the {spec.n_action_steps} executed "
-                    f"actions, and at most the {room} predicted actions from the present step on"
-                ]
-            )
+            fix = f"Fix: give at least the {spec.n_action_steps} executed actions, and at most the {room} predicted from the present on"
+            raise ConfigError([f"settings.plan_horizon: {self.planned} is out of range. {fix}"])
         chunk = config.decision == "chunk"
         self.steps, self.size = (1, self.planned * spec.action_dim) if chunk else (self.planned, spec.action_dim)
         self.window = WindowEncoder(spec, config.images)
@@ -267,17 +267,24 @@ class DiffTORI(Refiner):
         `steering`: a cost and constraints of normalised actions that are added to the objective.
         """
         planned = None if base is None else self.planned_base(base)
-        start = self.guess(obs, planned, generator)
         state = self.encode(obs)
         rows, samples = state.shape[0], self.settings.act_samples
 
         def again(values: Tensor) -> Tensor:
             return values.repeat(samples, *(1,) * (values.ndim - 1))
 
+        starts = samples if self.settings.init == "random" else 1
+        start = torch.cat([self.guess(obs, planned, generator) for _ in range(starts)])
+
         sample = state.new_zeros(samples, rows, self.settings.cvae_dim)
         if self.settings.act_latent == "sample" and sample.numel():
             sample = noise_like(sample, generator)
-        inputs = again(state), sample.flatten(0, 1), again(start), None if planned is None else again(planned)
+        inputs = (
+            again(state),
+            sample.flatten(0, 1),
+            start if starts == samples else again(start),
+            None if planned is None else again(planned),
+        )
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
         return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]

@@ -100,6 +100,7 @@ class NormalizedPolicy:
         Raises ConfigError if the policy does not take the constraint of `steering`, BoxError if it is projected and the actions have no
         finite range, and NonFiniteError if the plan that is projected, or its cost, is NaN or Inf.
         """
+        obs = self._own(obs)
         if steering is None:
             return self._plan(obs, generator, checked)[0]
         steering.check(self.policy)
@@ -133,6 +134,14 @@ class NormalizedPolicy:
         unchanged = actions == base[:, : actions.shape[1]]
         whole[:, planned] = torch.where(unchanged, whole[:, planned], self._in_task_units(actions))
         return whole, planned
+
+    def _own(self, obs: WindowObs) -> WindowObs:
+        """Return the policy's observations in its own order, in which it concatenates their features. Raises ShapeError if one is missing."""
+        if missing := [name for name in self.spec.obs if name not in obs]:
+            raise ShapeError(
+                f"{self.policy.name}: the observations have {', '.join(obs) or 'nothing'}, but not {', '.join(missing)}. Fix: add them"
+            )
+        return {name: obs[name] for name in self.spec.obs}
 
     def _range_of_actions(self) -> Normalizer:
         """Return the scaling of actions from their range in the training data, or from their box, to [−1, 1].
