@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from difftori.agents.actor_critic import n_step
+from difftori.agents.drqv2 import DrQV2
+from difftori.data.replay import Replay
+from difftori.types import EnvSpec
 from tests.agents.test_sac import SPECS, copied, moved
 from tests.support.agents import PIXELS, STATES, act, build, segment
 
@@ -105,3 +108,24 @@ def test_the_noise_follows_the_schedule_of_agent_steps():
 def test_schedule_and_batch_are_those_published_for_the_task(task, steps, batch):
     agent = build("drqv2", replace(STATES, name=f"dmc:{task}"), batch_size=None)
     assert (agent.schedule_steps, agent.batch_size) == (steps, batch)
+
+
+def test_values_at_the_end_of_episodes_that_terminate_are_right():
+    """Four states with rewards 1, 1, 1, −10, one after another, and returns of three steps. Ends bootstrap nothing."""
+    states, rewards = torch.eye(5), [1.0, 1.0, 1.0, -10.0]
+    torch.manual_seed(0)
+    settings = {"horizon": 3, "width": 64, "lr": 3e-3, "batch_size": 64, "schedule_steps": 0, "ema": 0.1}
+    agent = DrQV2(DrQV2.Config(preset="small", **settings), EnvSpec("my:Chain", (5,), "float32", 1, None, 1))
+    replay = Replay(500, obs_shape=(5,), obs_dtype="float32", action_dim=1, length=3, alpha=0.0)
+    for _ in range(20):
+        replay.begin(0, states[0].numpy())
+        for t, reward in enumerate(rewards):
+            ends = {"terminated": t == 3, "truncated": False}
+            replay.add(0, torch.rand(1).numpy(), reward, states[t + 1].numpy(), **ends)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        agent.update(replay.sample(64, generator=generator), generator=generator)
+    with torch.no_grad():
+        values = agent.q(states[:4], torch.zeros(4, 1)).mean(0)
+    returns = [sum(0.99**k * reward for k, reward in enumerate(rewards[t:])) for t in range(4)]
+    assert values.tolist() == pytest.approx(returns, abs=0.5)
