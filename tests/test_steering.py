@@ -172,12 +172,32 @@ def test_plans_of_other_solvers_are_projected(settings):
     assert bounded[..., 0].min() > 0.3 - 1e-3
 
 
-def test_random_starts_are_several_and_equal_solves_are_refused():
+def test_a_sample_with_nan_is_the_last_choice():
+    """Random starts below zero are outside of the domain of the constraint, and no plan satisfies it."""
     spec = two_numbers("state")
-    with pytest.raises(ConfigError, match="act_samples: 3 solves would be equal"):
-        DiffTORI(DiffTORI.Config(init="zero", act_samples=3), spec)
-    with pytest.raises(ConfigError, match="act_samples: 3 solves would be equal"):
-        DiffTORI(DiffTORI.Config(init="zero", cvae_dim=4, act_samples=3), spec)
+    torch.manual_seed(0)
+    policy = NormalizedPolicy(DiffTORI(DiffTORI.Config(init="random", hidden=(8,), act_samples=40), spec).eval())
+    given, generator = {"state": torch.randn(6, 1, 2)}, torch.Generator().manual_seed(2)
+    steering = Steering(constraint=lambda actions: torch.where(actions[..., 0] < 0, torch.nan, 5 - actions[..., 0]))
+    found = policy.act(given, generator=generator, steering=steering)
+    assert (found[..., 0] >= 0).all(), "where the constraint has a value"
+
+
+def test_without_a_weight_the_cost_is_not_computed(refined):
+    def broken(actions):
+        raise AssertionError
+
+    obs = observations(difftori.load(refined))
+    actions = difftori.load(refined).act(obs, cost=broken, weight=0.0)
+    np.testing.assert_array_equal(actions, difftori.load(refined).act(obs))
+
+
+def test_random_starts_are_several_and_equal_solves_are_told(caplog):
+    spec = two_numbers("state")
+    for more in ({}, {"cvae_dim": 4}):
+        DiffTORI(DiffTORI.Config(init="zero", act_samples=3, **more), spec)
+        assert "act_samples has no effect" in caplog.text
+        caplog.clear()
     torch.manual_seed(0)
     policy = DiffTORI(DiffTORI.Config(init="random", hidden=(8,), act_samples=20), spec).eval()
     policy.score.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None)
@@ -193,7 +213,7 @@ def test_random_starts_are_several_and_equal_solves_are_refused():
         found = planner.act(given, generator=torch.Generator().manual_seed(0))
         return -policy.objective(state, state.new_zeros(5, 0), None).cost(found.flatten(1))
 
-    assert (objective(policy) >= objective(one)).all()
+    assert (objective(policy) >= objective(one) - 1e-5).all()
     assert (objective(policy) > objective(one) + 1e-3).any()
 
 

@@ -169,14 +169,16 @@ class Steering:
         x = solution.x
         self._report(solution, rows)
         cost = objective.cost(x) + self._weighted(actions(x))
-        # of several plans, one that is finite and feasible is better
-        cost = cost.masked_fill((solution.status == Status.INFEASIBLE) | ~solution.finite, torch.inf)
+        # of several plans, a feasible one is better than others, and a finite one than one with NaN
+        cost = cost.masked_fill(solution.status == Status.INFEASIBLE, torch.inf).masked_fill(
+            ~solution.finite, torch.nan
+        )
         return Plan(objective.plan(x), replace(solution, cost=cost))
 
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
         """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0.
 
-        y is in [−1, 1], extended to numbers of the plan that are outside of it. `final`: warn of rows that violate the constraint.
+        y is in [−1, 1], extended to numbers of the plan that are outside of it. `final`: check that there are gradients, and warn of rows that violate the constraint.
         Raises as `plan`.
         """
 
@@ -186,7 +188,8 @@ class Steering:
         def run() -> Solution:
             point = plans.flatten(1)
             box = Box(point.clamp(max=-1), point.clamp(min=1))
-            self._check_gradients(lambda: actions(point))
+            if final:
+                self._check_gradients(lambda: actions(point))
             return self._proximal(point, point.new_ones(()), box, actions)
 
         bad = ~plans.isfinite().flatten(1).all(1)
@@ -238,7 +241,7 @@ class Steering:
             with torch.enable_grad():
                 point = actions()[0].detach().requires_grad_()
                 for name, function in (("cost", self.cost), ("constraint", self.constraint)):
-                    if function is not None:
+                    if function is not None and (name == "constraint" or self.weight > 0):
                         values = _checked(function, point, name)
                         (slope,) = torch.autograd.grad(values.sum(), point, allow_unused=True)
                         if slope is None:

@@ -203,13 +203,15 @@ def test_observations_that_are_neither_vectors_nor_images_are_refused_for_agents
         env_spec(opened(Other))
 
 
-def test_a_limit_beyond_that_of_the_environment_is_refused():
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_a_limit_beyond_that_of_the_environment_is_told_in_its_steps(repeat, caplog):
     class Limited(Reach):
         metadata = {"render_modes": [], "max_episode_steps": 6}
 
-    with pytest.raises(ConfigError, match="max_episode_steps: 7 is too large; own ends its episodes after 6"):
-        opened(Limited, max_episode_steps=7)
-    assert env_spec(opened(Limited, max_episode_steps=6)).max_episode_steps == 6
+    assert env_spec(opened(Limited, max_episode_steps=6, action_repeat=repeat)).max_episode_steps == 6
+    assert caplog.text == ""
+    assert env_spec(opened(Limited, max_episode_steps=8, action_repeat=repeat)).max_episode_steps == 6
+    assert "max_episode_steps: 8 has no effect, because own ends its episodes after 6" in caplog.text
 
 
 def test_episodes_can_be_given_a_limit():

@@ -109,6 +109,19 @@ def test_evaluations_at_the_ends_of_episodes_are_averaged_where_they_were_due(tm
     assert bold.get_xdata().tolist() == [0, 252, 506, 760, 1000]
 
 
+def test_a_run_that_was_extended_is_averaged_with_others(tmp_path):
+    """Its evaluation at the earlier end, at 90, was not due."""
+    for seed, steps in enumerate([(0, 50, 90, 100, 150, 200), (0, 50, 100, 150, 200)]):
+        place = agent_run(tmp_path / f"{seed}", 1.0, agent="sac", seed=seed, steps=200)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(yaml.safe_dump(config | {"eval_every": 50}))
+        rows = [{"step": step, "eval/return": 1.0} for step in steps]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = learning_curves(gather([tmp_path]).runs, RETURN, ["sac"])
+    bold = max(figure.axes[0].lines, key=lambda line: line.get_linewidth())
+    assert bold.get_xdata().tolist() == [0, 50, 100, 150, 200]
+
+
 def test_distractors_are_part_of_the_task(tmp_path):
     for seed, count in ((0, None), (1, 0), (0, 16)):
         place = agent_run(tmp_path / f"{seed}-{count}", 1.0, agent="tdmpc", seed=seed)

@@ -87,6 +87,16 @@ def test_what_the_environment_computes_cannot_be_replaced_by_other_keys(demos):
         open_task(parse_config({**given, "obs_keys": ("state=state",)}))
 
 
+def test_keys_with_other_names_are_converted_too(tmp_path, demos):
+    numbers = np.linspace(-1, 1, 20, dtype=np.float32)[:, None]
+    write_zarr(Trajectories.of({"p": numbers}, numbers, [10, 20]), tmp_path / "p.zarr", about={"robot": "arm"})
+    options = {"env_options": ("size=2", "actions=places"), "obs_keys": ("state=p",)}
+    task = open_task(
+        parse_config({"policy": "bc", "env": "line_env:FAMILY", "demos": str(tmp_path / "p.zarr"), **options})
+    )
+    assert task.spec.action_dim == 2, "converted"
+
+
 def test_faults_are_listed_before_the_data_are_read(demos, capsys):
     words = ["acions=places", "size=big", "fast=yes please", "count=1.5", "obs=image", "limit", "size=1"]
     told = "train", "bc", "--env", "line_env:FAMILY", "--demos", "nowhere", "--env-options", *words

@@ -9,6 +9,7 @@ checks for NaN and ranges, episode seeds, and restarts. Your own module can defi
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,8 @@ from difftori.envs.distractors import Distractors
 from difftori.envs.spaces import ActionRepeat, CheckedEnv, flat_observations, unit_actions
 from difftori.envs.workers import TIMEOUT, launch
 from difftori.errors import ConfigError, suggest
+
+_log = logging.getLogger(__name__)
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 """Named arrays, each with the same leading dimension."""
@@ -199,7 +202,7 @@ class ResolvedEnv:
             build_one = partial(
                 _build, build, arguments, self.name, unit_actions, flatten_obs, max_episode_steps, distractors, repeat
             )
-            return launch(
+            env = launch(
                 build_one,
                 name=self.name,
                 num_envs=num_envs,
@@ -208,6 +211,16 @@ class ResolvedEnv:
                 timeout=timeout,
                 restarts=restarts,
             )
+            own = env.metadata.get("max_episode_steps")
+            if own is not None and max_episode_steps is not None and own < max_episode_steps:
+                _log.warning(
+                    "max_episode_steps: %d has no effect, because %s ends its episodes after %d steps. Fix: change the limit of the "
+                    "environment itself (--env-options, if it has such an option)",
+                    max_episode_steps,
+                    self.name,
+                    own,
+                )
+            return env
         if flatten_obs or distractors or max_episode_steps is not None:
             raise ConfigError(
                 [

@@ -113,13 +113,6 @@ class CheckedEnv(gymnasium.Wrapper):
             repeat = env.metadata.get("action_repeat", 1)
             own = env.metadata.get("max_episode_steps") or (env.spec.max_episode_steps if env.spec else None)
             limit = max_episode_steps * repeat
-            if own is not None and limit > own + repeat - 1:
-                raise ConfigError(
-                    [
-                        f"max_episode_steps: {max_episode_steps} is too large; {name} ends its episodes after {own // repeat}. "
-                        "Fix: give at most this, or change the limit of the environment itself (--env-options, if it has such an option)"
-                    ]
-                )
             self.metadata = {**env.metadata, "max_episode_steps": limit if own is None else min(limit, own)}
 
     def reset(

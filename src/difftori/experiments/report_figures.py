@@ -53,9 +53,15 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
 
 
 def _due(run: Run) -> np.ndarray:
-    """Return the steps (k) at which evaluations were due: those of an agent run at the end of an episode, the last at the end."""
+    """Return the steps (k) at which evaluations were due: those of an agent run at the end of an episode, the last at the end.
+
+    An evaluation at the earlier end of a run that was extended was not due; it keeps its step.
+    """
     steps, every, last = run.curve[0], run.config.get("eval_every"), run.config.get("steps")
-    return np.where(steps >= last, last, steps // every * every) if every and last else steps
+    if not (every and last):
+        return steps
+    due = np.where(steps >= last, last, steps // every * every)
+    return np.where(np.diff(due, prepend=-1) == 0, steps, due)
 
 
 def over_tasks(section: Section) -> Figure:

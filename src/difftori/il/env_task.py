@@ -1,6 +1,6 @@
 """An imitation task from an environment and recorded demonstrations: `--env pusht --demos PATH`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +140,7 @@ def env_task(
     train, held = hold_out(whole, held_out, seed, num_train, demos)
     spec = measured_spec(train, low=bounds[0], high=bounds[1], **window)
     validation = None if held is None else make_windows(held, **window)
-    return EnvTask(spec, make_windows(train, **window), validation, evaluator, data=fingerprint(stored))
+    return EnvTask(spec, make_windows(train, **window), validation, evaluator, data=fingerprint(_used(stored, options)))
 
 
 def _interface(env: CheckedVectorEnv) -> tuple[Bounds, dict[str, Shown]]:
@@ -184,9 +184,21 @@ def _converted(stored: Trajectories, options: DemosOptions, evaluator: EnvEvalua
     given = {**env.options, **evaluator.options, "obs": obs, "about": stored.about, "action_key": options.action_key}
     arrays = {name: values.numpy() for name, values in stored.obs.items()}
     obs_arrays, actions = env.from_recorded(arrays, stored.actions.numpy(), given)
-    kept = obs_arrays if options.obs_keys is None else options.obs_keys
+    kept = _selected(options, obs_arrays) or tuple(obs_arrays)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(obs_arrays[name])) for name in kept}
     return replace(stored, obs=tensors, actions=torch.from_numpy(np.ascontiguousarray(actions, dtype=np.float32)))
+
+
+def _selected(options: DemosOptions, obs: Collection[str]) -> tuple[str, ...]:
+    """Return the observations that `obs_keys` select by their names. Empty: they name other keys of the file, or are not given."""
+    words = tuple(options.obs_keys or ())
+    return words if all(word in obs for word in words) else ()
+
+
+def _used(stored: Trajectories, options: DemosOptions) -> Trajectories:
+    """Return the recorded arrays that a selection by `obs_keys` uses, if each is an array of the file, otherwise all."""
+    names = _selected(options, stored.obs)
+    return replace(stored, obs={name: stored.obs[name] for name in names}) if names else stored
 
 
 def _choosing(act: Act, spec: TaskSpec) -> Act:

@@ -1,5 +1,6 @@
 """DiffTORI for imitation: a policy defined by trajectory optimisation over a learned latent model (Wan et al., 2024, Eqs. 7–9)."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -47,6 +48,7 @@ from difftori.types import (
 
 DEFAULT_NOISE = 1.0
 """Default σ of the noise on the start of the solve, if the start is a deterministic function of the state (docs/imitation-studies.md)."""
+_log = logging.getLogger(__name__)
 
 
 class DiffTORIConfig(RefinerConfig):
@@ -170,8 +172,7 @@ class DiffTORI(Refiner):
         self.uses_base = "base" in (config.init, config.anchor)
         self.stochastic = config.init == "random" or (config.act_latent == "sample" and config.cvae_dim > 0)
         if config.act_samples > 1 and not self.stochastic:
-            fix = "Fix: --act-samples 1, --act-latent sample with --cvae-dim, or --init random"
-            raise ConfigError([f"settings.act_samples: {config.act_samples} solves would be equal. {fix}"])
+            _log.warning("act_samples has no effect. Fix: --act-latent sample with --cvae-dim, or --init random")
         room = spec.horizon - spec.n_obs_steps + 1
         self.planned = spec.n_action_steps if config.plan_horizon is None else config.plan_horizon
         if not spec.n_action_steps <= self.planned <= room:
@@ -193,9 +194,8 @@ class DiffTORI(Refiner):
         self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
         outputs = self.planned * spec.action_dim
         self.prior = mlp((self.window.width, *hidden, outputs), nn.ELU) if config.init == "prior" else None
-        self.posterior = None
-        if config.cvae_dim:
-            self.posterior = mlp((self.state_dim + outputs, 256, 256, 2 * config.cvae_dim))
+        widths = (self.state_dim + outputs, 256, 256, 2 * config.cvae_dim)
+        self.posterior = mlp(widths) if config.cvae_dim else None
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Return ‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve, plus the prior's loss."""
@@ -268,7 +268,7 @@ class DiffTORI(Refiner):
         """
         planned = None if base is None else self.planned_base(base)
         state = self.encode(obs)
-        rows, samples = state.shape[0], self.settings.act_samples
+        rows, samples = state.shape[0], self.settings.act_samples if self.stochastic else 1
 
         def again(values: Tensor) -> Tensor:
             return values.repeat(samples, *(1,) * (values.ndim - 1))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from difftori.data.replay import DamagedEpisodeError, Replay, prune
-from difftori.envs.base import EnvironmentRestarted, env_spec
+from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, RenderingError, env_spec
 from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
 from difftori.rl.acting import Acting
@@ -336,13 +336,13 @@ class _Session:
             self.agent.load_state_dict(state["agent"])
             self.agent.load_training_state(state["training"])
             self.replay.load(self.out / "episodes", state["replay"])
-            collected = state["collector"]
+            _with_restarts(lambda: self.collector.load(state["collector"]))
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.collecting = bool(state["collecting"])
             self.learning.averages.load(state["averages"], self.config.device)
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
-        except CheckpointError:
+        except (CheckpointError, EnvironmentFailed, RenderingError):
             raise
         except KeyError as error:
             raise CheckpointError(
@@ -353,7 +353,6 @@ class _Session:
             raise CheckpointError(
                 f"{self.out}: the checkpoint does not fit this agent: {error}. Fix: start a new run"
             ) from error
-        _with_restarts(lambda: self.collector.load(collected))
         self.before = seconds.pop("total")
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
