@@ -172,6 +172,28 @@ def test_plans_of_other_solvers_are_projected(settings):
     assert bounded[..., 0].min() > 0.3 - 1e-3
 
 
+def test_what_a_score_adds_to_each_latent_sample_does_not_choose_the_plan():
+    """Adding g(z̃) to the score changes neither the loss nor its gradient."""
+    torch.manual_seed(0)
+    settings = {"init": "zero", "hidden": (8,), "cvae_dim": 2, "act_latent": "sample", "act_samples": 8}
+    policy = DiffTORI(DiffTORI.Config(**settings), two_numbers("state")).eval()
+    policy.score.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None)
+    given, plain = {"state": torch.randn(5, 1, 2)}, policy.objective
+
+    def shifted(state, sample, base):
+        objective = plain(state, sample, base)
+        cost, both, added = objective.cost, objective.value_and_grad, 30 * sample[:, 0]
+        object.__setattr__(objective, "cost", lambda x: cost(x) - added)
+        object.__setattr__(objective, "value_and_grad", lambda x: (both(x)[0] - added, both(x)[1]))
+        return objective
+
+    found = policy.act(given, generator=torch.Generator().manual_seed(1))
+    policy.objective = shifted
+    torch.testing.assert_close(policy.act(given, generator=torch.Generator().manual_seed(1)), found)
+    policy.settings = policy.settings.model_copy(update={"act_samples": 1})
+    assert not torch.allclose(policy.act(given, generator=torch.Generator().manual_seed(1)), found), "there is a choice"
+
+
 def test_a_sample_with_nan_is_the_last_choice():
     """Random starts below zero are outside of the domain of the constraint, and no plan satisfies it."""
     spec = two_numbers("state")

@@ -181,6 +181,13 @@ def test_demonstrations_of_maniskill_are_planned_or_provided(asked, tmp_path):
     assert "100 of 1000 demonstrations" in asked["reasons"]
 
 
+def test_at_the_sources_sizes_bases_have_the_presets_of_their_observations(asked, tmp_path):
+    for obs, presets in (("image", {None}), ("state", {None, "lowdim", "state"})):
+        table2.run(table2.Config(tasks=("square",), demos=tmp_path, obs=obs))
+        methods = [method for method in asked["methods"].values() if method.base is None]
+        assert {method.settings.get("preset") for method in methods} == presets
+
+
 @pytest.mark.parametrize(("obs", "kind"), [("points", "pointcloud"), ("state", "state")])
 def test_of_several_files_of_maniskill_the_one_with_these_observations_is_used(asked, tmp_path, obs, kind):
     (tmp_path / "Pour").mkdir()

@@ -1,12 +1,14 @@
 """Behaviour cloning: what is its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from difftori.errors import BoxError
 from difftori.policies.bc import BC, BCConfig
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.types import TaskSpec, Window, state_obs
+from difftori.types import Moments, TaskSpec, Window, state_obs
 
 SPEC = TaskSpec.rows(obs_dim=2, action_dim=2, horizon=3, low=(-1.0, 0.0), high=(1.0, 4.0))
 
@@ -44,3 +46,13 @@ def test_loss_is_the_mean_over_rows_steps_and_dimensions():
 def test_a_box_without_bounds_is_refused():
     with pytest.raises(BoxError, match="finite"):
         BC(BCConfig(), TaskSpec.rows(obs_dim=2, action_dim=1, horizon=1, low=(-float("inf"),), high=(1.0,)))
+
+
+def test_errors_in_the_range_of_the_data_weight_small_motions_as_much_as_large_ones():
+    moments = Moments((-0.01, 0.0), (0.01, 4.0), (0.0,) * 2, (0.5,) * 2)
+    spec = replace(SPEC, moments=moments)
+    policy = BC(BCConfig(hidden=(), error_units="range"), spec)
+    batch = Window(state_obs(torch.randn(5, 2)), torch.rand(5, 3, 2), torch.arange(5))
+    loss, _ = policy.loss(batch, generator=torch.Generator())
+    error = policy.act(batch.obs, generator=torch.Generator()) - batch.actions
+    assert loss.item() == pytest.approx((error / torch.tensor([0.01, 2.0])).square().mean().item(), rel=1e-5)

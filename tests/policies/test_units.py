@@ -26,12 +26,21 @@ def moments(low: float, high: float) -> Moments:
     [
         ((-1.0, 1.0), (-0.5, 0.5), 0.0, (-1.0, 1.0)),
         ((-1.0, 1.0), (-0.5, 0.5), 0.05, (-1.1, 1.1)),
-        ((-1.0, 0.6), (-0.5, 0.5), 0.2, (-1.4, 1.2)),
+        ((-1.0, 0.6), (-0.5, 0.5), 0.2, (-1.4, 1.4)),
+        ((-1.0, 1.0), (-1.0, 1.0), 0.05, (-1.1, 1.1)),
         ((-0.2, 0.1), (-0.5, 0.5), 0.0, (-0.4, 0.2)),
         ((-1.0, 3.0), None, 0.0, (-1.0, 1.0)),
         ((0.0, 0.2), (0.4, 0.6), 0.0, (-3.0, -3.0)),
     ],
-    ids=["data", "margin", "margin meets the box", "box within data", "no data", "data beyond the box"],
+    ids=[
+        "data",
+        "margin",
+        "margin exceeds the box",
+        "box of the data",
+        "box within data",
+        "no data",
+        "data beyond the box",
+    ],
 )
 def test_bounds_are_those_of_the_data_and_the_box(box, data, margin, bounds):
     low, high = normalized_bounds(spec(*box, None if data is None else moments(*data)), margin=margin)

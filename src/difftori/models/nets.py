@@ -39,3 +39,8 @@ def small_init_(network: nn.Sequential) -> nn.Linear:
 def noise_like(like: Tensor, generator: torch.Generator) -> Tensor:
     """Sample N(0, I) with the shape, dtype and device of a tensor."""
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def softplus_inverse(value: float) -> Tensor:
+    """Return x with softplus(x) = `value` > 0, a scalar."""
+    return torch.tensor(value).expm1().log()

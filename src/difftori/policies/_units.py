@@ -25,9 +25,13 @@ def finite_box(spec: TaskSpec, owner: str) -> Bounds:
 
 
 def normalized_bounds(spec: TaskSpec, *, margin: float = 0.0) -> Bounds:
-    """Return the bounds (A) of normalised actions: [−1, 1], widened on each side by the share `margin`, inside the action box."""
+    """Return the bounds (A) of normalised actions: [−1, 1] inside the action box. With `margin`, [−1, 1] widened on each side by
+    this share of the range, also beyond the box: actions on its edge are then inside (executed ones are clamped to the box).
+    """
+    if margin:
+        reach = torch.full((spec.action_dim,), 1.0 + 2.0 * margin)
+        return -reach, reach
     normalize = Normalizer.of(spec).normalize_actions
     low, high = normalize(torch.tensor(spec.low)), normalize(torch.tensor(spec.high))
-    reach = 1.0 + 2.0 * margin
     # Data outside the box may leave an empty interval; then the box takes precedence.
-    return low.clamp(min=-reach).minimum(high), high.clamp(max=reach).maximum(low)
+    return low.clamp(min=-1.0).minimum(high), high.clamp(max=1.0).maximum(low)

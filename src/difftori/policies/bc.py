@@ -1,12 +1,13 @@
 """Behaviour cloning with a multilayer perceptron."""
 
-from typing import final
+from typing import Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftori.data.normalize import Normalizer, identity, min_max
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.images import Images
 from difftori.models.nets import mlp
@@ -25,6 +26,9 @@ class BCConfig(PolicyConfig):
     """Widths of the hidden layers."""
     layer_norm: bool = False
     """Apply layer normalisation before the activation of each hidden layer."""
+    error_units: Literal["task", "range"] = "task"
+    """Units of the squared error: those of the actions (`task`), or half the training data's range of each dimension (`range`), so
+    that dimensions with small motions count as much as others."""
     images: Images = Images()
     """Image encoder."""
 
@@ -34,7 +38,7 @@ class BC(Policy):
     """Behaviour cloning: â = centre + half-width·tanh(MLP(features of the observations)), trained on the mean of (â − a*)².
 
     Outputs all H actions at once. Actions (B H A) are in the task's units, inside the action box, which must be finite
-    (`BoxError`). The mean is over rows, steps and action dimensions.
+    (`BoxError`). The mean is over rows, steps and action dimensions, in the units that `error_units` names.
     """
 
     name = "bc"
@@ -49,6 +53,11 @@ class BC(Policy):
         low, high = finite_box(spec, self.name)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
+        self.scale: Tensor
+        scaled = Normalizer.of(spec, actions=min_max if config.error_units == "range" else identity).normalize_actions
+        self.register_buffer(
+            "scale", scaled(torch.ones(spec.action_dim)) - scaled(torch.zeros(spec.action_dim)), persistent=False
+        )
         self.window = WindowEncoder(spec, config.images)
         self.net = mlp((self.window.width, *config.hidden, outputs), nn.ReLU, layer_norm=config.layer_norm)
 
@@ -59,7 +68,7 @@ class BC(Policy):
 
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
         """Return the mean squared error of the actions. `generator` only samples the image crops."""
-        loss = F.mse_loss(self.predict(batch.obs, generator), batch.actions)
+        loss = F.mse_loss(self.scale * self.predict(batch.obs, generator), self.scale * batch.actions)
         return loss, {"control_mse": loss.item()}
 
     @torch.no_grad()

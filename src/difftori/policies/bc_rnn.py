@@ -64,7 +64,9 @@ class Mixture:
         return (self.logits.log_softmax(-1) + inside).logsumexp(-1)
 
     def sample(self, generator: torch.Generator) -> Plans:
-        """Sample actions (B H A). The mode is sampled once for all steps of a row, so that a plan stays in one mode."""
+        """Sample actions (B H A). The random number that chooses the mode is shared by all steps of a row, so that a plan stays in one mode
+        as far as their weights are alike.
+        """
         rows, _, modes = self.logits.shape
         uniform = torch.rand((rows, 1, modes), generator=generator, dtype=self.logits.dtype, device=self.logits.device)
         # The argmax of logits plus Gumbel noise is a sample from softmax(logits).

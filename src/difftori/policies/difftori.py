@@ -14,7 +14,7 @@ from difftori import presets
 from difftori.errors import ConfigError
 from difftori.models.action_score import ActionScore, Remainder
 from difftori.models.images import Images
-from difftori.models.nets import mlp, noise_like, small_init_
+from difftori.models.nets import mlp, noise_like, small_init_, softplus_inverse
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
 from difftori.policies.refiner import Refiner, RefinerConfig
@@ -128,7 +128,7 @@ class DiffTORIConfig(RefinerConfig):
     """Latent sample z̃ at inference: the mean of its prior (`zero`), or a sample from it (`sample`)."""
     act_samples: int = Field(1, ge=1)
     """Number of solves at inference, from samples of z̃ (`--act-latent sample`) or random starts (`--init random`). The plan with the
-    highest objective is used."""
+    greatest gain in the objective over the start (random starts: over zero) is used."""
     solver: Literal["gradient", "spectral", "reference"] = "gradient"
     """Solver. `gradient`: gradient steps of one learned length. `spectral`: spectral step lengths for each row. `reference`: the
     release's Levenberg–Marquardt, row by row."""
@@ -190,8 +190,8 @@ class DiffTORI(Refiner):
             # initially, H steps of the model hardly change the state, so that the gradient does not explode
             nn.init.zeros_(small_init_(self.dynamics).bias)
         # the learned value is softplus(raw)
-        self.raw_curvature = nn.Parameter(_softplus_inverse(config.curvature))
-        self.raw_step_size = nn.Parameter(_softplus_inverse(config.step_size))
+        self.raw_curvature = nn.Parameter(softplus_inverse(config.curvature))
+        self.raw_step_size = nn.Parameter(softplus_inverse(config.step_size))
         outputs = self.planned * spec.action_dim
         self.prior = mlp((self.window.width, *hidden, outputs), nn.ELU) if config.init == "prior" else None
         widths = (self.state_dim + outputs, 256, 256, 2 * config.cvae_dim)
@@ -262,7 +262,7 @@ class DiffTORI(Refiner):
         generator: torch.Generator,
         steering: Steering | None = None,
     ) -> PartPlans:
-        """Return the planned actions (B P A): those with the highest objective of `act_samples` solves.
+        """Return the planned actions (B P A): of `act_samples` solves those with the greatest gain in the objective.
 
         `steering`: a cost and constraints of normalised actions that are added to the objective.
         """
@@ -286,8 +286,13 @@ class DiffTORI(Refiner):
             None if planned is None else again(planned),
         )
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
-        actions, value = plan.actions.reshape(samples, rows, self.planned, -1), plan.value.reshape(samples, rows)
-        return actions[value.nan_to_num(-torch.inf).argmax(0), torch.arange(rows, device=value.device)]
+        if samples == 1:
+            return plan.actions.reshape(rows, self.planned, -1)
+        # Training leaves the score of each z̃ free up to a constant, so the gain over an action that all share is compared.
+        shared = inputs[2] if starts == 1 else torch.zeros_like(start)
+        gain = plan.value + self.objective(inputs[0], inputs[1], inputs[3]).cost(shared.flatten(1))
+        best = gain.reshape(samples, rows).nan_to_num(-torch.inf).argmax(0)
+        return plan.actions.reshape(samples, rows, self.planned, -1)[best, torch.arange(rows, device=best.device)]
 
     def noise(self, batch: Window) -> float:
         """Return σ of the noise on the start in training. It is 0 by default if the start is stochastic: random, or several base samples."""
@@ -391,10 +396,5 @@ def _encoder(config: DiffTORIConfig, features: int) -> tuple[nn.Module, int]:
     if not layers:
         return nn.Identity(), features
     network = mlp((features, *layers, config.latent_dim), nn.ELU)
-    return (
-        nn.Sequential(network, nn.LayerNorm(config.latent_dim)) if config.latent_norm else network
-    ), config.latent_dim
-
-
-def _softplus_inverse(value: float) -> Tensor:
-    return torch.tensor(value).expm1().log()
+    whole = nn.Sequential(network, nn.LayerNorm(config.latent_dim)) if config.latent_norm else network
+    return whole, config.latent_dim

@@ -33,8 +33,12 @@ TASKS = (
     *(task + suffix for task in ROBOMIMIC for suffix in ("", "-ph", *(("-mh",) if task in MH_STEPS else ()))),
 )
 DATA, PUBLIC_NAME = "pusht_cchi_v7_replay.zarr", "pusht-human"
-LARGE: dict[str, dict[str, object]] = {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}}
-SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE}
+LARGE: dict[str, dict[str, dict[str, object]]] = {
+    "image": {"diffusion": {}, "bc-rnn-gmm": {}, "ibc": {}},
+    "state": {"diffusion": {"preset": "lowdim"}, "bc-rnn-gmm": {"preset": "state"}, "ibc": {}},
+}
+"""For each observation type, the settings of the base policies at their sources' sizes."""
+SMALL: dict[str, dict[str, object]] = {name: {"preset": "small"} for name in LARGE["image"]}
 
 SMALL_BASE_SAMPLES = 4
 """Number of base samples of a diffusion policy at each training window. On a CPU, more samples take longer than the training."""
@@ -115,7 +119,7 @@ def run_tables(
 
 def base(config: ManipulationConfig, name: str) -> Method:
     """Return a base policy at the study's sizes, labelled by its name."""
-    return Method(name, name, (LARGE if config.sizes == "paper" else SMALL)[name])
+    return Method(name, name, (LARGE[config.obs] if config.sizes == "paper" else SMALL)[name])
 
 
 def refiner(config: ManipulationConfig, label: str, policy: str, on: str, **settings: object) -> Method:
