@@ -160,7 +160,7 @@ def test_the_divergence_is_the_normals():
     torch.testing.assert_close(divergence, expected)
 
 
-def test_of_several_samples_the_plan_of_highest_value_is_kept():
+def test_of_several_samples_the_plan_of_the_greatest_gain_is_kept():
     policy = enlarged(refiner(act_latent="sample", act_samples=6))
     obs = observations(VECTORS, 3)
     acted = NormalizedPolicy(policy, constant_base).act(obs, generator=generator(7))
@@ -168,7 +168,8 @@ def test_of_several_samples_the_plan_of_highest_value_is_kept():
     base = constant_base(obs)[:, VECTORS.present]
     samples = torch.randn(18, 4, generator=generator(7)).reshape(6, 3, 4)
     plans = [policy.plan(state, sample, base, base, Detached()) for sample in samples]
-    best = torch.stack([plan.value for plan in plans]).argmax(0)
+    starts = [policy.objective(state, sample, base).cost(base.flatten(1)) for sample in samples]
+    best = torch.stack([plan.value + cost for plan, cost in zip(plans, starts, strict=True)]).argmax(0)
     expected = torch.stack([plans[int(k)].actions[row].reshape(4, 2) for row, k in enumerate(best)])
     assert (best > 0).any(), "the first sample is not the best everywhere"
     torch.testing.assert_close(acted[:, VECTORS.present], expected, rtol=1e-5, atol=1e-6)
