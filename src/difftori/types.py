@@ -237,8 +237,9 @@ class Segment:
 
     `obs` (T+1 B *S), uint8 stacked frames or float32 states; `actions` (T B A); `rewards` (T B). `terminated` (T B) is true
     if the episode terminated at that step, so its target has no bootstrap value; it is false at a time limit. `mask` (T B) is
-    1 for recorded steps and 0 for padding after the end of an episode: the last frame repeated, and zeros. `weights` (B): the importance weights of prioritised sampling, at most 1. `index` (B), always on the CPU:
-    the start of each segment, for `Replay.update_priorities`.
+    1 for recorded steps and 0 for padding after the end of an episode: the last frame repeated, and zeros. `weights` (B): the
+    importance weights of prioritised sampling, at most 1. `index` (B), always on the CPU: the start of each segment, for
+    `Replay.update_priorities`.
 
     `obs` may be a view in which neighbouring steps share their frames: do not write into it.
     """

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
+
 from difftori.errors import DataError
 from difftori.runs.records import current_config, current_metrics, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
@@ -18,6 +20,15 @@ from difftori.types import Metrics
 T = TypeVar("T")
 RETURN, VALIDATION_ERROR = "eval/return", "validation/error"
 SOFTWARE = ("difftori", "git_commit", "torch", "numpy", "python")
+
+
+def due_steps(steps: np.ndarray, every: int, last: int) -> np.ndarray:
+    """Return when evaluations at these steps (k) were due: at multiples of `every`, and at the end, because they wait for the end of an episode.
+
+    An evaluation at the earlier end of a run that was extended was not due; it keeps its step.
+    """
+    due = np.where(steps >= last, last, steps // every * every)
+    return np.where(np.diff(due, prepend=-1) == 0, steps, due)
 
 
 @dataclass(frozen=True)

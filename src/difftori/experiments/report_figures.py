@@ -19,7 +19,7 @@ from difftori.experiments.plots import (
     style,
     task_panels,
 )
-from difftori.experiments.records import RETURN, VALIDATION_ERROR
+from difftori.experiments.records import RETURN, VALIDATION_ERROR, due_steps
 from difftori.experiments.statistics import performance_profile, stratified_band
 
 _READABLE = 24
@@ -53,15 +53,9 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
 
 
 def _due(run: Run) -> np.ndarray:
-    """Return the steps (k) at which evaluations were due: those of an agent run at the end of an episode, the last at the end.
-
-    An evaluation at the earlier end of a run that was extended was not due; it keeps its step.
-    """
-    steps, every, last = run.curve[0], run.config.get("eval_every"), run.config.get("steps")
-    if not (every and last):
-        return steps
-    due = np.where(steps >= last, last, steps // every * every)
-    return np.where(np.diff(due, prepend=-1) == 0, steps, due)
+    """Return the steps (k) at which the evaluations of a run were due. Those of policies are as they are."""
+    every, last = run.config.get("eval_every"), run.config.get("steps")
+    return due_steps(run.curve[0], every, last) if every and last else run.curve[0]
 
 
 def over_tasks(section: Section) -> Figure:

@@ -14,7 +14,7 @@ from difftori.data.download import PUBLIC
 from difftori.errors import ConfigError, DataError
 from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure
-from difftori.experiments.records import RETURN, Record, RecordFile, read_run
+from difftori.experiments.records import RETURN, Record, RecordFile, due_steps, read_run
 from difftori.experiments.sweep import local, run_sweep
 from difftori.runs.records import flat
 from difftori.trainers import trainer_of
@@ -105,10 +105,9 @@ class Result:
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """Environment steps (k) of the evaluations, rounded down to multiples of `eval_every`, because they run at the end of an episode."""
-        every, last = self.run.config.eval_every, self.run.config.steps
-        rows = self.record.returns
-        return np.array([last if row["step"] >= last else row["step"] // every * every for row in rows])
+        """Environment steps (k) at which the evaluations were due."""
+        steps = np.array([row["step"] for row in self.record.returns])
+        return due_steps(steps, self.run.config.eval_every, self.run.config.steps)
 
     @cached_property
     def returns(self) -> np.ndarray:

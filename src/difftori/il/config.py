@@ -178,10 +178,9 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if "policy" not in below:
         return given, [f"base: {given['base']} is the run of an agent. Fix: give the run of an imitation policy"]
     given = inherited(below) | given
+    # The defaults with and without an environment differ.
     if below.get("demos") is not None and "held_out" not in given and given.get("env") != below.get("env"):
-        given["held_out"] = default_held_out(
-            str(below.get("env"))
-        )  # the defaults with and without an environment differ
+        given["held_out"] = default_held_out(str(below.get("env")))
     return given, []
 
 

@@ -275,22 +275,18 @@ class DiffTORI(Refiner):
 
         starts = samples if self.settings.init == "random" else 1
         start = torch.cat([self.guess(obs, planned, generator) for _ in range(starts)])
-
+        start = start if starts == samples else again(start)
         sample = state.new_zeros(samples, rows, self.settings.cvae_dim)
         if self.settings.act_latent == "sample" and sample.numel():
             sample = noise_like(sample, generator)
-        inputs = (
-            again(state),
-            sample.flatten(0, 1),
-            start if starts == samples else again(start),
-            None if planned is None else again(planned),
-        )
+        known, centre = (again(state), sample.flatten(0, 1)), None if planned is None else again(planned)
+        inputs = *known, start, centre
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         if samples == 1:
             return plan.actions.reshape(rows, self.planned, -1)
         # Training leaves the score of each z̃ free up to a constant, so the gain over an action that all share is compared.
-        shared = inputs[2] if starts == 1 else torch.zeros_like(start)
-        gain = plan.value + self.objective(inputs[0], inputs[1], inputs[3]).cost(shared.flatten(1))
+        shared = start if starts == 1 else torch.zeros_like(start)
+        gain = plan.value + self.objective(*known, centre).cost(shared.flatten(1))
         best = gain.reshape(samples, rows).nan_to_num(-torch.inf).argmax(0)
         return plan.actions.reshape(samples, rows, self.planned, -1)[best, torch.arange(rows, device=best.device)]
 
