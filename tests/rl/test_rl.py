@@ -135,6 +135,7 @@ def test_workers_step_while_the_caller_does_something_else():
 
 
 def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatch):
+    """Neither does a failure of the environment while the running episodes are played again."""
     given = {"num_envs": 3, "steps": 360, "max_episode_steps": 60, "save_every": 10_000, "eval_episodes": 1}
     wanted = config(env="gym:Pendulum-v1", settings=QUICK, **given)
     rl.train(wanted, tmp_path / "whole", progress=False)
@@ -150,6 +151,16 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         rl.train(wanted, tmp_path / "stopped", progress=False)
     assert ended.value.code == 143
+    played, again = CheckedVectorEnv.step, []
+
+    def fails_once(self, *arguments):
+        again.append(None)
+        if len(again) == 2:
+            self._begun[:] = self._running[:] = False
+            raise EnvironmentRestarted("all copies were restarted", restarts=1)
+        return played(self, *arguments)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
     rl.train(wanted, tmp_path / "stopped", progress=False)
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
 
