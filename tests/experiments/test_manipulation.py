@@ -77,6 +77,16 @@ def test_the_noise_study_has_the_noise_that_its_base_gets_by_default(asked):
     assert DiffTORI(DiffTORIConfig(), spec).noise(one_sample) == DEFAULT_NOISE
 
 
+def test_the_arms_of_table_4_differ_in_their_start_only(asked, tmp_path):
+    table4.run(table4.Config(demos=tmp_path))
+    several = Window({"state": torch.zeros(3, 1, 2)}, torch.zeros(3, 4, 1), torch.arange(3), torch.zeros(3, 2, 4, 1))
+    spec = TaskSpec.rows(2, 1, 4, (-1.0,), (1.0,))
+    for method in asked["methods"].values():
+        if method.trains == "difftori-il":
+            settings = DiffTORIConfig.model_validate(method.settings)
+            assert DiffTORI(settings, spec).noise(several) == 0.0
+
+
 def test_human_demonstrations_are_the_public_ones_unless_they_are_there(asked, tmp_path):
     table2.run(table2.Config(tasks=("pusht",), demos=tmp_path, obs="state"))
     assert asked["cases"] == [Case("pusht", "pose", "pusht-human")]

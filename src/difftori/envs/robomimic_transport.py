@@ -11,6 +11,7 @@ import numpy as np
 from difftori.envs.robomimic_stages import (
     CLOSED,
     OPEN,
+    UP,
     Arm,
     Pose,
     Stage,
@@ -27,8 +28,10 @@ from difftori.envs.robomimic_stages import (
 
 HANDOVER = np.array([0.0, 0.0, 1.08])
 """Where the hammer's middle is handed over."""
-GRIP = 0.0825
-"""Distance of each hand from the hammer's middle. Hands that are nearer to each other collide."""
+GIVER_GRIP, RECEIVER_GRIP = 0.06, 0.0825
+"""Distances of the hands from the hammer's middle. Next to the head, the giver's open hand would lift the hammer with it."""
+LEAN = 0.3
+"""The angle by which the receiver's hand leans away from the other arm, so that the wrists do not collide."""
 LID_PLACE = (-0.21, -0.46)
 """Where the lid is put down."""
 ALONG_Y = np.array([0.0, 1.0, 0.0])
@@ -65,7 +68,7 @@ def _hold_out_hammer(arm: Arm) -> list[Stage]:
         return arm.body("payload_root")
 
     def end() -> Pose:
-        position = hammer().position - GRIP * _handle(arm) - [0.0, 0.0, 0.004]
+        position = hammer().position - GIVER_GRIP * _handle(arm) - [0.0, 0.0, 0.004]
         return Pose(position, hand_down(heading(_handle(arm))))
 
     def held_out() -> Pose:
@@ -119,14 +122,14 @@ def _remove_trash(arm: Arm) -> list[Stage]:
 
 
 def _receive_hammer(arm: Arm) -> list[Stage]:
-    rotation = hand_down(-np.pi / 2)
-    above = Pose(HANDOVER + [0.0, GRIP + 0.02, 0.14], rotation)
+    rotation = shortest_rotation(UP, np.array([0.0, np.sin(LEAN), np.cos(LEAN)])) @ hand_down(-np.pi / 2)
+    above = Pose(HANDOVER + [0.0, RECEIVER_GRIP + 0.02, 0.14], rotation)
 
     def hammer() -> Pose:
         return arm.body("payload_root")
 
     def offered() -> Pose:
-        return Pose(hammer().position + GRIP * _handle(arm), rotation)
+        return Pose(hammer().position + RECEIVER_GRIP * _handle(arm), rotation)
 
     def over_bin(height: float) -> Pose:
         return Pose(arm.moved([*offset(), 0.0]).position, rotation).at(height)
