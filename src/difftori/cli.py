@@ -4,6 +4,7 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 Exit codes: 0 success, 1 failure at run time, 2 invalid arguments, 130 and 143 after SIGINT and SIGTERM (`serve`: 0).
 """
 
+import errno
 import logging
 import os
 import sys
@@ -70,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print_errors([f"{error}. Fix: free space, or choose a directory that can be written"])
+        return 1
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         return 130
@@ -320,7 +326,7 @@ def _sweep(words: list[str]) -> None:
 
     sweep = read_sweep(options.file)
     gpus = sweep.gpus if options.gpus_per_run is None else options.gpus_per_run
-    runs = plan(sweep)
+    runs = plan(sweep, gpus=gpus, elsewhere=options.status or options.slurm or options.ray is not None)
     failures = []
     if not options.status:
         from difftori.experiments.sweep import local, run_sweep
@@ -344,8 +350,8 @@ def _sweep(words: list[str]) -> None:
         if not options.status and any(s.state == "finished" for s in found):
             from difftori.experiments.report import write_report
 
-            ended = [s.run.folder for s in found if s.state == "finished"]
-            print(write_report(ended, sweep.out / "report", title=options.file.stem).page)
+            # Also the runs of other sweeps in this folder, so that they do not overwrite each other's report.
+            print(write_report([sweep.out], sweep.out / "report", title=sweep.out.name).page)
     finally:
         report_failures(failures)
 

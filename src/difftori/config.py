@@ -4,9 +4,11 @@
 """
 
 import dataclasses
+import os
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
 
 from difftori.errors import ConfigError
 from difftori.registry import suggest
@@ -102,7 +105,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         faults.append(f"expands to more than {_MOST_VALUES} values through & and *. Fix: write the values out")
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in dict.fromkeys(faults)])
-    return values
+    return {name: _in_home(value) for name, value in values.items()}
+
+
+def _in_home(value: Any) -> Any:
+    """Return a value in which a `~` at the beginning of a path is the home directory, as a shell has it."""
+    if isinstance(value, dict):
+        return {name: _in_home(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
@@ -120,12 +132,23 @@ def _weight(value: Any, known: dict[int, int], faults: list[str]) -> int:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads only `true` and `false` as booleans, and no numbers to the base 60, as in YAML 1.2: `off` and `10:50` are strings."""
+    """Reads only `true` and `false` as booleans, and no numbers to the base 60, as in YAML 1.2: `off` and `10:50` are strings.
+
+    A key that is given twice is an error.
+    """
 
     yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
         for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the node of a mapping."""
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ComposerError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return node
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Return the tag of a node; see `yaml.resolver`."""

@@ -380,3 +380,58 @@ def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
     assert "in epochs made between 60 and 120 updates" in page
     assert "60 epochs, 120 updates" in page
+
+
+def test_data_of_one_name_in_several_folders_are_several_tasks(tmp_path):
+    for task, success in (("lift", 1.0), ("can", 0.0)):
+        demos = f"data/{task}/ph/low_dim_v15.hdf5"
+        policy_run(tmp_path / task, [success] * 4, policy="bc", seed=0, env="none", demos=demos)
+    policy_run(tmp_path / "other", [1.0] * 4, policy="bc", seed=0, env="none", demos="data/lift/ph/image.hdf5")
+    found = gather([tmp_path])
+    assert sorted(run.task for run in found.runs) == ["can/ph/low_dim_v15", "image", "lift/ph/low_dim_v15"]
+    assert not found.left_out
+
+
+def test_data_distinguish_runs_that_differ_in_nothing_else(tmp_path):
+    for name in ("ph", "mh"):
+        policy_run(tmp_path / name, [1.0] * 4, policy="bc", seed=0, demos=f"data/{name}.hdf5")
+    for seed in (0, 1):
+        policy_run(tmp_path / f"other-{seed}", [1.0] * 4, policy="ibc", seed=seed, demos=f"data/demos-{seed}.zarr")
+        policy_run(tmp_path / f"task-{seed}", [1.0] * 4, policy="ibc", seed=seed, demos=f"x-{seed}.zarr", env="pusht")
+    found = gather([tmp_path])
+    assert {run.method for run in found.runs} == {"bc, demos ph.hdf5", "bc, demos mh.hdf5", "ibc"}
+    assert not found.left_out
+
+
+def test_a_finished_run_is_preferred_to_an_earlier_attempt(tmp_path):
+    for number, success in ((1, 0.0), (2, 1.0), (3, 0.0)):
+        policy_run(tmp_path / f"attempt-{number}", [success] * 4, policy="bc", seed=0)
+    (tmp_path / "attempt-1" / "summary.json").unlink()
+    found = gather([tmp_path])
+    assert [run.place.name for run in found.runs] == ["attempt-2"]
+    assert [place.name for place, _ in found.left_out] == ["attempt-3", "attempt-1"]
+
+
+def test_damaged_files_of_a_run_exclude_that_run_only(tmp_path):
+    policy_run(tmp_path / "good", [1.0] * 4, policy="bc", seed=0)
+    for number, name in enumerate(("metrics.jsonl", "policy.pt.sha256"), start=1):
+        place = policy_run(tmp_path / name, [1.0] * 4, policy="bc", seed=number)
+        (place / name).write_bytes(b"\xff\xfe" if name == "metrics.jsonl" else b"")
+    found = gather([tmp_path])
+    assert [run.place.name for run in found.runs] == ["good"]
+    assert {place.name for place, _ in found.left_out} == {"metrics.jsonl", "policy.pt.sha256"}
+
+
+def test_runs_behind_links_are_found_once(tmp_path):
+    policy_run(tmp_path / "disk" / "run", [1.0] * 4, policy="bc", seed=0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(tmp_path / "runs")
+    assert [run.place.name for run in gather([tmp_path / "runs"]).runs] == ["run"]
+
+
+def test_few_seeds_are_warned_of(reward, tmp_path):
+    page = write_report([reward], tmp_path / "page").page.read_text()
+    assert "with 3 seeds, the bootstrap&#39;s 95 % intervals are too narrow" in page
+    with pytest.raises(ConfigError, match="is a file"):
+        write_report([reward], tmp_path / "page" / "report.html")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,82 @@ def test_a_sweep_that_grows_keeps_its_folders(tmp_path):
     first = plan(sweep_of(tmp_path, common=common, variants=[{"train": "difftori", "pg": "off"}]))
     both = [{"train": "difftori", "pg": "off"}, {"train": "difftori", "pg": "replay"}, {"train": "tdmpc"}]
     assert first[0].folder in [run.folder for run in plan(sweep_of(tmp_path, common=common, variants=both))]
+
+
+def test_an_option_of_all_that_one_variant_overrides_renames_nothing(tmp_path):
+    common = {**IMITATION, "lr": 0.001}
+    first = plan(sweep_of(tmp_path, common=common))
+    both = plan(sweep_of(tmp_path, common=common, variants=[{}, {"lr": 0.01}]))
+    assert names(first) == ["pendulum/bc/seed-0"]
+    assert names(both) == ["pendulum/bc/seed-0", "pendulum/bc_lr-0.01/seed-0"]
+
+
+def test_runs_of_the_same_settings_are_a_fault(tmp_path):
+    with pytest.raises(ConfigError, match="would have the same settings"):
+        plan(sweep_of(tmp_path, common=IMITATION, grid={"lr": ["1e-3", 0.001]}))
+
+
+def test_a_grid_of_bases_of_data_and_of_settings_has_names(tmp_path):
+    bases = ["runs/bc-pendulum-0", "runs/bc-pendulum-1"]
+    with pytest.raises(ConfigError) as error:  # they do not exist
+        plan(sweep_of(tmp_path, common={"train": "residual", "env": "pendulum"}, grid={"base": bases}))
+    assert "two runs" not in str(error.value)
+    runs = plan(sweep_of(tmp_path, common=IMITATION, grid={"settings": [{"lr": 0.01}, {"lr": 0.02}]}))
+    assert [run.folder.parent.name for run in runs] == ["bc_settings.lr-0.01", "bc_settings.lr-0.02"]
+    runs = plan(
+        sweep_of(tmp_path, common={"train": "bc", "env": "pendulum"}, grid={"demos": ["数据一.zarr", "数据二.zarr"]})
+    )
+    assert len({run.folder for run in runs}) == 2
+
+
+def test_a_base_of_the_sweep_is_known_by_its_absolute_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refiner = {"train": "residual", "base": f"{tmp_path}/out/pendulum/bc/seed-0"}
+    given = {"out": Path("out"), "common": {"env": "pendulum", "epochs": 2}, "variants": [{"train": "bc"}, refiner]}
+    base, second = plan(Sweep.model_validate(given))
+    assert second.base is base
+
+
+def test_long_names_are_shortened_to_what_file_systems_accept(tmp_path):
+    hidden = [[8] * 200, [8] * 200 + [9]]
+    runs = plan(sweep_of(tmp_path, common=IMITATION, grid={"hidden": hidden}))
+    words = [run.folder.parent.name for run in runs]
+    assert len(set(words)) == 2
+    assert all(len(word.encode()) <= 200 for word in words)
+
+
+def test_devices_of_other_machines_need_not_be_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    given = {**IMITATION, "device": "cuda"}
+    with pytest.raises(ConfigError, match="'cuda' is not available"):
+        plan(sweep_of(tmp_path, common=given))
+    (run,) = plan(sweep_of(tmp_path, common=given), elsewhere=True)
+    assert run.words[run.words.index("--device") + 1] == "cuda"
+    assert run.config["device"] == "cuda"
+    with pytest.raises(ConfigError, match="a run sees its own GPU only"):
+        plan(sweep_of(tmp_path, common={**IMITATION, "device": "cuda:1"}, gpus=0.5))
+    with pytest.raises(ConfigError, match="add `device: cuda`"):
+        plan(sweep_of(tmp_path, common=IMITATION, gpus=1))
+
+
+def test_a_file_that_would_lose_runs_or_write_to_a_wrong_place_is_refused(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("variants: [{lr: 0.01}]\ncommon: {train: bc}\nvariants: [{lr: 0.02}]\n")
+    with pytest.raises(ConfigError, match="the key 'variants' is given twice"):
+        read_sweep(file)
+    file.write_text("base: &base {lr: 1}\ncommon: {<<: *base, lr: 2}\n")
+    with pytest.raises(ConfigError, match="base: unknown"):  # the merge with an own value is no fault
+        read_sweep(file)
+    file.write_text("out: ~/runs/x\ncommon: {train: bc}\n")
+    assert read_sweep(file).out == Path.home() / "runs" / "x"
+    file.write_text(f"out: {file}\n")
+    with pytest.raises(ConfigError, match="is a file"):
+        read_sweep(file)
+
+
+def test_a_sweep_can_log_to_wandb(tmp_path):
+    (run,) = plan(sweep_of(tmp_path, common=IMITATION, wandb=True))
+    assert "--wandb" in run.words
 
 
 words = st.sampled_from(

@@ -190,3 +190,95 @@ def test_a_run_may_have_several_gpus():
 def test_gpus_that_are_not_there_are_refused(per_run, names):
     with pytest.raises(ConfigError, match=f"{per_run:g} for each run, and {len(names)} in this machine"):
         GPUs(per_run, names)
+
+
+def test_two_pools_on_the_same_runs_share_the_work(tmp_path, monkeypatch):
+    code = """
+import fcntl, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
+lock = (folder / 'run.lock').open('a')
+try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: print('it is in use by another process'); sys.exit(2)
+time.sleep(.6)
+(folder / 'summary.json').write_text('{}')
+"""
+    python(monkeypatch, code)
+    every = [RunSpec(name, (str(tmp_path / name),), tmp_path / name) for name in "abcd"]
+    done: list[list[str]] = [[], []]
+    began = time.monotonic()
+    pools = [
+        threading.Thread(
+            target=lambda own=own: run_all(every, jobs=1, seconds=None, say=print, done=lambda r: own.append(r.name))
+        )
+        for own in done
+    ]
+    for one in pools:
+        one.start()
+    for one in pools:
+        one.join(30)
+    assert [sorted(own) for own in done] == [list("abcd")] * 2
+    starts = [(tmp_path / f"{name}.log").read_text().count("in use") for name in "abcd"]
+    assert sum(starts) <= 2, f"they start the same run again and again, {time.monotonic() - began:.1f} s"
+
+
+def test_a_kill_without_output_counts_even_if_the_log_ends_with_an_older_message(tmp_path, monkeypatch):
+    run = run_of(tmp_path, "import os; os.kill(os.getpid(), 9)", monkeypatch)
+    run.log.write_text("out: one is in use by another process. Fix: wait\n")
+    messages = []
+    failures, _ = run_all([run], jobs=1, seconds=None, say=messages.append, retries=2)
+    assert [(f.status, f.reason) for f in failures] == [(-9, "no output")]
+    assert sum("restarting" in line for line in messages) == 2
+
+
+def test_a_folder_that_cannot_be_written_fails_its_run_only(tmp_path, monkeypatch):
+    python(monkeypatch, "pass")
+    (tmp_path / "file").write_text("no folder can be here")
+    bad, good = RunSpec("bad", ("x",), tmp_path / "file" / "a" / "b"), RunSpec("good", ("x",), tmp_path / "good")
+    done = []
+    failures, left = run_all([bad, good], jobs=1, seconds=None, say=print, done=done.append, retries=2)
+    assert ([f.run for f in failures], left, done) == ([bad], [], [good])
+    assert "cannot be started" in failures[0].reason
+
+
+def test_a_refiner_starts_with_its_base_finished_and_waits_for_no_other_run(tmp_path, monkeypatch):
+    code = (
+        "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]); time.sleep(float(sys.argv[2]));"
+        "folder.mkdir(parents=True); (folder / 'summary.json').write_text('{}')"
+    )
+    python(monkeypatch, code)
+    base = RunSpec("base", (str(tmp_path / "base"), "0"), tmp_path / "base")
+    slow = RunSpec("slow", (str(tmp_path / "slow"), "4"), tmp_path / "slow")
+    refiner = RunSpec("refiner", (str(tmp_path / "refiner"), "0"), tmp_path / "refiner", base)
+    orphan = RunSpec("orphan", (str(tmp_path / "orphan"), "0"), tmp_path / "orphan", RunSpec("no", (), tmp_path / "no"))
+    done = []
+    failures, left = run_all(
+        [refiner, orphan, base, slow], jobs=2, seconds=None, say=print, done=lambda run: done.append(run.name)
+    )
+    assert (done, failures, left) == (["base", "refiner", "slow"], [], [orphan])
+
+
+def test_a_run_of_other_settings_is_neither_adopted_nor_resumed(tmp_path, monkeypatch):
+    python(monkeypatch, "raise SystemExit('it was started')")
+    run = RunSpec("it", ("it",), tmp_path / "one", config={"seed": 0, "settings.epochs": 20, "device": "cpu"})
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text("seed: 0\nsettings: {epochs: 40}\ndevice: cuda\n")
+    for finished in (False, True):
+        if finished:
+            (run.folder / "summary.json").write_text("{}")
+        failures, _ = run_all([run], jobs=1, seconds=None, say=print, retries=2)
+        (failure,) = failures
+        assert failure.status == 2
+        assert "settings.epochs: 20 here, 40 in its config.yaml" in failure.reason
+        assert "device" not in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"), [("-1", []), ("NoDevFiles", []), ("0,-1,1", ["0"]), ("2, 2,3", ["2", "3"]), ("", [])]
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch, visible, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if names:
+        assert GPUs(1.0).names == tuple(names)
+    else:
+        with pytest.raises(ConfigError, match="0 in this machine"):
+            GPUs(1.0)

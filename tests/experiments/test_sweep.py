@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from difftori.cli import main
+from difftori.errors import ConfigError
 from difftori.experiments import pool
 from difftori.experiments.plan import beside, plan, read_sweep
 from difftori.experiments.pool import Failure
+from difftori.experiments.ray_cluster import _missing_machine, on_ray
 from difftori.experiments.status import RunStatus, counts, run_status, table
 from difftori.il.train import load_policy
 from difftori.runs.checkpoint import weights_digest
@@ -43,7 +45,7 @@ def in_this_process(monkeypatch):
     """Runs are trained here, because a new process takes seconds to import torch; the list of what was begun."""
     begun = []
 
-    def start(work, *, again=False):
+    def start(work, variables=None):
         begun.append(work.name)
         work.folder.parent.mkdir(parents=True, exist_ok=True)
         status = main(list(work.command))
@@ -75,7 +77,7 @@ def test_what_refines_a_run_that_failed_is_not_started_and_the_rest_is(sweep, mo
     runs = plan(read_sweep(sweep))
     bad = next(run for run in runs if run.base is None)
 
-    def start(work, *, again=False):
+    def start(work, variables=None):
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(work == bad)})"])
 
     monkeypatch.setattr(pool, "_start", start)
@@ -157,3 +159,14 @@ def test_a_failure_travels_between_machines(sweep):
     (run, *_) = plan(read_sweep(sweep))
     failure = Failure(run, 1, "it broke")
     assert pickle.loads(pickle.dumps(failure)) == failure
+
+
+def test_a_ray_cluster_without_a_machine_large_enough_is_told():
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    assert _missing_machine(nodes, 4.0, 0.5) is None
+    assert "no machine of the Ray cluster has as many (8 cores and 1 GPUs)" in str(_missing_machine(nodes, 4.0, 2.0))
+    with pytest.raises(ConfigError, match=r"gpus: 1\.5 for each run"):
+        on_ray("local", cpus=1.0, gpus=1.5, retries=0)

@@ -299,6 +299,18 @@ def test_signals_set_a_flag_and_the_handlers_come_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_closed_terminal_saves_and_nohup_goes_on(monkeypatch):
+    for handler, requested in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with StopSignal() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.requested is requested
+            assert signal.getsignal(signal.SIGHUP) == handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 

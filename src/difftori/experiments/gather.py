@@ -2,10 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from difftori.runs.records import MODEL, current_config, flat, read_metrics
 from difftori.types import Metrics
 
 TRAINING = "train/return"
+_UNREADABLE = (DifftoriError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError)
+_WITHIN_A_RUN = ("checkpoints", "tensorboard", "episodes", "media")
 _NOT_DISTINGUISHING = {
     "agent",
     "policy",
@@ -43,8 +47,12 @@ _NOT_DISTINGUISHING = {
     "compile",
     "settings.preset",
 }
-"""Keys that do not distinguish methods: task, seed, data and machine. A preset is visible in its settings. The number of environments
+"""Keys that do not distinguish methods: task, seed, data (but see `DATA`) and machine. A preset is visible in its settings. The number of environments
 changes the results of an agent, and not of a policy (it is that of the evaluation)."""
+
+
+DATA = ("demos", "episodes", "data_seed")
+"""Keys of the data, which distinguish methods where runs of one method, task and seed differ in them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,8 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
     """Read every run in and below `places`. Methods are named by the settings that distinguish them.
 
     `evaluation`: results from the end of the training, or from the latest `difftori eval` of each run; a finished run without one is
-    excluded then. Of two runs with the same method, task and seed, the later one in the order of paths is excluded. Raises
-    ConfigError if there is no run.
+    excluded then. Of two runs with the same method, task and seed, one is excluded: that which is not finished, or else the later
+    one in the order of paths. Data distinguish methods only where such runs differ in them. Raises ConfigError if there is no run.
     """
     missing = [f"{place}: does not exist. Fix: give directories of runs" for place in places if not place.exists()]
     if missing:
@@ -119,26 +127,31 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
     for place in _places(places):
         try:
             records |= _records(place, evaluation)
-        except (DifftoriError, OSError) as error:
-            left_out.append((place, str(error)))
+        except _UNREADABLE as error:
+            left_out.append((place, str(error) or repr(error)))
     bases = _base_names(records)
     for place, record in records.items():
         try:
             runs.append(_run(place, record, bases.get(place)))
-        except (DifftoriError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
-    named = _named(runs)
-    seen: dict[tuple[str, str, int], Run] = {}
-    for run in named:
-        key = (run.task, run.method, run.seed)
-        if key in seen:
-            left_out.append((run.place, f"the same method, task and seed as {seen[key].place}"))
-        else:
-            seen[key] = run
-    if not seen:
+    named = _named(_tasks_named(runs))
+    kept: dict[_Identity, Run] = {}
+    for run in sorted(named, key=lambda run: not run.finished):
+        first = kept.setdefault(_identity(run), run)
+        if first is not run:
+            left_out.append((run.place, f"the same method, task and seed as {first.place}"))
+    if not kept:
         lines = [f"{place}: {reason}" for place, reason in left_out]
         raise ConfigError([*lines, f"no runs in {', '.join(map(str, places))}. Fix: give directories of runs"])
-    return Gathered(tuple(seen.values()), tuple(left_out))
+    return Gathered(tuple(run for run in named if kept[_identity(run)] is run), tuple(left_out))
+
+
+_Identity: TypeAlias = tuple[str, str, int]
+
+
+def _identity(run: Run) -> _Identity:
+    return run.task, run.method, run.seed
 
 
 def _places(places: Sequence[Path]) -> list[Path]:
@@ -148,11 +161,24 @@ def _places(places: Sequence[Path]) -> list[Path]:
         if place.is_file():
             found.setdefault(place.resolve(), place)
             continue
-        files = [path for path in place.rglob("*.jsonl") if is_record_file(path)]
-        folders = [path.parent for path in place.rglob("config.yaml")]
-        for path in [*(folder for folder in folders if not (folder / MODEL).exists()), *files]:  # not published folders
-            found.setdefault(path.resolve(), path)
+        for folder, names in _folders(place):
+            if "config.yaml" in names and not (folder / MODEL).exists():  # not a published folder
+                found.setdefault(folder.resolve(), folder)
+            for path in (folder / name for name in names if name.endswith(".jsonl")):
+                if is_record_file(path):
+                    found.setdefault(path.resolve(), path)
     return sorted(found.values())
+
+
+def _folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder in and below `place`, also behind links, with the names of its files. A run's checkpoints and logs are skipped."""
+    seen = set[str]()
+    for folder, below, files in os.walk(place, followlinks=True):
+        below[:] = [name for name in below if not ("config.yaml" in files and name in _WITHIN_A_RUN)]
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()  # a link to a folder above
+        seen.add(real)
+        yield Path(folder), files
 
 
 def _records(place: Path, evaluation: str) -> dict[Path, Record]:
@@ -265,8 +291,8 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
 
 
 def _task(config: Mapping[str, Any]) -> str:
-    """Return the name of a run's task: the environment, or without one the data set, the observation type, and distractors."""
-    name = Path(str(config["demos"])).stem if config["env"] == "none" else config["env"]
+    """Return the name of a run's task: the environment, or without one the data, the observation type, and distractors."""
+    name = str(config["demos"]) if config["env"] == "none" else config["env"]
     count = config.get("distractors")
     further = [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])]
     return f"{name} ({', '.join(further)})" if further else name
@@ -287,10 +313,51 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
     return found or {Measure("validation_error", None, False): summary[f"{which}/validation_error"]}
 
 
+def _tasks_named(runs: Sequence[Run]) -> list[Run]:
+    """Name the tasks of runs without an environment by their data set, with as many folders of its path as tell it from the others."""
+    paths = {str(run.config["demos"]) for run in runs if run.config["env"] == "none"}
+    found = {path: _told_apart(path, paths) for path in paths}
+    return [
+        replace(run, task=run.task.replace(path, found[path], 1))
+        if run.config["env"] == "none" and (path := str(run.config["demos"])) in found
+        else run
+        for run in runs
+    ]
+
+
+def _told_apart(path: str, others: Iterable[str]) -> str:
+    """Return the end of a path without its suffix, with as many folders as tell it from the other paths."""
+    parts, *rest = [(*Path(one).parts[:-1], Path(one).stem) for one in (path, *(o for o in others if o != path))]
+    count = next((n for n in range(1, len(parts)) if parts[-n:] not in [other[-n:] for other in rest]), len(parts))
+    return "/".join(parts[-count:])
+
+
 def _named(runs: Sequence[Run]) -> list[Run]:
-    """Append to each method's name the settings in which runs of that name differ."""
-    named = _distinguished([(run.method, run.config) for run in runs])
-    return [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, named, strict=True)]
+    """Append to each method's name the settings in which runs of that name differ, and on a task, the data in which they do."""
+    found = _distinguished([(run.method, run.config) for run in runs])
+    named = [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, found, strict=True)]
+    alike: dict[_Identity, Run] = {}
+    differing: dict[tuple[str, str], set[str]] = {}
+    for run in named:
+        first = alike.setdefault(_identity(run), run)
+        keys = {key for key in DATA if _data_value(first, key) != _data_value(run, key)}
+        differing.setdefault((run.task, run.method), set()).update(keys)
+    return [
+        replace(
+            run,
+            method=", ".join([run.method, *(f"{key} {_shown(_data_value(run, key))}" for key in DATA if key in keys)]),
+        )
+        for run in named
+        for keys in [differing[run.task, run.method]]
+    ]
+
+
+def _data_value(run: Run, key: str) -> Any:
+    """Return a value of a run's data. Of a path, it is the name, in which the run's seed is no difference."""
+    value = run.config.get(key)
+    if key != "demos" or not isinstance(value, str):
+        return value
+    return re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", Path(value).name)
 
 
 def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:

@@ -1,5 +1,6 @@
 """Which runs of a sweep share which GPU of this machine."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +42,9 @@ class GPUs:
 def _visible() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
+        # CUDA ignores everything from the first invalid name on; schedulers write -1 and NoDevFiles for no GPU.
+        names = [name.strip() for name in named.split(",") if name.strip()]
+        return list(dict.fromkeys(itertools.takewhile(lambda name: name not in ("-1", "NoDevFiles"), names)))
     import torch  # imported here because it takes seconds
 
     return [str(index) for index in range(torch.cuda.device_count())]

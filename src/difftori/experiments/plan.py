@@ -11,10 +11,12 @@ variants:                     # … of each of these
 ```
 """
 
+import hashlib
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from difftori.config import read_tokens, read_yaml, validated
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DifftoriError
 from difftori.il.config import inherited
 from difftori.runs.process import is_held
 from difftori.runs.records import flat, is_finished, read_config
@@ -32,6 +34,8 @@ from difftori.trainers import read_options
 _NAMED_APART = ("train", "env", "seed")
 _SHOWN = 8
 _MACHINE = ("device", "threads")
+_LONGEST = 200
+"""Largest number of bytes of a folder's name, of 255 in most file systems."""
 
 
 class Sweep(BaseModel):
@@ -55,6 +59,8 @@ class Sweep(BaseModel):
     """Number of GPUs of each run. A fraction lets several runs share a GPU, on this machine and on Ray."""
     slurm: dict[str, Any] = {}
     """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""
+    wandb: bool = False
+    """Whether the runs are also logged to Weights & Biases."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class RunSpec:
     """The run that it refines, if that is part of the same plan."""
     length: int | None = None
     """Number of environment steps of an agent, or of updates of a policy; None if the length is given in epochs."""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The planned configuration, with dotted names, for `conflict`."""
 
     @property
     def depth(self) -> int:
@@ -82,6 +90,20 @@ class RunSpec:
         """The command line that starts the run, or that resumes it."""
         begun = (self.folder / "config.yaml").exists()
         return ("train", "--resume", str(self.folder), "--quiet") if begun else self.words
+
+    def conflict(self) -> str | None:
+        """Return an error if the folder holds a run of other settings, such as that of another sweep which shares the folder."""
+        if not self.config or not (self.folder / "config.yaml").exists():
+            return None
+        try:
+            before = flat(read_config(self.folder))
+        except DifftoriError as error:
+            return str(error)
+        keys = [key for key in self.config if key in before and key not in _MACHINE and before[key] != self.config[key]]
+        shown = "; ".join(f"{key}: {self.config[key]!r} here, {before[key]!r} in its config.yaml" for key in keys)
+        return (
+            f"out: {self.folder} holds a run of other settings ({shown}). Fix: choose another `out`" if keys else None
+        )
 
     @property
     def log(self) -> Path:
@@ -113,23 +135,36 @@ def option_words(name: str, value: Any) -> list[str]:
     return [f"--{word}", *words]
 
 
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for option, value in options.items() for word in option_words(option, value)]
+
+
 def plan_run(
     name: str,
     component: object,
     options: Mapping[str, Any],
     folder: Path,
     base: tuple[RunSpec | None, BaseModel | None] = (None, None),
+    *,
+    check_device: bool = True,
+    flags: Sequence[str] = (),
 ) -> tuple[RunSpec, BaseModel]:
     """Plan a run of a policy or an agent with these options of `difftori train`. Returns the run and its configuration.
 
-    `base` is the run that it refines, whose task and data are the defaults. Raises ConfigError, which lists all errors.
+    `base` is the run that it refines, whose task and data are the defaults. `check_device`: whether this machine must have the
+    device. `flags`: further words, which are no part of the configuration. Raises ConfigError, which lists all errors.
     """
     if not isinstance(component, str):
         raise ConfigError([f"train: {component!r} is not a name. Fix: give the name of a policy or an agent"])
-    words = [word for option, value in options.items() for word in option_words(option, value)]
+    device = options.get("device")
+    hidden = not check_device and isinstance(device, str) and re.fullmatch(r"cuda(:\d+)?", device) is not None
+    checked = {**options, "device": "cpu"} if hidden else options
     below = {} if base[1] is None else inherited(base[1].model_dump())
-    _, config = read_options(component, below, read_tokens(words))
-    words = ("train", component, *words, "--out", str(folder), "--quiet")
+    _, config = read_options(component, below, read_tokens(_words(checked)))
+    if hidden:
+        config = config.model_copy(update={"device": device})
+    words = _words(options)
+    words = ("train", component, *words, *flags, "--out", str(folder), "--quiet")
     length = getattr(config, "steps", None) or getattr(getattr(config, "settings", None), "updates", None)
     return RunSpec(name, words, folder, base[0], length), config
 
@@ -138,25 +173,34 @@ def read_sweep(path: Path) -> Sweep:
     """Read a sweep file. Raises ConfigError, which lists the errors of the file; `plan` finds those of its runs."""
     given = {"out": Path("runs") / path.stem, **read_yaml(path)}
     sweep, faults = validated(Sweep, given, ())
-    if sweep is None:
+    if sweep is not None and sweep.out.exists() and not sweep.out.is_dir():
+        faults.append(f"out: {sweep.out} is a file. Fix: give a directory")
+    if sweep is None or faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults])
     return sweep
 
 
-def plan(sweep: Sweep) -> list[RunSpec]:
-    """Plan all runs. Raises ConfigError, which lists the errors of all runs, each once, and folders that hold other runs."""
+def plan(sweep: Sweep, *, gpus: float | None = None, elsewhere: bool = False) -> list[RunSpec]:
+    """Plan all runs. Raises ConfigError, which lists the errors of all runs, each once, and folders that hold other runs.
+
+    `gpus`: of each run, instead of the sweep's. `elsewhere`: the runs are on other machines, so this one need not have their devices.
+    """
+    gpus = sweep.gpus if gpus is None else gpus
+    local, flags = not elsewhere and not gpus, ("--wandb",) if sweep.wandb else ()
     faults, mismatches = list[str](), list[str]()
     requests: dict[Path, dict[str, Any]] = {}
-    combinations = list(_combinations(sweep))
-    varying = _varying(sweep)
-    for options in combinations:
-        folder = sweep.out / _place(options, varying)
+    for options, own in _combinations(sweep):
+        folder = sweep.out / _place(options, own)
         if folder in requests:
             faults.append(
                 f"two runs have the folder {folder}: {_shown(requests[folder])} and {_shown(options)}. Fix: remove one"
             )
         requests[folder] = options
     filled = {folder: _filled(options, faults) for folder, options in requests.items()}
+    folders = {folder.absolute(): folder for folder in filled}
+    for options in filled.values():  # a run of this sweep by the name that it has here, whether or not that is absolute
+        if "base" in options:
+            options["base"] = str(folders.get(Path(os.path.abspath(str(options["base"]))), options["base"]))
     bases = {str(options["base"]) for options in filled.values() if "base" in options}
     nowhere = [base for base in bases if Path(base) not in filled and not (Path(base) / "config.yaml").exists()]
     faults += [
@@ -165,6 +209,7 @@ def plan(sweep: Sweep) -> list[RunSpec]:
     ]
     found: dict[Path, RunSpec] = {}
     configs: dict[Path, BaseModel] = {}
+    alike: dict[str, Path] = {}
     while filled:
         ready = [folder for folder, options in filled.items() if Path(str(options.get("base"))) not in filled]
         if not ready:
@@ -175,11 +220,18 @@ def plan(sweep: Sweep) -> list[RunSpec]:
             base = Path(str(options["base"])) if "base" in options else None
             below = (found.get(base), configs.get(base)) if base else (None, None)
             component, name = options.pop("train", None), str(folder.relative_to(sweep.out))
+            faults += _gpu_faults(options, gpus)
             try:
-                found[folder], configs[folder] = plan_run(name, component, options, folder, below)
-                mismatches += _mismatches(folder, configs[folder])
+                spec, config = plan_run(name, component, options, folder, below, check_device=local, flags=flags)
+                mismatches += _mismatches(folder, config)
             except ConfigError as error:
                 faults += error.faults
+            else:
+                values = flat(config.model_dump(mode="json"))
+                found[folder], configs[folder] = replace(spec, config=values), config
+                same = alike.setdefault(repr(sorted(values.items())), folder)
+                if same != folder:
+                    faults.append(f"{same} and {folder} would have the same settings. Fix: remove one")
     if mismatches:
         faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings. Fix: choose another `out`"]
     if faults:
@@ -187,11 +239,28 @@ def plan(sweep: Sweep) -> list[RunSpec]:
     return [found[folder] for folder in requests]
 
 
-def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
+def _combinations(sweep: Sweep) -> list[tuple[dict[str, Any], list[str]]]:
+    """Return the options of each run, and the names of its own ones, those of the grid and of its variant.
+
+    The own options are part of its folder's name, so that a sweep can grow.
+    """
     values = itertools.product(*sweep.grid.values())
-    points = [dict(zip(sweep.grid, point, strict=True)) for point in values]
+    points = [_flat(dict(zip(sweep.grid, point, strict=True))) for point in values]
     common = _flat(sweep.common)
-    return [{**common, **_flat(point), **_flat(variant)} for variant in sweep.variants for point in points]
+    pairs = [(point, _flat(variant)) for variant in sweep.variants for point in points]
+    return [({**common, **point, **variant}, list(dict.fromkeys((*point, *variant)))) for point, variant in pairs]
+
+
+def _gpu_faults(options: Mapping[str, Any], gpus: float) -> list[str]:
+    """Return the error of a device that a run with `gpus` GPUs cannot have: it sees its own ones only."""
+    device = str(options.get("device", "cpu"))
+    if not gpus or device == "cuda" or (gpus > 1 and device.startswith("cuda")):
+        return []
+    if device.startswith("cuda:") and device != "cuda:0":
+        return [f"device: {device!r} with gpus: {gpus:g}, where a run sees its own GPU only. Fix: give cuda"]
+    if device.startswith("cpu"):
+        return [f"gpus: {gpus:g} for a run whose device is {device!r}. Fix: add `device: cuda`, or give gpus: 0"]
+    return []
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,26 +268,36 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in flat(values).items()}
 
 
-def _varying(sweep: Sweep) -> list[str]:
-    """Return the options of the grid and the variants, which are part of folder names, so that a sweep can grow."""
-    return list(dict.fromkeys(name for given in (sweep.grid, *sweep.variants) for name in _flat(given)))
-
-
-def _place(options: Mapping[str, Any], varying: Sequence[str]) -> Path:
+def _place(options: Mapping[str, Any], own: Sequence[str]) -> Path:
     """Return the folder ENV/NAME_OPTIONS/seed-N of a run, in characters that every file system accepts."""
-    own = [f"{name}-{_choice(options, name)}" for name in varying if name in options and name not in _NAMED_APART]
-    parts = (options.get("env", "env"), "_".join([_word(options.get("train")), *own]), f"seed-{options.get('seed', 0)}")
-    return Path(*map(_word, parts))
+    varying = [f"{name}-{_choice(options, name)}" for name in own if name not in _NAMED_APART]
+    parts = (
+        options.get("env", "env"),
+        "_".join([_word(options.get("train")), *varying]),
+        f"seed-{options.get('seed', 0)}",
+    )
+    return Path(*map(_short, map(_word, parts)))
 
 
 def _choice(options: Mapping[str, Any], name: str) -> str:
-    """Return a value as part of a folder's name. For a base, the folder named after its policy."""
-    return _word(Path(str(options[name])).parent.name if name == "base" else options[name])
+    """Return a value as part of a folder's name. For a base, its folder; of a sweep's run NAME_OPTIONS/seed-N, its first part."""
+    if name != "base":
+        return _word(options[name])
+    base = Path(str(options[name]))
+    return _word(base.parent.name if base.name.startswith("seed-") else base.name)
 
 
 def _word(value: Any) -> str:
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-    return re.sub(r"[^\w.+-]+", ".", text, flags=re.ASCII).strip(".") or "none"
+    return re.sub(r"[^\w.+-]+", ".", text).strip(".") or "none"
+
+
+def _short(word: str) -> str:
+    """Return a name that file systems accept with a suffix: of a long one, its beginning and a digest."""
+    if len(word.encode()) <= _LONGEST:
+        return word
+    begin = word.encode()[: _LONGEST - 13].decode(errors="ignore")
+    return f"{begin}-{hashlib.sha256(word.encode()).hexdigest()[:12]}"
 
 
 def _filled(options: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:

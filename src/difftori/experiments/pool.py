@@ -1,5 +1,6 @@
-"""Runs commands as separate processes, several concurrently, so that a crash affects one run only."""
+"""Runs commands as separate processes, several concurrently, bases before their refiners. A crash affects one run only."""
 
+import contextlib
 import json
 import os
 import socket
@@ -19,8 +20,8 @@ from difftori.runs.process import StopSignal
 _WAIT = 0.1
 _TO_SAVE = 600.0
 _TAKEN = "is in use by another process"
-_HOPELESS = 2
-"""Exit code for invalid arguments. The run is not retried, because it would fail again."""
+_HOPELESS, _NOT_STARTED = 2, -1
+"""The exit code for invalid arguments, and the status of a run whose process could not be started. Both would fail again at once."""
 
 
 class RunsFailedError(DifftoriError, RuntimeError):
@@ -48,10 +49,11 @@ def run_all(
 ) -> tuple[list[Failure], list[RunSpec]]:
     """Run `runs`, with `jobs` concurrent processes. Returns the failures and the runs that were not started; `done` gets each other run.
 
-    A run that crashes, or ends with an exit code other than 0 and 2, is restarted up to `retries` times, from its last
-    checkpoint. If another process works on a run, such as one that outlived its parent, this call waits for it. After `seconds`,
-    no further run is started; running ones are finished. With `gpus`, each process sees those that it is given only. On SIGTERM or SIGINT, every process saves a checkpoint and exits, and
-    SystemExit is raised with status 143 or 130.
+    A refiner starts when its base is finished, and not at all if that fails. A run that crashes, or ends with an exit code other
+    than 0 and 2, is restarted up to `retries` times, from its last checkpoint. Runs that other processes work on, such as those
+    that outlived their parent, are waited for, while others are started. After `seconds`, no further run is started; running
+    ones are finished. With `gpus`, each process sees those that it is given only. On SIGTERM or SIGINT, every process saves a
+    checkpoint and exits, and SystemExit is raised with status 143 or 130.
     """
     until = None if seconds is None else time.monotonic() + seconds
     processes = _ProcessPool(runs, say, done, retries, gpus)
@@ -91,58 +93,80 @@ class _ProcessPool:
         self._say, self._done, self._retries, self._tries = say, done, retries, Counter[str]()
         self._gpus = gpus
         self._taken: dict[subprocess.Popen[bytes], str] = {}
+        self._log_starts: dict[subprocess.Popen[bytes], int] = {}
+        self._changed = True  # whether a run has ended since the last look for one that can start
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
         """Run until all runs have ended, or until the time `until`. All processes are stopped if this call is interrupted."""
         try:
             while not stopped():
-                while self.waiting and self._busy < jobs and (until is None or time.monotonic() < until):
-                    self._begin(self.waiting.popleft())
-                if not self._busy:
+                if until is None or time.monotonic() < until:
+                    self._begin_ready(jobs)
+                if not self.running and not self.locked:
                     break
                 self._look()
                 time.sleep(_WAIT)
         finally:
             self._end()
 
-    @property
-    def _busy(self) -> int:
-        """Number of runs in progress, here or in other programs."""
-        return len(self.running) + len(self.locked)
+    def _begin_ready(self, jobs: int) -> None:
+        """Start runs until `jobs` are running, in their order: those whose base is finished, and that no other process works on."""
+        if not self._changed:
+            return
+        for run in list(self.waiting):
+            if len(self.running) >= jobs:
+                return
+            if run.base is not None and not run.base.finished:
+                continue
+            self.waiting.remove(run)
+            if run.locked:
+                self._say(f"{run.name}: running in another process, waiting for it")
+                self.locked.append(run)
+            elif fault := run.conflict():
+                self._fail(Failure(run, _HOPELESS, fault))
+            elif run.finished:
+                self._succeed(run)
+            else:
+                self._begin(run)
+        self._changed = False
 
     def _begin(self, run: RunSpec) -> None:
-        """Start a run, unless another process works on it."""
-        if run.locked:
-            self._say(f"{run.name}: running in another process, waiting for it")
-            self.locked.append(run)
-        else:
-            self._say(f"{run.name}: running ({len(self.waiting)} waiting)")
+        """Start the process of a run. A folder that cannot be written, as on a full disk, is a failure of this run."""
+        self._say(f"{run.name}: running ({len(self.waiting)} waiting)")
+        taken = None if self._gpus is None else self._gpus.take()
+        try:
             _forget_failure(run)
-            if self._gpus is None:
-                self.running[_start(run)] = run
-                return
-            taken = self._gpus.take()
-            process = _start(run, {"CUDA_VISIBLE_DEVICES": taken})
-            self.running[process], self._taken[process] = run, taken
+            start = run.log.stat().st_size if run.log.exists() else 0
+            process = _start(run, None if taken is None else {"CUDA_VISIBLE_DEVICES": taken})
+        except OSError as error:
+            if self._gpus is not None and taken is not None:
+                self._gpus.give_back(taken)
+            self._fail(Failure(run, _NOT_STARTED, f"it cannot be started ({error})"))
+            return
+        self.running[process], self._log_starts[process] = run, start
+        if taken is not None:
+            self._taken[process] = taken
 
     def _look(self) -> None:
         """Handle the runs that have ended since the last call."""
         for run in [run for run in self.locked if not run.locked]:
             self.locked.remove(run)
-            if run.finished:
+            self._changed = True
+            if run.finished and not run.conflict():
                 self._succeed(run)
             else:
                 self.waiting.appendleft(run)
         for process in [process for process in self.running if process.poll() is not None]:
-            run = self.running.pop(process)
+            run, self._changed = self.running.pop(process), True
+            last = _last_line(run, self._log_starts.pop(process))
             if self._gpus is not None:
                 self._gpus.give_back(self._taken.pop(process))
             if process.returncode == 0 or run.finished:
                 self._succeed(run)
-            elif run.locked or _TAKEN in _last_line(run):  # another process locked the directory first
+            elif process.returncode == _HOPELESS and _TAKEN in last:  # another process locked the directory first
                 self.waiting.appendleft(run)
             else:
-                self._fail(Failure(run, process.returncode, _last_line(run)))
+                self._fail(Failure(run, process.returncode, last))
 
     def _end(self) -> None:
         """Terminate every process of this pool, and wait until it has saved its checkpoint."""
@@ -158,12 +182,13 @@ class _ProcessPool:
 
     def _succeed(self, run: RunSpec) -> None:
         self._say(f"{run.name}: done")
-        _forget_failure(run)
+        with contextlib.suppress(OSError):
+            _forget_failure(run)
         self._done(run)
 
     def _fail(self, failure: Failure) -> None:
         run, ended = failure.run, f"status {failure.status}: {failure.reason}"
-        if failure.status != _HOPELESS and self._tries[run.name] < self._retries:
+        if failure.status not in (_HOPELESS, _NOT_STARTED) and self._tries[run.name] < self._retries:
             self._tries[run.name] += 1
             self._say(f"{run.name}: ended with {ended}; restarting ({self._tries[run.name]} of {self._retries})")
             self.waiting.appendleft(run)
@@ -171,8 +196,11 @@ class _ProcessPool:
         self._say(f"{run.name}: FAILED with {ended}")
         self.failures.append(failure)
         note = {"status": failure.status, "reason": failure.reason, "host": socket.gethostname()}
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(beside(run.folder, ".failed.json"), (json.dumps(note) + "\n").encode())
+        try:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(beside(run.folder, ".failed.json"), (json.dumps(note) + "\n").encode())
+        except OSError as error:
+            self._say(f"{run.name}: its error could not be noted in its folder ({error})")
 
 
 def report_failures(failures: Sequence[Failure]) -> None:
@@ -208,6 +236,7 @@ def _start(run: RunSpec, variables: Mapping[str, str] | None = None) -> subproce
         )
 
 
-def _last_line(run: RunSpec) -> str:
-    lines = run.log.read_text(errors="replace").split("\n") if run.log.exists() else []
+def _last_line(run: RunSpec, start: int) -> str:
+    """Return the last line of a run's log after its first `start` bytes."""
+    lines = run.log.read_bytes()[start:].decode(errors="replace").split("\n") if run.log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -6,14 +6,15 @@ worker. If the worker or its machine crashes, Ray restarts the run on another on
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.experiments.plan import RunSpec
 from difftori.experiments.pool import Failure, run_one
-from difftori.experiments.sweep import Engine, report_result
+from difftori.experiments.sweep import Engine, report_result, split_ready
 from difftori.runs.process import StopSignal
 
 _LOOK = 1.0
@@ -27,6 +28,8 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
     crashed, and of a run that crashed itself. Raises MissingExtraError without Ray, and ConfigError if there is no cluster at
     the address.
     """
+    if gpus > 1 and gpus != round(gpus):
+        raise ConfigError([f"gpus: {gpus:g} for each run. Fix: give a fraction, such as 0.25, or a whole number"])
     ray = _ray()
     try:
         if not ray.is_initialized():
@@ -45,11 +48,21 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
     def engine(
         runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
-        tasks = {carry_out.remote(run): run for run in runs}
-        say(f"{len(tasks)} runs submitted to Ray, {cpus:g} cores and {gpus:g} GPUs each")
+        if (missing := _missing_machine(ray.nodes(), cpus, gpus)) is not None:
+            if address == "local":
+                raise ConfigError([missing])
+            say(missing)
+        tasks: dict[object, RunSpec] = {}
+        waiting = list(runs)
         failures: list[Failure] = []
         with StopSignal() as stop:
-            while tasks and not stop.requested:
+            while not stop.requested:
+                ready, waiting = split_ready(waiting)
+                if ready:
+                    tasks |= {carry_out.remote(run): run for run in ready}
+                    say(f"{len(ready)} runs submitted to Ray, {cpus:g} cores and {gpus:g} GPUs each")
+                if not tasks:
+                    break
                 ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK)
                 for task in ended:
                     run = tasks.pop(task)
@@ -72,6 +85,18 @@ def _ray() -> ModuleType:
     except ImportError as error:
         raise MissingExtraError("--ray: Ray is not installed. Fix: pip install 'difftori[ray]'") from error
     return ray
+
+
+def _missing_machine(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> str | None:
+    """Return a message if no machine of the cluster is large enough for a run."""
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus for there in machines):
+        return None
+    sizes = ", ".join(f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs" for there in machines[:4])
+    return (
+        f"cpus, gpus: a run has {cpus:g} cores and {gpus:g} GPUs, and no machine of the Ray cluster has as many ({sizes}). "
+        "Fix: give fewer, or add a machine; until then, runs wait"
+    )
 
 
 def _outcome(ray: ModuleType, task: object, run: RunSpec) -> Failure | None:

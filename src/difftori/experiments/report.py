@@ -8,11 +8,12 @@ from typing import Literal
 import jinja2
 
 from difftori import __version__
+from difftori.errors import ConfigError
 from difftori.experiments.analyse import OVER, Pair, Section, sections
 from difftori.experiments.gather import Gathered, Run, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
-from difftori.experiments.statistics import Estimate
+from difftori.experiments.statistics import BOOTSTRAP_COVERAGE, Estimate
 from difftori.experiments.tables import Column, interval, latex_table, number, plus_minus, write_csv
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.figures import svg_element
@@ -77,6 +78,8 @@ def write_report(
     `reference`: the method to compare the others with (default: compare every pair). `evaluation`: as in `gather`. Raises
     ConfigError without runs, or for an unknown reference.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError([f"out: {out} is a file. Fix: give a directory"])
     found = gather(places, evaluation)
     parts = sections(found.runs, reference)
     out.mkdir(parents=True, exist_ok=True)
@@ -163,6 +166,12 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
             warnings.append(f"{part.measure.name}: methods have runs with different seeds.")
         if part.measure.full is None and len(part.tasks) > 1:
             warnings.append(f"{part.measure.name} has no common scale over tasks, so tasks are not averaged.")
+        few = min((cell.seeds for cell in part.cells if cell.seeds > 1), default=0)
+        if (part.over or part.pairs) and few in BOOTSTRAP_COVERAGE:
+            warnings.append(
+                f"{part.measure.name}: with {few} seeds, the bootstrap's 95 % intervals are too narrow. On one task they contain "
+                f"the mean of normally distributed results in {100 * BOOTSTRAP_COVERAGE[few]:.0f} % of cases."
+            )
     return warnings
 
 

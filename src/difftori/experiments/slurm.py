@@ -17,7 +17,7 @@ from typing import Any, Literal
 from difftori.errors import ConfigError, MissingExtraError
 from difftori.experiments.plan import RunSpec, beside
 from difftori.experiments.pool import Failure, RunsFailedError, run_one
-from difftori.experiments.sweep import Engine, report_result
+from difftori.experiments.sweep import Engine, report_result, split_ready
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.process import StopSignal
 
@@ -81,24 +81,33 @@ def on_slurm(
         runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
         jobs: dict[Any, RunSpec] = {}
-        missing: list[RunSpec] = []
-        for run in runs:
-            job = _submitted(run, lambda number: jobs_of(folder, number))
-            if job is None:
-                missing.append(run)
-            else:
-                say(f"{run.name}: already submitted as job {job.job_id}, {job.state}")
-                jobs[job] = run
-        for begin in range(0, len(missing), _ARRAY):
-            part = missing[begin : begin + _ARRAY]
-            submitted = _submit(submitit, executor, part, retries, f"{begin} of {len(missing)}")
-            for job, run in zip(submitted, part, strict=True):
-                _note(run, job.job_id)
-                say(f"{run.name}: submitted as job {job.job_id}")
-                jobs[job] = run
+
+        def submit(ready: Sequence[RunSpec]) -> None:
+            """Submit the runs that have no job."""
+            missing: list[RunSpec] = []
+            for run in ready:
+                job = _submitted(run, lambda number: jobs_of(folder, number))
+                if job is None:
+                    missing.append(run)
+                else:
+                    say(f"{run.name}: already submitted as job {job.job_id}, {job.state}")
+                    jobs[job] = run
+            for begin in range(0, len(missing), _ARRAY):
+                part = missing[begin : begin + _ARRAY]
+                submitted = _submit(submitit, executor, part, retries, f"{begin} of {len(missing)}")
+                for job, run in zip(submitted, part, strict=True):
+                    _note(run, job.job_id)
+                    say(f"{run.name}: submitted as job {job.job_id}")
+                    jobs[job] = run
+
+        waiting = list(runs)
         failures: list[Failure] = []
         with StopSignal() as stop:
-            while jobs and not stop.requested:
+            while not stop.requested:
+                ready, waiting = split_ready(waiting)
+                submit(ready)
+                if not jobs:
+                    break
                 for job in [job for job in jobs if job.done()]:
                     run = jobs.pop(job)
                     failures += report_result(run, _outcome(submitit, job, run), say, done)

@@ -8,6 +8,9 @@ import numpy as np
 
 from difftori.errors import NonFiniteError, ShapeError
 
+BOOTSTRAP_COVERAGE = {2: 0.51, 3: 0.74, 4: 0.80}
+"""How often the 95 % percentile bootstrap interval of the mean of so few normally distributed values contains it (1500 trials)."""
+
 
 @dataclass(frozen=True)
 class Estimate:

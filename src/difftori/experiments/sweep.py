@@ -16,7 +16,10 @@ class Engine(Protocol):
     def __call__(
         self, runs: Sequence[RunSpec], *, say: Callable[[str], None], done: Callable[[RunSpec], None]
     ) -> list[Failure]:
-        """Run all of `runs` and return the failures. Calls `say` with progress messages, and `done` with each finished run."""
+        """Run all of `runs`, each after its base, and return the failures. The refiners of a run that fails are not started.
+
+        Calls `say` with progress messages, and `done` with each finished run.
+        """
         ...
 
 
@@ -27,13 +30,14 @@ def run_sweep(
 
     The refiners of a failed run are not started.
     """
-    failures: list[Failure] = []
-    for depth in range(1 + max((run.depth for run in runs), default=-1)):
-        wave = [run for run in runs if run.depth == depth and not run.finished]
-        ready = [run for run in wave if run.base is None or run.base.finished]
-        if ready:
-            failures += engine(ready, say=say, done=done)
-    return failures
+    missing = sorted((run for run in runs if not run.finished), key=lambda run: run.depth)
+    return engine(missing, say=say, done=done) if missing else []
+
+
+def split_ready(runs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[RunSpec]]:
+    """Split runs into those whose base is finished, or that have none, and the others."""
+    ready = dict.fromkeys(run for run in runs if run.base is None or run.base.finished)
+    return list(ready), [run for run in runs if run not in ready]
 
 
 def report_result(

@@ -54,7 +54,7 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True
@@ -78,6 +78,7 @@ def removed_on_error(path: Path, keep: Callable[[], bool]) -> Iterator[None]:
 
 _TIME_IS_UP = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()
 """The signal that Slurm, started by submitit, sends to every process of a job shortly before the time limit."""
+_TERMINAL_CLOSED = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 
 _log = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """A context manager in which SIGTERM, SIGINT and SIGUSR2 only set `requested`. It restores the handlers at the end.
+    """A context manager in which SIGTERM, SIGINT, SIGUSR2 and SIGHUP only set `requested`. It restores the handlers at the end.
 
-    A second SIGINT has its previous effect, so it ends the process immediately. Outside the main thread Python delivers no
+    SIGHUP, of a closed terminal, stays ignored where it is, as under `nohup`. A second SIGINT has its previous effect, so it ends the process immediately. Outside the main thread Python delivers no
     signals, and the context manager does nothing.
     """
 
@@ -99,7 +100,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, *_TIME_IS_UP):
+            closed = [number for number in _TERMINAL_CLOSED if signal.getsignal(number) != signal.SIG_IGN]
+            for number in (signal.SIGTERM, signal.SIGINT, *_TIME_IS_UP, *closed):
                 self._former[number] = signal.signal(number, self._note)
         return self
 
