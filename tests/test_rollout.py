@@ -8,6 +8,7 @@ from tiny_env.reach import ENV, STEPS, Reach, expert
 from difftori.errors import ConfigError
 from difftori.registry import make_env
 from difftori.rollout import PolicyInRows, evaluate_policy, named, run_episodes, wilson_interval
+from difftori.runs.process import StopRequested
 from difftori.types import EntrySpec, TaskSpec
 
 
@@ -46,6 +47,21 @@ def test_episodes_do_not_depend_on_how_many_are_played_at_once(rows):
     assert played == alone
     assert all(episode.success for episode in played)
     assert len({episode.length for episode in played}) > 1, "they end at different times, which is what is tested"
+
+
+def test_an_evaluation_tells_its_progress_and_can_be_ended_after_any_step():
+    seen: list[int] = []
+    evaluate_policy(make_env(ENV, num_envs=2, seed=0), homing(spec()), spec(), range(7, 12), watch=seen.append)
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 5)
+
+    def stop(ended: int) -> None:
+        raise StopRequested
+
+    plans: list = []
+    with pytest.raises(StopRequested):
+        evaluate_policy(make_env(ENV, num_envs=2, seed=0), homing(spec(), plans), spec(), range(7, 12), watch=stop)
+    assert len(plans) == 1, "the end comes within the first plan"
 
 
 def test_an_episode_is_that_of_its_seed_and_ends_with_success_or_time():

@@ -55,7 +55,8 @@ class CollectArguments(Arguments):
     seed: int = 0
     """Random seed. The seed of an episode is derived from it and the number of the episode."""
     obs: str | None = None
-    """Observation type to record (default: the expert's). `state` records states, `points` point clouds and the robot's state; for MetaWorld also the full state."""
+    """Observation type to record (default: the expert's). `state` records states, `points` point clouds and the robot's state,
+    `image` the cameras' images and the robot's state; for MetaWorld also the full state."""
     workers: int | None = None
     """Number of worker processes (default: one per core). The data set does not depend on it."""
     keep_failures: bool = False

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_errors([f"{error}. Fix: free space, or choose a directory that can be written"])
         return 1
     except KeyboardInterrupt:
-        print_errors(["interrupted"])
+        print_errors(["interrupted. Fix: re-run the same command to continue"])
         return 130
 
 
@@ -261,8 +261,7 @@ def _eval(words: list[str]) -> None:
                 "--which: 'best' is not available, because an agent's run stores its last weights only. Fix: use --which last"
             ]
         )
-    with status(f"evaluating {options.run}", shown=not options.quiet):
-        results = trainer.evaluate(options.run, **given)
+    results = trainer.evaluate(options.run, **given, progress=not options.quiet)
     title = str(options.run) if options.which is None else f"{options.run} ({options.which})"
     print_table(title, [{"": name, "value": value} for name, value in results.items()])
 
@@ -372,7 +371,7 @@ def _report(words: list[str]) -> None:
 
     console = Console()
     for tables in report.tables:
-        for caption, columns in list(tables.items())[:2]:
+        for caption, columns in tables.items():
             console.print(screen_table(caption, columns))
     console.print(f"{report.page}", soft_wrap=True, highlight=False)
 

@@ -217,8 +217,17 @@ def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[s
         return f"{shown}: unknown{_meant(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
     if error["type"] == "missing":
         return f"{shown}: missing. Fix: give a value"
-    value = repr(error["input"])
-    return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}"
+    value, meaning = repr(error["input"]), _meaning(config_type, place)
+    return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}" + (meaning and f" ({meaning})")
+
+
+def _meaning(model: Any, place: list[str]) -> str:
+    """Return the first sentence about an option, without its default; empty if it has none."""
+    for part in place[:-1]:
+        model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
+    fields = [m.model_fields for m in alternatives(model) if isinstance(m, type) and issubclass(m, BaseModel)]
+    text = next((found[place[-1]].description or "" for found in fields if place[-1] in found), "")
+    return " ".join(text.split()).partition(". ")[0].partition(" (default")[0].removesuffix(".")
 
 
 def _meant(name: str, known: set[str], written: Mapping[str, str]) -> str:

@@ -121,19 +121,28 @@ class Episode:
     length: int = 0
 
 
-def evaluate_policy(env: CheckedVectorEnv, act: Act, spec: TaskSpec, seeds: Sequence[int]) -> list[Episode]:
+def evaluate_policy(
+    env: CheckedVectorEnv,
+    act: Act,
+    spec: TaskSpec,
+    seeds: Sequence[int],
+    *,
+    watch: Callable[[int], None] = lambda ended: None,
+) -> list[Episode]:
     """Run a policy for one episode from each seed, and return the results in the order of the seeds. An episode ends when it succeeds.
 
-    If the environment fails and is restarted, all episodes are run again; EnvironmentFailed is raised when no restarts are left.
+    `watch` is called after every step with the number of episodes that have ended; what it raises ends the evaluation. If the environment fails and is restarted, all episodes are run again; EnvironmentFailed is raised when no restarts are left.
     Raises ConfigError if the environment never reports success.
     """
     while True:
-        episodes, reported = [Episode(seed) for seed in seeds], False
+        episodes, reported, ended = [Episode(seed) for seed in seeds], False, 0
         try:
             for step in run_episodes(env, PolicyInRows(act, spec), seeds, until_success=True):
                 reported |= step.success is not None
                 for row, number in step.active():
                     _add(episodes[number], step, row)
+                ended += int(step.ended.sum())
+                watch(ended)
         except EnvironmentRestarted:
             continue
         if not reported:

@@ -1,5 +1,8 @@
 """Intervals against known values and their promised coverage."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from difftori.experiments.statistics import (
     mean_interval,
     mean_of_means,
     paired_difference,
+    paired_rates,
     ratio_interval,
     spread,
     stratified_interval,
@@ -129,3 +133,28 @@ def test_a_stratum_of_one_makes_the_interval_infinite():
     assert (estimate.value, estimate.low, estimate.high) == (1.75, -np.inf, np.inf)
     with pytest.raises(ShapeError, match="at least one task"):
         stratified_interval([], mean_of_means, np.random.default_rng(0))
+
+
+def test_the_interval_of_paired_rates_is_possible_not_empty_and_covers():
+    none, some = np.zeros(6), np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    equal = paired_rates(none, none)
+    assert (equal.value, -equal.low) == (0.0, equal.high)
+    assert 0.3 < equal.high < 0.5  # Wilson's limit of 0 of 6 is .39
+    forth, back = paired_rates(some, none), paired_rates(none, some)
+    assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
+    worst = paired_rates(np.zeros(4), np.ones(4))
+    assert worst.value == worst.low == -1.0
+
+    # (both, only the first, only the second, neither): all outcomes of 15 trials, weighted with their probability
+    chances, count, covered = (0.4, 0.25, 0.1, 0.25), 15, 0.0
+    for cells in itertools.product(range(count + 1), repeat=3):
+        rest = count - sum(cells)
+        if rest >= 0:
+            table = (*cells, rest)
+            weight = math.factorial(count) * math.prod(
+                c**k / math.factorial(k) for c, k in zip(chances, table, strict=True)
+            )
+            pairs = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], table, axis=0).astype(float)
+            found = paired_rates(pairs[:, 0], pairs[:, 1])
+            covered += weight * (found.low <= chances[1] - chances[2] <= found.high)
+    assert 0.93 < covered < 0.99

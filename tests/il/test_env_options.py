@@ -72,6 +72,7 @@ def test_options_reach_the_environment_and_the_conversion_and_are_inherited(demo
     config = read_config(tmp_path / "run")
     assert config["env_options"] == ["actions=places", "size=2"]
     assert inherited(config)["env_options"] == ["actions=places", "size=2"]
+    assert inherited(config)["eval_episodes"] == config["eval_episodes"] == 1
     refiner = parse_config({"policy": "residual", "base": str(tmp_path / "run")})
     assert refiner.env_options == ("actions=places", "size=2")
     assert evaluate_run(tmp_path / "run", episodes=1)["episodes"] == 1

@@ -56,7 +56,12 @@ def render(request: RenderRequest, show: Show = lambda done, total: None) -> dic
     """
     out = request.target
     if not request.file.is_file():
-        raise ConfigError([f"file: {request.file} does not exist. Fix: give a robomimic file"])
+        what = "is a directory, not a robomimic file (.hdf5)" if request.file.is_dir() else "does not exist"
+        raise ConfigError(
+            [
+                f"file: {request.file} {what}. Fix: give a robomimic file; of our own demonstrations, collect again with --obs image"
+            ]
+        )
     if out.exists() and out.samefile(request.file):
         raise ConfigError([f"out: {out} is the file itself. Fix: choose another --out"])
     with open_robomimic(request.file, None) as source:

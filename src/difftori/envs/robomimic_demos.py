@@ -167,8 +167,8 @@ def read_layout(task: str, about: Mapping[str, Any]) -> Layout:
             return Layout()
         raise ConfigError(
             [
-                f"demos: the metadata name {about.get('env', 'no environment')!r}, not robomimic:{task}; without robomimic's "
-                "`env_args`, the order of `object` is unknown. Fix: give a robomimic file, or one of difftori collect, of this task"
+                f"demos: they are of {about.get('env', 'an unknown environment')}, not of robomimic:{task}. Fix: give robomimic's file of this "
+                "task, or demonstrations that difftori collect recorded in it"
             ]
         )
     args = _read_args(about["env_args"])

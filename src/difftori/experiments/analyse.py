@@ -15,6 +15,7 @@ from difftori.experiments.statistics import (
     mean_of_means,
     median_of_means,
     optimality_gap,
+    paired_rates,
     spread,
     stratified_interval,
     student_interval,
@@ -120,7 +121,8 @@ def _section(measure: Measure, runs: Sequence[Run], reference: str | None) -> Se
     scaled = {}
     if full is not None and common:
         scaled = {m: [_values(by_cell[t, m], measure) / full for t in common] for m in methods}
-    others = list(combinations(methods, 2))
+    # A refiner is compared with its base, not the other way round.
+    others = [(b, a) if f" on {a}" in b else (a, b) for a, b in combinations(methods, 2)]
     if reference is not None and reference in methods:
         others = [(method, reference) for method in methods if method != reference]
     pairs = [pair for a, b in others for pair in _pairs(measure, tasks, by_cell, a, b)]
@@ -188,15 +190,18 @@ def _single_pairs(
     measure: Measure, tasks: Sequence[str], by_cell: dict[tuple[str, str], list[Run]], method: str, reference: str
 ) -> list[Pair]:
     """Compare two methods on the tasks with one pair of runs of the same seed, over the episodes that both runs have."""
-    gaps: dict[str, np.ndarray] = {}
+    gaps, estimates = dict[str, np.ndarray](), dict[str, Estimate]()
     for task in tasks:
         theirs = {run.seed: run.by_episode(measure) for run in by_cell[task, reference]}
         pairs = [(run.by_episode(measure), theirs[run.seed]) for run in by_cell[task, method] if run.seed in theirs]
         found = [(a, b, common) for a, b in pairs if len(common := sorted(a.keys() & b.keys())) > 1]
         if len(found) == 1:
             ((a, b, common),) = found
-            gaps[task] = np.array([a[episode] - b[episode] for episode in common])
-    rows = [Pair(task, method, reference, 1, student_interval(gap), None, len(gap)) for task, gap in gaps.items()]
+            values = np.array([[run[episode] for episode in common] for run in (a, b)])
+            gaps[task] = values[0] - values[1]
+            binary = bool(np.isin(values, (0, 1)).all())
+            estimates[task] = paired_rates(values[0], values[1]) if binary else student_interval(gaps[task])
+    rows = [Pair(task, method, reference, 1, estimates[task], None, len(gap)) for task, gap in gaps.items()]
     if len(gaps) > 1 and measure.full is not None:
         every = stratified_interval(list(gaps.values()), mean_of_means, np.random.default_rng(SEED))
         rows.append(Pair(None, method, reference, len(gaps), every, None, sum(map(len, gaps.values()))))

@@ -1,5 +1,6 @@
 """Means with their uncertainty: normal and bootstrap intervals, paired comparisons, spread over seeds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -7,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 from difftori.errors import NonFiniteError, ShapeError
+from difftori.rollout import wilson_interval
 
 BOOTSTRAP_COVERAGE = {2: 0.51, 3: 0.74, 4: 0.80}
 """How often the 95 % percentile bootstrap interval of the mean of so few normally distributed values contains it (1500 trials)."""
@@ -60,6 +62,29 @@ def ratio_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Estimate(float(values.mean() / reference.mean()), float(low), float(high))
+
+
+def paired_rates(successes: np.ndarray, reference: np.ndarray, *, z: float = 1.96) -> Estimate:
+    """Return rate − rate of the reference over paired trials (B, 0 or 1), with Newcombe's interval for paired proportions.
+
+    Unlike Student's, it stays in [−1, 1], and is not empty if all differences are equal (Newcombe, Statistics in Medicine 17,
+    1998, 2635-2650, method 10: Wilson's limits, and the correlation with a continuity correction). z = 1.96: 95 %.
+    """
+    ours, theirs = _checked(successes), _paired(successes, reference)
+    count = len(ours)
+    both, neither = int((ours * theirs).sum()), int(((1 - ours) * (1 - theirs)).sum())
+    first, second = int(ours.sum()), int(theirs.sum())
+    product = both * neither - (first - both) * (second - both)
+    scale = math.sqrt(first * (count - first) * second * (count - second))
+    corrected = max(product - count / 2, 0.0) if product > 0 else float(product)
+    correlation = corrected / scale if scale else 0.0
+    (low, high), (low_ref, high_ref) = wilson_interval(first, count, z), wilson_interval(second, count, z)
+    p, q = first / count, second / count
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * correlation * a * b + b * b, 0.0))
+
+    return Estimate(p - q, p - q - reach(p - low, high_ref - q), p - q + reach(high - p, q - low_ref))
 
 
 def student_interval(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:

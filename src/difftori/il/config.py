@@ -153,7 +153,7 @@ TASK_OPTIONS = (
     "max_episode_steps",
 )
 """Options of the environment and its demonstrations; a task rejects those that it does not have."""
-INHERITED = ("env", "seed", "data_seed", *TASK_OPTIONS)
+INHERITED = ("env", "seed", "data_seed", "eval_episodes", *TASK_OPTIONS)
 """Options whose defaults a refiner takes from its base's run."""
 
 

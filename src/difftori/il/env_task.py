@@ -1,6 +1,6 @@
 """An imitation task from an environment and recorded demonstrations: `--env pusht --demos PATH`."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,8 @@ EVAL_ROWS = 25
 class EnvEvaluator:
     """Evaluates a policy in an environment, with `num_envs` episodes in parallel. Options that are None use the environment's defaults.
 
-    `env_options` are further options of the environment, NAME=VALUE. Raises ConfigError for invalid ones.
+    `env_options` are further options of the environment, NAME=VALUE. Raises ConfigError for invalid ones. `watch` is called after
+    every step with the number of episodes that have ended.
     """
 
     env: ResolvedEnv
@@ -46,6 +47,7 @@ class EnvEvaluator:
     workers: str | None = None
     max_episode_steps: int | None = None
     env_options: Sequence[str] = ()
+    watch: Callable[[int], None] = lambda ended: None
 
     def evaluate(self, act: Act, spec: TaskSpec, *, episodes: int) -> Evaluation:
         """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score.
@@ -54,7 +56,8 @@ class EnvEvaluator:
         """
         env = self.open(min(self.num_envs, episodes))
         try:
-            played = evaluate_policy(env, _choosing(act, spec), spec, range(TEST_SEED, TEST_SEED + episodes))
+            seeds = range(TEST_SEED, TEST_SEED + episodes)
+            played = evaluate_policy(env, _choosing(act, spec), spec, seeds, watch=self.watch)
         finally:
             env.close()
         return Evaluation(_metrics(played), _columns(played))
@@ -96,6 +99,10 @@ class EnvTask(ImitationTask):
     """Imitation of recorded episodes of an environment, with evaluation in it."""
 
     evaluator: EnvEvaluator
+
+    def watched(self, watch: Callable[[int], None]) -> "EnvTask":
+        """See `ImitationTask.watched`."""
+        return replace(self, evaluator=replace(self.evaluator, watch=watch))
 
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
         """See `EnvEvaluator.evaluate`. `generator` is not used."""

@@ -136,7 +136,8 @@ def check_base_data(base_dir: Path, now: Fingerprint | None) -> None:
         raise ConfigError(
             [
                 *(f"demos: changed since the base was trained: {line}" for line in found),
-                f"demos: the data are not those of {base_dir}. Fix: train the base again, or give the data of the base",
+                f"demos: the data are not those of {base_dir}. Fix: train the base again, or give the data of the base; if episodes "
+                "were added, --episodes 0:N reads the first N",
             ]
         )
 

@@ -36,6 +36,13 @@ class ImitationTask(ABC):
     data: Fingerprint | None = field(default=None, kw_only=True)
     """The fingerprint of recorded demonstrations; None if they are generated."""
 
+    def watched(self, watch: Callable[[int], None]) -> "ImitationTask":
+        """Return the task with an evaluation that calls `watch` with the number of finished episodes, and ends with what it raises.
+
+        By default, evaluations are not watched.
+        """
+        return self
+
     @abstractmethod
     def evaluate(self, act: Act, *, episodes: int, generator: torch.Generator) -> Evaluation:
         """Execute the policy from `episodes` starts, which are fixed or sampled from `generator` (CPU), and return the results.

@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -143,8 +143,13 @@ def _train(
                 return {}
             export(out, config, learner, spec)
             try:
-                with bar.phase(f"evaluation: {config.eval_episodes} episodes"):
-                    summary, episodes = summarise(learner, task, config, stop.check)
+                with bar.phase("evaluation: episodes", config.eval_episodes) as evaluation:
+
+                    def watch(ended: int) -> None:
+                        evaluation.update(ended)
+                        stop.check()
+
+                    summary, episodes = summarise(learner, task.watched(watch), config, stop.check)
             except StopRequested:  # the evaluation is repeated when the run is resumed
                 stop.leave()
         if not summary["updates"]:
@@ -267,7 +272,13 @@ def evaluate(
 
 
 def evaluate_run(
-    run_dir: Path, *, which: Which | None = None, episodes: int | None = None, device: str = "cpu", video: bool = False
+    run_dir: Path,
+    *,
+    which: Which | None = None,
+    episodes: int | None = None,
+    device: str = "cpu",
+    video: bool = False,
+    progress: bool = False,
 ) -> Metrics:
     """Evaluate the policy of a run on `episodes` episodes (default: the run's own number).
 
@@ -287,27 +298,22 @@ def evaluate_run(
                 )
             task = open_task(config)
             warn_of_changes(run_dir, task.data)
-            result = evaluate(policy, task, config, episodes=count)
-            return _kept(run_dir, result, config, which)
-        evaluator = EnvEvaluator(
-            resolve_env(config.env),
-            config.obs,
-            config.num_envs or EVAL_ROWS,
-            config.workers,
-            config.max_episode_steps,
-            config.env_options or (),
-        )
-        actor = partial(seeded_actor, policy, seed=config.seed, device=config.device)
-        if video:
-            evaluator.film(actor(), policy.spec, run_dir)
-        result = evaluator.evaluate(actor(), policy.spec, episodes=count)
-        return _kept(run_dir, result, config, which)
+            with Progress(progress) as bar, bar.phase(f"evaluation: {count} episodes"):
+                result = evaluate(policy, task, config, episodes=count)
+        else:
+            env, num_envs = resolve_env(config.env), config.num_envs or EVAL_ROWS
+            limit, further = config.max_episode_steps, config.env_options or ()
+            evaluator = EnvEvaluator(env, config.obs, num_envs, config.workers, limit, further)
+            actor = partial(seeded_actor, policy, seed=config.seed, device=config.device)
+            with Progress(progress) as bar:
+                if video:
+                    with bar.phase("recording the first episode"):
+                        evaluator.film(actor(), policy.spec, run_dir)
+                with bar.phase("evaluation: episodes", count) as phase:
+                    evaluator = replace(evaluator, watch=phase.update)
+                    result = evaluator.evaluate(actor(), policy.spec, episodes=count)
     finally:
         torch.set_num_threads(threads)
-
-
-def _kept(run_dir: Path, result: Evaluation, config: TrainConfig, which: Which | None) -> Metrics:
-    """Keep the evaluation in the run directory, and return its metrics."""
     settings = {"weights": which or default_weights(config), "device": config.device}
     keep_evaluation(run_dir, result.metrics, result.episodes, settings)
     return result.metrics

@@ -18,6 +18,7 @@ from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rollout import ActInRows, episode_seed, record, run_episodes
 from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.page import keep_evaluation
+from difftori.runs.progress import Progress
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
 from difftori.steering import Steering
@@ -193,7 +194,9 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
     return agent.eval(), config, int(steps)
 
 
-def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False) -> Metrics:
+def evaluate_run(
+    run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False, progress: bool = False
+) -> Metrics:
     """Evaluate the agent of a run again on `episodes` evaluation seeds. Default: the run's `eval_episodes`.
 
     `video`: record the first of these episodes in the run's `media/`. Default: False. The result is kept in the run's
@@ -205,9 +208,12 @@ def evaluate_run(run_dir: Path, *, episodes: int | None = None, device: str = "c
     torch.set_num_threads(config.threads)
     env = open_evaluation(config, count)
     try:
-        if video:
-            film(agent, config, agent_steps, run_dir)
-        result = evaluate_agent(agent, env, config, agent_steps, count)
+        with Progress(progress) as bar:
+            if video:
+                with bar.phase("recording the first episode"):
+                    film(agent, config, agent_steps, run_dir)
+            with bar.phase("evaluation: episodes", count) as phase:
+                result = evaluate_agent(agent, env, config, agent_steps, count, watch=phase.update)
         columns = {"return": result.returns.tolist(), "length": result.lengths.tolist()}
         metrics = eval_metrics(result)
         keep_evaluation(run_dir, metrics, columns, {"weights": "last", "device": device})

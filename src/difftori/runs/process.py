@@ -127,7 +127,7 @@ class StopSignal:
         self.received = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._former[signal.SIGINT])
-        _log.warning("%s: saving a checkpoint, then exiting", self.received.name)
+        _log.warning("%s: saving a checkpoint, then exiting. Re-run the same command to resume", self.received.name)
 
 
 _SIMULATORS = ("mujoco", "dm_control", "metaworld", "gym_pusht", "pymunk", "gymnasium")

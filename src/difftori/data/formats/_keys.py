@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from difftori.data.formats._source import Entries, Source, plain_name
 from difftori.data.trajectories import RESERVED
@@ -116,10 +117,19 @@ def _found(source: Source, name: str, wanted: tuple[str, str]) -> str:
     key = find_key(source, name)
     if key is None:
         raise DataError(
-            f"{source.path}: {wanted[0]} to be read from {name!r}, which does not exist; there are {listing(source)}. "
-            f"Fix: choose one of these, {wanted[1]}"
+            f"{source.path}: {wanted[0]} to be read from {name!r}, which does not exist; there are {listing(source)}"
+            f"{_recorded_in(source.about)}. Fix: choose one of these, {wanted[1]}"
         )
     return key
+
+
+def _recorded_in(about: Mapping[str, Any]) -> str:
+    """Return the environment and the observation type of a data set that `difftori collect` wrote, as text."""
+    if not isinstance(about.get("env"), str) or not isinstance(about.get("obs"), str):
+        return ""
+    return (
+        f". They were recorded in {about['env']} with --obs {about['obs']}, so check --env and --obs, or collect others"
+    )
 
 
 def _shape(source: Source, key: str) -> str:
