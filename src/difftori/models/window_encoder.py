@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from difftori.errors import ShapeError
 from difftori.models.images import IMAGE_WIDTH, ImageEncoder, Images
 from difftori.models.nets import mlp
+from difftori.models.points import pooled
 from difftori.types import EntrySpec, Latents, TaskSpec, WindowObs
 
 CLOUD_WIDTH = 64
@@ -31,7 +32,7 @@ class PointNet(nn.Module):
 
     def forward(self, clouds: Float[Tensor, "... N C"]) -> Float[Tensor, "... F"]:
         """(… N C) → (… F)."""
-        return self.last(self.points(clouds).amax(-2))
+        return self.last(pooled(self.points, clouds))
 
 
 class WindowEncoder(nn.Module):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
+from difftori.models.points import pooled
 from difftori.policies._units import finite_box
 from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
 
@@ -44,7 +45,7 @@ class PointFeatures(nn.Module):
 
     def forward(self, clouds: Float[Tensor, "... N C"]) -> Float[Tensor, "... F"]:
         """Encode the clouds: (… N C) → (… F)."""
-        return self.points(clouds).amax(-2)
+        return pooled(self.points, clouds)
 
 
 @final
