@@ -348,9 +348,11 @@ def _sweep(words: list[str]) -> None:
     try:
         if not options.status and any(s.state == "finished" for s in found):
             from difftori.experiments.report import write_report
+            from difftori.runs.records import is_finished
 
             # Also the runs of other sweeps in this folder, so that they do not overwrite each other's report.
-            print(write_report([sweep.out], sweep.out / "report", title=sweep.out.name).page)
+            ended = [folder for folder in sorted(sweep.out.glob("*/*/seed-*")) if is_finished(folder)]
+            print(write_report(ended, sweep.out / "report", title=sweep.out.name).page)
     finally:
         report_failures(failures)
 

@@ -436,3 +436,13 @@ def test_few_seeds_are_warned_of(reward, tmp_path):
     assert "with 3 seeds, the bootstrap&#39;s 95 % intervals are too narrow" in page
     with pytest.raises(ConfigError, match="is a file"):
         write_report([reward], tmp_path / "page" / "report.html")
+
+
+def test_shorter_episodes_have_a_smaller_largest_return(tmp_path):
+    for seed in (0, 1):
+        config = {"agent": "sac", "env": "dmc:cup-catch", "obs": "state", "steps": 10, "seed": seed, "eval_episodes": 2}
+        short = {**config, "max_episode_steps": 100}
+        written(tmp_path / f"short-{seed}", short, [], {"return": 80.0, "seconds": 1.0})
+    (section,) = sections(gather([tmp_path]).runs)
+    assert section.measure.full == 100.0
+    assert section.over[0].statistics["mean"].value == pytest.approx(0.8)

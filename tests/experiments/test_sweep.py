@@ -73,6 +73,16 @@ def test_a_sweep_runs_bases_first_and_again_repeats_nothing(sweep, in_this_proce
     assert len(in_this_process) == 4
 
 
+def test_two_sweeps_in_one_folder_have_one_report(sweep, in_this_process, tmp_path):
+    given = yaml.safe_load(sweep.read_text())
+    for seed in (0, 1):
+        file = tmp_path / f"part-{seed}.yaml"
+        file.write_text(yaml.safe_dump({**given, "grid": {"seed": [seed]}, "variants": [{"train": "bc"}]}))
+        assert main(["sweep", str(file), "--quiet"]) == 0
+    rows = (tmp_path / "out" / "report" / "runs.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2
+
+
 def test_what_refines_a_run_that_failed_is_not_started_and_the_rest_is(sweep, monkeypatch, in_this_process, capsys):
     runs = plan(read_sweep(sweep))
     bad = next(run for run in runs if run.base is None)

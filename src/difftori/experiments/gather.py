@@ -249,7 +249,7 @@ def _run(place: Path, record: Record, base: str | None) -> Run:
     seeds: tuple[int, ...] = ()
     rule = "last weights" if agent else ""
     if summary is not None and agent:
-        outcomes[Measure("return", _full_return(config["env"]))] = summary["return"]
+        outcomes[Measure("return", _full_return(config))] = summary["return"]
     elif summary is not None:
         which = "last" if any(name.startswith("last/") and "validation" not in name for name in summary) else "best"
         rule = "last weights" if which == "last" else "weights of least validation error"
@@ -298,9 +298,13 @@ def _task(config: Mapping[str, Any]) -> str:
     return f"{name} ({', '.join(further)})" if further else name
 
 
-def _full_return(env: str) -> float | None:
-    """Return the largest possible return of an episode; None if unknown for the environment family."""
-    return {"dmc": 1000.0, "probe": 1.0}.get(env.partition(":")[0])
+def _full_return(config: Mapping[str, Any]) -> float | None:
+    """Return the largest possible return of an episode; None if unknown for the environment family.
+
+    An episode of DeepMind Control has 1000 steps, or as many as the run limits it to, of a reward of at most 1.
+    """
+    family = config["env"].partition(":")[0]
+    return {"dmc": float(config.get("max_episode_steps") or 1000), "probe": 1.0}.get(family)
 
 
 def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
