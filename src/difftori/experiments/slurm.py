@@ -104,10 +104,11 @@ def on_slurm(
         failures: list[Failure] = []
         with StopSignal() as stop:
             while not stop.requested:
-                ready, waiting = split_ready(waiting)
-                submit(ready)
-                if not jobs:
-                    break
+                if not jobs:  # refiners wait for all bases, to be one array, whose size Slurm limits
+                    ready, waiting = split_ready(waiting)
+                    submit(ready)
+                    if not jobs:
+                        break
                 for job in [job for job in jobs if job.done()]:
                     run = jobs.pop(job)
                     failures += report_result(run, _outcome(submitit, job, run), say, done)
