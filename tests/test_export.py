@@ -15,11 +15,12 @@ from difftori.cli import main
 from difftori.errors import ConfigError, ExportError, MissingExtraError
 from difftori.export import export, export_model, files
 from difftori.policies.bc import BC
+from difftori.policies.bc_pointnet import BCPointNet
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import Published
 from difftori.types import EntrySpec, Moments, TaskSpec
-from tests.support import tiny_runs
+from tests.support import specs, tiny_runs
 from tests.support.trainers import TRAINERS
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "run_onnx.py"
@@ -134,6 +135,12 @@ def test_several_solves_from_latent_samples(tmp_path):
     policy = NormalizedPolicy(DiffTORI(config, spec).eval(), None)
     done = export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2")
     assert done.difference <= 1e-6
+
+
+@pytest.mark.parametrize("policy", [BC, BCPointNet])
+def test_policies_on_point_clouds(policy, tmp_path):
+    made = NormalizedPolicy(policy(policy.Config(hidden=(8,)), specs.CLOUDS).eval(), None)
+    assert export_model(Published(made, 0, "last"), tmp_path / "policy.pt2", format="pt2").difference <= 1e-6
 
 
 def test_nan_is_no_agreement(policy_run, tmp_path, monkeypatch):

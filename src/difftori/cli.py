@@ -72,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        fixes = {errno.EACCES: "check the permissions"} | dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space")
+        if error.errno not in fixes or os.environ.get("DIFFTORI_DEBUG") == "1":
             raise
-        print_errors([f"{error}. Fix: free space, or choose a directory that can be written"])
+        print_errors([f"{error}. Fix: {fixes[error.errno]}"])
         return 1
     except KeyboardInterrupt:
         print_errors(["interrupted. Fix: re-run the same command to continue"])

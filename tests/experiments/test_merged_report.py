@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -400,7 +401,7 @@ def test_data_distinguish_runs_that_differ_in_nothing_else(tmp_path):
         policy_run(tmp_path / f"other-{seed}", [1.0] * 4, policy="ibc", seed=seed, demos=f"data/demos-{seed}.zarr")
         policy_run(tmp_path / f"task-{seed}", [1.0] * 4, policy="ibc", seed=seed, demos=f"x-{seed}.zarr", env="pusht")
     found = gather([tmp_path])
-    assert {run.method for run in found.runs} == {"bc, demos ph.hdf5", "bc, demos mh.hdf5", "ibc"}
+    assert {run.method for run in found.runs} == {"bc, demos ph", "bc, demos mh", "ibc"}
     assert not found.left_out
 
 
@@ -446,3 +447,39 @@ def test_shorter_episodes_have_a_smaller_largest_return(tmp_path):
     (section,) = sections(gather([tmp_path]).runs)
     assert section.measure.full == 100.0
     assert section.over[0].statistics["mean"].value == pytest.approx(0.8)
+
+
+def test_data_are_told_apart_by_their_whole_path_and_not_by_the_seed_in_it(tmp_path):
+    for seed, version in itertools.product((1, 2, 3), ("v1", "v2")):
+        place = tmp_path / "versions" / f"{version}-{seed}"
+        policy_run(place, [1.0] * 4, policy="bc", seed=seed, demos=f"data/{version}.zarr", env="pusht")
+    for seed, kind in itertools.product((0, 1), ("ph", "mh")):
+        demos = f"data/lift/{kind}/seed-{seed}/low_dim.hdf5"
+        policy_run(tmp_path / f"{kind}-{seed}", [1.0] * 4, policy="bc", seed=seed, demos=demos, env="robomimic:lift")
+    found = gather([tmp_path])
+    assert not found.left_out
+    by_task = {task: {run.method for run in found.runs if run.task == task} for task in ("pusht", "robomimic:lift")}
+    assert by_task == {
+        "pusht": {"bc, demos v1", "bc, demos v2"},
+        "robomimic:lift": {"bc, demos ph/seed-SEED/low_dim", "bc, demos mh/seed-SEED/low_dim"},
+    }
+
+
+def test_a_data_set_by_a_relative_and_an_absolute_path_is_one_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, demos in ((0, "data/lift.zarr"), (1, str(tmp_path / "data" / "lift.zarr"))):
+        policy_run(tmp_path / str(seed), [1.0] * 4, policy="bc", seed=seed, env="none", demos=demos)
+    assert {run.task for run in gather([tmp_path]).runs} == {"lift"}
+
+
+def test_a_refiner_is_compared_with_its_base_whatever_their_settings(tmp_path):
+    for name, more in (("bc", {}), ("bc-pointnet", {}), ("residual", {"base": "x"})):
+        for updates in (10, 20):
+            settings = {"updates": updates}
+            policy_run(tmp_path / f"{name}-{updates}", [1.0, 0.0], policy=name, seed=0, settings=settings, **more)
+    runs = gather([tmp_path]).runs
+    renamed = [replace(run, method=run.method.replace("residual on x", "residual on bc (updates 10)")) for run in runs]
+    (section, *_) = sections(renamed)
+    pairs = {(pair.method, pair.reference) for pair in section.pairs}
+    assert ("residual on bc (updates 10), updates 10", "bc, updates 10") in pairs
+    assert ("bc-pointnet, updates 10", "residual on bc (updates 10), updates 10") in pairs

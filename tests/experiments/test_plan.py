@@ -142,6 +142,12 @@ def test_an_option_of_all_that_one_variant_overrides_renames_nothing(tmp_path):
     assert names(both) == ["pendulum/bc/seed-0", "pendulum/bc_lr-0.01/seed-0"]
 
 
+def test_the_order_of_a_variants_keys_is_no_difference(tmp_path):
+    variants = [{"lr": 0.01, "batch_size": 32}, {"batch_size": 64, "lr": 0.01}]
+    runs = plan(sweep_of(tmp_path, common=IMITATION, variants=variants))
+    assert [run.folder.parent.name for run in runs] == ["bc_lr-0.01_batch_size-32", "bc_lr-0.01_batch_size-64"]
+
+
 def test_runs_of_the_same_settings_are_a_fault(tmp_path):
     with pytest.raises(ConfigError, match="would have the same settings"):
         plan(sweep_of(tmp_path, common=IMITATION, grid={"lr": ["1e-3", 0.001]}))

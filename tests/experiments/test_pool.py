@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -270,6 +271,64 @@ def test_a_run_of_other_settings_is_neither_adopted_nor_resumed(tmp_path, monkey
         assert failure.status == 2
         assert "settings.epochs: 20 here, 40 in its config.yaml" in failure.reason
         assert "device" not in failure.reason
+
+
+def test_a_process_that_outlived_its_sweep_takes_a_job_and_its_gpu(tmp_path, monkeypatch):
+    """Not so one of a sweep that is still there, which has jobs of its own."""
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    python(monkeypatch, code)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid, begins in ((gone.pid, False), (pool.os.getpid(), True)):
+        place = tmp_path / str(pid)
+        orphan, other = (RunSpec(name, (str(place / f"{name}.out"),), place / name) for name in ("orphan", "other"))
+        orphan.folder.mkdir(parents=True)
+        note = {"host": pool.socket.gethostname(), "pid": pid, "gpus": "0"}
+        (place / "orphan.sweep.json").write_text(json.dumps(note))
+        with (orphan.folder / "run.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = threading.Thread(
+                target=lambda runs=(orphan, other): run_all(
+                    runs, jobs=1, seconds=None, say=print, gpus=GPUs(1.0, ["0", "1"])
+                ),
+                daemon=True,
+            )
+            waiting.start()
+            time.sleep(1.0)
+            assert (place / "other.out").exists() is begins
+        waiting.join(20)
+        assert (place / "other.out").exists()
+    gpus = GPUs(1.0, ["0", "1"])
+    gpus.reserve("0")
+    assert gpus.take() == "1"
+
+
+def test_the_message_of_a_folder_in_use_is_found_among_the_lines_of_its_holder(tmp_path, monkeypatch):
+    seen = tmp_path / "seen"
+    code = f"""
+import pathlib, sys
+seen = pathlib.Path({str(seen)!r})
+if seen.exists(): sys.exit(0)
+seen.touch(); print('it is in use by another process', flush=True); print('a warning of the holder', flush=True); sys.exit(2)
+"""
+    run = run_of(tmp_path, code, monkeypatch)
+    done = []
+    assert run_all([run], jobs=1, seconds=None, say=print, done=done.append) == ([], [])
+    assert done == [run]
+
+
+def test_an_engine_starts_a_refiner_whose_base_it_knows_to_be_finished(tmp_path, monkeypatch):
+    run = run_of(tmp_path, f"import pathlib; pathlib.Path({str(tmp_path / 'here')!r}).touch()", monkeypatch)
+    assert run_one(replace(run, base=RunSpec("base", (), tmp_path / "not-yet-seen"))) is None
+    assert (tmp_path / "here").exists()
+
+
+def test_a_run_that_the_terminal_took_down_is_tried_again(tmp_path, monkeypatch):
+    run = run_of(tmp_path, "import os; os.kill(os.getpid(), 1)", monkeypatch)
+    messages = []
+    failures, _ = run_all([run], jobs=1, seconds=None, say=messages.append, retries=2)
+    assert [failure.status for failure in failures] == [-1]
+    assert sum("restarting" in line for line in messages) == 2
 
 
 @pytest.mark.parametrize(

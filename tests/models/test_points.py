@@ -61,3 +61,9 @@ def test_nan_does_not_pass(place):
     seen = clouds()
     seen[place] = torch.nan
     assert pooled(layers(), seen)[place[0], place[1]].isnan().any()
+
+
+def test_no_clouds_and_functions_of_torch_func():
+    net, seen = layers(), clouds()
+    assert pooled(net, seen[:0]).shape == (0, 2, 16)
+    assert torch.allclose(torch.func.vmap(lambda one: pooled(net, one))(seen), net(seen).amax(-2))

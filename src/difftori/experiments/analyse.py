@@ -121,14 +121,19 @@ def _section(measure: Measure, runs: Sequence[Run], reference: str | None) -> Se
     scaled = {}
     if full is not None and common:
         scaled = {m: [_values(by_cell[t, m], measure) / full for t in common] for m in methods}
-    # A refiner is compared with its base, not the other way round.
-    others = [(b, a) if f" on {a}" in b else (a, b) for a, b in combinations(methods, 2)]
+    others = [(b, a) if _refines(b, a) else (a, b) for a, b in combinations(methods, 2)]
     if reference is not None and reference in methods:
         others = [(method, reference) for method in methods if method != reference]
     pairs = [pair for a, b in others for pair in _pairs(measure, tasks, by_cell, a, b)]
     cells = tuple(_cell(measure, t, m, found) for (t, m), found in by_cell.items() if found)
     over = tuple(_over(m, strata) for m, strata in scaled.items())
     return Section(measure, tasks, methods, common, cells, over, tuple(pairs), scaled)
+
+
+def _refines(method: str, base: str) -> bool:
+    """Return whether one method refines the other, whatever their settings: then the difference is refiner − base."""
+    policy = method.partition(" on ")[2].partition(" (")[0].partition(",")[0]
+    return policy == base.partition(",")[0]
 
 
 def _values(runs: Sequence[Run], measure: Measure) -> np.ndarray:

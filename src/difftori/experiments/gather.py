@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from difftori.types import Metrics
 
 TRAINING = "train/return"
 _UNREADABLE = (DifftoriError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError)
-_WITHIN_A_RUN = ("checkpoints", "tensorboard", "episodes", "media")
+_WITHIN_A_RUN = ("checkpoints", "tensorboard", "episodes", "media", "wandb")
 _NOT_DISTINGUISHING = {
     "agent",
     "policy",
@@ -319,49 +320,55 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
 
 def _tasks_named(runs: Sequence[Run]) -> list[Run]:
     """Name the tasks of runs without an environment by their data set, with as many folders of its path as tell it from the others."""
-    paths = {str(run.config["demos"]) for run in runs if run.config["env"] == "none"}
-    found = {path: _told_apart(path, paths) for path in paths}
+    alone = [str(run.config["demos"]) for run in runs if run.config["env"] == "none"]
+    names = _told_apart([os.path.abspath(path) for path in alone])
+    found = {path: names[os.path.abspath(path)] for path in alone}
     return [
-        replace(run, task=run.task.replace(path, found[path], 1))
-        if run.config["env"] == "none" and (path := str(run.config["demos"])) in found
-        else run
+        replace(run, task=run.task.replace(path, found[path], 1)) if run.config["env"] == "none" else run
         for run in runs
+        for path in [str(run.config.get("demos"))]
     ]
 
 
-def _told_apart(path: str, others: Iterable[str]) -> str:
-    """Return the end of a path without its suffix, with as many folders as tell it from the other paths."""
-    parts, *rest = [(*Path(one).parts[:-1], Path(one).stem) for one in (path, *(o for o in others if o != path))]
-    count = next((n for n in range(1, len(parts)) if parts[-n:] not in [other[-n:] for other in rest]), len(parts))
-    return "/".join(parts[-count:])
+def _told_apart(paths: Iterable[str]) -> dict[str, str]:
+    """Return for each path its end, without the suffix, with as many folders as tell it from the other paths."""
+    parts = {path: (*Path(path).parts[:-1], Path(path).stem) for path in paths}
+    ends = Counter(own[-n:] for own in parts.values() for n in range(1, len(own) + 1))
+    counts = {
+        path: next((n for n in range(1, len(own)) if ends[own[-n:]] == 1), len(own)) for path, own in parts.items()
+    }
+    return {path: "/".join(own[-counts[path] :]) for path, own in parts.items()}
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Append to each method's name the settings in which runs of that name differ, and on a task, the data in which they do."""
     found = _distinguished([(run.method, run.config) for run in runs])
     named = [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, found, strict=True)]
-    alike: dict[_Identity, Run] = {}
-    differing: dict[tuple[str, str], set[str]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in named:
-        first = alike.setdefault(_identity(run), run)
-        keys = {key for key in DATA if _data_value(first, key) != _data_value(run, key)}
-        differing.setdefault((run.task, run.method), set()).update(keys)
-    return [
-        replace(
-            run,
-            method=", ".join([run.method, *(f"{key} {_shown(_data_value(run, key))}" for key in DATA if key in keys)]),
-        )
-        for run in named
-        for keys in [differing[run.task, run.method]]
-    ]
+        groups.setdefault((run.task, run.method), []).append(run)
+    words = {key: _data_words(group) for key, group in groups.items()}
+    return [replace(run, method=", ".join([run.method, *words[run.task, run.method][run.place]])) for run in named]
 
 
-def _data_value(run: Run, key: str) -> Any:
-    """Return a value of a run's data. Of a path, it is the name, in which the run's seed is no difference."""
-    value = run.config.get(key)
-    if key != "demos" or not isinstance(value, str):
-        return value
-    return re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", Path(value).name)
+def _data_words(group: Sequence[Run]) -> dict[Path, list[str]]:
+    """Return for runs of one method and task the data in which those of the same seed differ, by place; nothing if none do."""
+    values = {key: [run.config.get(key) for run in group] for key in DATA}
+    values["demos"] = _data_names(group)
+    first: dict[int, int] = {}
+    alike = [(first.setdefault(run.seed, number), number) for number, run in enumerate(group)]
+    keys = [key for key in DATA if any(values[key][a] != values[key][b] for a, b in alike)]
+    return {run.place: [f"{key} {_shown(values[key][number])}" for key in keys] for number, run in enumerate(group)}
+
+
+def _data_names(group: Sequence[Run]) -> list[str]:
+    """Return the names of the data sets of runs. One set for each seed has one name, with SEED in the place of the seed."""
+    paths = [os.path.abspath(str(run.config.get("demos"))) for run in group]
+    of_seeds = [re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", path) for run, path in zip(group, paths, strict=True)]
+    if len(set(of_seeds)) < len(set(paths)):
+        paths = of_seeds
+    names = _told_apart(paths)
+    return [names[path] for path in paths]
 
 
 def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:

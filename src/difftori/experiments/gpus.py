@@ -34,9 +34,13 @@ class GPUs:
         self._used.update(chosen)
         return ",".join(chosen)
 
+    def reserve(self, taken: str) -> None:
+        """A run has these GPUs that was started before."""
+        self._used.update(name for name in taken.split(",") if name in self.names)
+
     def give_back(self, taken: str) -> None:
         """A run has ended that had these GPUs."""
-        self._used.subtract(taken.split(","))
+        self._used.subtract(name for name in taken.split(",") if name in self.names)
 
 
 def _visible() -> list[str]:

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,7 @@ class RunSpec:
     """The run that it refines, if that is part of the same plan."""
     length: int | None = None
     """Number of environment steps of an agent, or of updates of a policy; None if the length is given in epochs."""
-    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     """The planned configuration, with dotted names, for `conflict`."""
 
     @property
@@ -189,8 +189,10 @@ def plan(sweep: Sweep, *, gpus: float | None = None, elsewhere: bool = False) ->
     local, flags = not elsewhere and not gpus, ("--wandb",) if sweep.wandb else ()
     faults, mismatches = list[str](), list[str]()
     requests: dict[Path, dict[str, Any]] = {}
-    for options, own in _combinations(sweep):
-        folder = sweep.out / _place(options, own)
+    combinations = _combinations(sweep)
+    order = list(dict.fromkeys(name for _, own in combinations for name in own))
+    for options, own in combinations:
+        folder = sweep.out / _place(options, own, order)
         if folder in requests:
             faults.append(
                 f"two runs have the folder {folder}: {_shown(requests[folder])} and {_shown(options)}. Fix: remove one"
@@ -268,9 +270,9 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in flat(values).items()}
 
 
-def _place(options: Mapping[str, Any], own: Sequence[str]) -> Path:
+def _place(options: Mapping[str, Any], own: Collection[str], order: Sequence[str]) -> Path:
     """Return the folder ENV/NAME_OPTIONS/seed-N of a run, in characters that every file system accepts."""
-    varying = [f"{name}-{_choice(options, name)}" for name in own if name not in _NAMED_APART]
+    varying = [f"{name}-{_choice(options, name)}" for name in order if name in own and name not in _NAMED_APART]
     parts = (
         options.get("env", "env"),
         "_".join([_word(options.get("train")), *varying]),

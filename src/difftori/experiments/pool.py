@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from difftori.errors import DifftoriError
 from difftori.experiments.gpus import GPUs
@@ -19,8 +19,10 @@ from difftori.runs.process import StopSignal
 
 _WAIT = 0.1
 _TO_SAVE = 600.0
+_SWEEP = ".sweep.json"
+"""Suffix of the file beside a running run that names the process which started it, its host and the run's GPUs."""
 _TAKEN = "is in use by another process"
-_HOPELESS, _NOT_STARTED = 2, -1
+_HOPELESS, _NOT_STARTED = 2, 126
 """The exit code for invalid arguments, and the status of a run whose process could not be started. Both would fail again at once."""
 
 
@@ -71,9 +73,10 @@ def run_one(run: RunSpec, *, retries: int = 0, say: Callable[[str], None] = prin
     """Run one run like `run_all`, for an engine that handles signals itself. If this call is interrupted, the process saves a
     checkpoint first.
     """
-    processes = _ProcessPool([run], say, lambda run: None, retries)
+    # The engine has started it after its base, which this machine may not see yet, as on a network file system.
+    processes = _ProcessPool([replace(run, base=None)], say, lambda run: None, retries)
     processes.run(1, None, lambda: False)
-    return processes.failures[0] if processes.failures else None
+    return replace(processes.failures[0], run=run) if processes.failures else None
 
 
 class _ProcessPool:
@@ -94,6 +97,9 @@ class _ProcessPool:
         self._gpus = gpus
         self._taken: dict[subprocess.Popen[bytes], str] = {}
         self._log_starts: dict[subprocess.Popen[bytes], int] = {}
+        self._orphans: dict[
+            RunSpec, str | None
+        ] = {}  # those of `locked` whose sweep on this machine is gone, and their GPUs
         self._changed = True  # whether a run has ended since the last look for one that can start
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
@@ -114,7 +120,7 @@ class _ProcessPool:
         if not self._changed:
             return
         for run in list(self.waiting):
-            if len(self.running) >= jobs:
+            if len(self.running) + len(self._orphans) >= jobs:
                 return
             if run.base is not None and not run.base.finished:
                 continue
@@ -122,6 +128,7 @@ class _ProcessPool:
             if run.locked:
                 self._say(f"{run.name}: running in another process, waiting for it")
                 self.locked.append(run)
+                self._take_over(run)
             elif fault := run.conflict():
                 self._fail(Failure(run, _HOPELESS, fault))
             elif run.finished:
@@ -129,6 +136,15 @@ class _ProcessPool:
             else:
                 self._begin(run)
         self._changed = False
+
+    def _take_over(self, run: RunSpec) -> None:
+        """Count a running process whose sweep was killed on this machine as one of this pool's, with its GPUs."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(beside(run.folder, _SWEEP).read_bytes())
+            if note["host"] == socket.gethostname() and not _is_alive(int(note["pid"])):
+                self._orphans[run] = gpus = note["gpus"]
+                if self._gpus is not None and gpus is not None:
+                    self._gpus.reserve(gpus)
 
     def _begin(self, run: RunSpec) -> None:
         """Start the process of a run. A folder that cannot be written, as on a full disk, is a failure of this run."""
@@ -138,6 +154,8 @@ class _ProcessPool:
             _forget_failure(run)
             start = run.log.stat().st_size if run.log.exists() else 0
             process = _start(run, None if taken is None else {"CUDA_VISIBLE_DEVICES": taken})
+            note = {"host": socket.gethostname(), "pid": os.getpid(), "gpus": taken}
+            replace_file(beside(run.folder, _SWEEP), (json.dumps(note) + "\n").encode())
         except OSError as error:
             if self._gpus is not None and taken is not None:
                 self._gpus.give_back(taken)
@@ -152,21 +170,28 @@ class _ProcessPool:
         for run in [run for run in self.locked if not run.locked]:
             self.locked.remove(run)
             self._changed = True
+            gpus = self._orphans.pop(run, None)
+            if self._gpus is not None and gpus is not None:
+                self._gpus.give_back(gpus)
             if run.finished and not run.conflict():
                 self._succeed(run)
             else:
                 self.waiting.appendleft(run)
         for process in [process for process in self.running if process.poll() is not None]:
             run, self._changed = self.running.pop(process), True
-            last = _last_line(run, self._log_starts.pop(process))
+            said = _said(run, self._log_starts.pop(process))
+            with contextlib.suppress(OSError):
+                beside(run.folder, _SWEEP).unlink(missing_ok=True)
             if self._gpus is not None:
                 self._gpus.give_back(self._taken.pop(process))
-            if process.returncode == 0 or run.finished:
+            if process.returncode == 0 or (run.finished and not run.conflict()):
                 self._succeed(run)
-            elif process.returncode == _HOPELESS and _TAKEN in last:  # another process locked the directory first
-                self.waiting.appendleft(run)
+            elif process.returncode == _HOPELESS and any(_TAKEN in line for line in said):
+                self.waiting.appendleft(
+                    run
+                )  # another process locked the directory first, and may write to the same log
             else:
-                self._fail(Failure(run, process.returncode, last))
+                self._fail(Failure(run, process.returncode, said[-1] if said else "no output"))
 
     def _end(self) -> None:
         """Terminate every process of this pool, and wait until it has saved its checkpoint."""
@@ -236,7 +261,17 @@ def _start(run: RunSpec, variables: Mapping[str, str] | None = None) -> subproce
         )
 
 
-def _last_line(run: RunSpec, start: int) -> str:
-    """Return the last line of a run's log after its first `start` bytes."""
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def _said(run: RunSpec, start: int) -> list[str]:
+    """Return the lines of a run's log after its first `start` bytes, without empty ones."""
     lines = run.log.read_bytes()[start:].decode(errors="replace").split("\n") if run.log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return [line.strip() for line in lines if line.strip()]

@@ -195,7 +195,7 @@ def run_study(
         raise ConfigError(
             [
                 *conflicts[:_SHOWN],
-                f"runs: {options.runs} holds runs of other settings{more}. Fix: choose another --runs",
+                f"runs: {options.runs} or {options.out} holds runs of other settings{more}. Fix: choose another --runs or --out",
             ]
         )
 

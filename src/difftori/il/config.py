@@ -47,8 +47,8 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """Share of the demonstration episodes that is held out for validation, at least one; 0 holds out none (default: 0.02, or 0.1
     without an environment)."""
     base: str | None = None
-    """Run directory of the base policy to refine. Environment, data, seed and window are taken from it; options on the command line
-    override them."""
+    """Run directory of the base policy to refine. Environment, data, seed, window and number of evaluation episodes are taken from it;
+    options on the command line override them."""
     obs: str | None = None
     """Observation type of the environment, such as `state`, `points` or `image` (default: the environment's)."""
     env_options: tuple[str, ...] | None = None

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 _CLOUDS_AT_ONCE = 2
 """Number of clouds whose activations are computed together on the CPU, so that they stay in its cache."""
@@ -15,7 +16,9 @@ def pooled(layers: nn.Sequential, clouds: Float[Tensor, "... N C"]) -> Float[Ten
     4.3), at most F of each cloud; the gradient of all others is zero. The values are those of the plain computation, the gradients
     up to rounding. Of points that are equal, one gets the gradient of all.
     """
-    if clouds.device.type != "cpu" or torch.compiler.is_compiling():
+    # Traced for an export, sizes are symbols, which must not be split.
+    traced = torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in clouds.shape)
+    if clouds.device.type != "cpu" or traced or not clouds.numel() or is_functorch_wrapped_tensor(clouds):
         return layers(clouds).amax(-2)
     rows = clouds.reshape(-1, *clouds.shape[-2:])
     graph = torch.is_grad_enabled() and (clouds.requires_grad or any(p.requires_grad for p in layers.parameters()))
