@@ -240,7 +240,7 @@ def test_the_quick_study_trains_and_again_repeats_nothing(small, capsys, monkeyp
     config = small(quick=True, seeds=1, budget=None, methods=("sac",))
     monkeypatch.setattr("difftori.experiments.rl_study.QUICK_ENVS", ("probe:delayed-reward",))
 
-    def start(work, *, again=False):
+    def start(work, variables=None):
         status = main(list(work.words))
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
 

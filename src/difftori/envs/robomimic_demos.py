@@ -167,8 +167,8 @@ def read_layout(task: str, about: Mapping[str, Any]) -> Layout:
             return Layout()
         raise ConfigError(
             [
-                f"demos: they are of {about.get('env', 'an unknown environment')}, not of robomimic:{task}. Fix: give robomimic's file of this "
-                "task, or demonstrations that difftori collect recorded in it"
+                f"demos: they are of {about.get('env', 'an environment that their metadata do not name by env_args')}, not of "
+                f"robomimic:{task}. Fix: give robomimic's file of this task, or demonstrations that difftori collect recorded in it"
             ]
         )
     args = _read_args(about["env_args"])

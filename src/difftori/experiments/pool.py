@@ -154,14 +154,15 @@ class _ProcessPool:
             _forget_failure(run)
             start = run.log.stat().st_size if run.log.exists() else 0
             process = _start(run, None if taken is None else {"CUDA_VISIBLE_DEVICES": taken})
-            note = {"host": socket.gethostname(), "pid": os.getpid(), "gpus": taken}
-            replace_file(beside(run.folder, _SWEEP), (json.dumps(note) + "\n").encode())
         except OSError as error:
             if self._gpus is not None and taken is not None:
                 self._gpus.give_back(taken)
             self._fail(Failure(run, _NOT_STARTED, f"it cannot be started ({error})"))
             return
         self.running[process], self._log_starts[process] = run, start
+        note = {"host": socket.gethostname(), "pid": os.getpid(), "gpus": taken}
+        with contextlib.suppress(OSError):  # a full disk, or another sweep that starts the same run now
+            replace_file(beside(run.folder, _SWEEP), (json.dumps(note) + "\n").encode())
         if taken is not None:
             self._taken[process] = taken
 
@@ -180,8 +181,9 @@ class _ProcessPool:
         for process in [process for process in self.running if process.poll() is not None]:
             run, self._changed = self.running.pop(process), True
             said = _said(run, self._log_starts.pop(process))
-            with contextlib.suppress(OSError):
-                beside(run.folder, _SWEEP).unlink(missing_ok=True)
+            if not run.locked:
+                with contextlib.suppress(OSError):
+                    beside(run.folder, _SWEEP).unlink(missing_ok=True)
             if self._gpus is not None:
                 self._gpus.give_back(self._taken.pop(process))
             if process.returncode == 0 or (run.finished and not run.conflict()):
