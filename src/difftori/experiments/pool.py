@@ -97,10 +97,10 @@ class _ProcessPool:
         self._gpus = gpus
         self._taken: dict[subprocess.Popen[bytes], str] = {}
         self._log_starts: dict[subprocess.Popen[bytes], int] = {}
-        self._orphans: dict[
-            RunSpec, str | None
-        ] = {}  # those of `locked` whose sweep on this machine is gone, and their GPUs
-        self._changed = True  # whether a run has ended since the last look for one that can start
+        # Those of `locked` whose sweep on this machine is gone, and their GPUs.
+        self._orphans: dict[RunSpec, str | None] = {}
+        # Whether a run has ended since the last look for one that can start.
+        self._changed = True
 
     def run(self, jobs: int, until: float | None, stopped: Callable[[], bool]) -> None:
         """Run until all runs have ended, or until the time `until`. All processes are stopped if this call is interrupted."""
