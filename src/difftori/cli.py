@@ -73,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         fixes = {errno.EACCES: "check the permissions"} | dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space")
-        if error.errno not in fixes or os.environ.get("DIFFTORI_DEBUG") == "1":
+        if error.errno not in fixes:
             raise
         print_errors([f"{error}. Fix: {fixes[error.errno]}"])
-        return 1
+        return _exit_code(error, 1)
     except KeyboardInterrupt:
         print_errors(["interrupted. Fix: re-run the same command to continue"])
         return 130
@@ -396,7 +396,7 @@ def _bench(words: list[str]) -> None:
     run_module("bench", "benchmarks", words)
 
 
-def _exit_code(error: DifftoriError, code: int) -> int:
+def _exit_code(error: Exception, code: int) -> int:
     """Return the exit code. With DIFFTORI_DEBUG=1, raise the error instead, to show the traceback."""
     if os.environ.get("DIFFTORI_DEBUG") == "1":
         raise error

@@ -224,9 +224,8 @@ def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[s
 
 def _meaning(model: Any, place: list[str]) -> str:
     """Return the first sentence about an option, without its default; empty if it has none."""
-    for part in place[:-1]:
-        model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
-    fields = [m.model_fields for m in alternatives(model) if isinstance(m, type) and issubclass(m, BaseModel)]
+    holders = _at(model, place[:-1])
+    fields = [m.model_fields for m in holders if isinstance(m, type) and issubclass(m, BaseModel)]
     text = next((found[place[-1]].description or "" for found in fields if place[-1] in found), "")
     return " ".join(text.split()).partition(". ")[0].partition(" (default")[0].removesuffix(".")
 
@@ -241,10 +240,15 @@ def _meant(name: str, known: set[str], written: Mapping[str, str]) -> str:
 
 
 def _known(model: Any, place: list[str]) -> set[str]:
-    """Return the field names at a place. A part of the place that is not a field names the member of a union, and is skipped."""
+    """Return the field names at a place."""
+    return {name for member in _at(model, place) for name in fields_of(member)}
+
+
+def _at(model: Any, place: list[str]) -> tuple[Any, ...]:
+    """Return the types at a place. A part of the place that is not a field names the member of a union, and is skipped."""
     for part in place:
         model = next((fields_of(m)[part] for m in alternatives(model) if part in fields_of(m)), model)
-    return {name for member in alternatives(model) for name in fields_of(member)}
+    return alternatives(model)
 
 
 def resolved(find: Callable[[str], ValueT], name: Any, faults: list[str]) -> ValueT | None:

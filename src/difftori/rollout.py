@@ -131,7 +131,8 @@ def evaluate_policy(
 ) -> list[Episode]:
     """Run a policy for one episode from each seed, and return the results in the order of the seeds. An episode ends when it succeeds.
 
-    `watch` is called after every step with the number of episodes that have ended; what it raises ends the evaluation. If the environment fails and is restarted, all episodes are run again; EnvironmentFailed is raised when no restarts are left.
+    `watch` is called after every step with the number of episodes that have ended; what it raises ends the evaluation. If the
+    environment fails and is restarted, all episodes are run again; EnvironmentFailed is raised when no restarts are left.
     Raises ConfigError if the environment never reports success.
     """
     while True:

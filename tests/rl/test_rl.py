@@ -50,6 +50,20 @@ class Interrupted(Exception):
     pass
 
 
+def restart_in_step(number: int, monkeypatch) -> None:
+    """Let environments fail and be restarted in a step, counted from 1 from now on."""
+    step, calls = CheckedVectorEnv.step, []
+
+    def fails_once(self, *arguments):
+        calls.append(None)
+        if len(calls) == number:
+            self._begun[:] = self._running[:] = False
+            raise EnvironmentRestarted("all copies were restarted", restarts=1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+
+
 @pytest.mark.parametrize(
     ("env", "num_envs", "given"),
     [
@@ -151,16 +165,7 @@ def test_a_signal_in_the_middle_of_an_episode_loses_nothing(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         rl.train(wanted, tmp_path / "stopped", progress=False)
     assert ended.value.code == 143
-    played, again = CheckedVectorEnv.step, []
-
-    def fails_once(self, *arguments):
-        again.append(None)
-        if len(again) == 2:
-            self._begun[:] = self._running[:] = False
-            raise EnvironmentRestarted("all copies were restarted", restarts=1)
-        return played(self, *arguments)
-
-    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+    restart_in_step(2, monkeypatch)
     rl.train(wanted, tmp_path / "stopped", progress=False)
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
 
@@ -237,16 +242,7 @@ def test_episodes_of_unequal_age_are_played_again():
 
 
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
-    step, calls = CheckedVectorEnv.step, []
-
-    def fails_once(self, *arguments):
-        calls.append(None)
-        if len(calls) == 60:
-            self._begun[:] = self._running[:] = False
-            raise EnvironmentRestarted("all copies were restarted", restarts=1)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(CheckedVectorEnv, "step", fails_once)
+    restart_in_step(60, monkeypatch)
     summary = rl.train(config(env="probe:delayed-reward", steps=120, eval_every=1000), tmp_path, progress=False)
     assert summary["env_steps"] >= 120
     assert all(

@@ -48,8 +48,8 @@ _NOT_DISTINGUISHING = {
     "compile",
     "settings.preset",
 }
-"""Keys that do not distinguish methods: task, seed, data (but see `DATA`) and machine. A preset is visible in its settings. The number of environments
-changes the results of an agent, and not of a policy (it is that of the evaluation)."""
+"""Keys that do not distinguish methods: task, seed, data (but see `DATA`) and machine. A preset is visible in its settings. The number
+of environments changes the results of an agent, and not of a policy (it is that of the evaluation)."""
 
 
 DATA = ("demos", "episodes", "data_seed")
@@ -105,6 +105,13 @@ class Run:
         return {(len(values), number): value for number, value in enumerate(values)}
 
 
+_Identity: TypeAlias = tuple[str, str, int]
+
+
+def _identity(run: Run) -> _Identity:
+    return run.task, run.method, run.seed
+
+
 @dataclass(frozen=True)
 class Gathered:
     """All runs, and the places that were excluded, with the reason."""
@@ -131,12 +138,14 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
     bases = _base_names(records)
+    alone = [record.config for record in records.values() if record.config.get("env") == "none"]
+    data = _told_apart(map(_data_path, alone))
     for place, record in records.items():
         try:
-            runs.append(_run(place, record, bases.get(place)))
+            runs.append(_run(place, record, bases.get(place), data))
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
-    named = _named(_tasks_named(runs))
+    named = _named(runs)
     kept: dict[_Identity, Run] = {}
     for run in sorted(named, key=lambda run: not run.finished):
         first = kept.setdefault(_identity(run), run)
@@ -146,13 +155,6 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
         lines = [f"{place}: {reason}" for place, reason in left_out]
         raise ConfigError([*lines, f"no runs in {', '.join(map(str, places))}. Fix: give directories of runs"])
     return Gathered(tuple(run for run in named if kept[_identity(run)] is run), tuple(left_out))
-
-
-_Identity: TypeAlias = tuple[str, str, int]
-
-
-def _identity(run: Run) -> _Identity:
-    return run.task, run.method, run.seed
 
 
 def _places(places: Sequence[Path]) -> list[Path]:
@@ -237,7 +239,7 @@ def _stored_base(place: Path, record: Record) -> Mapping[str, Any]:
     return {"policy": f"a base with weights {weights[:8]}" if weights else str(record.config["base"])}
 
 
-def _run(place: Path, record: Record, base: str | None) -> Run:
+def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str]) -> Run:
     config, summary = record.config, record.summary
     agent = "agent" in config
     curve_name = RETURN if agent else VALIDATION_ERROR
@@ -266,7 +268,7 @@ def _run(place: Path, record: Record, base: str | None) -> Run:
     name = config.get("agent") or config["policy"]
     return Run(
         place=place,
-        task=_task(config),
+        task=_task(config, data),
         method=f"{name} on {base}" if base else name,
         seed=config["seed"],
         config=flat(config),
@@ -291,9 +293,9 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
     return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], dtype=float)
 
 
-def _task(config: Mapping[str, Any]) -> str:
-    """Return the name of a run's task: the environment, or without one the data, the observation type, and distractors."""
-    name = str(config["demos"]) if config["env"] == "none" else config["env"]
+def _task(config: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """Return the name of a run's task: the environment, or without one the name of its data, the observation type, and distractors."""
+    name = data[_data_path(config)] if config["env"] == "none" else config["env"]
     count = config.get("distractors")
     further = [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])]
     return f"{name} ({', '.join(further)})" if further else name
@@ -318,16 +320,8 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
     return found or {Measure("validation_error", None, False): summary[f"{which}/validation_error"]}
 
 
-def _tasks_named(runs: Sequence[Run]) -> list[Run]:
-    """Name the tasks of runs without an environment by their data set, with as many folders of its path as tell it from the others."""
-    alone = [str(run.config["demos"]) for run in runs if run.config["env"] == "none"]
-    names = _told_apart([os.path.abspath(path) for path in alone])
-    found = {path: names[os.path.abspath(path)] for path in alone}
-    return [
-        replace(run, task=run.task.replace(path, found[path], 1)) if run.config["env"] == "none" else run
-        for run in runs
-        for path in [str(run.config.get("demos"))]
-    ]
+def _data_path(config: Mapping[str, Any]) -> str:
+    return os.path.abspath(str(config.get("demos")))
 
 
 def _told_apart(paths: Iterable[str]) -> dict[str, str]:
@@ -363,7 +357,7 @@ def _data_words(group: Sequence[Run]) -> dict[Path, list[str]]:
 
 def _data_names(group: Sequence[Run]) -> list[str]:
     """Return the names of the data sets of runs. One set for each seed has one name, with SEED in the place of the seed."""
-    paths = [os.path.abspath(str(run.config.get("demos"))) for run in group]
+    paths = [_data_path(run.config) for run in group]
     of_seeds = [re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", path) for run, path in zip(group, paths, strict=True)]
     if len(set(of_seeds)) < len(set(paths)):
         paths = of_seeds

@@ -86,6 +86,11 @@ class RunSpec:
         return 0 if self.base is None else 1 + self.base.depth
 
     @property
+    def ready(self) -> bool:
+        """Whether the base that it refines is finished, or it has none."""
+        return self.base is None or self.base.finished
+
+    @property
     def command(self) -> tuple[str, ...]:
         """The command line that starts the run, or that resumes it."""
         begun = (self.folder / "config.yaml").exists()
@@ -163,8 +168,7 @@ def plan_run(
     _, config = read_options(component, below, read_tokens(_words(checked)))
     if hidden:
         config = config.model_copy(update={"device": device})
-    words = _words(options)
-    words = ("train", component, *words, *flags, "--out", str(folder), "--quiet")
+    words = ("train", component, *_words(options), *flags, "--out", str(folder), "--quiet")
     length = getattr(config, "steps", None) or getattr(getattr(config, "settings", None), "updates", None)
     return RunSpec(name, words, folder, base[0], length), config
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from difftori.errors import DifftoriError
 from difftori.experiments.gpus import GPUs
@@ -79,6 +80,14 @@ def run_one(run: RunSpec, *, retries: int = 0, say: Callable[[str], None] = prin
     return replace(processes.failures[0], run=run) if processes.failures else None
 
 
+class _Started(NamedTuple):
+    """A run with a process here, its GPUs, and the size of its log when it started."""
+
+    run: RunSpec
+    gpus: str | None
+    log_start: int
+
+
 class _ProcessPool:
     """The running processes, those of other programs on the same runs, and the failures so far."""
 
@@ -91,12 +100,10 @@ class _ProcessPool:
         gpus: GPUs | None = None,
     ):
         self.waiting, self.failures = deque(runs), list[Failure]()
-        self.running: dict[subprocess.Popen[bytes], RunSpec] = {}
+        self.running: dict[subprocess.Popen[bytes], _Started] = {}
         self.locked: list[RunSpec] = []
         self._say, self._done, self._retries, self._tries = say, done, retries, Counter[str]()
         self._gpus = gpus
-        self._taken: dict[subprocess.Popen[bytes], str] = {}
-        self._log_starts: dict[subprocess.Popen[bytes], int] = {}
         # Those of `locked` whose sweep on this machine is gone, and their GPUs.
         self._orphans: dict[RunSpec, str | None] = {}
         # Whether a run has ended since the last look for one that can start.
@@ -122,7 +129,7 @@ class _ProcessPool:
         for run in list(self.waiting):
             if len(self.running) + len(self._orphans) >= jobs:
                 return
-            if run.base is not None and not run.base.finished:
+            if not run.ready:
                 continue
             self.waiting.remove(run)
             if run.locked:
@@ -146,6 +153,11 @@ class _ProcessPool:
                 if self._gpus is not None and gpus is not None:
                     self._gpus.reserve(gpus)
 
+    def _free(self, gpus: str | None) -> None:
+        """Give back the GPUs of a run, if it had any."""
+        if self._gpus is not None and gpus is not None:
+            self._gpus.give_back(gpus)
+
     def _begin(self, run: RunSpec) -> None:
         """Start the process of a run. A folder that cannot be written, as on a full disk, is a failure of this run."""
         self._say(f"{run.name}: running ({len(self.waiting)} waiting)")
@@ -155,43 +167,36 @@ class _ProcessPool:
             start = run.log.stat().st_size if run.log.exists() else 0
             process = _start(run, None if taken is None else {"CUDA_VISIBLE_DEVICES": taken})
         except OSError as error:
-            if self._gpus is not None and taken is not None:
-                self._gpus.give_back(taken)
+            self._free(taken)
             self._fail(Failure(run, _NOT_STARTED, f"it cannot be started ({error})"))
             return
-        self.running[process], self._log_starts[process] = run, start
+        self.running[process] = _Started(run, taken, start)
         note = {"host": socket.gethostname(), "pid": os.getpid(), "gpus": taken}
         with contextlib.suppress(OSError):  # a full disk, or another sweep that starts the same run now
             replace_file(beside(run.folder, _SWEEP), (json.dumps(note) + "\n").encode())
-        if taken is not None:
-            self._taken[process] = taken
 
     def _look(self) -> None:
         """Handle the runs that have ended since the last call."""
         for run in [run for run in self.locked if not run.locked]:
             self.locked.remove(run)
             self._changed = True
-            gpus = self._orphans.pop(run, None)
-            if self._gpus is not None and gpus is not None:
-                self._gpus.give_back(gpus)
+            self._free(self._orphans.pop(run, None))
             if run.finished and not run.conflict():
                 self._succeed(run)
             else:
                 self.waiting.appendleft(run)
         for process in [process for process in self.running if process.poll() is not None]:
-            run, self._changed = self.running.pop(process), True
-            said = _said(run, self._log_starts.pop(process))
+            (run, gpus, log_start), self._changed = self.running.pop(process), True
+            said = _said(run, log_start)
             if not run.locked:
                 with contextlib.suppress(OSError):
                     beside(run.folder, _SWEEP).unlink(missing_ok=True)
-            if self._gpus is not None:
-                self._gpus.give_back(self._taken.pop(process))
+            self._free(gpus)
             if process.returncode == 0 or (run.finished and not run.conflict()):
                 self._succeed(run)
             elif process.returncode == _HOPELESS and any(_TAKEN in line for line in said):
-                self.waiting.appendleft(
-                    run
-                )  # another process locked the directory first, and may write to the same log
+                # Another process locked the directory first, and may write to the same log.
+                self.waiting.appendleft(run)
             else:
                 self._fail(Failure(run, process.returncode, said[-1] if said else "no output"))
 
@@ -269,7 +274,7 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # of another user
-        return True
+        pass
     return True
 
 

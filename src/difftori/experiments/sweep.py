@@ -36,7 +36,7 @@ def run_sweep(
 
 def split_ready(runs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[RunSpec]]:
     """Split runs into those whose base is finished, or that have none, and the others."""
-    ready = dict.fromkeys(run for run in runs if run.base is None or run.base.finished)
+    ready = dict.fromkeys(run for run in runs if run.ready)
     return list(ready), [run for run in runs if run not in ready]
 
 

@@ -90,8 +90,8 @@ class StopRequested(Exception):
 class StopSignal:
     """A context manager in which SIGTERM, SIGINT, SIGUSR2 and SIGHUP only set `requested`. It restores the handlers at the end.
 
-    SIGHUP, of a closed terminal, stays ignored where it is, as under `nohup`. A second SIGINT has its previous effect, so it ends the process immediately. Outside the main thread Python delivers no
-    signals, and the context manager does nothing.
+    SIGHUP, of a closed terminal, stays ignored where it is, as under `nohup`. A second SIGINT has its previous effect, so it ends
+    the process immediately. Outside the main thread Python delivers no signals, and the context manager does nothing.
     """
 
     def __init__(self):
