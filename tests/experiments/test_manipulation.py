@@ -191,6 +191,24 @@ def test_demonstrations_of_maniskill_are_planned_or_provided(asked, tmp_path):
     assert "100 of 1000 demonstrations" in asked["reasons"]
 
 
+@pytest.mark.parametrize("obs", ["points", "state"])
+def test_small_sizes_of_maniskill_are_other_runs_on_point_clouds_only(asked, tmp_path, obs):
+    found = {}
+    for sizes in ("paper", "small"):
+        table3.run(table3.Config(tasks=("PickCube",), demos=tmp_path, obs=obs, sizes=sizes))
+        found[sizes] = (asked["runs"], "small networks" in asked["reasons"], asked["methods"]["base"].settings)
+        demos = asked["cases"][0].demos
+    assert ("small" in demos) is False, "demonstrations are shared by all sizes"
+    assert (found["small"] == found["paper"]) is (obs == "state")
+    assert found["small"][1] is (obs == "points")
+
+
+def test_the_starts_of_table_5_have_no_noise_but_the_bases(asked):
+    table5.run(table5.Config())
+    noise = {label: method.settings.get("base_noise") for label, method in asked["methods"].items()}
+    assert noise == {"base": None, "DiffTORI": None, "DiffTORI from zero": 0.0, "DiffTORI from random": 0.0}
+
+
 def test_at_the_sources_sizes_bases_have_the_presets_of_their_observations(asked, tmp_path):
     for obs, presets in (("image", {None}), ("state", {None, "lowdim", "state"})):
         table2.run(table2.Config(tasks=("square",), demos=tmp_path, obs=obs))

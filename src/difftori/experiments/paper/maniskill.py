@@ -24,6 +24,8 @@ BASES: dict[str, tuple[str, dict[str, object]]] = {
     "state": ("bc", {"hidden": (256, 256), "optimizer": "adamw", "lr_schedule": "cosine", "batch_size": 64}),
 }
 """The base policy and its settings for each observation type."""
+SMALL = {"point_layers": (32, 64, 128), "batch_size": 64}
+"""Settings of the PointNet for CPUs: a seventh of the arithmetic per cloud, a quarter of the clouds."""
 
 
 class ManiskillConfig(ILStudy):
@@ -38,6 +40,8 @@ class ManiskillConfig(ILStudy):
     """Number of demonstrations to collect for each task and seed."""
     obs: Literal["points", "state"] = "points"
     """Observation type. The base policy is the paper's PointNet on point clouds, or a multilayer perceptron on states."""
+    sizes: Literal["paper", "small"] = "paper"
+    """Sizes of the PointNet and its batches; `small` is for CPUs. The perceptron on states has one size."""
     updates: int = Field(FULL_UPDATES, ge=1)
     """Number of updates of every training, for base policies and refiners."""
     episodes: int = Field(FULL_EPISODES, ge=1)
@@ -67,14 +71,16 @@ def run_tables(
     `paper` maps labels of methods to the paper's names. `further` are the study's own reasons that make it partial.
     """
     count = len(set(config.tasks) & set(PAPER_TASKS))
+    small = config.sizes == "small" and config.obs == "points"
     checks = {
         "states instead of point clouds": config.obs != "points",
+        "small networks": small,
         **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES),
         f"{config.demonstrations} of {FULL_DEMONSTRATIONS} demonstrations": config.demonstrations < FULL_DEMONSTRATIONS,
         f"{count} of {len(PAPER_TASKS)} tasks": count < len(PAPER_TASKS),
         **further,
     }
-    budget = f"{config.obs}-{config.updates}-{config.demonstrations}-demos"
+    budget = f"{config.obs}{'-small' if small else ''}-{config.updates}-{config.demonstrations}-demos"
     run_refinement(
         config,
         [_case(config, task) for task in config.tasks],
@@ -90,8 +96,9 @@ def run_tables(
 
 
 def base(config: ManiskillConfig) -> Method:
-    """Return the base policy."""
-    return Method("base", *BASES[config.obs])
+    """Return the base policy at the study's size."""
+    policy, settings = BASES[config.obs]
+    return Method("base", policy, SMALL if policy == "bc-pointnet" and config.sizes == "small" else settings)
 
 
 def refiner(config: ManiskillConfig, label: str, **settings: object) -> Method:
