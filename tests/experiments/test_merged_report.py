@@ -79,6 +79,18 @@ def test_methods_are_named_by_what_tells_them_apart(reward):
     assert found.runs[0].command == "difftori train it"
 
 
+def test_a_setting_of_a_task_does_not_name_methods_and_is_warned_of(tmp_path):
+    for task, words in (("a", []), ("b", ["max_steps=500"])):
+        for noise in (0.1, 0.2):
+            place = tmp_path / "runs" / f"{task}-{noise}"
+            settings = {"updates": 10, "noise": noise}
+            policy_run(place, [1.0] * 4, policy="bc", seed=0, env=f"x:{task}", env_options=words, settings=settings)
+    assert {run.method for run in gather([tmp_path / "runs"]).runs} == {"bc, noise 0.1", "bc, noise 0.2"}
+    page = write_report([tmp_path / "runs"], tmp_path / "page").page.read_text()
+    assert page.count("has another env_options on each of several tasks") == 2
+    assert "another noise" not in page
+
+
 def test_a_setting_that_an_earlier_version_did_not_write_is_no_difference(tmp_path):
     agent_run(tmp_path / "before", 1.0, agent="tdmpc", seed=0, lr=0.1)
     agent_run(tmp_path / "now", 2.0, agent="tdmpc", seed=1, lr=0.1, reward_shapes_latent=True)

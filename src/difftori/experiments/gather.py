@@ -121,7 +121,7 @@ class Gathered:
 
 
 def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "training") -> Gathered:
-    """Read every run in and below `places`. Methods are named by the settings that distinguish them.
+    """Read every run in and below `places`. Methods are named by the settings that distinguish them on some task.
 
     `evaluation`: results from the end of the training, or from the latest `difftori eval` of each run; a finished run without one is
     excluded then. Of two runs with the same method, task and seed, one is excluded: that which is not finished, or else the later
@@ -218,12 +218,13 @@ def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
 def _base_names(records: Mapping[Path, Record]) -> dict[Path, str]:
     """Return the name of each refiner's base policy: `bc`, or `bc (updates 1500)` if the refiners have bases with different settings."""
     trained = {record.weights: record for record in records.values() if record.weights}
-    configs = {}
+    configs: dict[Path, tuple[str, Mapping[str, Any]]] = {}
     for place, record in records.items():
         if record.config.get("base"):
             base = trained.get(record.base_weights or "")
-            configs[place] = _stored_base(place, record) if base is None else base.config
-    named = _distinguished([(str(config.get("policy")), flat(config)) for config in configs.values()])
+            config = _stored_base(place, record) if base is None else base.config
+            configs[place] = (str(record.config.get("env")), config)
+    named = _distinguished([(str(config.get("policy")), task, flat(config)) for task, config in configs.values()])
     return {
         place: f"{name} ({', '.join(words)})" if words else name
         for place, (name, words) in zip(configs, named, strict=True)
@@ -336,7 +337,7 @@ def _told_apart(paths: Iterable[str]) -> dict[str, str]:
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Append to each method's name the settings in which runs of that name differ, and on a task, the data in which they do."""
-    found = _distinguished([(run.method, run.config) for run in runs])
+    found = _distinguished([(run.method, run.task, run.config) for run in runs])
     named = [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, found, strict=True)]
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in named:
@@ -365,19 +366,21 @@ def _data_names(group: Sequence[Run]) -> list[str]:
     return [names[path] for path in paths]
 
 
-def _distinguished(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:
-    """Return each name with the settings in which the flat configurations of that name differ."""
-    same: dict[str, list[Mapping[str, Any]]] = {}
-    for name, config in found:
-        same.setdefault(name, []).append(config)
-    keys = {name: _distinguishing(configs) for name, configs in same.items()}
+def _distinguished(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:
+    """Return the name of each (name, task, flat configuration) with the settings in which those of that name differ on some task."""
+    same: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, task, config in found:
+        same.setdefault((name, task), []).append(config)
+    keys: dict[str, set[str]] = {}
+    for (name, _), configs in same.items():
+        keys.setdefault(name, set()).update(differing(configs))
     return [
         (name, [f"{k.removeprefix('settings.')} {_shown(v)}" for k, v in config.items() if k in keys[name]])
-        for name, config in found
+        for name, _, config in found
     ]
 
 
-def _distinguishing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
+def differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the settings in which configurations differ. One that an earlier version did not write is no difference."""
     execution = {"num_envs"} if any("policy" in config for config in configs) else set()
     keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING - execution

@@ -10,7 +10,7 @@ import jinja2
 from difftori import __version__
 from difftori.errors import ConfigError
 from difftori.experiments.analyse import OVER, Pair, Section, sections
-from difftori.experiments.gather import Gathered, Run, gather
+from difftori.experiments.gather import Gathered, Run, differing, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 from difftori.experiments.statistics import BOOTSTRAP_COVERAGE, Estimate
@@ -21,6 +21,8 @@ from difftori.runs.page import inline
 
 _INLINE = 3_000_000
 _IMAGES = 24
+_SHOWN = {"steps", "settings.updates", "settings.epochs", "eval_episodes", "episodes"}
+"""Settings whose differences between tasks have a warning of their own, or are of the data."""
 _FILES = ("results.csv", "aggregates.csv", "pairs.csv")
 
 
@@ -132,7 +134,11 @@ def _render(
 
 def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
     """Return warnings about runs that differ in more than their methods."""
-    warnings = []
+    warnings = [
+        f"{method} has another {name.removeprefix('settings.')} on each of several tasks. See the commands."
+        for method in sorted({run.method for run in found.runs})
+        for name in sorted(differing([run.config for run in found.runs if run.method == method]) - _SHOWN)
+    ]
     counted = [run for run in found.runs if run.config.get("settings.updates") is None]
     for name, what in (
         ("steps", "environment steps"),
