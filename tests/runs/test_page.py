@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_imitation import tiny_config
 from difftori.errors import DataError
 from difftori.il.train import train
 from difftori.runs.figures import metric_figures, svg_element, thousands
-from difftori.runs.page import render, write_report
+from difftori.runs.page import keep_evaluation, read_evaluations, render, write_report
 
 
 class Checker(HTMLParser):
@@ -56,6 +57,13 @@ def test_the_page_of_a_run_holds_everything_and_fetches_nothing(tmp_path):
         assert words in page
     assert base64.b64encode(b"\x89PNG").decode() in page
     assert "left out" not in page
+
+
+def test_evaluations_of_one_run_at_the_same_time_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for value in range(24):
+            pool.submit(keep_evaluation, tmp_path, {"return": float(value)}, {"return": [float(value)]}, {})
+    assert sorted(entry["metrics"]["return"] for entry in read_evaluations(tmp_path)) == list(range(24))
 
 
 def test_without_rows_there_are_no_curves(tmp_path):

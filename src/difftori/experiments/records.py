@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from difftori.errors import DataError
+from difftori.runs.process import wait_for
 from difftori.runs.records import current_config, current_metrics, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
@@ -125,7 +126,7 @@ def append_line(path: Path, head: bytes, rest: bytes) -> None:
     """Append a line to a file, unless one of its lines begins with `head`. Safe for concurrent processes, and for kills."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        _wait_for(file)
+        wait_for(file)
         file.seek(0)
         before = file.read()
         before = before[: before.rfind(b"\n") + 1]
@@ -157,15 +158,6 @@ def _parsed(plain: dict[str, Any]) -> tuple[str, Record]:
         "evaluations": tuple(map(current_metrics, plain.get("evaluations", ()))),
     }
     return name, Record(**{**plain, **current})
-
-
-def _wait_for(file: IO[bytes]) -> None:
-    """Lock the file until it is closed. Windows has no flock, so there is no lock."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _mapping(source: Path) -> dict[str, Any]:

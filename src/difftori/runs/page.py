@@ -15,7 +15,7 @@ import jinja2
 from difftori.errors import DataError
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.figures import RESULTS, metric_figures, svg_element
-from difftori.runs.process import versions
+from difftori.runs.process import versions, wait_for
 from difftori.runs.records import is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
@@ -49,9 +49,11 @@ def keep_evaluation(
         "versions": versions(str(settings.get("device", "cpu"))),
     }
     try:
-        replace_file(target, (json.dumps([*read_evaluations(path), entry], indent=1) + "\n").encode())
-        if is_finished(path):
-            write_report(path)
+        with (path / "eval.lock").open("a") as lock:  # other processes may evaluate the same run
+            wait_for(lock)
+            replace_file(target, (json.dumps([*read_evaluations(path), entry], indent=1) + "\n").encode())
+            if is_finished(path):
+                write_report(path)
     except OSError as error:
         _log.warning("%s: the evaluation cannot be kept (%s)", target, error)
 

@@ -45,6 +45,15 @@ def hold(lock: IO[str]) -> None:
     return None
 
 
+def wait_for(file: IO[Any]) -> None:
+    """Lock the file until it is closed, as soon as no other process holds the lock. Without flock, as on Windows, nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def is_held(lock: Path) -> bool:
     """Return whether a process holds the lock. The file may be absent."""
     try:
