@@ -16,6 +16,7 @@ from difftori.experiments.paper.manipulation import (
 )
 from difftori.experiments.study import Method
 from difftori.paper.numbers import labelled_numbers
+from difftori.policies.difftori import DEFAULT_NOISE
 
 PAPER = {
     "ibc": "ibc",
@@ -33,7 +34,8 @@ class Config(ManipulationConfig):
     """Robomimic and Push-T: three base policies, and refiners on two of them (Table 2)."""
 
     controls: bool = True
-    """Also run the bases trained twice as long, and the residual with noise σ = 0.5 on the base's action, the best in `base-noise`."""
+    """Also run the bases trained twice as long, and the refiners with noise on the base's action: σ = 0.5 for the residual, 1 for
+    DiffTORI, the best in `base-noise`."""
 
 
 def run(config: Config) -> None:
@@ -48,15 +50,18 @@ def run(config: Config) -> None:
         if name == "diffusion":
             small = SMALL["ibc"] if config.sizes == "small" else {}
             methods.append(refiner(config, f"ibc on {name}", "ibc-base", name, **small))
+        ours = f"DiffTORI on {name}"
         methods.append(refiner(config, f"residual on {name}", "residual", name))
-        methods.append(refiner(config, f"DiffTORI on {name}", "difftori-il", name))
+        methods.append(refiner(config, ours, "difftori-il", name))
         if config.controls:
-            noise = {"base_noise": RESIDUAL_NOISE}
-            methods.append(refiner(config, f"residual on {name}, noise", "residual", name, **noise))
-        others = [
-            method.label for method in methods if name in method.label and not method.label.startswith("DiffTORI")
-        ]
-        compared += [(f"DiffTORI on {name}", other) for other in others]
+            for label, policy, noise in (
+                (f"residual on {name}, noise", "residual", RESIDUAL_NOISE),
+                (f"{ours}, noise", "difftori-il", DEFAULT_NOISE),
+            ):
+                methods.append(refiner(config, label, policy, name, base_noise=noise))
+            compared += [(f"{ours}, noise", other) for other in (ours, f"residual on {name}, noise", name)]
+        others = [method.label for method in methods if name in method.label]
+        compared += [(ours, other) for other in others if not other.startswith("DiffTORI")]
     run_tables(
         config,
         methods,
