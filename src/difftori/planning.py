@@ -160,9 +160,10 @@ class Planner:
                 "as the objective expects."
             )
         box = self.flat_box(init_actions)
+        start = init_actions.flatten(1)
         solution = replace(self, box=box, project_start=True).solve(
             objective,
-            box.project(init_actions.flatten(1)),
+            box.project(start) if self.clamp_in_cost else start,
             candidates=None if candidates is None else candidates.flatten(2),
             generator=generator,
             history=history,

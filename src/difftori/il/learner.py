@@ -81,6 +81,7 @@ class Learner:
             self.acting = NormalizedPolicy(copy.deepcopy(self.policy).requires_grad_(False), policy.base)
         self.optimizer = make_optimizer(self.policy.parameters(), settings)
         self.train_state = TrainState()
+        self._of_epoch: tuple[int, list[Tensor], list[Tensor]] = (-1, [], [])
         self.best: State | None = None
 
     def update(self, batch: Window, generator: torch.Generator) -> None:
@@ -91,7 +92,8 @@ class Learner:
         """
         started = time.perf_counter()
         train_state = self.train_state
-        self.policy.train()
+        if not self.policy.training:
+            self.policy.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_share()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,11 +195,14 @@ class Learner:
 
     def _trained_parameters(self) -> list[Tensor]:
         """Return the parameters trained in this epoch. The gradients of the others are removed, so that the optimizer skips them."""
-        trained = list(self.policy.trainable(self.train_state.epoch))
-        trained_ids = {id(p) for p in trained}
-        for parameter in self.policy.parameters():
-            if id(parameter) not in trained_ids:
-                parameter.grad = None
+        epoch, trained, others = self._of_epoch
+        if epoch != self.train_state.epoch:
+            trained = list(self.policy.trainable(self.train_state.epoch))
+            ids = {id(p) for p in trained}
+            others = [p for p in self.policy.parameters() if id(p) not in ids]
+            self._of_epoch = self.train_state.epoch, trained, others
+        for parameter in others:
+            parameter.grad = None
         return trained
 
     def _blame(self, loss: Scalar, metrics: Metrics) -> str:

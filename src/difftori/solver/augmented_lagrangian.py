@@ -235,7 +235,7 @@ def _finish(
         differentiated = differentiated._replace(newton_step=torch.where(state.settled[:, None], step, torch.inf))
     feasible = state.violated <= method.allowed(solution.x.dtype)
     x = solution.x.detach()
-    status = status_with_hessian(solution.status, differentiated, Lengths(problem.box, x).of(x))
+    status = status_with_hessian(solution.status, differentiated, Lengths(problem.box, x), x)
     status = torch.where(feasible | ~solution.finite, status, int(Status.INFEASIBLE))
     status = torch.where(solution.finite & ~undefined, status, int(Status.NON_FINITE))
     with torch.no_grad():

@@ -177,14 +177,14 @@ class _Inward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward(x, low, high)
-        return torch.minimum(torch.maximum(x, low), high)
+        inside = torch.minimum(torch.maximum(x, low), high)
+        ctx.save_for_backward(x - inside)
+        return inside
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), (x, low, high) = grads, ctx.saved_tensors
-        outwards = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
-        return torch.where(outwards, 0.0, grad), None, None
+        (grad,), (excess,) = grads, ctx.saved_tensors
+        return torch.where(excess * grad < 0, 0.0, grad), None, None
 
 
 def _empty(low: float, high: float, where: tuple[int, ...]) -> str:

@@ -35,8 +35,10 @@ class Convergence:
         return close[0] if len(close) == 1 else close.all(0)
 
     def length(self, x: Points, state: State) -> Tensor:
-        """The length scale of x in each of the K units, (K B); 1 for estimated distances, which are shares of it."""
-        if state.distance is not None:
+        """The length scale of x in each of the K units, (K B); 1 if it is not used: for a tolerance of 0, and for estimated
+        distances, which are shares of it.
+        """
+        if self.tolerance == 0 or state.distance is not None:
             return torch.ones_like(x[:, 0]).unsqueeze(0)
         natural = self.lengths.natural(x)
         if self.lengths.units is None:

@@ -5,12 +5,14 @@ variables in different units, such as newtons beside radians, are told apart by 
 of 8 count as one scale.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from difftori.solver.box import UNEVEN, Box
 from difftori.solver.method import largest
-from difftori.types import Points, Rows
+from difftori.types import PointFlags, Points, Rows
 
 
 def range_units(box: Box, x: Points) -> Points | None:
@@ -34,9 +36,8 @@ class Lengths:
     """
 
     def __init__(self, box: Box, x: Points):
-        self.room: Rows = box.room(x)
+        self._box, self._x = box, x
         self.units: Points | None = None
-        self._movable = ~box.fixed(x)
         if not box.uneven:
             return
         half, self._uneven = _half_ranges(box, x)
@@ -47,6 +48,15 @@ class Lengths:
         ordered, self._order = width.sort(-1)
         similar = torch.searchsorted(ordered, UNEVEN * width, right=True) - 1
         self._similar = torch.where(self._uneven, similar, x.shape[-1] - 1)
+
+    @cached_property
+    def room(self) -> Rows:
+        """Half the narrowest range of each row's variables, at most 1, (B)."""
+        return self._box.room(self._x)
+
+    @cached_property
+    def _movable(self) -> PointFlags:
+        return ~self._box.fixed(self._x)
 
     def natural(self, x: Points) -> Rows:
         """One length scale of all variables, (B): half the narrowest range (at most 1) or the largest |x|, whichever is larger."""

@@ -38,8 +38,8 @@ class Status(IntEnum):
     `Solution.violation`, start elsewhere, or allow more rounds."""
 
 
-def status_with_hessian(status: RowCounts, differentiated: Differentiated, lengths: Tensor) -> RowCounts:
-    """The status (B), corrected by the Hessian if the adjoint computed it. `lengths` (B n or B 1): the length scales of x.
+def status_with_hessian(status: RowCounts, differentiated: Differentiated, lengths: Lengths, x: Points) -> RowCounts:
+    """The status (B) of x, corrected by the Hessian if the adjoint computed it.
 
     A row has not converged if a Newton step would still move a variable by 2 % of its length: the gradient is small there only
     because the curvatures are far apart.
@@ -47,7 +47,7 @@ def status_with_hessian(status: RowCounts, differentiated: Differentiated, lengt
     convex, singular, step = differentiated.convex, differentiated.singular, differentiated.newton_step
     if convex is None or singular is None or step is None:
         return status
-    near = (step.abs() <= _FAR * lengths).all(-1)
+    near = (step.abs() <= _FAR * lengths.of(x)).all(-1)
     status = torch.where((status == Status.CONVERGED) & ~near, int(Status.MAX_STEPS), status)
     status = torch.where(convex, status, int(Status.NOT_A_MINIMUM))
     return torch.where(singular, int(Status.ILL_CONDITIONED), status)

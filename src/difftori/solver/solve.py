@@ -123,13 +123,14 @@ def _solve(
     history: bool,
     throw: bool,
 ) -> Solution:
-    start = problem.box.project(torch.where(torch.isnan(x0), torch.zeros_like(x0), x0))
+    unknown = torch.isnan(x0)
+    start = problem.box.project(x0.masked_fill(unknown, 0.0))
     if not _wants_gradient(problem.objective, start, problem.compile):
         adjoint = Detached()
     run = _Run(problem, solver, start, tolerance, keep, history)
     differentiated = adjoint.apply(run.iterate, problem, max_steps)
     progress: _Progress = differentiated.iterates.progress
-    status = run.status(progress, torch.isnan(x0).any(-1), differentiated)
+    status = run.status(progress, unknown.any(-1), differentiated)
     if throw and bool((status == Status.NON_FINITE).any()):
         rows = (status == Status.NON_FINITE).nonzero().squeeze(-1).tolist()
         raise NonFiniteError(
@@ -225,7 +226,7 @@ class _Run:
     def _begin(self, problem: Problem) -> _Progress:
         x = self.x0 if problem.create_graph else self.x0.detach()
         state = self.solver.init(problem, x)
-        norm = self.test.norm(x, state)
+        norm = self._norm(x, state)
         failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
         length = self.test.length(x.detach(), state)
         curvature = self.test.first_curvature(x.detach(), state, norm, length)
@@ -249,7 +250,7 @@ class _Run:
             state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
         done = torch.zeros_like(progress.done)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
-        norm = self.test.norm(x, state)
+        norm = self._norm(x, state)
         return _Progress(
             x,
             state,
@@ -296,6 +297,12 @@ class _Run:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
 
+    def _norm(self, x: Points, state: State) -> Tensor:
+        """The distance of an iterate from a first-order point, (K B); infinity if nothing depends on it before the end."""
+        if self.keep == "best" or self.tolerance > 0:
+            return self.test.norm(x, state)
+        return torch.full_like(state.cost.detach(), torch.inf).unsqueeze(0)
+
     def _compiled(self, problem: Problem, progress: _Progress, steps: int) -> None:
         """Run all steps in compiled chunks of a fixed length. Only the ends of chunks are checked."""
         taken = 0
@@ -329,7 +336,7 @@ class _Run:
         x = progress.best_x.detach()
         converged = self.test.close(progress.best_norm, progress.curvature, self.test.length(x, progress.state))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = status_with_hessian(status, differentiated, self.test.lengths.of(x))
+        status = status_with_hessian(status, differentiated, self.test.lengths, x)
         unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
         return torch.where(unsound, int(Status.NON_FINITE), status)
 
