@@ -29,7 +29,7 @@ _STATE = "state"
 
 
 def load(
-    run: str | Path,
+    run: str | Path | NormalizedPolicy,
     *,
     which: Which | None = None,
     device: str | torch.device = "cpu",
@@ -38,6 +38,7 @@ def load(
 ) -> "LoadedPolicy":
     """Load the policy or the agent of a run directory, of a published folder, or of the Hub (`hub:USER/NAME`), to act with it.
 
+    `run` may also be a policy in memory, such as the result of `difftori.il.refine`, on its own device; its random numbers have seed 0.
     `which`: the weights of a policy, as in `difftori eval` (default: `last` for runs with demonstrations, otherwise `best`).
     `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
     checkpoint. `revision`: branch, tag or commit on the Hub (default: its main branch).
@@ -48,6 +49,8 @@ def load(
     Raises ConfigError if `run` is neither of these or names a module that is not trusted, CheckpointError if its weights are missing or
     damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
+    if isinstance(run, NormalizedPolicy):
+        return _in_closed_loop(Published(run, seed=0, which="last"), str(next(run.policy.parameters()).device))
     model = open_model(run, which=which, device=device, revision=revision, trust_code=trust_code)
     return _in_closed_loop(model, str(device))
 
@@ -327,8 +330,8 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
     if values.dtype != np.uint8:
         if not np.issubdtype(values.dtype, np.floating) or values.min() < 0 or values.max() > 1:
             raise ShapeError(
-                f"obs: {name}, an image, is {values.dtype} from {values.min():g} to {values.max():g}. Fix: give uint8, or "
-                "floating-point numbers in [0, 1]"
+                f"obs: {name}, an image, is {values.dtype} from {values.min():g} to {values.max():g}. Fix: give uint8 "
+                "(images.astype(numpy.uint8) if they are floating-point from 0 to 255), or floating-point numbers in [0, 1]"
             )
         values = np.rint(values * 255.0).astype(np.uint8)
     return _channels_first(name, values, entry.shape, stacked)

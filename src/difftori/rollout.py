@@ -1,6 +1,7 @@
 """Runs episodes in a vector of environments: the one loop of evaluation, demonstration and video; and policies in closed loop."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -10,6 +11,7 @@ import torch
 
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
+from difftori.envs.spaces import SUCCESS
 from difftori.envs.video import Recording, frame
 from difftori.errors import ConfigError
 from difftori.steering import Steering
@@ -22,6 +24,8 @@ what was kept from earlier steps is not valid for them. `active`: rows with an e
 Act: TypeAlias = Callable[..., Plans]
 """A policy as a function from the last O observations of B rows, by name, to the actions (B H A). A second argument may be a `Steering`."""
 
+
+_log = logging.getLogger(__name__)
 
 CHECKED_STEPS = 5_000
 """Steps within which an episode of random actions must end in an environment without a declared limit."""
@@ -73,7 +77,8 @@ def run_episodes(
             obs, _ = env.reset(seed=row_seeds, options={"reset_mask": first})
         actions = act(obs, first, active)
         next_obs, rewards, terminated, truncated, info = env.step(actions)
-        success, score = info.get("success"), info.get("score")
+        success = next((info[name] for name in SUCCESS if name in info), None)
+        score = info.get("score")
         first = terminated | truncated
         if until_success and success is not None:
             first |= success.astype(bool) & active
@@ -84,6 +89,7 @@ def run_episodes(
 def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     """Run an episode of random actions as far as needed to know that episodes end, and, if `success`, that success is reported.
 
+    Warns if the seed does not determine the first observation.
     One step is enough in an environment with a limit of steps. Raises `ConfigError`, and the environment's own errors: this is
     called before training, to find then what an evaluation would find after it.
     """
@@ -94,8 +100,16 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     def act(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
         return numbers.uniform(low, high).astype(box.dtype)
 
+    start = {name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}
     reported = not success
     for count, step in enumerate(run_episodes(env, act, [0]), 1):
+        again = named(step.obs)
+        if count == 1 and not all(np.array_equal(start[name], again[name], equal_nan=True) for name in start):
+            _log.warning(
+                "env: two episodes of %s with the same seed begin differently, so policies are not compared on the same episodes. "
+                "Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
+                env.name,
+            )
         reported |= step.success is not None
         if reported and (limited or step.ended.any()):
             return

@@ -110,13 +110,13 @@ def read_options(
 def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, Any]:
     """Return the trainer and the configuration of an existing run, extended if `options` has one of `LENGTHS`.
 
-    Raises ConfigError for other options, and if the run is not longer than before or cannot be extended.
+    `demos` may also be given: the place to which the run's demonstrations have moved. Raises ConfigError for other options, and if the run is not longer than before or cannot be extended.
     """
-    if others := sorted(options.keys() - set(LENGTHS)):
+    if others := sorted(options.keys() - {*LENGTHS, "demos"}):
         raise ConfigError(
             [
                 f"--{name}: not allowed with --resume, which reads the configuration from the run. "
-                f"Fix: remove it; only {', '.join(f'--{length}' for length in LENGTHS)} may be given, to extend the run"
+                f"Fix: remove it; only {', '.join(f'--{length}' for length in LENGTHS)} may be given, to extend the run, and --demos, if the data have moved"
                 for name in others
             ]
         )
@@ -128,7 +128,7 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
     longer = trainer.parse(overlay(values, options, trainer.config_type(trainer.find(str(values[trainer.key])))))
     before, after = (flat(each.model_dump(mode="json")) for each in (config, longer))
     faults = []
-    for name in (key for key in after if key.rpartition(".")[2] in options):
+    for name in (key for key in after if key.rpartition(".")[2] in set(LENGTHS) & options.keys()):
         option, new, old = f"--{name.rpartition('.')[2]}", after[name], before[name]
         if old is None:
             faults.append(

@@ -16,7 +16,7 @@ import pytest
 from difftori.collection.collect import CollectRequest, collect
 from difftori.collection.episode_log import open_log
 from difftori.envs.base import EnvironmentFailed
-from difftori.errors import ConfigError, DataError
+from difftori.errors import ConfigError, DataError, DifftoriError
 from difftori.rollout import episode_seed
 
 zarr = pytest.importorskip("zarr", reason="needs zarr: pip install 'difftori[metaworld]'")
@@ -302,6 +302,42 @@ def test_every_fault_is_listed(collect_request):
 def test_an_environment_that_does_not_tell_success_is_refused(collect_request):
     with pytest.raises(ConfigError, match='"success" is missing from the info'):
         gather(replace(collect_request, env="my_lab.tiny_expert:SILENT"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ONE_ROW", r"returned actions of shape \(2,\) and type float32. Fix: return numbers \(2, 2\)"),
+        ("WORDS", r"of shape \(2, 2\) and type <U4"),
+        ("NOTHING_STORED", "`arrays` are empty"),
+        ("RESERVED_NAME", "arrays has the name 'action'"),
+        ("NOT_OBSERVED", "stores 'stat', which is not observed. Fix: choose from state, view"),
+    ],
+)
+def test_what_an_expert_does_wrong_is_named(collect_request, name, message):
+    with pytest.raises(DifftoriError, match=message):
+        gather(replace(collect_request, env=f"my_lab.tiny_expert:{name}", workers=2))
+    assert not list(collect_request.out.glob("*.zarr"))
+
+
+def test_an_observation_type_that_the_expert_does_not_have_is_refused(collect_request):
+    with pytest.raises(ConfigError, match="has no parameter `obs`"):
+        gather(replace(collect_request, env="my_lab.tiny_expert:NOT_OBSERVED", obs="image"))
+
+
+def test_success_may_have_its_other_name(collect_request):
+    assert gather(replace(collect_request, env="my_lab.tiny_expert:OTHER_NAME"))["episodes"] == 5
+
+
+def test_demonstrations_of_an_edited_expert_are_not_added_to_those_of_before(collect_request, tmp_path, monkeypatch):
+    gather(collect_request)
+    module = tmp_path / "path" / "my_lab" / "tiny_expert.py"
+    module.write_text(module.read_text().replace("return 3.0 *", "return 2.0 *"))
+    for name in [name for name in sys.modules if name.startswith("my_lab")]:
+        monkeypatch.delitem(sys.modules, name)
+    for episodes in (5, 6):
+        with pytest.raises(ConfigError, match=r"code: 'my_lab.tiny_expert .*there"):
+            gather(replace(collect_request, episodes=episodes))
 
 
 @pytest.mark.slow

@@ -139,6 +139,16 @@ def test_what_was_not_fitted_is_refused():
         measure([])
 
 
+def test_actions_of_a_range_that_is_not_learned_are_warned_of(caplog):
+    actions = np.linspace([0, 0, 0], [1, 4e-5, 0], 40)
+    spec = measured_spec(
+        Trajectories.of({"state": np.zeros((40, 1))}, actions, [40]),
+        **{"low": (0.0,) * 3, "high": (1.0,) * 3, "n_obs_steps": 1, "horizon": 1, "n_action_steps": 1},
+    )
+    assert Normalizer.of(spec).actions.scale.tolist() == [0.5, 1.0, 1.0]
+    assert "below 0.0001 in dimension 1 (4e-05). It is treated as constant" in caplog.text
+
+
 def test_depth_images_are_mapped_to_the_range_from_0_to_1():
     depth = np.random.default_rng(0).uniform(0.4, 3, size=(40, 4, 4, 1))
     train = Trajectories.of({"depth": depth}, np.zeros((40, 1)), [40])

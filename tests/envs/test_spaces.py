@@ -253,6 +253,29 @@ def test_what_an_evaluation_needs_is_known_before_training(odd, limit, message):
         check_episode(opened(Reach, odd, limit, num_envs=1), success=True)
 
 
+def test_an_environment_that_ignores_its_seed_is_warned_of(caplog):
+    count = iter(range(100))
+
+    class Counting(Reach):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=next(count), options=options)
+
+    check_episode(opened(Counting, num_envs=1), success=True)
+    assert "with the same seed begin differently" in caplog.text
+    caplog.clear()
+    check_episode(opened(Reach, num_envs=1), success=True)
+    assert not caplog.text
+
+
+def test_the_limit_of_a_wrapper_is_known(caplog):
+    def limited():
+        return gymnasium.wrappers.TimeLimit(Reach(), 5)
+
+    env = opened(limited, max_episode_steps=40, num_envs=1)
+    assert env.metadata["max_episode_steps"] == 5
+    assert "max_episode_steps: 40 has no effect" in caplog.text
+
+
 @pytest.mark.parametrize("odd", ["", "is_success", "success at the end"])
 def test_what_suffices_for_an_evaluation_is_accepted(odd):
     check_episode(opened(Reach, odd, num_envs=1), success=True)

@@ -39,6 +39,17 @@ def test_the_last_steps_of_an_episode_are_learned():
     assert (actions > 0).tolist() == [False] * 9 + [True] * 3
 
 
+def test_a_refined_policy_acts_in_closed_loop_without_a_run():
+    policy = refined(opened(8), n_obs_steps=2, n_action_steps=3)
+    loop = difftori.load(policy)
+    states = [torch.tensor([step / LENGTH, 0.0]) for step in range(4)]
+    plan = policy.act({"state": torch.stack((states[0], states[0]))[None]}, generator=torch.Generator())
+    acted = [loop.act({"state": state}) for state in states]
+    assert np.allclose(acted[:3], plan[0, 1:4])
+    again = policy.act({"state": torch.stack((states[2], states[3]))[None]}, generator=torch.Generator())
+    assert np.allclose(acted[3], again[0, 1])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [

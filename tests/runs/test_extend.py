@@ -7,7 +7,7 @@ import signal
 import pytest
 from tiny_env.reach import ENV, write_demos
 
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, DataError
 from difftori.il.train import evaluate_run as evaluate_policy_run
 from difftori.il.train import load_policy
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
@@ -61,6 +61,22 @@ def test_an_extended_policy_equals_one_trained_for_as_long(tmp_path):
     train("bc", tmp_path / "whole", demos=demos, **POLICY | {"epochs": "4"})
     digests = [weights_digest(load_policy(tmp_path / name)[0].policy) for name in ("run", "whole")]
     assert digests[0] == digests[1]
+
+
+def test_a_run_goes_on_when_its_data_have_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_demos(tmp_path / "demos.zarr")
+    train("bc", tmp_path / "run", demos="demos.zarr", **POLICY)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "demos.zarr").rename(tmp_path / "elsewhere" / "demos.zarr")
+    with pytest.raises(DataError, match=f"no such file or folder in {tmp_path}"):
+        extended(tmp_path / "run", epochs="3")
+    moved = str(tmp_path / "elsewhere" / "demos.zarr")
+    assert extended(tmp_path / "run", epochs="3", demos=moved)["epochs"] == 3
+    assert read_config(tmp_path / "run")["demos"] == moved
+    write_demos(tmp_path / "others.zarr", episodes=3)
+    with pytest.raises(ConfigError, match="changed since the run began"):
+        extended(tmp_path / "run", epochs="4", demos=str(tmp_path / "others.zarr"))
 
 
 def test_what_cannot_be_extended_is_named(tmp_path):

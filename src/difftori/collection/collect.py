@@ -1,6 +1,8 @@
 """Collects a given number of episodes from a scripted expert. An interrupted collection can be resumed."""
 
+import hashlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -9,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gymnasium.spaces import Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,6 +19,7 @@ from difftori.collection.dataset import need_zarr, read_episodes, read_manifest,
 from difftori.collection.episode_log import EpisodeLog, open_log, read_plan, refuse_other, remove_log
 from difftori.collection.play import ExpertEpisode, play
 from difftori.envs.base import numeric_faults
+from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import Expert, ResolvedEnv
 from difftori.envs.workers import launch
 from difftori.errors import ConfigError, DataError
@@ -62,13 +66,17 @@ def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]
     """
     env = _with_expert(request.env)
     _refuse_faults(request)
+    if request.obs is not None and not env.expert_obs:
+        raise ConfigError([f"--obs: the expert of {request.env!r} has no parameter `obs`. Fix: remove {request.obs!r}"])
     need_zarr()
     name, obs = env.name, env.expert_obs if request.obs is None else request.obs
     plan = {"env": name, "obs": obs, "seed": request.seed, "filter": EVERYTHING if request.keep_failures else SUCCESSES}
-    path = request.out / f"{name.replace(':', '.')}-{request.seed}.zarr"
+    plan["code"] = _code(env)
+    path = Path(request.out) / f"{name.replace(':', '.')}-{request.seed}.zarr"
     folder, beside = path.with_suffix(".attempts"), path.with_suffix(".json")
     finished = _finished(path, folder, beside)
     if finished is not None:
+        finished.setdefault("code", plan["code"])  # not recorded by earlier versions
         refuse_other({key: finished.get(key) for key in plan}, plan, beside)
         if finished["episodes"] >= request.episodes:
             return _summary(path, finished, played=0, seconds=0.0)
@@ -86,7 +94,7 @@ def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]
             with _bar(name, request.episodes, progress) as show:
                 played = _play_until_enough(request, play(copies, expert, _missing(request, log)), log, show)
             chosen, tried = _kept(request, log)
-            manifest = _manifest(plan, log, chosen, tried)
+            manifest = _manifest(plan, _bounds(copies), log, chosen, tried)
             lengths = [log[index].steps for index in chosen]
             write_dataset(path, lengths, lambda episode: log.load(chosen[episode]), manifest)
             write_manifest(beside, manifest)
@@ -99,7 +107,12 @@ def _with_expert(name: str) -> ResolvedEnv:
     env = resolve_env(name)
     if env.family.expert is None:
         known = ", ".join(f"{family}:…" for family, record in env_families().items() if record.expert is not None)
-        raise ConfigError([f"env: {name!r} has no scripted expert. Fix: choose an environment that has one: {known}"])
+        raise ConfigError(
+            [
+                f"env: {name!r} has no scripted expert. Fix: choose an environment that has one: {known}; or name your EnvFamily "
+                "with an expert, my_package.my_module:FAMILY"
+            ]
+        )
     return env
 
 
@@ -151,7 +164,15 @@ def _kept(request: CollectRequest, log: EpisodeLog) -> tuple[list[int], int]:
     return kept, tried
 
 
-def _manifest(plan: dict[str, Any], log: EpisodeLog, chosen: list[int], tried: int) -> dict[str, Any]:
+def _bounds(env: CheckedVectorEnv) -> str:
+    """Return the range of all actions, or of each if they differ."""
+    space = env.single_action_space
+    assert isinstance(space, Box)
+    pairs = [f"[{low:g}, {high:g}]" for low, high in zip(space.low.ravel(), space.high.ravel(), strict=True)]
+    return pairs[0] if len(set(pairs)) == 1 else " ".join(pairs)
+
+
+def _manifest(plan: dict[str, Any], bounds: str, log: EpisodeLog, chosen: list[int], tried: int) -> dict[str, Any]:
     """Return the description of the data set. Only `made_with`, the machine, depends on how it was collected."""
     heads = [log[index] for index in range(tried)]
     machine = versions("cpu")
@@ -160,7 +181,7 @@ def _manifest(plan: dict[str, Any], log: EpisodeLog, chosen: list[int], tried: i
         "episodes": len(chosen),
         "steps": sum(log[index].steps for index in chosen),
         "success_rate": sum(head.success for head in heads) / tried,
-        "actions": "clipped to [-1, 1], as executed",
+        "actions": f"clipped to {bounds}, as executed",
         "arrays": {name: [str(v.dtype), *v.shape[1:]] for name, v in sorted(log.load(chosen[0]).items())},
         "tried": [
             {
@@ -182,6 +203,13 @@ def _earlier(path: Path, manifest: dict[str, Any]) -> Iterator[ExpertEpisode]:
     for row in manifest["tried"]:
         arrays = next(stored) if row["kept"] else {}
         yield ExpertEpisode(row["number"], row["seed"], row["steps"], row["first_success"], arrays)
+
+
+def _code(env: ResolvedEnv) -> str | None:
+    """Return a digest of the module that an environment of the user's is named by; None for others."""
+    name = env.name.partition(":")[0]
+    file = None if name in env_families() else getattr(sys.modules.get(name), "__file__", None)
+    return None if file is None else f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
 
 
 def _versions(expert: Expert) -> dict[str, str | None]:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
+from difftori.data.trajectories import RESERVED
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import Expert
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, ShapeError
 from difftori.rollout import run_episodes
 
 
@@ -56,8 +57,10 @@ def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]
     All rows of the environment run in parallel, so episodes may end out of order. The expert's actions are clipped to the
     action space. When a failed environment is restarted, the running episodes start again.
 
-    Raises `ConfigError` if `info` has no `success`, and the errors of the environment.
+    Raises `ConfigError` if `info` has no `success` or the expert's `arrays` are not those of the environment, `ShapeError` for
+    actions of another shape than (num_envs, A), and the errors of the environment.
     """
+    _refuse_arrays(env, expert)
     lost: list[tuple[int, int]] = []
     while True:
         running: dict[int, _Track] = {}
@@ -66,6 +69,26 @@ def play(env: CheckedVectorEnv, expert: Expert, wanted: Iterator[tuple[int, int]
             return
         except EnvironmentRestarted:
             lost = [(track.index, track.seed) for track in running.values()]
+
+
+def _refuse_arrays(env: CheckedVectorEnv, expert: Expert) -> None:
+    """Raise `ConfigError` if the expert stores nothing, or under a name that is not allowed, or what the environment does not observe."""
+    space = env.single_observation_space
+    known = list(space.spaces) if isinstance(space, Dict) else []
+    faults = [] if known else [f"{env.name}: its observations are {space}. Fix: return a dictionary of arrays"]
+    if not expert.arrays:
+        faults.append(f"{env.name}: the expert's `arrays` are empty. Fix: name the observations to store")
+    for stored, name in expert.arrays.items():
+        if not stored.isidentifier() or stored in RESERVED:
+            faults.append(
+                f"{env.name}: arrays has the name {stored!r}. Fix: letters, digits and _, and not {', '.join(RESERVED)}"
+            )
+        if known and name not in known:
+            faults.append(
+                f"{env.name}: arrays stores {name!r}, which is not observed. Fix: choose from {', '.join(known)}"
+            )
+    if faults:
+        raise ConfigError(faults)
 
 
 def _run(
@@ -82,7 +105,13 @@ def _run(
 
     def act(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
         assert isinstance(obs, dict)
-        return np.clip(expert.act(obs), box.low, box.high).astype(box.dtype)
+        actions = np.asarray(expert.act(obs))
+        if actions.shape != box.shape or actions.dtype.kind not in "biuf":
+            raise ShapeError(
+                f"{env.name}: the expert returned actions of shape {actions.shape} and type {actions.dtype}. Fix: return numbers "
+                f"{box.shape}, one row for each of the {env.num_envs} environments"
+            )
+        return np.clip(actions, box.low, box.high).astype(box.dtype)
 
     for step in run_episodes(env, act, seeds()):
         if step.success is None:

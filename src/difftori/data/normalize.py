@@ -1,5 +1,6 @@
 """Normalisers: shift and scale per dimension, fitted to training data only, and saved with a policy's weights."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias, final
 
@@ -13,6 +14,8 @@ from difftori.types import AnyActions, EntrySpec, Moments, TaskSpec, Window
 
 FLAT = 1e-4
 """A dimension whose range over the training data is below this is treated as constant, as in Diffusion Policy."""
+_ROUNDING = 1e-7
+_log = logging.getLogger(__name__)
 
 
 def measure(blocks: Iterable[Shaped[Tensor, "... D"]]) -> Moments:
@@ -190,6 +193,14 @@ def measured_spec(
         for name, values in train.obs.items()
     }
     actions = measure(train.blocks(train.actions))
+    ranges = [b - a for a, b in zip(actions.low, actions.high, strict=True)]
+    if small := [f"{number} ({size:g})" for number, size in enumerate(ranges) if _ROUNDING < size < FLAT]:
+        _log.warning(
+            "demos: the range of the actions is below %g in dimension %s. It is treated as constant and not learned. Fix: record "
+            "it in a smaller unit",
+            FLAT,
+            ", ".join(small),
+        )
     return TaskSpec(obs, train.actions.shape[1], horizon, low, high, n_obs_steps, n_action_steps, actions)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
-from gymnasium.wrappers import FlattenObservation, TransformAction
+from gymnasium.wrappers import FlattenObservation, TimeLimit, TransformAction
 
 from difftori.envs.base import Observation, rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
@@ -83,6 +83,15 @@ class ActionRepeat(gymnasium.Wrapper):
         return observation, total, terminated, truncated, {**info, "success": True} if succeeded else info
 
 
+def _own_limit(env: gymnasium.Env) -> int | None:
+    """Return the number of steps after which an environment truncates its episodes, as far as it declares it."""
+    declared = env.metadata.get("max_episode_steps") or (env.spec.max_episode_steps if env.spec else None)
+    while declared is None and isinstance(env, gymnasium.Wrapper):
+        declared = env._max_episode_steps if isinstance(env, TimeLimit) else None  # noqa: SLF001 (there is no public name)
+        env = env.env
+    return declared
+
+
 class CheckedEnv(gymnasium.Wrapper):
     """One environment in the library's conventions: numbers float32, images uint8 with channels first.
 
@@ -111,7 +120,7 @@ class CheckedEnv(gymnasium.Wrapper):
         self._name, self._limit, self._steps = name, max_episode_steps, 0
         if max_episode_steps is not None:
             repeat = env.metadata.get("action_repeat", 1)
-            own = env.metadata.get("max_episode_steps") or (env.spec.max_episode_steps if env.spec else None)
+            own = _own_limit(env)
             limit = max_episode_steps * repeat
             self.metadata = {**env.metadata, "max_episode_steps": limit if own is None else min(limit, own)}
 

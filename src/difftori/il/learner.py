@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
@@ -81,7 +81,7 @@ class Learner:
             self.acting = NormalizedPolicy(copy.deepcopy(self.policy).requires_grad_(False), policy.base)
         self.optimizer = make_optimizer(self.policy.parameters(), settings)
         self.train_state = TrainState()
-        self._of_epoch: tuple[int, list[Tensor], list[Tensor]] = (-1, [], [])
+        self._of_epoch: tuple[int, list[Tensor], Sequence[Tensor]] = (-1, [], [])
         self.best: State | None = None
 
     def update(self, batch: Window, generator: torch.Generator) -> None:

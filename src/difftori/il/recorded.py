@@ -65,6 +65,8 @@ def hold_out(
         )
     elif share > 0:
         train, held = whole.split(share, seeded(seed, "held out episodes"))
+        if len(held) > len(train):
+            _log.warning("held_out: %d of %d episodes of %s are held out", len(held), len(whole), place)
     if num_train is None:
         return train, held
     if num_train > len(train):

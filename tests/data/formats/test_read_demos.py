@@ -68,6 +68,17 @@ def test_a_data_set_is_described_as_it_is_read(tmp_path, write, capsys):
     assert all(name in out for name in named)
 
 
+def test_nan_is_shown_in_any_block(tmp_path):
+    import zarr
+
+    write_zarr(tiny(), tmp_path / "d.zarr")
+    array = zarr.open_group(tmp_path / "d.zarr", mode="r+")["data/state"]
+    array[-1, 0] = np.nan
+    (state,) = (key for key in describe_demos(tmp_path / "d.zarr").keys if key.name == "state")
+    assert math.isnan(state.low)
+    assert math.isnan(state.high)
+
+
 def test_nothing_is_described_for_what_is_no_data_set(tmp_path, capsys):
     assert cli.main(["data", str(tmp_path / "absent")]) == 1
     assert "no such file or folder. Fix:" in capsys.readouterr().err

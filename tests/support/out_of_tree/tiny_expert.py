@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,22 @@ class Silent(Tiny):
         return *super().step(action)[:4], {}
 
 
+class OtherName(Tiny):
+    """Names its success as Stable-Baselines3 does."""
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, {"is_success": info["success"]}
+
+
 def act(observations: dict[str, np.ndarray]) -> np.ndarray:
     """Asks for more than the box allows."""
     return 3.0 * observations["state"]
+
+
+def broken(**changes: Any) -> EnvFamily:
+    """A family whose expert is wrong in one way."""
+    return EnvFamily(build=Tiny, expert=lambda: replace(expert(), **changes))
 
 
 def expert(*, obs: str = "state", build: type[Tiny] = Tiny) -> Expert:
@@ -69,4 +83,10 @@ def expert(*, obs: str = "state", build: type[Tiny] = Tiny) -> Expert:
 
 
 FAMILY = EnvFamily(build=Tiny, expert=expert)
+OTHER_NAME = EnvFamily(build=OtherName, expert=partial(expert, build=OtherName))
+ONE_ROW = broken(act=lambda observations: act(observations)[0])
+WORDS = broken(act=lambda observations: np.full((len(observations["state"]), 2), "left"))
+NOTHING_STORED = broken(arrays={})
+RESERVED_NAME = broken(arrays={"action": "state"})
+NOT_OBSERVED = broken(arrays={"state": "stat"})
 SILENT = EnvFamily(build=Silent, expert=partial(expert, build=Silent))

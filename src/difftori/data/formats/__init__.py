@@ -153,7 +153,8 @@ def _is_hdf5(path: Path) -> bool:
 def _what(path: Path) -> str:
     """Explain why the format was not recognised."""
     if not path.exists():
-        return f"no such file or folder. Fix: pass {_KNOWN}"
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return f"no such file or folder{where}. Fix: pass {_KNOWN}"
     if path.suffix == ".zip":
         return f"an archive. Fix: unpack it, and pass {_KNOWN}"
     if path.suffix == ".npz":

@@ -71,5 +71,6 @@ def _described(source: Source, key: str, name: str | None) -> KeyDescription:
     field = source.field(key)
     if len(field.shape) > 1:
         return KeyDescription(key, name, field.shape)
-    limits = [(float(block.min()), float(block.max())) for block in field.blocks if block.size]
-    return KeyDescription(key, name, field.shape, min(low for low, _ in limits), max(high for _, high in limits))
+    limits = np.array([(block.min(), block.max()) for block in field.blocks if block.size], dtype=float)
+    low, high = limits[:, 0].min(), limits[:, 1].max()  # unlike Python's, NaN if any number is NaN
+    return KeyDescription(key, name, field.shape, float(low), float(high))
