@@ -1,6 +1,8 @@
 """The controller in closed loop: warm starts, disturbances, failures and its door's checks."""
 
 import math
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -281,6 +283,17 @@ def test_constraints_hold_in_closed_loop():
     assert float(path[..., 1].max()) >= 0.4 - 1e-2
     assert float(path[-1, 0, 0]) > 0.6
     assert kept.timing().fallbacks == 0
+
+
+def slow(state, action):
+    return state.abs() - 0.8
+
+
+def test_a_controller_is_pickled_in_its_loop():
+    controller = simple(constraint=slow, terminal_constraint=partial(torch.sub, other=0.9))
+    state = controller(torch.tensor([0.7, -0.5], dtype=F64))
+    copy = pickle.loads(pickle.dumps(controller))
+    assert torch.equal(controller(state), copy(state))
 
 
 def test_float32():

@@ -8,6 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -226,12 +227,12 @@ def trajectory_objective(
         return objective
     return ConstrainedTrajectory(
         objective,
-        None if constraint is None else _later(with_time(constraint), objective.first_step),
+        None if constraint is None else partial(_shifted, with_time(constraint), objective.first_step),
         terminal_constraint,
     )
 
 
-def _later(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor], first: int | Tensor
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda state, action, t: function(state, action, t + first)
+def _shifted(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], first: int | Tensor, state: States, action: Actions, t: Tensor
+) -> Tensor:
+    return function(state, action, t + first)
