@@ -201,7 +201,8 @@ def test_some_rows_can_be_reset():
     torch.testing.assert_close(action[1:], balancer()(states[1:]), rtol=0, atol=1e-2)
     with pytest.raises(ShapeError, match="mask"):
         controller.reset(torch.tensor([True]))
-    controller.reset()
+    controller.reset(torch.tensor([True, True]))
+    assert controller.step == 0
     assert controller(states[:1]).shape == (1, 1)
 
 

@@ -135,6 +135,8 @@ class Controller:
                 f"Fix: use a boolean mask ({len(self._actions)},)."
             )
         self._fresh = rows if self._fresh is None else self._fresh | rows
+        if bool(self._fresh.all()):
+            self.reset()
 
     @torch.no_grad()
     def __call__(self, state: Any) -> Any:

@@ -574,3 +574,36 @@ def test_batched_gradients_are_those_one_by_one(driven):
     single = [torch.autograd.grad(forces, [radius, goal], one, retain_graph=True) for one in each]
     for together, apart in zip(batched, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(together, torch.stack(apart))
+
+
+@pytest.mark.parametrize(
+    "further",
+    [lambda s, a: 1 - (s[..., :1] - 1e4).square(), lambda s, a: 1e5 * (-a - 50)],
+    ids=["a distant obstacle", "a small unit"],
+)
+def test_a_constraint_far_from_its_limit_does_not_change_the_plan(further):
+    def model(state, action):
+        return torch.stack((state[..., 0] + 0.1 * state[..., 1], state[..., 1] + 0.1 * action[..., 0]), -1)
+
+    def reward(state, action):
+        return -10 * state[..., 0].square() - 0.1 * state[..., 1].square() - 0.01 * action[..., 0].square()
+
+    def speed(state, action=None):
+        return -state[..., 1:] - 0.3
+
+    plans = [
+        difftori.plan(
+            model,
+            reward,
+            None,
+            torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+            torch.zeros(1, 8, 1, dtype=torch.float64),
+            -8.0,
+            8.0,
+            constraint=constraint,
+            terminal_constraint=speed,
+        )
+        for constraint in (speed, lambda s, a: torch.cat((speed(s), further(s, a)), -1))
+    ]
+    assert [Status(int(plan.solution.status)) for plan in plans] == [Status.CONVERGED] * 2
+    torch.testing.assert_close(plans[1].actions, plans[0].actions, rtol=0, atol=1e-6)

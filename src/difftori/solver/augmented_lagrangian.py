@@ -72,7 +72,7 @@ class AugmentedLagrangian:
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             values = objective.constraints(point, None)
-            worst = values.abs().amax(-1)
+            worst = _scale(values, objective.equality(point))
             slope, steepness = _slope(objective.plain.cost(point), point), _steepness(worst, point)
             normal = _slope(violation(values, objective.equality(point)), point)
             length = normal.square().sum(-1, keepdim=True)
@@ -97,9 +97,21 @@ def _needed(objective: Constrained, x: Points, allowed: float) -> float:
     """The relative accuracy of x at which the constraints are as accurate as `allowed`, by their derivatives at x."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        steepness = _steepness(objective.constraints(point, None).abs().amax(-1), point)
+        steepness = _steepness(_scale(objective.constraints(point, None), objective.equality(point)), point)
     largest_change = (steepness * x.abs().amax(-1).clamp(min=1.0)).nan_to_num(0.0, 0.0, 0.0)
     return allowed / max(float(largest_change.max()), torch.finfo(x.dtype).tiny) if len(x) else allowed
+
+
+def _scale(values: Tensor, equality: Tensor) -> Rows:
+    """The largest absolute value (B) of a constraint, without inequalities that are far from their limit: with 100 times the slack of
+    the nearest one. A distant obstacle, or a constraint in a much smaller unit, must not set the scale.
+    """
+    size, signed = values.abs(), torch.where(equality, values.abs(), values)
+    nearest = signed.detach().amax(-1, keepdim=True).abs()
+    return torch.where(-signed.detach() > _DISTANT * nearest, 0.0, size).amax(-1)
+
+
+_DISTANT = 100.0
 
 
 def _steepness(of: Rows, x: Points) -> Rows:
