@@ -35,6 +35,7 @@ _USAGE = """usage: difftori COMMAND …
                                 train a policy by imitation, or an agent by reinforcement learning
   train --resume RUN [--steps N | --updates N | --epochs N]
                                 resume an interrupted run, or extend a finished one
+  train --resume RUN --demos PATH             the same, if its demonstrations have moved
   eval RUN [--episodes N] [--video]   evaluate a trained policy or agent
   export RUN [--format onnx | pt2] [--out FILE]
                                 write a policy or agent as one file, its solve included
@@ -231,7 +232,10 @@ def _train_help(name: str | None, options: Mapping[str, list[str]]) -> str:
 
     about = paragraphs(TrainArguments.__doc__ or "")
     (rows,) = option_rows(TrainArguments, dict(TrainArguments()), lambda _: "").values()
-    usage = f"usage: difftori train {name or 'NAME'} [OPTIONS]\n       difftori train --resume RUN [--steps N | --updates N | --epochs N]\n\n{about}"
+    resumed = ("[--steps N | --updates N | --epochs N]", "--demos PATH")
+    lines = [f"usage: difftori train {name or 'NAME'} [OPTIONS]"]
+    lines += [f"       difftori train --resume RUN {words}" for words in resumed]
+    usage = "\n".join([*lines, "", about])
     if name is None:
         lists = [("policies", find_policies()), ("agents", find_agents())]
         rows_of = {t: [(n, first_sentence(sys.modules[c.__module__].__doc__)) for n, c in f.items()] for t, f in lists}

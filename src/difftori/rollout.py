@@ -89,9 +89,9 @@ def run_episodes(
 def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     """Run an episode of random actions as far as needed to know that episodes end, and, if `success`, that success is reported.
 
-    Warns if the seed does not determine the first observation.
-    One step is enough in an environment with a limit of steps. Raises `ConfigError`, and the environment's own errors: this is
-    called before training, to find then what an evaluation would find after it.
+    One step is enough in an environment with a limit of steps. Warns if the seed does not determine the first observation. Raises
+    `ConfigError`, and the environment's own errors: this is called before training, to find then what an evaluation would find
+    after it.
     """
     limited = env.metadata.get("max_episode_steps") is not None
     box, numbers = env.action_space, np.random.default_rng(0)
@@ -103,8 +103,7 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     start = {name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}
     reported = not success
     for count, step in enumerate(run_episodes(env, act, [0]), 1):
-        again = named(step.obs)
-        if count == 1 and not all(np.array_equal(start[name], again[name], equal_nan=True) for name in start):
+        if count == 1 and not _same(start, named(step.obs)):
             _log.warning(
                 "env: two episodes of %s with the same seed begin differently, so policies are not compared on the same episodes. "
                 "Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
@@ -122,6 +121,10 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
             )
     if not reported:
         raise _no_success(env)
+
+
+def _same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
 
 
 @dataclass

@@ -110,13 +110,15 @@ def read_options(
 def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, Any]:
     """Return the trainer and the configuration of an existing run, extended if `options` has one of `LENGTHS`.
 
-    `demos` may also be given: the place to which the run's demonstrations have moved. Raises ConfigError for other options, and if the run is not longer than before or cannot be extended.
+    `demos` may also be given: the place to which the run's demonstrations have moved. Raises ConfigError for other options, and
+    if the run is shorter than before or cannot be extended.
     """
     if others := sorted(options.keys() - {*LENGTHS, "demos"}):
         raise ConfigError(
             [
                 f"--{name}: not allowed with --resume, which reads the configuration from the run. "
-                f"Fix: remove it; only {', '.join(f'--{length}' for length in LENGTHS)} may be given, to extend the run, and --demos, if the data have moved"
+                f"Fix: remove it; only {', '.join(f'--{length}' for length in LENGTHS)} may be given, to extend the run, and "
+                "--demos, if the data have moved"
                 for name in others
             ]
         )

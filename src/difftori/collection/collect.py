@@ -70,8 +70,8 @@ def collect(request: CollectRequest, *, progress: bool = True) -> dict[str, Any]
         raise ConfigError([f"--obs: the expert of {request.env!r} has no parameter `obs`. Fix: remove {request.obs!r}"])
     need_zarr()
     name, obs = env.name, env.expert_obs if request.obs is None else request.obs
-    plan = {"env": name, "obs": obs, "seed": request.seed, "filter": EVERYTHING if request.keep_failures else SUCCESSES}
-    plan["code"] = _code(env)
+    kept = EVERYTHING if request.keep_failures else SUCCESSES
+    plan: dict[str, Any] = {"env": name, "obs": obs, "seed": request.seed, "filter": kept, "code": _code(env)}
     path = Path(request.out) / f"{name.replace(':', '.')}-{request.seed}.zarr"
     folder, beside = path.with_suffix(".attempts"), path.with_suffix(".json")
     finished = _finished(path, folder, beside)

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from difftori.data.trajectories import RESERVED
+from difftori.data.trajectories import RESERVED, is_entry_name
 from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import Expert
@@ -79,7 +79,7 @@ def _refuse_arrays(env: CheckedVectorEnv, expert: Expert) -> None:
     if not expert.arrays:
         faults.append(f"{env.name}: the expert's `arrays` are empty. Fix: name the observations to store")
     for stored, name in expert.arrays.items():
-        if not stored.isidentifier() or stored in RESERVED:
+        if not is_entry_name(stored):
             faults.append(
                 f"{env.name}: arrays has the name {stored!r}. Fix: letters, digits and _, and not {', '.join(RESERVED)}"
             )

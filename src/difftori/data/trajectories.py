@@ -15,6 +15,11 @@ RESERVED = ("action",)
 """Names that observation entries cannot have, because files store the actions under them."""
 
 
+def is_entry_name(name: str) -> bool:
+    """Return whether an observation may have this name: an identifier that is not in `RESERVED`."""
+    return name.isidentifier() and name not in RESERVED
+
+
 @final
 @dataclass(frozen=True)
 class Trajectories:
@@ -45,7 +50,7 @@ class Trajectories:
         if not self.obs:
             raise DataError("trajectories: there are no observations. Fix: name at least one entry")
         for name, values in self.obs.items():
-            if not name.isidentifier() or name in RESERVED:
+            if not is_entry_name(name):
                 raise DataError(
                     f"trajectories: {name!r} cannot name an entry. Fix: use letters, digits and underscores, a letter first, "
                     f"and not {' or '.join(RESERVED)}"

@@ -183,6 +183,7 @@ class _Run:
         self.problem, self.solver, self.x0 = problem, solver, x0
         self.tolerance = _tolerance(tolerance, x0.dtype)
         self.keep = "last" if solver.monotone and self.tolerance == 0 else keep
+        self.compares = self.keep == "best" or self.tolerance > 0  # whether an iterate's norm is used before the end
         self.test = Convergence(problem, x0, self.tolerance)
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
@@ -282,7 +283,7 @@ class _Run:
         else:
             progress.x = choose(moved, x, progress.x)
             progress.state = choose_state(moved, state, progress.state)
-        if self.keep == "best" or self.tolerance > 0:
+        if self.compares:
             norm = self.test.norm(progress.x, progress.state)
         if self.keep == "best":
             better = moved & _improves(progress.state.cost.detach(), norm[0], progress)
@@ -299,7 +300,7 @@ class _Run:
 
     def _norm(self, x: Points, state: State) -> Tensor:
         """The distance of an iterate from a first-order point, (K B); infinity if nothing depends on it before the end."""
-        if self.keep == "best" or self.tolerance > 0:
+        if self.compares:
             return self.test.norm(x, state)
         return torch.full_like(state.cost.detach(), torch.inf).unsqueeze(0)
 

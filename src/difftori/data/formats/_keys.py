@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from difftori.data.formats._source import Entries, Source, plain_name
-from difftori.data.trajectories import RESERVED
+from difftori.data.trajectories import is_entry_name
 from difftori.errors import DataError
 
 _CAMERAS = ("image", "images", "img", "rgb", "pixels")
@@ -41,7 +41,7 @@ def chosen_entries(source: Source, entries: Entries | None, action: str) -> dict
         raise DataError(f"{source.path}: no observations are chosen. Fix: name at least one key")
     chosen: dict[str, tuple[str, ...]] = {}
     for name, keys in given:
-        if name in chosen or not name.isidentifier() or name in RESERVED:
+        if name in chosen or not is_entry_name(name):
             what = "is given twice" if name in chosen else "cannot name an observation"
             raise DataError(
                 f"{source.path}: {name!r} {what}. Fix: use another name of letters, digits and underscores, NAME=KEY"
