@@ -39,7 +39,7 @@ class Timing:
     fallbacks: int
 
 
-_GROWN, _HEAVY = 1e6, 1e3
+_GROWN, _HEAVY = 1e4, 1e3
 """Shares of a constraint's first weight: above `_GROWN`, a row that is infeasible begins again; above `_HEAVY`, the weight of a row that
 is feasible is reduced."""
 
@@ -66,7 +66,7 @@ class Controller:
         max_steps: the largest number of solver steps of a call with a previous plan.
         first_steps: the largest number of solver steps of a call without a previous plan.
         tolerance: a solve ends when the estimated distance to the optimum is at most this share of the action's range.
-        augmented: settings of the constraints; default: at most 3 rounds per call, violations up to 1e-4 allowed.
+        augmented: settings of the constraints; default: at most 6 rounds per warm call, violations up to 1e-4 allowed.
         compile: compile rollouts and derivatives (the first call takes some 20 s).
     """
 
@@ -105,13 +105,7 @@ class Controller:
         self._solver, self._tolerance, self._compile = ILQR() if solver is None else solver, tolerance, compile
         self._steps, self._first_steps = max_steps, first_steps
         self._augmented = AugmentedLagrangian(tolerance=1e-4) if augmented is None else augmented
-        self._warm_rounds = AugmentedLagrangian(
-            min(self._augmented.rounds, 3) if augmented is None else augmented.rounds,
-            self._augmented.weight,
-            self._augmented.growth,
-            self._augmented.progress,
-            self._augmented.tolerance,
-        )
+        self._warm_rounds = replace(self._augmented, rounds=6) if augmented is None else augmented
         self.reset()
 
     def reset(self, rows: RowFlags | None = None) -> None:
@@ -251,10 +245,10 @@ class Controller:
         """
         infeasible, lost = status == Status.INFEASIBLE, status == Status.NON_FINITE
         first = multipliers.initial
-        again = lost | (infeasible & (multipliers.weight >= _GROWN * first))
-        heavy = ~infeasible & (multipliers.weight > _HEAVY * first)
+        again = (lost | (infeasible & (multipliers.weight >= _GROWN * first).any(-1)))[:, None]
+        heavy = ~infeasible[:, None] & (multipliers.weight > _HEAVY * first)
         weight = torch.where(heavy, 1e-2 * multipliers.weight, multipliers.weight)
-        values = torch.where(again[:, None], 0.0, multipliers.values)
+        values = torch.where(again, 0.0, multipliers.values)
         return multipliers._replace(values=values, weight=torch.where(again, first, weight))
 
     def _corrected(self, objective: Any, states: Tensor, actions: Plans) -> Plans:

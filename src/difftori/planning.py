@@ -269,7 +269,8 @@ def plan(
         discount: γ.
         solver: default: `ILQR()` for up to 24 state dimensions, else `ProjectedGradient(window=5, polish=1)`.
         adjoint: how the plan is differentiated; default: `Implicit()`.
-        constraint: (state (B S), action (B A)) → (B m), must be ≤ 0 at every step t < H. Solved by the augmented Lagrangian;
+        constraint: (state (B S), action (B A)) → (B m), must be ≤ 0 at every step t < H. Those that depend on s_0 alone do
+            not count, because no action can change them. Solved by the augmented Lagrangian;
             `plan.solution.violation` (B) is the largest violation. The gradient keeps the active constraints active.
         terminal_constraint: state (B S) → (B k), must be ≤ 0 at s_H.
         augmented, multipliers: as for `difftori.solver.solve`.

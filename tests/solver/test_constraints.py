@@ -449,9 +449,10 @@ def test_mistakes_are_named():
             torch.zeros(2, 4, 1, dtype=F64),
             constraint=lambda s, u: s[..., 0] - 1.0,
         )
-    wrong = Multipliers(torch.zeros(2, 2, dtype=F64), torch.ones(2, dtype=F64))
-    with pytest.raises(SolverError, match="multipliers"):
-        solve(cost, start, inequality=bounded, multipliers=wrong)
+    one, two = torch.ones(2, 1, dtype=F64), torch.ones(2, 2, dtype=F64)
+    for wrong in (Multipliers(two, two), Multipliers(one, one[:, 0]), Multipliers(one, one, one[:, 0])):
+        with pytest.raises(SolverError, match="multipliers"):
+            solve(cost, start, inequality=bounded, multipliers=wrong)
     for adjoint in (Unrolled(), Truncated(3)):
         with pytest.raises(SolverError, match=r"Implicit\(\)"):
             solve(cost, start, inequality=bounded, adjoint=adjoint)
@@ -607,3 +608,99 @@ def test_a_constraint_far_from_its_limit_does_not_change_the_plan(further):
     ]
     assert [Status(int(plan.solution.status)) for plan in plans] == [Status.CONVERGED] * 2
     torch.testing.assert_close(plans[1].actions, plans[0].actions, rtol=0, atol=1e-6)
+
+
+def sled(mass, unit):
+    """A sled that may go backward at most .3 m/s and be pushed back with at most 2 N; the limits are in units of 1/`unit`."""
+
+    def model(state, action):
+        return torch.stack((state[..., 0] + 0.1 * state[..., 1], state[..., 1] + 0.1 / mass * action[..., 0]), -1)
+
+    def reward(state, action):
+        return -10 * state[..., 0].square() - 0.1 * state[..., 1].square() - 0.01 * action[..., 0].square()
+
+    def speed(state):
+        return unit[0] * (-state[..., 1:] - 0.3)
+
+    return difftori.plan(
+        model,
+        reward,
+        None,
+        torch.tensor([[1.0, 0.0], [0.5, 0.2]], dtype=mass.dtype),
+        torch.zeros(2, 8, 1, dtype=mass.dtype),
+        -8.0,
+        8.0,
+        constraint=lambda s, a: torch.cat((speed(s), unit[1] * (-a - 2)), -1),
+        terminal_constraint=speed,
+    )
+
+
+@pytest.mark.parametrize("unit", [(1.0, 1e5), (1e-3, 1e3), (1e3, 1e-3)])
+def test_constraints_in_different_units_of_a_plan(unit):
+    """With one weight for all, these took 40 times the steps, or all 1000."""
+    mass = torch.ones((), dtype=F64, requires_grad=True)
+    wanted, plan = sled(mass, (1.0, 1.0)), sled(mass, unit)
+    assert plan.solution.converged.all()
+    assert plan.solution.gradient_valid.all()
+    assert (plan.solution.steps <= wanted.solution.steps + 6).all()
+    # Violations up to 1e-6 count as zero, in the unit of each constraint.
+    near = 2e-6 / min(unit)
+    torch.testing.assert_close(plan.actions, wanted.actions, rtol=0, atol=near)
+    speed = plan.solution.multipliers.values[:, :-1:2] * unit[0]
+    torch.testing.assert_close(speed, wanted.solution.multipliers.values[:, :-1:2], rtol=1e-2, atol=1e-3)
+    grads = [torch.autograd.grad(one.actions.sum(), mass)[0] for one in (plan, wanted)]
+    torch.testing.assert_close(*grads, rtol=near, atol=0)
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1e4])
+def test_constraints_in_different_units_of_a_programme(unit):
+    problem = Programme()
+    units = torch.tensor([1.0, unit, 1 / unit], dtype=F64)
+    wanted = problem.solve(Newton())
+    problem.G, problem.h = problem.G * units[:, None], problem.h * units
+    problem.A, problem.b = problem.A / unit, problem.b / unit
+    found = problem.solve(Newton(), augmented=AugmentedLagrangian(tolerance=1e-6 * min(unit, 1 / unit)))
+    assert found.converged.all()
+    assert (found.steps <= wanted.steps + 10).all()
+    torch.testing.assert_close(found.x, wanted.x, rtol=0, atol=1e-5)
+
+
+def test_multipliers_are_the_shadow_prices():
+    problem, step = Programme(), 1e-4
+    sharp = AugmentedLagrangian(tolerance=1e-9)
+    solution = problem.solve(Newton(), augmented=sharp)
+    assert solution.converged.all()
+    for i in range(3):
+        looser = problem.h.clone()
+        looser[:, i] += step
+        price = (solution.cost - problem.solve(Newton(), h=looser, augmented=sharp).cost) / step
+        torch.testing.assert_close(price, solution.multipliers.values[:, i], rtol=1e-3, atol=1e-3)
+
+
+def test_a_limit_that_the_first_state_violates_is_not_counted():
+    """It begins .1 m/s too fast, which no action changes; from the next state on, it keeps the limit."""
+
+    def model(state, action):
+        return torch.stack((state[..., 0] + 0.1 * state[..., 1], state[..., 1] + 0.1 * action[..., 0]), -1)
+
+    def limits(state, action):
+        return torch.stack((state[..., 1] - 0.3, action[..., 0] - 1.5, state[..., 1] + 0.1 * action[..., 0] - 0.3), -1)
+
+    plans = [
+        difftori.plan(
+            model,
+            lambda s, a: -(s[..., 0] - 1).square() - 0.01 * a[..., 0].square(),
+            None,
+            torch.tensor([[0.0, speed]], dtype=F64),
+            torch.zeros(1, 8, 1, dtype=F64),
+            -8.0,
+            8.0,
+            constraint=limits,
+        )
+        for speed in (0.4, 3.0)
+    ]
+    assert plans[0].solution.converged.all()
+    assert plans[0].solution.violation.item() <= 1e-6
+    assert plans[0].states[0, 1:, 1].max() <= 0.3 + 1e-6
+    # At most −8 m/s² in .1 s: the second state is too fast as well, and that counts.
+    assert Status(int(plans[1].solution.status)) == Status.INFEASIBLE

@@ -11,7 +11,6 @@ from difftori.errors import SolverError
 from difftori.solver import kkt
 from difftori.solver.active import ActiveFactor, factorise_active, multipliers_of
 from difftori.solver.constraints import Constrained, ConstrainedFunction
-from difftori.solver.derivatives import row_jacobian
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
@@ -206,7 +205,7 @@ class Implicit(Adjoint):
         with torch.no_grad():
             moved = multipliers.updated(objective.constraints(solution), objective.equality(solution))
             on = ((moved > 0) | objective.equality(solution)).to(solution.dtype)
-        jacobian = _constraint_jacobian(objective, solution) * on.unsqueeze(-1)
+        jacobian = objective.jacobian(solution) * on.unsqueeze(-1)
         # Not compiled: each call has another Lagrangian.
         _, grad = replace(problem, objective=objective.lagrangian(moved), compile=False).evaluate(solution)
         free = ~problem.box.held(solution, grad)
@@ -358,13 +357,6 @@ class _NoSecondDerivative(torch.autograd.Function):
             "a second derivative of a solution was requested, but Implicit(order=1) supports first derivatives only. "
             "Fix: adjoint=Implicit(order=2), or Unrolled()."
         )
-
-
-def _constraint_jacobian(objective: ConstrainedFunction, x: Points) -> Tensor:
-    """Derivatives (B M n) of the constraint values (B M)."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        return row_jacobian(objective.constraints(point), point).detach()
 
 
 class _ImplicitConstrained(torch.autograd.Function):

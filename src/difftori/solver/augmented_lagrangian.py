@@ -7,7 +7,7 @@ is solved as a sequence of problems without constraints (Hestenes, 1969; Powell,
     min_x J(x) + Σ_i (max(0, λ_i + ρ g_i(x))² − λ_i²) / 2ρ + Σ_j (ν_j h_j(x) + ρ h_j(x)² / 2),
 
 with λ ← max(0, λ + ρ g) and ν ← ν + ρ h after each one. Any solver can take the steps. Each row has its own multipliers λ, ν
-and weight ρ; rows do not interact.
+and its own ρ; rows do not interact. Every constraint's ρ is in the unit of that constraint, so that units do not matter.
 """
 
 from collections.abc import Callable
@@ -66,12 +66,14 @@ class AugmentedLagrangian:
     def first(self, objective: Constrained, x: Points) -> Multipliers:
         """Initial multipliers: zero, with weights from the gradients of cost and constraints at x, and from the cost's curvature.
 
-        The curvature, along the gradient of the most violated constraint, sets the weight where x is a minimum of the cost
-        without constraints: the gradient of the cost is zero there.
+        Constraints are compared in units in which their own gradients have length 1. The curvature, along the gradient of the most
+        violated constraint, sets the weight where x is a minimum of the cost without constraints: the gradient of the cost is zero
+        there.
         """
+        unit = _units(objective, x.detach())
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            values = objective.constraints(point, None)
+            values = objective.constraints(point, None) / unit
             worst = _scale(values, objective.equality(point))
             slope, steepness = _slope(objective.plain.cost(point), point), _steepness(worst, point)
             normal = _slope(violation(values, objective.equality(point)), point)
@@ -86,11 +88,27 @@ class AugmentedLagrangian:
         weight = torch.maximum(sloped, _LIGHT * curved)
         usable = torch.isfinite(weight) & (weight > 0)
         weight = torch.where(usable, weight, self.weight)
-        return Multipliers(torch.zeros_like(values.detach()), weight, weight)
+        weights = weight[:, None] / unit.square()
+        return Multipliers(torch.zeros_like(weights), weights, weights)
 
 
 _LIGHT = 1e-3
 """The least first weight, as a share of the curvature of the cost. Heavy first weights lead to poor local optima."""
+
+
+def _units(objective: Constrained, x: Points) -> Tensor:
+    """The unit of each constraint (B M): the length of its own gradient, or the largest one of the row if it has none.
+
+    Near a point where the gradient vanishes, such as the centre of an obstacle, its length is not the unit: the constraint would seem
+    to be violated by a distance of more than the size of x.
+    """
+    with torch.no_grad():
+        steepness, values = objective.steepness(x), objective.constraints(x, None)
+        broken = torch.where(objective.equality(x), values.abs(), values.clamp_min(0))
+    steepness = steepness.maximum(broken / x.abs().amax(-1, keepdim=True).clamp(min=1.0))
+    known = torch.isfinite(steepness) & (steepness > 0)
+    most = torch.where(known, steepness, 0.0).amax(-1, keepdim=True)
+    return torch.where(known, steepness, torch.where(most > 0, most, 1.0))
 
 
 def _needed(objective: Constrained, x: Points, allowed: float) -> float:
@@ -104,7 +122,7 @@ def _needed(objective: Constrained, x: Points, allowed: float) -> float:
 
 def _scale(values: Tensor, equality: Tensor) -> Rows:
     """The largest absolute value (B) of a constraint, without inequalities that are far from their limit: with 100 times the slack of
-    the nearest one. A distant obstacle, or a constraint in a much smaller unit, must not set the scale.
+    the nearest one. A distant obstacle must not set the scale.
     """
     size, signed = values.abs(), torch.where(equality, values.abs(), values)
     nearest = signed.detach().amax(-1, keepdim=True).abs()
@@ -184,7 +202,7 @@ class _Rounds:
     def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
         allowed, heaviest = self.method.allowed(x.dtype), _HEAVIEST * multipliers.initial
         done = torch.zeros_like(x[:, 0], dtype=torch.bool)
-        before = torch.full_like(x[:, 0], torch.inf)
+        before = torch.full_like(multipliers.values, torch.inf)
         steps = torch.zeros_like(done, dtype=torch.long)
         for count in range(self.method.rounds):
             # Early rounds use a loose tolerance, because the multipliers are not exact yet.
@@ -195,12 +213,14 @@ class _Rounds:
                 values = self.objective.constraints(x, solution.differentiated.states)
             following = multipliers.updated(values, self.equality)
             # The change of the multipliers measures the distance from feasibility and complementarity.
-            moved = ((following - multipliers.values).abs() / multipliers.weight[:, None]).amax(-1)
+            each = (following - multipliers.values).abs() / multipliers.weight
+            moved = each.amax(-1)
             lost = ~(solution.finite & torch.isfinite(moved))
-            slow = (moved > self.method.progress * before) & (moved > allowed)
-            stuck = slow & (multipliers.weight >= heaviest)
+            slow = (each > self.method.progress * before) & (each > allowed)
+            stuck = (slow & (multipliers.weight >= heaviest)).any(-1)
             done = done | lost | stuck | ((moved <= allowed) & (tolerance <= self.tolerance))
-            weight = torch.where(slow & ~done, multipliers.weight * self.method.growth, multipliers.weight)
+            heavier = multipliers.weight * self.method.growth
+            weight = torch.where(slow & ~done[:, None], heavier, multipliers.weight)
             after = multipliers._replace(
                 values=torch.where(lost[:, None], multipliers.values, following), weight=weight
             )
@@ -209,7 +229,7 @@ class _Rounds:
             # Finished rows keep their multipliers, so their solutions do not change.
             values = torch.where(done[:, None], multipliers.values, after.values)
             multipliers = multipliers._replace(values=values, weight=weight.minimum(heaviest))
-            before = moved
+            before = each
         return _State(
             solution, multipliers, after, steps, values, violation(values, self.equality), torch.le(moved, allowed)
         )
@@ -221,12 +241,12 @@ _HEAVIEST = 1e8
 
 def _restarted(given: Multipliers, method: AugmentedLagrangian, objective: Constrained, x: Points) -> Multipliers:
     """The multipliers of a warm start. Those of rows at the limit of the weight, which were infeasible, or with NaN begin again."""
-    again = ~((given.weight < _HEAVIEST * given.initial) & torch.isfinite(given.values).all(-1))
+    again = ~((given.weight < _HEAVIEST * given.initial) & torch.isfinite(given.values)).all(-1)
     if not bool(again.any()):
         return given
-    fresh = method.first(objective, x)
+    fresh, again = method.first(objective, x), again[:, None]
     return Multipliers(
-        torch.where(again[:, None], fresh.values, given.values),
+        torch.where(again, fresh.values, given.values),
         torch.where(again, fresh.weight, given.weight),
         torch.where(again, fresh.weight, given.initial),
     )
@@ -273,7 +293,7 @@ def _plain_cost(objective: Constrained, solution: Solution) -> Rows:
 
 
 def _check(multipliers: Multipliers, rows: int, count: int) -> None:
-    if multipliers.values.shape != (rows, count) or multipliers.weight.shape != (rows,):
+    if not multipliers.values.shape == multipliers.weight.shape == multipliers.initial.shape == (rows, count):
         raise SolverError(
             f"solve: multipliers have values {tuple(multipliers.values.shape)} and weight {tuple(multipliers.weight.shape)}, "
             f"but there are {rows} rows with {count} constraints. Fix: use the multipliers of a solution of the same shape, or None."

@@ -6,26 +6,28 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from difftori.errors import ObjectiveError
+from difftori.solver.derivatives import pullback, row_jacobian, unit_vectors
 from difftori.solver.objective import FunctionObjective, Objective, RowSelection, TrajectoryObjective
-from difftori.types import Actions, Points, Rows, States
+from difftori.types import Actions, Plans, Points, Rows, States
 
 Found = TypeVar("Found")
 
 
 class Multipliers(NamedTuple):
-    """The multipliers: `values` (B M), one for each constraint, and the `weight` ρ (B).
+    """The multipliers `values` and the weights ρ `weight`, (B M): one of each for every constraint.
 
-    `first_weight` (B): the weight of the first solve, which limits those of later, warm-started ones. None: `weight`.
+    `first_weight` (B M): the weights of the first solve, which limit those of later, warm-started ones. None: `weight`.
     """
 
     values: Tensor
-    weight: Rows
-    first_weight: Rows | None = None
+    weight: Tensor
+    first_weight: Tensor | None = None
 
     @property
-    def initial(self) -> Rows:
+    def initial(self) -> Tensor:
         """`first_weight`, or `weight` where there is none."""
         return self.weight if self.first_weight is None else self.first_weight
 
@@ -36,7 +38,7 @@ class Multipliers(NamedTuple):
 
     def updated(self, constraints: Tensor, equality: Tensor) -> Tensor:
         """max(0, λ + ρ g) and ν + ρ h at constraint values (B M). `equality` (M) marks the equations."""
-        moved = self.values + self.weight[:, None] * constraints
+        moved = self.values + self.weight * constraints
         return torch.where(equality, moved, moved.clamp_min(0))
 
 
@@ -57,6 +59,10 @@ class Constrained(ABC):
     @abstractmethod
     def equality(self, x: Points) -> Tensor:
         """Which of the M constraints are equations, (M)."""
+
+    @abstractmethod
+    def steepness(self, x: Points) -> Tensor:
+        """The length of each constraint's own gradient (B M), which has the constraint's unit: zero or NaN if it has none at x."""
 
     @abstractmethod
     def lagrangian(self, weights: Tensor) -> Objective:
@@ -105,10 +111,21 @@ class ConstrainedFunction(Objective, Constrained):
         for name, function in (("inequality", self.inequality), ("equality", self.equality_of)):
             if function is not None:
                 values = _checked(function(x), x, name)
-                here = self.multipliers.values[..., begin : begin + values.shape[-1]]
-                cost = cost + augmentation(values, here, self.multipliers.weight, name == "equality")
-                begin += values.shape[-1]
+                here = slice(begin, begin + values.shape[-1])
+                given, weight = self.multipliers.values[..., here], self.multipliers.weight[..., here]
+                cost = cost + augmentation(values, given, weight, name == "equality")
+                begin = here.stop
         return cost
+
+    def steepness(self, x: Points) -> Tensor:
+        """The lengths of the gradients with respect to x, (B m+p)."""
+        return self.jacobian(x).norm(dim=-1)
+
+    def jacobian(self, x: Points) -> Tensor:
+        """Derivatives of all constraints with respect to x, (B m+p n)."""
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            return row_jacobian(self.constraints(point), point).detach()
 
     def lagrangian(self, weights: Tensor) -> Objective:
         """J + weights·(g, h), with weights (B m+p) fixed."""
@@ -162,8 +179,12 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
             return cost
         values = _checked(self.stage(state, action, t), state, "constraint")
         count = values.shape[-1]
-        stages = self._given.values[:, : self.horizon * count].unflatten(1, (self.horizon, count))
-        added = self._added(values, stages.index_select(1, t.reshape(1)).squeeze(1))
+
+        def here(given: Tensor) -> Tensor:
+            stages = given[:, : self.horizon * count].unflatten(1, (self.horizon, count))
+            return stages.index_select(1, t.reshape(1)).squeeze(1)
+
+        added = self._added(values, here(self._given.values), here(self._given.weight))
         return cost + (added if self.discount == 1.0 else added * self.discount ** (-t))
 
     def terminal_cost(self, state: States) -> Rows:
@@ -172,25 +193,66 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         if self.terminal is None:
             return cost
         values = _checked(self.terminal(state), state, "terminal_constraint")
-        multipliers = self._given.values
-        last = multipliers[:, multipliers.shape[1] - values.shape[-1] :]
-        return cost + self._added(values, last) * self.discount ** (-self.horizon)
+        last = slice(self._given.values.shape[1] - values.shape[-1], None)
+        added = self._added(values, self._given.values[:, last], self._given.weight[:, last])
+        return cost + added * self.discount ** (-self.horizon)
 
     def constraints(self, x: Points, states: Tensor | None = None) -> Tensor:
-        """Values of the stage constraints, step by step, then of the terminal constraints, (B H·m+k)."""
+        """Values of the stage constraints, step by step, then of the terminal constraints, (B H·m+k).
+
+        Those of the first state alone are at most 0: no action can change them.
+        """
         states = self.inner.rollout(x) if states is None else states
         plan, parts = self.plan(x), []
         if (stage := self.stage) is not None:
-            each = torch.func.vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0))
-            parts.append(each(states[:, :-1], plan, self.times()).movedim(0, 1).flatten(1))
+            each = vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0))
+            values = each(states[:, :-1], plan, self.times()).movedim(0, 1)
+            first = torch.where(
+                self._unchangeable(stage, plan[:, 0], values[:, 0]), values[:, 0].clamp(max=0.0), values[:, 0]
+            )
+            parts.append(torch.cat([first.unsqueeze(1), values[:, 1:]], 1).flatten(1))
         if self.terminal is not None:
             parts.append(_checked(self.terminal(states[:, -1]), x, "terminal_constraint"))
         return torch.cat(parts, -1)
+
+    def _unchangeable(self, stage: StageConstraint, action: Actions, values: Tensor) -> Tensor:
+        """Which stage constraints of the first step (B m), with `values` (B m), have the same value for other actions too."""
+        with torch.no_grad():
+            size = _PROBES.to(action).view(-1, 1, 1) * action.abs().clamp(min=1.0)
+            start = self.times()[0]
+            found = vmap(lambda move: stage(self.state, action + move, start), randomness="same")(size)
+            return (found == values).all(0)
 
     def equality(self, x: Points) -> Tensor:
         """False for every constraint: there are no equations."""
         with torch.no_grad():
             return torch.zeros(self.constraints(x).shape[-1], dtype=torch.bool, device=x.device)
+
+    def steepness(self, x: Points) -> Tensor:
+        """The lengths of the gradients with respect to (s_t, a_t), for each stage constraint the largest of all steps, (B H·m+k)."""
+        with torch.no_grad():
+            stage, last = self.jacobians(self.inner.rollout(x), self.plan(x))
+        stage = stage.norm(dim=-1).amax(1, keepdim=True).expand(stage.shape[:3])
+        return torch.cat([stage.flatten(1), last.norm(dim=-1)], 1)
+
+    def jacobians(self, states: Tensor, plan: Plans) -> tuple[Tensor, Tensor]:
+        """Derivatives of the stage constraints with respect to (s_t, a_t), (B H m N), and of the terminal ones with respect to s_H,
+        (B k S), along states (B H+1 S) and actions (B H A).
+        """
+        size = states.shape[-1]
+
+        def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+            value, pull = pullback(function, at)
+            return vmap(pull)(unit_vectors(value, value.shape[-1])).movedim(0, 1)
+
+        stage = plan.new_zeros(*plan.shape[:2], 0, size + plan.shape[-1])
+        if (constraint := self.stage) is not None:
+            pairs = torch.cat([states[:, :-1], plan], -1)
+            stage = vmap(
+                lambda pair, t: jacobian(lambda z: constraint(z[..., :size], z[..., size:], t), pair), in_dims=(1, 0)
+            )(pairs, self.times()).movedim(0, 1)
+        last = plan.new_zeros(len(plan), 0, size)
+        return stage, last if self.terminal is None else jacobian(self.terminal, states[:, -1])
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Split values (B H·m+k) into those of the stages (B H m) and the terminal ones (B k)."""
@@ -202,8 +264,8 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
             last = self.terminal(self.state).shape[-1]
         return values[:, : values.shape[1] - last].unflatten(1, (self.horizon, -1)), values[:, values.shape[1] - last :]
 
-    def _added(self, values: Tensor, multipliers: Tensor) -> Rows:
-        return (multipliers * values).sum(-1) if self.linear else augmentation(values, multipliers, self._given.weight)
+    def _added(self, values: Tensor, multipliers: Tensor, weight: Tensor) -> Rows:
+        return (multipliers * values).sum(-1) if self.linear else augmentation(values, multipliers, weight)
 
     @property
     def _given(self) -> Multipliers:
@@ -234,11 +296,15 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return ConstrainedTrajectory(inner, self.stage, self.terminal, multipliers, self.linear)
 
 
-def augmentation(values: Tensor, multipliers: Tensor, weight: Rows, equality: bool = False) -> Rows:
-    """Σ (max(0, λ + ρ g)² − λ²)/2ρ, or Σ (ν h + ρ h²/2), of constraint values (B m), (B)."""
-    moved = multipliers + weight[:, None] * values
+_PROBES = torch.tensor([-30.0, -1.0, 1.0, 30.0])
+"""Changes of the first action, as multiples of its size, that tell which constraints depend on it."""
+
+
+def augmentation(values: Tensor, multipliers: Tensor, weight: Tensor, equality: bool = False) -> Rows:
+    """Σ (max(0, λ + ρ g)² − λ²)/2ρ, or Σ (ν h + ρ h²/2), of constraint values, multipliers and weights (B m), (B)."""
+    moved = multipliers + weight * values
     moved = moved if equality else moved.clamp_min(0)
-    return (moved.square() - multipliers.square()).sum(-1) / (2 * weight)
+    return ((moved.square() - multipliers.square()) / (2 * weight)).sum(-1)
 
 
 def violation(values: Tensor, equality: Tensor) -> Rows:
@@ -263,21 +329,21 @@ _FEW, _MOST = 6, 60
 
 
 def keep_active(
-    solve: Callable[[Tensor], Found], broken: Callable[[Found], Tensor], multipliers: Tensor, weight: Rows
+    solve: Callable[[Tensor], Found], broken: Callable[[Found], Tensor], multipliers: Tensor, weight: Tensor
 ) -> tuple[Found, Tensor]:
     """Solve K d = v with J d = 0 for active constraints, by rounds of multipliers y (B M). Returns d and y. Six rounds are enough
     unless the weight is light.
 
-    `solve` computes K⁻¹(v − Jᵀy), and `broken` computes J d (B M). K already contains the constraints with `weight` (B).
+    `solve` computes K⁻¹(v − Jᵀy), and `broken` computes J d (B M). K already contains the constraints with `weight` (B M).
     """
     found = solve(multipliers)
-    left = broken(found)
-    small = 1e3 * torch.finfo(weight.dtype).eps * left.abs().amax(-1)
+    left, unit = broken(found), weight.sqrt()
+    small = 1e3 * torch.finfo(weight.dtype).eps * (unit * left).abs().amax(-1)
     for count in range(1, _MOST + 1):
-        multipliers = multipliers + weight[:, None] * left
+        multipliers = multipliers + weight * left
         found = solve(multipliers)
         left = broken(found)
-        if count % _FEW == 0 and _all(left.abs().amax(-1) <= small):
+        if count % _FEW == 0 and _all((unit * left).abs().amax(-1) <= small):
             break
     return found, multipliers
 

@@ -21,11 +21,10 @@ from difftori.solver import lq
 from difftori.solver.box import number_like
 from difftori.solver.compiled import loop
 from difftori.solver.constraints import STIFFER, ConstrainedTrajectory, keep_active
-from difftori.solver.derivatives import pullback, unit_vectors
 from difftori.solver.lengths import range_units
 from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
-from difftori.types import PlanFlags, Plans, Points, RowFlags, Rows
+from difftori.types import PlanFlags, Plans, Points, RowFlags
 
 
 class TrajectoryDerivative(NamedTuple):
@@ -214,7 +213,8 @@ class _Active(NamedTuple):
     """The active constraints at the solution.
 
     Derivatives of the stage constraints (B H m N) and of those on the last state (B k S), zero for inactive constraints; their
-    `multipliers` (B H·m+k), also zero there; and the factor `stiffer` (B) by which their weight is increased in K.
+    `multipliers` (B H·m+k), also zero there; what is added to their weights in K, `added_stage` (B H m) and `added_last` (B k); and
+    the resulting `weight` (B H·m+k).
 
     The weight has no effect on directions that keep the active constraints. A few rounds of multipliers in the linear system
     remove the other directions; the larger weight makes these rounds converge fast.
@@ -223,13 +223,14 @@ class _Active(NamedTuple):
     stage: Tensor
     last: Tensor
     multipliers: Tensor
-    stiffer: Rows
-    weight: Rows
+    added_stage: Tensor
+    added_last: Tensor
+    weight: Tensor
 
     def stiffened(self, model: lq.LQModel) -> lq.LQModel:
         """The model with the increased weight of the active constraints."""
-        hessian = model.hessian + self.stiffer[:, None, None, None] * (self.stage.transpose(-1, -2) @ self.stage)
-        last = model.terminal_hessian + self.stiffer[:, None, None] * (self.last.transpose(-1, -2) @ self.last)
+        hessian = model.hessian + (self.stage.transpose(-1, -2) * self.added_stage.unsqueeze(-2)) @ self.stage
+        last = model.terminal_hessian + (self.last.transpose(-1, -2) * self.added_last.unsqueeze(-2)) @ self.last
         return model._replace(hessian=hessian, terminal_hessian=last)
 
     def solve(
@@ -254,30 +255,16 @@ class _Active(NamedTuple):
 
 
 def _active(objective: ConstrainedTrajectory, x: Points, states: Tensor) -> _Active:
-    plan, size = objective.plan(x), states.shape[-1]
     values = objective.constraints(x, states)
     multipliers = objective.multipliers
     assert multipliers is not None
     moved = multipliers.updated(values, torch.zeros_like(values, dtype=torch.bool))
     on_stage, on_last = objective.split((moved > 0).to(x.dtype))
 
-    def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-        value, pull = pullback(function, at)
-        return vmap(pull)(unit_vectors(value, value.shape[-1])).movedim(0, 1)
-
-    stage = x.new_zeros(*plan.shape[:2], 0, size + plan.shape[-1])
-    if (constraint := objective.stage) is not None:
-        pairs = torch.cat([states[:, :-1], plan], -1)
-        stage = vmap(
-            lambda pair, t: jacobian(lambda z: constraint(z[..., :size], z[..., size:], t), pair), in_dims=(1, 0)
-        )(pairs, objective.times()).movedim(0, 1)
-    last = x.new_zeros(len(x), 0, size)
-    if objective.terminal is not None:
-        last = jacobian(objective.terminal, states[:, -1])
-    stiffer = (STIFFER[x.dtype] - 1) * multipliers.weight
-    return _Active(
-        stage * on_stage.unsqueeze(-1), last * on_last.unsqueeze(-1), moved, stiffer, stiffer + multipliers.weight
-    )
+    stage, last = objective.jacobians(states, objective.plan(x))
+    added = objective.split((STIFFER[x.dtype] - 1) * multipliers.weight)
+    weight = STIFFER[x.dtype] * multipliers.weight
+    return _Active(stage * on_stage.unsqueeze(-1), last * on_last.unsqueeze(-1), moved, *added, weight)
 
 
 class _Optimum(torch.autograd.Function):
