@@ -206,8 +206,8 @@ class Controller:
         if fresh is not None and bool((lost & fresh).any()):
             rows = (lost & fresh).nonzero().squeeze(-1).tolist()
             raise NonFiniteError(
-                f"Controller: the objective is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no earlier plan. "
-                "Fix: check the state of these rows."
+                f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
+                "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
             )
         actions = plan.actions
         if bool(lost.any()):

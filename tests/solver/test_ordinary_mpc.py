@@ -5,7 +5,7 @@ import torch
 
 import difftori
 from difftori.errors import ObjectiveError, ShapeError, SolverError
-from difftori.solver import AugmentedLagrangian, Detached, Implicit, Newton, ProjectedGradient, Status, solve
+from difftori.solver import ILQR, AugmentedLagrangian, Detached, Implicit, Newton, ProjectedGradient, Status, solve
 
 F32, F64 = torch.float32, torch.float64
 
@@ -321,3 +321,45 @@ def test_a_chain_of_warm_starts_survives_a_tiny_first_weight():
         found = run(target, found.x, found.multipliers)
     assert found.status.tolist() == [Status.CONVERGED]
     assert found.x.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def drifting(speed, drag, solver=None, terminal=False):
+    """A body in the plane with quadratic drag, whose second derivative PyTorch returns as NaN at rest, drawn to a place."""
+
+    def moved(state, action):
+        speed = state[..., 2:]
+        pull = drag * speed * speed.norm(dim=-1, keepdim=True)
+        return torch.cat([state[..., :2] + 0.1 * speed, speed + 0.1 * (action - pull)], -1)
+
+    def reward(state, action):
+        return -(state[..., :2] - 1).square().sum(-1) - 0.1 * action.square().sum(-1)
+
+    start = torch.tensor([[0.0, 0.0, speed, 0.0], [1.0, 1.0, 0.0, speed]], dtype=F64)
+    rest = (lambda state: -state[..., 2:].norm(dim=-1).pow(3)) if terminal else None
+    return difftori.plan(moved, reward, rest, start, torch.zeros(2, 5, 2, dtype=F64), solver=solver)
+
+
+DRIFT = {
+    "exact": (ILQR(), 4),
+    "first order": (ILQR(second_order=False), 12),
+    "newton": (Newton(), 4),
+    "gradient": (ProjectedGradient(window=5, polish=1), 12),
+}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("name", DRIFT)
+def test_a_norm_at_zero_has_a_derivative(name, terminal):
+    """It took 200 steps, and the gradient was 0 or NaN. The second row stays at rest at its optimum."""
+    drag = torch.tensor(0.2, dtype=F64, requires_grad=True)
+    solver, most = DRIFT[name]
+    plan = drifting(0.0, drag, solver, terminal)
+    assert plan.solution.converged.all()
+    assert plan.solution.gradient_valid.all()
+    assert plan.solution.steps.max() <= most
+    assert plan.actions[1].abs().max() < 1e-8
+    (grad,) = torch.autograd.grad(plan.actions[:, 1].sum(), drag)
+    (nearby,) = torch.autograd.grad(drifting(1e-6, drag, None, terminal).actions[:, 1].sum(), drag)
+    torch.testing.assert_close(grad, nearby, rtol=1e-4, atol=1e-9)
+    more, less = (drifting(0.0, drag.detach() + sign * 1e-4, None, terminal).actions[:, 1].sum() for sign in (1, -1))
+    torch.testing.assert_close(grad, (more - less) / 2e-4, rtol=1e-4, atol=1e-7)

@@ -174,13 +174,7 @@ class Implicit(Adjoint):
     def _derivative(self, problem: Problem, solution: Points, states: Tensor | None) -> "_Derivative":
         linear = self.method(problem, solution, states is not None)
         if linear == "riccati":
-            objective = problem.objective
-            assert isinstance(objective, TrajectoryObjective)
-            if states is None:
-                with torch.no_grad():
-                    states = objective.rollout(solution)
-            found = kkt.differentiate(problem, solution, states, _Once.apply)
-            return _Derivative(found.actions, found.convex, found.newton_step, found.singular, found.states)
+            return self._along_states(problem, solution, states)
         if linear == "cg":
             _, grad = problem.with_graph().evaluate(solution)
             free = ~problem.box.held(solution, grad.detach())
@@ -190,6 +184,9 @@ class Implicit(Adjoint):
         if isinstance(problem.objective, ConstrainedFunction):
             return self._constrained(problem, problem.objective, solution)
         factor, grad = self.factor(problem, solution)
+        if self.linear == "auto" and self.order == 1 and _staged(problem.objective) and not bool(factor.defined.all()):
+            # The sweep takes second derivatives that are undefined, as that of a norm at zero, a small distance away.
+            return self._along_states(problem, solution, states)
         _, differentiable = problem.with_graph().evaluate(solution)
         if self.order == 1:
             differentiable = _Once.apply(differentiable)
@@ -197,6 +194,16 @@ class Implicit(Adjoint):
         if self.order == 2 and x.requires_grad:
             x = self._second_order(problem, x, factor.free)
         return _Derivative(x, factor.convex, factor.solve(grad), factor.singular)
+
+    def _along_states(self, problem: Problem, solution: Points, states: Tensor | None) -> "_Derivative":
+        """Differentiate the optimality conditions of states and actions."""
+        objective = problem.objective
+        assert isinstance(objective, TrajectoryObjective)
+        if states is None:
+            with torch.no_grad():
+                states = objective.rollout(solution)
+        found = kkt.differentiate(problem, solution, states, _Once.apply)
+        return _Derivative(found.actions, found.convex, found.newton_step, found.singular, found.states)
 
     def _constrained(self, problem: Problem, objective: ConstrainedFunction, solution: Points) -> "_Derivative":
         """Differentiate the optimality conditions with the active constraints as equations."""
@@ -222,7 +229,7 @@ class Implicit(Adjoint):
     def method(self, problem: Problem, x: Points, carried: bool) -> str:
         """The method for the linear system: "dense", "cg" or "riccati". `carried`: the solver computed the states of the trajectory."""
         objective, n = problem.objective, x.shape[-1]
-        structured = isinstance(objective, TrajectoryObjective) and objective.staged
+        structured = _staged(objective)
         if self.linear == "riccati" and not structured:
             raise SolverError(
                 f'Implicit: linear="riccati" needs a TrajectoryObjective with stages, not a {type(objective).__name__}. '
@@ -239,7 +246,7 @@ class Implicit(Adjoint):
             return "riccati" if structured else "dense"
         if self.order == 2:
             return "dense"
-        if isinstance(objective, TrajectoryObjective) and objective.staged:
+        if isinstance(objective, TrajectoryObjective) and structured:
             # Products with the derivatives of one step that the sweep needs, in addition to the rollouts that the dense Hessian needs.
             size = objective.state.shape[-1]
             if carried or 3 * size + 2 * objective.action_dim < min(n, _DENSE):
@@ -280,6 +287,10 @@ class Implicit(Adjoint):
 
 _DENSE = 48
 """Hessian-vector products that the sweep or the dense Hessian may cost under "auto"; beyond, conjugate gradients need fewer."""
+
+
+def _staged(objective: Objective) -> bool:
+    return isinstance(objective, TrajectoryObjective) and objective.staged
 
 
 def _no_derivative(result: Iterates) -> Differentiated:

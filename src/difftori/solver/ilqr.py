@@ -167,7 +167,7 @@ class ILQR(Solver):
         still = states[:, :1].expand_as(states).contiguous()
         nothing = torch.zeros_like(plan[:, 0, 0])
         floor, units = max(self.floor, 8 * torch.finfo(plan.dtype).eps), range_units(problem.box, plan.flatten(1))
-        model = lq.convexified(problem.call(lq.linearise, objective, still, plan), floor, units)
+        model = lq.convexified(_linearised(problem, objective, still, plan), floor, units)
         gains = lq.sweep(model, low - plan, high - plan, nothing, problem.compile).gains.clone()
         gains[..., -1] = 0.0
         found, plans, costs = _candidates(problem, objective, self.lengths[:_GROUP], still, gains, plan, low, high)
@@ -181,12 +181,13 @@ class ILQR(Solver):
         bounds = (low - plan, high - plan, memory.damping, compile)
         feedback = memory.gains[..., :-1].contiguous()
         with torch.set_grad_enabled(problem.create_graph):
-            model = problem.call(lq.linearise, objective, memory.states, plan)
+            model = _linearised(problem, objective, memory.states, plan)
             costate, grad = problem.call(lq.costates, model, feedback)
             floor, units = max(self.floor, 8 * torch.finfo(x.dtype).eps), range_units(problem.box, x)
             near = memory.near > 0 if self.second_order else torch.zeros_like(memory.near, dtype=torch.bool)
             if bool(near.any()):
-                exact = problem.call(lq.with_dynamics_curvature, objective, memory.states, plan, model, costate)
+                curved = lambda s, a: problem.call(lq.with_dynamics_curvature, objective, s, a, model, costate)  # noqa: E731
+                exact = lq.defined(curved, memory.states, plan)
                 every = bool(near.all())
                 swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor, units)), *bounds)
                 sound = ~near | (swept.convex & (swept.slope <= 0))
@@ -199,6 +200,10 @@ class ILQR(Solver):
             gains=swept.gains, slope=swept.slope.detach(), bend=swept.bend.detach(), damping=memory.damping
         )
         return State(cost, grad.flatten(1), tuple(memory), memory.states, swept.newton.detach().flatten(1))
+
+
+def _linearised(problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans) -> lq.LQModel:
+    return lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan)
 
 
 def _mixed(rows: RowFlags, yes: lq.LQModel, no: lq.LQModel) -> lq.LQModel:

@@ -83,12 +83,14 @@ def _exact(
     problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
 ) -> tuple[lq.LQModel, Tensor, Plans]:
     """The exact second-order model of L, the costates and the gradient with respect to the actions."""
-    model = problem.call(lq.linearise, objective, states, plan)
+    model = lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan)
     # The costates need some stabilising feedback (see lq.costates). This one uses the curvature of the costs only.
     units = range_units(problem.box, plan.flatten(1))
     feedback = factorise(lq.convexified(model, _FLOOR, units), inside).gain
     costate, grad = lq.costates(model, feedback)
-    exact = problem.call(lq.with_dynamics_curvature, objective, states, plan, model, costate)
+    exact = lq.defined(
+        lambda s, a: problem.call(lq.with_dynamics_curvature, objective, s, a, model, costate), states, plan
+    )
     # A row with NaN or infinity has no derivative. Zeros keep it out of the gradients of the other rows' parameters.
     finite = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in (*exact, costate, grad)]).all(0)
     if not bool(finite.all()):

@@ -8,6 +8,7 @@ A actions, N = S + A; rows first, then time. Every operation costs O(H).
 The sweep uses homogeneous coordinates (δs, 1): value function, linear terms and constants form one symmetric matrix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,28 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
         terminal.movedim(0, 1),
     )
     return LQModel(*parts)
+
+
+def defined(model_at: Callable[[Tensor, Tensor], LQModel], states: Tensor, plan: Plans) -> LQModel:
+    """The model at states (B H+1 S) and actions (B H A). Hessians that are NaN there are those of a point a small distance away.
+
+    PyTorch's second derivative of a norm at zero is NaN, also in v‖v‖, the drag of a body at rest, where it is bounded but has no limit.
+    """
+    model = model_at(states, plan)
+    finite = torch.isfinite(model.hessian).flatten(2).all(-1)
+    last = torch.isfinite(model.terminal_hessian).flatten(1).all(-1)
+    if bool(finite.all() & last.all()):
+        return model
+    near = model_at(_aside(states), _aside(plan))
+    hessian = torch.where(finite[..., None, None], model.hessian, near.hessian)
+    terminal = torch.where(last[:, None, None], model.terminal_hessian, near.terminal_hessian)
+    return model._replace(hessian=hessian, terminal_hessian=terminal)
+
+
+def _aside(x: Tensor) -> Tensor:
+    """Points a relative distance √ε away, in a direction without symmetry."""
+    direction = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).cos()
+    return x + torch.finfo(x.dtype).eps ** 0.5 * x.detach().abs().clamp(min=1.0) * direction
 
 
 def costs(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> Rows:

@@ -110,13 +110,14 @@ class HessianProducts:
 
 class Factor(NamedTuple):
     """A factorised free-set Hessian. `convex` (B): it is positive definite without raising any curvature. `singular` (B): its
-    smallest curvature is zero to working precision.
+    smallest curvature is zero to working precision. `defined` (B): it has no NaN or infinity.
     """
 
     cholesky: Hessians
     free: PointFlags
     convex: RowFlags
     singular: RowFlags
+    defined: RowFlags
 
     def solve(self, v: Points) -> Points:
         """H⁻¹ v on the free set, zero on the other coordinates."""
@@ -164,7 +165,7 @@ def factorise(hessian: Hessians, free: PointFlags, floor: float | None = None, r
     # Rounding can still make the factorisation of a raised row fail (floor 0, float32). It takes a scaled gradient step and is flagged.
     fallback = identity * scale.clamp_min(1.0).sqrt()[:, None, None]
     cholesky = torch.where((failed == 0)[:, None, None], cholesky, fallback) * unit.unsqueeze(-1)
-    return Factor(cholesky, free & ~flat[:, None], convex & (failed == 0), singular)
+    return Factor(cholesky, free & ~flat[:, None], convex & (failed == 0), singular, finite)
 
 
 def curvature_units(size: Hessians) -> Points:
