@@ -54,7 +54,7 @@ class Controller:
     feedback for the measured state, and from the previous multipliers of the constraints. If the solve of a row fails (NaN or
     Inf), the row takes the action of its last valid plan. `status` is the status of the last solve of each row.
 
-    Functions may take the step as a third argument t, which counts from the last `reset`: `reference[t]`.
+    Functions may take the step as a further argument t, which counts from the last `reset`: `reference[t]`.
 
     Args:
         dynamics, reward, terminal_value, constraint, terminal_constraint, discount: as for `difftori.plan`.

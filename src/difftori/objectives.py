@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difftori.errors import ShapeError, SolverError
 from difftori.solver import ConstrainedTrajectory, TrajectoryObjective
-from difftori.solver.objective import is_timeless, with_time
+from difftori.solver.objective import is_timeless, takes_time, with_time
 from difftori.types import Actions, Points, PointSets, Rows, States
 
 Dynamics = Callable[..., Tensor]
@@ -24,16 +24,16 @@ Reward = Callable[..., Tensor]
 """(state (B S), action (B A)) → (B). A third required argument is the step t."""
 Constraint = Callable[..., Tensor]
 """(state (B S), action (B A)) → (B m), must be ≤ 0. A third required argument is the step t."""
-Value = Callable[[Tensor], Tensor]
-"""state (B S) → (B)."""
+Value = Callable[..., Tensor]
+"""state (B S) → (B), or (B k) for constraints. A second required argument is the step t."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReturnObjective(TrajectoryObjective):
     """cost = −(Σ_{t<H} γ^t R(z_t, a_t) + γ^H V(z_H)), Eq. 4 with a terminal value that depends on the state alone.
 
-    `state`: z_0 (B Z), encoded once before the solve. `first_step`: the step t of the first action, for dynamics and
-    rewards that take it. `stacked`: the functions take any leading dimensions (…), t broadcasts against them, and no row has
+    `state`: z_0 (B Z), encoded once before the solve. `first_step`: the step t of the first action, for functions that take
+    it. `stacked`: the functions take any leading dimensions (…), t broadcasts against them, and no row has
     tensors of its own in them. Then the rewards of all steps, (H B), are one evaluation, and so are the candidates of a
     sampling solver, (K B). Default: False.
     """
@@ -55,6 +55,7 @@ class ReturnObjective(TrajectoryObjective):
             # A tensor, so that the same compiled code is used for every step; filled on the device, without a copy.
             first = torch.full((), self.first_step, dtype=torch.long, device=self.state.device)
             object.__setattr__(self, "first_step", first)
+        object.__setattr__(self, "terminal_value", at_end(self.terminal_value, self.first_step, self.horizon))
         exponents = torch.arange(self.horizon, dtype=self.state.dtype, device=self.state.device)
         object.__setattr__(self, "_weights", self.discount**exponents)
 
@@ -228,8 +229,17 @@ def trajectory_objective(
     return ConstrainedTrajectory(
         objective,
         None if constraint is None else partial(_shifted, with_time(constraint), objective.first_step),
-        terminal_constraint,
+        at_end(terminal_constraint, objective.first_step, horizon),
     )
+
+
+def at_end(function: Value | None, first_step: int | Tensor, horizon: int) -> Value | None:
+    """The function of the last state alone, at the step t = first_step + H if it takes the step."""
+    return partial(_last, function, first_step, horizon) if function and takes_time(function, 1) else function
+
+
+def _last(function: Value, first_step: Tensor, horizon: int, state: States) -> Tensor:
+    return function(state, (first_step + horizon).reshape(1))
 
 
 def _shifted(

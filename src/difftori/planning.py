@@ -256,8 +256,8 @@ def plan(
 
         max_{a_0 … a_{H−1}}  Σ_{t<H} γ^t reward(s_t, a_t) + γ^H terminal_value(s_H),   s_{t+1} = dynamics(s_t, a_t)
 
-    `dynamics`, `reward` and `constraint` may take the step as a third argument t, an integer tensor (1). `reference[t]` (1 …)
-    broadcasts against rows. Use `torch.where`, not `if`.
+    All functions may take the step as a further argument t, an integer tensor (1), which is H (plus `first_step`) in terminal
+    functions. `reference[t]` (1 …) broadcasts against rows. Use `torch.where`, not `if`.
 
     Args:
         dynamics: (state (B S), action (B A)) → (B S).

@@ -363,3 +363,50 @@ def test_a_norm_at_zero_has_a_derivative(name, terminal):
     torch.testing.assert_close(grad, nearby, rtol=1e-4, atol=1e-9)
     more, less = (drifting(0.0, drag.detach() + sign * 1e-4, None, terminal).actions[:, 1].sum() for sign in (1, -1))
     torch.testing.assert_close(grad, (more - less) / 2e-4, rtol=1e-4, atol=1e-7)
+
+
+def filled(state, action):
+    following = torch.zeros(state.shape, dtype=state.dtype)
+    following[:, 0], following[:, 1] = moved(state, action).unbind(-1)
+    return following
+
+
+def branching(state, action):
+    return moved(state, action) if state[0, 0] > 0 else moved(state, -action)
+
+
+@pytest.mark.parametrize("model", [filled, branching])
+def test_models_that_cannot_be_batched_are_named(model):
+    with pytest.raises(ObjectiveError, match=r"several points at once.*Fix: .*torch\.stack.*torch\.where"):
+        difftori.plan(model, reach, None, torch.ones(1, 2, dtype=F64), torch.zeros(1, 5, 1, dtype=F64))
+
+
+def test_terminal_functions_take_the_step():
+    """The last state follows a reference of its own step, in `plan` and in a controller."""
+    reference = torch.linspace(0.0, 3.0, 31, dtype=F64)
+    steps = []
+
+    def late(state, t):
+        steps.append(int(t))
+        return -10 * (state[..., 0] - reference[t]).square()
+
+    def cheap(state, action):
+        return -1e-6 * action[..., 0].square()
+
+    def fast(state, t):
+        return state[..., 1:] - torch.where(t < 9, 10.0, 0.5)
+
+    def ends(first_step, **settings):
+        start, guess = torch.zeros(1, 2, dtype=F64), torch.zeros(1, 5, 1, dtype=F64)
+        return difftori.plan(moved, cheap, late, start, guess, -99.0, 99.0, first_step=first_step, **settings).states
+
+    assert ends(0)[0, -1, 0].item() == pytest.approx(reference[5].item(), abs=1e-3)
+    assert set(steps) == {5}
+    assert ends(4)[0, -1, 0].item() == pytest.approx(reference[9].item(), abs=1e-3)
+    assert ends(3, terminal_constraint=fast)[0, -1, 1] > 0.6
+    assert ends(4, terminal_constraint=fast)[0, -1, 1].item() == pytest.approx(0.5, abs=1e-5)
+    controller = difftori.Controller(moved, cheap, late, horizon=5, action_dim=1, low=-99.0, high=99.0)
+    for call in range(3):
+        steps.clear()
+        controller(torch.zeros(1, 2, dtype=F64))
+        assert set(steps) == {call + 5}

@@ -154,10 +154,13 @@ def with_time(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tens
 
     The function takes the step if its third positional argument is required or is named `t`.
     """
-    positional = positional_parameters(function)
-    if len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "t"):
-        return function
-    return _Timeless(function)
+    return function if takes_time(function, 2) else _Timeless(function)
+
+
+def takes_time(function: Callable[..., Tensor], position: int) -> bool:
+    """Whether the function takes the step at this position: the parameter there is required or is named `t`."""
+    positional = positional_parameters(function)[position:]
+    return bool(positional) and (positional[0].default is inspect.Parameter.empty or positional[0].name == "t")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difftori.errors import NonFiniteError, SolverError
+from difftori.errors import NonFiniteError, ObjectiveError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import Box
@@ -109,7 +109,15 @@ def solve(
         wanted = (adjoint or Implicit()) if compile or _constrained_gradient(objective, x0) else Detached()
         return solve_constrained(problem, inner, wanted, x0, augmented or AugmentedLagrangian(), multipliers, final)
 
-    return without_inference_tensors(run)
+    try:
+        return without_inference_tensors(run)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ObjectiveError(
+            f"solve: a function of the objective cannot be evaluated at several points at once (torch.func.vmap): {error} "
+            "Fix: build results with torch.stack or torch.cat instead of filling a tensor, and use torch.where instead of `if`."
+        ) from error
 
 
 def _solve(
