@@ -91,3 +91,12 @@ def test_a_plan_with_a_fixed_first_action():
     assert plan.actions[:, 0, 0].tolist() == pytest.approx([0.7, 0.7])
     assert bool(plan.solution.converged.all())
     assert float(plan.actions[:, 1].max()) < -0.5
+
+
+def test_bounds_with_a_gradient_are_warned_of():
+    limit = torch.tensor(1.0, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"Box: high requires a gradient.*high\.detach\(\).*constraint"):
+        Box(-1.0, limit)
+    Box(-1.0, limit.detach())
+    with torch.no_grad():
+        Box(-1.0, limit)

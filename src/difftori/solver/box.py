@@ -1,6 +1,7 @@
 """Bounds on the variables."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -193,6 +194,12 @@ def _empty(low: float, high: float, where: tuple[int, ...]) -> str:
 
 
 def _numbers(name: str, bound: Bound) -> Tensor:
+    if isinstance(bound, Tensor) and bound.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            f"Box: {name} requires a gradient, but none flows into bounds. Fix: pass {name}.detach(), or make the limit a constraint, "
+            "which is differentiated.",
+            stacklevel=4,
+        )
     try:
         return torch.as_tensor(bound).detach()
     except (TypeError, ValueError, RuntimeError) as error:
