@@ -368,3 +368,24 @@ def test_without_a_tolerance_a_start_at_the_optimum_has_a_derivative(solver):
     assert solution.converged.all()
     (grad,) = torch.autograd.grad(solution.x.sum(), target)
     torch.testing.assert_close(grad, torch.full_like(grad, 0.5))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+@pytest.mark.parametrize("corner", [False, True])
+def test_steps_at_a_first_order_point_do_not_amplify_the_derivative(corner, steps):
+    """A spectral step that grew fourfold at each of them made the loss's gradient useless: `difftori demo` learned a tenth as well."""
+    target = torch.tensor([[0.5, -0.25]], dtype=F64, requires_grad=True)
+    slope = lambda x: -(2 * target * x).sum(-1)  # noqa: E731
+    cost = slope if corner else lambda x: (x - target).square().sum(-1)
+    solution = solve(
+        cost,
+        target.detach().sign() if corner else target.detach().clone(),
+        box=Box(-1.0, 1.0, inward=True),
+        solver=ProjectedGradient(first_step=0.25),
+        adjoint=Unrolled(),
+        tolerance=0.0,
+        max_steps=steps,
+    )
+    (grad,) = torch.autograd.grad((solution.x * target.detach().sign()).sum(), target)
+    expected = 0.5 * steps if corner else 1 - 0.5**steps
+    torch.testing.assert_close(grad, expected * target.detach().sign())

@@ -84,7 +84,9 @@ class ProjectedGradient(Solver):
         noise = 4 * torch.finfo(x.dtype).eps * state.cost.abs()
         highest = recent.amax(-1) if self.window > 1 else recent.squeeze(-1)
         taken = (cost <= highest + self.armijo * slope + noise) & all_finite(cost, grad)
-        longer = _spectral(products, alpha, use_long_step > 0)
+        # At a first-order point x stays, whatever α is: a growing α would only amplify the derivatives of an unrolled solve.
+        still = problem.box.stationarity(x.detach(), state.grad.detach()) == 0
+        longer = torch.where(still, alpha, _spectral(products, alpha, use_long_step > 0))
         alpha = torch.where(taken, longer, _shorter(state.cost, cost, slope, alpha))
         now = torch.where(taken, cost, state.cost)
         latest = now.detach().unsqueeze(-1)
