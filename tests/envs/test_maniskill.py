@@ -180,11 +180,16 @@ def test_the_robot_decides_the_cameras(task):
 def test_a_planned_demonstration_succeeds_and_repeats_after_others():
     expert = resolve_env("maniskill:PushCube").make_expert("state")
     copies = opened(lambda: launch(expert.build, name="maniskill", num_envs=1, seed=0))
-    episodes = list(play(copies, expert, iter([(0, 5), (1, 6), (2, 5)])))
+    # In a scene that is not built again, the contacts of these seeds depended on the episodes before.
+    seeds = (21218764, 333949037, 333949037, 21218764)
+    episodes = list(play(copies, expert, enumerate(seeds)))
     copies.close()
     assert all(episode.success for episode in episodes)
     assert episodes[0].arrays.keys() == {"state", "action"}
-    assert all(np.array_equal(episodes[0].arrays[name], episodes[2].arrays[name]) for name in ("state", "action"))
+    for one, other in ((0, 3), (1, 2)):
+        assert all(
+            np.array_equal(episodes[one].arrays[name], episodes[other].arrays[name]) for name in ("state", "action")
+        )
     assert not np.array_equal(episodes[0].arrays["state"][0], episodes[1].arrays["state"][0])
 
 

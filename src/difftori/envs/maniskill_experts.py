@@ -18,7 +18,7 @@ from gymnasium.spaces import Box, Dict
 from difftori.envs.base import Observation
 from difftori.envs.family import Arrays, Expert
 from difftori.envs.maniskill_names import CONTROL
-from difftori.envs.maniskill_simulation import open_simulation
+from difftori.envs.maniskill_simulation import begin_episode, open_simulation
 
 PACKAGES = ("mani-skill", "sapien", "mplib", "gymnasium", "torch")
 PLANNED = ("PickCube", "PushCube", "StackCube", "PegInsertionSide")
@@ -101,7 +101,7 @@ class _Recorded(gymnasium.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         self.taken = []
-        return self.env.reset(seed=seed, options=options)
+        return begin_episode(self.env, seed)
 
     def step(self, action: Any) -> Any:
         self.taken.append(np.array(action, dtype=np.float32))
