@@ -84,9 +84,7 @@ class ProjectedGradient(Solver):
         noise = 4 * torch.finfo(x.dtype).eps * state.cost.abs()
         highest = recent.amax(-1) if self.window > 1 else recent.squeeze(-1)
         taken = (cost <= highest + self.armijo * slope + noise) & all_finite(cost, grad)
-        # At a first-order point x stays, whatever α is: a growing α would only amplify the derivatives of an unrolled solve.
-        still = problem.box.stationarity(x.detach(), state.grad.detach()) == 0
-        longer = torch.where(still, alpha, _spectral(products, alpha, use_long_step > 0))
+        longer = torch.where(_still(s, x, alpha, state.grad), alpha, _spectral(products, alpha, use_long_step > 0))
         alpha = torch.where(taken, longer, _shorter(state.cost, cost, slope, alpha))
         now = torch.where(taken, cost, state.cost)
         latest = now.detach().unsqueeze(-1)
@@ -103,6 +101,15 @@ class ProjectedGradient(Solver):
         for _ in range(self.polish):
             x, inner = self.polish_with.step(problem, x, inner)
         return x, State(inner.cost, inner.grad, state.memory)
+
+
+def _still(s: Points, x: Points, alpha: Rows, grad: Points) -> RowFlags:
+    """Which rows are at a first-order point: x stays, and not because rounding hides a step that is too short.
+
+    A longer α has no effect there, but would amplify the derivatives of an unrolled solve.
+    """
+    hidden = (alpha[:, None] * grad).abs() <= torch.finfo(x.dtype).eps * x.abs()
+    return ((s == 0) & ((grad == 0) | ~hidden)).all(-1)
 
 
 def _spectral(products: Tensor, alpha: Rows, use_long_step: RowFlags) -> Rows:
