@@ -48,6 +48,7 @@ class ReturnObjective(TrajectoryObjective):
     first_step: int | Tensor = 0
     stacked: bool = False
     _weights: Tensor = field(init=False, repr=False)
+    _timed: bool = field(init=False, repr=False)
 
     def __post_init__(self):
         _accept_time(self)
@@ -55,7 +56,7 @@ class ReturnObjective(TrajectoryObjective):
             # A tensor, so that the same compiled code is used for every step; filled on the device, without a copy.
             first = torch.full((), self.first_step, dtype=torch.long, device=self.state.device)
             object.__setattr__(self, "first_step", first)
-        object.__setattr__(self, "terminal_value", at_end(self.terminal_value, self.first_step, self.horizon))
+        object.__setattr__(self, "_timed", self.terminal_value is not None and takes_time(self.terminal_value, 1))
         exponents = torch.arange(self.horizon, dtype=self.state.dtype, device=self.state.device)
         object.__setattr__(self, "_weights", self.discount**exponents)
 
@@ -78,7 +79,7 @@ class ReturnObjective(TrajectoryObjective):
         rewards = self._reward(torch.stack(states), actions, times.view(-1, *(1,) * (x.dim() - 1)))
         total = (self._weights.view(-1, *(1,) * (x.dim() - 1)) * rewards).sum(0)
         if self.terminal_value is not None:
-            total = torch.add(total, self.terminal_value(latest), alpha=self.discount**self.horizon)
+            total = torch.add(total, self._value(latest), alpha=self.discount**self.horizon)
         return -total
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
@@ -97,7 +98,13 @@ class ReturnObjective(TrajectoryObjective):
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero if there is no terminal value."""
-        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.terminal_value(state)
+        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self._value(state)
+
+    def _value(self, state: Tensor) -> Tensor:
+        assert self.terminal_value is not None
+        if not self._timed:
+            return self.terminal_value(state)
+        return self.terminal_value(state, torch.as_tensor(self.first_step + self.horizon).reshape(1))
 
     def select(self, rows: Tensor) -> "ReturnObjective":
         """The same objective for some of the rows."""
@@ -226,16 +233,12 @@ def trajectory_objective(
     )
     if constraint is None and terminal_constraint is None:
         return objective
+    timed = terminal_constraint is not None and takes_time(terminal_constraint, 1)
     return ConstrainedTrajectory(
         objective,
         None if constraint is None else partial(_shifted, with_time(constraint), objective.first_step),
-        at_end(terminal_constraint, objective.first_step, horizon),
+        terminal_constraint if not timed else partial(_last, terminal_constraint, objective.first_step, horizon),
     )
-
-
-def at_end(function: Value | None, first_step: int | Tensor, horizon: int) -> Value | None:
-    """The function of the last state alone, at the step t = first_step + H if it takes the step."""
-    return partial(_last, function, first_step, horizon) if function and takes_time(function, 1) else function
 
 
 def _last(function: Value, first_step: Tensor, horizon: int, state: States) -> Tensor:

@@ -180,7 +180,7 @@ class Planner:
         def flat(bound: Bound, name: str) -> Bound:
             if isinstance(bound, int | float):
                 return bound
-            tensor = torch.as_tensor(bound, dtype=actions.dtype, device=actions.device)
+            tensor = torch.as_tensor(bound, dtype=actions.dtype, device=actions.device).detach()
             if tensor.dim() == 0:
                 return tensor
             try:

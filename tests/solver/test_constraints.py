@@ -704,3 +704,45 @@ def test_a_limit_that_the_first_state_violates_is_not_counted():
     assert plans[0].states[0, 1:, 1].max() <= 0.3 + 1e-6
     # At most −8 m/s² in .1 s: the second state is too fast as well, and that counts.
     assert Status(int(plans[1].solution.status)) == Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", ["difference", "share"])
+def test_a_limit_on_a_difference_of_actions_at_their_bounds_counts(name, dtype):
+    """It does not change if all actions move by the same amount, but depends on them."""
+    difference = lambda s, a: a[..., :1] - a[..., 1:] - 1  # noqa: E731
+    share = lambda s, a: a.softmax(-1)[..., :1] - 0.7  # noqa: E731
+    plan = difftori.plan(
+        lambda s, a: s,
+        lambda s, a: 1e3 * (a[..., 0] - a[..., 1]),
+        None,
+        torch.zeros(2, 1, dtype=dtype),
+        torch.tensor([1.0, -1.0], dtype=dtype).expand(2, 1, 2),
+        constraint=difference if name == "difference" else share,
+    )
+    values = (difference if name == "difference" else share)(None, plan.actions[:, 0])
+    torch.testing.assert_close(plan.solution.violation, values[:, 0].clamp(min=0.0), rtol=0, atol=1e-6)
+    assert values.max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("width", [0.3, 0.15, 0.1])
+def test_a_constraint_without_a_gradient_at_the_start_beside_another(width, dtype):
+    """A smooth bump to keep out of, and a limit of the speed. A weight from the bump's tiny gradient would be 1e7 to 1e85 times as heavy."""
+    goal = torch.tensor([2.0, 0.0], dtype=dtype)
+
+    def moved(state, action):
+        return torch.cat([state[..., :2] + 0.1 * state[..., 2:], state[..., 2:] + 0.1 * action], -1)
+
+    def reward(state, action):
+        return -(state[..., :2] - goal).square().sum(-1) - 0.01 * action.square().sum(-1)
+
+    def kept(state, action):
+        bump = torch.exp(-((state[..., :2] - goal / 2 - 0.05).square().sum(-1, keepdim=True)) / (2 * width**2)) - 0.5
+        return torch.cat([bump, state[..., 2:3] - 3], -1)
+
+    start = torch.zeros(1, 4, dtype=dtype)
+    plan = difftori.plan(moved, reward, None, start, torch.zeros(1, 15, 2, dtype=dtype), -10.0, 10.0, constraint=kept)
+    assert plan.solution.violation.max() <= (1e-6 if dtype == F64 else 1e-4)
+    assert plan.solution.multipliers.initial[0, 0] < 1e6 * plan.solution.multipliers.initial[0, 1]
+    assert plan.states[0, -1, 0] > 1.5

@@ -323,12 +323,12 @@ def test_a_chain_of_warm_starts_survives_a_tiny_first_weight():
     assert found.x.item() == pytest.approx(1.0, abs=1e-5)
 
 
-def drifting(speed, drag, solver=None, terminal=False):
+def drifting(speed, drag, solver=None, terminal=False, wind=0.0):
     """A body in the plane with quadratic drag, whose second derivative PyTorch returns as NaN at rest, drawn to a place."""
 
     def moved(state, action):
-        speed = state[..., 2:]
-        pull = drag * speed * speed.norm(dim=-1, keepdim=True)
+        speed, through = state[..., 2:], state[..., 2:] - wind
+        pull = drag * through * through.norm(dim=-1, keepdim=True)
         return torch.cat([state[..., :2] + 0.1 * speed, speed + 0.1 * (action - pull)], -1)
 
     def reward(state, action):
@@ -410,3 +410,17 @@ def test_terminal_functions_take_the_step():
         steps.clear()
         controller(torch.zeros(1, 2, dtype=F64))
         assert set(steps) == {call + 5}
+
+
+@pytest.mark.parametrize("name", DRIFT)
+def test_a_parameter_inside_a_norm_at_zero(name):
+    """The mixed derivative is NaN there too; the derivative of the optimum was NaN and called valid."""
+    wind, solver = torch.zeros(2, dtype=F64, requires_grad=True), DRIFT[name][0]
+    plan = drifting(0.0, torch.tensor(0.2, dtype=F64), solver, wind=wind)
+    assert plan.solution.gradient_valid.all()
+    (grad,) = torch.autograd.grad(plan.actions[0, 1].sum(), wind)
+    change = torch.tensor([1e-4, 0.0], dtype=F64)
+    more, less = (
+        drifting(0.0, torch.tensor(0.2, dtype=F64), None, wind=sign * change).actions[0, 1].sum() for sign in (1, -1)
+    )
+    assert grad[0].item() == pytest.approx(((more - less) / 2e-4).item(), rel=1e-2)

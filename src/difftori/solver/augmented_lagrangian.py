@@ -99,16 +99,22 @@ _LIGHT = 1e-3
 def _units(objective: Constrained, x: Points) -> Tensor:
     """The unit of each constraint (B M): the length of its own gradient, or the largest one of the row if it has none.
 
-    Near a point where the gradient vanishes, such as the centre of an obstacle, its length is not the unit: the constraint would seem
-    to be violated by a distance of more than the size of x.
+    Where the gradient almost vanishes, at the centre of an obstacle or far from a smooth step, its length is not the unit: the limit
+    would seem to be far away compared with the size of x. The value then sets the unit.
     """
     with torch.no_grad():
         steepness, values = objective.steepness(x), objective.constraints(x, None)
-        broken = torch.where(objective.equality(x), values.abs(), values.clamp_min(0))
-    steepness = steepness.maximum(broken / x.abs().amax(-1, keepdim=True).clamp(min=1.0))
+        broken = (values > 0) | objective.equality(x)
+        own = values.abs() / x.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    small = own > torch.where(broken, 1.0, _VANISHES) * steepness
+    steepness = torch.where(small, own, steepness)
     known = torch.isfinite(steepness) & (steepness > 0)
     most = torch.where(known, steepness, 0.0).amax(-1, keepdim=True)
     return torch.where(known, steepness, torch.where(most > 0, most, 1.0))
+
+
+_VANISHES = 1e3
+"""A constraint that is kept, by this multiple of its gradient's length times the size of x, has almost no gradient."""
 
 
 def _needed(objective: Constrained, x: Points, allowed: float) -> float:

@@ -198,7 +198,7 @@ def _numbers(name: str, bound: Bound) -> Tensor:
         warnings.warn(
             f"Box: {name} requires a gradient, but none flows into bounds. Fix: pass {name}.detach(), or make the limit a constraint, "
             "which is differentiated.",
-            stacklevel=4,
+            stacklevel=5,
         )
     try:
         return torch.as_tensor(bound).detach()

@@ -205,7 +205,7 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         states = self.inner.rollout(x) if states is None else states
         plan, parts = self.plan(x), []
         if (stage := self.stage) is not None:
-            each = vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), in_dims=(1, 1, 0))
+            each = vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), (1, 1, 0), randomness="same")
             values = each(states[:, :-1], plan, self.times()).movedim(0, 1)
             first = torch.where(
                 self._unchangeable(stage, plan[:, 0], values[:, 0]), values[:, 0].clamp(max=0.0), values[:, 0]
@@ -216,11 +216,18 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return torch.cat(parts, -1)
 
     def _unchangeable(self, stage: StageConstraint, action: Actions, values: Tensor) -> Tensor:
-        """Which stage constraints of the first step (B m), with `values` (B m), have the same value for other actions too."""
+        """Which stage constraints of the first step (B m), with `values` (B m), have the same value for very different actions too.
+
+        The actions differ in size and in the ratios of their components, so that a function of a difference or a share changes too.
+        """
         with torch.no_grad():
-            size = _PROBES.to(action).view(-1, 1, 1) * action.abs().clamp(min=1.0)
+            numbers = torch.arange(_PROBES * action.shape[-1], dtype=action.dtype, device=action.device).view(
+                _PROBES, 1, -1
+            )
+            sizes = 10.0 ** torch.arange(_PROBES, dtype=action.dtype, device=action.device).view(_PROBES, 1, 1)
+            moves = sizes * (1.0 + 1.7 * numbers).cos() * action.abs().clamp(min=1.0)
             start = self.times()[0]
-            found = vmap(lambda move: stage(self.state, action + move, start), randomness="same")(size)
+            found = vmap(lambda move: stage(self.state, action + move, start), randomness="same")(moves)
             return (found == values).all(0)
 
     def equality(self, x: Points) -> Tensor:
@@ -296,8 +303,8 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         return ConstrainedTrajectory(inner, self.stage, self.terminal, multipliers, self.linear)
 
 
-_PROBES = torch.tensor([-30.0, -1.0, 1.0, 30.0])
-"""Changes of the first action, as multiples of its size, that tell which constraints depend on it."""
+_PROBES = 7
+"""Number of other actions that tell which constraints depend on the first action. Each is ten times as far away as the one before."""
 
 
 def augmentation(values: Tensor, multipliers: Tensor, weight: Tensor, equality: bool = False) -> Rows:

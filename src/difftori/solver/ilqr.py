@@ -187,7 +187,7 @@ class ILQR(Solver):
             near = memory.near > 0 if self.second_order else torch.zeros_like(memory.near, dtype=torch.bool)
             if bool(near.any()):
                 curved = lambda s, a: problem.call(lq.with_dynamics_curvature, objective, s, a, model, costate)  # noqa: E731
-                exact = lq.defined(curved, memory.states, plan)
+                exact = lq.defined(curved, memory.states, plan).model
                 every = bool(near.all())
                 swept = lq.sweep(exact if every else _mixed(near, exact, lq.convexified(model, floor, units)), *bounds)
                 sound = ~near | (swept.convex & (swept.slope <= 0))
@@ -203,7 +203,7 @@ class ILQR(Solver):
 
 
 def _linearised(problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans) -> lq.LQModel:
-    return lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan)
+    return lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan).model
 
 
 def _mixed(rows: RowFlags, yes: lq.LQModel, no: lq.LQModel) -> lq.LQModel:

@@ -49,7 +49,7 @@ def differentiate(
     with torch.no_grad():
         low, high = (objective.plan(number_like(b, x).expand_as(x)) for b in (problem.box.low, problem.box.high))
         inside = (plan > low) & (plan < high)
-        model, costate, grad = _exact(problem, objective, states, plan, inside)
+        model, costate, grad, points = _exact(problem, objective, states, plan, inside)
         free = (~problem.box.held(x, grad.flatten(1))).view_as(plan)
         active = None
         if isinstance(objective, ConstrainedTrajectory):
@@ -67,7 +67,7 @@ def differentiate(
     if active is not None:
         assert isinstance(objective, ConstrainedTrajectory)
         lagrangian, values = objective.lagrangian(active.multipliers), objective.constraints(x, states)
-    residuals = problem.call(residual, lagrangian, states, plan, costate)
+    residuals = problem.call(residual, lagrangian, *points, costate)
     residuals = (*residuals, objective.state, values)
     if not any(part.requires_grad for part in residuals):
         return TrajectoryDerivative(x, states, factor.convex, factor.singular, move.flatten(1))
@@ -81,22 +81,24 @@ _RAISED = 1e-4
 
 def _exact(
     problem: Problem, objective: TrajectoryObjective, states: Tensor, plan: Plans, inside: PlanFlags
-) -> tuple[lq.LQModel, Tensor, Plans]:
-    """The exact second-order model of L, the costates and the gradient with respect to the actions."""
-    model = lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan)
+) -> tuple[lq.LQModel, Tensor, Plans, tuple[Tensor, Plans]]:
+    """The exact second-order model of L, the costates, the gradient with respect to the actions, and the states and actions at which
+    all second derivatives are defined.
+    """
+    model, *points = lq.defined(lambda s, a: problem.call(lq.linearise, objective, s, a), states, plan)
     # The costates need some stabilising feedback (see lq.costates). This one uses the curvature of the costs only.
     units = range_units(problem.box, plan.flatten(1))
     feedback = factorise(lq.convexified(model, _FLOOR, units), inside).gain
     costate, grad = lq.costates(model, feedback)
-    exact = lq.defined(
-        lambda s, a: problem.call(lq.with_dynamics_curvature, objective, s, a, model, costate), states, plan
+    exact, *points = lq.defined(
+        lambda s, a: problem.call(lq.with_dynamics_curvature, objective, s, a, model, costate), *points
     )
     # A row with NaN or infinity has no derivative. Zeros keep it out of the gradients of the other rows' parameters.
     finite = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in (*exact, costate, grad)]).all(0)
     if not bool(finite.all()):
         exact = lq.LQModel(*(choose(finite, part, torch.zeros_like(part)) for part in exact))
         costate, grad = (choose(finite, part, torch.zeros_like(part)) for part in (costate, grad))
-    return exact, costate, grad
+    return exact, costate, grad, (points[0], points[1])
 
 
 _FLOOR = 1e-9

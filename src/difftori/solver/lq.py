@@ -68,7 +68,15 @@ def linearise(objective: TrajectoryObjective, states: Tensor, plan: Plans) -> LQ
     return LQModel(*parts)
 
 
-def defined(model_at: Callable[[Tensor, Tensor], LQModel], states: Tensor, plan: Plans) -> LQModel:
+class Defined(NamedTuple):
+    """A model without NaN, and the states (B H+1 S) and actions (B H A) at which its Hessians were taken."""
+
+    model: LQModel
+    states: Tensor
+    plan: Plans
+
+
+def defined(model_at: Callable[[Tensor, Tensor], LQModel], states: Tensor, plan: Plans) -> Defined:
     """The model at states (B H+1 S) and actions (B H A). Hessians that are NaN there are those of a point a small distance away.
 
     PyTorch's second derivative of a norm at zero is NaN, also in v‖v‖, the drag of a body at rest, where it is bounded but has no limit.
@@ -77,11 +85,17 @@ def defined(model_at: Callable[[Tensor, Tensor], LQModel], states: Tensor, plan:
     finite = torch.isfinite(model.hessian).flatten(2).all(-1)
     last = torch.isfinite(model.terminal_hessian).flatten(1).all(-1)
     if bool(finite.all() & last.all()):
-        return model
-    near = model_at(_aside(states), _aside(plan))
+        return Defined(model, states, plan)
+    beside, actions = _aside(states), _aside(plan)
+    near = model_at(beside, actions)
     hessian = torch.where(finite[..., None, None], model.hessian, near.hessian)
     terminal = torch.where(last[:, None, None], model.terminal_hessian, near.terminal_hessian)
-    return model._replace(hessian=hessian, terminal_hessian=terminal)
+    kept = torch.cat([finite, last.unsqueeze(1)], 1).unsqueeze(-1)
+    return Defined(
+        model._replace(hessian=hessian, terminal_hessian=terminal),
+        torch.where(kept, states, beside),
+        torch.where(kept[:, :-1], plan, actions),
+    )
 
 
 def _aside(x: Tensor) -> Tensor:

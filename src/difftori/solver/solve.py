@@ -116,7 +116,8 @@ def solve(
             raise
         raise ObjectiveError(
             f"solve: a function of the objective cannot be evaluated at several points at once (torch.func.vmap): {error} "
-            "Fix: build results with torch.stack or torch.cat instead of filling a tensor, and use torch.where instead of `if`."
+            "Fix: build results with torch.stack or torch.cat instead of filling a tensor, use torch.where instead of `if` and "
+            "`.item()`, and draw random numbers before the solve."
         ) from error
 
 
