@@ -104,7 +104,7 @@ class ReturnObjective(TrajectoryObjective):
         assert self.terminal_value is not None
         if not self._timed:
             return self.terminal_value(state)
-        return self.terminal_value(state, torch.as_tensor(self.first_step + self.horizon).reshape(1))
+        return _last(self.terminal_value, self.first_step + self.horizon, state)
 
     def select(self, rows: Tensor) -> "ReturnObjective":
         """The same objective for some of the rows."""
@@ -233,16 +233,17 @@ def trajectory_objective(
     )
     if constraint is None and terminal_constraint is None:
         return objective
-    timed = terminal_constraint is not None and takes_time(terminal_constraint, 1)
+    if terminal_constraint is not None and takes_time(terminal_constraint, 1):
+        terminal_constraint = partial(_last, terminal_constraint, objective.first_step + horizon)
     return ConstrainedTrajectory(
         objective,
         None if constraint is None else partial(_shifted, with_time(constraint), objective.first_step),
-        terminal_constraint if not timed else partial(_last, terminal_constraint, objective.first_step, horizon),
+        terminal_constraint,
     )
 
 
-def _last(function: Value, first_step: Tensor, horizon: int, state: States) -> Tensor:
-    return function(state, (first_step + horizon).reshape(1))
+def _last(function: Value, t: int | Tensor, state: States) -> Tensor:
+    return function(state, torch.as_tensor(t).reshape(1))
 
 
 def _shifted(

@@ -7,7 +7,7 @@ is solved as a sequence of problems without constraints (Hestenes, 1969; Powell,
     min_x J(x) + Σ_i (max(0, λ_i + ρ g_i(x))² − λ_i²) / 2ρ + Σ_j (ν_j h_j(x) + ρ h_j(x)² / 2),
 
 with λ ← max(0, λ + ρ g) and ν ← ν + ρ h after each one. Any solver can take the steps. Each row has its own multipliers λ, ν
-and its own ρ; rows do not interact. Every constraint's ρ is in the unit of that constraint, so that units do not matter.
+and its own ρ; rows do not interact. Every constraint's ρ is in the unit of that constraint, so that units matter only for the tolerance.
 """
 
 from collections.abc import Callable
