@@ -70,13 +70,15 @@ class AugmentedLagrangian:
         violated constraint, sets the weight where x is a minimum of the cost without constraints: the gradient of the cost is zero
         there.
         """
-        unit = _units(objective, x.detach())
+        equality = objective.equality(x)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            values = objective.constraints(point, None) / unit
-            worst = _scale(values, objective.equality(point))
+            values = objective.constraints(point, None)
+            unit = _units(objective.steepness(x), values.detach(), equality, x.detach())
+            values = values / unit
+            worst = _scale(values, equality)
             slope, steepness = _slope(objective.plain.cost(point), point), _steepness(worst, point)
-            normal = _slope(violation(values, objective.equality(point)), point)
+            normal = _slope(violation(values, equality), point)
             length = normal.square().sum(-1, keepdim=True)
             along = torch.where(length > 0, normal / length.sqrt(), 0.0)
             step = torch.finfo(x.dtype).eps ** 0.5 * x.detach().abs().amax(-1, keepdim=True).clamp(min=1.0)
@@ -96,16 +98,14 @@ _LIGHT = 1e-3
 """The least first weight, as a share of the curvature of the cost. Heavy first weights lead to poor local optima."""
 
 
-def _units(objective: Constrained, x: Points) -> Tensor:
+def _units(steepness: Tensor, values: Tensor, equality: Tensor, x: Points) -> Tensor:
     """The unit of each constraint (B M): the length of its own gradient, or the largest one of the row if it has none.
 
     Where the gradient almost vanishes, at the centre of an obstacle or far from a smooth step, its length is not the unit: the limit
     would seem to be far away compared with the size of x. The value then sets the unit.
     """
-    with torch.no_grad():
-        steepness, values = objective.steepness(x), objective.constraints(x, None)
-        broken = (values > 0) | objective.equality(x)
-        own = values.abs() / x.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    broken = (values > 0) | equality
+    own = values.abs() / x.abs().amax(-1, keepdim=True).clamp(min=1.0)
     small = own > torch.where(broken, 1.0, _VANISHES) * steepness
     steepness = torch.where(small, own, steepness)
     known = torch.isfinite(steepness) & (steepness > 0)

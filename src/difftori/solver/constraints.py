@@ -232,8 +232,14 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
 
     def equality(self, x: Points) -> Tensor:
         """False for every constraint: there are no equations."""
+        count = 0
         with torch.no_grad():
-            return torch.zeros(self.constraints(x).shape[-1], dtype=torch.bool, device=x.device)
+            if self.stage is not None:
+                values = self.stage(self.state, self.plan(x)[:, 0], self.times()[0])
+                count += self.horizon * _checked(values, x, "constraint").shape[-1]
+            if self.terminal is not None:
+                count += _checked(self.terminal(self.state), x, "terminal_constraint").shape[-1]
+        return torch.zeros(count, dtype=torch.bool, device=x.device)
 
     def steepness(self, x: Points) -> Tensor:
         """The lengths of the gradients with respect to (s_t, a_t), for each stage constraint the largest of all steps, (B H·m+k)."""
