@@ -14,8 +14,8 @@ from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.hub import download, hub_name
 from difftori.il.train import Which, default_weights, load_policy, seeded_actor
 from difftori.interfaces import Agent, Policy
-from difftori.policies.normalized import NormalizedPolicy
-from difftori.published import NEEDED, Published, is_published, load_published
+from difftori.policies.normalized import Base, NormalizedPolicy, checked_base
+from difftori.published import NEEDED, NotStored, Published, innermost, is_published, load_published, write_published
 from difftori.rl.evaluate import AgentInRows, load_agent
 from difftori.rollout import PolicyInRows
 from difftori.runs.records import read_config
@@ -31,6 +31,7 @@ _STATE = "state"
 def load(
     run: str | Path | NormalizedPolicy,
     *,
+    base: Base | None = None,
     which: Which | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -38,7 +39,8 @@ def load(
 ) -> "LoadedPolicy":
     """Load the policy or the agent of a run directory, of a published folder, or of the Hub (`hub:USER/NAME`), to act with it.
 
-    `run` may also be a policy in memory, such as the result of `difftori.il.refine`, on its own device; its random numbers have seed 0.
+    `run` may also be a policy in memory, such as the result of `difftori.il.refine`, on its own device, without further arguments; its
+    random numbers have seed 0. `base`: the policy that it refines, for a folder that `save` wrote without it.
     `which`: the weights of a policy, as in `difftori eval` (default: `last` for runs with demonstrations, otherwise `best`).
     `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
     checkpoint. `revision`: branch, tag or commit on the Hub (default: its main branch).
@@ -46,13 +48,44 @@ def load(
     Loading a published folder executes nothing that it contains or names; a policy or agent that is defined outside this package
     is imported only if its module is in `trust_code`, such as `["my_pkg.my_policy"]`.
 
-    Raises ConfigError if `run` is neither of these or names a module that is not trusted, CheckpointError if its weights are missing or
-    damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
+    Raises ConfigError if `run` is neither of these or names a module that is not trusted, or if `base` is missing or of no use,
+    CheckpointError if its weights are missing or damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
     if isinstance(run, NormalizedPolicy):
-        return _in_closed_loop(Published(run, seed=0, which="last"), str(next(run.policy.parameters()).device))
+        model = in_memory(run, base=base, which=which, revision=revision, trust_code=trust_code)
+        return _in_closed_loop(model, str(next(run.policy.parameters()).device))
     model = open_model(run, which=which, device=device, revision=revision, trust_code=trust_code)
+    _insert_base(model.component, base, run)
     return _in_closed_loop(model, str(device))
+
+
+def save(policy: NormalizedPolicy, folder: str | Path) -> None:
+    """Write a policy in memory, such as the result of `difftori.il.refine`, to a folder that `load` and `difftori export` read.
+
+    A base that is a function or an object of yours is not written: `load(folder, base=…)` takes it again. An earlier
+    folder of `save` is replaced. Raises ConfigError for a folder with other files, and CheckpointError if it cannot be written.
+    """
+    write_published(in_memory(policy), Path(folder), {})
+
+
+def in_memory(policy: NormalizedPolicy, **choices: object) -> Published:
+    """Describe a policy in memory as if it were loaded. Raises ConfigError for choices that only a run or a folder has."""
+    if unused := [f"{name}: {value!r}" for name, value in choices.items() if value]:
+        raise ConfigError([f"{unused[0]} was given, but a policy in memory has no such choice. Fix: remove it"])
+    return Published(policy, seed=0, which="last")
+
+
+def _insert_base(model: NormalizedPolicy | Agent, base: Base | None, run: str | Path) -> None:
+    """Give a refiner the base that its folder does not contain. Raises ConfigError if it is missing, does not fit, or is of no use."""
+    refiner = innermost(model) if isinstance(model, NormalizedPolicy) else None
+    if refiner is not None and isinstance(refiner.base, NotStored):
+        if base is None:
+            raise ConfigError(
+                [f"base: {run} does not contain the policy that it refines. Fix: difftori.load({str(run)!r}, base=…)"]
+            )
+        refiner.base = checked_base(refiner.policy, base)
+    elif base is not None:
+        raise ConfigError([f"base: {run} contains all that it needs. Fix: remove it"])
 
 
 def open_model(

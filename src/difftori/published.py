@@ -1,6 +1,7 @@
 """A published model: a folder with all that acting needs. Reading it executes nothing that the folder contains or names.
 
-- `config.yaml`: the policy or agent, its settings and its task; a refiner's has its base's under `base`
+- `config.yaml`: the policy or agent, its settings and its task; a refiner's has its base's under `base`, or `external` where the
+  base is the user's own code
 - `model.safetensors`: all weights, those of a base with the prefix `base.`
 - `SHA256SUMS`: the sha256 of each file except the card, for `sha256sum --check`
 - `README.md` (the model card), `evaluation.json`, `data.json`, `versions.json`: the evidence, which `load_published` does not read
@@ -21,11 +22,11 @@ import difftori
 from difftori.config import device_faults, read_yaml
 from difftori.errors import CheckpointError, ConfigError, DifftoriError, NonFiniteError
 from difftori.interfaces import Agent, Policy
-from difftori.policies.normalized import NormalizedPolicy
+from difftori.policies.normalized import Base, NormalizedPolicy
 from difftori.registry import find_agent, find_agents, find_policies, find_policy
 from difftori.runs.checkpoint import digest, replace_file
 from difftori.runs.records import MODEL, current_config
-from difftori.types import EnvSpec, TaskSpec
+from difftori.types import EnvSpec, Plans, TaskSpec, WindowObs
 
 CONFIG, WEIGHTS, SUMS, CARD = "config.yaml", MODEL, "SHA256SUMS", "README.md"
 NEEDED = (CONFIG, WEIGHTS, SUMS)
@@ -33,6 +34,7 @@ NEEDED = (CONFIG, WEIGHTS, SUMS)
 FILES = (*NEEDED, CARD, "evaluation.json", "data.json", "versions.json")
 """All files that a published folder may have."""
 _FORMAT = 1
+_EXTERNAL = "external"
 _SHOWN = 3
 
 
@@ -62,6 +64,19 @@ class Published:
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name, those of a base with the prefix `base.`."""
         return _weights(self.component)
+
+
+class NotStored:
+    """In place of a base policy that is the user's own code, which a published folder does not contain."""
+
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:  # noqa: ARG002
+        """Raise ConfigError."""
+        raise ConfigError(["base: the folder of this policy does not contain it. Fix: difftori.load(FOLDER, base=…)"])
+
+
+def innermost(policy: NormalizedPolicy) -> NormalizedPolicy:
+    """Return the policy, or, of refiners on top of one another, the lowest: its base, if any, is not of this package."""
+    return innermost(policy.base) if isinstance(policy.base, NormalizedPolicy) else policy
 
 
 def is_published(folder: Path) -> bool:
@@ -94,7 +109,7 @@ def write_published(model: Published, folder: Path, others: Mapping[str, bytes])
     try:
         if strangers := sorted(p.name for p in folder.glob("*") if p.name not in FILES and not p.name.startswith(".")):
             raise ConfigError(
-                [f"to: {folder} contains {', '.join(strangers[:5])}. Fix: give a new folder, or a published one"]
+                [f"{folder}: it contains {', '.join(strangers[:5])}. Fix: give a new folder, or a published one"]
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:  # the sums first: an interrupted publishing is refused when it is loaded
@@ -164,7 +179,9 @@ def _description(component: NormalizedPolicy | Agent) -> dict[str, Any]:
     settings = network.config.model_dump(mode="json")
     plain = {key: reference(network), "settings": settings, "spec": asdict(network.spec)}
     below = None if isinstance(component, Agent) else component.base
-    return plain if below is None else {**plain, "base": _description(_normalized(below))}
+    if below is None:
+        return plain
+    return {**plain, "base": _description(below) if isinstance(below, NormalizedPolicy) else _EXTERNAL}
 
 
 def _weights(component: NormalizedPolicy | Agent) -> dict[str, Tensor]:
@@ -175,13 +192,8 @@ def _weights(component: NormalizedPolicy | Agent) -> dict[str, Tensor]:
             f"{others[0]}: not a tensor, so it cannot be published. Fix: return a tensor from get_extra_state"
         )
     below = None if isinstance(component, Agent) else component.base
-    return own if below is None else own | {f"base.{n}": value for n, value in _weights(_normalized(below)).items()}
-
-
-def _normalized(base: object) -> NormalizedPolicy:
-    if not isinstance(base, NormalizedPolicy):
-        raise ConfigError([f"base: a {type(base).__name__} cannot be published. Fix: refine the policy of a run"])
-    return base
+    stored = _weights(below) if isinstance(below, NormalizedPolicy) else {}
+    return own | {f"base.{name}": value for name, value in stored.items()}
 
 
 def modules_of(component: NormalizedPolicy | Agent) -> set[str]:
@@ -189,7 +201,7 @@ def modules_of(component: NormalizedPolicy | Agent) -> set[str]:
     network = component if isinstance(component, Agent) else component.policy
     below = None if isinstance(component, Agent) else component.base
     own = {type(network).__module__} if ":" in reference(network) else set()
-    return own if below is None else own | modules_of(_normalized(below))
+    return own | modules_of(below) if isinstance(below, NormalizedPolicy) else own
 
 
 def _checked(folder: Path) -> dict[str, bytes]:
@@ -227,8 +239,8 @@ def _policy(
 ) -> NormalizedPolicy:
     """Build a policy, with its base, from the content of `config.yaml` and its weights."""
     below = config.get("base")
-    base = None
-    if below is not None:
+    base: Base | None = NotStored() if below == _EXTERNAL else None
+    if isinstance(below, Mapping):
         base = _policy(below, _under("base.", tensors), f"{place}, base", device, trust_code)
     kind = find_policy(_trusted(config["policy"], trust_code))
     settings = current_config(dict(config))["settings"]

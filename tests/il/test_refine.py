@@ -7,6 +7,7 @@ import torch
 import difftori
 from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, ShapeError
+from difftori.export import export
 from difftori.il.refine import refine
 from difftori.loading import open_model
 from difftori.policies.difftori import DiffTORIConfig
@@ -88,3 +89,40 @@ def test_a_loaded_run_is_refused_with_what_fits(policy_run):
     with pytest.raises(ConfigError, match="open_model"):
         refined(difftori.load(policy_run))
     assert callable(open_model(policy_run).component.act)
+
+
+def test_a_saved_policy_acts_with_its_base_and_is_exported_without_it(tmp_path):
+    policy, base = refined(opened(8), n_action_steps=2), opened(8)
+    difftori.save(policy, tmp_path / "kept")
+    state = np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
+    wanted = difftori.load(policy).act(state)
+    assert np.array_equal(difftori.load(tmp_path / "kept", base=base).act(state), wanted)
+    export(tmp_path / "kept", tmp_path / "policy.pt2", format="pt2")
+    program = torch.export.load(tmp_path / "policy.pt2").module()
+    given = base({"state": state})
+    (found,) = program(torch.from_numpy(state)[:, None], given)
+    (other,) = program(torch.from_numpy(state)[:, None], -given)
+    assert np.allclose(found[:, 0], wanted, atol=1e-5)
+    assert not np.allclose(other, found, atol=1e-2)
+    assert next(policy.policy.parameters()).requires_grad  # exporting works on a copy
+
+
+def test_a_refiner_of_a_refiner_is_saved_and_its_own_base_given_again(tmp_path):
+    lower = refined(opened(8))
+    difftori.save(refined(lower), tmp_path)
+    with pytest.raises(ConfigError, match="does not contain the policy that it refines"):
+        difftori.load(tmp_path)
+    obs = {"state": np.zeros((2, 2), np.float32)}
+    assert np.array_equal(difftori.load(tmp_path, base=opened(8)).act(obs), difftori.load(refined(lower)).act(obs))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_base_that_is_of_no_use_or_no_policy_is_refused(tmp_path, policy_run):
+    with pytest.raises(ConfigError, match="contains all that it needs"):
+        difftori.load(policy_run, base=opened(8))
+    difftori.save(refined(opened(8)), tmp_path)
+    with pytest.raises(ConfigError, match="'runs/base' is no policy"):
+        difftori.load(tmp_path, base="runs/base")
+    for choices in ({"which": "best"}, {"base": opened(8)}, {"trust_code": ["mine"]}):
+        with pytest.raises(ConfigError, match="a policy in memory has no such choice"):
+            difftori.load(refined(opened(8)), **choices)

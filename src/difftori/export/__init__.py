@@ -18,7 +18,8 @@ from difftori.export.noise import Draw, draws_of, noise, noise_inputs, supplied
 from difftori.export.programs import Program, program_of
 from difftori.export.tracing import described, trace
 from difftori.il.train import Which
-from difftori.loading import open_model
+from difftori.loading import in_memory, open_model
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import Published
 
 _CHECKED = (1, 2, 5)
@@ -37,7 +38,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    run: str | Path,
+    run: str | Path | NormalizedPolicy,
     out: str | Path,
     *,
     format: Format = "onnx",
@@ -47,15 +48,17 @@ def export(
 ) -> Exported:
     """Write the policy or the agent of a run to `out`, and compare the file with the original.
 
-    `run`, `which`, `trust_code`: as in `difftori.load`. Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
+    `run`, `which`, `trust_code`: as in `difftori.load`. The actions of a base that is code of yours become an input. Rows are free. The file contains a description (JSON): names, shapes and types of inputs and outputs, bounds of the actions,
     and how to use it. `tolerance`: largest difference of an action, as a share of its range; default: 1e-5.
 
     Raises the errors of `difftori.load`, MissingExtraError without the packages of the format, and ExportError if the
     function decides by values (`planner: reference`), or if the file computes other actions; then there is no file.
     """
-    return export_model(
-        open_model(run, which=which, trust_code=trust_code), Path(out), format=format, tolerance=tolerance
-    )
+    if isinstance(run, NormalizedPolicy):
+        model = in_memory(run, which=which, trust_code=trust_code)
+    else:
+        model = open_model(run, which=which, trust_code=trust_code)
+    return export_model(model, Path(out), format=format, tolerance=tolerance)
 
 
 def export_model(model: Published, out: Path, *, format: Format = "onnx", tolerance: float = 1e-5) -> Exported:

@@ -1,17 +1,19 @@
 """What is exported: the function from observations to actions of a policy or an agent."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from difftori.errors import ExportError
 from difftori.interfaces import Agent
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.published import Published
+from difftori.published import Published, innermost
 from difftori.rl.evaluate import in_units
-from difftori.types import EntrySpec
+from difftori.types import EntrySpec, Plans, WindowObs
 
 Tensors: TypeAlias = dict[str, Tensor]
 
@@ -34,20 +36,48 @@ def program_of(model: Published) -> Program:
     return _agent_program(model.name, model.component, model.agent_steps)
 
 
+BASE_ACTIONS = "base_actions"
+"""The input for the actions of a base that is the user's own code."""
+
+
+class _BaseAsInput:
+    """A base policy whose actions are given from outside."""
+
+    actions: Tensor
+
+    def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:  # noqa: ARG002
+        return self.actions
+
+
+def _exportable(policy: NormalizedPolicy, given: _BaseAsInput) -> NormalizedPolicy:
+    """Copy a policy and its bases for inference. A base that is the user's own code is replaced by `given`."""
+    network = deepcopy(policy.policy).eval().requires_grad_(False)
+    if policy.base is None:
+        return NormalizedPolicy(network)
+    return NormalizedPolicy(
+        network, _exportable(policy.base, given) if isinstance(policy.base, NormalizedPolicy) else given
+    )
+
+
 def _policy_program(name: str, policy: NormalizedPolicy) -> Program:
-    spec = policy.spec
-    for part in (policy, policy.base):
-        if isinstance(part, NormalizedPolicy):
-            part.policy.eval().requires_grad_(False)
-
-    def function(inputs: Tensors, generator: torch.Generator) -> Tensors:
-        plan = policy.act({name: inputs[name] for name in spec.obs}, generator=generator, checked=False)
-        return {"actions": plan[:, spec.present]}
-
-    history = {
+    spec, given = policy.spec, _BaseAsInput()
+    policy = _exportable(policy, given)
+    inputs = {
         name: EntrySpec((spec.n_obs_steps, *entry.shape), entry.dtype, entry.moments)
         for name, entry in spec.obs.items()
     }
+    external = innermost(policy).base is not None
+    if external:
+        if BASE_ACTIONS in inputs:
+            raise ExportError(f"{name}: an observation has the name {BASE_ACTIONS!r}, that of an input. Fix: rename it")
+        inputs[BASE_ACTIONS] = EntrySpec((spec.horizon, spec.action_dim), moments=spec.moments)
+
+    def function(inputs: Tensors, generator: torch.Generator) -> Tensors:
+        if external:
+            given.actions = inputs[BASE_ACTIONS]
+        plan = policy.act({name: inputs[name] for name in spec.obs}, generator=generator, checked=False)
+        return {"actions": plan[:, spec.present]}
+
     about = {
         "policy": name,
         "use": "Give the last observations of each row, oldest first, in the units of the environment; repeat the first "
@@ -55,7 +85,11 @@ def _policy_program(name: str, policy: NormalizedPolicy) -> Program:
         "low": list(spec.low),
         "high": list(spec.high),
     }
-    return Program(name, function, history, lambda rows, g: _example(history, rows, g), about)
+    if external:
+        about["use"] += (
+            f" `{BASE_ACTIONS}` are the actions of the base policy, from the oldest observation on, in the units of the environment."
+        )
+    return Program(name, function, inputs, lambda rows, g: _example(inputs, rows, g), about)
 
 
 def _agent_program(name: str, agent: Agent, steps: int) -> Program:

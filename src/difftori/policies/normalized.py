@@ -55,7 +55,7 @@ class NormalizedPolicy:
 
     def __init__(self, policy: Policy, base: Base | None = None):
         self.policy, self.spec = policy, policy.spec
-        self.base = _checked_base(policy, base)
+        self.base = checked_base(policy, base)
         device = next(policy.parameters()).device
         self.low, self.high = (torch.tensor(bound, device=device) for bound in (self.spec.low, self.spec.high))
         actions = min_max if policy.NORMALIZES == "all" else identity
@@ -221,7 +221,7 @@ class NormalizedPolicy:
         return torch.cat((*[actions[:, :1]] * before, actions, *[actions[:, -1:]] * after), 1)
 
 
-def _checked_base(policy: Policy, base: Base | None) -> Base | None:
+def checked_base(policy: Policy, base: Base | None) -> Base | None:
     """Return the base, or None if the policy does not use one. Raises ConfigError if base and policy do not match."""
     if not isinstance(policy, Refiner):
         if base is not None:
@@ -232,6 +232,13 @@ def _checked_base(policy: Policy, base: Base | None) -> Base | None:
     if base is None:
         raise ConfigError(
             [f"base: missing; {policy.name} refines another policy's actions. Fix: give --base RUN{policy.OR_ELSE}"]
+        )
+    if not callable(base) and not isinstance(base, NormalizedPolicy | BasePolicy):
+        raise ConfigError(
+            [
+                f"base: {base!r} is no policy. Fix: give a function of the observations, or an object with act(obs, *, generator); "
+                "for a run, difftori.loading.open_model(RUN).component"
+            ]
         )
     if not isinstance(base, NormalizedPolicy) and isinstance(base, BasePolicy) and not _takes_generator(base.act):
         raise ConfigError(
