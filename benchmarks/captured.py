@@ -36,7 +36,7 @@ class Config(BaseModel):
     """Number of interleaved repeats."""
     device: Device = "cuda"
     """Device of the agents."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the weights and the states."""
     out: Path = RESULTS
     """Folder for `captured.csv` and `captured.json`."""

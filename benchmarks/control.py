@@ -61,7 +61,7 @@ class Config(BaseModel):
     """Also measure CasADi and mpc.pytorch (`make baselines` installs them)."""
     threads: PositiveInt = 1
     """Number of threads of torch."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the starts and of the noise in the closed loop."""
     out: Path = RESULTS
     """Folder for `control-raw.csv`, `control-summary.csv`, `control.svg` and `control.json`. `--quick` writes to its subfolder `quick`."""

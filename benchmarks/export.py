@@ -33,7 +33,7 @@ class Config(BaseModel):
     """Preset of the agents."""
     threads: PositiveInt = 1
     """Number of threads of torch and of ONNX Runtime."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the networks."""
     out: Path = RESULTS
     """Folder for `export.csv` and `export.json`."""

@@ -43,7 +43,7 @@ class Config(BaseModel):
     """Device of the policies."""
     threads: PositiveInt = 1
     """Number of threads of torch."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the networks and the synthetic data."""
     out: Path = RESULTS
     """Folder for `il-BASE.csv` and `il-BASE.json`."""

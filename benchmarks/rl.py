@@ -53,7 +53,7 @@ class Config(BaseModel):
     """Number of threads of torch."""
     compile: bool = False
     """Compile the agents, as `difftori train --compile` does."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the networks and the episodes."""
     out: Path = RESULTS
     """Folder for `rl-OBS-PRESET.csv` and `.json`. With `--compile` the names are `rl-OBS-PRESET-compiled`."""

@@ -45,7 +45,7 @@ class Config(BaseModel):
     """Number of interleaved repeats."""
     threads: PositiveInt = 1
     """Number of threads of torch."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the networks and the synthetic observations."""
     out: Path = RESULTS
     """Folder for `serving.csv` and `serving.json`."""

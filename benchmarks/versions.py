@@ -38,7 +38,7 @@ class Config(BaseModel):
     """Commit to compare."""
     preset: str = "small"
     """Preset of the agents."""
-    rounds: int = Field(60, ge=2)
+    rounds: int = Field(default=60, ge=2)
     """Number of times that both make every call."""
     out: Path = RESULTS
     """Folder for `versions-PRESET.csv` and `.json`."""

@@ -299,7 +299,7 @@ class Config(BaseModel):
     """Settings of a study made for the tests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    seeds: int = Field(3, ge=1)
+    seeds: int = Field(default=3, ge=1)
     """How many seeds."""
 
 

@@ -118,7 +118,7 @@ class EvalArguments(Arguments):
 
     run: Path
     """Run directory."""
-    episodes: int | None = Field(None, ge=1)
+    episodes: int | None = Field(default=None, ge=1)
     """Number of evaluation episodes (default: the run's own number)."""
     which: Literal["best", "last"] | None = None
     """Weights of a policy to evaluate: those with the least validation error, or the last ones (default: `last` for runs with
@@ -142,7 +142,7 @@ class ExportArguments(Arguments):
     """File to write (default: `exported.onnx` or `exported.pt2`, in the run directory if it is one)."""
     which: Literal["best", "last"] | None = None
     """Weights of a policy; see `difftori eval`."""
-    tolerance: float = Field(1e-5, gt=0)
+    tolerance: float = Field(default=1e-5, gt=0)
     """Largest difference from the original of an action, as a share of its range. If it is larger, no file is kept."""
     trust_code: tuple[str, ...] = ()
     """Installed modules outside this package that a published folder may name, such as `my_pkg.my_policy`; see `difftori.load`."""
@@ -157,15 +157,15 @@ class ServeArguments(Arguments):
     """Run directory, published folder, or `hub:USER/NAME`."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's loopback needs `--token-file`; `0.0.0.0` is all addresses."""
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen at. 0 chooses a free one."""
     token_file: Path | None = None
     """File with the token that clients must send, at least 16 characters, which only you can read (mode 600)."""
     chunks: bool = False
     """Answer with the `n_action_steps` actions of a plan, for clients that execute them one by one. By default, with the next action."""
-    max_clients: int = Field(32, ge=1)
+    max_clients: int = Field(default=32, ge=1)
     """Number of clients at once. Further ones are refused."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """Number of threads for inference on the CPU."""
     which: Literal["best", "last"] | None = None
     """Weights of a policy: those with the least validation error, or the last ones (default: `last` for runs with `--demos`,
@@ -209,10 +209,10 @@ class SweepArguments(Arguments):
 
     file: Path
     """YAML file with `common` options, a `grid` of values, and `variants`."""
-    jobs: int | None = Field(None, ge=1)
+    jobs: int | None = Field(default=None, ge=1)
     """Number of concurrent runs on this machine, each a process with one thread. Default: as many as fit on the GPUs with
     `--gpus-per-run`, otherwise 1."""
-    gpus_per_run: float | None = Field(None, ge=0)
+    gpus_per_run: float | None = Field(default=None, ge=0)
     """GPUs of each run; a fraction, such as 0.25, lets several runs share one. Default: `gpus` of the sweep file."""
     ray: str | None = None
     """Run on a Ray cluster: `auto` for this machine's, an address, or `local` to start one here (default: no cluster). Requires

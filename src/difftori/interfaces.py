@@ -52,29 +52,29 @@ class PolicyConfig(Settings):
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
     """Optimizer: `adam`, `adamw` or `rmsprop`."""
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate schedule. `cosine` falls to zero over `epochs`, or over `updates` if set."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Number of updates over which the learning rate rises linearly from zero."""
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight decay, decoupled for `adamw`."""
-    rmsprop_alpha: float = Field(0.99, ge=0, lt=1)
+    rmsprop_alpha: float = Field(default=0.99, ge=0, lt=1)
     """Smoothing constant of the squared gradients of `rmsprop`."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the average gradient of `adam` and `adamw`."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay rate of the average squared gradient of `adam` and `adamw`."""
-    epochs: int = Field(250, ge=1)
+    epochs: int = Field(default=250, ge=1)
     """Number of passes over the training set."""
-    updates: int | None = Field(None, ge=1)
+    updates: int | None = Field(default=None, ge=1)
     """Number of updates, instead of `epochs`; the last epoch is cut short. Default: `epochs` applies."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Number of demonstration windows per update."""
-    clip_norm: float = Field(10.0, ge=0, allow_inf_nan=False)
+    clip_norm: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     """Largest norm of a gradient; longer ones are scaled down to it. 0: no clipping."""
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     """Largest decay of the exponential moving average (EMA) of the weights, which is used for inference. The decay at update
     t is 1 − (1 + t)^−3/4 (Chi et al., 2023, use .9999). 0: the last weights are used."""
 
@@ -149,15 +149,15 @@ class AgentConfig(Settings):
 
     preset: str = "paper"
     """Set of default settings: `paper`, or another preset of the agent. Settings that you set explicitly take precedence."""
-    horizon: int = Field(5, ge=1)
+    horizon: int = Field(default=5, ge=1)
     """T, the steps of a recorded segment, and H, the largest planning horizon."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Segments per update. Default: chosen by the agent."""
-    seed_steps: int = Field(5000, ge=0)
+    seed_steps: int = Field(default=5000, ge=0)
     """Random agent steps before the first update. The same number of updates follows at once."""
-    updates_per_step: float = Field(1.0, gt=0)
+    updates_per_step: float = Field(default=1.0, gt=0)
     """Updates per agent step after `seed_steps`. They are made at the end of an episode."""
-    priority_alpha: float = Field(0.6, ge=0, le=1)
+    priority_alpha: float = Field(default=0.6, ge=0, le=1)
     """Exponent α of the priorities of prioritised replay. 0: uniform replay."""
 
 

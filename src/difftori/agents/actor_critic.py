@@ -17,20 +17,20 @@ from difftori.types import Actions, EnvSpec, Observations, QValues, Rows, Scalar
 class ActorCriticConfig(AgentConfig):
     """Settings that agents without a model share."""
 
-    horizon: int = Field(1, ge=1)
+    horizon: int = Field(default=1, ge=1)
     """n of the n-step return: the rewards that are summed before the value of the next state is added."""
-    priority_alpha: float = Field(0.0, ge=0, le=1)
+    priority_alpha: float = Field(default=0.0, ge=0, le=1)
     """Exponent α of the priorities of prioritised replay. 0: uniform replay."""
-    width: int = Field(1024, ge=1)
+    width: int = Field(default=1024, ge=1)
     """Width of the two hidden layers of policy and critics."""
-    feature_dim: int = Field(50, ge=1)
+    feature_dim: int = Field(default=50, ge=1)
     """Size of the features of an image that policy and critics receive."""
-    channels: int = Field(32, ge=1)
+    channels: int = Field(default=32, ge=1)
     """Channels of the pixel encoder's convolutions."""
     precision: Precision = "auto"
     """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits. `auto`: on a CUDA
     device bfloat16, and TF32 for the matrix products of updates; otherwise float32."""
-    discount: float = Field(0.99, gt=0, le=1)
+    discount: float = Field(default=0.99, gt=0, le=1)
     """Discount γ per agent step."""
 
 

@@ -73,24 +73,24 @@ class DiffTORIConfig(LatentModelConfig):
     Eq. 3, as written; needs `pg: replay`."""
     pg_coef: float = 1.0
     """Weight c_0 of the policy-gradient term. Negative: the sign-flipped control. With `pg_optimizer: own` it has hardly any effect."""
-    pg_lr: float | None = Field(None, gt=0)
+    pg_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the policy-gradient term's own optimizer. Default: that of the model."""
-    pg_clip_norm: float = Field(100.0, gt=0)
+    pg_clip_norm: float = Field(default=100.0, gt=0)
     """Largest norm of the policy-gradient term's gradient. The default is the release's, for a sum over an episode."""
-    pg_batch: int = Field(64, ge=1)
+    pg_batch: int = Field(default=64, ge=1)
     """States per step of the policy-gradient term with `pg: replay`: the first ones of the batch."""
-    pg_every: int = Field(1, ge=1)
+    pg_every: int = Field(default=1, ge=1)
     """Updates between steps of the policy-gradient term with `pg: replay`."""
-    pg_after: int = Field(0, ge=0)
+    pg_after: int = Field(default=0, ge=0)
     """Updates before the first step of the policy-gradient term."""
     pg_networks: tuple[Literal["encoder", "dynamics", "reward", "q"], ...] = ("encoder", "dynamics", "reward", "q")
     """Networks that the policy-gradient term trains."""
 
     planner: Literal["fast", "reference"] = "fast"
     """`fast`: spectral projected gradient in the box. `reference`: the release's Levenberg–Marquardt, truncated after 5 steps."""
-    plan_steps: int = Field(6, ge=1)
+    plan_steps: int = Field(default=6, ge=1)
     """Steps of the fast planner for inference."""
-    pg_steps: int = Field(4, ge=1)
+    pg_steps: int = Field(default=4, ge=1)
     """Steps of the fast planner when its plan is differentiated."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
     """How the fast planner is differentiated: through all steps, through the last five, or at the optimum (implicitly)."""
@@ -98,15 +98,15 @@ class DiffTORIConfig(LatentModelConfig):
     """Action in the terminal value γ^H Q(z_H, ·). `prior`: π(z_H), as released. `action`: a_H is optimised too, as in Eq. 4."""
     init: Literal["prior", "zero", "previous"] = "prior"
     """Initial guess of a solve: the rollout of the prior, zeros, or the last plan shifted by one step (the prior's rollout if there is none)."""
-    init_std: float = Field(0.05, ge=0)
+    init_std: float = Field(default=0.05, ge=0)
     """Standard deviation of the noise on the prior's rollout, clipped at 0.3, also in evaluation, as released."""
     explore: bool = True
     """Add noise with TD-MPC's schedule to training actions. Differs from paper: the release has noise on the initial guess only."""
     q_target: Literal["prior", "planner"] = "prior"
     """Next action in the Bellman target of Q̃: that of π, as released, or that of the planner, which acts."""
-    obs_q_coef: float = Field(0.1, ge=0)
+    obs_q_coef: float = Field(default=0.1, ge=0)
     """Weight of the Bellman error of Q̃ in the loss. 0, with `pg: off`: without Q̃, an update takes about as long as TD-MPC's."""
-    obs_q_steps: int | None = Field(None, ge=1)
+    obs_q_steps: int | None = Field(default=None, ge=1)
     """First steps of each segment on which Q̃ is trained. Default: all from states, one from images, because Q̃'s encoders are
     most of the arithmetic of an update; from states, one step cost no return (docs/reinforcement-studies.md)."""
 

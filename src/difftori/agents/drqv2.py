@@ -53,26 +53,26 @@ class DrQV2Config(ActorCriticConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "compact": _COMPACT, "small": _SMALL}
 
-    horizon: int = Field(3, ge=1)
+    horizon: int = Field(default=3, ge=1)
     """n of the n-step return: the rewards that are summed before the value of the next state is added. The paper uses 1 for walker."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Transitions per update. Default: the paper's, 512 for walker's tasks, 256 otherwise."""
-    seed_steps: int = Field(2000, ge=0)
+    seed_steps: int = Field(default=2000, ge=0)
     """Random agent steps before the first update. `updates_per_step` updates for each of them follow at once."""
-    updates_per_step: float = Field(0.5, gt=0)
+    updates_per_step: float = Field(default=0.5, gt=0)
     """Updates per agent step after `seed_steps`. They are made at the end of an episode."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Learning rate."""
-    ema: float = Field(0.01, gt=0, le=1)
+    ema: float = Field(default=0.01, gt=0, le=1)
     """Rate of the target critics' soft update."""
-    std_start: float = Field(1.0, ge=0)
+    std_start: float = Field(default=1.0, ge=0)
     """Standard deviation of the exploration noise at the first agent step."""
-    std_end: float = Field(0.1, ge=0)
+    std_end: float = Field(default=0.1, ge=0)
     """Standard deviation of the exploration noise after `schedule_steps`, reached linearly."""
-    schedule_steps: int | None = Field(None, ge=0)
+    schedule_steps: int | None = Field(default=None, ge=0)
     """Agent steps over which the exploration noise falls. Default: the paper's, 100,000 for its easy tasks, 2,000,000 for
     humanoid, 500,000 otherwise."""
-    noise_clip: float = Field(0.3, ge=0)
+    noise_clip: float = Field(default=0.3, ge=0)
     """Bound of the noise on the policy's actions in the losses."""
 
 

@@ -49,47 +49,47 @@ class LatentModelConfig(AgentConfig):
         "narrow": NARROW,
     }
 
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Segments per update. Default: 256 from pixels, 512 from states."""
-    latent_dim: int = Field(50, ge=1)
+    latent_dim: int = Field(default=50, ge=1)
     """Size Z of the latent state."""
-    width: int = Field(512, ge=1)
+    width: int = Field(default=512, ge=1)
     """Width of the hidden layers, except the encoder's."""
-    encoder_width: int = Field(256, ge=1)
+    encoder_width: int = Field(default=256, ge=1)
     """Width of the state encoder's hidden layer."""
-    channels: int = Field(32, ge=1)
+    channels: int = Field(default=32, ge=1)
     """Channels of the pixel encoder's convolutions."""
     precision: Precision = "auto"
     """Precision of the pixel encoder's convolutions. bfloat16 is faster and accurate to three digits. `auto`: on a CUDA
     device bfloat16, and TF32 for the matrix products of updates; otherwise float32."""
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """Learning rate. Default: 3e-4 from pixels, 1e-3 from states."""
-    discount: float = Field(0.99, gt=0, le=1)
+    discount: float = Field(default=0.99, gt=0, le=1)
     """Discount γ per agent step."""
-    rho: float = Field(0.5, gt=0, le=1)
+    rho: float = Field(default=0.5, gt=0, le=1)
     """ρ of Eq. 3: the loss at step t of the segment has weight ρ^t."""
-    consistency_coef: float = Field(2.0, ge=0)
+    consistency_coef: float = Field(default=2.0, ge=0)
     """Weight c_3 of the loss of the latent dynamics."""
-    reward_coef: float = Field(0.5, ge=0)
+    reward_coef: float = Field(default=0.5, ge=0)
     """Weight c_1 of the loss of the reward."""
-    value_coef: float = Field(0.1, ge=0)
+    value_coef: float = Field(default=0.1, ge=0)
     """Weight c_2 of the loss of the action values."""
     reward_shapes_latent: bool = True
     """Train encoder and latent dynamics on the losses of reward and action values too, as in Eq. 3. Otherwise only the consistency
     loss trains them (and DiffTORI's policy-gradient term): a model for prediction that does not know the task."""
-    clip_norm: float = Field(10.0, gt=0)
+    clip_norm: float = Field(default=10.0, gt=0)
     """Largest norm of a gradient; longer ones are scaled down to it."""
-    ema: float = Field(0.01, gt=0, le=1)
+    ema: float = Field(default=0.01, gt=0, le=1)
     """Rate of the target networks' soft update."""
-    ema_every: int = Field(2, ge=1)
+    ema_every: int = Field(default=2, ge=1)
     """Updates between soft updates of the target networks."""
-    std_start: float = Field(0.5, ge=0)
+    std_start: float = Field(default=0.5, ge=0)
     """Standard deviation of the exploration noise at the first agent step."""
-    std_end: float = Field(0.05, ge=0)
+    std_end: float = Field(default=0.05, ge=0)
     """Standard deviation of the exploration noise after `schedule_steps`, reached linearly; also that of π's noise in the losses."""
-    horizon_start: int = Field(1, ge=1)
+    horizon_start: int = Field(default=1, ge=1)
     """Planning horizon at the first agent step; it grows linearly to `horizon` over `schedule_steps`."""
-    schedule_steps: int = Field(25_000, ge=0)
+    schedule_steps: int = Field(default=25_000, ge=0)
     """Agent steps over which the exploration noise falls and the planning horizon grows."""
 
     def plan_horizon(self, step: int) -> int:

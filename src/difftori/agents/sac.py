@@ -63,19 +63,19 @@ class SACConfig(ActorCriticConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "compact": _COMPACT, "small": _SMALL}
 
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Transitions per update. Default: 128 from pixels, 1024 from states."""
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """Learning rate of policy and critics. Default: 1e-3 from pixels, 1e-4 from states."""
-    ema: float | None = Field(None, gt=0, le=1)
+    ema: float | None = Field(default=None, gt=0, le=1)
     """Rate of the target critics' soft update. Default: 0.01 from pixels, 0.005 from states."""
-    encoder_ema: float = Field(0.05, gt=0, le=1)
+    encoder_ema: float = Field(default=0.05, gt=0, le=1)
     """Rate of the soft update of the target critics' pixel encoder."""
-    ema_every: int = Field(2, ge=1)
+    ema_every: int = Field(default=2, ge=1)
     """Updates between soft updates of the target critics."""
-    init_temperature: float = Field(0.1, gt=0)
+    init_temperature: float = Field(default=0.1, gt=0)
     """Initial temperature, the weight of the entropy against the reward."""
-    temperature_lr: float = Field(1e-4, gt=0)
+    temperature_lr: float = Field(default=1e-4, gt=0)
     """Learning rate of the temperature."""
     target_entropy: float | None = None
     """Entropy that the temperature aims at. Default: minus the number of action dimensions."""

@@ -41,17 +41,17 @@ class TDMPCConfig(LatentModelConfig):
         "narrow": {**NARROW, **_FEW_SAMPLES},
     }
 
-    samples: int = Field(512, ge=1)
+    samples: int = Field(default=512, ge=1)
     """Action sequences that MPPI samples in each iteration."""
-    prior_samples: int = Field(25, ge=0)
+    prior_samples: int = Field(default=25, ge=0)
     """Rollouts of the policy prior that are added to MPPI's samples."""
-    iterations: int = Field(6, ge=1)
+    iterations: int = Field(default=6, ge=1)
     """Iterations of MPPI."""
-    elites: int = Field(64, ge=1)
+    elites: int = Field(default=64, ge=1)
     """Number of best samples of MPPI, from which the next mean and standard deviation are computed."""
-    temperature: float = Field(0.5, gt=0)
+    temperature: float = Field(default=0.5, gt=0)
     """Factor of the return in the weights exp(temperature · return) of MPPI's elites."""
-    momentum: float = Field(0.1, ge=0, lt=1)
+    momentum: float = Field(default=0.1, ge=0, lt=1)
     """Share of the old mean in MPPI's new mean."""
 
     @model_validator(mode="after")

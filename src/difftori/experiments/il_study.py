@@ -22,11 +22,11 @@ FULL_SEEDS = 3
 class ILStudy(StudyOptions):
     """Options of all imitation studies."""
 
-    seeds: int = Field(FULL_SEEDS, ge=1)
+    seeds: int = Field(default=FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
-    updates: int = Field(1500, ge=1)
+    updates: int = Field(default=1500, ge=1)
     """Number of updates of every training, for base policies and refiners."""
-    episodes: int = Field(50, ge=1)
+    episodes: int = Field(default=50, ge=1)
     """Number of evaluation episodes of every policy, with the same seeds."""
     demos: Path = Path("demos")
     """Directory of the demonstrations. Missing ones are collected if the environment has an expert."""

@@ -49,13 +49,13 @@ class Sweep(BaseModel):
     """Options of every run."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Options with lists of values; every combination is a run."""
-    variants: list[dict[str, Any]] = Field([{}], min_length=1)
+    variants: list[dict[str, Any]] = Field(default=[{}], min_length=1)
     """Sets of options, each combined with the whole grid."""
-    retries: int = Field(2, ge=0)
+    retries: int = Field(default=2, ge=0)
     """Number of restarts of a crashed run, from its last checkpoint, before it counts as failed."""
-    cpus: float = Field(1.0, gt=0)
+    cpus: float = Field(default=1.0, gt=0)
     """Number of processor cores of each run on Ray and Slurm."""
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     """Number of GPUs of each run. A fraction lets several runs share a GPU, on this machine and on Ray."""
     slurm: dict[str, Any] = {}
     """Further parameters of submitit, such as `timeout_min` and `slurm_partition`."""

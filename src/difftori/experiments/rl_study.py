@@ -52,15 +52,15 @@ _QUICK: dict[str, Any] = {
 class RLStudy(StudyOptions):
     """Options of all reinforcement learning studies."""
 
-    tasks: tuple[Task, ...] = Field(TASKS, min_length=1)
+    tasks: tuple[Task, ...] = Field(default=TASKS, min_length=1)
     """Tasks of DeepMind Control (default: the paper's 15)."""
-    seeds: int = Field(FULL_SEEDS, ge=1)
+    seeds: int = Field(default=FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1."""
-    steps: int = Field(FULL_STEPS, ge=1)
+    steps: int = Field(default=FULL_STEPS, ge=1)
     """Number of environment steps of every run."""
     obs: Literal["state", "pixels"] = "pixels"
     """Observation type; the paper uses pixels."""
-    action_repeat: int | None = Field(None, ge=1)
+    action_repeat: int | None = Field(default=None, ge=1)
     """Number of environment steps per agent step (default: the paper's for each task). Published TD-MPC from states uses 4 on most
     tasks."""
     preset: Literal["paper", "compact", "small", "narrow"] = "paper"
@@ -68,7 +68,7 @@ class RLStudy(StudyOptions):
     4 latent dimensions, too few for the model that Eq. 3 learns."""
     compile: bool = False
     """Compile inference and updates with torch.compile. The first run takes minutes to compile; afterwards, runs are faster."""
-    eval_every: int = Field(20_000, ge=1)
+    eval_every: int = Field(default=20_000, ge=1)
     """Number of environment steps between evaluations, each of 10 episodes."""
     runs: Path = Path("runs/rl")
     """Directory of the runs, shared by all studies. Finished runs in it are not repeated, interrupted ones are resumed."""

@@ -32,9 +32,9 @@ class StudyOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    jobs: int = Field(1, ge=1)
+    jobs: int = Field(default=1, ge=1)
     """Number of concurrent runs, each a process with one thread. With more than one, wall-clock times depend on each other."""
-    budget: float | None = Field(None, ge=0)
+    budget: float | None = Field(default=None, ge=0)
     """Minutes after which no further run is started; running ones are finished (default: no limit). 0 starts no run, and writes tables
     and figures of the existing ones."""
     device: str = "cpu"

@@ -30,7 +30,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     env: str = "pendulum"
     """Task: `pendulum`, `pendulum:damped`, an environment together with `--demos`, `none` for demonstrations without an environment,
     or your own, `my_pkg.my_task:make` (default: `none` with `--demos`)."""
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of the demonstrations, the initial weights and all random numbers of the run."""
     demos: str | None = None
     """Demonstrations: a LeRobot v3, robomimic or zarr data set, such as those of `difftori collect`, or a folder with one of them
@@ -43,7 +43,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     episodes: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] | None = None
     """Episodes to read from `--demos`, as numbers and ranges, such as `0:50 60`, or the name of a list in robomimic's `mask/`
     (default: all)."""
-    held_out: float | None = Field(None, ge=0, lt=1)
+    held_out: float | None = Field(default=None, ge=0, lt=1)
     """Share of the demonstration episodes that is held out for validation, at least one; 0 holds out none (default: 0.02, or 0.1
     without an environment)."""
     base: str | None = None
@@ -53,36 +53,36 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     """Observation type of the environment, such as `state`, `points` or `image` (default: the environment's)."""
     env_options: tuple[str, ...] | None = None
     """Further options of the environment, as `NAME=VALUE`, such as `actions=absolute max_steps=500` (default: the environment's)."""
-    n_obs_steps: int | None = Field(None, ge=1)
+    n_obs_steps: int | None = Field(default=None, ge=1)
     """Number of observations that the policy gets, those of the last steps (default: the policy's, or the environment's)."""
-    horizon: int | None = Field(None, ge=1)
+    horizon: int | None = Field(default=None, ge=1)
     """Number of predicted actions, from the oldest observation on (default: the policy's, or the environment's)."""
-    n_action_steps: int | None = Field(None, ge=1)
+    n_action_steps: int | None = Field(default=None, ge=1)
     """Number of predicted actions to execute, from the present step on, before the next prediction (default: the policy's, or the
     environment's)."""
-    data_seed: int | None = Field(None, ge=0, lt=2**62)
+    data_seed: int | None = Field(default=None, ge=0, lt=2**62)
     """Random seed of the demonstrations and of the selection of held-out ones (default: `--seed`; for a refiner, that of its base, so
     that both hold out the same episodes)."""
-    num_train: int | None = Field(None, ge=1)
+    num_train: int | None = Field(default=None, ge=1)
     """Number of training demonstrations (default: all that are not held out, or the task's number)."""
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
     """Number of epochs between validations (default: 1; with `--demos`, a twentieth of all epochs)."""
-    save_every: int = Field(10, ge=1)
+    save_every: int = Field(default=10, ge=1)
     """Number of epochs between checkpoints."""
-    eval_episodes: int = Field(100, ge=1)
+    eval_episodes: int = Field(default=100, ge=1)
     """Number of episodes of the final evaluation."""
     weights: Literal["best", "last", "both"] | None = None
     """Weights of the final evaluation: those with the least validation error, the last ones, or both (default: `both`; with `--demos`
     `last`, because few episodes are held out)."""
-    num_envs: int | None = Field(None, ge=1)
+    num_envs: int | None = Field(default=None, ge=1)
     """Number of environments that run in parallel during an evaluation (default: 25)."""
-    max_episode_steps: int | None = Field(None, ge=1)
+    max_episode_steps: int | None = Field(default=None, ge=1)
     """Number of environment steps after which an evaluation episode is truncated (default: the environment's limit)."""
     workers: str | None = None
     """Execution of parallel environments: `sync` in one process, or `async` in one process each (default: the environment's)."""
     device: str = "cpu"
     """Device for training and inference: `cpu`, `cuda`, `cuda:1`, …"""
-    threads: int = Field(1, ge=1, le=1024)
+    threads: int = Field(default=1, ge=1, le=1024)
     """Number of CPU threads of PyTorch. Results depend on it."""
     settings: SettingsT
     """Settings of the policy and of its training."""

@@ -41,12 +41,12 @@ ACTING = 2**15
 class EnergyConfig(ChiLearning):
     """Settings of both energy-based policies. The defaults are those of Diffusion Policy's comparison."""
 
-    batch_size: int = Field(128, ge=1)
-    hidden: tuple[int, ...] = Field((1024, 1024, 1024, 1024), min_length=1)
+    batch_size: int = Field(default=128, ge=1)
+    hidden: tuple[int, ...] = Field(default=(1024, 1024, 1024, 1024), min_length=1)
     """Widths of the energy's hidden layers."""
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout probability of the hidden layers during training."""
-    at_once: int = Field(2**18, ge=1)
+    at_once: int = Field(default=2**18, ge=1)
     """Most candidates, over all rows, scored in one batch. Larger training batches are split and computed twice, to bound the memory."""
     images: Images = Images()
     """Image encoder."""

@@ -11,9 +11,9 @@ class ChiLearning(PolicyConfig):
     """Training settings of Chi et al. (2023), for their own policies and for those that they compare with."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = Field(500, ge=0)
-    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    beta1: float = Field(0.95, ge=0, lt=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    warmup: int = Field(default=500, ge=0)
+    weight_decay: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+    beta1: float = Field(default=0.95, ge=0, lt=1)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)

@@ -20,18 +20,18 @@ from difftori.types import Plans, RowCounts, Scalar, TaskSpec, Window, WindowObs
 class ActionDiffusionConfig(ChiLearning):
     """Settings of both diffusion policies. The defaults are those of Chi et al. (2023), also used by Ze et al. (2024)."""
 
-    ema: float = Field(0.9999, ge=0, lt=1)
+    ema: float = Field(default=0.9999, ge=0, lt=1)
     dims: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = (512, 1024, 2048)
     """Number of channels of the U-Net at each depth, multiples of 8."""
-    step_width: int = Field(128, ge=2, multiple_of=2)
+    step_width: int = Field(default=128, ge=2, multiple_of=2)
     """Size of the embedding of the noise step."""
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(default=2, ge=1)
     """Number of convolution blocks of the U-Net at each depth."""
-    noise_steps: int = Field(100, ge=1)
+    noise_steps: int = Field(default=100, ge=1)
     """Number K of noise steps in training."""
     prediction: Prediction = "epsilon"
     """What the network predicts: the noise (`epsilon`), or the actions without noise (`sample`)."""
-    inference_steps: int | None = Field(None, ge=1)
+    inference_steps: int | None = Field(default=None, ge=1)
     """Number of DDIM steps at inference, without fresh noise (default: all K steps with fresh noise, DDPM)."""
     images: Images = Images()
     """Image encoder."""

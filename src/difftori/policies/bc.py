@@ -19,7 +19,7 @@ from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
 class BCConfig(PolicyConfig):
     """Settings of `BC`. The sizes are ours: no source gives them for Table 8."""
 
-    epochs: int = Field(500, ge=1)
+    epochs: int = Field(default=500, ge=1)
     """Number of passes over the training set."""
 
     hidden: tuple[int, ...] = (256, 256)

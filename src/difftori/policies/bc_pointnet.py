@@ -19,10 +19,10 @@ from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window
 class BCPointNetConfig(PolicyConfig):
     """Settings of `BCPointNet`. ManiSkill2-Learn trains for 50,000 updates: `--updates 50000`."""
 
-    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    batch_size: int = Field(256, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    point_layers: tuple[int, ...] = Field((64, 128, 512), min_length=1)
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=256, ge=1)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    point_layers: tuple[int, ...] = Field(default=(64, 128, 512), min_length=1)
     """Widths of the layers applied to each point; the last one is the number of features of a cloud."""
     hidden: tuple[int, ...] = (256,)
     """Widths of the hidden layers after the PointNet; ManiSkill2-Learn uses two of 256 for soft bodies."""

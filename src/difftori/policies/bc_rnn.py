@@ -30,16 +30,16 @@ class BCRNNGMMConfig(PolicyConfig):
     }
     preset: str = "image"
     """Preset of settings. `image`: robomimic's for images, the paper's base policy. `state`: robomimic's for states. `small`: for a CPU."""
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    batch_size: int = Field(16, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    hidden: int = Field(1000, ge=1)
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=16, ge=1)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    hidden: int = Field(default=1000, ge=1)
     """Number of units of each recurrent layer."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(default=2, ge=1)
     """Number of recurrent layers."""
-    modes: int = Field(5, ge=1)
+    modes: int = Field(default=5, ge=1)
     """Number of Gaussians of the mixture."""
-    min_std: float = Field(1e-4, gt=0)
+    min_std: float = Field(default=1e-4, gt=0)
     """Value added to each standard deviation, in units of the training data's range."""
     low_noise: bool = True
     """At inference, use a standard deviation of 1e-4 instead of the learned one, so that the action is close to the mean of the

@@ -91,9 +91,9 @@ class DiffTORIConfig(RefinerConfig):
     without a base policy."""
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    epochs: int = Field(300, ge=1)
-    batch_size: int = Field(64, ge=1)
-    latent_dim: int = Field(64, ge=1)
+    epochs: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    latent_dim: int = Field(default=64, ge=1)
     """Size Z of the latent state."""
     latent_norm: bool = True
     """Apply layer normalisation to the latent state."""
@@ -105,44 +105,44 @@ class DiffTORIConfig(RefinerConfig):
     decision: Literal["step", "chunk"] = "chunk"
     """Action model. `step`: one action per step, with latent dynamics between steps. `chunk`: all planned actions are one vector,
     scored at once, without dynamics, as in the MetaWorld release."""
-    plan_horizon: int | None = Field(None, ge=1)
+    plan_horizon: int | None = Field(default=None, ge=1)
     """Number H of planned actions, from the present step on (default: the number of executed actions)."""
     init: Literal["base", "prior", "zero", "random"] = "base"
     """Start of the solve. `base`: the base policy's actions. `prior`: the output of a network trained by behaviour cloning. `zero`: the
     centre of the action box. `random`: a uniform sample from it."""
-    base_noise: float | None = Field(None, ge=0)
+    base_noise: float | None = Field(default=None, ge=0)
     """Standard deviation σ of Gaussian noise on the start of the solve in training, in half-widths of the training data's range
     (default: 1 for one start per state, so that the score does not memorise one action per state; 0 for a random start and for several
     samples of a stochastic base, because noise hides which of several good ways the base policy took)."""
     anchor: Literal["none", "middle", "base"] = "none"
     """Add −½k‖a − c‖² to the score, with learned k. `middle`: c is the centre of the action box. `base`: c is the base policy's
     actions."""
-    curvature: float = Field(1.0, gt=0, le=80)
+    curvature: float = Field(default=1.0, gt=0, le=80)
     """Initial value of the curvature k of `--anchor`. Without curvature, the score is maximised at corners of the box."""
-    cvae_dim: int = Field(0, ge=0)
+    cvae_dim: int = Field(default=0, ge=0)
     """Size of the latent sample z̃ of the variational autoencoder, for observations with several good answers (Appendix D). 0: no
     latent sample. The release has 64."""
-    kl_coef: float = Field(0.05, ge=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """Weight β of the KL term of Eq. 9, relative to the squared error summed over all planned numbers."""
     act_latent: Literal["zero", "sample"] = "zero"
     """Latent sample z̃ at inference: the mean of its prior (`zero`), or a sample from it (`sample`)."""
-    act_samples: int = Field(1, ge=1)
+    act_samples: int = Field(default=1, ge=1)
     """Number of solves at inference, from samples of z̃ (`--act-latent sample`) or random starts (`--init random`). The plan with the
     greatest gain in the objective over the start (random starts: over zero) is used."""
     solver: Literal["gradient", "spectral", "reference"] = "gradient"
     """Solver. `gradient`: gradient steps of one learned length. `spectral`: spectral step lengths for each row. `reference`: the
     release's Levenberg–Marquardt, row by row."""
-    step_size: float = Field(0.5, gt=0)
+    step_size: float = Field(default=0.5, gt=0)
     """Initial length of a gradient step. The length is learned."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
     """Gradient of the solve: exactly through all steps (`unrolled`), through the last five (`truncated`), or by the implicit function
     theorem at the optimum (`implicit`)."""
-    max_steps: int = Field(5, ge=1)
+    max_steps: int = Field(default=5, ge=1)
     """Number of steps of the solve. Two or three measured as good, and train faster (docs/imitation-studies.md). The release has 100."""
     inward: bool = True
     """Let the loss's gradient pass through an active bound if it moves the action inside (`Box`). Experts' actions are often on
     bounds, where the gradient would otherwise be zero."""
-    prior_coef: float = Field(1.0, ge=0)
+    prior_coef: float = Field(default=1.0, ge=0)
     """Weight of the behaviour-cloning loss of the prior network (`--init prior`)."""
     images: Images = Images()
     """Image encoder."""

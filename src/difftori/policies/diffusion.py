@@ -29,8 +29,8 @@ class DiffusionConfig(ActionDiffusionConfig):
     }
     preset: str = "paper"
     """Preset of settings. `paper`: Chi et al. for images. `lowdim`: Chi et al. for vectors. `small`: ours, for vectors on a CPU."""
-    epochs: int = Field(3050, ge=1)
-    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(default=3050, ge=1)
+    batch_size: int = Field(default=64, ge=1)
 
 
 @final

@@ -22,9 +22,9 @@ class DP3Config(ActionDiffusionConfig):
     preset: str = "paper"
     """Preset of settings. `paper`: DP3. `simple`: its authors' Simple DP3, a smaller U-Net with one block at each depth."""
     prediction: Prediction = "sample"
-    inference_steps: int | None = Field(10, ge=1)
-    epochs: int = Field(3000, ge=1)
-    batch_size: int = Field(128, ge=1)
+    inference_steps: int | None = Field(default=10, ge=1)
+    epochs: int = Field(default=3000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
 
 
 @final

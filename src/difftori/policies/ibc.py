@@ -51,29 +51,29 @@ class IBCConfig(EnergyConfig):
     preset: str = "paper"
     """Preset of settings. `paper`: Diffusion Policy's. `langevin`: negatives and inference by Langevin steps, as in Florence et al.
     `small`: for a CPU."""
-    epochs: int = Field(3050, ge=1)
+    epochs: int = Field(default=3050, ge=1)
     negatives: Literal["uniform", "langevin"] = "uniform"
     """Negative samples of the contrastive loss: uniform actions, or uniform actions after Langevin steps."""
-    num_negatives: int = Field(1024, ge=1)
+    num_negatives: int = Field(default=1024, ge=1)
     """Number of negative samples per row."""
-    positive_noise: float = Field(1e-4, ge=0)
+    positive_noise: float = Field(default=1e-4, ge=0)
     """Standard deviation σ of Gaussian noise on the expert's action, in half-widths of the training data's range."""
-    gradient_penalty: float = Field(0.0, ge=0)
+    gradient_penalty: float = Field(default=0.0, ge=0)
     """Weight of a penalty on slopes of the energy above 1, which Langevin steps require. Computed for all candidates in one
     batch."""
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
     """Width by which the bounds of actions exceed the training data's range on each side, as a share of the range."""
     inference: Literal["derivative-free", "langevin"] = "derivative-free"
     """Search for the action of least energy: by resampling (`derivative-free`), or by noisy gradient steps (`langevin`)."""
-    samples: int = Field(1024, ge=1)
+    samples: int = Field(default=1024, ge=1)
     """Number of candidates of each row at inference."""
-    search_steps: int = Field(5, ge=1)
+    search_steps: int = Field(default=5, ge=1)
     """Number of times that derivative-free inference scores its candidates."""
-    search_std: float = Field(0.03, ge=0)
+    search_std: float = Field(default=0.03, ge=0)
     """Standard deviation of the perturbation after the first resampling, in half-widths of the training data's range."""
-    search_shrink: float = Field(0.5, gt=0, le=1)
+    search_shrink: float = Field(default=0.5, gt=0, le=1)
     """Factor on `--search-std` after each resampling."""
-    langevin_steps: int = Field(100, ge=1)
+    langevin_steps: int = Field(default=100, ge=1)
     """Number of Langevin steps, in training and at inference."""
 
 

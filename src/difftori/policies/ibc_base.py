@@ -36,33 +36,33 @@ class IBCBaseConfig(EnergyConfig, RefinerConfig):
     }
     preset: str = "paper"
     """Preset of settings. `paper`: the sizes of `ibc`. `small`: for a CPU."""
-    epochs: int = Field(300, ge=1)
-    num_negatives: int = Field(1024, ge=4)
+    epochs: int = Field(default=300, ge=1)
+    num_negatives: int = Field(default=1024, ge=4)
     """Number of negative samples per row: the base's action, and others in the shares `--near-base` and `--near-expert`."""
-    near_base: float = Field(0.5, ge=0, le=1)
+    near_base: float = Field(default=0.5, ge=0, le=1)
     """Share of the negative samples around the base's action."""
-    near_expert: float = Field(0.25, ge=0, le=1)
+    near_expert: float = Field(default=0.25, ge=0, le=1)
     """Share of the negative samples around the expert's action. The remaining ones are uniform."""
-    negative_std: float = Field(0.3, gt=0)
+    negative_std: float = Field(default=0.3, gt=0)
     """Largest standard deviation σ of the negative samples around an action, in half-widths of the training data's range. The σ of
     each one is sampled uniformly up to this value."""
-    positive_noise: float = Field(1e-4, ge=0)
+    positive_noise: float = Field(default=1e-4, ge=0)
     """Standard deviation σ of Gaussian noise on the expert's action, in half-widths of the training data's range."""
     inference: Literal["derivative-free", "gradient"] = "derivative-free"
     """Search for a better action: among candidates around the base's action (`derivative-free`), or by gradient steps from it,
     without noise (`gradient`)."""
-    samples: int = Field(1024, ge=2)
+    samples: int = Field(default=1024, ge=2)
     """Number of candidates of each row at inference, always including the base's action."""
-    search_steps: int = Field(5, ge=1)
+    search_steps: int = Field(default=5, ge=1)
     """Number of times that derivative-free inference scores its candidates."""
-    search_std: float = Field(0.05, ge=0)
+    search_std: float = Field(default=0.05, ge=0)
     """Standard deviation of the initial candidates around the base's action, and of their perturbation after the first resampling, in
     half-widths of the training data's range."""
-    search_shrink: float = Field(0.5, gt=0, le=1)
+    search_shrink: float = Field(default=0.5, gt=0, le=1)
     """Factor on `--search-std` after each resampling."""
-    gradient_steps: int = Field(10, ge=1)
+    gradient_steps: int = Field(default=10, ge=1)
     """Number of steps of `--inference gradient`, each at most a tenth of a half-width of the training data's range."""
-    advantage: float = Field(0.0, ge=0)
+    advantage: float = Field(default=0.0, ge=0)
     """Energy difference, in nats, that is required to replace the base's action."""
 
 

@@ -19,11 +19,11 @@ class LSTMConfig(PolicyConfig):
     Ours: `epochs`. Their script allows 10,000 for the undamped pendulum and selects the best validation error.
     """
 
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(default=256, ge=1)
     """Number of units of the LSTM cell and of every layer of the embeddings."""
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    epochs: int = Field(500, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    epochs: int = Field(default=500, ge=1)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 @final

@@ -79,19 +79,19 @@ class MPCConfig(PolicyConfig):
     """Settings of `PendulumMPC`. Optimizer (RMSprop), learning rate and alternation are those of Amos et al.; the others are ours."""
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "rmsprop"
-    lr: float = Field(1e-2, gt=0, allow_inf_nan=False)
-    rmsprop_alpha: float = Field(0.5, ge=0, lt=1)
-    epochs: int = Field(300, ge=1)
-    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    lr: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    rmsprop_alpha: float = Field(default=0.5, ge=0, lt=1)
+    epochs: int = Field(default=300, ge=1)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     learn_cost: bool = True
     """Learn the cost parameters q and p in addition to g, m and l. Otherwise the true cost is used."""
     init_parameters: tuple[float, float, float] = (15.0, 3.0, 0.5)
     """Initial values of g, m and l."""
     init_spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Half-width of the uniform distribution, around `--init-parameters`, from which g, m and l are initialised by the run's seed."""
-    alternate_every: int = Field(10, ge=0)
+    alternate_every: int = Field(default=10, ge=0)
     """Number of epochs after which training alternates between the dynamics and the cost. 0 trains both together."""
-    max_steps: int = Field(60, ge=1)
+    max_steps: int = Field(default=60, ge=1)
     """Largest number of DDP steps."""
 
 

@@ -13,7 +13,7 @@ from difftori.types import PartPlans, Plans, TaskSpec, Window, WindowObs
 class RefinerConfig(PolicyConfig):
     """Settings of all refiners."""
 
-    base_samples: int = Field(8, ge=1)
+    base_samples: int = Field(default=8, ge=1)
     """Number of action samples of a stochastic base policy at each training window, computed once before training."""
     base_choice: Literal["drawn", "nearest"] = "nearest"
     """Sample of the base policy that a training step starts from: a random one (`drawn`), or the one nearest to the expert's action

@@ -19,13 +19,13 @@ class ResidualConfig(RefinerConfig):
 
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adamw"
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    epochs: int = Field(300, ge=1)
-    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(default=1.0, gt=0)
     """Scale α of the correction."""
-    base_noise: float = Field(0.0, ge=0)
+    base_noise: float = Field(default=0.0, ge=0)
     """Standard deviation σ of Gaussian noise on the base's actions in training, in half-widths of the training data's range."""
     images: Images = Images()
     """Image encoder."""

@@ -32,19 +32,19 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Observation type: `state`, or `pixels` (three stacked frames of 84 × 84)."""
     env_options: tuple[str, ...] = ()
     """Further options of the environment, as `NAME=VALUE`, such as `max_steps=500`."""
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = Field(default=0, ge=0, lt=2**62)
     """Seed of the initial weights, the episodes and all sampling."""
-    steps: int = Field(100_000, ge=1)
+    steps: int = Field(default=100_000, ge=1)
     """Length of the run in environment steps; one agent step takes `action_repeat` of them."""
-    num_envs: int = Field(1, ge=1)
+    num_envs: int = Field(default=1, ge=1)
     """Number of environments that run in parallel, with one solve for all of them."""
-    action_repeat: int | None = Field(None, ge=1)
+    action_repeat: int | None = Field(default=None, ge=1)
     """Environment steps per agent step. Default: in DeepMind Control the paper's for its 15 tasks and 2 for the others; elsewhere 1."""
-    max_episode_steps: int | None = Field(None, ge=1)
+    max_episode_steps: int | None = Field(default=None, ge=1)
     """Truncate episodes after this number of environment steps. Default: the environment's own limit."""
     flatten_obs: bool = False
     """Make one vector of an environment's Dict observation."""
-    distractors: int = Field(0, ge=0)
+    distractors: int = Field(default=0, ge=0)
     """Numbers appended to every vector observation that say nothing about the task: autoregressive noise of variance 1, drawn anew in
     each episode. 0: none."""
     render: Literal["default", "fast", "warp"] = "default"
@@ -54,13 +54,13 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     interleave: bool = False
     """Make the updates of each agent step during the next step, instead of all of an episode at its end. With `--workers async`,
     environments then step while the agent learns. It is another order of learning, so results differ."""
-    eval_every: int = Field(20_000, ge=1)
+    eval_every: int = Field(default=20_000, ge=1)
     """Environment steps between evaluations."""
-    eval_episodes: int = Field(10, ge=1)
+    eval_episodes: int = Field(default=10, ge=1)
     """Episodes per evaluation, on seeds that training does not use."""
-    save_every: int = Field(50_000, ge=1)
+    save_every: int = Field(default=50_000, ge=1)
     """Environment steps between checkpoints. Checkpoints are written at the end of an episode."""
-    capacity: int = Field(1_000_000, ge=1)
+    capacity: int = Field(default=1_000_000, ge=1)
     """Agent steps that the replay buffer holds, at most those of the run."""
     storage: Literal["auto", "memory", "device", "mmap"] = "auto"
     """Where the replay buffer is stored: main memory, the device, or a memory-mapped file. `auto`: a GPU with room for twice as
@@ -69,7 +69,7 @@ class RLConfig(BaseModel, Generic[SettingsT]):
     """Keep the recorded episodes of a finished run, which are needed to extend it. Default: for `state`, not for `pixels`."""
     device: str = "cpu"
     """Device for the agent: `cpu`, `cuda`, `cuda:1`, …"""
-    threads: int = Field(1, ge=1, le=1024)
+    threads: int = Field(default=1, ge=1, le=1024)
     """Threads of torch on the CPU. Results differ between thread counts."""
     compile: bool = False
     """Compile acting and updates with torch.compile. The first start takes minutes, later ones seconds. Results are equal up

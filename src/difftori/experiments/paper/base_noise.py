@@ -21,11 +21,11 @@ RESIDUAL_NOISE = 0.5
 class Config(ILStudy):
     """Noise on the base's action during training, for DiffTORI and the residual, on MetaWorld from states."""
 
-    tasks: tuple[str, ...] = Field(TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=TASKS, min_length=1)
     """Tasks of MetaWorld."""
-    seeds: int = Field(FULL_SEEDS, ge=1)
+    seeds: int = Field(default=FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
-    sigmas: tuple[float, ...] = Field(SIGMAS, min_length=1)
+    sigmas: tuple[float, ...] = Field(default=SIGMAS, min_length=1)
     """Standard deviations σ of the noise to compare, in half-widths of the action range."""
 
 

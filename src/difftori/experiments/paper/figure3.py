@@ -33,7 +33,7 @@ METHODS: dict[Name, Method] = {n: Method(n, n, task_settings=_TASK_SETTINGS.get(
 class Config(RLStudy):
     """Learning curves of DiffTORI, TD-MPC, SAC and DrQ-v2, next to published ones (Figure 3)."""
 
-    methods: tuple[Name, ...] = Field(NAMES, min_length=1)
+    methods: tuple[Name, ...] = Field(default=NAMES, min_length=1)
     """Agents that are compared (default: all four)."""
 
 

@@ -36,9 +36,9 @@ class Config(BaseModel):
 
     run: Path
     """Run directory of a finished run of `difftori-il` with `--cvae-dim`, in an environment."""
-    episode: int = Field(TEST_SEED, ge=0)
+    episode: int = Field(default=TEST_SEED, ge=0)
     """Random seed of the episode whose first state is shown."""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(default=0, ge=0)
     """Random seed of the two latent samples."""
     out: Path = Path("results/figure4")
     """Directory of the figure."""

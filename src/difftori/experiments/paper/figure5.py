@@ -47,7 +47,7 @@ assert tuple(FORMS) == get_args(Form)
 class Config(RLStudy):
     """DiffTORI with and without the policy-gradient term of Eq. 6 (Figure 5)."""
 
-    forms: tuple[Form, ...] = Field(FULL_FORMS, min_length=1)
+    forms: tuple[Form, ...] = Field(default=FULL_FORMS, min_length=1)
     """Forms of the policy-gradient term to compare (docs/reinforcement-studies.md). The reference, `off`, is always included."""
 
 

@@ -47,20 +47,20 @@ SMALL_BASE_SAMPLES = 4
 class ManipulationConfig(ILStudy):
     """Options of the studies on Robomimic and Push-T."""
 
-    tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """Tasks: `pusht`; `square`, `transport`, `tool_hang`, `lift`, `can` with demonstrations of a scripted expert; the same names with
     `-ph` or `-mh` with robomimic's human demonstrations (default: the paper's four)."""
     demos: Path = Path("demos")
     """Directory of the demonstrations. robomimic's are at `TASK/ph/*image*.hdf5` or `*low_dim*.hdf5` in it, those of Push-T at
     `pusht_cchi_v7_replay.zarr`. If they are missing when a base policy has to be trained, those of Push-T are downloaded (as by
     `difftori train --demos pusht-human`), and those of scripted experts are collected."""
-    demonstrations: int = Field(DEMONSTRATIONS, ge=2)
+    demonstrations: int = Field(default=DEMONSTRATIONS, ge=2)
     """Number of demonstrations of a scripted expert for each task and seed."""
     obs: Literal["image", "state"] = "image"
     """Observation type: images, as in the paper, or states (of Push-T, the poses of agent and block)."""
     sizes: Literal["paper", "small"] = "paper"
     """Sizes of the networks of the base policies; `small` is for CPUs."""
-    updates: int = Field(FULL_UPDATES, ge=1)
+    updates: int = Field(default=FULL_UPDATES, ge=1)
     """Number of updates of every training, for base policies and refiners."""
 
     @field_validator("tasks")

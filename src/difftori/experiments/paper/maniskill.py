@@ -31,20 +31,20 @@ SMALL = {"point_layers": (32, 64, 128), "batch_size": 64}
 class ManiskillConfig(ILStudy):
     """Options of the studies on ManiSkill."""
 
-    tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """Tasks of ManiSkill (default: the paper's nine, all of which but PickCube need assets or ManiSkill 2)."""
     demos: Path = Path("demos")
     """Directory of the demonstrations. Those of PickCube, PushCube, StackCube and PegInsertionSide are collected if they are missing;
     those of other tasks are at `TASK/*.h5` in it."""
-    demonstrations: int = Field(FULL_DEMONSTRATIONS, ge=2)
+    demonstrations: int = Field(default=FULL_DEMONSTRATIONS, ge=2)
     """Number of demonstrations to collect for each task and seed."""
     obs: Literal["points", "state"] = "points"
     """Observation type. The base policy is the paper's PointNet on point clouds, or a multilayer perceptron on states."""
     sizes: Literal["paper", "small"] = "paper"
     """Sizes of the PointNet and its batches; `small` is for CPUs. The perceptron on states has one size."""
-    updates: int = Field(FULL_UPDATES, ge=1)
+    updates: int = Field(default=FULL_UPDATES, ge=1)
     """Number of updates of every training, for base policies and refiners."""
-    episodes: int = Field(FULL_EPISODES, ge=1)
+    episodes: int = Field(default=FULL_EPISODES, ge=1)
     """Number of evaluation episodes of every policy, with the same seeds."""
 
     @field_validator("tasks")

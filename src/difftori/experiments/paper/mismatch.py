@@ -41,19 +41,19 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    systems: tuple[SystemName, ...] = Field(("pendulum", "cartpole"), min_length=1)
+    systems: tuple[SystemName, ...] = Field(default=("pendulum", "cartpole"), min_length=1)
     """Systems to control."""
-    frictions: tuple[float, ...] = Field(FULL_FRICTIONS, min_length=1)
+    frictions: tuple[float, ...] = Field(default=FULL_FRICTIONS, min_length=1)
     """Coefficients of friction that the model lacks: of the pendulum per inertia in 1/s, of the cart in N s/m. 0: the class is right."""
-    horizons: tuple[int, ...] = Field((15,), min_length=1)
+    horizons: tuple[int, ...] = Field(default=(15,), min_length=1)
     """Planning horizons H, in steps of 0.05 s."""
-    seeds: int = Field(FULL_SEEDS, ge=2)
+    seeds: int = Field(default=FULL_SEEDS, ge=2)
     """Number of seeds: of initial parameters, starts, exploration and critic."""
-    epochs: int = Field(FULL_EPOCHS, ge=1)
+    epochs: int = Field(default=FULL_EPOCHS, ge=1)
     """Steps of the parameters after identification, each with 4 episodes of 40 steps."""
     out: Path = Path("results/mismatch")
     """Directory of records, tables and the figure; tables and figure of a partial study are in its folder `partial`."""
-    budget: float | None = Field(None, ge=0)
+    budget: float | None = Field(default=None, ge=0)
     """Minutes after which no further level is started (default: no limit). 0 only writes tables and figure of the finished ones."""
     quick: bool = False
     """Run one small level, to check that everything works."""

@@ -40,28 +40,28 @@ QUICK: dict[str, tuple[Any, ...]] = {
 class Config(RLStudy):
     """DiffTORI with and without the policy-gradient term, over latent dimensions, distractors and reward shaping."""
 
-    tasks: tuple[Task, ...] = Field(("cup-catch", "cheetah-run"), min_length=1)
+    tasks: tuple[Task, ...] = Field(default=("cup-catch", "cheetah-run"), min_length=1)
     """Tasks of DeepMind Control."""
-    seeds: int = Field(8, ge=1)
+    seeds: int = Field(default=8, ge=1)
     """Number of seeds: 0 … seeds−1."""
-    steps: int = Field(20_000, ge=1)
+    steps: int = Field(default=20_000, ge=1)
     """Number of environment steps of every run."""
     obs: Literal["state", "pixels"] = "state"
     """Observation type. Only states take distractors."""
-    action_repeat: int | None = Field(4, ge=1)
+    action_repeat: int | None = Field(default=4, ge=1)
     """Number of environment steps per agent step."""
     preset: Literal["paper", "compact", "small", "narrow"] = "small"
     """Sizes of networks and planner, apart from the latent dimension."""
-    eval_every: int = Field(5_000, ge=1)
+    eval_every: int = Field(default=5_000, ge=1)
     """Number of environment steps between evaluations, each of 10 episodes."""
-    latent_dims: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 4, 8, 50), min_length=1)
+    latent_dims: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2, 4, 8, 50), min_length=1)
     """Latent dimensions of the model."""
-    distractors: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 16, 64), min_length=1)
+    distractors: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 16, 64), min_length=1)
     """Numbers of distractors in the observation."""
-    reward_shaping: tuple[Shaping, ...] = Field(("on", "off"), min_length=1)
+    reward_shaping: tuple[Shaping, ...] = Field(default=("on", "off"), min_length=1)
     """`on`: the losses of reward and value train encoder and dynamics too; `off`: only the consistency loss and the term do."""
     forms: tuple[Form, ...] = Field(
-        ("off", "per-episode", "replay", "per-episode-flipped", "replay-flipped"), min_length=1
+        default=("off", "per-episode", "replay", "per-episode-flipped", "replay-flipped"), min_length=1
     )
     """Forms of the policy-gradient term to compare, as in `figure5`. The reference, `off`, is always included."""
 

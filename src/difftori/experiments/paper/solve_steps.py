@@ -26,11 +26,11 @@ _DEFAULT = DiffTORIConfig.model_validate({}).max_steps
 class Config(ILStudy):
     """Numbers of steps of DiffTORI's solve, on MetaWorld from states."""
 
-    tasks: tuple[str, ...] = Field(TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=TASKS, min_length=1)
     """Tasks of MetaWorld."""
-    seeds: int = Field(FULL_SEEDS, ge=1)
+    seeds: int = Field(default=FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
-    steps: tuple[int, ...] = Field(STEPS, min_length=1)
+    steps: tuple[int, ...] = Field(default=STEPS, min_length=1)
     """Numbers of steps to compare. The default of `difftori-il` is always included."""
 
 

@@ -69,13 +69,13 @@ METHODS = (
 class Config(ILStudy):
     """Costs at test time: projected plans, guided diffusion, and DiffTORI's objective. Evaluations run one after another, whatever `--jobs`."""
 
-    tasks: tuple[str, ...] = Field(tuple(task.name for task in TASKS), min_length=1)
+    tasks: tuple[str, ...] = Field(default=tuple(task.name for task in TASKS), min_length=1)
     """Tasks: `pusht`, `sweep-into`, `pick-out-of-hole` (MetaWorld)."""
-    updates: int = Field(FULL_UPDATES, ge=1)
+    updates: int = Field(default=FULL_UPDATES, ge=1)
     """Number of updates of the refiners; the base gets twice as many."""
-    episodes: int = Field(FULL_EPISODES, ge=1)
+    episodes: int = Field(default=FULL_EPISODES, ge=1)
     """Number of evaluation episodes of every policy and weight, with the same seeds."""
-    weights: tuple[float, ...] = Field(WEIGHTS, min_length=1)
+    weights: tuple[float, ...] = Field(default=WEIGHTS, min_length=1)
     """Weights of the cost. Without cost (weight 0) every policy is evaluated too."""
 
     @field_validator("tasks")

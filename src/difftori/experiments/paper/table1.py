@@ -32,13 +32,13 @@ class Config(ILStudy):
     The defaults are the full study; a smaller one is labelled `partial` in every output.
     """
 
-    tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """Tasks of MetaWorld (default: the paper's 22)."""
     obs: Literal["points", "state"] = "points"
     """Observation type; the paper uses point clouds."""
     base: Literal["dp3", "dp3-simple", "bc"] = "dp3"
     """Base policy to refine; the paper uses DP3."""
-    updates: int = Field(FULL_UPDATES, ge=1)
+    updates: int = Field(default=FULL_UPDATES, ge=1)
     """Number of updates of every training, for base policies and refiners."""
     controls: bool = True
     """Also run the base trained twice as long, and the residual with noise σ = 0.5 on the base's action, the best in `base-noise`."""

@@ -17,7 +17,7 @@ PAPER = {"diffusion": "diffusion", "DiffTORI on diffusion": "difftori+diffusion"
 class Config(ManipulationConfig):
     """Robomimic with position control: a diffusion policy, and DiffTORI on it (Table 6)."""
 
-    tasks: tuple[str, ...] = Field(PAPER_TASKS, min_length=1)
+    tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """Tasks: `square`, `transport`, `tool_hang`, `lift`, `can` with demonstrations of a scripted expert; the same names with `-ph` or
     `-mh` with robomimic's human demonstrations (default: the paper's five)."""
     controls: bool = True

@@ -74,23 +74,23 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    seeds: int = Field(FULL_SEEDS, ge=1, le=MOST_SEEDS)
+    seeds: int = Field(default=FULL_SEEDS, ge=1, le=MOST_SEEDS)
     """Number of seeds: 0 … seeds−1, each with its own trajectories and training. At most 8, because the ninth would train on the common
     starts."""
-    methods: tuple[Method, ...] = Field(METHODS, min_length=1)
+    methods: tuple[Method, ...] = Field(default=METHODS, min_length=1)
     """Methods to compare. `amos` is the policy `mpc`. `difftori` scores the chunk of 20 torques at once; `difftori-step` plans 20 steps
     through learned dynamics. `bc` is our addition and not in the paper."""
-    settings: tuple[Setting, ...] = Field(SETTINGS, min_length=1)
+    settings: tuple[Setting, ...] = Field(default=SETTINGS, min_length=1)
     """Settings of the pendulum. The model of `amos` cannot represent the true dynamics of `damping`."""
     out: Path = Path("results/table8")
     """Directory of tables and figures; those of a partial study are in its folder `partial`, and never replace full ones."""
     runs: Path = Path("runs/table8")
     """Directory of the runs. Finished runs in it are not repeated, interrupted ones are resumed."""
-    num_train: int = Field(FULL_TRAIN, ge=1)
+    num_train: int = Field(default=FULL_TRAIN, ge=1)
     """Number of training trajectories."""
-    test_starts: int = Field(FULL_STARTS, ge=2)
+    test_starts: int = Field(default=FULL_STARTS, ge=2)
     """Number of common starts, for the protocol `common`."""
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     """Number of epochs of every training (default: each policy's own number)."""
     quick: bool = False
     """Run one seed and 20 epochs, to check that everything works."""
