@@ -1,5 +1,7 @@
 """Every adjoint with every solver, against finite differences, closed forms, and one another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from difftori.solver import (
 )
 from difftori.solver.method import Problem
 from tests.support.problems import CASES, F64, Network, lqr, network, quadratic, swing
-from tests.support.solvers import SECOND_ORDER, SOLVERS, applies
+from tests.support.solvers import SECOND_ORDER, SOLVERS, STACKED, applies
 
 # Solvers that come to an optimum slowly: tried on one problem, with a loose tolerance.
 SLOW = {"adam", "gradient-descent", "lm-adaptive", "lm-fixed"}
@@ -90,10 +92,11 @@ def test_unrolled_gradient_is_that_of_what_was_computed(name, problem):
         pytest.skip(f"{name} needs another structure")
     if problem == "network" and name in SECOND_ORDER:
         pytest.skip("where the cost is not convex, Newton's added curvature counts as a constant")
+    solver = SOLVERS[name]
     check = check_gradients(
         case.objective,
         case.x0,
-        solver=SOLVERS[name],
+        solver=replace(solver, exact_unrolling=True) if isinstance(solver, ProjectedGradient) else solver,
         adjoint=Unrolled(),
         box=case.box,
         max_steps=3,
@@ -101,6 +104,29 @@ def test_unrolled_gradient_is_that_of_what_was_computed(name, problem):
         epsilon=1e-6,
     )
     assert check.relative_error < 1e-5, check
+
+
+def logarithm_error(solver):
+    """The relative error of d(log t)/dt where the unrolled solve converged, and how many of the 16 rows did."""
+    t = (3 * torch.rand(16, 6, generator=torch.Generator().manual_seed(0), dtype=F64) + 0.3).requires_grad_()
+    cost = lambda x: (x.exp() - t).square().sum(-1)  # noqa: E731
+    solution = solve(cost, torch.zeros_like(t), solver=solver, box=Box(-5.0, 5.0), max_steps=300, adjoint=Unrolled())
+    (found,) = torch.autograd.grad(solution.x.sum(), t)
+    return (found * t.detach() - 1)[solution.converged].abs().max().item(), int(solution.converged.sum())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SOLVERS if name not in SAMPLING | STACKED and name not in ("adam", "ilqr", "ddp")]
+)
+def test_the_unrolled_gradient_of_a_converged_solve_is_that_of_the_optimum(name):
+    error, count = logarithm_error(SOLVERS[name])
+    assert error < 1e-3
+    assert count > 0
+
+
+def test_with_differentiated_step_lengths_it_is_not():
+    error, _ = logarithm_error(ProjectedGradient(exact_unrolling=True))
+    assert error > 1
 
 
 def test_unrolled_mppi_follows_its_weights():

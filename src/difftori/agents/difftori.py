@@ -300,7 +300,8 @@ class DiffTORI(Agent):
             release = presets.reference_rl(self.spec.task, _BOX)
             planner = release.acting() if isinstance(adjoint, Detached) else release
         else:
-            planner = Planner(ProjectedGradient(), adjoint, _BOX, steps, tolerance=0.0, compile=self.compiles)
+            solver = ProjectedGradient(exact_unrolling=True)
+            planner = Planner(solver, adjoint, _BOX, steps, tolerance=0.0, compile=self.compiles)
         return planner.plan(self.objective(latent, horizon), start)
 
     def objective(self, latent: Latents, horizon: int) -> TrajectoryObjective:

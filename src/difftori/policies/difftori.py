@@ -135,7 +135,7 @@ class DiffTORIConfig(RefinerConfig):
     step_size: float = Field(default=0.5, gt=0)
     """Initial length of a gradient step. The length is learned."""
     adjoint: Literal["unrolled", "truncated", "implicit"] = "unrolled"
-    """Gradient of the solve: exactly through all steps (`unrolled`), through the last five (`truncated`), or by the implicit function
+    """Gradient of the solve: through all steps (`unrolled`), through the last five (`truncated`), or by the implicit function
     theorem at the optimum (`implicit`)."""
     max_steps: int = Field(default=5, ge=1)
     """Number of steps of the solve. Two or three measured as good, and train faster (docs/imitation-studies.md). The release has 100."""

@@ -30,6 +30,9 @@ class ProjectedGradient(Solver):
         polish: number of Newton steps on the free set after the iterations, not counted in the step limit. They make a good
             solution precise. Default: 0.
         polish_with: the solver of these Newton steps.
+        exact_unrolling: whether `Unrolled` and `Truncated` differentiate the step lengths too, so that the gradient is that of the
+            computation, after any number of steps. Default: False, they are constants, and the gradient approaches that of the
+            optimum. That of the computation does not: the derivatives of the lengths grow from step to step.
     """
 
     first_move: float = 0.25
@@ -38,6 +41,7 @@ class ProjectedGradient(Solver):
     armijo: float = 1e-4
     polish: int = 0
     polish_with: Newton = Newton(lengths=(1.0, 0.25))
+    exact_unrolling: bool = False
 
     def __post_init__(self):
         if self.window < 1 or self.polish < 0 or self.first_move <= 0:
@@ -54,7 +58,7 @@ class ProjectedGradient(Solver):
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate, and choose the first step length."""
         cost, grad = problem.evaluate(x)
-        alpha = self._first_step(problem, x, grad)
+        alpha = self._first_step(problem, x, grad if self.exact_unrolling else grad.detach())
         recent = cost.detach().unsqueeze(-1).repeat(1, self.window)
         return State(cost, grad, (_representable(alpha), torch.ones_like(cost.detach()), recent))
 
@@ -79,13 +83,16 @@ class ProjectedGradient(Solver):
         s = trial - x
         # αy has the unit of s, so squares of gradients stay within the range of float32.
         moves = torch.stack((s, alpha.detach()[:, None] * (grad - state.grad), state.grad), 1)
+        before, after = state.cost, cost
+        if not self.exact_unrolling:
+            moves, before, after = moves.detach(), before.detach(), after.detach()
         products = moves[:, :2] @ moves.mT  # all inner products of a row in one operation
         slope = products[:, 0, 2]
-        noise = 4 * torch.finfo(x.dtype).eps * state.cost.abs()
+        noise = 4 * torch.finfo(x.dtype).eps * before.abs()
         highest = recent.amax(-1) if self.window > 1 else recent.squeeze(-1)
-        taken = (cost <= highest + self.armijo * slope + noise) & all_finite(cost, grad)
+        taken = (after <= highest + self.armijo * slope + noise) & all_finite(after, grad)
         longer = torch.where(_still(s, x, alpha, state.grad), alpha, _spectral(products, alpha, use_long_step > 0))
-        alpha = torch.where(taken, longer, _shorter(state.cost, cost, slope, alpha))
+        alpha = torch.where(taken, longer, _shorter(before, after, slope, alpha))
         now = torch.where(taken, cost, state.cost)
         latest = now.detach().unsqueeze(-1)
         recent = torch.cat([recent[:, 1:], latest], -1) if self.window > 1 else latest
