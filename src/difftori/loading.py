@@ -15,7 +15,16 @@ from difftori.hub import download, hub_name
 from difftori.il.train import Which, default_weights, load_policy, seeded_actor
 from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import Base, NormalizedPolicy, checked_base
-from difftori.published import NEEDED, NotStored, Published, innermost, is_published, load_published, write_published
+from difftori.published import (
+    CARD,
+    NEEDED,
+    NotStored,
+    Published,
+    innermost,
+    is_published,
+    load_published,
+    write_published,
+)
 from difftori.rl.evaluate import AgentInRows, load_agent
 from difftori.rollout import PolicyInRows
 from difftori.runs.records import read_config
@@ -54,8 +63,12 @@ def load(
     if isinstance(run, NormalizedPolicy):
         model = in_memory(run, base=base, which=which, revision=revision, trust_code=trust_code)
         return _in_closed_loop(model, str(next(run.policy.parameters()).device))
-    model = open_model(run, which=which, device=device, revision=revision, trust_code=trust_code)
-    _insert_base(model.component, base, run)
+    model = open_model(run, base=base, which=which, device=device, revision=revision, trust_code=trust_code)
+    refiner = innermost(model.component) if isinstance(model.component, NormalizedPolicy) else None
+    if refiner is not None and isinstance(refiner.base, NotStored):
+        raise ConfigError(
+            [f"base: {run} does not contain the policy that it refines. Fix: difftori.load({str(run)!r}, base=…)"]
+        )
     return _in_closed_loop(model, str(device))
 
 
@@ -63,8 +76,17 @@ def save(policy: NormalizedPolicy, folder: str | Path) -> None:
     """Write a policy in memory, such as the result of `difftori.il.refine`, to a folder that `load` and `difftori export` read.
 
     A base that is a function or an object of yours is not written: `load(folder, base=…)` takes it again. An earlier
-    folder of `save` is replaced. Raises ConfigError for a folder with other files, and CheckpointError if it cannot be written.
+    folder of `save` is replaced. Raises ConfigError for a folder with other files, also a published one with its card, and for what is
+    no such policy, and CheckpointError if it cannot be written.
     """
+    if not isinstance(policy, NormalizedPolicy):
+        raise ConfigError(
+            [
+                f"policy: {type(policy).__name__} cannot be saved. Fix: give the result of refine; runs are kept by difftori publish"
+            ]
+        )
+    if (Path(folder) / CARD).exists():
+        raise ConfigError([f"{folder}: it contains {CARD}. Fix: give a new folder, or one that difftori.save wrote"])
     write_published(in_memory(policy), Path(folder), {})
 
 
@@ -75,28 +97,24 @@ def in_memory(policy: NormalizedPolicy, **choices: object) -> Published:
     return Published(policy, seed=0, which="last")
 
 
-def _insert_base(model: NormalizedPolicy | Agent, base: Base | None, run: str | Path) -> None:
-    """Give a refiner the base that its folder does not contain. Raises ConfigError if it is missing, does not fit, or is of no use."""
+def _insert_base(model: NormalizedPolicy | Agent, base: Base, run: str | Path) -> None:
+    """Give a refiner the base that its folder does not contain. Raises ConfigError if the base does not fit or is of no use."""
     refiner = innermost(model) if isinstance(model, NormalizedPolicy) else None
-    if refiner is not None and isinstance(refiner.base, NotStored):
-        if base is None:
-            raise ConfigError(
-                [f"base: {run} does not contain the policy that it refines. Fix: difftori.load({str(run)!r}, base=…)"]
-            )
-        refiner.base = checked_base(refiner.policy, base)
-    elif base is not None:
+    if refiner is None or not isinstance(refiner.base, NotStored):
         raise ConfigError([f"base: {run} contains all that it needs. Fix: remove it"])
+    refiner.base = checked_base(refiner.policy, base)
 
 
 def open_model(
     run: str | Path,
     *,
+    base: Base | None = None,
     which: Which | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_code: Collection[str] = (),
 ) -> Published:
-    """Load the networks of a run directory, of a published folder, or of the Hub. Arguments and errors: `load`."""
+    """Load the networks of a run directory, of a published folder, or of the Hub. Arguments and errors: `load`, but `base` may be missing."""
     if which not in (None, "best", "last"):
         raise ConfigError([f"which: {which!r} is unknown. Fix: choose 'best' or 'last'"])
     name, device = hub_name(run), str(device)
@@ -107,7 +125,11 @@ def open_model(
         model = load_published(folder, device=device, trust_code=trust_code)
         if which not in (None, model.which):
             raise ConfigError([f"which: {run} has the {model.which} weights only. Fix: remove it"])
+        if base is not None:
+            _insert_base(model.component, base, run)
         return model
+    if base is not None:
+        raise ConfigError([f"base: {run} contains all that it needs. Fix: remove it"])
     if trainer_of(read_config(folder)).key == "policy":
         policy, policy_config = load_policy(folder, which, device=device)
         return Published(policy, policy_config.seed, which or default_weights(policy_config))

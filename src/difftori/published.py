@@ -71,7 +71,12 @@ class NotStored:
 
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:  # noqa: ARG002
         """Raise ConfigError."""
-        raise ConfigError(["base: the folder of this policy does not contain it. Fix: difftori.load(FOLDER, base=…)"])
+        raise ConfigError(
+            [
+                "base: the folder of this policy does not contain it. Fix: difftori.load(FOLDER, base=…) to act with it, "
+                "difftori.loading.open_model(FOLDER, base=…).component to refine it"
+            ]
+        )
 
 
 def innermost(policy: NormalizedPolicy) -> NormalizedPolicy:
@@ -107,7 +112,8 @@ def write_published(model: Published, folder: Path, others: Mapping[str, bytes])
     files = {CONFIG: _text(_described(model)), WEIGHTS: weights_bytes(model), **others}
     sums = "".join(f"{digest(content)}  {name}\n" for name, content in sorted(files.items()) if name != CARD)
     try:
-        if strangers := sorted(p.name for p in folder.glob("*") if p.name not in FILES and not p.name.startswith(".")):
+        known = FILES if is_published(folder) else ()
+        if strangers := sorted(p.name for p in folder.glob("*") if p.name not in known and not p.name.startswith(".")):
             raise ConfigError(
                 [f"{folder}: it contains {', '.join(strangers[:5])}. Fix: give a new folder, or a published one"]
             )

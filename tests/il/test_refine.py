@@ -126,3 +126,34 @@ def test_a_base_that_is_of_no_use_or_no_policy_is_refused(tmp_path, policy_run):
     for choices in ({"which": "best"}, {"base": opened(8)}, {"trust_code": ["mine"]}):
         with pytest.raises(ConfigError, match="a policy in memory has no such choice"):
             difftori.load(refined(opened(8)), **choices)
+
+
+def test_a_saved_policy_is_refined_further_with_its_base(tmp_path):
+    difftori.save(refined(opened(8)), tmp_path)
+    again = refined(open_model(tmp_path, base=opened(8)).component)
+    assert np.isfinite(difftori.load(again).act(np.zeros((2, 2), np.float32))).all()
+    with pytest.raises(ConfigError, match=r"open_model\(FOLDER, base=…\)"):
+        refined(open_model(tmp_path).component)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "notes.txt"])
+def test_saving_keeps_the_files_of_others(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=name):
+        difftori.save(refined(opened(8)), tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_only_a_policy_in_memory_is_saved(tmp_path):
+    with pytest.raises(ConfigError, match="LoadedPolicy cannot be saved"):
+        difftori.save(difftori.load(refined(opened(8))), tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["state", "base"])
+def test_nan_passes_through_an_exported_file(tmp_path, broken):
+    export(refined(opened(8), high=(-1.0,)), tmp_path / "policy.pt2", format="pt2")  # an action dimension that is fixed
+    inputs = {"state": torch.zeros(3, 1, 2), "base": torch.full((3, 8, 1), -1.0)}
+    inputs[broken][1, 0, 0] = torch.nan
+    (actions,) = torch.export.load(tmp_path / "policy.pt2").module()(*inputs.values())
+    assert actions.isfinite().flatten(1).all(1).tolist() == [True, False, True]

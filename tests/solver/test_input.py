@@ -101,6 +101,8 @@ def test_an_objective_that_is_none():
         lambda: CEM(samples=3, elites=4),
         lambda: MPPI(elites=0),
         lambda: ProjectedGradient(window=0),
+        lambda: ProjectedGradient(first_step=0.0),
+        lambda: ProjectedGradient(first_step=float("nan")),
         lambda: presets.reference_rl("cheetah-fly"),
     ],
 )
@@ -138,6 +140,7 @@ for words, call in {
     "candidates. ndarray. torch.as_tensor": lambda: solve(never, x0, solver=CEM(), candidates=numpy.zeros((1, 3, 2))),
     "meta. Fix:. move": lambda: solve(lambda x: bowl(x).to("meta"), x0),
     "tolerance": lambda: solve(never, x0, tolerance=-1.0),
+    "tolerance=inf": lambda: solve(never, x0, tolerance=float("inf")),
     "Newton. compile=False": lambda: solve(never, x0, solver=Newton(), compile=True),
     "GaussNewton. compile=False": lambda: solve(Fit(), x0, solver=GaussNewton(), compile=True),
     "LevenbergMarquardt. compile=False": lambda: solve(Fit(), x0, solver=LevenbergMarquardt(), compile=True),

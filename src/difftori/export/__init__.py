@@ -92,7 +92,7 @@ def _difference(program: Program, draws: Sequence[Draw], call: Call, rows: int) 
     inputs = {**program.example(rows, generator), **noise(draws, rows, generator)}
     expected, found = supplied(program, draws, inputs), call(inputs)
     span = torch.tensor(program.about["high"]) - torch.tensor(program.about["low"])
-    scale = torch.where(span.isfinite(), span, expected["actions"].abs().amax().clamp_min(1.0))
+    scale = torch.where(span.isfinite() & (span > 0), span, expected["actions"].abs().amax().clamp_min(1.0))
     parts = [(found["actions"] - expected["actions"]) / scale]
     parts += [value - expected[name] for name, value in found.items() if name != "actions"]
     return float(torch.cat([part.abs().flatten() for part in parts]).max())

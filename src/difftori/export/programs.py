@@ -76,7 +76,7 @@ def _policy_program(name: str, policy: NormalizedPolicy) -> Program:
         if external:
             given.actions = inputs[BASE_ACTIONS]
         plan = policy.act({name: inputs[name] for name in spec.obs}, generator=generator, checked=False)
-        return {"actions": plan[:, spec.present]}
+        return {"actions": _or_nan(plan[:, spec.present], inputs)}
 
     about = {
         "policy": name,
@@ -109,6 +109,7 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
             inputs["state"], before or None, first=inputs["first"] > 0, generator=generator, **options
         )
         scaled = torch.maximum(torch.minimum(in_units(action, lower, upper), upper), lower)
+        scaled = _or_nan(scaled, {"state": inputs["state"]})
         return {"actions": scaled, **after}
 
     inputs = {**spec.obs, "first": EntrySpec(()), **kept}
@@ -126,6 +127,14 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
         "high": list(spec.high),
     }
     return Program(name, function, inputs, example, about)
+
+
+def _or_nan(actions: Tensor, inputs: Tensors) -> Tensor:
+    """Return the actions (B …), NaN in rows with NaN or Inf in any input, which a solve that starts there would replace."""
+    for values in inputs.values():
+        if values.is_floating_point():
+            actions = actions + (0.0 * values).flatten(1).sum(1).view(-1, *(1,) * (actions.ndim - 1))
+    return actions
 
 
 def _example(entries: Mapping[str, EntrySpec], rows: int, generator: torch.Generator) -> Tensors:

@@ -175,7 +175,7 @@ class NormalizedPolicy:
             else:
                 own = self.base.act(obs, generator=generator) if isinstance(self.base, BasePolicy) else self.base(obs)
         wanted = (like.shape[0], self.spec.horizon, self.spec.action_dim)
-        plans = torch.from_numpy(own) if isinstance(own, np.ndarray) else own
+        plans = torch.from_numpy(np.ascontiguousarray(own)) if isinstance(own, np.ndarray) else own
         if not isinstance(plans, Tensor) or plans.shape != wanted:
             found = f"actions of shape {tuple(plans.shape)}" if isinstance(plans, Tensor) else f"a {type(own).__name__}"
             raise ShapeError(
@@ -233,7 +233,7 @@ def checked_base(policy: Policy, base: Base | None) -> Base | None:
         raise ConfigError(
             [f"base: missing; {policy.name} refines another policy's actions. Fix: give --base RUN{policy.OR_ELSE}"]
         )
-    if not callable(base) and not isinstance(base, NormalizedPolicy | BasePolicy):
+    if isinstance(base, type) or (not callable(base) and not isinstance(base, NormalizedPolicy | BasePolicy)):
         raise ConfigError(
             [
                 f"base: {base!r} is no policy. Fix: give a function of the observations, or an object with act(obs, *, generator); "

@@ -76,7 +76,11 @@ class Detached(Adjoint):
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """The exact derivative of the computation, by backpropagation through every step. Memory grows with the steps."""
+    """The derivative of the computation, by backpropagation through every step. Memory grows with the steps.
+
+    What a solver takes as a constant has no derivative: the step lengths of `ProjectedGradient` unless `exact_unrolling` is
+    set, and the curvature that `Newton` adds where the cost is not convex.
+    """
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run the iteration with a graph."""

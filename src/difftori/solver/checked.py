@@ -1,5 +1,6 @@
 """Checks of the arguments of `solve`, before any computation. Each message names the value and the fix."""
 
+import math
 from typing import SupportsFloat, SupportsIndex
 
 import torch
@@ -64,8 +65,8 @@ def check_settings(
     """Check that the settings are in range and fit the solver and the objective."""
     if max_steps < 0:
         raise SolverError(f"solve: max_steps={max_steps} is negative. Fix: use 0 or more.")
-    if tolerance is not None and not tolerance >= 0:
-        raise SolverError(f"solve: tolerance={tolerance} is negative. Fix: use 0 or more.")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise SolverError(f"solve: tolerance={tolerance} is no finite number from 0 on. Fix: for example 1e-6.")
     if keep not in ("best", "last"):
         raise SolverError(f'solve: keep={keep!r} is unknown. Fix: use "best" or "last".')
     if compile and not solver.compilable(objective):

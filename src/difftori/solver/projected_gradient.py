@@ -1,5 +1,6 @@
 """Spectral projected gradient: the default solver."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,9 @@ class ProjectedGradient(Solver):
             solution precise. Default: 0.
         polish_with: the solver of these Newton steps.
         exact_unrolling: whether `Unrolled` and `Truncated` differentiate the step lengths too, so that the gradient is that of the
-            computation, after any number of steps. Default: False, they are constants, and the gradient approaches that of the
-            optimum. That of the computation does not: the derivatives of the lengths grow from step to step.
+            computation: for few steps, and for gradients to x0. Default: False, they are constants, and the gradient approaches
+            that of the optimum in the directions in which x moves. That of the computation does not: the derivatives of the
+            lengths grow from step to step.
     """
 
     first_move: float = 0.25
@@ -44,10 +46,11 @@ class ProjectedGradient(Solver):
     exact_unrolling: bool = False
 
     def __post_init__(self):
-        if self.window < 1 or self.polish < 0 or self.first_move <= 0:
+        lengths = (self.first_move, 1.0 if self.first_step is None else self.first_step)
+        if self.window < 1 or self.polish < 0 or not all(0 < length < math.inf for length in lengths):
             raise SolverError(
-                f"ProjectedGradient: invalid window={self.window}, polish={self.polish}, first_move={self.first_move}. "
-                "Fix: use window ≥ 1, polish ≥ 0 and first_move > 0."
+                f"ProjectedGradient: invalid window={self.window}, polish={self.polish}, first_move={self.first_move}, "
+                f"first_step={self.first_step}. Fix: use window ≥ 1, polish ≥ 0, and a finite first_move and first_step > 0."
             )
 
     @property
