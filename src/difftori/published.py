@@ -109,7 +109,7 @@ def write_published(model: Published, folder: Path, others: Mapping[str, bytes])
     A published folder is replaced. Raises ConfigError for a folder with other files, and CheckpointError if it cannot be written.
     """
     tensors = model.tensors
-    files = {CONFIG: _text(_described(model)), WEIGHTS: weights_bytes(model), **others}
+    files = {WEIGHTS: weights_bytes(model), CONFIG: _text(_described(model)), **others}
     sums = "".join(f"{digest(content)}  {name}\n" for name, content in sorted(files.items()) if name != CARD)
     try:
         known = FILES if is_published(folder) else ()
@@ -118,7 +118,8 @@ def write_published(model: Published, folder: Path, others: Mapping[str, bytes])
                 [f"{folder}: it contains {', '.join(strangers[:5])}. Fix: give a new folder, or a published one"]
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # the sums first: an interrupted publishing is refused when it is loaded
+        # Interrupted, the folder is refused by `load_published`, without its sums, and is still a published one, with weights.
+        for name in (SUMS, *(name for name in FILES if name not in (SUMS, WEIGHTS))):
             (folder / name).unlink(missing_ok=True)
         for name, content in {**files, SUMS: sums.encode()}.items():
             replace_file(folder / name, content)

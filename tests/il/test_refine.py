@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import difftori
+from difftori import published
 from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, ShapeError
 from difftori.export import export
@@ -157,3 +158,22 @@ def test_nan_passes_through_an_exported_file(tmp_path, broken):
     inputs[broken][1, 0, 0] = torch.nan
     (actions,) = torch.export.load(tmp_path / "policy.pt2").module()(*inputs.values())
     assert actions.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_saving_that_was_interrupted_can_be_repeated(tmp_path, monkeypatch, written):
+    policy, replace_file, done = refined(opened(8)), published.replace_file, []
+
+    def interrupted(path, content):
+        if len(done) == written:
+            raise KeyboardInterrupt
+        done.append(path)
+        replace_file(path, content)
+
+    for _ in range(2):  # in a new folder, and over a complete one
+        done.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(published, "replace_file", interrupted)
+            difftori.save(policy, tmp_path)
+        difftori.save(policy, tmp_path)
+        difftori.load(tmp_path, base=opened(8))
