@@ -382,6 +382,10 @@ def test_masks_and_states_are_checked():
         controller.reset([0, 1])
     with pytest.raises(ShapeError, match="the last call had 2"):
         controller(torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match=r"torch\.float64 on cpu, but the last call had torch\.float32"):
+        controller(torch.zeros(2, 2, dtype=F64))
+    controller.reset()
+    assert controller(torch.zeros(2, 2, dtype=F64)).dtype == F64
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])

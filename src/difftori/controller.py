@@ -137,7 +137,7 @@ class Controller:
         """The action for a state: (B S) → (B A), or (S) → (A). Returns a tensor for a tensor, an array for an array.
 
         Raises:
-            ShapeError: the state has another shape than before, or is not floating point; bounds or `init_actions` do not fit.
+            ShapeError: the state has another shape, precision or device than before, or is not floating point; bounds or `init_actions` do not fit.
             NonFiniteError: the first solve of a row produced NaN or Inf, so there is no earlier plan to use.
         """
         began = time.perf_counter()
@@ -147,6 +147,11 @@ class Controller:
                 f"Controller: the state is {tuple(given.shape)} {given.dtype}. Fix: use floats, (S) or (B S)."
             )
         states = given if given.dim() == 2 else given[None]
+        if self._actions is not None and (states.dtype, states.device) != (self._actions.dtype, self._actions.device):
+            raise ShapeError(
+                f"Controller: the state is {states.dtype} on {states.device}, but the last call had {self._actions.dtype} on "
+                f"{self._actions.device}. Fix: give the same, or reset() before another one."
+            )
         if self._size not in (None, states.shape[-1]):
             raise ShapeError(
                 f"Controller: the state has {states.shape[-1]} numbers, but the last call had {self._size}. "

@@ -42,7 +42,7 @@ def load(
     *,
     base: Base | None = None,
     which: Which | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     revision: str | None = None,
     trust_code: Collection[str] = (),
 ) -> "LoadedPolicy":
@@ -51,7 +51,7 @@ def load(
     `run` may also be a policy in memory, such as the result of `difftori.il.refine`, on its own device, without further arguments; its
     random numbers have seed 0. `base`: the policy that it refines, for a folder that `save` wrote without it.
     `which`: the weights of a policy, as in `difftori eval` (default: `last` for runs with demonstrations, otherwise `best`).
-    `device`: where it computes; observations may be anywhere. For an unfinished run, the weights are those of its newest valid
+    `device`: where it computes (default: cpu); observations may be anywhere. For an unfinished run, the weights are those of its newest valid
     checkpoint. `revision`: branch, tag or commit on the Hub (default: its main branch).
 
     Loading a published folder executes nothing that it contains or names; a policy or agent that is defined outside this package
@@ -61,13 +61,16 @@ def load(
     CheckpointError if its weights are missing or damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
     """
     if isinstance(run, NormalizedPolicy):
-        model = in_memory(run, base=base, which=which, revision=revision, trust_code=trust_code)
+        model = in_memory(run, base=base, which=which, device=device, revision=revision, trust_code=trust_code)
         return _in_closed_loop(model, str(next(run.policy.parameters()).device))
+    device = "cpu" if device is None else device
     model = open_model(run, base=base, which=which, device=device, revision=revision, trust_code=trust_code)
     refiner = innermost(model.component) if isinstance(model.component, NormalizedPolicy) else None
     if refiner is not None and isinstance(refiner.base, NotStored):
         raise ConfigError(
-            [f"base: {run} does not contain the policy that it refines. Fix: difftori.load({str(run)!r}, base=…)"]
+            [
+                f"base: {run} does not contain the policy that it refines. Fix: in Python, difftori.load({str(run)!r}, base=…)"
+            ]
         )
     return _in_closed_loop(model, str(device))
 
@@ -115,6 +118,10 @@ def open_model(
     trust_code: Collection[str] = (),
 ) -> Published:
     """Load the networks of a run directory, of a published folder, or of the Hub. Arguments and errors: `load`, but `base` may be missing."""
+    if not isinstance(run, str | Path):
+        raise ConfigError(
+            [f"run: a {type(run).__name__} is no path. Fix: give a folder, hub:USER/NAME, or the result of refine"]
+        )
     if which not in (None, "best", "last"):
         raise ConfigError([f"which: {which!r} is unknown. Fix: choose 'best' or 'last'"])
     name, device = hub_name(run), str(device)

@@ -6,6 +6,7 @@
 (Wan et al., 2024, "DiffTORI", arXiv 2402.05421.) The model is unrolled inside the objective and is not a constraint.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from difftori.errors import ShapeError, SolverError
+from difftori.errors import ObjectiveError, ShapeError, SolverError
 from difftori.solver import ConstrainedTrajectory, TrajectoryObjective
 from difftori.solver.objective import is_timeless, takes_time, with_time
 from difftori.types import Actions, Points, PointSets, Rows, States
@@ -76,10 +77,10 @@ class ReturnObjective(TrajectoryObjective):
         for t, action in zip(times.unbind(), actions.unbind(), strict=True):
             states.append(latest)
             latest = self._next(latest, action, t)
-        rewards = self._reward(torch.stack(states), actions, times.view(-1, *(1,) * (x.dim() - 1)))
+        rewards = self.reward_at(torch.stack(states), actions, times.view(-1, *(1,) * (x.dim() - 1)))
         total = (self._weights.view(-1, *(1,) * (x.dim() - 1)) * rewards).sum(0)
         if self.terminal_value is not None:
-            total = torch.add(total, self._value(latest), alpha=self.discount**self.horizon)
+            total = torch.add(total, self.value_at(latest), alpha=self.discount**self.horizon)
         return -total
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
@@ -88,19 +89,21 @@ class ReturnObjective(TrajectoryObjective):
 
     def stage_cost(self, state: States, action: Actions, t: Tensor) -> Rows:
         """−R(z, a)."""
-        return -self._reward(state, action, t)
+        return -self.reward_at(state, action, t)
 
     def _next(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
         return self.dynamics(state, action, t if is_timeless(self.dynamics) else t + self.first_step)
 
-    def _reward(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+    def reward_at(self, state: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        """R(z, a) of step t."""
         return self.reward(state, action, t if is_timeless(self.reward) else t + self.first_step)
 
     def terminal_cost(self, state: States) -> Rows:
         """−V(z), or zero if there is no terminal value."""
-        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self._value(state)
+        return torch.zeros_like(state[..., 0]) if self.terminal_value is None else -self.value_at(state)
 
-    def _value(self, state: Tensor) -> Tensor:
+    def value_at(self, state: Tensor) -> Tensor:
+        """V(z_H)."""
         assert self.terminal_value is not None
         if not self._timed:
             return self.terminal_value(state)
@@ -164,7 +167,7 @@ class ActionReturnObjective(TrajectoryObjective):
 class EnergyObjective(TrajectoryObjective):
     """cost = −Σ_{t<H} γ^t f(z_t, a_t), Eq. 7: a learned score of actions, without a meaning outside the optimisation.
 
-    `dynamics` may be None for H = 1, where f scores one action or one chunk of actions. `energy_and_grad` may then give f and its
+    `dynamics` may be None for H = 1, where f scores one action or one chunk of actions. `cost_and_grad` may then give −f and its
     gradient with respect to the action in closed form.
     """
 
@@ -174,7 +177,7 @@ class EnergyObjective(TrajectoryObjective):
     horizon: int
     action_dim: int
     discount: float = 1.0
-    energy_and_grad: Callable[[States, Actions], tuple[Rows, Actions]] | None = None
+    cost_and_grad: Callable[[States, Actions], tuple[Rows, Actions]] | None = None
 
     def __post_init__(self):
         if self.dynamics is None and self.horizon != 1:
@@ -187,11 +190,8 @@ class EnergyObjective(TrajectoryObjective):
         return -self.energy(self.state, x) if self.horizon == 1 else super().cost(x)
 
     def value_and_grad(self, x: Points) -> tuple[Rows, Points] | None:
-        """−f and its gradient, for H = 1 and if `energy_and_grad` is given."""
-        if self.energy_and_grad is None or self.horizon != 1:
-            return None
-        value, grad = self.energy_and_grad(self.state, x)
-        return -value, -grad
+        """−f and its gradient, for H = 1 and if `cost_and_grad` is given."""
+        return self.cost_and_grad(self.state, x) if self.cost_and_grad is not None and self.horizon == 1 else None
 
     def next(self, state: States, action: Actions, t: Tensor) -> States:
         """d(z, a). Not used for H = 1."""
@@ -227,11 +227,24 @@ def trajectory_objective(
     terminal_constraint: Value | None = None,
     first_step: int = 0,
 ) -> ReturnObjective | ConstrainedTrajectory:
-    """Minus the return, with constraints if given: the objective of `plan` and `Controller`."""
+    """Minus the return, with constraints if given: the objective of `plan` and `Controller`.
+
+    Raises ObjectiveError for a discount that is negative or not finite, or 0 with constraints.
+    """
+    constrained = constraint is not None or terminal_constraint is not None
+    if not 0 <= discount < math.inf or (constrained and discount == 0):
+        why = (
+            "must be above 0, because constraints are not discounted"
+            if discount == 0
+            else "must be finite and at least 0"
+        )
+        raise ObjectiveError(
+            f"discount={discount} {why}. Fix: for example discount=1.0, or horizon 1 for the next reward only."
+        )
     objective = ReturnObjective(
         dynamics, reward, terminal_value, state, horizon, action_dim, discount, first_step=first_step
     )
-    if constraint is None and terminal_constraint is None:
+    if not constrained:
         return objective
     if terminal_constraint is not None and takes_time(terminal_constraint, 1):
         terminal_constraint = partial(_last, terminal_constraint, objective.first_step + horizon)

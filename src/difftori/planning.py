@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -210,14 +210,18 @@ _SMALL_STATE = 24
 def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
     """Raise ObjectiveError if dynamics, reward or terminal value return rows of the wrong shape or precision."""
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
+    assert isinstance(model, ReturnObjective)
+    value = None if model.terminal_value is None else partial(model.value_at, state)
     action = state.new_zeros(len(state), objective.action_dim)
     t = objective.times()[0]
     with torch.no_grad():
         for name, function, shape in (
             ("dynamics", lambda: model.next(state, action, t), state.shape),
-            ("reward", lambda: model.stage_cost(state, action, t), state.shape[:1]),
-            ("terminal_value", lambda: model.terminal_cost(state), state.shape[:1]),
+            ("reward", lambda: model.reward_at(state, action, t), state.shape[:1]),
+            ("terminal_value", value, state.shape[:1]),
         ):
+            if function is None:
+                continue
             got = function()
             if not isinstance(got, Tensor) or got.shape != shape:
                 found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__

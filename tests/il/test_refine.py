@@ -80,6 +80,19 @@ def test_a_base_may_return_an_array():
     assert torch.equal(given, same)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.numpy, lambda obs: obs.numpy().astype(int)])
+def test_observations_may_be_of_any_type(convert):
+    obs = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
+    plans = [refined(opened(8)).act({"state": each}, generator=torch.Generator()) for each in (obs, convert(obs))]
+    assert torch.equal(*plans)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1, 3), (2, 2, 2)])
+def test_observations_of_another_shape_are_named(shape):
+    with pytest.raises(ShapeError, match=r"state has shape \(2, .*\(B, 1, 2\)"):
+        refined(opened(8)).act({"state": torch.zeros(shape)}, generator=torch.Generator())
+
+
 @pytest.mark.parametrize("base", [opened(7), lambda obs: None])
 def test_other_results_of_a_base_are_refused(base):
     with pytest.raises(ShapeError, match="Fix: return"):
@@ -124,9 +137,11 @@ def test_a_base_that_is_of_no_use_or_no_policy_is_refused(tmp_path, policy_run):
     difftori.save(refined(opened(8)), tmp_path)
     with pytest.raises(ConfigError, match="'runs/base' is no policy"):
         difftori.load(tmp_path, base="runs/base")
-    for choices in ({"which": "best"}, {"base": opened(8)}, {"trust_code": ["mine"]}):
+    for choices in ({"which": "best"}, {"base": opened(8)}, {"device": "cpu"}, {"trust_code": ["mine"]}):
         with pytest.raises(ConfigError, match="a policy in memory has no such choice"):
             difftori.load(refined(opened(8)), **choices)
+    with pytest.raises(ConfigError, match="a Linear is no path"):
+        difftori.load(torch.nn.Linear(2, 2))
 
 
 def test_a_saved_policy_is_refined_further_with_its_base(tmp_path):

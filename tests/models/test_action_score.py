@@ -33,10 +33,10 @@ def test_value_and_gradient(hidden):
     whole = network(torch.cat([known, action], -1)).squeeze(-1)
     (wanted,) = torch.autograd.grad(whole.sum(), action)
     part = network.remainder()
-    value, grad = part.value_and_grad(network.prepare(known), action)
-    torch.testing.assert_close(value, whole)
+    cost, grad = part.cost_and_grad(network.prepare(known), action)
+    torch.testing.assert_close(cost, -whole)
     torch.testing.assert_close(part.value(network.prepare(known), action), whole)
-    torch.testing.assert_close(grad, wanted)
+    torch.testing.assert_close(grad, -wanted)
     assert grad.abs().max() > 1e-2
 
 
@@ -58,8 +58,8 @@ def test_solves_and_their_derivatives_are_those_of_autograd(solver, adjoint):
     def learn(closed: bool) -> list[torch.Tensor]:
         part = network.remainder()
 
-        def pulled(value, grad, action):  # a curvature, so that optima lie inside
-            return value - action.square().sum(-1), grad - 2 * action
+        def pulled(cost, grad, action):  # a curvature, so that optima lie inside
+            return cost + action.square().sum(-1), grad + 2 * action
 
         objective = EnergyObjective(
             None,
@@ -67,10 +67,10 @@ def test_solves_and_their_derivatives_are_those_of_autograd(solver, adjoint):
             network.prepare(known),
             1,
             2,
-            energy_and_grad=lambda z, a: pulled(*part.value_and_grad(z, a), a),
+            cost_and_grad=lambda z, a: pulled(*part.cost_and_grad(z, a), a),
         )
         if not closed:
-            objective = replace(objective, energy_and_grad=None)
+            objective = replace(objective, cost_and_grad=None)
         assert (objective.value_and_grad(start) is not None) == closed
         planner = Planner(solver, adjoint, box, 6, tolerance=0.0)
         plan = planner.plan(objective, start.clamp(-1, 1).view(5, 1, 2))
@@ -98,7 +98,7 @@ def test_a_closed_form_of_another_shape_is_named():
 def test_no_graph_is_built_without_need():
     network, (known, action) = score(), inputs()
     part = network.remainder()
-    objective = EnergyObjective(None, part.value, network.prepare(known), 1, 2, energy_and_grad=part.value_and_grad)
+    objective = EnergyObjective(None, part.value, network.prepare(known), 1, 2, cost_and_grad=part.cost_and_grad)
     assert not any(part.requires_grad for part in value_and_grad(objective, action))
     assert all(part.requires_grad for part in value_and_grad(objective, action, create_graph=True))
     with torch.no_grad():

@@ -438,6 +438,9 @@ def test_mistakes_are_named():
 
     with pytest.raises(ObjectiveError, match=r"unsqueeze\(-1\)"):
         solve(cost, start, inequality=lambda x: x[:, 0] - 0.5)
+    for wrong in (lambda x: x > 0.5, lambda x: x.float(), lambda x: (x > 0.5).long()):
+        with pytest.raises(ObjectiveError, match=r"inequality: returned torch\..*instead of x > limit"):
+            solve(cost, start, inequality=wrong)
     with pytest.raises(ObjectiveError, match="equality"):
         solve(cost, start, equality=lambda x: x.sum(-1) - 0.5)
     with pytest.raises(ObjectiveError, match=r"constraint.*unsqueeze\(-1\)"):

@@ -1,5 +1,7 @@
 """Faults that a control engineer met in ordinary problems: each was a wrong status or a wrong gradient."""
 
+import math
+
 import pytest
 import torch
 
@@ -196,6 +198,25 @@ def test_transforms_that_would_be_wrong_are_refused():
     with torch.autograd.forward_ad.dual_level(), pytest.raises(SolverError, match="functional.jacobian"):
         first(torch.autograd.forward_ad.make_dual(target, target))
     assert torch.autograd.functional.jacobian(first, target).abs().max() > 0
+
+
+@pytest.mark.parametrize("reward", [lambda s, a: s[..., 0] > 0, lambda s, a: s[..., 0].double()])
+def test_a_reward_of_another_type_is_named(reward):
+    with pytest.raises(ObjectiveError, match=r"reward returned torch\.(bool|float64) for a state in torch\.float32"):
+        difftori.plan(moved, reward, None, torch.zeros(2, 2), torch.zeros(2, 5, 1))
+
+
+@pytest.mark.parametrize("discount", [-0.5, math.nan, math.inf, 0.0])
+def test_discounts_are_checked(discount):
+    def edge(s):
+        return s[..., :1] - 5.0
+
+    with pytest.raises(ObjectiveError, match=f"discount={discount} must be"):
+        difftori.plan(
+            moved, reach, None, torch.zeros(2, 2), torch.zeros(2, 5, 1), discount=discount, terminal_constraint=edge
+        )
+    if discount == 0:  # the next reward only
+        difftori.plan(moved, reach, None, torch.zeros(2, 2), torch.zeros(2, 5, 1), discount=discount)
 
 
 @pytest.mark.parametrize(

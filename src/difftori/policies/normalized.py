@@ -136,12 +136,22 @@ class NormalizedPolicy:
         return whole, planned
 
     def _own(self, obs: WindowObs) -> WindowObs:
-        """Return the policy's observations in its own order, in which it concatenates their features. Raises ShapeError if one is missing."""
+        """Return the policy's observations in its own order, in which it concatenates their features. Raises ShapeError if one is missing or has another shape."""
         if missing := [name for name in self.spec.obs if name not in obs]:
             raise ShapeError(
                 f"{self.policy.name}: the observations have {', '.join(obs) or 'nothing'}, but not {', '.join(missing)}. Fix: add them"
             )
-        return {name: obs[name] for name in self.spec.obs}
+        return {name: self._checked(name, torch.as_tensor(obs[name])) for name in self.spec.obs}
+
+    def _checked(self, name: str, values: Tensor) -> Tensor:
+        """Return the steps (B O …) of one observation in the policy's precision. Raises ShapeError for another shape."""
+        wanted = (self.spec.n_obs_steps, *self.spec.obs[name].shape)
+        if values.shape[1:] != wanted:
+            raise ShapeError(
+                f"{self.policy.name}: {name} has shape {tuple(values.shape)}, not (B, {', '.join(map(str, wanted))}). Fix: give the last "
+                f"{wanted[0]} observations of each row, or act step by step with difftori.load(policy)"
+            )
+        return values if values.dtype == torch.uint8 else values.to(self.low.dtype)
 
     def _range_of_actions(self) -> Normalizer:
         """Return the scaling of actions from their range in the training data, or from their box, to [−1, 1].

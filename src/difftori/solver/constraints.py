@@ -332,6 +332,11 @@ def _checked(values: Tensor, like: Tensor, name: str) -> Tensor:
             f"{name}: returned {shape} for {like.shape[0]} rows, but must return (B m): m ≥ 1 values per row, each ≤ 0 "
             f"(= 0 for an equality). Fix: for one constraint, add a last dimension: value.unsqueeze(-1)."
         )
+    if values.dtype != like.dtype:
+        raise ObjectiveError(
+            f"{name}: returned {values.dtype}, but the problem is in {like.dtype}. Fix: return by how much the limit is exceeded, "
+            f"such as x - limit instead of x > limit, in {like.dtype}."
+        )
     return values
 
 
