@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,44 +29,50 @@ class ActionScore(nn.Sequential):
     def remainder(self) -> "Remainder":
         """f as a function of prepared z and actions."""
         first, *middle, last = self._linear()
-        return Remainder(first.weight[:, self.known :], middle, last)
+        weights = [first.weight[:, self.known :], *(layer.weight for layer in middle)]
+        return Remainder(weights, [layer.bias for layer in middle], last, -last.weight.t() * weights[-1])
 
     def _linear(self) -> list[nn.Linear]:
         return [layer for layer in self if isinstance(layer, nn.Linear)]
 
 
 class Remainder(NamedTuple):
-    """f for prepared z (B W) and actions (B size): `first`, the first layer's weights (W size) of the actions, and the other layers."""
+    """f for prepared z (B W) and actions (B size).
 
-    first: Tensor
-    middle: list[nn.Linear]
+    `weights` of the hidden layers, of the first those for the actions; `biases` of all but the first; the `last` layer. `slopes`:
+    the last of `weights`, each row multiplied by minus its unit's weight in the last layer.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor]
     last: nn.Linear
+    slopes: Tensor
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The prepared z, and the numbers that were appended to it."""
-        width = self.first.shape[0]
+        width = self.weights[0].shape[0]
         return state[..., :width], state[..., width:]
 
     def value(self, prepared: Tensor, action: Actions) -> Rows:
         """f (B)."""
         return self.last(self._hidden(prepared, action)[-1]).squeeze(-1)
 
-    def value_and_grad(self, prepared: Tensor, action: Actions) -> tuple[Rows, Actions]:
-        """f (B), and its gradient with respect to the actions (B size).
+    def cost_and_grad(self, prepared: Tensor, action: Actions) -> tuple[Rows, Actions]:
+        """−f (B), and its gradient with respect to the actions (B size).
 
         Both can be differentiated as usual, with fewer operations than differentiating f twice.
         """
-        hidden = self._hidden(prepared, action)
-        slope = self.last.weight * _elu_slope(hidden[-1])
-        for layer, below in zip(reversed(self.middle), reversed(hidden[:-1]), strict=True):
-            slope = (slope @ layer.weight) * _elu_slope(below)
-        return self.last(hidden[-1]).squeeze(-1), slope @ self.first
+        *hidden, top = self._hidden(prepared, action)
+        grad = _elu_slope(top) @ self.slopes
+        for weight, below in zip(reversed(self.weights[:-1]), reversed(hidden), strict=True):
+            grad = (grad * _elu_slope(below)) @ weight
+        return -self.last(top).squeeze(-1), grad
 
     def _hidden(self, prepared: Tensor, action: Actions) -> list[Tensor]:
         """The outputs of the hidden layers."""
-        hidden = [F.elu(prepared + F.linear(action, self.first))]
-        for layer in self.middle:
-            hidden.append(F.elu(layer(hidden[-1])))
+        hidden = [F.elu(torch.addmm(prepared, action, self.weights[0].t()))]
+        for weight, bias in zip(self.weights[1:], self.biases, strict=True):
+            hidden.append(F.elu(F.linear(hidden[-1], weight, bias)))
         return hidden
 
 

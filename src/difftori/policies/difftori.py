@@ -102,6 +102,8 @@ class DiffTORIConfig(RefinerConfig):
     encoder_layers: tuple[int, ...] | None = None
     """Widths of the hidden layers of the encoder after the encoders of clouds and images (default: those of `--hidden`). Empty: no
     layers, so that the features are the latent state."""
+    score_hidden: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Widths of the hidden layers of the score f (default: those of `--hidden`). One layer trains in two thirds of the time."""
     decision: Literal["step", "chunk"] = "chunk"
     """Action model. `step`: one action per step, with latent dynamics between steps. `chunk`: all planned actions are one vector,
     scored at once, without dynamics, as in the MetaWorld release."""
@@ -184,7 +186,7 @@ class DiffTORI(Refiner):
         self.encoder, self.state_dim = _encoder(config, self.window.width)
         self.known, hidden = self.state_dim + config.cvae_dim, config.hidden
         self.dynamics = None if chunk else mlp((self.known + self.size, *hidden, self.state_dim), nn.ELU)
-        self.score = ActionScore(self.known, self.size, hidden)
+        self.score = ActionScore(self.known, self.size, config.score_hidden or hidden)
         small_init_(self.score)  # initially the solve hardly changes its start, or moves it to the anchor
         if self.dynamics is not None:
             # initially, H steps of the model hardly change the state, so that the gradient does not explode
@@ -249,9 +251,9 @@ class DiffTORI(Refiner):
         score = self.score.remainder()
         prepared = torch.cat([self.score.prepare(known), *anchor], -1)
         if self.settings.anchor == "none":
-            return EnergyObjective(None, score.value, prepared, 1, self.size, energy_and_grad=score.value_and_grad)
+            return EnergyObjective(None, score.value, prepared, 1, self.size, cost_and_grad=score.cost_and_grad)
         functions = partial(self._anchored, score), partial(self._anchored_and_grad, score)
-        return EnergyObjective(None, functions[0], prepared, 1, self.size, energy_and_grad=functions[1])
+        return EnergyObjective(None, functions[0], prepared, 1, self.size, cost_and_grad=functions[1])
 
     @torch.no_grad()
     def act(
@@ -332,11 +334,11 @@ class DiffTORI(Refiner):
         return score.value(prepared, action) - self._pull(anchor, action)[0]
 
     def _anchored_and_grad(self, score: Remainder, state: States, action: Actions) -> tuple[Rows, Actions]:
-        """Return the same and its gradient with respect to the actions."""
+        """Return minus the same, and its gradient with respect to the actions."""
         prepared, anchor = score.split(state)
-        value, grad = score.value_and_grad(prepared, action)
+        cost, grad = score.cost_and_grad(prepared, action)
         pull, slope = self._pull(anchor, action)
-        return value - pull, grad - slope
+        return cost + pull, grad + slope
 
     def _pull(self, anchor: Tensor, action: Actions) -> tuple[Rows, Actions]:
         """Return ½k‖a − c‖² and its gradient. c is the centre of the box or the first numbers of `anchor`."""

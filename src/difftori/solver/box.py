@@ -87,7 +87,7 @@ class Box:
         low, high = number_like(self.low, x).detach(), number_like(self.high, x).detach()
         for name, bound in (("low", low), ("high", high)):
             try:
-                fits = torch.broadcast_shapes(bound.shape, x.shape) == x.shape
+                fits = bound.dim() == 0 or torch.broadcast_shapes(bound.shape, x.shape) == x.shape
             except RuntimeError:
                 fits = False
             if not fits:
@@ -178,14 +178,14 @@ class _Inward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        inside = torch.minimum(torch.maximum(x, low), high)
+        inside = torch.clamp(x, low, high)
         ctx.save_for_backward(x - inside)
         return inside
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,), (excess,) = grads, ctx.saved_tensors
-        return torch.where(excess * grad < 0, 0.0, grad), None, None
+        return grad.masked_fill(excess * grad < 0, 0.0), None, None
 
 
 def _empty(low: float, high: float, where: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a solve may read values to save operations, or to end when all rows have failed: not on a GPU, nor while it is traced."""
+"""Whether a solve may read values to save operations: not on a GPU, nor while it is traced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _ALL_STEPS = ContextVar("_ALL_STEPS", default=False)
 
 @contextmanager
 def all_steps() -> Iterator[None]:
-    """Solves without a tolerance take all their steps on the CPU too, as on a GPU, so that they can be traced."""
+    """Solves without a tolerance read no value on the CPU either, as on a GPU, so that they can be traced."""
     token = _ALL_STEPS.set(True)
     try:
         yield

@@ -171,11 +171,15 @@ class _Progress:
     best_cost: Rows
     best_norm: Tensor
     done: RowFlags
-    failed: RowFlags
+    sound: RowFlags
     steps: RowCounts
     curvature: Tensor
     length: Tensor
     best_states: Tensor | None = None
+
+
+def _all_finite(state: State) -> RowFlags:
+    return all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -210,9 +214,8 @@ class _Run:
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
             else:
-                reads = self.tolerance > 0 or reading_is_free(progress.x.device)
                 for _ in range(steps):
-                    if reads and bool(self._settled(progress).all()):
+                    if self.tolerance > 0 and not bool(self._working(progress).any()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
             if finish:
@@ -237,13 +240,13 @@ class _Run:
         x = self.x0 if problem.create_graph else self.x0.detach()
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
-        failed = ~all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
+        sound = _all_finite(state)
         length = self.test.length(x.detach(), state)
         curvature = self.test.first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else torch.zeros_like(failed)
-        return _Progress(x, state, x, state.cost, norm, done, failed, steps, curvature, length, state.states)
+        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else torch.zeros_like(sound)
+        return _Progress(x, state, x, state.cost, norm, done, sound, steps, curvature, length, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """Resume at the same point with a graph. The state is evaluated again, and converged rows resume their steps, because a
@@ -268,7 +271,7 @@ class _Run:
             cost,
             norm,
             done,
-            progress.failed,
+            progress.sound,
             progress.steps,
             progress.curvature,
             progress.length,
@@ -279,12 +282,11 @@ class _Run:
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
     ) -> None:
         """Apply the result of a step to the unfinished rows, and record the best iterate."""
-        settled = progress.failed if past_done else self._settled(progress)
-        working = moved = ~settled
+        working = moved = progress.sound if past_done else self._working(progress)
         if not self.solver.monotone:
-            finite = all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
+            finite = _all_finite(state)
             moved = working & finite
-            progress.failed = ~moved if settled is progress.failed else progress.failed | (working & ~finite)
+            progress.sound = moved if working is progress.sound else progress.sound & (finite | ~working)
         if self.tolerance > 0:
             self._learn_curvature(progress, x.detach(), state, moved)
         if reading_is_free(x.device) and bool(moved.all()):
@@ -316,17 +318,17 @@ class _Run:
     def _compiled(self, problem: Problem, progress: _Progress, steps: int) -> None:
         """Run all steps in compiled chunks of a fixed length. Only the ends of chunks are checked."""
         taken = 0
-        while taken < steps and not bool(self._settled(progress).all()):
+        while taken < steps and bool(self._working(progress).any()):
             chunk = min(_CHUNK, steps - taken)
             x, state = compiled_call(_steps, self.solver, problem, progress.x, progress.state, chunk)
-            working = ~self._settled(progress)
+            working = self._working(progress)
             self._advance(progress, x, state, counts=False)
             progress.steps = progress.steps + chunk * working
             taken += chunk
 
-    def _settled(self, progress: _Progress) -> RowFlags:
-        """Which rows take no further step. Without a tolerance, only a failure ends a row."""
-        return progress.failed if self.tolerance == 0 else progress.done | progress.failed
+    def _working(self, progress: _Progress) -> RowFlags:
+        """Which rows take further steps. Without a tolerance, only a failure ends a row."""
+        return progress.sound if self.tolerance == 0 else progress.sound & ~progress.done
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """Update the curvature and the length with the step about to be taken."""
@@ -347,8 +349,8 @@ class _Run:
         converged = self.test.close(progress.best_norm, progress.curvature, self.test.length(x, progress.state))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = status_with_hessian(status, differentiated, self.test.lengths, x)
-        unsound = progress.failed | bad_start | ~torch.isfinite(progress.best_cost)
-        return torch.where(unsound, int(Status.NON_FINITE), status)
+        sound = progress.sound & differentiated.iterates.usable & ~bad_start
+        return torch.where(sound, status, int(Status.NON_FINITE))
 
     def _record(self, x: Points, cost: Rows) -> None:
         if self.history is not None:
