@@ -37,6 +37,7 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.box import Bound
+from difftori.solver.checked import check_rows
 from difftori.solver.objective import ClampedObjective, as_objective
 from difftori.types import Plans, Points, Rows, States
 
@@ -208,7 +209,9 @@ _SMALL_STATE = 24
 
 
 def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
-    """Raise ObjectiveError if dynamics, reward or terminal value return rows of the wrong shape or precision."""
+    """Raise ObjectiveError if dynamics, reward or terminal value return rows of the wrong shape or precision, or rows of a function
+    depend on each other.
+    """
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
     assert isinstance(model, ReturnObjective)
     value = None if model.terminal_value is None else partial(model.value_at, state)
@@ -233,6 +236,16 @@ def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
                 raise ObjectiveError(
                     f"{name} returned {got.dtype} for a state in {state.dtype}. Fix: use the same precision for both."
                 )
+    check_rows("dynamics", lambda s, a: model.next(s, a, t), state, action)
+    check_rows("reward", lambda s, a: model.reward_at(s, a, t), state, action)
+    if model.terminal_value is not None:
+        check_rows("terminal_value", model.value_at, state)
+    if isinstance(objective, ConstrainedTrajectory):
+        stage, terminal = objective.stage, objective.terminal
+        if stage is not None:
+            check_rows("constraint", lambda s, a: stage(s, a, t), state, action)
+        if terminal is not None:
+            check_rows("terminal_constraint", terminal, state)
 
 
 def plan(

@@ -162,6 +162,39 @@ def test_each_unusable_input_is_refused_by_name_before_any_work():
     assert done.stdout.strip() == "refused", done.stderr
 
 
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda x: (x - x.mean(0)).square().sum(-1),
+        torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1), torch.nn.Flatten(0)),
+    ],
+)
+def test_an_objective_that_mixes_rows_is_named(cost):
+    with pytest.raises(ObjectiveError, match="objective: the value of row 1 depends on row 0"):
+        solve(cost, X0)
+    solve(cost, X0[:1] if not isinstance(cost, torch.nn.Module) else torch.zeros(0, 2))  # one row cannot be mixed
+
+
+def test_constraints_that_mix_rows_are_named():
+    with pytest.raises(ObjectiveError, match="inequality: the value of row 1 depends on row 0"):
+        solve(bowl, X0, inequality=lambda x: x - x.mean() - 1)
+    with pytest.raises(ObjectiveError, match="equality: the value of row 1 depends on row 0"):
+        solve(bowl, X0, equality=lambda x: (x - x.sum(0))[:, :1])
+
+
+def test_rows_with_parameters_of_their_own_and_random_numbers_are_not_mixed():
+    own, table = torch.arange(3.0), torch.arange(5.0)
+    for cost in (
+        lambda x: (x - own[:, None]).square().sum(-1),
+        lambda x: (x - torch.rand_like(x)).square().sum(-1),
+        lambda x: (
+            bowl(x) + table[x[:, 0].detach().long()]
+        ),  # NaN has no place in a table: the function cannot be checked
+        lambda x: bowl(x).masked_fill(x.detach()[:, 0] == 0, torch.nan),
+    ):
+        solve(cost, X0, max_steps=2)
+
+
 def test_negative_budget():
     with pytest.raises(SolverError, match="max_steps=-1"):
         solve(bowl, X0, max_steps=-1)

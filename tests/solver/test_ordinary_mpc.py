@@ -1,11 +1,13 @@
 """Faults that a control engineer met in ordinary problems: each was a wrong status or a wrong gradient."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import difftori
+from difftori import Controller
 from difftori.errors import ObjectiveError, ShapeError, SolverError
 from difftori.solver import ILQR, AugmentedLagrangian, Detached, Implicit, Newton, ProjectedGradient, Status, solve
 
@@ -204,6 +206,28 @@ def test_transforms_that_would_be_wrong_are_refused():
 def test_a_reward_of_another_type_is_named(reward):
     with pytest.raises(ObjectiveError, match=r"reward returned torch\.(bool|float64) for a state in torch\.float32"):
         difftori.plan(moved, reward, None, torch.zeros(2, 2), torch.zeros(2, 5, 1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"dynamics": lambda s, a: moved(s / (1 + s.norm()), a)}, "dynamics"),
+        ({"reward": lambda s, a: reach(s, a) / s.std()}, "reward"),
+        ({"terminal_value": lambda s: -(s - s.mean(0)).square().sum(-1)}, "terminal_value"),
+        ({"constraint": lambda s, a: s - s.mean() - 9.0}, "constraint"),
+        ({"terminal_constraint": lambda s: s - s.mean(0) - 9.0}, "terminal_constraint"),
+    ],
+)
+@pytest.mark.parametrize("closed_loop", [False, True])
+def test_functions_that_mix_rows_are_named(changed, name, closed_loop):
+    model = {"dynamics": moved, "reward": reach, "terminal_value": None} | changed
+    state = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    if closed_loop:
+        call = partial(Controller(**model, horizon=5, action_dim=1), state)
+    else:
+        call = partial(difftori.plan, **model, state=state, init_actions=torch.zeros(2, 5, 1))
+    with pytest.raises(ObjectiveError, match=f"^{name}: the value of row 1 depends on row 0"):
+        call()
 
 
 @pytest.mark.parametrize("discount", [-0.5, math.nan, math.inf, 0.0])

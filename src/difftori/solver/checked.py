@@ -1,7 +1,9 @@
 """Checks of the arguments of `solve`, before any computation. Each message names the value and the fix."""
 
 import math
-from typing import SupportsFloat, SupportsIndex
+from collections.abc import Callable
+from typing import Any, SupportsFloat, SupportsIndex
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint
 from difftori.solver.box import UNBOUNDED, Box
 from difftori.solver.method import Solver
-from difftori.solver.objective import Objective, TrajectoryObjective
+from difftori.solver.objective import FunctionObjective, Objective, TrajectoryObjective
+from difftori.solver.reading import reading_is_free
 
 
 def check_transforms() -> None:
@@ -78,6 +81,44 @@ def check_settings(
         raise ObjectiveError(
             f"solve: the objective's state is on {objective.state.device} and x0 is on {x0.device}. "
             "Fix: move one of them, for example x0.to(state.device)."
+        )
+
+
+def check_functions(objective: Objective, x0: Tensor, **constraints: Callable[[Tensor], Tensor] | None) -> None:
+    """Check the rows of an objective that is a callable, and of constraints, once for each function in the program's text."""
+    cost = objective.function if isinstance(objective, FunctionObjective) else None
+    for name, function in {"objective": cost, **constraints}.items():
+        text = getattr(function, "__code__", None)
+        if function is not None and len(x0) > 1 and text not in _checked_texts:
+            check_rows(name, function, x0)
+            if text is not None:
+                _checked_texts.add(text)
+
+
+_checked_texts: WeakSet[Any] = WeakSet()
+
+
+def check_rows(name: str, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Raise ObjectiveError if rows of a function of `inputs` (B …) depend on each other: whether NaN in the first row reaches others.
+
+    One evaluation. Nothing is checked where values are not read for free, as on a GPU, or if the function refuses NaN.
+    """
+    if len(inputs[0]) < 2 or not reading_is_free(inputs[0].device):
+        return
+    spoilt = [torch.cat([torch.full_like(values[:1], torch.nan), values[1:].detach()]) for values in inputs]
+    with torch.no_grad():
+        try:
+            reached = torch.isnan(function(*spoilt)[1:])
+            if bool(reached.any()):
+                reached &= ~torch.isnan(function(*inputs)[1:])
+            found = reached.nonzero().tolist()
+        except Exception:  # noqa: BLE001
+            return
+    if found:
+        row = 1 + found[0][0]
+        raise ObjectiveError(
+            f"{name}: the value of row {row} depends on row 0, but rows are independent problems. Fix: reduce over the last dimension "
+            "only, such as x.norm(dim=-1, keepdim=True) instead of x.norm()."
         )
 
 

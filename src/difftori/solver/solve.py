@@ -11,7 +11,14 @@ from difftori.errors import NonFiniteError, ObjectiveError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import Box
-from difftori.solver.checked import check_settings, check_start, check_transforms, check_types, checked_box
+from difftori.solver.checked import (
+    check_functions,
+    check_settings,
+    check_start,
+    check_transforms,
+    check_types,
+    checked_box,
+)
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
 from difftori.solver.convergence import Convergence
@@ -81,22 +88,24 @@ def solve(
         multipliers: `Solution.multipliers` of a similar problem, to start from.
 
     Raises:
-        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before any computation.
+        ShapeError, BoxError, ObjectiveError, SolverError: invalid input, before any computation. On the CPU also a callable whose rows
+            depend on each other, such as x / x.norm().
         NonFiniteError: a row is not finite; only with `throw`.
     """
     check_transforms()
     check_start(x0)
     solver = ProjectedGradient() if solver is None else solver
     check_types(solver, adjoint, box, max_steps, tolerance)
-    objective = as_objective(objective)
+    objective = plain = as_objective(objective)
     if inequality is not None or equality is not None:
-        objective = ConstrainedFunction(objective, inequality, equality)
+        objective = ConstrainedFunction(plain, inequality, equality)
     if history and isinstance(objective, Constrained):
         raise SolverError("solve: history is not available with constraints. Fix: history=False.")
     check_settings(solver, objective, x0, max_steps, tolerance, keep, compile)
 
     def run() -> Solution:
         bounds = checked_box(x0, box, candidates, inside=not project_start)
+        check_functions(plain, x0, inequality=inequality, equality=equality)
         problem = Problem(objective, bounds, False, generator, candidates, compile)
         if not isinstance(objective, Constrained):
             return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
