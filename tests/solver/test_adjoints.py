@@ -107,26 +107,28 @@ def test_unrolled_gradient_is_that_of_what_was_computed(name, problem):
 
 
 def logarithm_error(solver):
-    """The relative error of d(log t)/dt where the unrolled solve converged, and how many of the 16 rows did."""
+    """The relative error of d(log t)/dt where the unrolled solve converged, and in how many of the 16 rows it did and is valid."""
     t = (3 * torch.rand(16, 6, generator=torch.Generator().manual_seed(0), dtype=F64) + 0.3).requires_grad_()
     cost = lambda x: (x.exp() - t).square().sum(-1)  # noqa: E731
     solution = solve(cost, torch.zeros_like(t), solver=solver, box=Box(-5.0, 5.0), max_steps=300, adjoint=Unrolled())
     (found,) = torch.autograd.grad(solution.x.sum(), t)
-    return (found * t.detach() - 1)[solution.converged].abs().max().item(), int(solution.converged.sum())
+    converged, valid = solution.converged, solution.gradient_valid
+    return (found * t.detach() - 1)[converged].abs().max().item(), int(converged.sum()), int((converged & valid).sum())
 
 
 @pytest.mark.parametrize(
     "name", [name for name in SOLVERS if name not in SAMPLING | STACKED and name not in ("adam", "ilqr", "ddp")]
 )
 def test_the_unrolled_gradient_of_a_converged_solve_is_that_of_the_optimum(name):
-    error, count = logarithm_error(SOLVERS[name])
+    error, count, valid = logarithm_error(SOLVERS[name])
     assert error < 1e-3
-    assert count > 0
+    assert count == valid > 0
 
 
 def test_with_differentiated_step_lengths_it_is_not():
-    error, _ = logarithm_error(ProjectedGradient(exact_unrolling=True))
+    error, count, valid = logarithm_error(ProjectedGradient(exact_unrolling=True))
     assert error > 1
+    assert valid < count
 
 
 def test_unrolled_mppi_follows_its_weights():
@@ -181,6 +183,7 @@ def test_lqr_against_riccati(solver, adjoint):
     found = torch.autograd.grad((solution.x * weights).sum(), leaves)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-8 * max(1.0, float(b.abs().max())))
+    assert solution.gradient_valid.all()
 
 
 def test_held_coordinates_have_no_derivative():
@@ -415,3 +418,85 @@ def test_steps_at_a_first_order_point_do_not_amplify_the_derivative(corner, step
     (grad,) = torch.autograd.grad((solution.x * target.detach().sign()).sum(), target)
     expected = 0.5 * steps if corner else 1 - 0.5**steps
     torch.testing.assert_close(grad, expected * target.detach().sign())
+
+
+def unrolled(start=None, *, dtype=F64, tolerance=None, steps=400, solver=None, adjoint=None):
+    """16 quadratic problems of condition 100: the solution, and each row's relative error of an unrolled derivative."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 12, 12, generator=generator, dtype=F64))[0]
+    hessian = ((basis * torch.logspace(0, 2, 12, dtype=F64)) @ basis.mT).to(dtype)
+    target, weight = (torch.randn(16, 12, generator=generator, dtype=dtype) for _ in range(2))
+    target.requires_grad_()
+    optimum = torch.linalg.solve(hessian, target.detach())
+    solution = solve(
+        lambda x: 0.5 * torch.einsum("bi,bij,bj->b", x, hessian, x) - (x * target).sum(-1),
+        torch.zeros_like(optimum) if start is None else optimum + start,
+        solver=solver,
+        adjoint=adjoint or Unrolled(),
+        max_steps=steps,
+        tolerance=tolerance,
+    )
+    found = torch.zeros_like(target)
+    if solution.x.requires_grad:
+        (found,) = torch.autograd.grad((solution.x * weight).sum(), target)
+    wanted = torch.linalg.solve(hessian, weight)
+    return solution, (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"dtype": torch.float32},
+        {"start": 1e-4},
+        {"solver": GradientDescent(0.015), "steps": 3000},
+        {"solver": Newton()},
+        {"solver": Newton(), "start": 1.0},
+    ],
+)
+def test_unrolled_derivatives_that_have_converged_are_valid(case):
+    solution, errors = unrolled(**case)
+    assert solution.gradient_valid.all()
+    assert errors.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"solver": ProjectedGradient(exact_unrolling=True)},
+        {"start": 0.0},
+        {"start": 0.0, "solver": Newton()},
+        {"adjoint": Truncated(5)},
+        {"adjoint": Truncated(50)},
+        {"tolerance": 1e-2},
+    ],
+)
+def test_unrolled_derivatives_that_have_not_converged_are_not_valid(case):
+    solution, errors = unrolled(**case)
+    assert solution.converged.sum() >= 10
+    assert errors.max() > 0.05
+    assert not (solution.gradient_valid & (errors > 0.05)).any()
+
+
+def test_a_direction_that_the_solve_never_tried_is_noticed():
+    """The second variable starts at its optimum, so no step length was fitted to its curvature."""
+    target = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=F64, requires_grad=True)
+    curvature = torch.tensor([1.0, 30.0], dtype=F64)
+    solution = solve(
+        lambda x: (curvature * (x - target).square()).sum(-1), torch.zeros(2, 2, dtype=F64), adjoint=Unrolled()
+    )
+    assert solution.converged.all()
+    (grad,) = torch.autograd.grad(solution.x.sum(), target)
+    assert grad[0, 1].abs() > 10  # right: 1
+    assert solution.gradient_valid.tolist() == [False, True]
+    torch.testing.assert_close(grad[1], torch.ones(2, dtype=F64), atol=1e-3, rtol=0)
+
+
+def test_a_row_held_at_a_corner_from_the_start_has_a_valid_derivative_of_zero():
+    target = torch.tensor([[2.0, 3.0], [2.0, 0.5]], dtype=F64, requires_grad=True)
+    start = torch.tensor([[1.0, 1.0], [1.0, 0.5]], dtype=F64)
+    solution = solve(
+        lambda x: (x - target).square().sum(-1), start, box=Box(-1.0, 1.0), adjoint=Unrolled(), tolerance=1e-6
+    )
+    assert solution.steps.tolist() == [0, 0]
+    assert solution.gradient_valid.tolist() == [True, False]

@@ -11,6 +11,7 @@ from difftori.errors import SolverError
 from difftori.solver import kkt
 from difftori.solver.active import ActiveFactor, factorise_active, multipliers_of
 from difftori.solver.constraints import Constrained, ConstrainedFunction
+from difftori.solver.contraction import Contraction
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
@@ -20,13 +21,15 @@ from difftori.types import PointFlags, Points, RowFlags
 
 class Iterates(NamedTuple):
     """The result of an iteration: `x` to return (B n), `usable` (B), true for finite rows, `progress`, the state needed to
-    resume the iteration, and `states` (B H+1 S), the trajectory that belongs to x if the solver computes it.
+    resume the iteration, `states` (B H+1 S), the trajectory that belongs to x if the solver computes it, and `contraction` of an
+    iteration with a graph and a tolerance.
     """
 
     x: Points
     usable: RowFlags
     progress: Any
     states: Tensor | None = None
+    contraction: Contraction | None = None
 
 
 @runtime_checkable
@@ -44,7 +47,7 @@ class Differentiated(NamedTuple):
     `convex` (B): the Hessian is positive definite on the free set; `singular` (B): the Hessian is singular to working
     precision. Both are None if no Hessian was computed. `newton_step` (B n): H⁻¹∇J, an estimate of
     the distance to the optimum. `states` (B H+1 S): the states of a trajectory, with the same derivative, if the adjoint
-    computes it. `solves`: the linear solves of the backward pass; after it they list the rows that were not solved.
+    computes it. `solves`: the linear solves or the contraction of the backward pass; after it they list the rows that were not solved.
     """
 
     x: Points
@@ -53,7 +56,7 @@ class Differentiated(NamedTuple):
     newton_step: Points | None = None
     singular: RowFlags | None = None
     states: Tensor | None = None
-    solves: InverseProducts | None = None
+    solves: InverseProducts | Contraction | None = None
 
 
 class Adjoint(ABC):
@@ -84,8 +87,7 @@ class Unrolled(Adjoint):
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run the iteration with a graph."""
-        result = iterate(max_steps, True)
-        return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
+        return _unrolled(iterate(max_steps, True))
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,13 @@ class Truncated(Adjoint):
         if tail == max_steps:
             return Unrolled().apply(iterate, problem, max_steps)
         before = iterate(max_steps - tail, False, finish=False)
-        result = iterate(tail, True, before.progress)
-        return Differentiated(choose(result.usable, result.x, result.x.detach()), result)
+        return _unrolled(iterate(tail, True, before.progress))
+
+
+def _unrolled(result: Iterates) -> Differentiated:
+    """The result of steps with a graph. Unusable rows have no derivative."""
+    x = choose(result.usable, result.x, result.x.detach())
+    return Differentiated(x, result, solves=result.contraction)
 
 
 @dataclass(frozen=True)

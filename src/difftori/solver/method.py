@@ -12,7 +12,7 @@ from difftori.solver.box import Box
 from difftori.solver.compiled import compiled_call, maybe_compiled
 from difftori.solver.derivatives import check_cost, costs_of_candidates, value_and_grad, value_grad_hessian
 from difftori.solver.objective import Objective
-from difftori.types import Hessians, Points, PointSets, Rows
+from difftori.types import Hessians, Points, PointSets, RowFlags, Rows
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class State(NamedTuple):
     states: Tensor | None = None
     distance: Points | None = None
 
+    def finite(self) -> RowFlags:
+        """Which rows have a finite cost and gradient, (B)."""
+        return all_finite(self.cost.detach(), None if self.grad is None else self.grad.detach())
+
     def detached(self) -> "State":
         """The same state without a graph."""
         grad = None if self.grad is None else self.grad.detach()
@@ -92,6 +96,8 @@ class Solver(ABC):
     solution is differentiated: if `problem.create_graph` is set, `step` must use differentiable operations only.
     """
 
+    quadratic: ClassVar[bool] = False
+    """Whether one step solves a quadratic problem, and its derivative is that of the optimum. Default: False."""
     traced_whole: ClassVar[bool] = True
     """With compile=True, whether several steps are traced together. False: a step compiles its own parts. Default: True."""
 

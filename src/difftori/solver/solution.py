@@ -103,13 +103,16 @@ class Solution:
 
     @property
     def gradient_valid(self) -> RowFlags:
-        """Which rows have a trustworthy implicit gradient, (B).
+        """Which rows have a trustworthy gradient of the optimum, (B).
 
         The row is finite and feasible, its free-set Hessian is positive definite, and a Newton step would move no coordinate
         by more than 1e-2 of the narrowest range of its row (ranges above 2, and open ones, count as 2; fixed variables do not
         count) or, where the ranges of the row differ by a factor of 8 or more, by 2e-2 of its own length
         (`Lengths.of`). `Implicit("dense")` computes the Hessian during the solve; otherwise the first access computes it with n
         batched Hessian-vector products.
+
+        After a backward pass, also what it found: with `Implicit("cg")`, that the linear system was solved; with `Unrolled` and
+        `Truncated` and a tolerance, that the derivative no longer depends on the first unrolled iterate by more than 1 %.
         """
         solves = self.differentiated.solves
         if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):

@@ -21,6 +21,7 @@ from difftori.solver.checked import (
 )
 from difftori.solver.compiled import compiled_call
 from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
+from difftori.solver.contraction import Contraction
 from difftori.solver.convergence import Convergence
 from difftori.solver.derivatives import checked_cost
 from difftori.solver.inference import without_inference_tensors
@@ -172,7 +173,9 @@ def _solve(
 
 @dataclass
 class _Progress:
-    """The state of an iteration from step to step, per row. `best_norm`, `curvature` and `length` (K B) in each of K units."""
+    """The state of an iteration from step to step, per row. `best_norm`, `curvature` and `length` (K B) in each of K units. `improved`: rows
+    whose result is not the iterate that they began with.
+    """
 
     x: Points
     state: State
@@ -184,11 +187,8 @@ class _Progress:
     steps: RowCounts
     curvature: Tensor
     length: Tensor
+    improved: RowFlags
     best_states: Tensor | None = None
-
-
-def _all_finite(state: State) -> RowFlags:
-    return all_finite(state.cost.detach(), None if state.grad is None else state.grad.detach())
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -215,10 +215,14 @@ class _Run:
         """Run `steps` more steps, with or without a graph, and the solver's final refinement."""
         with torch.set_grad_enabled(differentiable):
             problem = self.problem.with_graph() if differentiable else self.problem
+            measures = differentiable and self.tolerance > 0
+            contraction = Contraction(problem.box, self.tolerance, self.solver.quadratic) if measures else None
             if progress is None:
                 progress = self._begin(problem)
             elif differentiable:
                 progress = self._resume(problem, progress)
+            before = progress
+            progress = replace(before)
             # A generator cannot be traced: steps that sample from one run eagerly, and only their evaluations are compiled.
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
@@ -227,6 +231,8 @@ class _Run:
                     if self.tolerance > 0 and not bool(self._working(progress).any()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
+                    if contraction is not None:
+                        contraction.watch(progress.x)
             if finish:
                 x, state = self.solver.finish(problem, progress.x, progress.state)
                 if state is not progress.state:
@@ -237,7 +243,11 @@ class _Run:
             progress.best_norm = self.test.norm(progress.x, progress.state)
             progress.best_states = progress.state.states
         usable = all_finite(progress.best_cost.detach(), x.detach())
-        return Iterates(x, usable, progress, None if differentiable else progress.best_states)
+        if not differentiable:
+            return Iterates(x, usable, progress, progress.best_states)
+        if contraction is not None:
+            x = contraction.end(x, before, progress)
+        return Iterates(x, usable, progress, contraction=contraction)
 
     def recorded(self) -> History | None:
         """The iterates so far, if `history` is set."""
@@ -249,13 +259,14 @@ class _Run:
         x = self.x0 if problem.create_graph else self.x0.detach()
         state = self.solver.init(problem, x)
         norm = self._norm(x, state)
-        sound = _all_finite(state)
+        sound = state.finite()
         length = self.test.length(x.detach(), state)
         curvature = self.test.first_curvature(x.detach(), state, norm, length)
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else torch.zeros_like(sound)
-        return _Progress(x, state, x, state.cost, norm, done, sound, steps, curvature, length, state.states)
+        none = torch.zeros_like(sound)
+        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else none
+        return _Progress(x, state, x, state.cost, norm, done, sound, steps, curvature, length, none, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """Resume at the same point with a graph. The state is evaluated again, and converged rows resume their steps, because a
@@ -273,28 +284,17 @@ class _Run:
         done = torch.zeros_like(progress.done)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
         norm = self._norm(x, state)
-        return _Progress(
-            x,
-            state,
-            x,
-            cost,
-            norm,
-            done,
-            progress.sound,
-            progress.steps,
-            progress.curvature,
-            progress.length,
-            state.states,
-        )
+        begun = replace(progress, x=x, state=state, best_x=x, best_cost=cost, best_norm=norm, best_states=state.states)
+        return replace(begun, done=done, improved=done)
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
     ) -> None:
         """Apply the result of a step to the unfinished rows, and record the best iterate."""
-        working = moved = progress.sound if past_done else self._working(progress)
+        working = moved = better = progress.sound if past_done else self._working(progress)
         if not self.solver.monotone:
-            finite = _all_finite(state)
-            moved = working & finite
+            finite = state.finite()
+            moved = better = working & finite
             progress.sound = moved if working is progress.sound else progress.sound & (finite | ~working)
         if self.tolerance > 0:
             self._learn_curvature(progress, x.detach(), state, moved)
@@ -313,6 +313,7 @@ class _Run:
             if progress.best_states is not None and progress.state.states is not None:
                 progress.best_states = choose(better, progress.state.states, progress.best_states)
         if self.tolerance > 0:
+            progress.improved = progress.improved | better
             progress.done = progress.done | self.test.close(norm, progress.curvature, progress.length)
         if counts:
             progress.steps = progress.steps + working
