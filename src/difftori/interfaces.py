@@ -191,6 +191,8 @@ class Agent(nn.Module, ABC):
     STEERABLE: Steerable = "none"
     """What `act` plans with if it gets `steering`, of the class or one of its settings. `none`: it never gets it, and its finished plan is
     projected (`difftori.steering`)."""
+    SHORT_SEGMENTS: ClassVar[bool] = False
+    """Whether the agent learns from segments of fewer than T steps before a time limit too, as all do before a termination."""
     batch_size: int
     updates: int = 0
     """Number of updates so far."""

@@ -94,11 +94,10 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     after it.
     """
     limited = env.metadata.get("max_episode_steps") is not None
-    box, numbers = env.action_space, np.random.default_rng(0)
-    low, high = (np.nan_to_num(bound, posinf=1.0, neginf=-1.0) for bound in (box.low, box.high))
+    draw = _random_actions(env)
 
     def act(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
-        return numbers.uniform(low, high).astype(box.dtype)
+        return draw()
 
     start = {name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}
     reported = not success
@@ -121,6 +120,33 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
             )
     if not reported:
         raise _no_success(env)
+
+
+def check_seeding(env: CheckedVectorEnv) -> None:
+    """Warn if two episodes with the same seed and actions begin differently, within two steps."""
+    draw, found = _random_actions(env), []
+    actions = [draw(), draw()]
+    for _ in range(2):
+        track = [{name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}]
+        for action in actions:
+            obs, rewards, terminated, truncated, _ = env.step(action)
+            track.append({**{name: values.copy() for name, values in named(obs).items()}, "reward": rewards.copy()})
+            if (terminated | truncated).any():
+                break
+        found.append(track)
+    if len(found[0]) != len(found[1]) or not all(map(_same, *found)):
+        _log.warning(
+            "env: two episodes of %s with the same seed and actions differ: a run that is interrupted discards its running episodes, and "
+            "policies are not compared on the same ones. Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
+            env.name,
+        )
+
+
+def _random_actions(env: CheckedVectorEnv) -> Callable[[], np.ndarray]:
+    """Return a function that draws actions for all rows."""
+    box, numbers = env.action_space, np.random.default_rng(0)
+    low, high = (np.nan_to_num(bound, posinf=1.0, neginf=-1.0) for bound in (box.low, box.high))
+    return lambda: numbers.uniform(low, high).astype(box.dtype)
 
 
 def _same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

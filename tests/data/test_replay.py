@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from difftori.agents.actor_critic import n_step
 from difftori.data.replay import Replay
 from difftori.errors import ConfigError, DataError, NonFiniteError
 from tests.support.naive_replay import Player, compare, events, make_player, same, seeded
@@ -64,6 +65,21 @@ def test_the_last_starts_of_an_episode_can_be_drawn_only_if_it_terminated():
     player.episode(2)
     player.episode(4, "terminate")
     assert drawable(player.replay) == {0, 1, 2, 3, 7, 10, 11, 12, 13}
+
+
+def test_short_segments_begin_at_every_state_and_bootstrap_at_a_time_limit():
+    player = make_player(length=3, short=True)
+    player.episode(6)
+    player.episode(2)
+    assert drawable(player.replay) == {0, 1, 2, 3, 4, 5, 7, 8}
+    segment = player.replay.sample(200, generator=seeded())
+    last = segment.index.tolist().index(5)
+    transition = n_step(segment, 0.5)
+    assert segment.mask[:, last].tolist() == [1.0, 0.0, 0.0]
+    assert transition.discounts[last] == 0.5
+    np.testing.assert_array_equal(transition.obs[last], player.kept[0].obs[5])
+    np.testing.assert_array_equal(transition.next_obs[last], player.kept[0].obs[6])
+    assert transition.rewards[last] == player.kept[0].rewards[5]
 
 
 def test_truncation_bootstraps_and_termination_does_not():

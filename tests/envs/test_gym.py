@@ -73,6 +73,16 @@ def test_time_limits_truncate_and_stand_in_the_spec(registered):
     assert [(bool(a[0]), bool(b[0])) for a, b in flags] == [(False, False), (False, False), (False, True)]
 
 
+def test_a_limit_is_a_multiple_of_the_action_repeat(registered):
+    name = registered(UNIT, UNIT)
+    with pytest.raises(
+        ConfigError, match="max_episode_steps: 7 is no multiple of the action repeat 3 of gym:.*Fix: 6 or 9"
+    ):
+        make(name, num_envs=1, seed=0, action_repeat=3, max_episode_steps=7)
+    env = make(name, num_envs=1, seed=0, action_repeat=3, max_episode_steps=6)
+    assert env_spec(env).max_agent_steps == 2
+
+
 def test_images_are_stacked_channels_first(registered):
     env = make(registered(Box(0, 255, (8, 6, 3), np.uint8), UNIT), num_envs=1, seed=0, obs="pixels")
     assert env.reset()[0].shape == (1, 9, 8, 6)

@@ -12,6 +12,7 @@ from difftori.experiments.paper import (
     base_noise,
     manipulation,
     maniskill,
+    score_layers,
     solve_steps,
     table1,
     table2,
@@ -40,12 +41,14 @@ def asked(monkeypatch) -> dict:
     def run(config, cases, methods, compared, **named):
         found.update(named, cases=cases, methods={method.label: method for method in methods}, compared=compared)
 
-    for module in (manipulation, maniskill, table1, base_noise, solve_steps):
+    for module in (manipulation, maniskill, table1, base_noise, score_layers, solve_steps):
         monkeypatch.setattr(module, "run_refinement", run)
     return found
 
 
-@pytest.mark.parametrize("study", [table1, table2, table3, table4, table5, table6, table7, base_noise, solve_steps])
+@pytest.mark.parametrize(
+    "study", [table1, table2, table3, table4, table5, table6, table7, base_noise, score_layers, solve_steps]
+)
 def test_what_is_compared_is_run_and_bases_stand_before_what_refines_them(study, asked, tmp_path):
     study.run(study.Config(demos=tmp_path))
     labels = list(asked["methods"])

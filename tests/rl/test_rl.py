@@ -241,6 +241,62 @@ def test_episodes_of_unequal_age_are_played_again():
         Collector(make_env("gym:Pendulum-v1", num_envs=3, seed=9), replay, 0).load(state)
 
 
+LINE = "tests.support.line:Line"
+
+
+def interrupted_at(number, function):
+    """The function, which is interrupted in its call of this number."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(None)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("hidden", ["reset", "step"])
+def test_random_numbers_beside_the_seed_are_warned_of_and_cost_only_the_running_episodes(
+    hidden, tmp_path, caplog, monkeypatch
+):
+    values = {"env": LINE, "env_options": (f"hidden={hidden}",), "steps": 130, "save_every": 10, "agent": "sac"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "step", interrupted_at(75, Collector.step))
+        with pytest.raises(KeyboardInterrupt):
+            rl.train(config(**values), tmp_path, progress=False)
+    assert "two episodes of tests.support.line:Line with the same seed and actions differ" in caplog.text
+    caplog.clear()
+    summary = rl.train(config(**values), tmp_path, progress=False)
+    assert ("These episodes are discarded" in caplog.text) == (hidden == "reset")  # this run is saved between episodes
+    assert summary["env_steps"] == 130
+
+
+def test_finished_episodes_are_counted_and_success_is_reported(tmp_path):
+    for goal, success in ((-9.0, 1.0), (9.0, 0.0)):
+        out = tmp_path / str(success)
+        summary = rl.train(config(env=LINE, env_options=(f"goal={goal}",), num_envs=2, agent="sac"), out, progress=False)
+        rows = [row for row in read_metrics(out) if "episode" in row]
+        assert [row["episode"] for row in rows] == list(range(1, 2 * (100 // 6) + 1))
+        assert summary["episodes"] == len(rows)
+        assert {row["eval/success"] for row in read_metrics(out) if "eval/return" in row} == {success}
+
+
+def test_a_capacity_below_one_episode_is_refused_before_the_start(tmp_path):
+    with pytest.raises(
+        ConfigError, match="capacity: 5 agent steps hold no episode of up to 6. Fix: --capacity 6 or more"
+    ):
+        rl.train(config(env=LINE, capacity=5), tmp_path, progress=False)
+
+
+def test_settings_that_do_not_fit_each_other_are_named():
+    with pytest.raises(ConfigError, match="settings: elites: 9 cannot be chosen from 8 samples"):
+        config("tdmpc", settings={"elites": 9, "samples": 8})
+    with pytest.raises(ConfigError, match="settings: horizon_start: 3 is above horizon, 2"):
+        config(settings={"horizon_start": 3, "horizon": 2})
+
+
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):
     restart_in_step(60, monkeypatch)
     summary = rl.train(config(env="probe:delayed-reward", steps=120, eval_every=1000), tmp_path, progress=False)

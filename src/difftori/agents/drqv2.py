@@ -85,6 +85,7 @@ class DrQV2(Agent):
     """
 
     name = "drqv2"
+    SHORT_SEGMENTS = True
     Config = DrQV2Config
 
     def __init__(self, config: DrQV2Config, spec: EnvSpec):

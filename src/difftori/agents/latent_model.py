@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difftori.agents.losses import ModelCoefficients
@@ -91,6 +91,12 @@ class LatentModelConfig(AgentConfig):
     """Planning horizon at the first agent step; it grows linearly to `horizon` over `schedule_steps`."""
     schedule_steps: int = Field(default=25_000, ge=0)
     """Agent steps over which the exploration noise falls and the planning horizon grows."""
+
+    @model_validator(mode="after")
+    def _starts_below_the_horizon(self) -> "LatentModelConfig":
+        if self.horizon_start > self.horizon:
+            raise ValueError(f"horizon_start: {self.horizon_start} is above horizon, {self.horizon}. Fix: at most that")
+        return self
 
     def plan_horizon(self, step: int) -> int:
         """The planning horizon H after `step` agent steps."""

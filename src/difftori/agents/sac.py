@@ -102,6 +102,7 @@ class SAC(Agent):
     """
 
     name = "sac"
+    SHORT_SEGMENTS = True
     Config = SACConfig
 
     def __init__(self, config: SACConfig, spec: EnvSpec):

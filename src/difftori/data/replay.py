@@ -78,6 +78,7 @@ class Replay:
         num_rows: int = 1,
         alpha: float = 0.6,
         beta: float = 0.4,
+        short: bool = False,
         storage: Storage | Literal["auto"] = "memory",
         folder: Path | None = None,
         device: torch.device | str = "cpu",
@@ -99,7 +100,7 @@ class Replay:
             raise ConfigError(faults)
 
         self.capacity, self.length, self.action_dim = capacity, length, action_dim
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta, self.short = alpha, beta, short
         self.device = torch.device(device)
         self._frames = Frames(tuple(obs_shape), dtype, stack)
         self._size = capacity + max(capacity // 20, 1)
@@ -335,9 +336,9 @@ class Replay:
             self._count -= oldest.length
             self._tree.set(self._slots(oldest.start, oldest.stop), 0.0)
         self._write(stored, episode)
-        # Segments are whole, except at the end of an episode that terminated: its last steps have values that nothing bootstraps.
-        terminated = bool(episode.steps[-1, -1] > 0)
-        starts = stored.length if terminated else max(stored.length - self.length + 1, 1)
+        # At the end of an episode that terminated, the last steps have values that nothing bootstraps.
+        short = self.short or bool(episode.steps[-1, -1] > 0)
+        starts = stored.length if short else max(stored.length - self.length + 1, 1)
         self._tree.set(self._slots(stored.start, stored.start + starts), greatest)
 
     def _write(self, stored: _StoredEpisode, episode: Episode) -> None:

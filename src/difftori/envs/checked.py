@@ -213,7 +213,8 @@ class CheckedVectorEnv(VectorEnv[ObsT, np.ndarray, np.ndarray]):
             if rows:
                 raise NonFiniteError(
                     f"{self.name}, step {self._steps}: NaN or Inf in the {what} of rows {rows[:8]} (episode seeds "
-                    f"{self._episode_seeds[rows[:8]].tolist()}); the simulation diverged there. Fix: check the actions"
+                    f"{self._episode_seeds[rows[:8]].tolist()}); the simulation diverged there, or the environment computes them wrongly. "
+                    "Fix: check the actions and the environment; a run that is resumed meets the same episode again"
                 )
         return values
 

@@ -334,7 +334,14 @@ def _build(
         fix = "add the parameter num_envs to the function" if isinstance(env, VectorEnv) else "return a gymnasium.Env"
         raise ConfigError([f"env: {name!r} returned a {type(env).__name__}, not a gymnasium.Env. Fix: {fix}"])
     env = flat_observations(env, name=name) if flat else env
-    steps = None if limit is None else -(-limit // env.metadata.get("action_repeat", 1))
+    own = env.metadata.get("action_repeat", 1)
+    if limit is not None and limit % (own * repeat):
+        least = limit - limit % (own * repeat)
+        near = " or ".join(str(steps) for steps in (least, least + own * repeat) if steps)
+        raise ConfigError(
+            [f"max_episode_steps: {limit} is no multiple of the action repeat {own * repeat} of {name}. Fix: {near}"]
+        )
+    steps = None if limit is None else limit // own
     env = CheckedEnv(env, name=name, max_episode_steps=steps)
     env = ActionRepeat(env, repeat) if repeat > 1 else env
     env = Distractors(env, distractors, name=name) if distractors else env

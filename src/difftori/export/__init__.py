@@ -77,7 +77,8 @@ def export_model(model: Published, out: Path, *, format: Format = "onnx", tolera
         if not difference <= tolerance:  # also if it is NaN
             raise ExportError(
                 f"{program.name}: the exported file computes other actions: difference {difference:.2g} of their range, more than "
-                f"{tolerance:g}. Fix: another format, or a larger tolerance"
+                f"{tolerance:g}. Rounding decides where a planner chooses among plans that are nearly equal. Fix: --format pt2, "
+                "which rounds as PyTorch does, or a larger tolerance"
             )
         times = _times(program, draws, call)
         partial.replace(out)

@@ -1,5 +1,6 @@
 """Collects training episodes in a vector of environments."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,12 +22,18 @@ ActInEnvs: TypeAlias = Callable[[Observations, "Memory | None", RowFlags], tuple
 """(observations (N *S), memory, first (N)) → actions (N A) and the memory for the next call."""
 
 
+_log = logging.getLogger(__name__)
+
+
 class EpisodeSummary(NamedTuple):
-    """One episode that has ended: its observations (L *S), without the last, its return, and its length in agent steps."""
+    """One episode that has ended: its observations (L *S), without the last, its return, its length in agent steps, and its number
+    among the finished ones, from 1.
+    """
 
     obs: np.ndarray
     total: float
     length: int
+    number: int
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Collector:
     def __init__(self, env: CheckedVectorEnv, replay: Replay, seed: int):
         self.env, self.replay, self.seed = env, replay, seed
         self.agent_steps = 0
-        self.episodes = 0
+        self.episodes, self.finished = 0, 0
         self.memory: Memory | None = None
         self.seconds = {"acting": 0.0, "environment": 0.0}
         self._rows: list[_Row] = []
@@ -109,7 +116,8 @@ class Collector:
                 truncated=bool(truncated[index]),
             )
             if ends[index]:
-                ended.append(EpisodeSummary(np.stack(row.obs), row.total, len(row.actions)))
+                self.finished += 1
+                ended.append(EpisodeSummary(np.stack(row.obs), row.total, len(row.actions), self.finished))
         self.agent_steps += len(self._rows)
         self._obs, self._first = next_obs, ends
         if ends.any():
@@ -149,6 +157,7 @@ class Collector:
         return {
             "agent_steps": self.agent_steps,
             "episodes": self.episodes,
+            "finished": self.finished,
             "rows": rows,
             "memory": self.memory,
             "obs": torch.from_numpy(self._obs.copy()),
@@ -156,13 +165,33 @@ class Collector:
         }
 
     def load(self, state: State) -> None:
-        """Replay the running episodes. Raises CheckpointError if the result differs.
+        """Replay the running episodes, and discard them with a warning if each replay gives another result.
 
-        All environments step together: the longest episode begins first, and each other one begins later by the difference in
-        length. `replay` must already contain the partial episodes.
+        `replay` must already contain the partial episodes. Raises CheckpointError if the result always is the same other one.
         """
         self.agent_steps, self.episodes = int(state["agent_steps"]), int(state["episodes"])
-        self.memory = state["memory"]
+        self.finished = int(state.get("finished", max(self.episodes - len(state["rows"]), 0)))
+        self.memory, self._first = state["memory"], state["first"].numpy()
+        self._obs, recorded = self._replayed(state), state["obs"].numpy()
+        if np.array_equal(self._obs, recorded):
+            return
+        if np.array_equal(self._obs, self._replayed(state)):
+            raise CheckpointError(
+                f"{self.env.name}: the running episodes, replayed from their seeds, give different observations: this environment "
+                "has another version. Fix: install the same version, or start a new run."
+            )
+        _log.warning(
+            "%s: the running episodes, replayed from their seeds, give different observations each time: random numbers do not come from "
+            "the seed. These episodes are discarded. Fix: draw them from self.np_random after super().reset(seed=seed)",
+            self.env.name,
+        )
+        self._restart()
+
+    def _replayed(self, state: State) -> np.ndarray:
+        """The observations after the running episodes.
+
+        All environments step together: the longest episode begins first, and each other one begins later by the difference in length.
+        """
         self._rows = [_Row(int(row["seed"])) for row in state["rows"]]
         plans = [row["actions"].numpy() for row in state["rows"]]
         longest = max(len(plan) for plan in plans)
@@ -186,12 +215,7 @@ class Collector:
         fresh = np.array([len(plan) == 0 for plan in plans])
         if longest and (over | fresh).any():
             obs, _ = self.env.reset(seed=seeds, options={"reset_mask": over | fresh})
-        if not np.array_equal(obs, state["obs"].numpy()):
-            raise CheckpointError(
-                f"{self.env.name}: the running episodes, replayed from their seeds, give different observations: this environment "
-                "is not deterministic, or has another version. The run cannot be resumed exactly. Fix: install the same version, or start a new run."
-            )
-        self._obs, self._first = obs, state["first"].numpy()
+        return obs
 
     def _idle(self) -> np.ndarray:
         return np.zeros(self.env.single_action_space.shape or (), dtype=np.float32)

@@ -34,14 +34,15 @@ def open_evaluation(config: RLConfig, episodes: int) -> CheckedVectorEnv:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Evaluation episodes: their returns (N) and lengths (N), and observations, actions and rewards, one entry per agent step.
+    """Evaluation episodes: their returns (N) and lengths (N) in agent steps, and observations and actions, one entry per kept agent step.
 
-    `returns_to_go` is the discounted return that followed. After a time limit it is continued with the mean reward of the
+    `success` (N): whether an episode succeeded at any step; None if the environment does not report it. `returns_to_go` is the discounted return that followed. After a time limit it is continued with the mean reward of the
     second half of the episode, because values extend beyond time limits.
     """
 
     returns: np.ndarray
     lengths: np.ndarray
+    success: np.ndarray | None
     obs: np.ndarray
     actions: np.ndarray
     returns_to_go: np.ndarray
@@ -84,11 +85,13 @@ def evaluate(
     """
     ended = 0
     tracks: list[list[tuple[np.ndarray, np.ndarray, float]]] = [[] for _ in range(episodes)]
-    terminated = np.zeros(episodes, dtype=bool)
+    terminated, success, reported = np.zeros(episodes, dtype=bool), np.zeros(episodes, dtype=bool), False
     seeds = [episode_seed(seed, "evaluation", number) for number in range(episodes)]
     for step in run_episodes(env, act, seeds):
         assert isinstance(step.obs, np.ndarray)
+        reported |= step.success is not None
         for row, number in step.active():
+            success[number] |= step.success is not None and bool(step.success[row])
             track = tracks[number]
             kept = step.obs[row] if len(track) % keep_every == 0 else step.obs[row][:0]
             track.append((kept, step.actions[row], float(step.rewards[row])))
@@ -103,7 +106,7 @@ def evaluate(
     ]
     obs, actions, returns_to_go = (np.stack(part) for part in zip(*records, strict=True))
     lengths = np.array([len(track) for track in tracks])
-    return EvalResult(returns, lengths, obs, actions, returns_to_go.astype(np.float32))
+    return EvalResult(returns, lengths, success if reported else None, obs, actions, returns_to_go.astype(np.float32))
 
 
 class AgentInRows:
@@ -154,12 +157,14 @@ def _deterministic(agent: Agent, config: RLConfig, agent_steps: int) -> AgentInR
 
 
 def eval_metrics(result: EvalResult) -> Metrics:
-    """Mean and standard deviation of the returns of evaluation episodes."""
+    """Mean and standard deviation of the returns of evaluation episodes, and the share with success at any step if it is reported."""
+    success = {} if result.success is None else {"eval/success": float(result.success.mean())}
     return {
         "eval/return": float(result.returns.mean()),
         "eval/return_std": float(result.returns.std()),
         "eval/length": float(result.lengths.mean()),
         "eval/episodes": float(len(result.returns)),
+        **success,
     }
 
 

@@ -13,14 +13,14 @@ import torch
 
 from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, RenderingError, env_spec
-from difftori.errors import CheckpointError
+from difftori.errors import CheckpointError, ConfigError
 from difftori.interfaces import Memory
 from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
 from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
 from difftori.rl.learning import Learning
-from difftori.rollout import check_episode
+from difftori.rollout import check_episode, check_seeding
 from difftori.runs.checkpoint import State
 from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.progress import LongRunHint, Phase, Progress
@@ -89,6 +89,7 @@ class _Session:
         self.config, self.out, self.run = config, run.path, run
         env = config.open_env(config.num_envs)
         self.spec = env_spec(env)
+        _with_restarts(lambda: check_seeding(env))
         if self.spec.max_episode_steps is None:
             with closing(config.open_env(1)) as single:
                 _with_restarts(lambda: check_episode(single, success=False))
@@ -103,6 +104,9 @@ class _Session:
                 self.agent.config.seed_steps,
             )
         longest = self.spec.max_agent_steps or agent_steps
+        if config.capacity < min(self.spec.max_agent_steps or 1, agent_steps):
+            fix = f"Fix: --capacity {longest} or more"
+            raise ConfigError([f"capacity: {config.capacity} agent steps hold no episode of up to {longest}. {fix}"])
         pixels = len(self.spec.obs_shape) == 3
         self.replay = Replay(
             min(config.capacity, agent_steps + longest * config.num_envs),
@@ -113,6 +117,7 @@ class _Session:
             stack=_STACK if pixels else 1,
             num_rows=config.num_envs,
             alpha=self.agent.config.priority_alpha,
+            short=self.agent.SHORT_SEGMENTS,
             storage=config.storage,
             folder=run.path if config.storage == "mmap" else None,
             device=config.device,
@@ -225,7 +230,7 @@ class _Session:
                     ).items()
                 }
                 self.seconds["end_episode"] += time.perf_counter() - began
-            self.run.log(self.env_steps, {**row, "episode": float(self.collector.episodes)})
+            self.run.log(self.env_steps, {**row, "episode": float(episode.number)})
             self._show(phase, row)
             if not self.config.interleave:
                 self.updates_due += episode.length * self.agent.config.updates_per_step
@@ -367,7 +372,7 @@ class _Session:
         return {
             "env_steps": float(self.env_steps),
             "agent_steps": float(self.collector.agent_steps),
-            "episodes": float(self.collector.episodes),
+            "episodes": float(self.collector.finished),
             "updates": float(self.updates),
             "return": returns[-1],
             "mean_return": float(np.mean(returns)),
