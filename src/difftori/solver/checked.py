@@ -85,17 +85,17 @@ def check_settings(
 
 
 def check_functions(objective: Objective, x0: Tensor, **constraints: Callable[[Tensor], Tensor] | None) -> None:
-    """Check the rows of an objective that is a callable, and of constraints, once for each function in the program's text."""
+    """Check the rows of an objective that is a callable, and of constraints, once for each piece of code."""
     cost = objective.function if isinstance(objective, FunctionObjective) else None
     for name, function in {"objective": cost, **constraints}.items():
-        text = getattr(function, "__code__", None)
-        if function is not None and len(x0) > 1 and text not in _checked_texts:
+        code = getattr(function, "__code__", None)
+        if function is not None and len(x0) > 1 and code not in _checked_code:
             check_rows(name, function, x0)
-            if text is not None:
-                _checked_texts.add(text)
+            if code is not None:
+                _checked_code.add(code)
 
 
-_checked_texts: WeakSet[Any] = WeakSet()
+_checked_code: WeakSet[Any] = WeakSet()
 
 
 def check_rows(name: str, function: Callable[..., Tensor], *inputs: Tensor) -> None:
