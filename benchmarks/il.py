@@ -54,6 +54,7 @@ REFINERS = (
     Method("ibc from base, small", "ibc-base", {"preset": "small"}),
     Method("DiffTORI", "difftori-il"),
     Method("DiffTORI, 2 steps", "difftori-il", {"max_steps": 2}),
+    Method("DiffTORI, 2 steps, one layer", "difftori-il", {"max_steps": 2, "score_hidden": (256,)}),
     Method("DiffTORI, spectral", "difftori-il", {"solver": "spectral"}),
     Method("DiffTORI, release", "difftori-il", {"preset": "reference", "batch_size": 64}),
 )
