@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from difftori.data.replay import Replay
 from difftori.envs.base import EnvironmentRestarted
 from difftori.envs.checked import CheckedVectorEnv
-from difftori.errors import CheckpointError, ConfigError, NonFiniteError
+from difftori.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from difftori.registry import find_agent, find_agents, make_env
 from difftori.rl import train as rl
 from difftori.rl.collector import Collector
@@ -276,18 +276,19 @@ def test_random_numbers_beside_the_seed_are_warned_of_and_cost_only_the_running_
 def test_finished_episodes_are_counted_and_success_is_reported(tmp_path):
     for goal, success in ((-9.0, 1.0), (9.0, 0.0)):
         out = tmp_path / str(success)
-        summary = rl.train(config(env=LINE, env_options=(f"goal={goal}",), num_envs=2, agent="sac"), out, progress=False)
+        summary = rl.train(
+            config(env=LINE, env_options=(f"goal={goal}",), num_envs=2, agent="sac"), out, progress=False
+        )
         rows = [row for row in read_metrics(out) if "episode" in row]
         assert [row["episode"] for row in rows] == list(range(1, 2 * (100 // 6) + 1))
         assert summary["episodes"] == len(rows)
         assert {row["eval/success"] for row in read_metrics(out) if "eval/return" in row} == {success}
 
 
-def test_a_capacity_below_one_episode_is_refused_before_the_start(tmp_path):
-    with pytest.raises(
-        ConfigError, match="capacity: 5 agent steps hold no episode of up to 6. Fix: --capacity 6 or more"
-    ):
+def test_a_capacity_below_one_episode_is_warned_of_before_the_start(tmp_path, caplog):
+    with pytest.raises(DataError, match="longer than the capacity"):
         rl.train(config(env=LINE, capacity=5), tmp_path, progress=False)
+    assert "capacity: 5 agent steps hold no episode of up to 6" in caplog.text
 
 
 def test_settings_that_do_not_fit_each_other_are_named():

@@ -13,8 +13,10 @@ from difftori.solver import (
     Adam,
     Box,
     Detached,
+    GaussNewton,
     GradientDescent,
     Implicit,
+    LeastSquaresObjective,
     LevenbergMarquardt,
     Newton,
     ProjectedGradient,
@@ -500,3 +502,78 @@ def test_a_row_held_at_a_corner_from_the_start_has_a_valid_derivative_of_zero():
     )
     assert solution.steps.tolist() == [0, 0]
     assert solution.gradient_valid.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("solver", [Newton(), GaussNewton(), LevenbergMarquardt(), ProjectedGradient()])
+def test_unrolled_derivatives_at_bounds_are_valid(solver):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(64, 6, 5, generator=generator, dtype=F64)
+    target = torch.randn(64, 6, generator=generator, dtype=F64, requires_grad=True)
+
+    class Fit(LeastSquaresObjective):
+        def residual(self, x):
+            return (matrix @ x.unsqueeze(-1)).squeeze(-1) - target
+
+    def learn(adjoint):
+        start = torch.zeros(64, 5, dtype=F64)
+        found = solve(Fit(), start, solver=solver, box=Box(-0.3, 0.3), adjoint=adjoint, max_steps=300)
+        (grad,) = torch.autograd.grad((found.x * torch.linspace(-1, 1, 5, dtype=F64)).sum(), target)
+        return found, grad
+
+    (solution, found), (_, wanted) = learn(Unrolled()), learn(Implicit())
+    error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-9)
+    assert (solution.x.abs() == 0.3).any(-1).sum() > 20
+    assert error[solution.gradient_valid].max() < 0.02
+    right = solution.converged & (error < 1e-3)
+    assert right.sum() > 50
+    assert solution.gradient_valid[right].all()
+
+
+def test_a_flat_direction_that_the_loss_hardly_asks_for_counts_by_its_derivative():
+    target = torch.tensor([[1.0, 0.0]], dtype=F64, requires_grad=True)
+    curvature = torch.tensor([100.0, 1.0], dtype=F64)
+    solution = solve(
+        lambda x: (0.5 * curvature * x * x - target * x).sum(-1),
+        torch.zeros(1, 2, dtype=F64),
+        solver=GradientDescent(0.009),
+        max_steps=300,
+        tolerance=1e-6,
+        adjoint=Unrolled(),
+    )
+    (grad,) = torch.autograd.grad((solution.x * torch.tensor([1.0, 0.009], dtype=F64)).sum(), target)
+    assert solution.converged.all()
+    assert grad[0, 1] < 0.001  # right: 0.009
+    assert not solution.gradient_valid.any()
+
+
+def test_one_step_of_newtons_is_enough_only_for_a_quadratic_cost():
+    target = torch.full((1, 1), 1.2, dtype=F64, requires_grad=True)
+    start = torch.zeros(1, 1, dtype=F64)
+    options = {"solver": Newton(), "max_steps": 1, "adjoint": Unrolled()}
+    for cost, valid in (
+        (lambda x: (x.exp() - target * x).sum(-1), False),
+        (lambda x: (x - target).square().sum(-1), True),
+    ):
+        solution = solve(cost, start, **options)
+        solution.x.sum().backward()
+        assert solution.gradient_valid.tolist() == [valid]
+
+
+def test_several_backward_passes_at_once_are_possible_and_not_measured():
+    target = torch.tensor([[0.5, 1.0], [0.7, 1.3]], dtype=F64)
+
+    def solved(t):
+        return solve(lambda x: (x.exp() - t * x).sum(-1), torch.zeros(2, 2, dtype=F64), adjoint=Unrolled()).x
+
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(solved, target, vectorize=True), jacobian(solved, target))
+
+
+def test_the_measurement_changes_no_derivative():
+    """A solve with a tolerance that is never reached, and the same one without, whose derivative is not measured."""
+    case = swing()
+    for solver in (ProjectedGradient(), Adam(), Newton(), ILQR()):
+        options = dict(solver=solver, box=case.box, max_steps=4, adjoint=Unrolled(), keep="last")
+        measured, plain = (solve(case.objective, case.x0, tolerance=t, **options) for t in (1e-14, 0.0))
+        for a, b in zip(gradients(case, measured), gradients(case, plain), strict=True):
+            torch.testing.assert_close(a, b)

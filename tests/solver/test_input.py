@@ -1,5 +1,6 @@
 """Bad input: a typed error that names the value and the fix."""
 
+import functools
 import subprocess
 import sys
 
@@ -182,6 +183,50 @@ def test_constraints_that_mix_rows_are_named():
         solve(bowl, X0, equality=lambda x: (x - x.sum(0))[:, :1])
 
 
+def test_the_check_leaves_random_numbers_and_averages_as_they_are():
+    class Averaging(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return (x - 1).square().sum(-1)
+
+    averaging = Averaging()
+    solve(averaging, X0)
+    assert averaging.mean.isfinite().all()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    solve(lambda x: (x - 0.0 * torch.rand_like(x)).square().sum(-1), X0, max_steps=0, tolerance=0.0)
+    drawn = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    solve(lambda x: x.square().sum(-1), X0, max_steps=0, tolerance=0.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(drawn, before)  # the solve itself draws
+
+
+@pytest.mark.parametrize(
+    "cost", [lambda x: (x - x[-1:] - 1).square().sum(-1), lambda x: (x - x[:1] - 1).square().sum(-1)]
+)
+def test_a_dependence_on_the_first_or_the_last_row_is_found(cost):
+    with pytest.raises(ObjectiveError, match="but rows are independent problems"):
+        solve(cost, torch.rand(4, 2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_decorated_functions_are_checked_each():
+    def twice(function):
+        @functools.wraps(function)
+        def doubled(x):
+            return 2 * function(x)
+
+        return doubled
+
+    solve(twice(bowl), X0)
+    with pytest.raises(ObjectiveError, match="depends on row"):
+        solve(twice(lambda x: (x - x.sum(0)).square().sum(-1)), X0)
+
+
 def test_rows_with_parameters_of_their_own_and_random_numbers_are_not_mixed():
     own, table = torch.arange(3.0), torch.arange(5.0)
     for cost in (
@@ -191,6 +236,8 @@ def test_rows_with_parameters_of_their_own_and_random_numbers_are_not_mixed():
             bowl(x) + table[x[:, 0].detach().long()]
         ),  # NaN has no place in a table: the function cannot be checked
         lambda x: bowl(x).masked_fill(x.detach()[:, 0] == 0, torch.nan),
+        lambda x: (x - x.max().detach()).exp().sum(-1).log() + x.max().detach(),  # which changes roundings only
+        lambda x: bowl(torch.eye(3) @ x),
     ):
         solve(cost, X0, max_steps=2)
 

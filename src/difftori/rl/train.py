@@ -13,7 +13,7 @@ import torch
 
 from difftori.data.replay import DamagedEpisodeError, Replay, prune
 from difftori.envs.base import EnvironmentFailed, EnvironmentRestarted, RenderingError, env_spec
-from difftori.errors import CheckpointError, ConfigError
+from difftori.errors import CheckpointError
 from difftori.interfaces import Memory
 from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
@@ -104,9 +104,13 @@ class _Session:
                 self.agent.config.seed_steps,
             )
         longest = self.spec.max_agent_steps or agent_steps
-        if config.capacity < min(self.spec.max_agent_steps or 1, agent_steps):
-            fix = f"Fix: --capacity {longest} or more"
-            raise ConfigError([f"capacity: {config.capacity} agent steps hold no episode of up to {longest}. {fix}"])
+        if config.capacity < min(self.spec.max_agent_steps or 1, -(-agent_steps // config.num_envs)):
+            _log.warning(
+                "capacity: %d agent steps hold no episode of up to %d, and a longer one ends the run. Fix: --capacity %d or more",
+                config.capacity,
+                longest,
+                longest,
+            )
         pixels = len(self.spec.obs_shape) == 3
         self.replay = Replay(
             min(config.capacity, agent_steps + longest * config.num_envs),

@@ -1,6 +1,7 @@
 """Adjoints: how a solution is differentiated. Adjoints do not depend on step rules, and solvers do not depend on adjoints."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -47,7 +48,8 @@ class Differentiated(NamedTuple):
     `convex` (B): the Hessian is positive definite on the free set; `singular` (B): the Hessian is singular to working
     precision. Both are None if no Hessian was computed. `newton_step` (B n): H⁻¹∇J, an estimate of
     the distance to the optimum. `states` (B H+1 S): the states of a trajectory, with the same derivative, if the adjoint
-    computes it. `solves`: the linear solves or the contraction of the backward pass; after it they list the rows that were not solved.
+    computes it. `solves`: the linear solves of the backward pass; after it they list the rows that were not solved. `contraction`: what
+    the backward pass of an unrolled solve measures.
     """
 
     x: Points
@@ -56,7 +58,8 @@ class Differentiated(NamedTuple):
     newton_step: Points | None = None
     singular: RowFlags | None = None
     states: Tensor | None = None
-    solves: InverseProducts | Contraction | None = None
+    solves: InverseProducts | None = None
+    contraction: Contraction | None = None
 
 
 class Adjoint(ABC):
@@ -117,7 +120,7 @@ class Truncated(Adjoint):
 def _unrolled(result: Iterates) -> Differentiated:
     """The result of steps with a graph. Unusable rows have no derivative."""
     x = choose(result.usable, result.x, result.x.detach())
-    return Differentiated(x, result, solves=result.contraction)
+    return Differentiated(x, result, contraction=result.contraction)
 
 
 @dataclass(frozen=True)
@@ -271,16 +274,16 @@ class Implicit(Adjoint):
         products = max(x.shape[-1], _DENSE) if self.products is None else self.products
         return products, torch.finfo(x.dtype).eps ** 0.5
 
-    def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Points]:
-        """Which rows are strict minima, (B), and H⁻¹∇J (B n), after an adjoint that did not compute them."""
+    def examine(self, problem: Problem, x: Points) -> tuple[RowFlags, Points, Callable[[Points], Points]]:
+        """Which rows are strict minima, (B), H⁻¹∇J (B n), and v ↦ H⁻¹v on the free set, after an adjoint that did not compute them."""
         if self.method(problem, x, False) != "cg" or self.linear == "cg":
             factor, grad = self.factor(problem, x)
-            return factor.convex, factor.solve(grad)
+            return factor.convex, factor.solve(grad), factor.solve
         _, grad = problem.evaluate(x)
         solves = InverseProducts(problem, x, ~problem.box.held(x, grad), *self._budget(x))
         step = solves(grad)
         assert solves.unsolved is not None
-        return ~solves.unsolved, step
+        return ~solves.unsolved, step, solves
 
     def _second_order(self, problem: Problem, x: Points, free: PointFlags) -> Points:
         """One more Newton step N(x, θ) = x − H⁻¹∇J, with value x. ∂N/∂x is zero at the optimum. The missing second derivative

@@ -1,19 +1,21 @@
 """Checks of the arguments of `solve`, before any computation. Each message names the value and the fix."""
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, SupportsFloat, SupportsIndex
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint
 from difftori.solver.box import UNBOUNDED, Box
-from difftori.solver.method import Solver
+from difftori.solver.method import Solver, rowwise
 from difftori.solver.objective import FunctionObjective, Objective, TrajectoryObjective
 from difftori.solver.reading import reading_is_free
 
@@ -88,38 +90,66 @@ def check_functions(objective: Objective, x0: Tensor, **constraints: Callable[[T
     """Check the rows of an objective that is a callable, and of constraints, once for each piece of code."""
     cost = objective.function if isinstance(objective, FunctionObjective) else None
     for name, function in {"objective": cost, **constraints}.items():
-        code = getattr(function, "__code__", None)
-        if function is not None and len(x0) > 1 and code not in _checked_code:
+        if function is not None and len(x0) > 1 and (code := _code(function)) not in _checked_code:
             check_rows(name, function, x0)
-            if code is not None:
-                _checked_code.add(code)
+            _checked_code.add(code)
 
 
 _checked_code: WeakSet[Any] = WeakSet()
 
 
-def check_rows(name: str, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Raise ObjectiveError if rows of a function of `inputs` (B …) depend on each other: whether NaN in the first row reaches others.
+def _code(function: Any) -> Any:
+    """The code object of a function, of the function in a partial or under a decorator, or of a module's or an object's call."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if isinstance(function, nn.Module):
+        function = type(function).forward
+    return getattr(function, "__code__", getattr(type(function).__call__, "__code__", type(function)))
 
-    One evaluation. Nothing is checked where values are not read for free, as on a GPU, or if the function refuses NaN.
+
+def check_rows(name: str, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Raise ObjectiveError if rows of a function of `inputs` (B …) depend on each other: whether a change of the first or the last row changes others.
+
+    Up to six evaluations, which leave the global random numbers as they were. Nothing is checked where values are not read for free, as on a
+    GPU, nor if the function draws random numbers or refuses the changed row.
     """
     if len(inputs[0]) < 2 or not reading_is_free(inputs[0].device):
         return
-    spoilt = [torch.cat([torch.full_like(values[:1], torch.nan), values[1:].detach()]) for values in inputs]
-    with torch.no_grad():
+    given, last = [values.detach() for values in inputs], len(inputs[0]) - 1
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            reached = torch.isnan(function(*spoilt)[1:])
-            if bool(reached.any()):
-                reached &= ~torch.isnan(function(*inputs)[1:])
-            found = reached.nonzero().tolist()
+            found = [
+                (row, changed) for changed in (0, last) for row in _moved(function, given, changed) if row != changed
+            ]
         except Exception:  # noqa: BLE001
             return
     if found:
-        row = 1 + found[0][0]
+        row, changed = found[0]
         raise ObjectiveError(
-            f"{name}: the value of row {row} depends on row 0, but rows are independent problems. Fix: reduce over the last dimension "
-            "only, such as x.norm(dim=-1, keepdim=True) instead of x.norm()."
+            f"{name}: the value of row {row} depends on row {changed}, but rows are independent problems. Fix: reduce over the last "
+            "dimension only, such as x.norm(dim=-1, keepdim=True) instead of x.norm()."
         )
+
+
+def _moved(function: Callable[..., Tensor], given: list[Tensor], changed: int) -> list[int]:
+    """The rows of the result that change with row `changed` of the inputs, and not from call to call."""
+    row = torch.arange(len(given[0])) == changed
+    before = function(*given)
+    moved = _differ(
+        before, function(*(torch.where(rowwise(row, values), 0.7 * values + 0.1, values) for values in given))
+    )
+    if moved.any():
+        moved = moved & ~_differ(before, function(*given))
+    return moved.nonzero()[:, 0].tolist()
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where two results differ by more than rounding."""
+    rounding = 1e3 * torch.finfo(one.dtype).eps
+    return ~torch.isclose(
+        one, other, rtol=rounding, atol=rounding * float(one.nan_to_num().abs().max()), equal_nan=True
+    )
 
 
 def checked_box(x0: Tensor, box: Box | None, candidates: Tensor | None, *, inside: bool) -> Box:

@@ -1,75 +1,93 @@
 """Whether the derivative of an unrolled solve has reached that of the optimum, measured in its backward pass."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from difftori.solver.box import Box
-from difftori.solver.method import largest
-from difftori.types import Points, RowFlags, Rows
+from difftori.solver.method import choose
+from difftori.types import Points, RowFlags
 
 SOLVED = 0.01
 """A row whose derivative is estimated to be off by a larger share counts as not solved."""
+_ROUNDINGS = 100.0
+"""Roundings of the largest gradient that may add up."""
+
+
+class _Backward(NamedTuple):
+    """A loss's gradient (B n) at the result and at the start, and its largest coordinates at any iterate between."""
+
+    asked: Points
+    left: Points
+    largest: Points
 
 
 class Contraction:
-    """The norm of a loss's gradient at the first unrolled iterate, as a share of that at the result.
+    """A loss's gradient at the start of the steps with a graph, as a share of that at the result.
 
-    The optimum does not depend on where the solve started. The share that still does is, to first order, the relative
-    error of the unrolled derivative: small for a solve that contracted in every direction that the loss asks for, and above 1
-    where its steps amplify directions that they were not fitted to. A large share at any iterate between amplifies rounding.
-
-    `unsolved` (B): rows whose derivative was off by more than `SOLVED` in any backward pass so far, or that have none.
-    `quadratic`: one step of the solver solves a quadratic problem, so that its derivative needs no second one.
+    The optimum does not depend on where the solve started. The share that still does is the relative error of the unrolled derivative:
+    small for a solve that contracted in every direction that the loss asks for, and above 1 where its steps amplify directions that
+    they were not fitted to. H⁻¹ turns both into derivatives. A large gradient at any iterate between amplifies rounding.
     """
 
-    def __init__(self, box: Box, tolerance: float, quadratic: bool):
-        self.box, self.tolerance, self.quadratic = box, tolerance, quadratic
-        self.unsolved: RowFlags | None = None
-        self._watches = False
-        self._measured: RowFlags | None = None
-        self._asked: Rows | None = None
-        self._largest: Rows | None = None
+    def __init__(self, box: Box):
+        self.box = box
+        self._stale: RowFlags | None = None
+        self._passes: list[_Backward] = []
+        self._now: tuple[Points, Points] | None = None
+
+    def begin(self, x: Points, grad: Points, sound: RowFlags) -> Points:
+        """The start x (B n), to be measured. It gets a part of ∇J(x) of weight zero, because a backward pass reaches only tensors that depend
+        on what it differentiates by.
+        """
+        start = x + 0.0 * choose(sound, grad, grad.detach().nan_to_num(0.0, 0.0, 0.0))
+        start.register_hook(self._finish)
+        return start
 
     def watch(self, x: Points) -> None:
-        """Measure at an iterate (B n) with a graph. The first call is for the one after the first step."""
+        """Measure at an iterate (B n)."""
         if x.requires_grad:
-            x.register_hook(self._pass if self._watches else self._compare)
-            self._watches = True
+            x.register_hook(self._pass)
 
-    def end(self, result: Points, before: Any, after: Any) -> Points:
-        """The result (B n), whose backward passes are measured. `before`, `after`: the iteration's progress at its ends."""
-        grad = torch.zeros_like(result) if after.state.grad is None else after.state.grad.detach()
+    def end(self, result: Points, progress: Any) -> Points:
+        """The result (B n) of an iteration that ends with this progress. Its backward passes are measured."""
+        grad = torch.zeros_like(result) if progress.state.grad is None else progress.state.grad.detach()
         # At a corner of the box, a derivative of zero is right.
-        self.unsolved = ~after.improved & ~self.box.held(result.detach(), grad).all(-1)
-        # The length of a step of the size of the tolerance may be chosen by rounding.
-        far = largest(after.x.detach() - before.x.detach()) > 10 * self.tolerance * after.length[0]
-        self._measured = ~(far & (after.steps <= before.steps + 1) & self.quadratic)
+        self._stale = ~progress.improved & ~self.box.held(result.detach(), grad).all(-1)
         if not result.requires_grad:
             return result
         result = result.view_as(result)  # a tensor of its own: the first iterate may be the result
         result.register_hook(self._begin)
         return result
 
+    def unsolved(self, inverse: Callable[[Points], Points]) -> RowFlags:
+        """Rows (B) whose derivative was off in any backward pass so far, or that have none. `inverse` computes H⁻¹v on the free set."""
+        assert self._stale is not None
+        unsolved = self._stale
+        for each in self._passes:
+            asked = _norm(inverse(each.asked))
+            rounding = _ROUNDINGS * torch.finfo(asked.dtype).eps * _norm(inverse(each.largest))
+            unsolved = unsolved | ~(torch.maximum(_norm(inverse(each.left)), rounding) <= SOLVED * asked)
+        return unsolved
+
     def _begin(self, grad: Tensor) -> None:
-        self._asked = self._largest = _norm(grad)
+        if not (is_batchedtensor(grad) or is_legacy_batchedtensor(grad)):  # several passes at once are not measured
+            self._now = grad.detach(), grad.detach().abs()
 
     def _pass(self, grad: Tensor) -> None:
-        if self._largest is not None:
-            self._largest = torch.maximum(self._largest, _norm(grad))
+        if self._now is not None:
+            asked, largest = self._now
+            self._now = asked, torch.maximum(largest, grad.detach().abs())
 
-    def _compare(self, grad: Tensor) -> None:
-        if self._asked is None or self._largest is None or self._measured is None or self.unsolved is None:
-            return
-        off = torch.maximum(_norm(grad) * self._measured, _ROUNDINGS * torch.finfo(grad.dtype).eps * self._largest)
-        self.unsolved = self.unsolved | ~(off <= SOLVED * self._asked)
-        self._asked = self._largest = None
-
-
-_ROUNDINGS = 100.0
-"""Roundings of the largest gradient that may add up."""
+    def _finish(self, grad: Tensor) -> None:
+        if self._now is not None:
+            asked, largest = self._now
+            self._passes.append(_Backward(asked, grad.detach(), largest))
+            self._now = None
 
 
-def _norm(grad: Tensor) -> Rows:
-    return torch.linalg.vector_norm(grad.detach(), dim=-1)
+def _norm(v: Points) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1)

@@ -50,7 +50,6 @@ class ILQR(Solver):
     armijo: float = 0.1
     damping: float = 1e-4
     floor: float = 1e-9
-    quadratic: ClassVar[bool] = True
     traced_whole: ClassVar[bool] = False
 
     def compilable(self, objective: Objective) -> bool:

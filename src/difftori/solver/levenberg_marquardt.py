@@ -1,7 +1,6 @@
 """Levenberg–Marquardt and Gauss–Newton for stacked residuals, and the release's variant for a plain cost."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,7 +84,6 @@ class GaussNewton(Solver):
     `ridge` × mean(diag JᵀJ) is added to the diagonal, so that a rank-deficient J does not fail.
     """
 
-    quadratic: ClassVar[bool] = True
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0625)
     ridge: float = 1e-10
 

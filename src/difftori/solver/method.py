@@ -96,8 +96,6 @@ class Solver(ABC):
     solution is differentiated: if `problem.create_graph` is set, `step` must use differentiable operations only.
     """
 
-    quadratic: ClassVar[bool] = False
-    """Whether one step solves a quadratic problem, and its derivative is that of the optimum. Default: False."""
     traced_whole: ClassVar[bool] = True
     """With compile=True, whether several steps are traced together. False: a step compiles its own parts. Default: True."""
 

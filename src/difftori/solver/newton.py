@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ class Newton(Solver):
         lengths: the step lengths to try, longest first.
     """
 
-    quadratic: ClassVar[bool] = True
     linear: Literal["dense", "cg"] = "dense"
     products: int = 12
     eigenvalue_floor: float | None = None

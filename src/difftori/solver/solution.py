@@ -1,5 +1,6 @@
 """The result of `solve`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -112,19 +113,27 @@ class Solution:
         batched Hessian-vector products.
 
         After a backward pass, also what it found: with `Implicit("cg")`, that the linear system was solved; with `Unrolled` and
-        `Truncated` and a tolerance, that the derivative no longer depends on the first unrolled iterate by more than 1 %.
+        `Truncated`, and a tolerance, that the derivative depends on the first unrolled iterate by at most 1 %.
         """
-        solves = self.differentiated.solves
+        solves, contraction = self.differentiated.solves, self.differentiated.contraction
+        if contraction is not None:
+            measured = contraction
+            return self._near_minimum & ~without_inference_tensors(lambda: measured.unsolved(self._examined[2]))
         if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):
             return self._near_minimum
         return self._near_minimum & ~solves.unsolved
+
+    @cached_property
+    def _examined(self) -> tuple[RowFlags, Points, Callable[[Points], Points]]:
+        x = self.x.detach()
+        return without_inference_tensors(lambda: Implicit().examine(self.problem, x))
 
     @cached_property
     def _near_minimum(self) -> RowFlags:
         convex, step = self.differentiated.convex, self.differentiated.newton_step
         x = self.x.detach()
         if convex is None or step is None:
-            convex, step = without_inference_tensors(lambda: Implicit().examine(self.problem, x))
+            convex, step, _ = self._examined
         near = (step.abs() <= _FAR * Lengths(self.problem.box, x).trusted(x)).all(-1)
         feasible = self.status != Status.INFEASIBLE
         return convex & near & self.finite & feasible

@@ -215,14 +215,15 @@ class _Run:
         """Run `steps` more steps, with or without a graph, and the solver's final refinement."""
         with torch.set_grad_enabled(differentiable):
             problem = self.problem.with_graph() if differentiable else self.problem
-            measures = differentiable and self.tolerance > 0
-            contraction = Contraction(problem.box, self.tolerance, self.solver.quadratic) if measures else None
-            if progress is None:
+            contraction = Contraction(problem.box) if differentiable and self.tolerance > 0 else None
+            if fresh := progress is None:
                 progress = self._begin(problem)
             elif differentiable:
                 progress = self._resume(problem, progress)
-            before = progress
-            progress = replace(before)
+            if contraction is not None and progress.state.grad is not None and progress.state.grad.requires_grad:
+                x = contraction.begin(progress.x, progress.state.grad, progress.sound)
+                state = self.solver.init(problem, x) if fresh else self._state(problem, x, progress.state)
+                progress = replace(progress, x=x, state=state, best_x=x, best_cost=state.cost, best_states=state.states)
             # A generator cannot be traced: steps that sample from one run eagerly, and only their evaluations are compiled.
             if problem.compile and self.solver.traced_whole and self.history is None and problem.generator is None:
                 self._compiled(problem, progress, steps)
@@ -246,7 +247,7 @@ class _Run:
         if not differentiable:
             return Iterates(x, usable, progress, progress.best_states)
         if contraction is not None:
-            x = contraction.end(x, before, progress)
+            x = contraction.end(x, progress)
         return Iterates(x, usable, progress, contraction=contraction)
 
     def recorded(self) -> History | None:
@@ -273,19 +274,21 @@ class _Run:
         row that does not move has no derivative.
         """
         x = progress.x.detach()
-        cost, grad = progress.state.cost, progress.state.grad
-        if progress.state.states is not None:
-            state = self.solver.init(problem, x)
-            cost = state.cost
-        else:
-            if grad is not None:
-                cost, grad = problem.evaluate(x)
-            state = State(cost, grad, tuple(part.detach() for part in progress.state.memory))
+        state = self._state(problem, x, progress.state)
         done = torch.zeros_like(progress.done)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
         norm = self._norm(x, state)
-        begun = replace(progress, x=x, state=state, best_x=x, best_cost=cost, best_norm=norm, best_states=state.states)
+        begun = replace(
+            progress, x=x, state=state, best_x=x, best_cost=state.cost, best_norm=norm, best_states=state.states
+        )
         return replace(begun, done=done, improved=done)
+
+    def _state(self, problem: Problem, x: Points, state: State) -> State:
+        """The state at x with a graph, and the memory of `state` without one."""
+        if state.states is not None:
+            return self.solver.init(problem, x)
+        cost, grad = (state.cost, None) if state.grad is None else problem.evaluate(x)
+        return State(cost, grad, tuple(part.detach() for part in state.memory))
 
     def _advance(
         self, progress: _Progress, x: Points, state: State, counts: bool = True, past_done: bool = False
