@@ -454,6 +454,7 @@ def unrolled(start=None, *, dtype=F64, tolerance=None, steps=400, solver=None, a
         {"solver": GradientDescent(0.015), "steps": 3000},
         {"solver": Newton()},
         {"solver": Newton(), "start": 1.0},
+        {"adjoint": Truncated(200)},
     ],
 )
 def test_unrolled_derivatives_that_have_converged_are_valid(case):

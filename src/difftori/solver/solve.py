@@ -173,8 +173,8 @@ def _solve(
 
 @dataclass
 class _Progress:
-    """The state of an iteration from step to step, per row. `best_norm`, `curvature` and `length` (K B) in each of K units. `improved`: rows
-    whose result is not the iterate that they began with.
+    """The state of an iteration from step to step, per row. `best_norm`, `curvature` and `length` (K B) in each of K units. `reached`: rows that
+    met the tolerance; `improved`: rows whose result is not the iterate that they began with; `resumed`: whether a part is differentiated.
     """
 
     x: Points
@@ -183,12 +183,14 @@ class _Progress:
     best_cost: Rows
     best_norm: Tensor
     done: RowFlags
+    reached: RowFlags
     sound: RowFlags
     steps: RowCounts
     curvature: Tensor
     length: Tensor
     improved: RowFlags
     best_states: Tensor | None = None
+    resumed: bool = False
 
 
 def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
@@ -267,7 +269,7 @@ class _Run:
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         none = torch.zeros_like(sound)
         done = self.test.close(norm, curvature, length) if self.tolerance > 0 else none
-        return _Progress(x, state, x, state.cost, norm, done, sound, steps, curvature, length, none, state.states)
+        return _Progress(x, state, x, state.cost, norm, done, done, sound, steps, curvature, length, none, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
         """Resume at the same point with a graph. The state is evaluated again, and converged rows resume their steps, because a
@@ -275,13 +277,12 @@ class _Run:
         """
         x = progress.x.detach()
         state = self._state(problem, x, progress.state)
-        done = torch.zeros_like(progress.done)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
         norm = self._norm(x, state)
         begun = replace(
             progress, x=x, state=state, best_x=x, best_cost=state.cost, best_norm=norm, best_states=state.states
         )
-        return replace(begun, done=done, improved=done)
+        return replace(begun, improved=torch.zeros_like(progress.done), resumed=True)
 
     def _state(self, problem: Problem, x: Points, state: State) -> State:
         """The state at x with a graph, and the memory of `state` without one."""
@@ -317,7 +318,8 @@ class _Run:
                 progress.best_states = choose(better, progress.state.states, progress.best_states)
         if self.tolerance > 0:
             progress.improved = progress.improved | better
-            progress.done = progress.done | self.test.close(norm, progress.curvature, progress.length)
+            close = self.test.close(norm, progress.curvature, progress.length)
+            progress.done, progress.reached = progress.done | close, progress.reached | close
         if counts:
             progress.steps = progress.steps + working
         self._record(progress.x, progress.state.cost)
@@ -340,8 +342,8 @@ class _Run:
             taken += chunk
 
     def _working(self, progress: _Progress) -> RowFlags:
-        """Which rows take further steps. Without a tolerance, only a failure ends a row."""
-        return progress.sound if self.tolerance == 0 else progress.sound & ~progress.done
+        """Which rows take further steps. Without a tolerance, and in a tail that is differentiated, only a failure ends a row."""
+        return progress.sound if self.tolerance == 0 or progress.resumed else progress.sound & ~progress.done
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """Update the curvature and the length with the step about to be taken."""
@@ -360,7 +362,7 @@ class _Run:
         """The status of each row."""
         x = progress.best_x.detach()
         converged = self.test.close(progress.best_norm, progress.curvature, self.test.length(x, progress.state))
-        status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        status = torch.where(converged | progress.reached, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = status_with_hessian(status, differentiated, self.test.lengths, x)
         sound = progress.sound & differentiated.iterates.usable & ~bad_start
         return torch.where(sound, status, int(Status.NON_FINITE))
