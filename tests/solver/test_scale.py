@@ -221,6 +221,9 @@ def test_tolerance_zero_takes_all_the_steps_and_no_evaluation_more():
         return (x - 0.3).pow(4).sum(-1)
 
     with torch.no_grad():
+        solve(cost, torch.zeros(2, 3), max_steps=0, tolerance=0.0)  # which checks once that rows are independent
+        assert len(calls) == 1 + 4
+        calls.clear()
         solution = solve(cost, torch.zeros(2, 3), max_steps=7, tolerance=0.0)
     assert solution.steps.tolist() == [7, 7]
     assert len(calls) == 1 + 7

@@ -335,11 +335,10 @@ def _build(
         raise ConfigError([f"env: {name!r} returned a {type(env).__name__}, not a gymnasium.Env. Fix: {fix}"])
     env = flat_observations(env, name=name) if flat else env
     own = env.metadata.get("action_repeat", 1)
-    if limit is not None and limit % (own * repeat):
-        least = limit - limit % (own * repeat)
-        near = " or ".join(str(steps) for steps in (least, least + own * repeat) if steps)
+    if limit is not None and limit % own:
+        near = " or ".join(str(steps) for steps in (limit - limit % own, limit - limit % own + own) if steps)
         raise ConfigError(
-            [f"max_episode_steps: {limit} is no multiple of the action repeat {own * repeat} of {name}. Fix: {near}"]
+            [f"max_episode_steps: {limit} is no multiple of the action repeat {own} of {name}. Fix: {near}"]
         )
     steps = None if limit is None else limit // own
     env = CheckedEnv(env, name=name, max_episode_steps=steps)
