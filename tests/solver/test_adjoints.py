@@ -578,3 +578,51 @@ def test_the_measurement_changes_no_derivative():
         measured, plain = (solve(case.objective, case.x0, tolerance=t, **options) for t in (1e-14, 0.0))
         for a, b in zip(gradients(case, measured), gradients(case, plain), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_the_worst_of_several_backward_passes_counts_and_memory_does_not_grow():
+    """Only the second variable, which starts at its optimum, has a wrong derivative."""
+    target = torch.tensor([[1.0, 0.0]], dtype=F64, requires_grad=True)
+    curvature = torch.tensor([1.0, 30.0], dtype=F64)
+    solution = solve(
+        lambda x: (curvature * (x - target).square()).sum(-1), torch.zeros(1, 2, dtype=F64), adjoint=Unrolled()
+    )
+    for variable, valid in ((0, True), (1, False), (0, False)):
+        torch.autograd.grad(solution.x[0, variable], target, retain_graph=True)
+        assert solution.gradient_valid.tolist() == [valid]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("half", [False, True], ids=["start-at-zero", "start-optimal-in-half-of-the-directions"])
+def test_the_numbers_of_the_documentation(half, dtype):
+    """192 quadratic problems of 12 variables and condition number 100 (docs/solver.md, "Step lengths of Unrolled()")."""
+    errors, valid = [], []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(16, 12, 12, dtype=F64))[0]
+        hessian = ((basis * torch.logspace(0, 2, 12, dtype=F64)) @ basis.mT).to(dtype)
+        target = torch.randn(16, 12, dtype=dtype, requires_grad=True)
+        along = (basis.mT @ torch.linalg.solve(hessian, target.detach())[..., None].to(F64))[..., 0]
+        start = (basis @ (along * (torch.arange(12) >= 6))[..., None])[..., 0].to(dtype) * half
+        solution = solve(
+            lambda x, h=hessian, t=target: 0.5 * torch.einsum("bi,bij,bj->b", x, h, x) - (x * t).sum(-1),
+            start,
+            adjoint=Unrolled(),
+            max_steps=600,
+        )
+        weight = torch.randn(16, 12, dtype=dtype)
+        (found,) = torch.autograd.grad((solution.x * weight).sum(), target)
+        wanted = torch.linalg.solve(hessian, weight)
+        errors.append((found - wanted).norm(dim=-1) / wanted.norm(dim=-1))
+        valid.append(solution.gradient_valid)
+    error, trusted = torch.cat(errors), torch.cat(valid)
+    if half:
+        assert (error > 0.05).all()
+        assert not trusted.any()
+    elif dtype == F64:
+        assert trusted.all()
+        assert error.max() < 1e-5
+    else:
+        assert trusted.sum() >= 175
+        assert error[trusted].max() < 0.01

@@ -109,7 +109,7 @@ def _code(function: Any) -> Any:
 
 
 def check_rows(name: str, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Raise ObjectiveError if rows of a function of `inputs` (B …) depend on each other: whether a change of the first or the last row changes others.
+    """Raise ObjectiveError if rows of a function of `inputs` (B …) depend on each other: if a change of the first or the last row changes others.
 
     Four evaluations, which leave the global random numbers as they were. Nothing is checked where values are not read for free, as on a
     GPU, nor if the function draws random numbers or refuses the changed row.

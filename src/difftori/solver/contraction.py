@@ -9,7 +9,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor  # pyr
 
 from difftori.solver.box import Box
 from difftori.solver.method import choose
-from difftori.types import Points, RowFlags
+from difftori.types import Points, RowFlags, Rows
 
 SOLVED = 0.01
 """A row whose derivative is estimated to be off by a larger share counts as not solved."""
@@ -24,6 +24,17 @@ class _Backward(NamedTuple):
     left: Points
     largest: Points
 
+    def norms(self) -> tuple[Rows, Rows]:
+        """The norm at the start, or that of roundings between if it is greater, and the norm at the result, (B)."""
+        asked, left, largest = (torch.linalg.vector_norm(part, dim=-1) for part in self)
+        return torch.maximum(left, _ROUNDINGS * torch.finfo(left.dtype).eps * largest), asked
+
+    def worse(self, other: "_Backward") -> "_Backward":
+        """In each row, the pass of which the greater share is left."""
+        (left, asked), (left_other, asked_other) = self.norms(), other.norms()
+        worse = ~(left * asked_other <= left_other * asked)  # also if it is NaN
+        return _Backward(*(choose(worse, one, two) for one, two in zip(self, other, strict=True)))
+
 
 class Contraction:
     """A loss's gradient at the start of the steps with a graph, as a share of that at the result.
@@ -36,7 +47,7 @@ class Contraction:
     def __init__(self, box: Box):
         self.box = box
         self._stale: RowFlags | None = None
-        self._passes: list[_Backward] = []
+        self._worst: _Backward | None = None
         self._now: tuple[Points, Points] | None = None
 
     def begin(self, x: Points, grad: Points, sound: RowFlags) -> Points:
@@ -66,12 +77,10 @@ class Contraction:
     def unsolved(self, inverse: Callable[[Points], Points]) -> RowFlags:
         """Rows (B) whose derivative was off in any backward pass so far, or that have none. `inverse` computes H⁻¹v on the free set."""
         assert self._stale is not None
-        unsolved = self._stale
-        for each in self._passes:
-            asked = _norm(inverse(each.asked))
-            rounding = _ROUNDINGS * torch.finfo(asked.dtype).eps * _norm(inverse(each.largest))
-            unsolved = unsolved | ~(torch.maximum(_norm(inverse(each.left)), rounding) <= SOLVED * asked)
-        return unsolved
+        if self._worst is None:
+            return self._stale
+        left, asked = _Backward(*map(inverse, self._worst)).norms()
+        return self._stale | ~(left <= SOLVED * asked)
 
     def _begin(self, grad: Tensor) -> None:
         if not (is_batchedtensor(grad) or is_legacy_batchedtensor(grad)):  # several passes at once are not measured
@@ -85,9 +94,5 @@ class Contraction:
     def _finish(self, grad: Tensor) -> None:
         if self._now is not None:
             asked, largest = self._now
-            self._passes.append(_Backward(asked, grad.detach(), largest))
-            self._now = None
-
-
-def _norm(v: Points) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=-1)
+            latest, self._now = _Backward(asked, grad.detach(), largest), None
+            self._worst = latest if self._worst is None else latest.worse(self._worst)
