@@ -41,7 +41,7 @@ def asked(monkeypatch) -> dict:
     def run(config, cases, methods, compared, **named):
         found.update(named, cases=cases, methods={method.label: method for method in methods}, compared=compared)
 
-    for module in (manipulation, maniskill, table1, base_noise, score_layers, solve_steps):
+    for module in (manipulation, maniskill, table1, base_noise):
         monkeypatch.setattr(module, "run_refinement", run)
     return found
 

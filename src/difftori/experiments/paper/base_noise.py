@@ -4,6 +4,8 @@ The tasks are not among those of our Table 1. Controls: the base, and the base t
 cost of base and refiner together.
 """
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from difftori.experiments.il_report import run_refinement
@@ -18,13 +20,18 @@ RESIDUAL_NOISE = 0.5
 """The best σ for the residual in this study. Other studies use it for their control."""
 
 
-class Config(ILStudy):
-    """Noise on the base's action during training, for DiffTORI and the residual, on MetaWorld from states."""
+class SmallStudy(ILStudy):
+    """Options of the studies on these tasks from states, with the small base."""
 
     tasks: tuple[str, ...] = Field(default=TASKS, min_length=1)
     """Tasks of MetaWorld."""
     seeds: int = Field(default=FULL_SEEDS, ge=1)
     """Number of seeds: 0 … seeds−1, each with its own demonstrations, held-out episodes and initial weights."""
+
+
+class Config(SmallStudy):
+    """Noise on the base's action during training, for DiffTORI and the residual, on MetaWorld from states."""
+
     sigmas: tuple[float, ...] = Field(default=SIGMAS, min_length=1)
     """Standard deviations σ of the noise to compare, in half-widths of the action range."""
 
@@ -40,6 +47,38 @@ def small_base() -> list[Method]:
     return [Method("base", "bc", settings), Method("base twice as long", "bc", settings, updates=2)]
 
 
+def noisy_residual() -> Method:
+    """Return the residual with its best noise, the control of the other studies."""
+    return Method(f"residual σ {RESIDUAL_NOISE:g}", "residual", {"base_noise": RESIDUAL_NOISE}, base="base")
+
+
+def run_small(
+    config: SmallStudy,
+    methods: Sequence[Method],
+    compared: Sequence[tuple[str, str]],
+    *,
+    study: str,
+    title: str,
+    **other: bool,
+) -> None:
+    """Run the missing runs on the tasks, and write `out/STUDY`. `other`: ways in which the study differs from the full one, and whether it does."""
+    checks = {
+        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES, seeds=FULL_SEEDS),
+        "other tasks": set(config.tasks) != set(TASKS),
+        **{f"other {name}": differs for name, differs in other.items()},
+    }
+    run_refinement(
+        config,
+        [metaworld_case(task) for task in config.tasks],
+        methods,
+        compared,
+        study=study,
+        title=title,
+        reasons=[reason for reason, holds in checks.items() if holds],
+        budget=f"state-{config.updates}",
+    )
+
+
 def run(config: Config) -> None:
     """Run the missing runs, and write `out/base_noise`."""
     refiners = [
@@ -52,18 +91,11 @@ def run(config: Config) -> None:
     if DEFAULT_NOISE in config.sigmas:
         others = [sigma for sigma in config.sigmas if sigma != DEFAULT_NOISE]
         compared += [(f"DiffTORI σ {DEFAULT_NOISE:g}", f"residual σ {sigma:g}") for sigma in others]
-    checks = {
-        **shortfalls(config, updates=FULL_UPDATES, episodes=FULL_EPISODES, seeds=FULL_SEEDS),
-        "other tasks": set(config.tasks) != set(TASKS),
-        "other σ": set(config.sigmas) != set(SIGMAS),
-    }
-    run_refinement(
+    run_small(
         config,
-        [metaworld_case(task) for task in config.tasks],
         [*small_base(), *refiners],
         compared,
         study="base_noise",
         title="Noise on the base's action in training",
-        reasons=[reason for reason, holds in checks.items() if holds],
-        budget=f"state-{config.updates}",
+        σ=set(config.sigmas) != set(SIGMAS),
     )
