@@ -217,11 +217,10 @@ def describe(error: ErrorDetails, config_type: type[BaseModel], also: Iterable[s
         return f"{shown}: unknown{_meant(shown, known | inner | set(also), {n: f'settings.{n}' for n in inner})}"
     if error["type"] == "missing":
         return f"{shown}: missing. Fix: give a value"
-    value = repr(error["input"])
-    if error["type"] == "value_error" and isinstance(
-        error["input"], Mapping
-    ):  # about several options, which the message names
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):
+        # about several options, which the message names
         return f"{shown}: {error['msg'].removeprefix('Value error, ')}"
+    value = repr(error["input"])
     meaning = _meaning(config_type, place) if place and error["type"] != "value_error" else ""
     return f"{shown}: {value if len(value) <= 60 else value[:60] + '…'}: {error['msg']}" + (meaning and f" ({meaning})")
 

@@ -214,18 +214,17 @@ def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
     """
     model, state = objective.plain if isinstance(objective, ConstrainedTrajectory) else objective, objective.state
     assert isinstance(model, ReturnObjective)
-    value = None if model.terminal_value is None else partial(model.value_at, state)
     action = state.new_zeros(len(state), objective.action_dim)
     t = objective.times()[0]
+    functions: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], torch.Size]] = [
+        ("dynamics", partial(model.next, t=t), (state, action), state.shape),
+        ("reward", partial(model.reward_at, t=t), (state, action), state.shape[:1]),
+    ]
+    if model.terminal_value is not None:
+        functions.append(("terminal_value", model.value_at, (state,), state.shape[:1]))
     with torch.no_grad():
-        for name, function, shape in (
-            ("dynamics", lambda: model.next(state, action, t), state.shape),
-            ("reward", lambda: model.reward_at(state, action, t), state.shape[:1]),
-            ("terminal_value", value, state.shape[:1]),
-        ):
-            if function is None:
-                continue
-            got = function()
+        for name, function, inputs, shape in functions:
+            got = function(*inputs)
             if not isinstance(got, Tensor) or got.shape != shape:
                 found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
                 raise ObjectiveError(
@@ -236,10 +235,7 @@ def check_model(objective: ReturnObjective | ConstrainedTrajectory) -> None:
                 raise ObjectiveError(
                     f"{name} returned {got.dtype} for a state in {state.dtype}. Fix: use the same precision for both."
                 )
-    check_rows("dynamics", lambda s, a: model.next(s, a, t), state, action)
-    check_rows("reward", lambda s, a: model.reward_at(s, a, t), state, action)
-    if model.terminal_value is not None:
-        check_rows("terminal_value", model.value_at, state)
+            check_rows(name, function, *inputs)
     if isinstance(objective, ConstrainedTrajectory):
         stage, terminal = objective.stage, objective.terminal
         if stage is not None:

@@ -89,7 +89,7 @@ def run_episodes(
 def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     """Run an episode of random actions as far as needed to know that episodes end, and, if `success`, that success is reported.
 
-    One step is enough in an environment with a limit of steps. Warns if the seed does not determine the first observation. Raises
+    One step is enough in an environment with a limit of steps. Warns as `check_seeding` does. Raises
     `ConfigError`, and the environment's own errors: this is called before training, to find then what an evaluation would find
     after it.
     """
@@ -99,15 +99,9 @@ def check_episode(env: CheckedVectorEnv, *, success: bool) -> None:
     def act(obs: Observation, first: np.ndarray, active: np.ndarray) -> np.ndarray:
         return draw()
 
-    start = {name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}
+    check_seeding(env)
     reported = not success
     for count, step in enumerate(run_episodes(env, act, [0]), 1):
-        if count == 1 and not _same(start, named(step.obs)):
-            _log.warning(
-                "env: two episodes of %s with the same seed begin differently, so policies are not compared on the same episodes. "
-                "Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
-                env.name,
-            )
         reported |= step.success is not None
         if reported and (limited or step.ended.any()):
             return
@@ -127,17 +121,17 @@ def check_seeding(env: CheckedVectorEnv) -> None:
     draw, found = _random_actions(env), []
     actions = [draw(), draw()]
     for _ in range(2):
-        track = [{name: values.copy() for name, values in named(env.reset(seed=[0] * env.num_envs)[0]).items()}]
+        track = [_copied(env.reset(seed=[0] * env.num_envs)[0])]
         for action in actions:
             obs, rewards, terminated, truncated, _ = env.step(action)
-            track.append({**{name: values.copy() for name, values in named(obs).items()}, "reward": rewards.copy()})
+            track.append({**_copied(obs), "reward": rewards.copy()})
             if (terminated | truncated).any():
                 break
         found.append(track)
     if len(found[0]) != len(found[1]) or not all(map(_same, *found)):
         _log.warning(
-            "env: two episodes of %s with the same seed and actions differ: a run that is interrupted discards its running episodes, and "
-            "policies are not compared on the same ones. Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
+            "env: two episodes of %s with the same seed begin differently, also with the same actions: policies are not compared on the "
+            "same episodes, and a run that is interrupted discards its running ones. Fix: draw random numbers from self.np_random after super().reset(seed=seed)",
             env.name,
         )
 
@@ -147,6 +141,10 @@ def _random_actions(env: CheckedVectorEnv) -> Callable[[], np.ndarray]:
     box, numbers = env.action_space, np.random.default_rng(0)
     low, high = (np.nan_to_num(bound, posinf=1.0, neginf=-1.0) for bound in (box.low, box.high))
     return lambda: numbers.uniform(low, high).astype(box.dtype)
+
+
+def _copied(obs: Observation) -> dict[str, np.ndarray]:
+    return {name: values.copy() for name, values in named(obs).items()}
 
 
 def _same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

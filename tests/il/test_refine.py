@@ -93,6 +93,21 @@ def test_observations_of_another_shape_are_named(shape):
         refined(opened(8)).act({"state": torch.zeros(shape)}, generator=torch.Generator())
 
 
+@pytest.mark.parametrize("points", [4, 16])
+def test_a_cloud_may_have_another_number_of_points_than_in_training(points):
+    clouds = np.random.default_rng(0).normal(size=(LENGTH * 20, 8, 3)).astype(np.float32)
+    data = Trajectories.of({"cloud": clouds}, np.ones((len(clouds), 1)), np.arange(LENGTH, len(clouds) + 1, LENGTH))
+
+    def base(obs):
+        return torch.full((len(obs["cloud"]), 8, 1), -1.0)
+
+    window = {"n_obs_steps": 1, "horizon": 8, "n_action_steps": 1}
+    policy = refine(base, data, low=(-1.0,), high=(1.0,), settings=TINY, **window)
+    assert policy.act({"cloud": torch.zeros(2, 1, points, 3)}, generator=torch.Generator()).shape == (2, 8, 1)
+    with pytest.raises(ShapeError, match=r"cloud has shape \(2, 1, 8, 2\)"):
+        policy.act({"cloud": torch.zeros(2, 1, 8, 2)}, generator=torch.Generator())
+
+
 @pytest.mark.parametrize("base", [opened(7), lambda obs: None])
 def test_other_results_of_a_base_are_refused(base):
     with pytest.raises(ShapeError, match="Fix: return"):

@@ -266,7 +266,7 @@ def test_random_numbers_beside_the_seed_are_warned_of_and_cost_only_the_running_
         patch.setattr(Collector, "step", interrupted_at(75, Collector.step))
         with pytest.raises(KeyboardInterrupt):
             rl.train(config(**values), tmp_path, progress=False)
-    assert "two episodes of tests.support.line:Line with the same seed and actions differ" in caplog.text
+    assert "two episodes of tests.support.line:Line with the same seed begin differently" in caplog.text
     caplog.clear()
     summary = rl.train(config(**values), tmp_path, progress=False)
     assert ("These episodes are discarded" in caplog.text) == (hidden == "reset")  # this run is saved between episodes
@@ -283,6 +283,21 @@ def test_finished_episodes_are_counted_and_success_is_reported(tmp_path):
         assert [row["episode"] for row in rows] == list(range(1, 2 * (100 // 6) + 1))
         assert summary["episodes"] == len(rows)
         assert {row["eval/success"] for row in read_metrics(out) if "eval/return" in row} == {success}
+
+
+@pytest.mark.parametrize(("agent", "short"), [("drqv2", True), ("tdmpc", False)])
+def test_agents_of_n_step_returns_learn_from_short_segments_before_a_time_limit(agent, short, tmp_path, monkeypatch):
+    found = []
+
+    class Watched(Replay):
+        def _commit(self, episode):
+            super()._commit(episode)
+            stored = self._stored[-1]
+            found.append(int((self._tree.leaves[self._slots(stored.start, stored.start + stored.length)] > 0).sum()))
+
+    monkeypatch.setattr(rl, "Replay", Watched)
+    rl.train(config(agent, env=LINE, steps=30, eval_every=1000, settings={"horizon": 3}), tmp_path, progress=False)
+    assert set(found) == {6 if short else 4}
 
 
 def test_a_capacity_below_one_episode_is_warned_of_before_the_start(tmp_path, caplog):

@@ -49,7 +49,8 @@ class Replay:
 
     P(i) = p_i^α / Σ_j p_j^α for N segments; weights (N·P(i))^−β, divided by their maximum in the batch. Samples are
     independent, with replacement (Schaul et al. 2016, Eq. 1, §3.4). As in TD-MPC (Hansen et al. 2022), the segments of a
-    new episode get the greatest priority in the buffer, initially 1, and a segment starts only where its T steps fit.
+    new episode get the greatest priority in the buffer, initially 1, and a segment starts only where its T steps fit, or with `short` at
+    every step.
     Differs from paper, where all episodes have one length: the last steps of an episode that terminated, whose values nothing
     bootstraps, begin padded and masked segments too; and an episode of fewer than T steps is at least one such segment.
 

@@ -146,8 +146,10 @@ class NormalizedPolicy:
     def _checked(self, name: str, values: Tensor) -> Tensor:
         """Return the steps (B O …) of one observation in the policy's precision. Raises ShapeError for another shape."""
         wanted = (self.spec.n_obs_steps, *self.spec.obs[name].shape)
-        cloud = len(wanted) == 3 and values.dim() == 4  # of any number of points
-        if (values.shape[1], values.shape[-1]) != (wanted[0], wanted[-1]) if cloud else values.shape[1:] != wanted:
+        found = list(values.shape[1:])
+        if len(wanted) == len(found) == 3:  # a cloud, of any number of points
+            found[1] = wanted[1]
+        if tuple(found) != wanted:
             raise ShapeError(
                 f"{self.policy.name}: {name} has shape {tuple(values.shape)}, not (B, {', '.join(map(str, wanted))}). Fix: give the last "
                 f"{wanted[0]} observations of each row, or act step by step with difftori.load(policy)"

@@ -89,10 +89,11 @@ class _Session:
         self.config, self.out, self.run = config, run.path, run
         env = config.open_env(config.num_envs)
         self.spec = env_spec(env)
-        _with_restarts(lambda: check_seeding(env))
         if self.spec.max_episode_steps is None:
             with closing(config.open_env(1)) as single:
                 _with_restarts(lambda: check_episode(single, success=False))
+        else:
+            _with_restarts(lambda: check_seeding(env))
         self.agent = config.agent_type(config.settings, self.spec).to(config.device)
         self.agent.compiles = config.compile
         agent_steps = -(-config.steps // self.spec.action_repeat)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -117,8 +117,7 @@ class Solution:
         """
         solves, contraction = self.differentiated.solves, self.differentiated.contraction
         if contraction is not None:
-            measured = contraction
-            return self._near_minimum & ~without_inference_tensors(lambda: measured.unsolved(self._examined[2]))
+            return self._near_minimum & ~without_inference_tensors(partial(contraction.unsolved, self._examined[2]))
         if solves is None or solves.unsolved is None or len(solves.unsolved) != len(self._near_minimum):
             return self._near_minimum
         return self._near_minimum & ~solves.unsolved

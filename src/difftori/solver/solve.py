@@ -279,10 +279,8 @@ class _Run:
         state = self._state(problem, x, progress.state)
         # The best iterate so far has no graph. Restart the comparison, so that iterates of the tail can become the best.
         norm = self._norm(x, state)
-        begun = replace(
-            progress, x=x, state=state, best_x=x, best_cost=state.cost, best_norm=norm, best_states=state.states
-        )
-        return replace(begun, improved=torch.zeros_like(progress.done), resumed=True)
+        best = {"best_x": x, "best_cost": state.cost, "best_norm": norm, "best_states": state.states}
+        return replace(progress, x=x, state=state, **best, improved=torch.zeros_like(progress.done), resumed=True)
 
     def _state(self, problem: Problem, x: Points, state: State) -> State:
         """The state at x with a graph, and the memory of `state` without one."""
