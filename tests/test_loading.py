@@ -13,7 +13,7 @@ from tiny_env.reach import Reach
 import difftori
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.il.env_task import TEST_SEED
-from difftori.il.train import evaluate_run as evaluate_policy_run
+from difftori.il.evaluate import evaluate_run as evaluate_policy_run
 from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed

@@ -17,7 +17,7 @@ import difftori
 from difftori.cli import main
 from difftori.errors import CheckpointError, ConfigError, MissingExtraError, NonFiniteError
 from difftori.experiments.gather import gather as gather_runs
-from difftori.il.train import evaluate_run as evaluate_policy_run
+from difftori.il.evaluate import evaluate_run as evaluate_policy_run
 from difftori.policies.mpc import PendulumMPC
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import FILES, NEEDED, Published, load_published, write_published

@@ -114,7 +114,7 @@ class TrainArguments(Arguments):
 
 
 class EvalArguments(Arguments):
-    """Evaluate a trained policy or agent. Runs of one seed are evaluated on the same episodes."""
+    """Evaluate a trained policy or agent. Runs of one seed are evaluated on the same episodes, unless `--seed` is given."""
 
     run: Path
     """Run directory."""
@@ -123,6 +123,17 @@ class EvalArguments(Arguments):
     which: Literal["best", "last"] | None = None
     """Weights of a policy to evaluate: those with the least validation error, or the last ones (default: `last` for runs with
     `--demos`, otherwise `best`). Runs of agents store the last weights only."""
+    env: str | None = None
+    """Another environment with the same observations and actions, such as a simulation for a policy that was trained on recordings of
+    a robot (default: the run's)."""
+    obs: str | None = None
+    """Observation type of the environment (default: the run's)."""
+    env_options: tuple[str, ...] | None = None
+    """Further options of the environment, as `NAME=VALUE` (default: the run's)."""
+    max_episode_steps: int | None = Field(default=None, ge=1)
+    """Number of environment steps after which an episode is truncated (default: the run's)."""
+    seed: int | None = Field(default=None, ge=0, lt=2**62)
+    """Seed of other episodes, and of the policy's random numbers (default: the episodes of the evaluation after training)."""
     device: str = "cpu"
     """Device for inference, such as `cpu` or `cuda`."""
     video: bool = False

@@ -257,7 +257,13 @@ def _eval(words: list[str]) -> None:
     from difftori.trainers import trainer_of
 
     trainer = trainer_of(read_config(options.run))
-    given: dict[str, Any] = {"episodes": options.episodes, "device": options.device, "video": options.video}
+    changes = {name: getattr(options, name) for name in ("env", "obs", "env_options", "max_episode_steps", "seed")}
+    given: dict[str, Any] = {
+        "episodes": options.episodes,
+        "device": options.device,
+        "video": options.video,
+        "changes": {name: value for name, value in changes.items() if value is not None},
+    }
     if trainer.key == "policy":
         given["which"] = options.which
     elif options.which == "best":

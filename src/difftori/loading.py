@@ -12,7 +12,7 @@ from torch import Tensor
 from difftori.envs.base import rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.hub import download, hub_name
-from difftori.il.train import Which, default_weights, load_policy, seeded_actor
+from difftori.il.evaluate import Which, default_weights, load_policy, seeded_actor
 from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import Base, NormalizedPolicy, checked_base
 from difftori.published import (

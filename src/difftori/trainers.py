@@ -41,7 +41,8 @@ class Trainer:
 def imitation() -> Trainer:
     """Return the trainer of policies, which learn from demonstrations."""
     from difftori.il.config import TrainConfig, parse_config
-    from difftori.il.train import evaluate_run, train
+    from difftori.il.evaluate import evaluate_run
+    from difftori.il.train import train
     from difftori.interfaces import Policy, PolicyConfig
 
     def config_type(policy: type[Policy] | None) -> type[BaseModel]:

@@ -7,7 +7,8 @@ from tiny_env.reach import ENV, write_demos
 from difftori import cli
 from difftori.il.base import WithBase, base_actions
 from difftori.il.config import TrainConfig, parse_config
-from difftori.il.train import evaluate_run, load_policy, open_task, train
+from difftori.il.evaluate import evaluate_run, load_policy
+from difftori.il.train import train
 from difftori.policies.difftori import DiffTORI
 from difftori.runs import run
 from difftori.runs.checkpoint import Checkpoints, weights_digest
@@ -57,7 +58,7 @@ def test_a_refiner_sees_several_draws_of_its_base(demos, tmp_path):
     train(wish, tmp_path / "refined", progress=False)
     policy, _ = load_policy(tmp_path / "refined", "last")
     assert isinstance(policy.policy, DiffTORI)
-    task = open_task(wish)
+    task = wish.open_task()
     windows = WithBase(task.train, base_actions(policy, task.train, torch.Generator().manual_seed(0)))
     batch = policy.normalized(next(windows.in_order(1)))
     draws = (policy.policy.choose_base(batch, torch.Generator().manual_seed(seed)) for seed in range(20))

@@ -8,7 +8,7 @@ from difftori.data.formats import write_zarr
 from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError
 from difftori.il.config import inherited, parse_config
-from difftori.il.train import evaluate_run, open_task
+from difftori.il.evaluate import evaluate_run
 from difftori.registry import resolve_env
 from difftori.rl.config import parse_rl_config
 from difftori.runs.records import read_config
@@ -80,21 +80,21 @@ def test_options_reach_the_environment_and_the_conversion_and_are_inherited(demo
 
 def test_what_the_environment_computes_cannot_be_replaced_by_other_keys(demos):
     given = {"policy": "bc", "env": "line_env:FAMILY", "demos": demos, "env_options": ("size=2", "actions=places")}
-    task = open_task(parse_config({**given, "obs_keys": ("state",)}))
+    task = parse_config({**given, "obs_keys": ("state",)}).open_task()
     assert task.spec.action_dim == 2, "converted"
     with pytest.raises(
         ConfigError, match=r"obs_keys: 'state=state' is no observation of line_env:FAMILY.*: state\. Fix"
     ):
-        open_task(parse_config({**given, "obs_keys": ("state=state",)}))
+        parse_config({**given, "obs_keys": ("state=state",)}).open_task()
 
 
 def test_keys_with_other_names_are_converted_too(tmp_path, demos):
     numbers = np.linspace(-1, 1, 20, dtype=np.float32)[:, None]
     write_zarr(Trajectories.of({"p": numbers}, numbers, [10, 20]), tmp_path / "p.zarr", about={"robot": "arm"})
     options = {"env_options": ("size=2", "actions=places"), "obs_keys": ("state=p",)}
-    task = open_task(
-        parse_config({"policy": "bc", "env": "line_env:FAMILY", "demos": str(tmp_path / "p.zarr"), **options})
-    )
+    task = parse_config(
+        {"policy": "bc", "env": "line_env:FAMILY", "demos": str(tmp_path / "p.zarr"), **options}
+    ).open_task()
     assert task.spec.action_dim == 2, "converted"
 
 
@@ -113,7 +113,7 @@ def test_faults_are_listed_before_the_data_are_read(demos, capsys):
     for part in ["count is '1.5'. Fix: give an integer", "'limit' has no value", "'size' is given twice"]:
         assert part in text
     with pytest.raises(ConfigError, match="env_options: unknown"):
-        open_task(parse_config({"policy": "bc", "env": "pendulum", "env_options": ["size=1"]}))
+        parse_config({"policy": "bc", "env": "pendulum", "env_options": ["size=1"]}).open_task()
 
 
 def test_values_have_the_types_of_the_defaults(demos):

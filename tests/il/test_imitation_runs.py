@@ -13,8 +13,9 @@ from difftori import cli
 from difftori.errors import ConfigError
 from difftori.il.config import parse_config
 from difftori.il.env_task import TEST_SEED, EnvTask
+from difftori.il.evaluate import evaluate_run, load_policy
 from difftori.il.learner import Learner
-from difftori.il.train import evaluate_run, load_policy, open_task, train
+from difftori.il.train import train
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.records import read_config
@@ -37,7 +38,7 @@ SMALL = {"hidden": (16,), "cvae_dim": 4, "latent_dim": 8}
 
 
 def test_what_a_task_is_made_of(demos):
-    task = open_task(config("bc", demos, num_train=3))
+    task = config("bc", demos, num_train=3).open_task()
     assert isinstance(task, EnvTask)
     spec = task.spec
     assert (spec.n_obs_steps, spec.horizon, spec.n_action_steps, spec.action_dim) == (2, 4, 2, 2)
@@ -55,7 +56,7 @@ def test_what_a_task_is_made_of(demos):
 
 def test_every_step_is_the_present_of_one_window_whatever_is_executed(demos):
     for n_action_steps in (1, 2, 3):
-        task = open_task(config("bc", demos, n_action_steps=n_action_steps))
+        task = config("bc", demos, n_action_steps=n_action_steps).open_task()
         assert len(task.train) == sum(task.train.demos.lengths)
         present = task.train.batch(torch.arange(len(task.train))).actions[:, 1]
         assert torch.equal(present, task.train.demos.actions[task.train.demos.rows()])
@@ -65,7 +66,7 @@ def test_a_refiner_of_another_seed_holds_out_what_its_base_did(demos, tmp_path):
     train(config("bc", demos, seed=4), tmp_path / "base", progress=False)
     wish = config("residual", settings={"hidden": (8,)}, base=str(tmp_path / "base"), seed=5)
     assert (wish.seed, wish.data_seed) == (5, 4)
-    assert torch.equal(open_task(wish).train.demos.spans, open_task(config("bc", demos, seed=4)).train.demos.spans)
+    assert torch.equal(wish.open_task().train.demos.spans, config("bc", demos, seed=4).open_task().train.demos.spans)
 
 
 def test_a_run_keeps_its_base(demos, tmp_path, killed_at):
@@ -87,7 +88,7 @@ def test_a_run_keeps_its_base(demos, tmp_path, killed_at):
 
 
 def test_the_same_seed_holds_out_the_same_episodes(demos):
-    first, second, other = (open_task(config("bc", demos, seed=seed)) for seed in (1, 1, 5))
+    first, second, other = (config("bc", demos, seed=seed).open_task() for seed in (1, 1, 5))
     assert torch.equal(first.train.demos.spans, second.train.demos.spans)
     assert not torch.equal(first.train.demos.spans, other.train.demos.spans)
 
@@ -145,9 +146,9 @@ def test_what_is_missing_is_named(values, words, tmp_path):
 
 def test_data_that_do_not_fit_the_environment_are_refused(demos):
     with pytest.raises(ConfigError, match="has 5 training episodes after holding out 1"):
-        open_task(config("bc", demos, num_train=6))
+        config("bc", demos, num_train=6).open_task()
     with pytest.raises(ConfigError, match="make horizon at least"):
-        open_task(config("bc", demos, n_action_steps=9))
+        config("bc", demos, n_action_steps=9).open_task()
 
 
 def test_a_plain_policy_takes_no_base(demos, tmp_path):

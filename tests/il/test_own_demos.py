@@ -19,8 +19,9 @@ from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, DataError
 from difftori.il.config import parse_config
 from difftori.il.demos_task import DemosTask
+from difftori.il.evaluate import evaluate_run, load_policy
 from difftori.il.recorded import DemosOptions
-from difftori.il.train import evaluate_run, load_policy, open_task, train
+from difftori.il.train import train
 from difftori.runs.records import read_summary
 from tests.support.own_demos import SIDE, episodes, write_lerobot_set, write_robomimic_set, write_zarr_set
 
@@ -95,7 +96,7 @@ def test_a_key_that_is_not_found_is_told_with_what_there_is(tmp_path, capsys):
 def test_keys_are_chosen_renamed_and_concatenated(tmp_path):
     demos = write_robomimic_set(tmp_path / "d.hdf5")
     words = ("pose=robot0_eef_pos,obs/robot0_eef_pos", "agentview_image", "obs/agentview/depth")
-    task = open_task(config(demos, obs_keys=words, action_key="next_obs/robot0_eef_pos"))
+    task = config(demos, obs_keys=words, action_key="next_obs/robot0_eef_pos").open_task()
     assert {name: (entry.shape, entry.dtype) for name, entry in task.spec.obs.items()} == {
         "pose": ((4,), "float32"),
         "agentview_image": ((SIDE, SIDE, 3), "uint8"),
@@ -112,15 +113,15 @@ def test_episodes_are_chosen(tmp_path, name):
     assert some.lengths == [10, 10, 10]
     for number, episode in enumerate((1, 2, 5)):
         assert torch.equal(some.episode(number)[1], whole.episode(episode)[1])
-    task = open_task(config(demos, obs_keys=(next(iter(whole.obs)),), episodes=("0:2", "5")))
+    task = config(demos, obs_keys=(next(iter(whole.obs)),), episodes=("0:2", "5")).open_task()
     assert isinstance(task, DemosTask)
     assert sorted(task.train.demos.lengths) == [10, 10]
     with pytest.raises(DataError, match="there are no episodes 4:9; the data set has 6"):
-        open_task(config(demos, episodes=("4:9",)))
+        config(demos, episodes=("4:9",)).open_task()
 
 
 def test_a_list_of_robomimic_is_chosen(tmp_path):
-    task = open_task(config(write_robomimic_set(tmp_path / "d.hdf5"), episodes=("train",)))
+    task = config(write_robomimic_set(tmp_path / "d.hdf5"), episodes=("train",)).open_task()
     assert isinstance(task, DemosTask)
     assert len(task.train.demos) + len(task.validation.demos) == 2
 
@@ -137,7 +138,7 @@ def test_a_damaged_episode_can_be_left_out(tmp_path):
 
 
 def test_what_the_task_is_comes_from_the_data(tmp_path):
-    task = open_task(config(write_zarr_set(tmp_path / "d.zarr"), obs_keys=("state",)))
+    task = config(write_zarr_set(tmp_path / "d.zarr"), obs_keys=("state",)).open_task()
     actions = task.train.demos.actions[task.train.demos.rows()]
     assert task.spec.low == pytest.approx(actions.amin(0).tolist())
     assert task.spec.high == pytest.approx(actions.amax(0).tolist())
@@ -145,7 +146,7 @@ def test_what_the_task_is_comes_from_the_data(tmp_path):
 
 
 def test_the_action_error_is_the_root_mean_square_on_held_out_episodes(tmp_path):
-    task = open_task(config(write_zarr_set(tmp_path / "d.zarr", count=20), obs_keys=("state",)))
+    task = config(write_zarr_set(tmp_path / "d.zarr", count=20), obs_keys=("state",)).open_task()
     assert isinstance(task, DemosTask)
     held, present = task.validation.demos, task.spec.present
     assert len(held) == 2
@@ -171,7 +172,7 @@ def test_one_demonstration_is_trained_on_and_nothing_is_held_out(tmp_path, caplo
 
 
 def test_nothing_is_held_out_if_asked(tmp_path):
-    task = open_task(config(write_zarr_set(tmp_path / "d.zarr"), held_out=0.0))
+    task = config(write_zarr_set(tmp_path / "d.zarr"), held_out=0.0).open_task()
     assert task.validation is None
     assert isinstance(task, DemosTask)
     assert len(task.train.demos) == 4
@@ -326,7 +327,7 @@ def images_as(change) -> Trajectories:
 )
 def test_images_are_converted_to_what_the_environment_shows(tmp_path, change):
     write_zarr(images_as(change), tmp_path / "d.zarr")
-    task = open_task(config(tmp_path / "d.zarr", env=CAMERA))
+    task = config(tmp_path / "d.zarr", env=CAMERA).open_task()
     assert task.spec.obs["image"].shape == (SIDE, SIDE, 3)
     image = next(iter(task.train.in_order())).obs["image"]
     assert image.dtype == torch.uint8
@@ -348,7 +349,7 @@ def test_images_are_converted_to_what_the_environment_shows(tmp_path, change):
 def test_images_of_another_kind_are_refused_by_name(tmp_path, env, change, words):
     write_zarr(images_as(change), tmp_path / "d.zarr")
     with pytest.raises(ConfigError, match=words):
-        open_task(config(tmp_path / "d.zarr", env=env))
+        config(tmp_path / "d.zarr", env=env).open_task()
 
 
 def test_bytes_are_no_floats_from_minus_one_to_one(tmp_path):
@@ -356,26 +357,26 @@ def test_bytes_are_no_floats_from_minus_one_to_one(tmp_path):
     with pytest.raises(
         ConfigError, match=r"is \(40, 40, 3\) uint8, but tiny_env.camera:make shows \(3, 40, 40\) float32"
     ):
-        open_task(config(tmp_path / "d.zarr", env=CAMERA, obs="signed"))
+        config(tmp_path / "d.zarr", env=CAMERA, obs="signed").open_task()
 
 
 def test_a_part_of_what_the_environment_shows_is_enough(tmp_path):
     demos = write_zarr_set(tmp_path / "d.zarr")
     assert run("--env", CAMERA, "--demos", demos, "--obs-keys", "state", out=tmp_path / "run")["last/episodes"] == 2
     with pytest.raises(ConfigError, match="has the observation 'place' .* but .* shows state .*, image"):
-        open_task(config(demos, env=CAMERA, obs_keys=("place=state",)))
+        config(demos, env=CAMERA, obs_keys=("place=state",)).open_task()
 
 
 def test_actions_in_other_units_are_told_before_training(tmp_path, caplog):
     demos = write_zarr_set(tmp_path / "d.zarr", sign=100.0)
     with caplog.at_level(logging.WARNING):
-        open_task(config(demos, env=ENV))
+        config(demos, env=ENV).open_task()
     assert "of the actions" in caplog.text
     assert "outside of the bounds of tiny_env.reach:make" in caplog.text
     with pytest.raises(
         ConfigError, match=r"(?s)has actions of size 2, but .* needs 1.*'state' .* shows \(3,\) float32"
     ):
-        open_task(config(demos, env="pendulum:undamped"))
+        config(demos, env="pendulum:undamped").open_task()
 
 
 def test_a_constant_action_is_learned(tmp_path):

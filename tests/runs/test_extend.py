@@ -8,8 +8,8 @@ import pytest
 from tiny_env.reach import ENV, write_demos
 
 from difftori.errors import ConfigError, DataError
-from difftori.il.train import evaluate_run as evaluate_policy_run
-from difftori.il.train import load_policy
+from difftori.il.evaluate import evaluate_run as evaluate_policy_run
+from difftori.il.evaluate import load_policy
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import PolicyInRows
 from difftori.runs.checkpoint import weights_digest

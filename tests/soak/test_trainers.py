@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from difftori.cli import main
-from difftori.il.train import load_policy
+from difftori.il.evaluate import load_policy
 from difftori.runs.checkpoint import Checkpoints, weights_digest
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.runs.run import Run

@@ -11,8 +11,8 @@ from difftori.config import describe, device_faults, resolved, validated
 from difftori.errors import ConfigError, DifftoriError
 from difftori.il.demos_task import NONE
 from difftori.il.env_task import SEPARATE
-from difftori.il.task_names import default_held_out, find_task
-from difftori.il.tasks import TaskFactory
+from difftori.il.task_names import default_held_out, find_task, make_task
+from difftori.il.tasks import ImitationTask, TaskFactory
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.registry import find_policy, resolve_env
 from difftori.runs.records import read_config
@@ -96,6 +96,12 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     def task_factory(self) -> TaskFactory:
         """The function that creates the task. Raises ConfigError if the name is unknown."""
         return find_task(self.env, demos=self.demos is not None)
+
+    def open_task(self) -> ImitationTask:
+        """Create the task. Raises ConfigError for an option that it does not have, and the errors of its factory."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        options = {name: getattr(self, name) for name in TASK_OPTIONS}
+        return make_task(self.env, self.task_factory, seed=seed, **options)
 
 
 def parse_config(

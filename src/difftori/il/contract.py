@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError
+from difftori.types import TaskSpec
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,42 @@ def conform(demos: Trajectories, shown: Mapping[str, Shown], bounds: Bounds, *, 
         raise ConfigError(faults)
     _warn_of_range(demos, bounds, place, env)
     return replace(demos, obs=obs)
+
+
+def check_fit(spec: TaskSpec, shown: Mapping[str, Shown], bounds: Bounds, *, env: str) -> None:
+    """Check that an environment shows the observations of a trained policy and takes its actions.
+
+    Logs a warning if the policy's actions can be outside of the environment's bounds, which clip them. Raises ConfigError.
+    """
+    faults = []
+    for name, entry in spec.obs.items():
+        wanted = Shown(entry.shape, entry.dtype)
+        found = shown.get(name)
+        if found is None or found.shape != wanted.shape or found.is_image != wanted.is_image:
+            names = ", ".join(f"{known} {what}" for known, what in shown.items())
+            faults.append(
+                f"env: the policy needs the observation {name!r} {wanted}, but {env} shows {names}. "
+                "Fix: choose another --obs or --env, or change what the environment shows"
+            )
+    if spec.action_dim != len(bounds[0]):
+        faults.append(
+            f"env: the policy has {spec.action_dim} actions, but {env} takes {len(bounds[0])}. Fix: choose another --env"
+        )
+    if faults:
+        raise ConfigError(faults)
+    ranges = zip(spec.low, spec.high, *bounds, strict=True)
+    if any(
+        low < own_low - 1e-3 * (high - low) or high > own_high + 1e-3 * (high - low)
+        for low, high, own_low, own_high in ranges
+    ):
+        _log.warning(
+            "env: the actions of the policy, low %s, high %s, can be outside of the bounds of %s, low %s, high %s, and are then "
+            "clipped. Check that both have the same units",
+            spec.low,
+            spec.high,
+            env,
+            *bounds,
+        )
 
 
 def _action_faults(demos: Trajectories, size: int, place: str, env: str) -> list[str]:

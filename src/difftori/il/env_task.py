@@ -17,10 +17,19 @@ from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.family import ResolvedEnv
 from difftori.envs.video import write_video
 from difftori.errors import ConfigError
-from difftori.il.contract import Bounds, Shown, conform
+from difftori.il.contract import Bounds, Shown, check_fit, conform
 from difftori.il.recorded import WINDOW, DemosOptions, hold_out, make_windows
 from difftori.il.tasks import Act, Evaluation, ImitationTask
-from difftori.rollout import Episode, PolicyInRows, check_episode, evaluate_policy, named, record, wilson_interval
+from difftori.rollout import (
+    Episode,
+    PolicyInRows,
+    check_episode,
+    episode_seed,
+    evaluate_policy,
+    named,
+    record,
+    wilson_interval,
+)
 from difftori.types import TaskSpec
 
 HELD_OUT = 0.02
@@ -37,8 +46,8 @@ EVAL_ROWS = 25
 class EnvEvaluator:
     """Evaluates a policy in an environment, with `num_envs` episodes in parallel. Options that are None use the environment's defaults.
 
-    `env_options` are further options of the environment, NAME=VALUE. Raises ConfigError for invalid ones. `watch` is called after
-    every step with the number of episodes that have ended.
+    `env_options` are further options of the environment, NAME=VALUE. Raises ConfigError for invalid ones. `seed`: other episodes than
+    those that all runs are evaluated on. `watch` is called after every step with the number of episodes that have ended.
     """
 
     env: ResolvedEnv
@@ -47,16 +56,14 @@ class EnvEvaluator:
     workers: str | None = None
     max_episode_steps: int | None = None
     env_options: Sequence[str] = ()
+    seed: int | None = None
     watch: Callable[[int], None] = lambda ended: None
 
     def evaluate(self, act: Act, spec: TaskSpec, *, episodes: int) -> Evaluation:
-        """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score.
-
-        The seeds count up from `TEST_SEED`, the same for every policy and run.
-        """
+        """Run episodes from fixed seeds. Returns the rate of success at any step, its Wilson 95 % interval, and the mean score."""
         env = self.open(min(self.num_envs, episodes))
         try:
-            seeds = range(TEST_SEED, TEST_SEED + episodes)
+            seeds = [self.episode_seed(number) for number in range(episodes)]
             played = evaluate_policy(env, _choosing(act, spec), spec, seeds, watch=self.watch)
         finally:
             env.close()
@@ -67,10 +74,21 @@ class EnvEvaluator:
         env = self.open(1)
         try:
             rows = PolicyInRows(_choosing(act, spec), spec)
-            recording = record(env, rows, seed=TEST_SEED, until_success=True)
+            recording = record(env, rows, seed=self.episode_seed(0), until_success=True)
         finally:
             env.close()
         return write_video(recording, run_dir / "media", "episode")
+
+    def episode_seed(self, number: int) -> int:
+        """Return the seed of an evaluation episode: they count up from `TEST_SEED`, the same for every policy and run, unless `seed` is given."""
+        return TEST_SEED + number if self.seed is None else episode_seed(self.seed, "evaluation", number)
+
+    def check(self, spec: TaskSpec) -> None:
+        """Raise ConfigError if the policy of `spec` does not fit the environment, or an evaluation in it would end without a result."""
+        with closing(replace(self, workers=None).open(1)) as single:
+            bounds, shown = _interface(single)
+            check_fit(spec, shown, bounds, env=self.env.name)
+            check_episode(single, success=True)
 
     @property
     def options(self) -> dict[str, Any]:

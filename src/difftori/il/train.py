@@ -1,43 +1,33 @@
-"""Imitation runs: trains a policy in a run directory, and loads and evaluates the policy of a run."""
+"""Imitation runs: trains a policy in a run directory."""
 
 import json
 import logging
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions, warn_of_split
-from difftori.il.config import TASK_OPTIONS, TrainConfig, parse_config
-from difftori.il.demos_task import NONE
+from difftori.il.config import TrainConfig
 from difftori.il.distributed import Distributed
-from difftori.il.env_task import EVAL_ROWS, EnvEvaluator
+from difftori.il.evaluate import evaluate, restored_base, write_policy
 from difftori.il.learner import Learner, TrainLoop, run_length
-from difftori.il.recorded import check_base_data, check_data, warn_of_changes
-from difftori.il.task_names import make_task
-from difftori.il.tasks import Act, Evaluation, ImitationTask
+from difftori.il.recorded import check_base_data, check_data
+from difftori.il.tasks import Evaluation, ImitationTask
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy, described
-from difftori.registry import resolve_env
-from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file, write_weights
-from difftori.runs.page import keep_evaluation
+from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file
 from difftori.runs.process import StopRequested, StopSignal
 from difftori.runs.progress import LongRunHint, Progress
 from difftori.runs.records import is_finished, read_config, read_summary
 from difftori.runs.run import Run, refuse_another, seeded
-from difftori.steering import Steering
-from difftori.types import Metrics, Plans, TaskSpec, WindowObs, to_device
+from difftori.types import Metrics, TaskSpec
 
 _log = logging.getLogger(__name__)
-
-Which: TypeAlias = Literal["best", "last"]
-"""Weights of a run: those with the least validation error, or those of the last update."""
 
 
 def train(
@@ -88,7 +78,7 @@ def _train(
         if run.finished:
             return run.summary()
         with bar.phase("loading data"):
-            task = open_task(config)
+            task = config.open_task()
         if task.validation is None and config.weights is not None and config.weights != "last":
             raise ConfigError(
                 [
@@ -141,7 +131,7 @@ def _train(
                 stop.leave()
             if not distributed.is_main:
                 return {}
-            export(out, config, learner, spec)
+            write_policy(out, config, learner, spec)
             try:
                 with bar.phase("evaluation: episodes", config.eval_episodes) as evaluation:
 
@@ -157,14 +147,6 @@ def _train(
         replace_file(out / "episodes.json", (json.dumps(episodes) + "\n").encode())
         run.finish(summary)
         return summary
-
-
-def open_task(config: TrainConfig) -> ImitationTask:
-    """Create the task of a configuration. Raises ConfigError for an option that the task does not have, and the errors of its factory."""
-    seed = config.seed if config.data_seed is None else config.data_seed
-    return make_task(
-        config.env, config.task_factory, seed=seed, **{name: getattr(config, name) for name in TASK_OPTIONS}
-    )
 
 
 def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
@@ -200,7 +182,7 @@ def _base(
     distributed.wait()
     if main_dir is not None:
         copy_base(main_dir, out, "base.pt")
-    return _restored_base(read_weights(out / "base.pt"), config, f"{out}, base")
+    return restored_base(read_weights(out / "base.pt"), config, f"{out}, base")
 
 
 def _windows(policy: NormalizedPolicy, task: ImitationTask, config: TrainConfig, out: Path) -> Dataset:
@@ -258,142 +240,5 @@ def summarise(
     return summary, {name: result.episodes for name, result in found.items()}
 
 
-def evaluate(
-    policy: NormalizedPolicy,
-    task: ImitationTask,
-    config: TrainConfig,
-    *,
-    episodes: int,
-    watch: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Evaluate a policy by the task's own measure, from starts that depend only on the seed and the number of episodes."""
-    act = seeded_actor(policy, seed=config.seed, device=config.device, watch=watch)
-    return task.evaluate(act, episodes=episodes, generator=seeded(config.seed, "evaluation: starts"))
-
-
-def evaluate_run(
-    run_dir: Path,
-    *,
-    which: Which | None = None,
-    episodes: int | None = None,
-    device: str = "cpu",
-    video: bool = False,
-    progress: bool = False,
-) -> Metrics:
-    """Evaluate the policy of a run on `episodes` episodes (default: the run's own number).
-
-    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). `video`: record the first episode in the
-    folder `media` of the run. The demonstrations are not needed if the run has an environment. The result is kept in the run's
-    `eval.json`.
-    """
-    policy, config = load_policy(run_dir, which, device=device)
-    count = episodes or config.eval_episodes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        if config.demos is None or config.env == NONE:
-            if video:
-                raise ConfigError(
-                    [f"--video: {config.env} is not an environment and cannot render. Fix: remove --video"]
-                )
-            task = open_task(config)
-            warn_of_changes(run_dir, task.data)
-            with Progress(progress) as bar, bar.phase(f"evaluation: {count} episodes"):
-                result = evaluate(policy, task, config, episodes=count)
-        else:
-            env, num_envs = resolve_env(config.env), config.num_envs or EVAL_ROWS
-            limit, further = config.max_episode_steps, config.env_options or ()
-            evaluator = EnvEvaluator(env, config.obs, num_envs, config.workers, limit, further)
-            actor = partial(seeded_actor, policy, seed=config.seed, device=config.device)
-            with Progress(progress) as bar:
-                if video:
-                    with bar.phase("recording the first episode"):
-                        evaluator.film(actor(), policy.spec, run_dir)
-                with bar.phase("evaluation: episodes", count) as phase:
-                    evaluator = replace(evaluator, watch=phase.update)
-                    result = evaluator.evaluate(actor(), policy.spec, episodes=count)
-    finally:
-        torch.set_num_threads(threads)
-    settings = {"weights": which or default_weights(config), "device": config.device}
-    keep_evaluation(run_dir, result.metrics, result.episodes, settings)
-    return result.metrics
-
-
-def default_weights(config: TrainConfig) -> Which:
-    """Return the weights to act with: `last` for runs with `demos`, because few episodes are held out, otherwise `best`."""
-    return "best" if config.demos is None else "last"
-
-
-def export(out: Path, config: TrainConfig, learner: Learner, spec: TaskSpec) -> None:
-    """Write `policy.pt` and its sha256: the best and the last weights, and everything needed to build the policy.
-
-    A refiner's file includes its base policy, so that it does not depend on the base's run.
-    """
-    weights = {"policy": learner.acting.policy.state_dict(), "best": learner.best}
-    base = read_weights(out / "base.pt") if config.base is not None else None
-    plain = config.model_dump(mode="json")
-    write_weights(out / "policy.pt", {"learner": weights, "spec": asdict(spec), "config": plain, "base": base})
-
-
-def load_policy(
-    run_dir: Path, which: Which | None = None, *, device: str = "cpu"
-) -> tuple[NormalizedPolicy, TrainConfig]:
-    """Load the policy of a run, for inference on `device`. Returns it with the run's configuration (with that device).
-
-    `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are
-    those of its newest valid checkpoint. The environment need not be installed. Raises ConfigError if `run_dir` is not a run, its
-    policy is unknown, or `which` is `best` and nothing was held out, and CheckpointError if the weights are missing or damaged.
-    """
-    config = parse_config({**read_config(run_dir), "device": device}, check_env=False)
-    state = read_weights(run_dir / "policy.pt")
-    if which == "best" and not state["learner"].get("best"):
-        raise ConfigError(
-            [
-                "which: 'best' is not available, because the run has not been validated on held-out demonstrations. Fix: use 'last'"
-            ]
-        )
-    if config.base is not None and "base" not in state:  # a checkpoint of an unfinished run
-        state = {**state, "base": read_weights(run_dir / "base.pt")}
-    return _restored(state, config, which or default_weights(config), str(run_dir)), config
-
-
-def _restored(state: State, config: TrainConfig, which: Which, place: str) -> NormalizedPolicy:
-    """Build a policy, with its base, from the state written by `export` or a checkpoint."""
-    try:
-        below = state.get("base")
-        base = None if below is None else _restored_base(below, config, f"{place}, base")
-        policy = config.policy_type(config.settings, TaskSpec.from_plain(state["spec"]))
-        learner = state["learner"]
-        last = learner.get("average") or learner["policy"]
-        policy.load_state_dict(learner["best"] or last if which == "best" else last)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{place}: the weights do not match {config.policy!r}: {error}. Fix: train again"
-        ) from error
-    return NormalizedPolicy(policy.to(config.device).eval(), base)
-
-
-def _restored_base(state: State, config: TrainConfig, place: str) -> NormalizedPolicy:
-    """Build the base policy from its exported state, on the device of the run that refines it."""
-    plain = {**state["config"], "device": config.device, "base": None}
-    return _restored(state, parse_config(plain, check_env=False), "last", place)
-
-
 def _state(learner: Learner, spec: TaskSpec) -> State:
     return {"learner": learner.state(), "spec": asdict(spec)}
-
-
-def seeded_actor(policy: NormalizedPolicy, *, seed: int, device: str, watch: Callable[[], None] = lambda: None) -> Act:
-    """Return the policy as a function with inputs and outputs on the CPU, and with its own seeded generator.
-
-    `watch` is called before every plan; what it raises ends the evaluation.
-    """
-    policy.policy.eval()
-    generator = seeded(seed, "evaluation: policy", device)
-
-    def act(obs: WindowObs, steering: Steering | None = None) -> Plans:
-        watch()
-        inputs = to_device(obs, generator.device)
-        return policy.act(inputs, generator=generator, steering=steering).detach().cpu()
-
-    return act

@@ -122,7 +122,7 @@ def _actions(model: Published) -> list[list[str]]:
 def _shown(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     count = evaluation["count"]
     episodes = f"{count} episode{'s' * (count > 1)}"
-    env = config["env"]
+    env = evaluation.get("changes", {}).get("env", config["env"])
     on = "held-out demonstrations, action by action" if env == "none" else f"`{env}`"
     seeds = [int(seed) for seed in evaluation["episodes"].get("seed", ())]
     seeded = f" (seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""

@@ -14,8 +14,8 @@ import numpy as np
 
 from difftori.errors import DataError
 from difftori.experiments.statistics import Estimate, student_interval, student_quantile
+from difftori.il.evaluate import Which
 from difftori.il.recorded import read_record
-from difftori.il.train import Which
 from difftori.rollout import wilson_interval
 from difftori.runs.figures import RESULTS
 from difftori.runs.page import read_evaluations
@@ -134,6 +134,7 @@ def _circumstances(entry: Mapping[str, Any]) -> dict[str, Any]:
         "time": entry["time"],
         "command": _command(str(entry.get("command", ""))),
         "device": entry.get("device"),
+        "changes": entry.get("changes", {}),
         "versions": _without_executable(entry.get("versions", {})),
     }
 

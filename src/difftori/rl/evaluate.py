@@ -1,17 +1,18 @@
 """Evaluate an agent during training, and from a run directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from difftori.envs.base import EnvironmentRestarted, Observation
+from difftori.envs.base import EnvironmentRestarted, Observation, env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import write_video
-from difftori.errors import CheckpointError
+from difftori.errors import CheckpointError, ConfigError
 from difftori.interfaces import Agent, Memory
 from difftori.rl.acting import Acting
 from difftori.rl.config import RLConfig, parse_rl_config
@@ -181,12 +182,14 @@ def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int)
     )
 
 
-def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, int]:
-    """Load the agent of a run on `device`. Returns the agent, its configuration, and its number of agent steps.
+def load_agent(
+    run_dir: Path, *, device: str = "cpu", changes: Mapping[str, Any] | None = None
+) -> tuple[Agent, RLConfig, int]:
+    """Load the agent of a run on `device`. Returns the agent, its configuration (with `changes`), and its number of agent steps.
 
     For an unfinished run, the weights of its newest valid checkpoint are loaded. The environment need not be installed.
     """
-    config = parse_rl_config({**read_config(run_dir), "device": device}, check_env=False)
+    config = parse_rl_config({**read_config(run_dir), "device": device, **(changes or {})}, check_env=False)
     state = read_weights(run_dir / "agent.pt")
     agent = config.agent_type(config.settings, spec_from(state["spec"])).to(device)
     agent.compiles = config.compile
@@ -200,19 +203,28 @@ def load_agent(run_dir: Path, *, device: str = "cpu") -> tuple[Agent, RLConfig, 
 
 
 def evaluate_run(
-    run_dir: Path, *, episodes: int | None = None, device: str = "cpu", video: bool = False, progress: bool = False
+    run_dir: Path,
+    *,
+    episodes: int | None = None,
+    device: str = "cpu",
+    changes: Mapping[str, Any] | None = None,
+    video: bool = False,
+    progress: bool = False,
 ) -> Metrics:
     """Evaluate the agent of a run again on `episodes` evaluation seeds. Default: the run's `eval_episodes`.
 
-    `video`: record the first of these episodes in the run's `media/`. Default: False. The result is kept in the run's
-    `eval.json`.
+    `changes`: entries of the run's configuration to replace, such as `env` for another environment with the same observations and actions, or
+    `seed` for other episodes. `video`: record the first of these episodes in the run's `media/`. Default: False. The result is
+    kept in the run's `eval.json`. Raises ConfigError if the environment does not fit the agent.
     """
-    agent, config, agent_steps = load_agent(run_dir, device=device)
+    changes = dict(changes or {})
+    agent, config, agent_steps = load_agent(run_dir, device=device, changes=changes)
     count = episodes or config.eval_episodes
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     env = open_evaluation(config, count)
     try:
+        _check_fit(agent.spec, env_spec(env))
         with Progress(progress) as bar:
             if video:
                 with bar.phase("recording the first episode"):
@@ -221,11 +233,23 @@ def evaluate_run(
                 result = evaluate_agent(agent, env, config, agent_steps, count, watch=phase.update)
         columns = {"return": result.returns.tolist(), "length": result.lengths.tolist()}
         metrics = eval_metrics(result)
-        keep_evaluation(run_dir, metrics, columns, {"weights": "last", "device": device})
+        keep_evaluation(run_dir, metrics, columns, {"weights": "last", "device": device, "changes": changes})
         return metrics
     finally:
         env.close()
         torch.set_num_threads(threads)
+
+
+def _check_fit(trained: EnvSpec, now: EnvSpec) -> None:
+    """Raise ConfigError if the observations or the actions of an environment differ from those that the agent was trained with."""
+    names = ("obs_shape", "obs_dtype", "action_dim", "action_repeat")
+    if faults := [
+        f"env: {name} is {getattr(now, name)} in {now.name}, but the agent was trained with {getattr(trained, name)}. "
+        "Fix: choose another --env, --obs or --env-options"
+        for name in names
+        if getattr(now, name) != getattr(trained, name)
+    ]:
+        raise ConfigError(faults)
 
 
 def film(agent: Agent, config: RLConfig, agent_steps: int, run_dir: Path) -> Path:

@@ -97,7 +97,11 @@ def inline(image: Path) -> str:
 
 def _shown(entry: dict) -> tuple[str, dict[str, str]]:
     """Return the heading and the numbers of an evaluation."""
-    settings = [f"{name} {entry[name]}" for name in ("weights", "device") if entry.get(name)]
+    own = {name: entry[name] for name in ("weights", "device") if entry.get(name)}
+    settings = [
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in {**own, **entry.get("changes", {})}.items()
+    ]
     numbers = {name: "" if value is None else f"{value:.6g}" for name, value in entry["metrics"].items()}
     return ", ".join([str(entry["time"]), *settings]), numbers
 
