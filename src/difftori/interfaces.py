@@ -8,6 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from difftori.errors import CheckpointError
+from difftori.optim import GuardedOptimizer
 from difftori.types import (
     Actions,
     EnvSpec,
@@ -247,10 +249,21 @@ class Agent(nn.Module, ABC):
         """Compare the estimated value of (obs, action) of an evaluation (N) with the discounted returns that followed."""
         return {}
 
+    @property
     @abstractmethod
-    def training_state(self) -> dict[str, Any]:
-        """Optimizers, counters and stored plans: with `state_dict()`, the complete state for resuming."""
+    def optimizers(self) -> dict[str, GuardedOptimizer]:
+        """All optimizers by name. The trainer stores their states, restores them after recording a CUDA graph, and checks for NaN."""
 
-    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Optimizers and counters: with `state_dict()`, the complete state for resuming."""
+        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {**states, "updates": self.updates}
+
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the training state. Raises CheckpointError if it belongs to another agent."""
+        try:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[name])
+            self.updates = int(state["updates"])
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint does not belong to {self.name!r}: it lacks {error}") from error

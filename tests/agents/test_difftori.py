@@ -134,6 +134,28 @@ def test_options_act_and_learn(options):
     agent.update(segment(), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("terminal", ["prior", "action"])
+def test_the_next_solve_starts_from_the_plan_shifted_by_one_step_with_the_last_action_repeated(terminal, monkeypatch):
+    agent, solves = lively(init="previous", terminal=terminal), []
+    plan = type(agent).plan
+
+    def watched(self, latent, horizon, start, adjoint, steps):
+        solves.append((start, plan(self, latent, horizon, start, adjoint, steps)))
+        return solves[-1][1]
+
+    monkeypatch.setattr(type(agent), "plan", watched)
+    obs = segment().obs[0]
+    _, memory = act(agent, obs)
+    later = torch.ones(8, dtype=torch.bool)
+    later[:5] = False
+    act(agent, obs, memory, first=later)
+    (first, found), (start, _) = solves
+    torch.testing.assert_close(start[:5, :-1], found.actions[:5, 1:])
+    torch.testing.assert_close(start[:5, -1], found.actions[:5, -1])
+    assert found.actions[:5, -1].abs().min() > 0
+    assert not torch.equal(start[5:, 0], found.actions[5:, 1]), "their episodes begin"
+
+
 def test_the_reference_planner_knows_the_papers_tasks_alone():
     kind = find_agent("difftori")
     for name in ("dmc:ball-in-cup-catch", "dmc:cheetah-run"):

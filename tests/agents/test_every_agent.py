@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.operations import optimizers_without_values
-from difftori.agents.optim import GuardedOptimizer
 from difftori.errors import ConfigError, NonFiniteError
 from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
@@ -185,7 +184,7 @@ def test_nan_leaves_the_weights_and_ends_with_a_name(name):
     agent = build(name)
     batch = segment()
     batch.rewards[0, 0] = float("nan")
-    optimizers = [value for value in vars(agent).values() if isinstance(value, GuardedOptimizer)]
+    optimizers = list(agent.optimizers.values())
     before = [[p.clone() for p in optimizer.parameters] for optimizer in optimizers]
     g = torch.Generator().manual_seed(0)
     for _ in range(9):

@@ -5,7 +5,7 @@ import torch
 
 from difftori.agents.latent_model import trained_by_model_loss
 from difftori.agents.losses import model_loss, prior_loss
-from difftori.agents.optim import GuardedOptimizer
+from difftori.optim import GuardedOptimizer
 from tests.support.agents import act, build, randomised, segment
 
 

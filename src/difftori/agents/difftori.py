@@ -1,11 +1,11 @@
 """DiffTORI for reinforcement learning: actions are optimised, and learning differentiates through it (Wan et al., 2024, Section 3.2)."""
 
 import copy
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftori import presets
 from difftori.agents.calibration import calibration
@@ -18,11 +18,11 @@ from difftori.agents.latent_model import (
     trained_by_model_loss,
 )
 from difftori.agents.losses import critic_loss, model_loss, prior_loss
-from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.errors import ConfigError, SolverError
 from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.nets import noise_like
 from difftori.models.world_model import ObservationCritics, WorldModel, action_noise
+from difftori.optim import GuardedOptimizer, soft_update
 from difftori.planning import ActionReturnObjective, Plan, Planner, ReturnObjective
 from difftori.solver import (
     Adjoint,
@@ -276,19 +276,19 @@ class DiffTORI(Agent):
         horizon = s.plan_horizon(step)
         start = self._start(latent, horizon, generator)
         if s.init == "previous" and memory is not None:
-            later = torch.cat([memory["plan"][:, 1:], memory["plan"][:, -1:]], 1)[:, : start.shape[1]]
-            start = torch.where(first[:, None, None], start, later)
+            start = torch.where(first[:, None, None], start, memory["plan"][:, : start.shape[1]])
         if steering is None:
-            actions = self.plan(latent, horizon, start, Detached(), s.plan_steps).actions
+            plan = self.plan(latent, horizon, start, Detached(), s.plan_steps)
         else:
             planner = Planner(ProjectedGradient(), Detached(), _BOX, max(s.plan_steps, _STEERED_STEPS), tolerance=0.0)
-            actions = steering.plan(planner, self.objective(latent, horizon), start).actions
-        action = actions[:, 0]
+            plan = steering.plan(planner, self.objective(latent, horizon), start)
+        action = plan.actions[:, 0]
         if explore and s.explore:
             scale = s.exploration_std(step) if std is None else std
             action = action + scale * noise_like(action, generator)
-        padded = nn.functional.pad(actions, (0, 0, 0, s.horizon + 1 - actions.shape[1]))
-        return action.clamp(-1.0, 1.0), {"plan": padded}
+        later = plan.shifted()
+        last = later[:, -1:].expand(-1, s.horizon + 1 - later.shape[1], -1)  # all plans of a run have one size in memory
+        return action.clamp(-1.0, 1.0), {"plan": torch.cat([later, last], 1)}
 
     def schedule(self, step: int) -> ActingSchedule:
         """The planning horizon, and the standard deviation of the noise."""
@@ -374,16 +374,9 @@ class DiffTORI(Agent):
     # Resuming
 
     @property
-    def _optimizers(self) -> dict[str, GuardedOptimizer]:
+    def optimizers(self) -> dict[str, GuardedOptimizer]:
+        """The optimizers of all networks."""
         return {"optimizer": self.optimizer, "prior_optimizer": self.prior_optimizer, "pg_optimizer": self.pg_optimizer}
-
-    def training_state(self) -> dict[str, Any]:
-        """The optimizers' states and the number of updates."""
-        return optimizers_state(self._optimizers, self.updates)
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore it. Raises CheckpointError if it belongs to another agent."""
-        self.updates = load_optimizers(self._optimizers, state, agent=self.name)
 
 
 def _check(config: DiffTORIConfig, spec: EnvSpec) -> None:

@@ -18,10 +18,10 @@ from difftori.agents.actor_critic import (
 )
 from difftori.agents.calibration import calibration
 from difftori.agents.latent_model import from_pixels
-from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.actor_critic import PolicyNetwork, TwinCritics, bounded_log_std, squashed_gaussian
 from difftori.models.nets import noise_like
+from difftori.optim import GuardedOptimizer, soft_update
 from difftori.solver.compiled import maybe_compiled
 from difftori.types import (
     Actions,
@@ -219,17 +219,10 @@ class SAC(Agent):
     # Resuming
 
     @property
-    def _optimizers(self) -> dict[str, GuardedOptimizer]:
+    def optimizers(self) -> dict[str, GuardedOptimizer]:
+        """The optimizers of all networks."""
         return {
             "optimizer": self.optimizer,
             "actor_optimizer": self.actor_optimizer,
             "temperature_optimizer": self.temperature_optimizer,
         }
-
-    def training_state(self) -> dict[str, Any]:
-        """The optimizers' states and the number of updates."""
-        return optimizers_state(self._optimizers, self.updates)
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore it. Raises CheckpointError if it belongs to another agent."""
-        self.updates = load_optimizers(self._optimizers, state, agent=self.name)

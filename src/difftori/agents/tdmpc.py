@@ -19,9 +19,9 @@ from difftori.agents.latent_model import (
     trained_by_model_loss,
 )
 from difftori.agents.losses import model_loss, prior_loss
-from difftori.agents.optim import GuardedOptimizer, load_optimizers, optimizers_state, soft_update
 from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
 from difftori.models.world_model import action_noise
+from difftori.optim import GuardedOptimizer, soft_update
 from difftori.planning import Planner, ReturnObjective
 from difftori.solver import MPPI, Box, Detached
 from difftori.solver.compiled import maybe_compiled
@@ -185,13 +185,6 @@ class TDMPC(Agent):
     # Resuming
 
     @property
-    def _optimizers(self) -> dict[str, GuardedOptimizer]:
+    def optimizers(self) -> dict[str, GuardedOptimizer]:
+        """The optimizers of all networks."""
         return {"optimizer": self.optimizer, "prior_optimizer": self.prior_optimizer}
-
-    def training_state(self) -> dict[str, Any]:
-        """The optimizers' states and the number of updates."""
-        return optimizers_state(self._optimizers, self.updates)
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore it. Raises CheckpointError if it belongs to another agent."""
-        self.updates = load_optimizers(self._optimizers, state, agent=self.name)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftori.agents.optim import MAX_SKIPS, GuardedOptimizer
 from difftori.interfaces import Agent, LearningSchedule
+from difftori.optim import MAX_SKIPS
 from difftori.solver import Captured
 from difftori.solver.captured import Recorder
 from difftori.types import Metrics, Observations, Rows, Scalars, Segment
@@ -60,7 +60,7 @@ class Learning:
     def check(self) -> None:
         """Raise NonFiniteError if too many consecutive updates were skipped."""
         self._unchecked = 0
-        for optimizer in _optimizers(self.agent):
+        for optimizer in self.agent.optimizers.values():
             optimizer.check()
 
     def _schedule(self) -> LearningSchedule | None:
@@ -82,15 +82,11 @@ class Learning:
         return self.agent.end_episode(obs, generator=self.generator)
 
 
-def _optimizers(agent: Agent) -> Iterator[GuardedOptimizer]:
-    return (value for value in vars(agent).values() if isinstance(value, GuardedOptimizer))
-
-
 def _changing_state(agent: Agent) -> Iterator[Tensor]:
     """Every tensor that learning changes in place."""
     yield from agent.parameters()
     yield from agent.buffers()
-    for optimizer in _optimizers(agent):
+    for optimizer in agent.optimizers.values():
         yield from optimizer.changing_state()
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,21 +147,6 @@ class _Skips:
     def tensors(self) -> list[Tensor]:
         """All of them."""
         return [self.total, self.latest, self.longest, self.norms]
-
-
-def optimizers_state(optimizers: Mapping[str, GuardedOptimizer], updates: int) -> dict[str, Any]:
-    """An agent's training state: the states of its optimizers by name, and its number of updates."""
-    return {name: optimizer.state_dict() for name, optimizer in optimizers.items()} | {"updates": updates}
-
-
-def load_optimizers(optimizers: Mapping[str, GuardedOptimizer], state: Mapping[str, Any], *, agent: str) -> int:
-    """Restore the result of `optimizers_state`, and return the number of updates. Raises CheckpointError if it belongs to another agent."""
-    try:
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state[name])
-        return int(state["updates"])
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint does not belong to {agent!r}: it lacks {error}") from error
 
 
 @torch.no_grad()
