@@ -206,6 +206,36 @@ def test_some_rows_can_be_reset():
     assert controller(states[:1]).shape == (1, 1)
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_row_does_not_notice_that_another_is_reset(constrained):
+    """Nor does the reset row notice that it has company, up to the tolerance."""
+
+    def slow(state, action):
+        return state[..., 1:].abs() - 1.0
+
+    def begin():
+        limits = {"constraint": slow, "terminal_constraint": lambda s: slow(s, None)} if constrained else {}
+        return balancer(max_steps=1, low=-60.0, high=60.0, **limits)
+
+    def run(resets):
+        controller, plans = begin(), []
+        states = torch.tensor([[0.9, 0.0], [-0.4, 0.1], [0.7, 0.3]], dtype=F64)
+        for call in range(8):
+            if call in resets:
+                controller.reset(torch.tensor([False, True, False]))
+                states = torch.stack([states[0], fresh[0], states[2]])
+            action = controller(states)
+            plans.append(controller.plan.actions)
+            states = pendulum(states, action) + torch.tensor([0.1, 0.1]) * (-1) ** call
+        return torch.stack(plans)
+
+    fresh = torch.tensor([[0.6, -0.3]], dtype=F64)
+    plain, reset, alone = run([]), run([4]), begin()
+    assert torch.equal(plain[:, [0, 2]], reset[:, [0, 2]])
+    assert not torch.equal(plain[4:, 1], reset[4:, 1])
+    torch.testing.assert_close(reset[4, 1:2, 0], alone(fresh), rtol=1e-3, atol=1e-3)
+
+
 def test_each_row_has_its_own_first_guess():
     """A hill with two sides: the first guess decides, and each row has one."""
     guesses = torch.tensor([0.4, -0.4], dtype=torch.float64)[:, None, None].expand(2, 3, 1)

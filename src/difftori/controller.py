@@ -187,33 +187,28 @@ class Controller:
         objective = trajectory_objective(
             dynamics, reward, value, states, *self._shape, discount, constraint, terminal_constraint, self.step
         )
-        box = self._box
         if self._actions is None:
             check_model(objective)
         fresh = torch.ones_like(states[:, 0], dtype=torch.bool) if self._actions is None else self._fresh
-        start = self._start(objective, states, fresh)
-        cold = fresh is not None and bool(fresh.any())
-        solver = self._solver
-        if isinstance(solver, ILQR) and not cold:
-            solver = replace(solver, hold=False)
-        planner = Planner(
-            solver,
-            Detached(),
-            box,
-            self._first_steps if cold else self._steps,
-            self._tolerance,
-            self._compile,
-        )
-        multipliers = None if cold else self._multipliers
-        augmented = self._augmented if cold else self._warm_rounds
-        plan = planner.plan(objective, start, augmented=augmented, multipliers=multipliers)
-        lost = plan.solution.status == Status.NON_FINITE
-        if fresh is not None and bool((lost & fresh).any()):
-            rows = (lost & fresh).nonzero().squeeze(-1).tolist()
-            raise NonFiniteError(
-                f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
-                "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
+        start, multipliers, plan = self._start(objective, states, fresh), self._multipliers, None
+        if fresh is not None:
+            plan = self._planner(first=True).plan(objective, start, augmented=self._augmented)
+            lost = plan.solution.status == Status.NON_FINITE
+            if bool((lost & fresh).any()):
+                rows = (lost & fresh).nonzero().squeeze(-1).tolist()
+                raise NonFiniteError(
+                    f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
+                    "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
+                )
+            if not bool(fresh.all()):  # their first solve is the start of a later one, so that the other rows are as without it
+                start = torch.where(fresh[:, None, None], plan.actions, start)
+                multipliers = _chosen(fresh, plan.solution.multipliers, multipliers)
+                plan = None
+        if plan is None:
+            plan = self._planner(first=False).plan(
+                objective, start, augmented=self._warm_rounds, multipliers=multipliers
             )
+        lost = plan.solution.status == Status.NON_FINITE
         actions = plan.actions
         if bool(lost.any()):
             self.fallbacks += int(lost.sum())
@@ -222,6 +217,14 @@ class Controller:
         self.plan, self.status = plan, plan.solution.status
         self._move_on(objective, plan, actions)
         return plan
+
+    def _planner(self, *, first: bool) -> Planner:
+        """The settings of first solves, or of later ones."""
+        solver = self._solver
+        if isinstance(solver, ILQR) and not first:
+            solver = replace(solver, hold=False)
+        steps = self._first_steps if first else self._steps
+        return Planner(solver, Detached(), self._box, steps, self._tolerance, self._compile)
 
     def _start(self, objective: Any, states: Tensor, fresh: RowFlags | None) -> Plans:
         """The previous plan, shifted by one step and corrected for the measured state. Rows without a plan use the initial guess."""
@@ -285,6 +288,14 @@ class Controller:
             states = plan.states
             nominal = torch.cat([states[:, 1:], states[:, -1:]], 1)
             self._feedback = nominal, torch.cat([gains[:, 1:], torch.zeros_like(gains[:, :1])], 1)
+
+
+def _chosen(rows: RowFlags, own: Multipliers | None, others: Multipliers | None) -> Multipliers | None:
+    """The multipliers `own` in `rows`, and `others` elsewhere."""
+    if own is None or others is None:
+        return None
+    pairs = (own.values, others.values), (own.weight, others.weight), (own.initial, others.initial)
+    return Multipliers(*(torch.where(rows[:, None], mine, theirs) for mine, theirs in pairs))
 
 
 def _spread(name: str, values: Bound, states: Tensor, shape: tuple[int, int, int]) -> Plans:

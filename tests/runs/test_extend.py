@@ -1,8 +1,10 @@
 """A finished run is extended, an evaluation obeys signals, and later evaluations are kept."""
 
 import json
+import multiprocessing
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from tiny_env.reach import ENV, write_demos
@@ -10,7 +12,9 @@ from tiny_env.reach import ENV, write_demos
 from difftori.errors import ConfigError, DataError
 from difftori.il.evaluate import evaluate_run as evaluate_policy_run
 from difftori.il.evaluate import load_policy
+from difftori.policies.normalized import NormalizedPolicy
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
+from difftori.rl.evaluate import load_agent
 from difftori.rollout import PolicyInRows
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.process import hold
@@ -61,6 +65,39 @@ def test_an_extended_policy_equals_one_trained_for_as_long(tmp_path):
     train("bc", tmp_path / "whole", demos=demos, **POLICY | {"epochs": "4"})
     digests = [weights_digest(load_policy(tmp_path / name)[0].policy) for name in ("run", "whole")]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("name", ["difftori", "bc"])
+def test_an_extended_run_that_is_not_finished_acts_with_its_newest_checkpoint(name, tmp_path):
+    options = AGENT if name == "difftori" else POLICY | {"demos": write_demos(tmp_path / "demos.zarr")}
+    train(name, tmp_path / "run", **options)
+    longer = {"steps": ["80"]} if name == "difftori" else {"epochs": ["4"]}
+    load = load_agent if name == "difftori" else load_policy
+    before = weights_digest(_network(load(tmp_path / "run")[0]))
+    trainer, config = read_resumed(tmp_path / "run", longer)
+    assert weights_digest(_network(load(tmp_path / "run")[0])) == before, "extended, and not trained yet"
+    trainer.train(config, tmp_path / "run", progress=False)
+    after = weights_digest(_network(load(tmp_path / "run")[0]))
+    read_resumed(tmp_path / "run", {key: [str(2 * int(value[0]))] for key, value in longer.items()})
+    assert weights_digest(_network(load(tmp_path / "run")[0])) == after != before
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*-[12].pt"))
+    assert kept == [f"{'agent' if name == 'difftori' else 'policy'}-{number}.pt" for number in (1, 2)]
+
+
+def test_processes_that_extend_a_run_at_once_do_it_once(tmp_path):
+    train("difftori", tmp_path / "run", **AGENT)
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        longer = list(pool.map(_extended_steps, [tmp_path / "run"] * 4))
+    assert longer == [80] * 4
+    assert [path.name for path in (tmp_path / "run").glob("config-*.yaml")] == ["config-1.yaml"]
+
+
+def _extended_steps(run):
+    return read_resumed(run, {"steps": ["80"]})[1].steps
+
+
+def _network(loaded):
+    return loaded.policy if isinstance(loaded, NormalizedPolicy) else loaded
 
 
 def test_a_run_goes_on_when_its_data_have_moved(tmp_path, monkeypatch):

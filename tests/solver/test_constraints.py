@@ -710,6 +710,26 @@ def test_a_limit_that_the_first_state_violates_is_not_counted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [4, 7, 16])
+def test_a_limit_on_the_first_state_by_a_matrix_is_not_counted(dtype, size):
+    """Another kernel rounds its value differently, which is no effect of the actions."""
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randn(size, 3, dtype=dtype, generator=draw)
+        start = torch.randn(2, size, dtype=dtype, generator=draw)
+        limit = (start @ rows).amin(0) - 0.1
+        plan = difftori.plan(
+            lambda s, a: 0 * s + a.sum(-1, keepdim=True),
+            lambda s, a: -a.square().sum(-1),
+            None,
+            start,
+            torch.zeros(2, 4, 2, dtype=dtype),
+            constraint=lambda s, a, rows=rows, limit=limit: s @ rows - limit.clamp(min=0.1),
+        )
+        assert plan.solution.converged.all(), "(violated by the first state alone)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", ["difference", "share"])
 def test_a_limit_on_a_difference_of_actions_at_their_bounds_counts(name, dtype):
     """It does not change if all actions move by the same amount, but depends on them."""

@@ -155,7 +155,8 @@ class DiffTORI(Agent):
     def update(self, segment: Segment, *, generator: torch.Generator) -> tuple[Rows, Scalars]:
         """One update of Eq. 6: steps of the model and critics, of the prior π, and of the policy-gradient term; then soft updates.
 
-        Q̃(o, a) are critics of observations. Q(z, a) are the critics inside the latent model.
+        Q̃(o, a) are critics of observations. Q(z, a) are the critics inside the latent model. With `pg: per-episode`, the default, as
+        released, the term is in `end_episode` instead.
         """
         s, model = self.settings, self.model
         obs = augmented(segment.obs, generator)

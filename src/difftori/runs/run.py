@@ -30,7 +30,7 @@ from difftori.errors import CheckpointError, ConfigError, DataError
 from difftori.runs.checkpoint import Checkpoint, Checkpoints, State, replace_file
 from difftori.runs.loggers import Logger, TensorBoard, WeightsAndBiases, uses_wandb
 from difftori.runs.page import render
-from difftori.runs.process import hold, is_held, removed_on_error, versions
+from difftori.runs.process import hold, is_held, removed_on_error, versions, wait_for
 from difftori.runs.records import flat, is_finished, read_config, read_metrics, read_summary, to_yaml
 from difftori.types import Metrics
 
@@ -310,18 +310,22 @@ def _versions(record: Path, device: str) -> dict:
 def extend(path: Path, config: BaseModel) -> None:
     """Give the run in this directory a configuration with which it goes on after its end, and record the earlier one.
 
-    The summary of a finished run is kept as `summary-N.json`, and its configuration as `config-N.yaml`, N = 1, 2, …
-    Raises ConfigError if a process is training the run.
+    The summary of a finished run is kept as `summary-N.json`, its weights as `agent-N.pt` or `policy-N.pt`, and its configuration as
+    `config-N.yaml`, N = 1, 2, … Raises ConfigError if a process is training the run.
     """
-    if not differences(read_config(path), config):
-        return
-    if is_held(path / "run.lock"):
-        raise ConfigError([f"out: {path} is in use by another process. Fix: extend the run after it has ended"])
-    number = 1 + len(list(path.glob("config-*.yaml")))
-    with _writing(path):
+    with _writing(path), (path / "config.yaml").open("a") as before:
+        wait_for(before)  # every process of torchrun extends the run; the first one replaces this file last
+        if not differences(read_config(path), config):
+            return
+        if is_held(path / "run.lock"):
+            raise ConfigError([f"out: {path} is in use by another process. Fix: extend the run after it has ended"])
+        number = 1 + len(list(path.glob("config-*.yaml")))
         replace_file(path / f"config-{number}.yaml", (path / "config.yaml").read_bytes())
-        if is_finished(path):  # first, so that a kill here leaves an unfinished run of the earlier length
-            (path / "summary.json").rename(path / f"summary-{number}.json")
+        # A kill in between leaves a run of the earlier length, whose newest checkpoint has these weights.
+        for name in ("agent.pt", "agent.pt.sha256", "policy.pt", "policy.pt.sha256", "summary.json"):
+            if (path / name).exists():
+                stem, dot, ending = name.partition(".")
+                (path / name).rename(path / f"{stem}-{number}{dot}{ending}")
         replace_file(path / "config.yaml", to_yaml(config).encode())
 
 

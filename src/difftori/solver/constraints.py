@@ -207,18 +207,17 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
         if (stage := self.stage) is not None:
             each = vmap(lambda s, a, t: _checked(stage(s, a, t), s, "constraint"), (1, 1, 0), randomness="same")
             values = each(states[:, :-1], plan, self.times()).movedim(0, 1)
-            first = torch.where(
-                self._unchangeable(stage, plan[:, 0], values[:, 0]), values[:, 0].clamp(max=0.0), values[:, 0]
-            )
+            first = torch.where(self._unchangeable(stage, plan[:, 0]), values[:, 0].clamp(max=0.0), values[:, 0])
             parts.append(torch.cat([first.unsqueeze(1), values[:, 1:]], 1).flatten(1))
         if self.terminal is not None:
             parts.append(_checked(self.terminal(states[:, -1]), x, "terminal_constraint"))
         return torch.cat(parts, -1)
 
-    def _unchangeable(self, stage: StageConstraint, action: Actions, values: Tensor) -> Tensor:
-        """Which stage constraints of the first step (B m), with `values` (B m), have the same value for very different actions too.
+    def _unchangeable(self, stage: StageConstraint, action: Actions) -> Tensor:
+        """Which stage constraints of the first step (B m) have the same value for very different actions too.
 
         The actions differ in size and in the ratios of their components, so that a function of a difference or a share changes too.
+        All values are computed in one call: another kernel would round them differently.
         """
         with torch.no_grad():
             numbers = torch.arange(_PROBES * action.shape[-1], dtype=action.dtype, device=action.device).view(
@@ -226,9 +225,10 @@ class ConstrainedTrajectory(TrajectoryObjective, Constrained):
             )
             sizes = 10.0 ** torch.arange(_PROBES, dtype=action.dtype, device=action.device).view(_PROBES, 1, 1)
             moves = sizes * (1.0 + 1.7 * numbers).cos() * action.abs().clamp(min=1.0)
+            moves = torch.cat([torch.zeros_like(moves[:1]), moves])
             start = self.times()[0]
             found = vmap(lambda move: stage(self.state, action + move, start), randomness="same")(moves)
-            return (found == values).all(0)
+            return (found == found[:1]).all(0)
 
     def equality(self, x: Points) -> Tensor:
         """False for every constraint: there are no equations."""
