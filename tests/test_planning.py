@@ -7,6 +7,7 @@ import difftori
 from difftori import EnergyObjective, Planner, ReturnObjective, plan
 from difftori.errors import BoxError, NonFiniteError, ShapeError
 from difftori.solver import ILQR, MPPI, Adam, Box, Detached, GradientDescent, ProjectedGradient
+from difftori.steering import Steering
 from tests.support.devices import never_waits
 from tests.support.problems import F64, lqr
 
@@ -178,6 +179,20 @@ def test_the_planner_of_td_mpc():
     best = Planner(ProjectedGradient(), Detached(), max_steps=50).plan(objective, torch.zeros(2, 4, 1))
     assert bool((result.value <= best.value + 1e-5).all())
     assert bool((result.value >= best.value - 0.1 * best.value.abs()).all())
+
+
+@pytest.mark.parametrize("how", ["clamped in the cost", "steered"])
+def test_every_plan_has_the_states_that_its_actions_lead_to(how):
+    start, zeros = torch.tensor([[3.0], [-3.0]], dtype=F64), torch.zeros(2, 2, 1, dtype=F64)
+    objective = ReturnObjective(lambda s, a: s + a, lambda s, a: -(s + a).square().sum(-1), None, start, 2, 1)
+    if how == "steered":
+        found = Steering(lambda actions: actions.square().sum((1, 2)), 0.1).plan(Planner(), objective, zeros)
+    else:
+        found = Planner(GradientDescent(0.3), Detached(), clamp_in_cost=True, max_steps=9).plan(objective, zeros)
+        assert found.actions.abs().max() > 1
+    actions = found.actions.clamp(-1, 1)
+    expected = torch.cat([start[:, None], start[:, None] + actions.cumsum(1)], 1)
+    torch.testing.assert_close(found.states, expected, rtol=0, atol=1e-12)
 
 
 def test_shifting_a_plan():

@@ -200,7 +200,9 @@ class Controller:
                     f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
                     "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
                 )
-            if not bool(fresh.all()):  # their first solve is the start of a later one, so that the other rows are as without it
+            if not bool(
+                fresh.all()
+            ):  # their first solve is the start of a later one, so that the other rows are as without it
                 start = torch.where(fresh[:, None, None], plan.actions, start)
                 multipliers = _chosen(fresh, plan.solution.multipliers, multipliers)
                 plan = None
@@ -213,7 +215,7 @@ class Controller:
         if bool(lost.any()):
             self.fallbacks += int(lost.sum())
             actions = torch.where(lost[:, None, None], start, actions)
-            plan = Plan(actions, plan.solution)
+            plan = replace(plan, actions=actions)
         self.plan, self.status = plan, plan.solution.status
         self._move_on(objective, plan, actions)
         return plan

@@ -44,10 +44,15 @@ from difftori.types import Plans, Points, Rows, States
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan: `actions` (B H A) inside the box, differentiable as the adjoint defines, and `solution`, the result of the solve."""
+    """A plan: `actions` (B H A) inside the box, differentiable as the adjoint defines, `solution`, the result of the solve, and `objective`,
+    whose dynamics it follows.
+
+    With `Planner(clamp_in_cost=True)` actions may lie outside the box; the cost is that of the nearest ones inside.
+    """
 
     actions: Plans
     solution: Solution
+    objective: TrajectoryObjective
 
     @cached_property
     def states(self) -> Tensor:
@@ -59,9 +64,8 @@ class Plan:
         found = self.solution.differentiated.states
         if found is not None:
             return found
-        objective = self.solution.problem.objective
-        assert isinstance(objective, TrajectoryObjective)
-        return objective.rollout(self.actions.flatten(1))
+        x, solved = self.actions.flatten(1), self.solution.problem.objective
+        return self.objective.rollout(solved.clamp(x) if isinstance(solved, ClampedObjective) else x)
 
     @property
     def value(self) -> Rows:
@@ -173,7 +177,7 @@ class Planner:
         )
         if throw:
             _raise_if_non_finite(solution)
-        return Plan(objective.plan(solution.x), solution)
+        return Plan(objective.plan(solution.x), solution, objective)
 
     def flat_box(self, actions: Plans) -> Box:
         """Bounds given as numbers, per action (A), per step (H A) or per row (B H A), for the flat variables (H·A)."""

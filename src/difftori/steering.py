@@ -128,7 +128,7 @@ class Steering:
         if constraint is not None:
             solution = self._constrained(planner, whole, constraint, solution)
         self._report(solution, len(start))
-        return Plan(objective.plan(solution.x), solution)
+        return Plan(objective.plan(solution.x), solution, objective)
 
     def _constrained(
         self, planner: Planner, whole: Objective, constraint: Callable[[Points], Tensor], free: Solution
@@ -173,7 +173,7 @@ class Steering:
         cost = cost.masked_fill(solution.status == Status.INFEASIBLE, torch.inf).masked_fill(
             ~solution.finite, torch.nan
         )
-        return Plan(objective.plan(x), replace(solution, cost=cost))
+        return Plan(objective.plan(x), replace(solution, cost=cost), objective)
 
     def projected(self, plans: Plans, *, final: bool = True) -> Plans:
         """Change normalised plans (B P A) as little as needed: argmin_y ½‖y − plans‖² + weight · cost(y), with constraint(y) ≤ 0.

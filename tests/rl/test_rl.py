@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
 from difftori.rl.evaluate import evaluate, evaluate_run, load_agent, write_agent
 from difftori.rollout import episode_seed
-from difftori.runs.checkpoint import Checkpoints, read_weights, weights_digest, write_weights
+from difftori.runs.checkpoint import Checkpoints, _read, read_weights, weights_digest, write_weights
 from difftori.runs.records import read_config, read_metrics, to_yaml
-from difftori.runs.run import differences
+from difftori.runs.run import Run, differences
 
 TINY = {"width": 32, "encoder_width": 32, "latent_dim": 8, "batch_size": 32, "horizon": 2}
 TINY |= {"seed_steps": 40, "schedule_steps": 200}
@@ -311,6 +312,34 @@ def test_settings_that_do_not_fit_each_other_are_named():
         config("tdmpc", settings={"elites": 9, "samples": 8})
     with pytest.raises(ConfigError, match="settings: horizon_start: 3 is above horizon, 2"):
         config(settings={"horizon_start": 3, "horizon": 2})
+
+
+def test_saving_twice_at_a_step_keeps_the_episodes_of_the_checkpoint_before(tmp_path):
+    """A ring buffer of 40 steps overwrites old episodes, which the newer checkpoint no longer names."""
+    wish = config(steps=400, env="probe:delayed-reward", capacity=40, save_every=10_000, eval_every=10_000)
+    with Run(tmp_path, wish, seed=1, threads=1, device="cpu") as run, ExitStack() as environments:
+        session = rl._Session(wish, run, environments)
+        for saves in (1, 1, 2):
+            for _ in range(48):
+                session.collector.step(session._act)
+            for _ in range(saves):
+                session.save()
+        kept = run.checkpoints.steps()
+        assert len(kept) == run.checkpoints.keep == 2
+        for step in kept:
+            state = _read(tmp_path / "checkpoints" / f"step-{step}", step)["state"]["replay"]
+            assert all((tmp_path / "episodes" / name).exists() for _, _, name in state["episodes"]), step
+        oldest = min(int(path.stem.split("-")[1]) for path in (tmp_path / "episodes").glob("*.npz"))
+        assert oldest > 0, "others are deleted"
+
+
+def test_environments_are_closed_if_the_agent_cannot_be_built(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(CheckedVectorEnv, "close_extras", lambda self, **_: closed.append(self))
+    monkeypatch.setattr(find_agent("difftori"), "__init__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl.train(config(), tmp_path, progress=False)
+    assert closed
 
 
 def test_a_restarted_environment_costs_only_the_running_episodes(tmp_path, monkeypatch):

@@ -3,9 +3,8 @@
 import logging
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +44,14 @@ def train(config: RLConfig, out: Path, *, progress: bool = True, wandb: bool = F
     with Run(out, config, seed=config.seed, threads=config.threads, device=config.device, wandb=wandb) as run:
         if run.finished:
             return run.summary()
-        session = _Session(config, run)
-        try:
+        with ExitStack() as environments:
+            session = _Session(config, run, environments)
             with StopSignal() as stop, Progress(progress) as session.bar, session.bar.phase("") as phase:
                 session.run_to_end(stop, phase)
             write_agent(out, session.agent, config, session.collector.agent_steps)
             summary = session.summary()
             if not session.updates:
                 _log.warning("%s: the agent was never updated; it acts with its initial weights", out)
-        finally:
-            session.close()
         run.finish(summary)
         if not (config.obs == "state" if config.keep_episodes is None else config.keep_episodes):
             shutil.rmtree(out / "episodes", ignore_errors=True)
@@ -83,11 +80,11 @@ def _with_restarts(call: Callable[[], None]) -> None:
 
 
 class _Session:
-    """The parts of a run: environment, agent, replay buffer, generators and counters."""
+    """The parts of a run: environment, agent, replay buffer, generators and counters. `environments` closes those that it opens."""
 
-    def __init__(self, config: RLConfig, run: Run):
-        self.config, self.out, self.run = config, run.path, run
-        env = config.open_env(config.num_envs)
+    def __init__(self, config: RLConfig, run: Run, environments: ExitStack):
+        self.config, self.out, self.run, self._environments = config, run.path, run, environments
+        env = environments.enter_context(closing(config.open_env(config.num_envs)))
         self.spec = env_spec(env)
         if self.spec.max_episode_steps is None:
             with closing(config.open_env(1)) as single:
@@ -138,7 +135,7 @@ class _Session:
         self.before = 0.0
         self.evaluations: list[tuple[int, float]] = []
         self.saved_at = 0
-        self._named: deque[State] = deque(maxlen=run.checkpoints.keep)  # of the checkpoints that are not deleted
+        self._saved: dict[int, State] = {}  # the state of the replay buffer by checkpoint
         self._eval_env = None
         self.bar, self._notes = Progress(False), dict[str, str]()
         total = round(config.steps / self.spec.action_repeat * self.agent.config.updates_per_step)
@@ -292,7 +289,8 @@ class _Session:
         """Evaluate the agent, and compute its diagnostics. See `rl.evaluate.evaluate` for `watch`."""
         began = time.perf_counter()
         if self._eval_env is None:
-            self._eval_env = open_evaluation(self.config, self.config.eval_episodes)
+            opened = open_evaluation(self.config, self.config.eval_episodes)
+            self._eval_env = self._environments.enter_context(closing(opened))
         result = evaluate_agent(self.agent, self._eval_env, self.config, self.collector.agent_steps, watch=watch)
         self.evaluations.append((self.env_steps, float(result.returns.mean())))
         row = eval_metrics(result) | self._value_calibration(result)
@@ -337,9 +335,11 @@ class _Session:
         }
         self.run.save(self.env_steps, state)
         self.saved_at = self.env_steps
-        self._named.append(state["replay"])
-        if len(self._named) == self._named.maxlen:
-            prune(episodes, self._named)
+        self._saved[self.env_steps] = state["replay"]
+        kept = self.run.checkpoints.steps()
+        if self._saved.keys() >= set(kept):  # otherwise an earlier process wrote one of them
+            self._saved = {step: self._saved[step] for step in kept}
+            prune(episodes, self._saved.values())
 
     def _load(self, state: State) -> None:
         try:
@@ -367,7 +367,7 @@ class _Session:
         for name, value in seconds.items():
             (self.seconds if name in self.seconds else self.collector.seconds)[name] = value
         self.saved_at = self.env_steps
-        self._named.append(state["replay"])
+        self._saved[self.env_steps] = state["replay"]
 
     def summary(self) -> Metrics:
         """The last evaluation, the mean of all evaluations, counts and times."""
@@ -387,12 +387,6 @@ class _Session:
             **{f"seconds/{name}": total for name, total in spent.items()},
             "parameters": float(sum(p.numel() for p in self.agent.parameters())),
         }
-
-    def close(self) -> None:
-        """Close the environments."""
-        self.collector.env.close()
-        if self._eval_env is not None:
-            self._eval_env.close()
 
 
 def _remedies(config: RLConfig) -> list[str]:

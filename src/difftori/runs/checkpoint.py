@@ -173,7 +173,7 @@ class Checkpoints:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file atomically: after a kill it has the old content or the new one. Raises OSError."""
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may replace the same file
     try:
         _write_flushed(partial, content)
         os.replace(partial, path)

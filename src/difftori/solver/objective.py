@@ -130,7 +130,11 @@ class ClampedObjective(Objective):
 
     def cost(self, x: Points) -> Rows:
         """The inner cost at clamp(x)."""
-        return self.inner.cost(torch.clamp(x, number_like(self.box.low, x), number_like(self.box.high, x)))
+        return self.inner.cost(self.clamp(x))
+
+    def clamp(self, x: Points) -> Points:
+        """The nearest point of the box."""
+        return torch.clamp(x, number_like(self.box.low, x), number_like(self.box.high, x))
 
     def select(self, rows: RowSelection) -> "Objective | None":
         """The objective on some rows, or None if the inner objective cannot be split or the bounds differ between rows."""
