@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from difftori import cli
 from difftori.data.formats import write_zarr
 from difftori.data.trajectories import Trajectories
+from difftori.experiments.analyse import _matched
+from difftori.experiments.gather import gather
 
 SOURCE = """
 import gymnasium
@@ -87,6 +90,24 @@ def test_options_limit_and_episodes_can_be_changed(runs, tmp_path):
     assert other["changes"] == {"env": "line_env:make", "env_options": ["size=0.05"], "max_episode_steps": 3, "seed": 7}
     assert not set(first["episodes"]["seed"]) & set(other["episodes"]["seed"])
     assert "seed 7" in (tmp_path / "runs/bc/report.html").read_text()
+
+
+def test_another_seed_draws_no_other_split(runs, tmp_path):
+    for seed in ("0", "1", "2"):
+        run(["eval", "runs/bc", "--seed", seed, "--quiet"])
+    errors = {entry["metrics"]["action_error"] for entry in results(tmp_path / "runs/bc")}
+    assert len(errors) == 1
+
+
+def test_agents_on_other_episodes_are_not_compared(runs, tmp_path):
+    shutil.copytree(tmp_path / "runs/sac", tmp_path / "runs/copy")
+    pairs = []
+    for seed in ("3", "4"):
+        run(["eval", "runs/sac", "--episodes", "2", "--seed", seed, "--quiet"])
+        run(["eval", "runs/copy", "--episodes", "2", "--seed", "4", "--quiet"])
+        ours, theirs = (gather([tmp_path / "runs" / name], evaluation="latest").runs for name in ("sac", "copy"))
+        pairs.append(len(_matched(ours, theirs)))
+    assert pairs == [0, 1]
 
 
 def test_agents_too(runs, tmp_path):

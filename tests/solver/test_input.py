@@ -3,7 +3,9 @@
 import functools
 import subprocess
 import sys
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +27,10 @@ from difftori.solver import (
     check_gradients,
     solve,
 )
+from tests.support.solvers import SOLVERS
 
 X0 = torch.zeros(3, 2)
+KNOWN_SOLVERS = list({type(solver).__name__: solver for solver in SOLVERS.values()}.values())
 
 
 def bowl(x):
@@ -110,6 +114,29 @@ def test_an_objective_that_is_none():
 def test_settings_out_of_range(make):
     with pytest.raises(SolverError):
         make()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [-1, -1.0, float("nan"), float("inf"), "1", True, (), (0.5, -1.0)])
+@pytest.mark.parametrize("solver", KNOWN_SOLVERS)
+def test_every_number_of_every_solver_is_checked(solver, value):
+    """Settings that are numbers, or tuples of numbers: bounds differ, but none of these values is ever valid."""
+    checked = 0
+    for field in fields(solver):
+        own = getattr(solver, field.name)
+        kinds = (tuple,) if isinstance(own, tuple) else (int, float)
+        if isinstance(own, kinds) and not isinstance(own, bool) and isinstance(value, tuple) == isinstance(own, tuple):
+            if field.name == "offset" and value in (-1, -1.0) and value is not True:
+                continue
+            checked += 1
+            with pytest.raises(SolverError, match=f"{field.name}=.*Fix: use a (whole )?number in"):
+                replace(solver, **{field.name: value})
+    assert checked or isinstance(value, tuple) or isinstance(solver, GaussNewton)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_settings_too():
+    assert CEM(samples=np.int64(8), elites=np.int32(2), std=np.float32(0.5)).samples == 8
 
 
 @pytest.mark.parametrize("solver", [GaussNewton(), ILQR()])

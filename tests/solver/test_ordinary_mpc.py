@@ -288,7 +288,7 @@ def test_constraints_keep_the_promises_of_a_solve():
         solve(cost, start, inequality=limited, history=True)
     with pytest.raises(ObjectiveError, match="m ≥ 1"):
         solve(cost, start, inequality=lambda x: x[:, :0])
-    with pytest.raises(SolverError, match="tolerance > 0"):
+    with pytest.raises(SolverError, match="tolerance=0.0 is invalid"):
         AugmentedLagrangian(tolerance=0.0)
     start[1] = torch.nan
     found = solve(cost, start, inequality=limited)

@@ -214,12 +214,11 @@ def _single_pairs(
 
 
 def _matched(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Return pairs of runs with the same seed and evaluation episodes. For agents, the number of episodes must be equal."""
+    """Return pairs of runs with the same seed and evaluation episodes. For agents, number and seed of the episodes must be equal."""
     by_seed = {run.seed: run for run in theirs}
     pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
-    count = "eval_episodes"
-    return [
-        (a, b)
-        for a, b in pairs
-        if a.episode_seeds == b.episode_seeds and (a.episode_seeds or a.config.get(count) == b.config.get(count))
-    ]
+
+    def episodes(run: Run) -> object:
+        return run.episode_seeds or (run.config.get("eval_episodes"), run.config.get("eval_seed"))
+
+    return [(a, b) for a, b in pairs if episodes(a) == episodes(b)]

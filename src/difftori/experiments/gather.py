@@ -206,8 +206,8 @@ def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
     latest = evaluations[-1]
     values = {name: math.nan if value is None else float(value) for name, value in latest["metrics"].items()}
     count = len(next(iter(latest["episodes"].values()), ()))
-    elsewhere = {name: value for name, value in latest.get("changes", {}).items() if name != "seed"}
-    config = {**record.config, **elsewhere, **({"eval_episodes": count} if count else {})}
+    changes = {"eval_seed" if name == "seed" else name: value for name, value in latest.get("changes", {}).items()}
+    config = {**record.config, **changes, **({"eval_episodes": count} if count else {})}
     if "agent" in record.config:
         return replace(record, config=config, summary={**summary, "return": values[RETURN]})
     which = latest["weights"]

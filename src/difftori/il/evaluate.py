@@ -141,7 +141,10 @@ def load_policy(
     those of its newest valid checkpoint. The environment need not be installed. Raises ConfigError if `run_dir` is not a run, its
     policy is unknown, or `which` is `best` and nothing was held out, and CheckpointError if the weights are missing or damaged.
     """
-    config = parse_config({**read_config(run_dir), "device": device, **(changes or {})}, check_env=False)
+    stored = read_config(run_dir)
+    if stored.get("data_seed") is None:  # another seed changes the evaluation, not what was held out
+        stored["data_seed"] = stored.get("seed")
+    config = parse_config({**stored, "device": device, **(changes or {})}, check_env=False)
     state = read_weights(run_dir / "policy.pt")
     if which == "best" and not state["learner"].get("best"):
         raise ConfigError(

@@ -6,6 +6,7 @@ import torch
 
 from difftori.solver.method import Problem, Solver, State
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Points
 
 
@@ -21,6 +22,9 @@ class Adam(Solver):
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self):
+        check_settings(self, lr="(0, inf)", beta1="[0, 1)", beta2="[0, 1)", epsilon="[0, inf)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate cost and gradient. Both moments start at zero."""

@@ -17,6 +17,7 @@ from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
 from difftori.solver.method import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
 from difftori.solver.objective import Objective, TrajectoryObjective
+from difftori.solver.settings import check_settings
 from difftori.types import PointFlags, Points, RowFlags
 
 
@@ -105,8 +106,7 @@ class Truncated(Adjoint):
     k: int = 5
 
     def __post_init__(self):
-        if self.k < 1:
-            raise SolverError(f"Truncated: k={self.k} differentiates no step. Fix: use k ≥ 1, or Detached().")
+        check_settings(self, k="[1, inf)")
 
     def apply(self, iterate: Iterate, problem: Problem, max_steps: int) -> Differentiated:
         """Run all but k steps without a graph, then k steps with a graph."""
@@ -151,7 +151,7 @@ class Implicit(Adjoint):
     order: Literal[1, 2] = 1
 
     def __post_init__(self):
-        check_linear("Implicit", self.linear, self.products, self.eigenvalue_floor, ("auto", "dense", "cg", "riccati"))
+        check_linear(self, ("auto", "dense", "cg", "riccati"))
         if self.order not in (1, 2) or (self.order == 2 and self.linear in ("cg", "riccati")):
             raise SolverError(
                 f'Implicit: order={self.order} with linear="{self.linear}" is not available. '

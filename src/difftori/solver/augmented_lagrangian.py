@@ -24,6 +24,7 @@ from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Mult
 from difftori.solver.lengths import Lengths
 from difftori.solver.method import Problem, largest
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.solver.solution import Solution, Status, status_with_hessian
 from difftori.types import Points, RowFlags, Rows
 
@@ -51,13 +52,9 @@ class AugmentedLagrangian:
     tolerance: float | None = None
 
     def __post_init__(self):
-        tolerance = 1.0 if self.tolerance is None else self.tolerance
-        if self.rounds < 1 or self.weight <= 0 or self.growth <= 1 or not 0 < self.progress < 1 or not tolerance > 0:
-            raise SolverError(
-                f"AugmentedLagrangian: invalid settings rounds={self.rounds}, weight={self.weight}, growth={self.growth}, "
-                f"progress={self.progress}, tolerance={self.tolerance}. "
-                "Fix: use rounds ≥ 1, weight > 0, growth > 1, 0 < progress < 1 and tolerance > 0."
-            )
+        check_settings(
+            self, rounds="[1, inf)", weight="(0, inf)", growth="(1, inf)", progress="(0, 1)", tolerance="(0, inf)"
+        )
 
     def allowed(self, dtype: torch.dtype) -> float:
         """The largest violation that counts as zero."""

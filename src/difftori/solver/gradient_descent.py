@@ -8,6 +8,7 @@ from difftori.errors import SolverError
 from difftori.solver.box import number_like
 from difftori.solver.method import Problem, Solver, State
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Points
 
 
@@ -23,8 +24,7 @@ class GradientDescent(Solver):
     step_size: float | Tensor = field(default=0.1, compare=False)
 
     def __post_init__(self):
-        if isinstance(self.step_size, float) and not self.step_size > 0:
-            raise SolverError(f"GradientDescent: step_size={self.step_size} is not positive. Fix: use step_size > 0.")
+        check_settings(self, step_size="(0, inf)")
         if isinstance(self.step_size, Tensor) and self.step_size.numel() != 1:
             raise SolverError(
                 f"GradientDescent: step_size has shape {tuple(self.step_size.shape)}. Fix: use one number for all rows."

@@ -13,6 +13,7 @@ from difftori.solver.lengths import range_units
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.rollout import roll
+from difftori.solver.settings import check_settings
 from difftori.types import Plans, Points, RowFlags, Rows
 
 
@@ -51,6 +52,9 @@ class ILQR(Solver):
     damping: float = 1e-4
     floor: float = 1e-9
     traced_whole: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_settings(self, lengths="(0, inf)", armijo="[0, 1)", damping="(0, inf)", floor="[0, 1)")
 
     def compilable(self, objective: Objective) -> bool:
         """True for every objective: rollouts, derivatives and sweeps are compiled separately."""

@@ -10,6 +10,7 @@ from difftori.solver.derivatives import row_jacobian
 from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.newton import improves
 from difftori.solver.objective import LeastSquaresObjective, Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Points, Residuals, Rows
 
 
@@ -38,10 +39,9 @@ class LevenbergMarquardt(Solver):
     shrink: float = 1 / 3
 
     def __post_init__(self):
-        if self.damping < 0 or self.step_size <= 0:
-            raise SolverError(
-                f"LevenbergMarquardt: invalid damping={self.damping}, step_size={self.step_size}. Fix: use damping ≥ 0 and step_size > 0."
-            )
+        check_settings(
+            self, damping="[0, inf)", step_size="(0, inf)", offset="(-inf, inf)", grow="[1, inf)", shrink="(0, 1]"
+        )
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate. Every row starts with the same damping."""
@@ -86,6 +86,9 @@ class GaussNewton(Solver):
 
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0625)
     ridge: float = 1e-10
+
+    def __post_init__(self):
+        check_settings(self, lengths="(0, inf)", ridge="[0, inf)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate cost and gradient."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import value_and_grad
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows
 
 
@@ -40,7 +41,8 @@ class Newton(Solver):
     lengths: tuple[float, ...] = (1.0, 0.25, 0.0625, 0.015625)
 
     def __post_init__(self):
-        check_linear("Newton", self.linear, self.products, self.eigenvalue_floor)
+        check_linear(self, ("dense", "cg"))
+        check_settings(self, lengths="(0, inf)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate cost and gradient."""
@@ -267,17 +269,10 @@ def _compilable(
     return state.proceed(lambda v: pullback(v)[0], free, count)
 
 
-def check_linear(
-    owner: str,
-    linear: str,
-    products: int | None,
-    eigenvalue_floor: float | None,
-    known: tuple[str, ...] = ("dense", "cg"),
-) -> None:
-    """Raise SolverError for invalid settings of a linear solve."""
-    if linear not in known:
-        raise SolverError(f"{owner}: linear={linear!r} is unknown. Fix: use one of {', '.join(known)}.")
-    if products is not None and products < 1:
-        raise SolverError(f"{owner}: products={products} allows no Hessian-vector product. Fix: use at least 1.")
-    if eigenvalue_floor is not None and not 0 <= eigenvalue_floor < 1:
-        raise SolverError(f"{owner}: eigenvalue_floor={eigenvalue_floor} is out of range. Fix: use a value in [0, 1).")
+def check_linear(owner: Any, known: tuple[str, ...]) -> None:
+    """Raise SolverError for invalid settings `linear`, `products` and `eigenvalue_floor`."""
+    if owner.linear not in known:
+        raise SolverError(
+            f"{type(owner).__name__}: linear={owner.linear!r} is unknown. Fix: use one of {', '.join(known)}."
+        )
+    check_settings(owner, products="[1, inf)", eigenvalue_floor="[0, 1)")

@@ -1,15 +1,14 @@
 """Spectral projected gradient: the default solver."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State, all_finite, choose
 from difftori.solver.newton import Newton
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Points, RowFlags, Rows
 
 
@@ -46,12 +45,8 @@ class ProjectedGradient(Solver):
     exact_unrolling: bool = False
 
     def __post_init__(self):
-        lengths = (self.first_move, 1.0 if self.first_step is None else self.first_step)
-        if self.window < 1 or self.polish < 0 or not all(0 < length < math.inf for length in lengths):
-            raise SolverError(
-                f"ProjectedGradient: invalid window={self.window}, polish={self.polish}, first_move={self.first_move}, "
-                f"first_step={self.first_step}. Fix: use window ≥ 1, polish ≥ 0, and a finite first_move and first_step > 0."
-            )
+        check_settings(self, window="[1, inf)", polish="[0, inf)", first_move="(0, inf)", first_step="(0, inf)")
+        check_settings(self, armijo="[0, 1)")
 
     @property
     def monotone(self) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difftori.errors import SolverError
 from difftori.solver.method import Problem, Solver, State
 from difftori.solver.objective import Objective
+from difftori.solver.settings import check_settings
 from difftori.types import Points
 
 
@@ -28,7 +28,7 @@ class CEM(Solver):
     min_std: float = 0.01
 
     def __post_init__(self):
-        _check_counts("CEM", self.samples, self.elites)
+        check_settings(self, samples="[1, inf)", elites=f"[1, {self.samples}]", std="(0, inf)", min_std="[0, inf)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate the first mean."""
@@ -68,7 +68,8 @@ class MPPI(Solver):
     min_std: float | Tensor = 0.05
 
     def __post_init__(self):
-        _check_counts("MPPI", self.samples, self.elites)
+        check_settings(self, samples="[1, inf)", elites=f"[1, {self.samples}]", std="(0, inf)", min_std="[0, inf)")
+        check_settings(self, temperature="[0, inf)", momentum="[0, 1)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate the first mean."""
@@ -103,10 +104,3 @@ def _elites(problem: Problem, mean: Points, std: Points, samples: int, count: in
     best_costs, index = costs.topk(count, dim=0, largest=False)
     best = points.gather(0, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
     return best.movedim(0, 1), best_costs.movedim(0, 1)
-
-
-def _check_counts(owner: str, samples: int, elites: int) -> None:
-    if not 1 <= elites <= samples:
-        raise SolverError(
-            f"{owner}: elites={elites} is out of range. Fix: use a value between 1 and samples={samples}."
-        )
