@@ -100,6 +100,23 @@ def test_bounds_of_the_data_do_not_stop_the_cost():
     torch.testing.assert_close(found[..., 0], torch.full((4, 3), 0.5), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("height", [0.02, 0.5])
+def test_what_is_constant_in_the_data_stays_so_unless_a_projection_moves_it(height):
+    """Inside its box, of ±.03 here, and exactly where the cost is least there."""
+    box = (-300.0, -0.03), (300.0, 0.03)
+    moments = Moments((-300.0, 0.01), (300.0, 0.01), (0.0, 0.01), (100.0, 0.0))
+    states = Moments((-1.0,), (1.0,), (0.0,), (0.5,))
+    spec = TaskSpec({"state": EntrySpec((1,), moments=states)}, 2, 3, *box, n_action_steps=3, moments=moments)
+    torch.manual_seed(0)
+    base = torch.tensor([100.0, 0.008]).expand(4, 3, 2)
+    policy = NormalizedPolicy(DiffTORI(DiffTORI.Config(init="base", hidden=(8,)), spec).eval(), lambda obs: base)
+    obs, generator = {"state": torch.rand(4, 1, 1)}, torch.Generator().manual_seed(0)
+    assert set(policy.act(obs, generator=generator)[..., 1].unique().tolist()) <= {np.float32(0.01), np.float32(0.008)}
+    steering = Steering(lambda planned: (planned[..., 1] - height).square().sum(-1), 1e6, project=True)
+    found = policy.act(obs, generator=generator, steering=steering)
+    torch.testing.assert_close(found[..., 1], torch.full((4, 3), min(height, 0.03)), atol=1e-5, rtol=0)
+
+
 def test_constraints_hold(run):
     policy = difftori.load(run)
     action = policy.act(observations(policy), constraint=lambda actions: 0.3 - actions[..., 0])

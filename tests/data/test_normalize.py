@@ -42,6 +42,16 @@ def test_min_max_reaches_both_ends_and_leaves_constants_at_zero():
     assert torch.allclose(window.actions.flatten(0, 1).amin(0), -torch.ones(2), atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", [min_max, mean_std])
+def test_an_action_dimension_that_is_constant_in_the_data_stays_constant(rule):
+    actions = np.column_stack([np.linspace(-300, 400, 9), np.full(9, 0.01)])
+    fitted = fit_normalizer(Trajectories.of({"state": np.zeros((9, 1))}, actions, [9]), actions=rule)
+    returned = fitted.denormalize_actions(torch.tensor([[0.5, -1.0], [0.5, 0.7]]))
+    assert returned[:, 1].tolist() == [np.float32(0.01)] * 2
+    assert returned[0, 0] == returned[1, 0] != 0
+    assert fitted.denormalize_actions(torch.tensor([[0.5, torch.nan]])).isnan().tolist() == [[False, True]]
+
+
 def test_a_cloud_shares_its_statistics_over_points():
     train = demos()
     affine = fit_normalizer(train).obs["obs_point_cloud"]

@@ -39,16 +39,21 @@ def measure(blocks: Iterable[Shaped[Tensor, "... D"]]) -> Moments:
 class Affine(nn.Module):
     """y = (x − shift) / scale over the last dimension D, and its inverse. Any leading dimensions; D = 1 fits every size.
 
-    `shift` and `scale` (D) are buffers: they move to devices and are saved with the policy. `min_max`, `mean_std` and
-    `identity` compute them from data. A state of the same D can be loaded.
+    Dimensions that are `constant` in the data (D, default: none) have scale 1, and their inverse is `shift` whatever y is. All three are
+    buffers, which move to devices. `min_max`, `mean_std` and `identity` compute them from data. A state of the same D can be loaded.
     """
 
-    def __init__(self, shift: Shaped[Tensor, "D"], scale: Shaped[Tensor, "D"]):
+    def __init__(
+        self, shift: Shaped[Tensor, "D"], scale: Shaped[Tensor, "D"], constant: Shaped[Tensor, "D"] | None = None
+    ):
         super().__init__()
         self.shift: Tensor
         self.scale: Tensor
+        self.constant: Tensor
+        constant = torch.zeros_like(scale, dtype=torch.bool) if constant is None else constant
         self.register_buffer("shift", shift.detach().float().clone())
-        self.register_buffer("scale", scale.detach().float().clone())
+        self.register_buffer("scale", torch.where(constant, 1.0, scale).detach().float().clone())
+        self.register_buffer("constant", constant.clone())
 
     def forward(self, values: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalise values (… D). Raises ShapeError for a different D."""
@@ -56,7 +61,7 @@ class Affine(nn.Module):
 
     def inverse(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Convert normalised values (… D) to the task's own units. Raises ShapeError for a different D."""
-        return self._fitting(values) * self.scale + self.shift
+        return self._fitting(values) * self.scale.masked_fill(self.constant, 0.0) + self.shift
 
     def _fitting(self, values: Tensor) -> Tensor:
         if values.ndim == 0 or len(self.scale) not in (1, values.shape[-1]):
@@ -82,13 +87,13 @@ Rule: TypeAlias = Callable[[Moments], Affine]
 def min_max(moments: Moments) -> Affine:
     """Map [minimum, maximum] of each dimension to [−1, 1], and a constant dimension (see `FLAT`) to 0 without scaling."""
     low, high = _numbers(moments.low), _numbers(moments.high)
-    return Affine((low + high) / 2, torch.where(high - low < FLAT, 1.0, (high - low) / 2))
+    return Affine((low + high) / 2, (high - low) / 2, high - low < FLAT)
 
 
 def mean_std(moments: Moments) -> Affine:
     """Map each dimension to mean 0 and standard deviation 1, and a constant one (see `FLAT`) to 0 without scaling."""
     flat = _numbers(moments.high) - _numbers(moments.low) < FLAT
-    return Affine(_numbers(moments.mean), torch.where(flat, 1.0, _numbers(moments.std)))
+    return Affine(_numbers(moments.mean), _numbers(moments.std), flat)
 
 
 def identity(moments: Moments) -> Affine:
@@ -108,7 +113,7 @@ def pixels() -> Affine:
 def unit(moments: Moments) -> Affine:
     """Map [minimum, maximum] of each channel of float images, such as depth, to [0, 1], and a constant channel to 0."""
     low, high = _numbers(moments.low), _numbers(moments.high)
-    return Affine(low, torch.where(high - low < FLAT, 1.0, high - low))
+    return Affine(low, high - low, high - low < FLAT)
 
 
 @final

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftori.data.normalize import Normalizer, identity, min_max
+from difftori.data.normalize import Affine, Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
 from difftori.interfaces import Policy
 from difftori.policies.refiner import Refiner
@@ -19,6 +19,7 @@ from difftori.types import (
     AnyPartPlans,
     AnyPlans,
     Metrics,
+    Moments,
     PartPlans,
     Plans,
     Scalar,
@@ -46,7 +47,8 @@ class NormalizedPolicy:
     """A policy whose inputs and outputs are in the task's units, together with the frozen base policy of a refiner.
 
     `policy` gets observations and actions normalised by the training data (`Policy.NORMALIZES`) and, with
-    `Policy.FROM_PRESENT`, the actions from the present step on. The base is stored only if the policy uses it, and is not part
+    `Policy.FROM_PRESENT`, the actions from the present step on. An action dimension that is constant in the training data stays
+    constant, whatever a policy returns that gets normalised actions. The base is stored only if the policy uses it, and is not part
     of the policy's parameters or state. It must be on the device of the policy.
 
     Raises BoxError if actions are normalised by a box that is not finite, and ConfigError for a base that is missing, not used,
@@ -159,9 +161,18 @@ class NormalizedPolicy:
     def _range_of_actions(self) -> Normalizer:
         """Return the scaling of actions from their range in the training data, or from their box, to [−1, 1].
 
-        Raises BoxError if there are no training data, and the box is not finite.
+        A dimension that is constant in the data can be moved too, in its box. Raises BoxError if there are no training data, and the
+        box is not finite.
         """
-        scaling = Normalizer.of(self.spec, actions=min_max).to(self.low.device)
+
+        def movable(moments: Moments) -> Affine:
+            range_ = min_max(moments)
+            low, high = self.low.cpu(), self.high.cpu()
+            boxed = range_.constant & (high - low).isfinite() & (high > low)
+            shift = torch.where(boxed, (low + high) / 2, range_.shift)
+            return Affine(shift, torch.where(boxed, (high - low) / 2, range_.scale))
+
+        scaling = Normalizer.of(self.spec, actions=movable).to(self.low.device)
         if self.spec.moments is None and not bool((self.high - self.low).isfinite().all()):
             raise BoxError(
                 f"steering: the actions of {self.policy.name} have the box [{self.spec.low}, {self.spec.high}], which is not finite. "
