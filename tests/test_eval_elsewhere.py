@@ -25,7 +25,7 @@ class Line(gymnasium.Env):
     metadata = {"max_episode_steps": 9, "render_modes": []}
 
     def __init__(self, size, numbers):
-        self.observation_space = Box(-9, 9, (numbers,), np.float32)
+        self.observation_space = Box(-9, 9, (numbers,) if numbers else (), np.float32)
         self.action_space = Box(-size, size, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -49,15 +49,27 @@ def make(*, size=1.0, numbers=1):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A policy that was trained on recordings alone, in `runs/bc`, and an agent, in `runs/sac`. `line_env:make` can be imported."""
-    (tmp_path / "line_env.py").write_text(SOURCE)
+    """A policy that was trained on recordings alone, in `runs/bc`, and an agent, in `runs/sac`. `simulated_line:make` can be imported."""
+    (tmp_path / "simulated_line.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     places = np.random.default_rng(0).uniform(-1, 1, (200, 1)).astype(np.float32)
     write_zarr(Trajectories.of({"state": places}, -places, [100, 200]), tmp_path / "line.zarr")
     bc = ["bc", "--demos", "line.zarr", "--updates", "300", "--batch-size", "32", "--hidden", "16", "--horizon", "1"]
     run(["train", *bc, "--n-obs-steps", "1", "--n-action-steps", "1", "--lr", "3e-3", "--out", "runs/bc", "--quiet"])
-    sac = ["sac", "--env", "line_env:make", "--steps", "20", "--seed-steps", "15", "--batch-size", "4", "--width", "8"]
+    sac = [
+        "sac",
+        "--env",
+        "simulated_line:make",
+        "--steps",
+        "20",
+        "--seed-steps",
+        "15",
+        "--batch-size",
+        "4",
+        "--width",
+        "8",
+    ]
     run(["train", *sac, "--eval-episodes", "2", "--out", "runs/sac", "--quiet"])
 
 
@@ -70,24 +82,39 @@ def results(path):
 
 
 def test_a_policy_of_recordings_alone_is_evaluated_in_a_simulation(runs, tmp_path, capsys):
-    run(["eval", "runs/bc", "--env", "line_env:make", "--episodes", "20", "--quiet"])
+    run(["eval", "runs/bc", "--env", "simulated_line:make", "--episodes", "20", "--quiet"])
     (found,) = results(tmp_path / "runs/bc")
     assert found["metrics"]["success"] == 1.0
-    assert found["changes"] == {"env": "line_env:make"}
+    assert found["changes"] == {"env": "simulated_line:make"}
     assert found["episodes"]["seed"] == list(range(100_000, 100_020))
     capsys.readouterr()
     run(["report", "runs/bc", "--evaluation", "latest"])
-    assert "line_env:make" in capsys.readouterr().out, "listed under the environment of that evaluation"
+    assert "simulated_line:make" in capsys.readouterr().out, "listed under the environment of that evaluation"
 
 
 def test_options_limit_and_episodes_can_be_changed(runs, tmp_path):
-    words = ["eval", "runs/bc", "--env", "line_env:make", "--episodes", "20", "--quiet", "--env-options", "size=0.05"]
+    words = [
+        "eval",
+        "runs/bc",
+        "--env",
+        "simulated_line:make",
+        "--episodes",
+        "20",
+        "--quiet",
+        "--env-options",
+        "size=0.05",
+    ]
     run([*words, "--max-episode-steps", "3"])
     run([*words, "--max-episode-steps", "3", "--seed", "7"])
     first, other = results(tmp_path / "runs/bc")
     assert first["metrics"]["success"] < 0.6, "three steps of at most 0.05"
     assert max(first["episodes"]["length"]) == 3
-    assert other["changes"] == {"env": "line_env:make", "env_options": ["size=0.05"], "max_episode_steps": 3, "seed": 7}
+    assert other["changes"] == {
+        "env": "simulated_line:make",
+        "env_options": ["size=0.05"],
+        "max_episode_steps": 3,
+        "seed": 7,
+    }
     assert not set(first["episodes"]["seed"]) & set(other["episodes"]["seed"])
     assert "seed 7" in (tmp_path / "runs/bc/report.html").read_text()
 
@@ -118,13 +145,25 @@ def test_agents_too(runs, tmp_path):
     assert own != others[0] == others[1]
 
 
+def test_a_video_of_what_cannot_be_rendered_is_an_error_that_says_so(runs, tmp_path, capsys):
+    assert cli.main(["eval", "runs/bc", "--env", "simulated_line:make", "--video", "--quiet"]) != 0
+    assert "simulated_line:make cannot render (simulated_line:make, row 0, in render" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_single_number_is_no_observation(runs, tmp_path, capsys):
+    assert cli.main(["eval", "runs/bc", "--env", "simulated_line:make", "--env-options", "numbers=0", "--quiet"]) == 2
+    assert "one number, of shape (). Fix: give it the shape (1,)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_environment_that_does_not_fit_is_refused_and_other_bounds_are_told(runs, tmp_path, capsys, caplog):
     for name in ("bc", "sac"):
-        words = ["eval", f"runs/{name}", "--env", "line_env:make", "--quiet"]
+        words = ["eval", f"runs/{name}", "--env", "simulated_line:make", "--quiet"]
         assert cli.main([*words, "--env-options", "numbers=2"]) == 2
         text = " ".join(capsys.readouterr().err.split())
         assert ("observation 'state' (1,)" if name == "bc" else "obs_shape is (2,)") in text
         assert not (tmp_path / "runs" / name / "eval.json").exists()
     with caplog.at_level(logging.WARNING):
-        run(["eval", "runs/bc", "--env", "line_env:make", "--quiet", "--env-options", "size=0.05"])
+        run(["eval", "runs/bc", "--env", "simulated_line:make", "--quiet", "--env-options", "size=0.05"])
     assert "can be outside of the bounds" in caplog.text

@@ -127,6 +127,18 @@ def test_observations_of_any_size_are_no_rows(size, tmp_path):
     assert export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2").difference <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["actions", "normal"])
+def test_an_observation_with_the_name_of_another_input_or_output_is_refused(name, tmp_path):
+    moments = [Moments((-1.0,) * n, (1.0,) * n, (0.0,) * n, (0.5,) * n) for n in (3, 2)]
+    spec = TaskSpec({name: EntrySpec((3,), moments=moments[0])}, 2, 2, (-1.0,) * 2, (1.0,) * 2, moments=moments[1])
+    config = DiffTORI.Config(hidden=(8,), latent_dim=4, init="zero", cvae_dim=2, act_latent="sample")
+    policy = NormalizedPolicy(DiffTORI(config, spec).eval(), None)
+    with pytest.raises(
+        ExportError, match=f"the observation '{name}' has the name of another.*--obs-keys my_{name}={name}"
+    ):
+        export_model(Published(policy, 0, "last"), tmp_path / "policy.pt2", format="pt2")
+
+
 def test_several_solves_from_latent_samples(tmp_path):
     moments = [Moments((-1.0,) * n, (1.0,) * n, (0.0,) * n, (0.5,) * n) for n in (3, 2)]
     obs = {"state": EntrySpec((3,), moments=moments[0])}

@@ -17,7 +17,7 @@ from difftori.il.evaluate import evaluate_run as evaluate_policy_run
 from difftori.loading import LoadedPolicy, _converted
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
-from difftori.types import EntrySpec
+from difftori.types import EntrySpec, Moments
 from tests.support import tiny_runs
 from tests.support.tiny_runs import trained
 
@@ -202,6 +202,29 @@ def test_acting_does_not_need_the_environment(run, request, tmp_path):
     evaluate = evaluate_policy_run if run == "policy_run" else evaluate_agent_run
     with pytest.raises(ConfigError, match="not_installed"):
         evaluate(folder, episodes=1)
+
+
+def test_a_cameras_bytes_are_in_the_units_of_recorded_images_from_0_to_1():
+    image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
+    limits = [Moments((0.1,) * 3, (high,) * 3, (0.4,) * 3, (0.2,) * 3) for high in (0.9, 7.0)]
+    recorded, metres = (EntrySpec((6, 5, 3), moments=moments) for moments in limits)
+    convert = partial(_converted, "image", stacked=False, parts="")
+    np.testing.assert_allclose(convert(image, recorded), image / 255.0, rtol=1e-6)
+    assert np.array_equal(convert(image.astype(np.float32) / 255, recorded), image.astype(np.float32) / 255)
+    for mask in (image > 127, image // 200):
+        assert np.array_equal(convert(mask, recorded), mask)
+    assert np.array_equal(convert(image, metres), image)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("rows", [[0, 1], np.array([1, 0]), torch.tensor([0])])
+def test_rows_to_reset_are_a_mask(rows, policy_run):
+    policy = difftori.load(policy_run)
+    policy.act(np.zeros((2, 2), np.float32))
+    with pytest.raises(ShapeError, match="give a mask of booleans, one per row, not indices"):
+        policy.reset(rows)
+    policy.reset(torch.tensor([True, False]))
+    assert policy._first.tolist() == [True, False]
 
 
 def test_a_run_that_was_not_validated_has_no_best_weights(tmp_path):

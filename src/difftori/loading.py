@@ -219,15 +219,19 @@ class LoadedPolicy:
         fork._act, fork._first, fork._frames = self._make_act(), None, None  # noqa: SLF001
         return fork
 
-    def reset(self, rows: np.ndarray | None = None) -> None:
-        """Begin new episodes: in all environments, or, of several, in those where the mask `rows` (B) is true.
+    def reset(self, rows: Array | None = None) -> None:
+        """Begin new episodes: in all environments, or, of several, in those where the mask `rows` (B, booleans) is true.
 
-        Raises ShapeError if the mask does not fit the rows of the last `act`.
+        Raises ShapeError if it is no mask, or does not fit the rows of the last `act`.
         """
         if rows is None:
             self._first = None
             return
-        mask = np.asarray(rows, dtype=bool)
+        mask = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+        if mask.dtype != np.bool_:
+            raise ShapeError(
+                f"reset: rows has type {mask.dtype}. Fix: give a mask of booleans, one per row, not indices"
+            )
         if self._first is None or mask.shape != self._first.shape:
             known = "no rows yet" if self._first is None else f"{len(self._first)} rows"
             raise ShapeError(
@@ -337,7 +341,11 @@ class LoadedPolicy:
         """Whether the observations have a leading dimension of rows."""
         extra = {name: values.ndim - len(self.obs[name].shape) for name, values in arrays.items()}
         if set(extra.values()) not in ({0}, {1}):
-            shapes = ", ".join(f"{name} {arrays[name].shape}, not {self.obs[name].shape}" for name in arrays)
+            shapes = ", ".join(
+                f"{name} {arrays[name].shape}, not {self.obs[name].shape}"
+                for name in arrays
+                if extra[name] not in (0, 1)
+            ) or ", ".join(f"{name} {arrays[name].shape}" for name in arrays)
             raise ShapeError(
                 f"obs: {shapes}. Fix: give these shapes, or all of them with one leading dimension of rows"
             )
@@ -386,6 +394,8 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
             raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
         with np.errstate(over="ignore"):
             converted = values.astype(np.float32)
+        if len(entry.shape) == 3 and _are_bytes_of_unit_images(values, entry):
+            converted /= 255.0
         if not np.isfinite(converted).all():
             raise NonFiniteError(f"obs: {name} has numbers beyond those of float32. Fix: check the sensor")
         return converted
@@ -397,6 +407,12 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
             )
         values = np.rint(values * 255.0).astype(np.uint8)
     return _channels_first(name, values, entry.shape, stacked)
+
+
+def _are_bytes_of_unit_images(images: np.ndarray, entry: EntrySpec) -> bool:
+    """Whether these are a camera's bytes, and the recorded images were floating-point in [0, 1]. Masks of 0 and 1 are not."""
+    unit = entry.moments is not None and min(entry.moments.low) >= 0.0 and max(entry.moments.high) <= 1.0
+    return unit and images.dtype == np.uint8 and bool((images > 1).any())
 
 
 def _is_frame(frame: int, stack: int) -> bool:

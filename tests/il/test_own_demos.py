@@ -204,6 +204,24 @@ def test_refiners_and_resuming_need_no_environment(tmp_path, killed_at):
     assert resumed["last/action_error"] == straight["last/action_error"]
 
 
+@pytest.mark.parametrize(("policy", "words"), [("bc", "--error-units range"), ("lstm", "or bc --error-units range")])
+def test_a_loss_that_hardly_counts_small_motions_is_warned_of(policy, words, tmp_path, caplog):
+    numbers = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    for name, scale in (("mixed", [300.0, 0.02]), ("alike", [300.0, 200.0])):
+        write_zarr(
+            Trajectories.of({"state": numbers}, numbers * np.float32(scale), [30, 60]), tmp_path / f"{name}.zarr"
+        )
+        settings = {"updates": 1, "hidden": (4,) if policy == "bc" else 4}
+        train(config(tmp_path / f"{name}.zarr", policy=policy, settings=settings), tmp_path / name, progress=False)
+        assert ("counts squared errors in these units" in caplog.text) == (name == "mixed")
+        assert (words in caplog.text) == (name == "mixed")
+        caplog.clear()
+    if policy == "bc":
+        settings = {"updates": 1, "hidden": (4,), "error_units": "range"}
+        train(config(tmp_path / "mixed.zarr", settings=settings), tmp_path / "range", progress=False)
+        assert "counts squared errors" not in caplog.text
+
+
 def replaced(demos, **options):
     shutil.rmtree(demos)
     return write_zarr_set(Path(demos), **options)
@@ -234,6 +252,8 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, killed_at, capsys, caplo
     assert record["earlier"] == [before]
     assert record["fingerprint"]["episodes"].startswith("24 of 240")
     assert "continuing with changed data" in caplog.text
+    assert "some may have been trained on" in caplog.text
+    assert "dimension 0, 1 of the actions has values outside of the range" in caplog.text
     policy, _ = load_policy(out, "last")
     assert max(policy.spec.high) <= 1, "the spec, and with it the normaliser, are those that the run began with"
 

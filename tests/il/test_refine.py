@@ -159,6 +159,29 @@ def test_a_base_that_is_of_no_use_or_no_policy_is_refused(tmp_path, policy_run):
         difftori.load(torch.nn.Linear(2, 2))
 
 
+def test_a_module_as_a_base_computes_something_and_is_not_in_training_mode(caplog):
+    class Chunks(torch.nn.Module):
+        """As policies of other libraries are."""
+
+        def select(self, obs):
+            return obs["state"]
+
+    class Noisy(Chunks):
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, obs):
+            return opened(8)({"state": self.dropout(obs["state"])})
+
+    with pytest.raises(ConfigError, match=r"Chunks has no forward. Fix: give a function"):
+        refined(Chunks())
+    refined(Noisy().eval())
+    assert "in training mode" not in caplog.text
+    refined(Noisy())
+    assert "its dropout or batch normalisation is in training mode. Fix: base.eval()" in caplog.text
+
+
 def test_a_saved_policy_is_refined_further_with_its_base(tmp_path):
     difftori.save(refined(opened(8)), tmp_path)
     again = refined(open_model(tmp_path, base=opened(8)).component)

@@ -158,6 +158,13 @@ def test_chunks_of_a_policy_with_a_history_are_refused():
         PolicyServer(constant(n_obs_steps=2), chunks=True)
 
 
+def test_an_observation_named_as_the_beginning_of_an_episode_is_refused():
+    policy = constant()
+    policy.obs = {"reset": policy.obs["state"]}
+    with pytest.raises(ConfigError, match="has an observation `reset`.*--obs-keys my_reset=reset"):
+        PolicyServer(policy)
+
+
 @pytest.mark.parametrize(
     "headers",
     [

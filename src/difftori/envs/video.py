@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from difftori.envs.base import RenderingError
+from difftori.envs.base import EnvironmentRestarted, RenderingError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,13 @@ def write_gif(recording: Recording, path: Path) -> None:
 
 def frame(env: VectorEnv) -> np.ndarray:
     """Return a frame (height width 3) uint8 of the first copy. Raises `RenderingError` if the environment renders none."""
-    frames = env.render()
+    try:
+        frames = env.render()
+    except EnvironmentRestarted as error:
+        raise RenderingError(
+            f"{env.metadata.get('name', env)} cannot render ({error.__cause__}). Fix: omit the video, or give it a render() that returns "
+            "an image (height width 3) of bytes"
+        ) from error
     if not frames or not isinstance(frames[0], np.ndarray):
         raise RenderingError(
             f"{env.metadata.get('name', env)} renders no frames, because it has no render mode rgb_array. Fix: omit the video"

@@ -66,6 +66,11 @@ def export_model(model: Published, out: Path, *, format: Format = "onnx", tolera
     program = program_of(model)
     draws = draws_of(program)
     names = [*program.inputs, *noise_inputs(draws)]
+    if taken := [name for name in program.inputs if name in noise_inputs(draws) or name == "actions"]:
+        raise ExportError(
+            f"{program.name}: the observation {taken[0]!r} has the name of another input or output of the file. Fix: train with "
+            f"another name, such as --obs-keys my_{taken[0]}={taken[0]}"
+        )
     traced, outputs, used = trace(program, draws, names)
     about = {**program.about, "inputs": described(program, draws, used), "outputs": outputs, "format": format}
     partial = out.with_name(f".partial-{out.name}")

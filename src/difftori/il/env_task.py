@@ -174,6 +174,12 @@ def _interface(env: CheckedVectorEnv) -> tuple[Bounds, dict[str, Shown]]:
     assert isinstance(space, Box)
     low, high = (tuple(float(v) for v in bound) for bound in (space.low, space.high))
     first = named(env.reset(seed=TEST_SEED)[0])
+    if single := [name for name, values in first.items() if values.ndim == 1]:
+        raise ConfigError(
+            [
+                f"env: the observation {single[0]!r} of {env.name} is one number, of shape (). Fix: give it the shape (1,)"
+            ]
+        )
     return (low, high), {name: Shown(values.shape[1:], str(values.dtype)) for name, values in first.items()}
 
 

@@ -112,7 +112,11 @@ def check_data(run_dir: Path, now: Fingerprint | None, *, accept: bool = False) 
                     "continue with the new data by --accept-changed-data",
                 ]
             )
-        _log.warning("demos: continuing with changed data: %s", "; ".join(found))
+        _log.warning(
+            "demos: continuing with changed data: %s. The held-out episodes are drawn anew, and some may have been trained on, so "
+            "validation errors are too small",
+            "; ".join(found),
+        )
         earlier = [before, *earlier]
     content = {"fingerprint": now, **({"earlier": earlier} if earlier else {})}
     replace_file(run_dir / RECORD, (json.dumps(content, indent=1) + "\n").encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from difftori.data.normalize import FLAT
 from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions, warn_of_split
 from difftori.il.config import TrainConfig
@@ -92,6 +93,7 @@ def _train(
         if main_dir is not None:
             checkpoint = run.load_from_main(main_dir)
         spec = task.spec if checkpoint is None else _stored_spec(checkpoint, task.spec)
+        _warn_of_units(config, spec)
         with torch.random.fork_rng(devices=[], enabled=checkpoint is not None):
             policy = NormalizedPolicy(config.policy_type(settings, spec).to(device), base)
         epochs, updates = run_length(settings, len(task.train))
@@ -163,7 +165,36 @@ def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
                 f"demos: the run began with {described(stored)}, but the data have {described(now)}. Fix: choose another run directory"
             ]
         )
+    was, is_ = stored.moments, now.moments
+    if was is not None and is_ is not None:
+        reach = [0.01 * (high - low) for low, high in zip(was.low, was.high, strict=True)]
+        ends = zip(was.low, was.high, is_.low, is_.high, reach, strict=True)
+        if beyond := [i for i, (low, high, least, most, r) in enumerate(ends) if least < low - r or most > high + r]:
+            _log.warning(
+                "demos: dimension %s of the actions has values outside of the range of the data that the run began with, which a "
+                "policy of normalised actions cannot reach. Fix: train a new run",
+                ", ".join(map(str, beyond)),
+            )
     return stored
+
+
+def _warn_of_units(config: TrainConfig, spec: TaskSpec) -> None:
+    """Warn if a loss in the units of the actions hardly counts dimensions of small range."""
+    if config.policy_type.NORMALIZES == "all" or getattr(config.settings, "error_units", "task") != "task":
+        return
+    if spec.moments is None:
+        return
+    ranges = [high - low for low, high in zip(spec.moments.low, spec.moments.high, strict=True)]
+    moving = [size for size in ranges if size >= FLAT]
+    if moving and max(moving) > 10 * min(moving):
+        own = hasattr(config.settings, "error_units")
+        _log.warning(
+            "the ranges of the actions are %s, and %s counts squared errors in these units, so dimensions of small range are hardly "
+            "learned. Fix: %s",
+            ", ".join(f"{size:.3g}" for size in ranges),
+            config.policy,
+            "--error-units range" if own else "a policy of normalised actions, or bc --error-units range",
+        )
 
 
 def _base(

@@ -1,5 +1,6 @@
 """A policy in the units of its task. Normalisation, the present step and the base policy are handled here only."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from inspect import Parameter, signature
@@ -7,7 +8,7 @@ from typing import Protocol, TypeAlias, final, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftori.data.normalize import Affine, Normalizer, identity, min_max
 from difftori.errors import BoxError, ConfigError, NonFiniteError, ShapeError
@@ -27,6 +28,9 @@ from difftori.types import (
     Window,
     WindowObs,
 )
+
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -264,6 +268,15 @@ def checked_base(policy: Policy, base: Base | None) -> Base | None:
                 "for a run, difftori.loading.open_model(RUN).component"
             ]
         )
+    if isinstance(base, nn.Module) and not isinstance(base, BasePolicy) and type(base).forward is nn.Module.forward:
+        raise ConfigError(
+            [
+                f"base: {type(base).__name__} has no forward. Fix: give a function of the observations, such as lambda obs: "
+                "policy.select(obs), which returns the actions (B H A)"
+            ]
+        )
+    if isinstance(base, nn.Module) and any(part.training for part in base.modules() if isinstance(part, _RANDOM)):
+        _log.warning("base: its dropout or batch normalisation is in training mode. Fix: base.eval()")
     if not isinstance(base, NormalizedPolicy) and isinstance(base, BasePolicy) and not _takes_generator(base.act):
         raise ConfigError(
             [

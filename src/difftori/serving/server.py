@@ -85,6 +85,13 @@ class PolicyServer:
                     "Fix: remove --chunks"
                 ]
             )
+        if "reset" in {*policy.obs, *policy.parts}:
+            raise ConfigError(
+                [
+                    f"serve: {policy.name} has an observation `reset`, which in a message begins an episode. Fix: train with another "
+                    "name, such as --obs-keys my_reset=reset"
+                ]
+            )
         self.policy, self.max_clients, self.traffic = policy, max_clients, Traffic()
         self._expected = None if token is None else f"Api-Key {token}".encode()
         self._steps = policy.n_action_steps if chunks else 1
