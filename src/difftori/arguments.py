@@ -74,7 +74,7 @@ class DataArguments(Arguments):
     """
 
     path: Path
-    """LeRobot v3 folder, zarr folder, robomimic or ManiSkill file, or a folder with one of them."""
+    """LeRobot folder, zarr folder, robomimic or ManiSkill file, or a folder with one of them."""
 
 
 class RenderArguments(Arguments):

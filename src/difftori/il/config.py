@@ -33,7 +33,7 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of the demonstrations, the initial weights and all random numbers of the run."""
     demos: str | None = None
-    """Demonstrations: a LeRobot v3, robomimic or zarr data set, such as those of `difftori collect`, or a folder with one of them
+    """Demonstrations: a LeRobot, robomimic or zarr data set, such as those of `difftori collect`, or a folder with one of them
     (docs/imitation.md) (default: the task generates its demonstrations)."""
     obs_keys: tuple[str, ...] | None = None
     """Observations to read from `--demos`, as `NAME=KEY`; `NAME=KEY,KEY` concatenates vectors, and a key alone keeps its short name

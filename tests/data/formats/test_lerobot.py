@@ -139,10 +139,10 @@ def test_keys_that_no_name_separates_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"codebase_version": "v2.1"}, "codebase_version is v2.1, but only v3 is read. Fix: convert"),
-        ({"codebase_version": None}, "codebase_version is None"),
+        ({"codebase_version": "v1.6"}, "codebase_version v1.6, but v3 and v2 are read. Fix: convert"),
+        ({"codebase_version": None}, "codebase_version None"),
         ({"features": None}, "not the metadata of a LeRobot data set"),
-        ({"data_path": "../{chunk_index}"}, "data_path is '../{chunk_index}', but only"),
+        ({"data_path": "../{chunk_index}"}, "data_path '../{chunk_index}', but only"),
         ({"total_frames": 13}, "total_frames 13, meta/episodes 12"),
         ({"total_episodes": 2}, "total_episodes 2, meta/episodes 3"),
     ],

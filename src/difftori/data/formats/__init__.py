@@ -1,4 +1,4 @@
-"""Demonstrations in files: the layouts of Diffusion Policy and DP3 (zarr), robomimic and ManiSkill (HDF5), and LeRobot v3."""
+"""Demonstrations in files: the layouts of Diffusion Policy and DP3 (zarr), robomimic and ManiSkill (HDF5), and LeRobot v3 and v2."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ __all__ = [
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KNOWN = (
-    "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5), a ManiSkill file (.h5 and .json) or a LeRobot v3 "
+    "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5), a ManiSkill file (.h5 and .json) or a LeRobot "
     "folder (meta/info.json)"
 )
 
@@ -53,7 +53,7 @@ def read_demos(
     - a folder with `data/*` and `meta/episode_ends`: zarr, the layout of Diffusion Policy and DP3;
     - an HDF5 file with `data/demo_k`: robomimic; `subset` is the name of a list in `mask/`;
     - an HDF5 file with `traj_k`, and a JSON file of the same name: ManiSkill, with states or point clouds;
-    - a folder with `meta/info.json`: LeRobot v3; its videos are decoded;
+    - a folder with `meta/info.json`: LeRobot v3 or v2; its videos are decoded;
     - a folder that contains exactly one of these.
 
     `entries` maps each entry to the key that is read, such as {"state": "obs/object", "image": "obs/agentview_image"}; the

@@ -1,4 +1,4 @@
-"""Paths of a LeRobot v3 data set, and the features of its `meta/info.json`."""
+"""Paths of a LeRobot data set, and the features of its `meta/info.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,10 @@ ACTION = "action"
 FILES_PER_CHUNK = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+# Version 2 has a file for every episode.
+EPISODES_V2 = "meta/episodes.jsonl"
+DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+VIDEO_PATH_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 # Columns that LeRobot adds to the recorded ones: name and Arrow type.
 BOOKKEEPING = {
     "timestamp": "float32",
@@ -44,11 +48,25 @@ def episodes_file(root: Path, chunk: int, file: int) -> Path:
 
 def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
     """Return the path of a video of one camera. Raises DataError if the key could lead out of the folder."""
+    return root / "videos" / _checked_camera(root, key) / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
+
+
+def data_file_v2(root: Path, chunk: int, episode: int) -> Path:
+    """Return the path of the steps of an episode in version 2."""
+    return root / "data" / f"chunk-{chunk:03d}" / f"episode_{episode:06d}.parquet"
+
+
+def video_file_v2(root: Path, key: str, chunk: int, episode: int) -> Path:
+    """Return the path of an episode's video of one camera in version 2. Raises DataError as `video_file` does."""
+    return root / "videos" / f"chunk-{chunk:03d}" / _checked_camera(root, key) / f"episode_{episode:06d}.mp4"
+
+
+def _checked_camera(root: Path, key: str) -> str:
     if "/" in key or "\\" in key or key in ("", ".", ".."):
         raise DataError(
             f"{root}: {key!r} cannot name a camera, because names have no slash. Fix: restore meta/info.json"
         )
-    return root / "videos" / key / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
+    return key
 
 
 def parse_feature(value: Any, place: str) -> Feature:

@@ -68,9 +68,17 @@ def plain_name(text: str) -> str:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises DataError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no readable JSON ({error}). Fix: restore the file") from error
+
+
+def parse_json(text: str, place: str) -> Any:
+    """Parse JSON. Raises DataError, naming the place, if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: no readable JSON ({error}). Fix: restore the file") from error
 
 
 def need(module: str) -> Any:
