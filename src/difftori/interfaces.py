@@ -111,8 +111,11 @@ class Policy(nn.Module, ABC):
         """Whether `act` samples with the current settings."""
 
     @abstractmethod
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """The training loss of a batch, ready for `backward`, and named numbers to log."""
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
+        """The training loss of a batch, ready for `backward`, and named numbers to log.
+
+        They may have a graph, and stay on the device: the trainer reads all of them at once.
+        """
 
     @abstractmethod
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:

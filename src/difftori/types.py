@@ -10,7 +10,7 @@ P  those of H actions that are planned or executed    W  size of a sample used i
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,7 +52,7 @@ AnyValues: TypeAlias = Float[Tensor, "*B"]
 AnyQValues: TypeAlias = Float[Tensor, "K *B"]
 
 Metrics: TypeAlias = dict[str, float]
-Scalars: TypeAlias = dict[str, Scalar]
+Scalars: TypeAlias = Mapping[str, Scalar | float]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from difftori.models.encoders import PixelEncoder, PixelFeatures
 from difftori.registry import find_agent, find_agents
 from difftori.runs.checkpoint import pack, weights_digest
 from tests.support.agents import PIXELS, STATES, accepted, act, build, randomised, segment
-from tests.support.devices import never_waits
+from tests.support.devices import halves, never_waits
 
 AGENTS = sorted(find_agents())
 
@@ -89,11 +89,6 @@ def test_equal_schedules_have_equal_actions_and_updates(name):
 # Without noise that is drawn row by row: a row alone meets the same as in company.
 UNDRAWN = {"tdmpc": {"prior_samples": 0}, "difftori": {"init_std": 0.0}}
 WITH_MEMORY = [("tdmpc", {}), ("difftori", {"init": "previous"})]
-
-
-def halves(*shape, generator=None, **options):
-    """In place of `torch.rand`."""
-    return torch.full(shape if isinstance(shape[0], int) else shape[0], 0.5, **options)
 
 
 @pytest.mark.parametrize("name", AGENTS)

@@ -101,8 +101,8 @@ def test_the_loss_is_eq_9():
         policy = refiner(kl_coef=coefficient)
         loss, metrics = loss_of(policy, batch, seed=1)
         assert metrics["kl"] > 1e-3
-        per_number = metrics["kl"] / (VECTORS.n_action_steps * VECTORS.action_dim)
-        assert loss.item() == pytest.approx(metrics["action_mse"] + coefficient * per_number, rel=1e-5)
+        per_number = metrics["kl"].item() / (VECTORS.n_action_steps * VECTORS.action_dim)
+        assert loss.item() == pytest.approx(metrics["action_mse"].item() + coefficient * per_number, rel=1e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3])

@@ -1,5 +1,7 @@
 """What every imitation policy must do. The package is walked: a new file is tested without being named here."""
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,6 +12,7 @@ from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_policies
 from difftori.steering import Steering
 from difftori.types import TaskSpec, Window
+from tests.support.devices import halves, never_waits
 from tests.support.specs import (
     OBS_SCALE,
     OBS_SHIFT,
@@ -53,6 +56,20 @@ def optimiser(policy: NormalizedPolicy) -> torch.optim.Optimizer:
     return kinds[settings.optimizer](policy.policy.parameters(), lr=max(settings.lr, 1e-3))
 
 
+def test_training_never_waits_for_the_device(policy, batch, monkeypatch):
+    """What is logged stays there too, so that the trainer reads all of it at once."""
+    if policy.policy.name == "mpc":
+        pytest.skip("its solve ends where it converges")
+    monkeypatch.setattr(torch, "rand", halves)  # on the meta device, and only there, it takes no generator
+    there = NormalizedPolicy(copy.deepcopy(policy.policy).to("meta"), policy.base)
+    batch = batch.to("meta")
+    with never_waits():
+        loss, metrics = there.loss(batch, generator=torch.Generator())
+        loss.backward()
+    assert loss.device.type == "meta"
+    assert all(value.device.type == "meta" for value in metrics.values())
+
+
 def test_walking_finds_the_baselines():
     assert {"bc", "lstm", "difftori-il", "diffusion", "dp3", "residual"} <= set(find_policies())
 
@@ -87,7 +104,7 @@ def test_loss_falls_on_a_tiny_set(policy, batch):
     for _ in range(60):
         loss, metrics = policy.loss(batch, generator=generator())
         assert loss.shape == ()
-        assert all(isinstance(value, float) for value in metrics.values())
+        assert all(value.shape == () and not value.requires_grad for value in metrics.values())
         optim.zero_grad()
         loss.backward()
         optim.step()

@@ -44,6 +44,11 @@ def never_waits():
     assert not watch.faults, "\n".join(watch.faults)
 
 
+def halves(*shape, generator=None, **options):
+    """In place of `torch.rand`, which takes no generator on the device `meta`."""
+    return torch.full(shape if isinstance(shape[0], int) else shape[0], 0.5, **options)
+
+
 def rerun(run, generators):
     """In place of a CUDA graph: a replay runs the function again and writes its results to the tensors of the first run."""
     outputs = run()

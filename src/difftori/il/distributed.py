@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from difftori.errors import ConfigError
-from difftori.types import Metrics, Scalar, Window
+from difftori.types import Scalar, Scalars, Window
 
 _PATIENCE = timedelta(hours=12)
 """How long a process waits for another. Only the main process evaluates, which may take hours."""
@@ -86,17 +86,17 @@ class Distributed:
         return batch.rows(rows if len(rows) else torch.zeros(1, dtype=torch.long)), part
 
     def average(
-        self, parameters: Iterable[Tensor], loss: Scalar, metrics: Metrics, part: float
-    ) -> tuple[Scalar, Metrics]:
+        self, parameters: Iterable[Tensor], loss: Scalar, metrics: Scalars, part: float
+    ) -> tuple[Scalar, Scalars]:
         """Return loss and metrics of the whole batch, and average the gradients in place. `part` is the share from `share`."""
         if self.count == 1:
             return loss, metrics
         names = sorted(metrics)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        numbers = torch.tensor([metrics[name] for name in names], dtype=loss.dtype, device=loss.device)
+        numbers = torch.stack([torch.as_tensor(metrics[name]).detach().to(loss) for name in names])
         flat = torch.cat([loss.detach().reshape(1), numbers, *(g.reshape(-1).to(loss.dtype) for g in gradients)]) * part
         dist.all_reduce(flat)
         found = flat.split([1, len(names), *(g.numel() for g in gradients)])
         for gradient, whole in zip(gradients, found[2:], strict=True):
             gradient.copy_(whole.reshape(gradient.shape))
-        return found[0].squeeze(0), dict(zip(names, found[1].tolist(), strict=True))
+        return found[0].squeeze(0), dict(zip(names, found[1].unbind(), strict=True))

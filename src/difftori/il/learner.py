@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
@@ -16,7 +16,7 @@ from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
 from difftori.runs.run import seeded
-from difftori.types import Metrics, Scalar, Window, to_device
+from difftori.types import Metrics, Window, to_device
 
 MAX_SKIPS = 10
 """Training stops after this number of consecutive updates that were skipped because of NaN or Inf."""
@@ -110,19 +110,20 @@ class Learner:
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         train_state.step += 1
         train_state.batch += 1
-        if loss.isfinite() and norm.isfinite():
+        numbers = _read({**metrics, "loss": loss, "grad_norm": norm})
+        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
             if self.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
             self.optimizer.step()
             self._average()
             train_state.consecutive_skips = 0
-            for name, value in {**metrics, "loss": loss.item(), "grad_norm": norm.item(), "updates": 1.0}.items():
+            for name, value in {**numbers, "updates": 1.0}.items():
                 train_state.sums[name] = train_state.sums.get(name, 0.0) + value
         else:
             train_state.skipped += 1
             train_state.consecutive_skips += 1
             if train_state.consecutive_skips >= MAX_SKIPS:
-                raise NonFiniteError(self._blame(loss, metrics))
+                raise NonFiniteError(self._blame(numbers))
         train_state.seconds += time.perf_counter() - started
 
     def close_epoch(self) -> Metrics:
@@ -205,18 +206,18 @@ class Learner:
             parameter.grad = None
         return trained
 
-    def _blame(self, loss: Scalar, metrics: Metrics) -> str:
+    def _blame(self, numbers: Metrics) -> str:
         weights = [n for n, p in self.policy.named_parameters() if not p.isfinite().all()]
         gradients = [n for n, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        numbers = [n for n, value in metrics.items() if not math.isfinite(value)]
+        metrics = [n for n, v in numbers.items() if n not in ("loss", "grad_norm") and not math.isfinite(v)]
         found = [
             f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-            for what, names in (("weights of", weights), ("gradients of", gradients), ("metrics", numbers))
+            for what, names in (("weights of", weights), ("gradients of", gradients), ("metrics", metrics))
             if names
         ]
         return (
             f"epoch {self.train_state.epoch + 1}, step {self.train_state.step}: NaN or Inf in {MAX_SKIPS} updates in a row (loss "
-            f"{loss.item():g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
+            f"{numbers['loss']:g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
             "the last finite update. Fix: lower --lr, set --clip-norm, or check the inputs of that network"
         )
 
@@ -230,6 +231,13 @@ def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.
         away = (plans.double() - batch.actions.cpu().double())[:, policy.spec.present]
         total, count = total + away.square().sum().item(), count + away.numel()
     return total / count
+
+
+def _read(numbers: Mapping[str, Tensor | float]) -> Metrics:
+    """Read all numbers from the device in one transfer, for which a GPU waits."""
+    device = next(value.device for value in numbers.values() if isinstance(value, Tensor))
+    values = [torch.as_tensor(value, device=device).detach().double().reshape(()) for value in numbers.values()]
+    return dict(zip(numbers, torch.stack(values).tolist(), strict=True))
 
 
 def _copy(module: nn.Module) -> State:

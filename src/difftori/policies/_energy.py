@@ -134,13 +134,13 @@ def _parts(candidates: Candidates, at_once: int) -> tuple[Tensor, ...]:
     return candidates.split(max(1, at_once // max(1, candidates.shape[1])))
 
 
-def info_nce(scores: Scores) -> tuple[Scalar, float]:
+def info_nce(scores: Scores) -> tuple[Scalar, Scalar]:
     """Return −log softmax of the first candidate's score, mean over rows, and the share of rows in which it is the highest.
 
     Source: van den Oord et al. (2018); Florence et al. (2021), Sec. 2.
     """
     loss = -scores.log_softmax(0)[0].mean()
-    return loss, (scores.detach().argmax(0) == 0).float().mean().item()
+    return loss, (scores.detach().argmax(0) == 0).float().mean()
 
 
 def uniform(count: int, rows: Count, low: Bounds, high: Bounds, generator: torch.Generator) -> Candidates:

@@ -13,7 +13,7 @@ from difftori.models.images import Images
 from difftori.models.nets import mlp
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._units import finite_box
-from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Plans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class BCConfig(PolicyConfig):
@@ -66,10 +66,10 @@ class BC(Policy):
         raw = self.net(self.window(obs, crops)).unflatten(1, (self.spec.horizon, self.spec.action_dim))
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared error of the actions. `generator` only samples the image crops."""
         loss = F.mse_loss(self.scale * self.predict(batch.obs, generator), self.scale * batch.actions)
-        return loss, {"control_mse": loss.item()}
+        return loss, {"control_mse": loss}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:

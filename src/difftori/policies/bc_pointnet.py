@@ -13,7 +13,7 @@ from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
 from difftori.models.points import pooled
 from difftori.policies._units import finite_box
-from difftori.types import Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Latents, PartPlans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class BCPointNetConfig(PolicyConfig):
@@ -97,10 +97,10 @@ class BCPointNet(Policy):
         raw = self.net(self._features(obs)).unflatten(1, (self.spec.n_action_steps, self.spec.action_dim))
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * raw.tanh()
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared error of the executed actions. `generator` is not used."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions[:, : self.spec.n_action_steps])
-        return loss, {"action_mse": loss.item()}
+        return loss, {"action_mse": loss}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> PartPlans:

@@ -14,7 +14,7 @@ from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.images import Images
 from difftori.models.nets import noise_like
 from difftori.models.window_encoder import WindowEncoder
-from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Plans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 LOW_NOISE = 1e-4
 """Standard deviation of every mode at inference with `low_noise`, in units of the training data's range."""
@@ -117,14 +117,14 @@ class BCRNNGMM(Policy):
         stds = F.softplus(raw) + self.settings.min_std
         return Mixture(logits, means.tanh().unflatten(-1, (modes, size)), stds.unflatten(-1, (modes, size)))
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the negative log-likelihood, summed over action dimensions, mean over rows and steps.
 
         `generator` only samples the image crops.
         """
         mixture = self.predict(batch.obs, generator)
         loss = -mixture.log_prob(batch.actions).mean()
-        return loss, {"log_likelihood": -loss.item(), "std": mixture.stds.detach().mean().item()}
+        return loss, {"log_likelihood": -loss, "std": mixture.stds.detach().mean()}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:

@@ -34,12 +34,12 @@ from difftori.steering import Steering
 from difftori.types import (
     Actions,
     Latents,
-    Metrics,
     PartPlans,
     Plans,
     Rows,
     Samples,
     Scalar,
+    Scalars,
     States,
     TaskSpec,
     Window,
@@ -199,7 +199,7 @@ class DiffTORI(Refiner):
         widths = (self.state_dim + outputs, 256, 256, 2 * config.cvae_dim)
         self.posterior = mlp(widths) if config.cvae_dim else None
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return ‖â(θ; s) − a*‖² + β·KL(N(μ, σ²) ‖ N(0, I)) (Eq. 9), differentiated through the solve, plus the prior's loss."""
         target = batch.actions[:, : self.planned]  # a*
         base = self.planned_base(self.choose_base(batch, generator)) if self.uses_base else None
@@ -210,10 +210,10 @@ class DiffTORI(Refiner):
         plan = self.plan(state, sample, start, base, self._adjoint())
         error = F.mse_loss(plan.actions.reshape(target.shape), target)  # ‖â − a*‖²
         loss = error + self.settings.kl_coef * divergence / target[0].numel()  # per dimension, as the squared error
-        metrics = {"action_mse": error.item(), "start_mse": F.mse_loss(guess, target).item()}
-        metrics["unsolved"] = 1.0 - plan.solution.finite.float().mean().item()
+        metrics = {"action_mse": error, "start_mse": F.mse_loss(guess, target)}
+        metrics["unsolved"] = 1.0 - plan.solution.finite.float().mean()
         if self.posterior is not None:
-            metrics["kl"] = divergence.item()
+            metrics["kl"] = divergence
         if self.prior is not None:  # the learned start x_0 also imitates a* directly
             loss = loss + self.settings.prior_coef * F.mse_loss(guess, target)
         return loss, metrics

@@ -9,7 +9,7 @@ from difftori.interfaces import Policy
 from difftori.models.diffusion import Prediction
 from difftori.policies.action_diffusion import ActionDiffusion, ActionDiffusionConfig
 from difftori.steering import Steering
-from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Plans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class DP3Config(ActionDiffusionConfig):
@@ -48,10 +48,10 @@ class DP3(Policy):
         super().__init__(config, spec)
         self.model = ActionDiffusion(config, spec)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared error of the network's prediction from noised actions."""
         loss = self.model.loss(batch, generator=generator)
-        return loss, {"denoising_mse": loss.item()}
+        return loss, {"denoising_mse": loss}
 
     def act(self, obs: WindowObs, *, generator: torch.Generator, steering: Steering | None = None) -> Plans:
         """Sample actions (B H A), one sequence for each row. `steering` guides the denoising."""

@@ -22,7 +22,7 @@ from difftori.policies._energy import (
     uniform,
 )
 from difftori.policies._units import normalized_bounds
-from difftori.types import Count, Latents, Metrics, PartPlans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Count, Latents, PartPlans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class IBCConfig(EnergyConfig):
@@ -111,7 +111,7 @@ class IBC(Policy):
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.chain = Langevin(config.langevin_steps)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the InfoNCE loss plus the gradient penalty. Metrics: the share of rows whose expert action has the least energy."""
         settings = self.settings
         features = self.window(batch.obs, generator)
@@ -123,10 +123,10 @@ class IBC(Policy):
         candidates = torch.cat(((target + settings.positive_noise * noise).unsqueeze(0), negatives))
         scores = self.score.in_parts(features, candidates, at_once=settings.at_once, generator=generator)
         loss, found = info_nce(scores)
-        metrics = {"info_nce": loss.item(), "expert_first": found}
+        metrics = {"info_nce": loss, "expert_first": found}
         if settings.gradient_penalty:
             penalty = self.score.steepness(features, candidates)
-            loss, metrics["gradient_penalty"] = loss + settings.gradient_penalty * penalty, penalty.item()
+            loss, metrics["gradient_penalty"] = loss + settings.gradient_penalty * penalty, penalty
         return loss, metrics
 
     @torch.no_grad()

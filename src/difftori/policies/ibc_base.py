@@ -24,7 +24,7 @@ from difftori.policies._energy import (
 )
 from difftori.policies._units import normalized_bounds
 from difftori.policies.refiner import Refiner, RefinerConfig
-from difftori.types import Latents, Metrics, PartPlans, Plans, Points, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import Latents, PartPlans, Plans, Points, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class IBCBaseConfig(EnergyConfig, RefinerConfig):
@@ -95,7 +95,7 @@ class IBCBase(Refiner):
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.climb = Langevin(config.gradient_steps, noise=0.0)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the InfoNCE loss. Metrics: the shares of rows whose expert action has the least energy, and less than the base's."""
         target = self._executed(batch.actions)
         base = self._executed(self.choose_base(batch, generator))
@@ -106,8 +106,8 @@ class IBCBase(Refiner):
         features = self.window(batch.obs, generator)
         scores = self.score.in_parts(features, candidates, at_once=self.settings.at_once, generator=generator)
         loss, found = info_nce(scores)
-        over_base = (scores[0] > scores[1]).float().mean().item()
-        return loss, {"info_nce": loss.item(), "expert_first": found, "expert_over_base": over_base}
+        over_base = (scores[0] > scores[1]).float().mean()
+        return loss, {"info_nce": loss, "expert_first": found, "expert_over_base": over_base}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.models.nets import mlp
-from difftori.types import Metrics, Plans, Scalar, TaskSpec, Window, WindowObs, flat_rows
+from difftori.types import Plans, Scalar, Scalars, TaskSpec, Window, WindowObs, flat_rows
 
 
 class LSTMConfig(PolicyConfig):
@@ -62,10 +62,10 @@ class LSTMPolicy(Policy):
             entry = self.embed_control(controls[-1])
         return torch.stack(controls, dim=1)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared control error. `generator` is not used."""
         loss = F.mse_loss(self.predict(batch.obs), batch.actions)
-        return loss, {"control_mse": loss.item()}
+        return loss, {"control_mse": loss}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, *, generator: torch.Generator) -> Plans:

@@ -16,7 +16,7 @@ from difftori.errors import ShapeError
 from difftori.interfaces import Policy, PolicyConfig
 from difftori.planning import Planner
 from difftori.solver import ILQR, Adjoint, Box, Detached, Implicit, TrajectoryObjective
-from difftori.types import Actions, Metrics, Plans, Rows, Scalar, States, TaskSpec, Window, WindowObs, flat_rows
+from difftori.types import Actions, Plans, Rows, Scalar, Scalars, States, TaskSpec, Window, WindowObs, flat_rows
 
 
 @final
@@ -159,13 +159,13 @@ class PendulumMPC(Policy):
         planner = Planner(ILQR(second_order=True), adjoint, box, self.settings.max_steps, tolerance=1e-4)
         return planner.plan(self.objective(obs.double()), start.double()).actions.to(obs.dtype)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared control error, differentiated through the controller."""
         controls = self.predict(flat_rows(batch.obs), self._warm_start(batch), Implicit())
         self._last[batch.index.cpu()] = controls.detach().cpu()
         loss = F.mse_loss(controls, batch.actions)
-        g, m, l = self.physics.tolist()
-        return loss, {"control_mse": loss.item(), "g": g, "m": m, "l": l}
+        g, m, l = self.physics.detach().clone()
+        return loss, {"control_mse": loss, "g": g, "m": m, "l": l}
 
     def _warm_start(self, batch: Window) -> Plans:
         """Return the last solution of each example; the demonstrated controls if there is none yet."""

@@ -1,6 +1,7 @@
 """A policy in the units of its task. Normalisation, the present step and the base policy are handled here only."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from inspect import Parameter, signature
@@ -19,11 +20,11 @@ from difftori.types import (
     AnyActions,
     AnyPartPlans,
     AnyPlans,
-    Metrics,
     Moments,
     PartPlans,
     Plans,
     Scalar,
+    Scalars,
     TaskSpec,
     Window,
     WindowObs,
@@ -67,7 +68,7 @@ class NormalizedPolicy:
         actions = min_max if policy.NORMALIZES == "all" else identity
         obs = identity if policy.NORMALIZES == "nothing" else min_max
         boxed = actions is min_max and self.spec.moments is None
-        if boxed and not (self.low.isfinite().all() and self.high.isfinite().all()):
+        if boxed and not all(map(math.isfinite, (*self.spec.low, *self.spec.high))):
             raise BoxError(
                 f"{policy.name} normalises actions by the box [{self.spec.low}, {self.spec.high}], which is not finite. "
                 "Fix: give finite bounds, or the moments of the training data"
@@ -84,9 +85,10 @@ class NormalizedPolicy:
         """Whether `act` is stochastic, because of the policy or of its base. A refiner trains on several samples of a stochastic base."""
         return self.policy.stochastic or self.base_stochastic
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
-        """Return the training loss of a batch in the task's units, and metrics to log."""
-        return self.policy.loss(self.normalized(batch), generator=generator)
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
+        """Return the training loss of a batch in the task's units, and metrics to log, without a graph and on the device."""
+        loss, metrics = self.policy.loss(self.normalized(batch), generator=generator)
+        return loss, {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def act(

@@ -11,7 +11,7 @@ from difftori.models.images import Images
 from difftori.models.nets import mlp, noise_like, small_init_
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies.refiner import Refiner, RefinerConfig
-from difftori.types import Metrics, PartPlans, Plans, Scalar, TaskSpec, Window, WindowObs
+from difftori.types import PartPlans, Plans, Scalar, Scalars, TaskSpec, Window, WindowObs
 
 
 class ResidualConfig(RefinerConfig):
@@ -55,13 +55,13 @@ class Residual(Refiner):
         correction = self.network(torch.cat((self.window(obs, crops), base.flatten(1)), -1))
         return base + self.settings.scale * correction.reshape(base.shape)
 
-    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Metrics]:
+    def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the mean squared error of the executed actions."""
         base = self._executed(self.choose_base(batch, generator))
         start = (base + self.settings.base_noise * noise_like(base, generator)).clamp(-1, 1)
         target = batch.actions[:, : self.spec.n_action_steps]
         loss = F.mse_loss(self.predict(batch.obs, start, generator), target)
-        return loss, {"action_mse": loss.item(), "start_mse": F.mse_loss(base, target).item()}
+        return loss, {"action_mse": loss, "start_mse": F.mse_loss(base, target)}
 
     @torch.no_grad()
     def act(self, obs: WindowObs, base: Plans | None = None, *, generator: torch.Generator) -> PartPlans:
