@@ -114,7 +114,8 @@ def _train(
                 phase.update(learner.train_state.step)
                 hint(learner.train_state.step, learner.train_state.seconds)
                 if distributed.any(stop.requested):
-                    run.save(learner.train_state.step, _state(learner, spec))
+                    if distributed.is_main:
+                        run.save(learner.train_state.step, _state(learner, spec))
                     stop.leave()
 
             for row in loop.epochs(before_update):
@@ -123,9 +124,10 @@ def _train(
                 if task.validation is not None and distributed.is_main and (last or epoch % watched == 0):
                     with bar.phase("validation"):
                         row |= learner.validate(task.validation, seeded(config.seed, "validation", device))
-                run.log(learner.train_state.step, row)
-                if last or epoch % config.save_every == 0:
-                    run.save(learner.train_state.step, _state(learner, spec))
+                if distributed.is_main:  # the others write nothing that is kept
+                    run.log(learner.train_state.step, row)
+                    if last or epoch % config.save_every == 0:
+                        run.save(learner.train_state.step, _state(learner, spec))
                 names = [n for n in ("train/loss", "validation/error") if n in row]
                 note = "  ".join([f"epoch {epoch}/{epochs}", *(f"{n} {row[n]:.4g}" for n in names)])
                 phase.update(learner.train_state.step, note)
