@@ -167,17 +167,24 @@ def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
                 f"demos: the run began with {described(stored)}, but the data have {described(now)}. Fix: choose another run directory"
             ]
         )
-    was, is_ = stored.moments, now.moments
-    if was is not None and is_ is not None:
-        reach = [0.01 * (high - low) for low, high in zip(was.low, was.high, strict=True)]
-        ends = zip(was.low, was.high, is_.low, is_.high, reach, strict=True)
-        if beyond := [i for i, (low, high, least, most, r) in enumerate(ends) if least < low - r or most > high + r]:
-            _log.warning(
-                "demos: dimension %s of the actions has values outside of the range of the data that the run began with, which a "
-                "policy of normalised actions cannot reach. Fix: train a new run",
-                ", ".join(map(str, beyond)),
-            )
+    _warn_of_range(stored, now)
     return stored
+
+
+def _warn_of_range(stored: TaskSpec, now: TaskSpec) -> None:
+    """Warn if the data have actions outside of the range by which the run normalises, by more than a hundredth of it."""
+    if stored.moments is None or now.moments is None:
+        return
+    ends = zip(stored.moments.low, stored.moments.high, now.moments.low, now.moments.high, strict=True)
+    beyond = [
+        i for i, (low, high, least, most) in enumerate(ends) if max(low - least, most - high) > 0.01 * (high - low)
+    ]
+    if beyond:
+        _log.warning(
+            "demos: dimension %s of the actions has values outside of the range of the data that the run began with, which a "
+            "policy of normalised actions cannot reach. Fix: train a new run",
+            ", ".join(map(str, beyond)),
+        )
 
 
 def _warn_of_units(config: TrainConfig, spec: TaskSpec) -> None:
