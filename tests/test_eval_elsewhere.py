@@ -119,6 +119,17 @@ def test_options_limit_and_episodes_can_be_changed(runs, tmp_path):
     assert "seed 7" in (tmp_path / "runs/bc/report.html").read_text()
 
 
+def test_a_card_names_the_environment_of_each_evaluation(runs, tmp_path):
+    run(["eval", "runs/bc", "--quiet"])
+    words = ["--env", "simulated_line:make", "--env-options", "size=0.5", "--seed", "7", "--episodes", "20"]
+    run(["eval", "runs/bc", *words, "--quiet"])
+    run(["publish", "runs/bc", "--to", "card", "--license", "mit"])
+    card = (tmp_path / "card/README.md").read_text()
+    assert "20 episodes of `simulated_line:make` with the last weights" in card
+    assert "Its results hold for `none`, `simulated_line:make`" in card
+    assert "name: none" in card, "the Hub's index has the run's own evaluation"
+
+
 def test_another_seed_draws_no_other_split(runs, tmp_path):
     for seed in ("0", "1", "2"):
         run(["eval", "runs/bc", "--seed", seed, "--quiet"])

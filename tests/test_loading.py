@@ -211,8 +211,11 @@ def test_a_cameras_bytes_are_in_the_units_of_recorded_images_from_0_to_1():
     convert = partial(_converted, "image", stacked=False, parts="")
     np.testing.assert_allclose(convert(image, recorded), image / 255.0, rtol=1e-6)
     assert np.array_equal(convert(image.astype(np.float32) / 255, recorded), image.astype(np.float32) / 255)
-    for mask in (image > 127, image // 200):
-        assert np.array_equal(convert(mask, recorded), mask)
+    dark = image // 200
+    np.testing.assert_allclose(convert(dark, recorded), dark / 255.0, rtol=1e-6)
+    masks = EntrySpec((6, 5, 3), moments=Moments((0.0,) * 3, (1.0,) * 3, (0.2,) * 3, (0.4,) * 3))
+    for mask in (image > 127, dark):
+        assert np.array_equal(convert(mask, masks), mask)
     assert np.array_equal(convert(image, metres), image)
 
 

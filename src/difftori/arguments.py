@@ -114,7 +114,7 @@ class TrainArguments(Arguments):
 
 
 class EvalArguments(Arguments):
-    """Evaluate a trained policy or agent. Runs of one seed are evaluated on the same episodes, unless `--seed` is given."""
+    """Evaluate a trained policy or agent. Runs of one seed, and evaluations with one `--seed`, are on the same episodes."""
 
     run: Path
     """Run directory."""

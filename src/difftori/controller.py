@@ -109,7 +109,10 @@ class Controller:
         self.reset()
 
     def reset(self, rows: RowFlags | None = None) -> None:
-        """Discard the plans of all rows or of some (a mask (B)). Their next call is a first solve, at step 0 if all are reset."""
+        """Discard the plans of all rows or of some (a mask (B)). Their next call is a first solve, at step 0 if all are reset.
+
+        If only some are reset, a solve of all rows as usual follows it, so that the others do not notice.
+        """
         if rows is None or self._actions is None:
             self._actions: Plans | None = None
             self._multipliers: Multipliers | None = None
@@ -128,6 +131,8 @@ class Controller:
                 f"Controller.reset: rows has shape {tuple(rows.shape)} and type {rows.dtype}. "
                 f"Fix: use a boolean mask ({len(self._actions)},)."
             )
+        if not bool(rows.any()):
+            return
         self._fresh = rows if self._fresh is None else self._fresh | rows
         if bool(self._fresh.all()):
             self.reset()
@@ -190,26 +195,16 @@ class Controller:
         if self._actions is None:
             check_model(objective)
         fresh = torch.ones_like(states[:, 0], dtype=torch.bool) if self._actions is None else self._fresh
-        start, multipliers, plan = self._start(objective, states, fresh), self._multipliers, None
-        if fresh is not None:
-            plan = self._planner(first=True).plan(objective, start, augmented=self._augmented)
-            lost = plan.solution.status == Status.NON_FINITE
-            if bool((lost & fresh).any()):
-                rows = (lost & fresh).nonzero().squeeze(-1).tolist()
-                raise NonFiniteError(
-                    f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
-                    "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
-                )
-            if not bool(
-                fresh.all()
-            ):  # their first solve is the start of a later one, so that the other rows are as without it
-                start = torch.where(fresh[:, None, None], plan.actions, start)
-                multipliers = _chosen(fresh, plan.solution.multipliers, multipliers)
-                plan = None
-        if plan is None:
-            plan = self._planner(first=False).plan(
-                objective, start, augmented=self._warm_rounds, multipliers=multipliers
-            )
+        start = self._start(objective, states, fresh)
+        if fresh is None:
+            plan = self._solved(objective, start, self._multipliers)
+        else:
+            plan = self._solved_first(objective, start, fresh)
+            if not bool(fresh.all()):  # a start for the solve of all rows, so that the others are as without it
+                start, first = torch.where(fresh[:, None, None], plan.actions, start), plan.solution
+                plan = self._solved(objective, start, _chosen(fresh, first.multipliers, self._multipliers))
+                steps = plan.solution.steps + torch.where(fresh, first.steps, 0)
+                plan = replace(plan, solution=replace(plan.solution, steps=steps))
         lost = plan.solution.status == Status.NON_FINITE
         actions = plan.actions
         if bool(lost.any()):
@@ -220,13 +215,24 @@ class Controller:
         self._move_on(objective, plan, actions)
         return plan
 
-    def _planner(self, *, first: bool) -> Planner:
-        """The settings of first solves, or of later ones."""
-        solver = self._solver
-        if isinstance(solver, ILQR) and not first:
-            solver = replace(solver, hold=False)
-        steps = self._first_steps if first else self._steps
-        return Planner(solver, Detached(), self._box, steps, self._tolerance, self._compile)
+    def _solved(self, objective: Any, start: Plans, multipliers: Multipliers | None) -> Plan:
+        """A solve from a plan of before."""
+        solver = replace(self._solver, hold=False) if isinstance(self._solver, ILQR) else self._solver
+        planner = Planner(solver, Detached(), self._box, self._steps, self._tolerance, self._compile)
+        return planner.plan(objective, start, augmented=self._warm_rounds, multipliers=multipliers)
+
+    def _solved_first(self, objective: Any, start: Plans, fresh: RowFlags) -> Plan:
+        """A first solve, for the rows `fresh`. Raises NonFiniteError if one of these is NaN or Inf."""
+        planner = Planner(self._solver, Detached(), self._box, self._first_steps, self._tolerance, self._compile)
+        plan = planner.plan(objective, start, augmented=self._augmented)
+        lost = fresh & (plan.solution.status == Status.NON_FINITE)
+        if bool(lost.any()):
+            rows = lost.nonzero().squeeze(-1).tolist()
+            raise NonFiniteError(
+                f"Controller: the objective or its derivative is NaN or Inf in rows {rows[:8]} (of {len(lost)}), which have no "
+                "earlier plan. Fix: check the state of these rows, and functions without a derivative there, such as sqrt at 0."
+            )
+        return plan
 
     def _start(self, objective: Any, states: Tensor, fresh: RowFlags | None) -> Plans:
         """The previous plan, shifted by one step and corrected for the measured state. Rows without a plan use the initial guess."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
+from dataclasses import astuple
 from pathlib import Path
 from typing import TypeAlias, final
 
@@ -410,9 +411,14 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
 
 
 def _are_bytes_of_unit_images(images: np.ndarray, entry: EntrySpec) -> bool:
-    """Whether these are a camera's bytes, and the recorded images were floating-point in [0, 1]. Masks of 0 and 1 are not."""
-    unit = entry.moments is not None and min(entry.moments.low) >= 0.0 and max(entry.moments.high) <= 1.0
-    return unit and images.dtype == np.uint8 and bool((images > 1).any())
+    """Whether these are a camera's bytes, and the recorded images were floating-point in [0, 1], but no masks of 0 and 1."""
+    if images.dtype != np.uint8 or entry.moments is None:
+        return False
+    low, high, mean, std = (np.array(numbers) for numbers in astuple(entry.moments))
+    masks = np.allclose(
+        std**2, mean * (1.0 - mean), atol=1e-4
+    )  # numbers from 0 to 1 vary as much only if each is 0 or 1
+    return bool((low >= 0.0).all() and (high <= 1.0).all() and not masks)
 
 
 def _is_frame(frame: int, stack: int) -> bool:

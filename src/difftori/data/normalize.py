@@ -137,7 +137,10 @@ class Normalizer(nn.Module):
         """
         affines = {name: _entry_affine(entry, obs or min_max) for name, entry in spec.obs.items()}
         rule = actions or min_max
-        return Normalizer(affines, rule(spec.moments or Moments(spec.low, spec.high, spec.low, spec.high)))
+        if spec.moments is None:
+            boxed = rule(Moments(spec.low, spec.high, spec.low, spec.high))
+            return Normalizer(affines, Affine(boxed.shift, boxed.scale))  # a narrow box is not constant data
+        return Normalizer(affines, rule(spec.moments))
 
     def forward(self, window: Window) -> Window:
         """Normalise the observations and actions of a window, including the base actions."""

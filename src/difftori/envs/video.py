@@ -55,8 +55,8 @@ def frame(env: VectorEnv) -> np.ndarray:
         frames = env.render()
     except EnvironmentRestarted as error:
         raise RenderingError(
-            f"{env.metadata.get('name', env)} cannot render ({error.__cause__}). Fix: omit the video, or give it a render() that returns "
-            "an image (height width 3) of bytes"
+            f"{env.metadata.get('name', env)} cannot render ({error.__cause__}). Fix: omit the video, or let its render() return an image "
+            "(height width 3) of bytes"
         ) from error
     if not frames or not isinstance(frames[0], np.ndarray):
         raise RenderingError(

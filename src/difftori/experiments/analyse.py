@@ -197,8 +197,9 @@ def _single_pairs(
     """Compare two methods on the tasks with one pair of runs of the same seed, over the episodes that both runs have."""
     gaps, estimates = dict[str, np.ndarray](), dict[str, Estimate]()
     for task in tasks:
-        theirs = {run.seed: run.by_episode(measure) for run in by_cell[task, reference]}
-        pairs = [(run.by_episode(measure), theirs[run.seed]) for run in by_cell[task, method] if run.seed in theirs]
+        theirs = {(run.seed, run.config.get("eval_seed")): run.by_episode(measure) for run in by_cell[task, reference]}
+        ours = {(run.seed, run.config.get("eval_seed")): run.by_episode(measure) for run in by_cell[task, method]}
+        pairs = [(episodes, theirs[key]) for key, episodes in ours.items() if key in theirs]
         found = [(a, b, common) for a, b in pairs if len(common := sorted(a.keys() & b.keys())) > 1]
         if len(found) == 1:
             ((a, b, common),) = found

@@ -77,7 +77,7 @@ def check_fit(spec: TaskSpec, shown: Mapping[str, Shown], bounds: Bounds, *, env
     for name, entry in spec.obs.items():
         wanted = Shown(entry.shape, entry.dtype)
         found = shown.get(name)
-        if found is None or found.shape != wanted.shape or found.is_image != wanted.is_image:
+        if found is None or not _alike(found, wanted):
             names = ", ".join(f"{known} {what}" for known, what in shown.items())
             faults.append(
                 f"env: the policy needs the observation {name!r} {wanted}, but {env} shows {names}. "
@@ -102,6 +102,13 @@ def check_fit(spec: TaskSpec, shown: Mapping[str, Shown], bounds: Bounds, *, env
             env,
             *bounds,
         )
+
+
+def _alike(found: Shown, wanted: Shown) -> bool:
+    """Whether an observation is of a policy's shape and kind; clouds may have any number of points."""
+    if len(found.shape) == len(wanted.shape) == 2:
+        return found.shape[1] == wanted.shape[1]
+    return found.shape == wanted.shape and found.is_image == wanted.is_image
 
 
 def _action_faults(demos: Trajectories, size: int, place: str, env: str) -> list[str]:

@@ -93,8 +93,10 @@ class Distributed:
             return loss, metrics
         names = sorted(metrics)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        numbers = torch.stack([torch.as_tensor(metrics[name]).detach().to(loss) for name in names])
-        flat = torch.cat([loss.detach().reshape(1), numbers, *(g.reshape(-1).to(loss.dtype) for g in gradients)]) * part
+        numbers = torch.stack(
+            [torch.as_tensor(number).detach().to(loss) for number in (loss, *(metrics[n] for n in names))]
+        )
+        flat = torch.cat([numbers, *(g.reshape(-1).to(loss.dtype) for g in gradients)]) * part
         dist.all_reduce(flat)
         found = flat.split([1, len(names), *(g.numel() for g in gradients)])
         for gradient, whole in zip(gradients, found[2:], strict=True):

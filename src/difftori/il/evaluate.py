@@ -106,7 +106,7 @@ def _evaluate_in_env(
         config.env_options or (),
         changes.get("seed"),
     )
-    if changes:
+    if changes.keys() - {"seed"}:
         evaluator.check(policy.spec)
     actor = partial(seeded_actor, policy, seed=config.seed, device=config.device)
     if video:

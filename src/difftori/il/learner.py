@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
@@ -16,7 +16,7 @@ from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import State
 from difftori.runs.run import seeded
-from difftori.types import Metrics, Window, to_device
+from difftori.types import Metrics, Scalars, Window, to_device
 
 MAX_SKIPS = 10
 """Training stops after this number of consecutive updates that were skipped because of NaN or Inf."""
@@ -233,11 +233,10 @@ def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.
     return total / count
 
 
-def _read(numbers: Mapping[str, Tensor | float]) -> Metrics:
+def _read(numbers: Scalars) -> Metrics:
     """Read all numbers from the device in one transfer, for which a GPU waits."""
-    device = next(value.device for value in numbers.values() if isinstance(value, Tensor))
-    values = [torch.as_tensor(value, device=device).detach().double().reshape(()) for value in numbers.values()]
-    return dict(zip(numbers, torch.stack(values).tolist(), strict=True))
+    values = torch.stack([torch.as_tensor(value).detach().double().reshape(()) for value in numbers.values()])
+    return dict(zip(numbers, values.tolist(), strict=True))
 
 
 def _copy(module: nn.Module) -> State:

@@ -167,11 +167,11 @@ def _stored_spec(checkpoint: Checkpoint, now: TaskSpec) -> TaskSpec:
                 f"demos: the run began with {described(stored)}, but the data have {described(now)}. Fix: choose another run directory"
             ]
         )
-    _warn_of_range(stored, now)
+    _warn_of_new_range(stored, now)
     return stored
 
 
-def _warn_of_range(stored: TaskSpec, now: TaskSpec) -> None:
+def _warn_of_new_range(stored: TaskSpec, now: TaskSpec) -> None:
     """Warn if the data have actions outside of the range by which the run normalises, by more than a hundredth of it."""
     if stored.moments is None or now.moments is None:
         return

@@ -53,7 +53,7 @@ class NormalizedPolicy:
 
     `policy` gets observations and actions normalised by the training data (`Policy.NORMALIZES`) and, with
     `Policy.FROM_PRESENT`, the actions from the present step on. An action dimension that is constant in the training data stays
-    constant, whatever a policy returns that gets normalised actions. The base is stored only if the policy uses it, and is not part
+    constant, whatever a policy returns that gets normalised actions; where a refiner returns its base's actions, they are the base's. The base is stored only if the policy uses it, and is not part
     of the policy's parameters or state. It must be on the device of the policy.
 
     Raises BoxError if actions are normalised by a box that is not finite, and ConfigError for a base that is missing, not used,
@@ -88,7 +88,7 @@ class NormalizedPolicy:
     def loss(self, batch: Window, *, generator: torch.Generator) -> tuple[Scalar, Scalars]:
         """Return the training loss of a batch in the task's units, and metrics to log, without a graph and on the device."""
         loss, metrics = self.policy.loss(self.normalized(batch), generator=generator)
-        return loss, {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
+        return loss, {name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def act(
@@ -270,7 +270,7 @@ def checked_base(policy: Policy, base: Base | None) -> Base | None:
                 "for a run, difftori.loading.open_model(RUN).component"
             ]
         )
-    if isinstance(base, nn.Module) and not isinstance(base, BasePolicy) and type(base).forward is nn.Module.forward:
+    if isinstance(base, nn.Module) and not isinstance(base, BasePolicy) and _computes_nothing(base):
         raise ConfigError(
             [
                 f"base: {type(base).__name__} has no forward. Fix: give a function of the observations, such as lambda obs: "
@@ -293,6 +293,12 @@ def checked_base(policy: Policy, base: Base | None) -> Base | None:
             ]
         )
     return base
+
+
+def _computes_nothing(module: nn.Module) -> bool:
+    """Whether calling the module only raises NotImplementedError. Compiled and traced ones have a forward of their own."""
+    forward = getattr(module.forward, "__func__", None)
+    return type(module).__call__ is nn.Module.__call__ and forward is nn.Module.forward
 
 
 def _takes_generator(act: Callable[..., Plans]) -> bool:

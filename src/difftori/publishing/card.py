@@ -122,10 +122,11 @@ def _actions(model: Published) -> list[list[str]]:
 def _shown(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     count = evaluation["count"]
     episodes = f"{count} episode{'s' * (count > 1)}"
-    env = evaluation.get("changes", {}).get("env", config["env"])
+    env = _env_of(evaluation, config)
     on = "held-out demonstrations, action by action" if env == "none" else f"`{env}`"
     seeds = [int(seed) for seed in evaluation["episodes"].get("seed", ())]
-    seeded = f" (seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
+    counted = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    seeded = f" (seeds {seeds[0]} to {seeds[-1]})" if counted else ""
     which = "" if "agent" in config else f" with the {evaluation['weights']} weights"
     device = f", on {evaluation['device']}" if evaluation.get("device") else ""
     rows = [
@@ -135,6 +136,11 @@ def _shown(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     source = evaluation["source"]
     how = f"by `{evaluation.get('command') or source}`" if source == "difftori eval" else source
     return {"protocol": f"{episodes} of {on}{seeded}{which}, {how}{device}.", "rows": rows}
+
+
+def _env_of(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the environment of an evaluation, which may be another one than the run's."""
+    return str(evaluation.get("changes", {}).get("env", config["env"]))
 
 
 def _span(ends: list[float] | None) -> str:
@@ -174,13 +180,14 @@ def _data_note(evidence: Evidence, about: About) -> str:
 
 def _limits(evidence: Evidence) -> list[str]:
     config = evidence.config
-    env = config["env"]
+    envs = list(dict.fromkeys(_env_of(evaluation, config) for evaluation in evidence.evaluations)) or [config["env"]]
     limits = ["One training run with one seed: the intervals do not contain the spread over seeds."]
-    if env == "none":
+    if envs == ["none"]:
         limits.append("It was compared with recorded actions only, never executed in closed loop.")
     else:
         limits.append(
-            f"Its results hold for `{env}`, with the observations and options above. Nothing is known about other tasks."
+            f"Its results hold for {', '.join(f'`{name}`' for name in envs)}, with the observations and options above. Nothing is "
+            "known about other tasks."
         )
     if "agent" in config:
         limits.append("It may have learned to use properties of the simulation that a real system does not have.")
@@ -205,7 +212,12 @@ def _header(model: Published, evidence: Evidence, about: About) -> str:
     if about.dataset is not None:
         values["datasets"] = [about.dataset]
     if (largest := evidence.largest) is not None:
-        values["model-index"] = [{"name": about.title, "results": [_indexed(largest, env, values["pipeline_tag"])]}]
+        values["model-index"] = [
+            {
+                "name": about.title,
+                "results": [_indexed(largest, _env_of(largest, evidence.config), values["pipeline_tag"])],
+            }
+        ]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 

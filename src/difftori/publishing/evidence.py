@@ -45,7 +45,9 @@ class Evidence:
     @property
     def largest(self) -> dict[str, Any] | None:
         """The evaluation with the most episodes, the latest of them; None if there is none."""
-        return max(reversed(self.evaluations), key=lambda found: found["count"], default=None)
+        return max(
+            reversed(self.evaluations), key=lambda found: (not found.get("changes"), found["count"]), default=None
+        )
 
 
 def gather(run: Path, which: Which) -> Evidence:
@@ -134,7 +136,7 @@ def _circumstances(entry: Mapping[str, Any]) -> dict[str, Any]:
         "time": entry["time"],
         "command": _command(str(entry.get("command", ""))),
         "device": entry.get("device"),
-        "changes": entry.get("changes", {}),
+        "changes": without_paths(entry.get("changes", {})),
         "versions": _without_executable(entry.get("versions", {})),
     }
 

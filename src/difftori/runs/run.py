@@ -319,8 +319,12 @@ def extend(path: Path, config: BaseModel) -> None:
             return
         if is_held(path / "run.lock"):
             raise ConfigError([f"out: {path} is in use by another process. Fix: extend the run after it has ended"])
-        number = 1 + len(list(path.glob("config-*.yaml")))
-        replace_file(path / f"config-{number}.yaml", (path / "config.yaml").read_bytes())
+        number, earlier = len(list(path.glob("config-*.yaml"))), (path / "config.yaml").read_bytes()
+        if (
+            number == 0 or (path / f"config-{number}.yaml").read_bytes() != earlier
+        ):  # otherwise a kill ended this before
+            number += 1
+            replace_file(path / f"config-{number}.yaml", earlier)
         # A kill in between leaves a run of the earlier length, whose newest checkpoint has these weights.
         for name in ("agent.pt", "agent.pt.sha256", "policy.pt", "policy.pt.sha256", "summary.json"):
             if (path / name).exists():

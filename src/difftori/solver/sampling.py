@@ -28,7 +28,8 @@ class CEM(Solver):
     min_std: float = 0.01
 
     def __post_init__(self):
-        check_settings(self, samples="[1, inf)", elites=f"[1, {self.samples}]", std="(0, inf)", min_std="[0, inf)")
+        check_settings(self, samples="[1, inf)")
+        check_settings(self, elites=f"[1, {self.samples}]", std="(0, inf)", min_std="[0, inf)")
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate the first mean."""
@@ -68,8 +69,15 @@ class MPPI(Solver):
     min_std: float | Tensor = 0.05
 
     def __post_init__(self):
-        check_settings(self, samples="[1, inf)", elites=f"[1, {self.samples}]", std="(0, inf)", min_std="[0, inf)")
-        check_settings(self, temperature="[0, inf)", momentum="[0, 1)")
+        check_settings(self, samples="[1, inf)")
+        check_settings(
+            self,
+            elites=f"[1, {self.samples}]",
+            std="(0, inf)",
+            min_std="[0, inf)",
+            temperature="[0, inf)",
+            momentum="[0, 1)",
+        )
 
     def init(self, problem: Problem, x: Points) -> State:
         """Evaluate the first mean."""

@@ -16,14 +16,16 @@ def check_settings(owner: Any, **intervals: str) -> None:
     Settings whose type is int must be whole numbers. Of a tuple, every number is checked, and there must be one. None and tensors are not
     checked.
     """
+    defaults = {field.name: field.default for field in fields(owner)}
     whole = {field.name for field in fields(owner) if field.type in (int, int | None)}
     for name, interval in intervals.items():
         value = getattr(owner, name)
         if value is None or isinstance(value, Tensor):
             continue
         numbers = value if isinstance(value, tuple | list) else (value,)
-        if not numbers or not all(_is_in(number, interval, name in whole) for number in numbers):
-            kind = "a whole number" if name in whole else "a number"
+        alike = isinstance(value, tuple | list) == isinstance(defaults[name], tuple)
+        if not alike or not numbers or not all(_is_in(number, interval, name in whole) for number in numbers):
+            kind = "numbers" if isinstance(defaults[name], tuple) else "a whole number" if name in whole else "a number"
             raise SolverError(f"{type(owner).__name__}: {name}={value!r} is invalid. Fix: use {kind} in {interval}.")
 
 

@@ -114,12 +114,14 @@ def _lengths_v2(place: Path) -> list[int]:
     """Read the numbers of steps of the episodes, in their order."""
     found: dict[int, int] = {}
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
+        lines = place.read_text(encoding="utf-8").split("\n")  # texts may contain other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{place}: not readable ({error}); the data set is incomplete. Fix: restore the file"
         ) from error
-    for number, line in enumerate(filter(str.strip, lines), 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         row = parse_json(line, f"{place}, line {number}")
         index, length = (row.get(name) if isinstance(row, dict) else None for name in ("episode_index", "length"))
         if not isinstance(index, int) or not isinstance(length, int) or index in found:
