@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,8 +17,7 @@ def check_settings(owner: Any, **intervals: str) -> None:
     Settings whose type is int must be whole numbers. Of a tuple, every number is checked, and there must be one. None and tensors are not
     checked.
     """
-    defaults = {field.name: field.default for field in fields(owner)}
-    whole = {field.name for field in fields(owner) if field.type in (int, int | None)}
+    defaults, whole = _declared(type(owner))
     for name, interval in intervals.items():
         value = getattr(owner, name)
         if value is None or isinstance(value, Tensor):
@@ -29,8 +29,21 @@ def check_settings(owner: Any, **intervals: str) -> None:
             raise SolverError(f"{type(owner).__name__}: {name}={value!r} is invalid. Fix: use {kind} in {interval}.")
 
 
+@cache  # solvers are made in every update and step of a policy
+def _declared(kind: type) -> tuple[dict[str, Any], set[str]]:
+    """The defaults of a dataclass, and its settings of type int."""
+    declared = fields(kind)
+    return {field.name: field.default for field in declared}, {f.name for f in declared if f.type in (int, int | None)}
+
+
+@cache
+def _ends(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
 def _is_in(number: Any, interval: str, whole: bool) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
+    low, high = _ends(interval)
     if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
         return False
     number = float(number)
