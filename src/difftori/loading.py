@@ -415,9 +415,8 @@ def _are_bytes_of_unit_images(images: np.ndarray, entry: EntrySpec) -> bool:
     if images.dtype != np.uint8 or entry.moments is None:
         return False
     low, high, mean, std = (np.array(numbers) for numbers in astuple(entry.moments))
-    masks = np.allclose(
-        std**2, mean * (1.0 - mean), atol=1e-4
-    )  # numbers from 0 to 1 vary as much only if each is 0 or 1
+    # Numbers from 0 to 1 vary as much only if each is 0 or 1.
+    masks = np.allclose(std**2, mean * (1.0 - mean), atol=1e-4)
     return bool((low >= 0.0).all() and (high <= 1.0).all() and not masks)
 
 

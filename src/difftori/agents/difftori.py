@@ -288,9 +288,8 @@ class DiffTORI(Agent):
             scale = s.exploration_std(step) if std is None else std
             action = action + scale * noise_like(action, generator)
         later = plan.shifted()
-        last = later[:, -1:].expand(
-            -1, s.horizon + 1 - later.shape[1], -1
-        )  # all plans of a run have one size in memory
+        # All plans of a run have one size in memory.
+        last = later[:, -1:].expand(-1, s.horizon + 1 - later.shape[1], -1)
         return action.clamp(-1.0, 1.0), {"plan": torch.cat([later, last], 1)}
 
     def schedule(self, step: int) -> ActingSchedule:

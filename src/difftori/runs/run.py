@@ -320,9 +320,8 @@ def extend(path: Path, config: BaseModel) -> None:
         if is_held(path / "run.lock"):
             raise ConfigError([f"out: {path} is in use by another process. Fix: extend the run after it has ended"])
         number, earlier = len(list(path.glob("config-*.yaml"))), (path / "config.yaml").read_bytes()
-        if (
-            number == 0 or (path / f"config-{number}.yaml").read_bytes() != earlier
-        ):  # otherwise a kill ended this before
+        # If the last one is the same, a kill ended this before.
+        if number == 0 or (path / f"config-{number}.yaml").read_bytes() != earlier:
             number += 1
             replace_file(path / f"config-{number}.yaml", earlier)
         # A kill in between leaves a run of the earlier length, whose newest checkpoint has these weights.

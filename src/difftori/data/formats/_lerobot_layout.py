@@ -38,7 +38,7 @@ class Feature:
 
 def data_file(root: Path, chunk: int, file: int) -> Path:
     """Return the path of a file of steps."""
-    return root / "data" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
+    return root / DATA_PATH.format(chunk_index=chunk, file_index=file)
 
 
 def episodes_file(root: Path, chunk: int, file: int) -> Path:
@@ -48,17 +48,18 @@ def episodes_file(root: Path, chunk: int, file: int) -> Path:
 
 def video_file(root: Path, key: str, chunk: int, file: int) -> Path:
     """Return the path of a video of one camera. Raises DataError if the key could lead out of the folder."""
-    return root / "videos" / _checked_camera(root, key) / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
+    return root / VIDEO_PATH.format(video_key=_checked_camera(root, key), chunk_index=chunk, file_index=file)
 
 
 def data_file_v2(root: Path, chunk: int, episode: int) -> Path:
     """Return the path of the steps of an episode in version 2."""
-    return root / "data" / f"chunk-{chunk:03d}" / f"episode_{episode:06d}.parquet"
+    return root / DATA_PATH_V2.format(episode_chunk=chunk, episode_index=episode)
 
 
 def video_file_v2(root: Path, key: str, chunk: int, episode: int) -> Path:
     """Return the path of an episode's video of one camera in version 2. Raises DataError as `video_file` does."""
-    return root / "videos" / f"chunk-{chunk:03d}" / _checked_camera(root, key) / f"episode_{episode:06d}.mp4"
+    key = _checked_camera(root, key)
+    return root / VIDEO_PATH_V2.format(video_key=key, episode_chunk=chunk, episode_index=episode)
 
 
 def _checked_camera(root: Path, key: str) -> str:
