@@ -123,5 +123,5 @@ def test_it_explores_by_sampling_and_acts_at_its_mean():
 def test_defaults_are_those_of_the_observation_type():
     state, pixels = build("sac", batch_size=None), build("sac", PIXELS, batch_size=None)
     assert (state.batch_size, pixels.batch_size) == (1024, 128)
-    assert [a.optimizer.adam.defaults["lr"] for a in (state, pixels)] == [1e-4, 1e-3]
-    assert [a.temperature_optimizer.adam.defaults["betas"][0] for a in (state, pixels)] == [0.9, 0.5]
+    assert [a.optimizer.inner.defaults["lr"] for a in (state, pixels)] == [1e-4, 1e-3]
+    assert [a.temperature_optimizer.inner.defaults["betas"][0] for a in (state, pixels)] == [0.9, 0.5]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from difftori.errors import ShapeError
+from difftori.il.learner import Learner
 from difftori.interfaces import Agent
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import find_agents, find_policies
@@ -124,6 +125,31 @@ def test_a_policy_learns_and_acts(name, obs, gpu):
     plan = policy.act(batch.obs, generator=seeded(gpu))
     assert plan.device.type == torch.device(gpu).type
     assert plan.isfinite().all()
+
+
+@pytest.mark.parametrize("obs", ["clouds", "images"])
+@pytest.mark.parametrize("name", ["bc", "difftori-il", "diffusion", "dp3", "residual"])
+def test_recorded_imitation_equals_that_kernel_by_kernel(name, obs, gpu):
+    def learn(records):
+        try:
+            policy = build_policy(find_policies()[name], SPECS[obs], **SMALL.get(name, {}))
+        except ShapeError as error:
+            pytest.skip(f"not for this task: {error}")
+        batch = with_base(policy, demonstrations(policy.spec, 4)).to(gpu)
+        base = None if policy.base is None else NormalizedPolicy(policy.base.policy.to(gpu))
+        policy = NormalizedPolicy(policy.policy.to(gpu), base)
+        learner, noise = Learner(policy, policy.policy.config), seeded(gpu)
+        if not records:
+            learner._records = lambda device: False
+        for _ in range(6):
+            learner.update(batch, noise)
+        return learner, learner.close_epoch()
+
+    (first, ours), (second, theirs) = learn(True), learn(False)
+    assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-4)
+    assert second._recorded[1] is None
+    if gpu.startswith("cuda"):
+        assert recorded(first._recorded[1], gpu)
 
 
 def test_a_stopped_run_goes_on(gpu, tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_clipping_shortens_to_the_norm():
     learner.update(next(task.train.in_order()), torch.Generator())
     gradients = [p.grad for p in learner.policy.parameters() if p.grad is not None]
     assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-2)
-    assert learner.train_state.sums["grad_norm"] > 1e-3
+    assert learner.averages.read()["grad_norm"] > 1e-3
 
 
 def test_a_loss_without_a_graph_is_named():

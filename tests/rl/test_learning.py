@@ -79,7 +79,7 @@ def test_averages_are_of_finite_numbers_and_go_on_from_a_checkpoint():
     whole, part, resumed = Averages(), Averages(), Averages()
     added(whole, rows)
     added(part, rows[:2])
-    resumed.load(part.state(), "cpu")
+    resumed.load(part.state())
     added(resumed, rows[2:])
     assert whole.read() == resumed.read() == {"a": 3.0, "b": 3.0, "non_finite": 0.25}
     assert whole.read() == {}
@@ -94,3 +94,17 @@ def test_repeated_nan_ends_the_training_by_name():
         learning.update(batch)
     with pytest.raises(NonFiniteError, match="reward"):
         learning.update(batch)
+
+
+def test_averages_do_not_depend_on_when_they_are_read_from_the_device():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20)
+    whole, stopped = Averages(), Averages()
+    for number, value in enumerate(values):
+        skip = torch.tensor(float(number % 7 == 3))
+        for averages in (whole, stopped):
+            averages.add({"a": value}, skip)
+        if number % 5 == 0:
+            state, stopped = stopped.state(), Averages()
+            stopped.load(state)
+    kept = [value for number, value in enumerate(values.tolist()) if number % 7 != 3]
+    assert whole.read() == stopped.read() == {"a": sum(kept) / len(kept), "non_finite": 0.0}

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
 from difftori.il.distributed import Distributed
 from difftori.interfaces import Dataset, PolicyConfig
+from difftori.optim import MAX_SKIPS, Guard, soft_update
 from difftori.policies.normalized import NormalizedPolicy
+from difftori.runs.averages import Averages
 from difftori.runs.checkpoint import State
 from difftori.runs.run import seeded
-from difftori.types import Metrics, Scalars, Window, to_device
-
-MAX_SKIPS = 10
-"""Training stops after this number of consecutive updates that were skipped because of NaN or Inf."""
+from difftori.solver import Captured
+from difftori.solver.captured import Recorder
+from difftori.types import Metrics, Scalar, Scalars, Window, to_device
 
 
 def make_optimizer(parameters: Iterable[Tensor], settings: PolicyConfig) -> torch.optim.Optimizer:
@@ -44,15 +45,16 @@ def run_length(settings: PolicyConfig, examples: int) -> tuple[int, int]:
 
 @dataclass
 class TrainState:
-    """The progress of a run. `batch` counts batches of the current epoch, `step` those of all epochs, including skipped ones."""
+    """The progress of a run. `batch` counts batches of the current epoch, `step` those of all epochs, including skipped ones.
+
+    `skipped_before`: skipped updates of earlier epochs.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    skipped: int = 0
-    consecutive_skips: int = 0
+    skipped_before: int = 0
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
     error: float = math.nan
     best_error: float = math.inf
     best_epoch: int = 0
@@ -63,7 +65,7 @@ class Learner:
 
     `policy` is the trained network. `acting` is the policy that is validated and evaluated: the given one, or with `ema` a copy
     with the EMA weights. `epochs` is the length of the run, for the learning rate schedule. `distributed`: the processes that
-    train the same policy.
+    train the same policy. `recorder`: see `Captured`.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Learner:
         settings: PolicyConfig,
         epochs: int | None = None,
         distributed: Distributed | None = None,
+        *,
+        recorder: Recorder | None = None,
     ):
         self._learning, self.policy, self.distributed = policy, policy.policy, distributed or Distributed.alone()
         self.settings, self.clip_norm = settings, settings.clip_norm
@@ -80,64 +84,57 @@ class Learner:
         if settings.ema:
             self.acting = NormalizedPolicy(copy.deepcopy(self.policy).requires_grad_(False), policy.base)
         self.optimizer = make_optimizer(self.policy.parameters(), settings)
-        self.train_state = TrainState()
-        self._of_epoch: tuple[int, list[Tensor], Sequence[Tensor]] = (-1, [], [])
+        self.train_state, self.averages = TrainState(), Averages()
+        self._guard = Guard(self.optimizer, settings.clip_norm or math.inf)
+        self._recorder, self._recorded, self._unchecked = recorder, (None, None), 0
+        self._metrics: Scalars = {}
+        self._of_epoch: tuple[int, list[int]] = (-1, [])
         self.best: State | None = None
 
-    def update(self, batch: Window, generator: torch.Generator) -> None:
-        """Run one update: loss → backward → guard → clip → step. It is skipped if the loss or the gradient is not finite.
+    @property
+    def skipped(self) -> int:
+        """The number of updates that were skipped because of NaN or Inf. Reads from the device."""
+        return self._guard.skipped
 
-        With several processes, each computes the loss of its own rows of `batch`, and all take the same step. Raises
-        NonFiniteError, naming the parameters, after `MAX_SKIPS` consecutive skipped updates.
+    def update(self, batch: Window, generator: torch.Generator) -> None:
+        """Run one update: loss → backward → guard → clip → step → EMA. It is skipped if the loss or the gradient is not finite.
+
+        With several processes, each computes the loss of its own rows of `batch`, and all take the same step. On a CUDA device
+        it is replayed as one CUDA graph (`Captured`), if the optimizer is fused. Raises NonFiniteError, naming the parameters,
+        after `MAX_SKIPS` consecutive skipped updates: on a GPU at the next check, at most `MAX_SKIPS` updates later.
         """
         started = time.perf_counter()
         train_state = self.train_state
         if not self.policy.training:
             self.policy.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * self._lr_share()
-        self.optimizer.zero_grad(set_to_none=True)
+        lr, share, chosen = self.settings.lr * self._lr_share(), self._ema_share(), self._trained_parameters()
         own, part = self.distributed.share(batch)
-        loss, metrics = self._learning.loss(own, generator=generator)
-        if not loss.requires_grad:
-            raise ObjectiveError(
-                f"step {train_state.step}: the loss of {self.policy.name!r} depends on no parameter. "
-                "Fix: look for detach() or no_grad() in `loss`"
-            )
-        loss.backward()
-        trained = self._trained_parameters()
-        loss, metrics = self.distributed.average(trained, loss, metrics, part)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self._records(generator.device):
+            numbers, skip = self._replay(generator, own, lr, share, chosen)
+        else:
+            numbers, skip = self._run(own, generator, lr, share, chosen, part)
         train_state.step += 1
         train_state.batch += 1
-        numbers = _read({**metrics, "loss": loss, "grad_norm": norm})
-        if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
-            if self.clip_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
-            self.optimizer.step()
-            self._average()
-            train_state.consecutive_skips = 0
-            for name, value in {**numbers, "updates": 1.0}.items():
-                train_state.sums[name] = train_state.sums.get(name, 0.0) + value
-        else:
-            train_state.skipped += 1
-            train_state.consecutive_skips += 1
-            if train_state.consecutive_skips >= MAX_SKIPS:
-                raise NonFiniteError(self._blame(numbers))
+        self._metrics = numbers
+        self.averages.add(numbers, skip)
+        self._unchecked += 1
+        if self._unchecked >= MAX_SKIPS or (skip is not None and skip.device.type == "cpu"):
+            self._check()
         train_state.seconds += time.perf_counter() - started
 
     def close_epoch(self) -> Metrics:
-        """Finish the epoch and return the means over its updates, to log."""
+        """Finish the epoch and return the means over its updates, to log. Raises NonFiniteError; see `update`."""
+        started = time.perf_counter()
         train_state = self.train_state
-        done = train_state.sums.pop("updates", 0.0)
-        means = (
-            {f"train/{name}": total / done for name, total in train_state.sums.items()}
-            if done
-            else {"train/loss": math.nan}
-        )
-        skipped = train_state.batch - done
-        train_state.epoch, train_state.batch, train_state.sums = train_state.epoch + 1, 0, {}
-        return {"epoch": float(train_state.epoch), **means, "train/skipped": skipped}
+        self._check()
+        means = {"loss": math.nan, **self.averages.read()}
+        if means.get("non_finite") == 0.0:
+            del means["non_finite"]
+        skipped = self.skipped - train_state.skipped_before
+        train_state.epoch, train_state.batch, train_state.skipped_before = train_state.epoch + 1, 0, self.skipped
+        train_state.seconds += time.perf_counter() - started
+        named = {f"train/{name}": mean for name, mean in means.items()}
+        return {"epoch": float(train_state.epoch), **named, "train/skipped": float(skipped)}
 
     def validate(self, demos: Dataset, generator: torch.Generator) -> Metrics:
         """Compute the mean squared error of the executed actions against the expert's. Stores the weights if it is the least so far."""
@@ -150,10 +147,10 @@ class Learner:
 
     def state(self) -> State:
         """Return the complete training state, for a checkpoint."""
-        optimizer = self.optimizer.state_dict()
         return {
             "policy": self.policy.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": self._guard.state_dict(),
+            "averages": self.averages.state(),
             "average": self.acting.policy.state_dict() if self.settings.ema else None,
             "best": self.best,
             "train_state": asdict(self.train_state),
@@ -163,7 +160,8 @@ class Learner:
         """Restore a saved state. Raises CheckpointError if it belongs to another policy or has an older layout."""
         try:
             self.policy.load_state_dict(state["policy"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._guard.load_state_dict(state["optimizer"])
+            self.averages.load(state["averages"])
             if self.settings.ema:
                 self.acting.policy.load_state_dict(state["average"])
             self.best, self.train_state = state["best"], TrainState(**state["train_state"])
@@ -172,18 +170,79 @@ class Learner:
                 f"the checkpoint does not match this policy: {error}. Fix: choose another run directory"
             ) from error
 
-    def _average(self) -> None:
-        """Update the EMA weights; buffers are copied."""
+    def _run(
+        self,
+        batch: Window,
+        generator: torch.Generator,
+        lr: Scalar | float,
+        share: Scalar | float,
+        chosen: Sequence[int],
+        part: float = 1.0,
+    ) -> tuple[Scalars, Scalar | None]:
+        """Run one update of the `chosen` parameters, by number. Returns what is logged, and whether the update was skipped; see `Guard.skip`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = self._learning.loss(batch, generator=generator)
+        if not loss.requires_grad:
+            raise ObjectiveError(
+                f"step {self.train_state.step}: the loss of {self.policy.name!r} depends on no parameter. "
+                "Fix: look for detach() or no_grad() in `loss`"
+            )
+        trained = [self._guard.parameters[number] for number in chosen]  # the optimizer leaves the others as they are
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+            parameter.grad = gradient
+        loss, metrics = self.distributed.average(trained, loss, metrics, part)
+        norm = self._guard.apply(loss)
+        self._average(share)
+        return {**metrics, "loss": loss.detach(), "grad_norm": norm}, self._guard.skip
+
+    def _records(self, device: torch.device) -> bool:
+        """Whether updates are replayed from a recording."""
+        alone = self.distributed.count == 1
+        return alone and (self._recorder is not None or (device.type == "cuda" and not self._guard.waits(device)))
+
+    def _replay(
+        self, generator: torch.Generator, batch: Window, lr: float, share: float, chosen: Sequence[int]
+    ) -> tuple[Scalars, Scalar | None]:
+        """`_run`, recorded. What changes from update to update is in tensors."""
+
+        def run(obs, actions, index, base, lr, share, chosen):
+            return self._run(Window(obs, actions, index, base), generator, lr, share, chosen)
+
+        known, captured = self._recorded
+        if captured is None or known is not generator:
+            captured = Captured(run, generators=[generator], changing=self._changing, recorder=self._recorder)
+            self._recorded = generator, captured
+        numbers = [torch.full((), value, device=generator.device) for value in (lr, share)]
+        found = captured(batch.obs, batch.actions, batch.index, batch.base, *numbers, tuple(chosen))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr  # as a number again, for checkpoints
+        return found
+
+    def _changing(self) -> list[Tensor]:
+        """Every tensor that an update changes in place."""
+        averaged = self.acting.policy.state_dict().values() if self.settings.ema else ()
+        return [*self._guard.changing_state(), *self.policy.buffers(), *averaged]
+
+    def _check(self) -> None:
+        """Raise NonFiniteError if too many consecutive updates were skipped."""
+        self._unchecked = 0
+        if self._guard.failed:
+            raise NonFiniteError(self._blame())
+
+    def _average(self, share: Scalar | float) -> None:
+        """Move the EMA weights by this share of the way to the current ones, unless the update was skipped; buffers are copied."""
         if not self.settings.ema:
             return
-        updates = self.train_state.step - self.train_state.skipped
-        share = 1.0 - min(self.settings.ema, 1.0 - (1.0 + updates) ** -0.75)
-        current = dict(self.policy.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.acting.policy.named_parameters():
-                parameter.lerp_(current[name], share)
-            for averaged, buffer in zip(self.acting.policy.buffers(), self.policy.buffers(), strict=True):
-                averaged.copy_(buffer)
+        averaged, skip = self.acting.policy, self._guard.skip
+        soft_update(averaged.parameters(), self.policy.parameters(), share if skip is None else share * (1.0 - skip))
+        for old, buffer in zip(averaged.buffers(), self.policy.buffers(), strict=True):
+            old.copy_(buffer)
+
+    def _ema_share(self) -> float:
+        """Return the share of the current weights in the next average of the EMA weights."""
+        return 1.0 - min(self.settings.ema or 0.0, 1.0 - (2.0 + self.train_state.step) ** -0.75)
 
     def _lr_share(self) -> float:
         """Return the factor of the schedule on the learning rate: warm-up by updates, cosine by epochs or by updates."""
@@ -194,22 +253,20 @@ class Learner:
         passed = self.train_state.epoch / self.epochs if updates is None else self.train_state.step / updates
         return rising * 0.5 * (1.0 + math.cos(math.pi * passed))
 
-    def _trained_parameters(self) -> list[Tensor]:
-        """Return the parameters trained in this epoch. The gradients of the others are removed, so that the optimizer skips them."""
-        epoch, trained, others = self._of_epoch
+    def _trained_parameters(self) -> list[int]:
+        """Return the numbers of the parameters that are trained in this epoch."""
+        epoch, chosen = self._of_epoch
         if epoch != self.train_state.epoch:
-            trained = list(self.policy.trainable(self.train_state.epoch))
-            ids = {id(p) for p in trained}
-            others = [p for p in self.policy.parameters() if id(p) not in ids]
-            self._of_epoch = self.train_state.epoch, trained, others
-        for parameter in others:
-            parameter.grad = None
-        return trained
+            trained = {id(p) for p in self.policy.trainable(self.train_state.epoch)}
+            chosen = [number for number, p in enumerate(self._guard.parameters) if id(p) in trained and p.requires_grad]
+            self._of_epoch = self.train_state.epoch, chosen
+        return chosen
 
-    def _blame(self, numbers: Metrics) -> str:
+    def _blame(self) -> str:
+        names = [name for name, _ in self.policy.named_parameters()]
+        metrics = [n for n, v in self._metrics.items() if n not in ("loss", "grad_norm") and not math.isfinite(v)]
         weights = [n for n, p in self.policy.named_parameters() if not p.isfinite().all()]
-        gradients = [n for n, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        metrics = [n for n, v in numbers.items() if n not in ("loss", "grad_norm") and not math.isfinite(v)]
+        gradients = [names[number] for number in self._guard.broken()]
         found = [
             f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             for what, names in (("weights of", weights), ("gradients of", gradients), ("metrics", metrics))
@@ -217,7 +274,7 @@ class Learner:
         ]
         return (
             f"epoch {self.train_state.epoch + 1}, step {self.train_state.step}: NaN or Inf in {MAX_SKIPS} updates in a row (loss "
-            f"{numbers['loss']:g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
+            f"{float(self._metrics['loss']):g}); not finite: {'; '.join(found) or 'the norm of the gradient'}. The weights are those of "
             "the last finite update. Fix: lower --lr, set --clip-norm, or check the inputs of that network"
         )
 
@@ -231,12 +288,6 @@ def validation_error(policy: NormalizedPolicy, demos: Dataset, generator: torch.
         away = (plans.double() - batch.actions.cpu().double())[:, policy.spec.present]
         total, count = total + away.square().sum().item(), count + away.numel()
     return total / count
-
-
-def _read(numbers: Scalars) -> Metrics:
-    """Read all numbers from the device in one transfer, for which a GPU waits."""
-    values = torch.stack([torch.as_tensor(value).detach().double().reshape(()) for value in numbers.values()])
-    return dict(zip(numbers, values.tolist(), strict=True))
 
 
 def _copy(module: nn.Module) -> State:

@@ -257,8 +257,8 @@ def summarise(
     train_state = learner.train_state
     summary: Metrics = {
         "epochs": float(train_state.epoch),
-        "updates": float(train_state.step - train_state.skipped),
-        "skipped": float(train_state.skipped),
+        "updates": float(train_state.step - learner.skipped),
+        "skipped": float(learner.skipped),
         "seconds": train_state.seconds,
         "parameters": float(sum(p.numel() for p in learner.policy.parameters())),
         "best_epoch": float(train_state.best_epoch),

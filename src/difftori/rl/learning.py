@@ -1,6 +1,6 @@
 """`agent.update` and `agent.end_episode` with their random generator, and what they log; on a CUDA device as CUDA graphs."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from difftori.interfaces import Agent, LearningSchedule
 from difftori.optim import MAX_SKIPS
+from difftori.runs.averages import Averages
 from difftori.solver import Captured
 from difftori.solver.captured import Recorder
 from difftori.types import Metrics, Observations, Rows, Scalars, Segment
@@ -88,44 +89,3 @@ def _changing_state(agent: Agent) -> Iterator[Tensor]:
     yield from agent.buffers()
     for optimizer in agent.optimizers.values():
         yield from optimizer.changing_state()
-
-
-class Averages:
-    """Means of named numbers, summed on the device where they are. Numbers that are not finite are left out of the means.
-
-    `non_finite`: the share of additions with such a number.
-    """
-
-    def __init__(self):
-        self._sums: dict[str, Tensor] = {}  # by names, separated by commas: sum, count; then that of `non_finite`
-
-    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add one value for each name."""
-        if not metrics:
-            return
-        values = torch.stack([torch.as_tensor(value) for value in metrics.values()]).double()
-        finite = values.isfinite()
-        flags = (~finite).any().double().unsqueeze(0)
-        row = torch.stack(
-            (torch.cat((values.where(finite, 0.0), flags)), torch.cat((finite.double(), torch.ones_like(flags))))
-        )
-        names = ",".join(metrics)
-        self._sums[names] = self._sums[names] + row if names in self._sums else row
-
-    def read(self) -> Metrics:
-        """Return the means, and begin anew."""
-        sums: dict[str, list[float]] = {}
-        for names, rows in self._sums.items():
-            for name, total, count in zip([*names.split(","), "non_finite"], *rows.tolist(), strict=True):
-                before = sums.get(name, [0.0, 0.0])
-                sums[name] = [before[0] + total, before[1] + count]
-        self._sums = {}
-        return {name: total / count for name, (total, count) in sums.items() if count}
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums, for a checkpoint."""
-        return {names: rows.cpu() for names, rows in self._sums.items()}
-
-    def load(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Restore them."""
-        self._sums = {names: rows.to(device) for names, rows in state.items()}

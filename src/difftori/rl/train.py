@@ -349,7 +349,7 @@ class _Session:
             _with_restarts(lambda: self.collector.load(state["collector"]))
             self.updates, self.updates_due = int(state["updates"]), float(state["updates_due"])
             self.collecting = bool(state["collecting"])
-            self.learning.averages.load(state["averages"], self.config.device)
+            self.learning.averages.load(state["averages"])
             self.evaluations = [tuple(pair) for pair in state["evaluations"]]
             seconds = dict(state["seconds"])
         except (CheckpointError, EnvironmentFailed, RenderingError):
