@@ -37,8 +37,8 @@ from difftori.solver import (
     solve,
 )
 from difftori.solver.box import Bound
-from difftori.solver.checked import check_rows
 from difftori.solver.objective import ClampedObjective, as_objective
+from difftori.solver.validation import check_rows
 from difftori.types import Plans, Points, Rows, States
 
 

@@ -31,7 +31,7 @@ CHECKED_STEPS = 5_000
 """Steps within which an episode of random actions must end in an environment without a declared limit."""
 
 
-class Transition(NamedTuple):
+class EnvStep(NamedTuple):
     """One agent step of all N rows.
 
     `episodes` (N): the number of the episode in each row, counted from 0 in the order of the seeds; None for a row without one.
@@ -55,7 +55,7 @@ class Transition(NamedTuple):
 
 def run_episodes(
     env: CheckedVectorEnv, act: ActInRows, seeds: Iterable[int], *, until_success: bool = False
-) -> Iterator[Transition]:
+) -> Iterator[EnvStep]:
     """Run one episode from each seed, `env.num_envs` in parallel, and yield every agent step of all rows.
 
     `until_success`: an episode also ends when it succeeds. `seeds` is read when a row becomes free. Raises the environment's
@@ -82,7 +82,7 @@ def run_episodes(
         first = terminated | truncated
         if until_success and success is not None:
             first |= success.astype(bool) & active
-        yield Transition(list(episodes), obs, actions, rewards, terminated, success, score, first & active)
+        yield EnvStep(list(episodes), obs, actions, rewards, terminated, success, score, first & active)
         obs = next_obs
 
 
@@ -152,7 +152,7 @@ def _same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 @dataclass
-class Episode:
+class EpisodeResult:
     """The result of one episode: success at any step, score (0 or 1 for success if the environment has none), return, length in steps."""
 
     seed: int
@@ -169,7 +169,7 @@ def evaluate_policy(
     seeds: Sequence[int],
     *,
     watch: Callable[[int], None] = lambda ended: None,
-) -> list[Episode]:
+) -> list[EpisodeResult]:
     """Run a policy for one episode from each seed, and return the results in the order of the seeds. An episode ends when it succeeds.
 
     `watch` is called after every step with the number of episodes that have ended; what it raises ends the evaluation. If the
@@ -177,7 +177,7 @@ def evaluate_policy(
     Raises ConfigError if the environment never reports success.
     """
     while True:
-        episodes, reported, ended = [Episode(seed) for seed in seeds], False, 0
+        episodes, reported, ended = [EpisodeResult(seed) for seed in seeds], False, 0
         try:
             for step in run_episodes(env, PolicyInRows(act, spec), seeds, until_success=True):
                 reported |= step.success is not None
@@ -273,7 +273,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def _add(episode: Episode, step: Transition, row: int) -> None:
+def _add(episode: EpisodeResult, step: EnvStep, row: int) -> None:
     """Add one step of a row to the result of its episode."""
     episode.total += float(step.rewards[row])
     episode.length += 1

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from difftori.policies._energy import (
-    ActionScore,
     DerivativeFree,
+    EnergyNetwork,
     Langevin,
     _resampled,
     best,
@@ -21,8 +21,8 @@ from tests.support.specs import generator
 LOW, HIGH = torch.tensor([-1.0, -0.5]), torch.tensor([1.0, 0.5])
 
 
-def score(dropout: float = 0.0) -> ActionScore:
-    return ActionScore(3, 2, (16, 16), dropout).double()
+def score(dropout: float = 0.0) -> EnergyNetwork:
+    return EnergyNetwork(3, 2, (16, 16), dropout).double()
 
 
 def inputs(candidates: int = 6, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_parts_drop_the_same_when_they_are_computed_again():
 
 
 def test_dropout_keeps_the_mean_and_draws_from_the_generator():
-    network = ActionScore(3, 2, (20_000,), 0.25)
+    network = EnergyNetwork(3, 2, (20_000,), 0.25)
     values = torch.ones(1, 1, 20_000)
     dropped = network._dropped(values, generator())
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])

@@ -27,7 +27,7 @@ from difftori.solver import (
     check_gradients,
     solve,
 )
-from difftori.solver.method import Problem
+from difftori.solver.interface import Problem
 from tests.support.problems import CASES, F64, Network, lqr, network, quadratic, swing
 from tests.support.solvers import SECOND_ORDER, SOLVERS, STACKED, applies
 
@@ -201,7 +201,7 @@ def test_held_coordinates_have_no_derivative():
 def test_hessian_products_through_layer_norm():
     """Reverse-over-forward through torch's layer_norm is silently wrong; ours must match finite differences of g."""
     from difftori.solver.derivatives import value_and_grad, value_grad_hessian
-    from difftori.solver.method import Problem
+    from difftori.solver.interface import Problem
     from difftori.solver.newton import HessianProducts
 
     case = network()

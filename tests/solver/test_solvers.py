@@ -15,7 +15,7 @@ from difftori.solver import (
     Status,
     solve,
 )
-from difftori.solver.reading import all_steps
+from difftori.solver.host_reads import all_steps
 from tests.support.problems import CASES, F64, fit, network, quadratic, swing
 from tests.support.solvers import SECOND_ORDER, SOLVERS, STACKED, applies
 

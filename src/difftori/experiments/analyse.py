@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from difftori.errors import ConfigError
-from difftori.experiments.gather import Measure, Run
+from difftori.experiments.gather import Measure, RunResult
 from difftori.experiments.statistics import (
     Estimate,
     improvement_interval,
@@ -87,7 +87,7 @@ class Section:
     scaled: dict[str, list[np.ndarray]]
 
 
-def sections(runs: Sequence[Run], reference: str | None = None) -> list[Section]:
+def sections(runs: Sequence[RunResult], reference: str | None = None) -> list[Section]:
     """Return one section for each measure of the finished runs. `score` is omitted if it equals success.
 
     `reference`: the method to compare the others with (default: compare every pair). Raises ConfigError if it is unknown.
@@ -104,12 +104,12 @@ def sections(runs: Sequence[Run], reference: str | None = None) -> list[Section]
     return sorted(found, key=lambda section: section.measure.name != "success")
 
 
-def _says_more(run: Run, score: Measure) -> bool:
+def _says_more(run: RunResult, score: Measure) -> bool:
     success = next((value for m, value in run.outcomes.items() if m.name == "success"), None)
     return success is None or success != run.outcomes[score]
 
 
-def _section(measure: Measure, runs: Sequence[Run], reference: str | None) -> Section:
+def _section(measure: Measure, runs: Sequence[RunResult], reference: str | None) -> Section:
     tasks, methods = (tuple(sorted({getattr(run, name) for run in runs})) for name in ("task", "method"))
     by_cell = {
         (t, m): sorted((r for r in runs if r.task == t and r.method == m), key=lambda r: r.seed)
@@ -136,11 +136,11 @@ def _refines(method: str, base: str) -> bool:
     return policy == base.partition(",")[0]
 
 
-def _values(runs: Sequence[Run], measure: Measure) -> np.ndarray:
+def _values(runs: Sequence[RunResult], measure: Measure) -> np.ndarray:
     return np.array([run.outcomes[measure] for run in runs])
 
 
-def _cell(measure: Measure, task: str, method: str, runs: Sequence[Run]) -> Cell:
+def _cell(measure: Measure, task: str, method: str, runs: Sequence[RunResult]) -> Cell:
     values = _values(runs, measure)
     episodes = [run.episodes[measure] for run in runs if measure in run.episodes]
     pooled = None
@@ -161,7 +161,7 @@ def _over(method: str, strata: list[np.ndarray]) -> Over:
 def _pairs(
     measure: Measure,
     tasks: Sequence[str],
-    by_cell: dict[tuple[str, str], list[Run]],
+    by_cell: dict[tuple[str, str], list[RunResult]],
     method: str,
     reference: str,
 ) -> list[Pair]:
@@ -192,7 +192,7 @@ def _pairs(
 
 
 def _single_pairs(
-    measure: Measure, tasks: Sequence[str], by_cell: dict[tuple[str, str], list[Run]], method: str, reference: str
+    measure: Measure, tasks: Sequence[str], by_cell: dict[tuple[str, str], list[RunResult]], method: str, reference: str
 ) -> list[Pair]:
     """Compare two methods on the tasks with one pair of runs of the same seed, over the episodes that both runs have."""
     gaps, estimates = dict[str, np.ndarray](), dict[str, Estimate]()
@@ -214,12 +214,12 @@ def _single_pairs(
     return rows
 
 
-def _matched(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+def _matched(ours: Sequence[RunResult], theirs: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
     """Return pairs of runs with the same seed and evaluation episodes. For agents, number and seed of the episodes must be equal."""
     by_seed = {run.seed: run for run in theirs}
     pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
 
-    def episodes(run: Run) -> object:
+    def episodes(run: RunResult) -> object:
         return run.episode_seeds or (run.config.get("eval_episodes"), run.config.get("eval_seed"))
 
     return [(a, b) for a, b in pairs if episodes(a) == episodes(b)]

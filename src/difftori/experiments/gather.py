@@ -66,7 +66,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResult:
     """A run, finished or not.
 
     `outcomes` are its final results by measure; `episodes` those of each evaluation episode, if known, with `episode_seeds`.
@@ -108,7 +108,7 @@ class Run:
 _Identity: TypeAlias = tuple[str, str, int]
 
 
-def _identity(run: Run) -> _Identity:
+def _identity(run: RunResult) -> _Identity:
     return run.task, run.method, run.seed
 
 
@@ -116,7 +116,7 @@ def _identity(run: Run) -> _Identity:
 class Gathered:
     """All runs, and the places that were excluded, with the reason."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunResult, ...]
     left_out: tuple[tuple[Path, str], ...]
 
 
@@ -146,7 +146,7 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
     named = _named(runs)
-    kept: dict[_Identity, Run] = {}
+    kept: dict[_Identity, RunResult] = {}
     for run in sorted(named, key=lambda run: not run.finished):
         first = kept.setdefault(_identity(run), run)
         if first is not run:
@@ -241,7 +241,7 @@ def _stored_base(place: Path, record: Record) -> Mapping[str, Any]:
     return {"policy": f"a base with weights {weights[:8]}" if weights else str(record.config["base"])}
 
 
-def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str]) -> Run:
+def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str]) -> RunResult:
     config, summary = record.config, record.summary
     agent = "agent" in config
     curve_name = RETURN if agent else VALIDATION_ERROR
@@ -268,7 +268,7 @@ def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str])
     if not isinstance(config["env"], str) or not isinstance(config["seed"], int):
         raise DataError(f"env {config['env']!r} or seed {config['seed']!r} is invalid")
     name = config.get("agent") or config["policy"]
-    return Run(
+    return RunResult(
         place=place,
         task=_task(config, data),
         method=f"{name} on {base}" if base else name,
@@ -336,18 +336,18 @@ def _told_apart(paths: Iterable[str]) -> dict[str, str]:
     return {path: "/".join(own[-counts[path] :]) for path, own in parts.items()}
 
 
-def _named(runs: Sequence[Run]) -> list[Run]:
+def _named(runs: Sequence[RunResult]) -> list[RunResult]:
     """Append to each method's name the settings in which runs of that name differ, and on a task, the data in which they do."""
     found = _distinguished([(run.method, run.task, run.config) for run in runs])
     named = [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, found, strict=True)]
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[RunResult]] = {}
     for run in named:
         groups.setdefault((run.task, run.method), []).append(run)
     words = {key: _data_words(group) for key, group in groups.items()}
     return [replace(run, method=", ".join([run.method, *words[run.task, run.method][run.place]])) for run in named]
 
 
-def _data_words(group: Sequence[Run]) -> dict[Path, list[str]]:
+def _data_words(group: Sequence[RunResult]) -> dict[Path, list[str]]:
     """Return for runs of one method and task the data in which those of the same seed differ, by place; nothing if none do."""
     values = {key: [run.config.get(key) for run in group] for key in DATA}
     values["demos"] = _data_names(group)
@@ -357,7 +357,7 @@ def _data_words(group: Sequence[Run]) -> dict[Path, list[str]]:
     return {run.place: [f"{key} {_shown(values[key][number])}" for key in keys] for number, run in enumerate(group)}
 
 
-def _data_names(group: Sequence[Run]) -> list[str]:
+def _data_names(group: Sequence[RunResult]) -> list[str]:
     """Return the names of the data sets of runs. One set for each seed has one name, with SEED in the place of the seed."""
     paths = [_data_path(run.config) for run in group]
     of_seeds = [re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", path) for run, path in zip(group, paths, strict=True)]

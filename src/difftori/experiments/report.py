@@ -10,7 +10,7 @@ import jinja2
 from difftori import __version__
 from difftori.errors import ConfigError
 from difftori.experiments.analyse import OVER, Pair, Section, sections
-from difftori.experiments.gather import Gathered, Run, differing, gather
+from difftori.experiments.gather import Gathered, RunResult, differing, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 from difftori.experiments.statistics import BOOTSTRAP_COVERAGE, Estimate
@@ -253,7 +253,7 @@ def _latex(tables: Sequence[dict[str, list[Column]]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _protocol(runs: Sequence[Run]) -> list[Column]:
+def _protocol(runs: Sequence[RunResult]) -> list[Column]:
     """Return one row for each method with its evaluation protocol. Values that differ between its runs are listed."""
     methods = sorted({run.method for run in runs})
 
@@ -281,16 +281,16 @@ def _protocol(runs: Sequence[Run]) -> list[Column]:
     ]
 
 
-def _count(runs: Sequence[Run], method: str) -> str:
+def _count(runs: Sequence[RunResult], method: str) -> str:
     own = [run.finished for run in runs if run.method == method]
     return f"{len(own)}, {sum(own)}"
 
 
-def _seeds(runs: Sequence[Run], method: str) -> str:
+def _seeds(runs: Sequence[RunResult], method: str) -> str:
     return " ".join(map(str, sorted({run.seed for run in runs if run.method == method})))
 
 
-def _budget(run: Run) -> str:
+def _budget(run: RunResult) -> str:
     steps, updates = run.config.get("steps"), run.config.get("settings.updates")
     if steps is not None:
         return f"{steps} environment steps"
@@ -300,7 +300,7 @@ def _budget(run: Run) -> str:
     return epochs if run.updates is None else f"{epochs}, {run.updates} updates"
 
 
-def _versions(runs: Sequence[Run]) -> str:
+def _versions(runs: Sequence[RunResult]) -> str:
     """Format the software versions of runs. If runs differ, all versions are listed."""
     found: dict[str, dict[str, None]] = {}
     for run in runs:
@@ -309,7 +309,7 @@ def _versions(runs: Sequence[Run]) -> str:
     return ", ".join(f"{name} {' or '.join(values)}" for name, values in found.items())
 
 
-def _run_line(run: Run) -> RunLine:
+def _run_line(run: RunResult) -> RunLine:
     measure = next(iter(run.outcomes), None)
     return RunLine(
         task=run.task,
@@ -354,7 +354,7 @@ def _lines(part: Section) -> dict[str, list[EstimateLine]]:
     return dict(zip(_FILES, (by_task, over, pairs), strict=True))
 
 
-def _images(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
+def _images(runs: Sequence[RunResult], out: Path) -> list[tuple[str, str]]:
     """Return images and videos of one seed of each method and task, embedded in the page, or as links if they are large."""
     found: dict[tuple[str, str, str], tuple[str, str]] = {}
     for run in runs:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from difftori.experiments.analyse import OVER, SEED, Section
-from difftori.experiments.gather import Run
+from difftori.experiments.gather import RunResult
 from difftori.experiments.plots import (
     MARKERS,
     Trace,
@@ -26,7 +26,7 @@ _READABLE = 24
 _THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
 
-def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> Figure | None:
+def learning_curves(runs: Sequence[RunResult], name: str, methods: Sequence[str]) -> Figure | None:
     """Plot evaluations over steps, one panel for each task, and training episodes of runs with fewer than two evaluations.
 
     None if there is nothing to plot.
@@ -52,7 +52,7 @@ def learning_curves(runs: Sequence[Run], name: str, methods: Sequence[str]) -> F
     return task_panels(tasks, methods, draw, xlabel=xlabel, ylabel=name.partition("/")[2], note=note)
 
 
-def _due(run: Run) -> np.ndarray:
+def _due(run: RunResult) -> np.ndarray:
     """Return the steps (k) at which the evaluations of a run were due. Those of policies are as they are."""
     every, last = run.config.get("eval_every"), run.config.get("steps")
     return due_steps(run.curve[0], every, last) if every and last else run.curve[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from difftori.errors import ExportError, first_line
 from difftori.export.noise import Draw, noise, noise_inputs, supplied
 from difftori.export.programs import Program
-from difftori.solver.reading import all_steps
+from difftori.solver.host_reads import all_steps
 
 _ROWS = 97
 """Rows of the example, or the next number that is no size of the inputs: torch takes equal sizes for the same one."""

@@ -21,7 +21,7 @@ from difftori.il.contract import Bounds, Shown, check_fit, conform
 from difftori.il.recorded import WINDOW, DemosOptions, hold_out, make_windows
 from difftori.il.tasks import Act, Evaluation, ImitationTask
 from difftori.rollout import (
-    Episode,
+    EpisodeResult,
     PolicyInRows,
     check_episode,
     episode_seed,
@@ -237,7 +237,7 @@ def _choosing(act: Act, spec: TaskSpec) -> Act:
     return lambda obs: act({name: obs[name] for name in spec.obs})
 
 
-def _metrics(played: list[Episode]) -> dict[str, float]:
+def _metrics(played: list[EpisodeResult]) -> dict[str, float]:
     successes = sum(episode.success for episode in played)
     low, high = wilson_interval(successes, len(played))
     return {
@@ -251,7 +251,7 @@ def _metrics(played: list[Episode]) -> dict[str, float]:
     }
 
 
-def _columns(played: list[Episode]) -> dict[str, list[float]]:
+def _columns(played: list[EpisodeResult]) -> dict[str, list[float]]:
     return {
         "seed": [float(episode.seed) for episode in played],
         "success": [float(episode.success) for episode in played],

@@ -19,7 +19,7 @@ from difftori.runs.averages import Averages
 from difftori.runs.checkpoint import State
 from difftori.runs.run import seeded
 from difftori.solver import Captured
-from difftori.solver.captured import Recorder
+from difftori.solver.cuda_graphs import Recorder
 from difftori.types import Metrics, Scalar, Scalars, Window, to_device
 
 

@@ -53,7 +53,7 @@ class EnergyConfig(ChiLearning):
 
 
 @final
-class ActionScore(nn.Module):
+class EnergyNetwork(nn.Module):
     """f(s, a): an MLP with ReLU on features (B F) and actions (K B n), with dropout if a generator is given.
 
     The first layer's product with the features is computed once for all candidates of a row.

@@ -12,10 +12,10 @@ from difftori.models.nets import noise_like
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._energy import (
     SMALL,
-    ActionScore,
     Candidates,
     DerivativeFree,
     EnergyConfig,
+    EnergyNetwork,
     Langevin,
     best,
     info_nce,
@@ -107,7 +107,7 @@ class IBC(Policy):
         self.register_buffer("high", high.repeat(spec.n_action_steps), persistent=False)
         self.window = WindowEncoder(spec, config.images)
         variables = spec.n_action_steps * spec.action_dim
-        self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
+        self.score = EnergyNetwork(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.chain = Langevin(config.langevin_steps)
 

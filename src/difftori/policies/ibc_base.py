@@ -11,10 +11,10 @@ from difftori.models.nets import noise_like
 from difftori.models.window_encoder import WindowEncoder
 from difftori.policies._energy import (
     SMALL,
-    ActionScore,
     Candidates,
     DerivativeFree,
     EnergyConfig,
+    EnergyNetwork,
     Langevin,
     around,
     best,
@@ -91,7 +91,7 @@ class IBCBase(Refiner):
         self.register_buffer("high", high.repeat(spec.n_action_steps), persistent=False)
         self.window = WindowEncoder(spec, config.images)
         variables = spec.n_action_steps * spec.action_dim
-        self.score = ActionScore(self.window.width, variables, config.hidden, config.dropout)
+        self.score = EnergyNetwork(self.window.width, variables, config.hidden, config.dropout)
         self.search = DerivativeFree(config.search_steps, config.search_std, config.search_shrink)
         self.climb = Langevin(config.gradient_steps, noise=0.0)
 

@@ -8,7 +8,7 @@ import torch
 
 from difftori.interfaces import Agent, Memory
 from difftori.solver import Captured
-from difftori.solver.captured import Recorder
+from difftori.solver.cuda_graphs import Recorder
 from difftori.steering import Steering
 from difftori.types import Actions, Observations, RowFlags, Scalar
 

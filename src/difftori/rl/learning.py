@@ -10,7 +10,7 @@ from difftori.interfaces import Agent, LearningSchedule
 from difftori.optim import MAX_SKIPS
 from difftori.runs.averages import Averages
 from difftori.solver import Captured
-from difftori.solver.captured import Recorder
+from difftori.solver.cuda_graphs import Recorder
 from difftori.types import Metrics, Observations, Rows, Scalars, Segment
 
 

@@ -167,13 +167,13 @@ class PolicyServer:
 
         self._connected += 1
         self.traffic.clients += 1
-        number, episode, own = self.traffic.clients, Episode(self.policy.fork(), self._steps), Traffic()
+        number, session, own = self.traffic.clients, Session(self.policy.fork(), self._steps), Traffic()
         host, port, *_ = connection.remote_address or ("an unknown address", 0)
         self._say(f"client {number}: connected from {host} port {port}")
         try:
             await connection.send(pack(self.metadata))
             async for message in connection:
-                if not await self._answer(connection, episode, message, own):
+                if not await self._answer(connection, session, message, own):
                     break
         except ConnectionClosed:
             pass
@@ -184,7 +184,7 @@ class PolicyServer:
             self._say(f"client {number}: left after {own.actions} answers{refused}{median}")
 
     async def _answer(
-        self, connection: "ServerConnection", episode: "Episode", message: str | bytes, own: Traffic
+        self, connection: "ServerConnection", session: "Session", message: str | bytes, own: Traffic
     ) -> bool:
         """Answer a message. Returns False if the connection is closed after it, because of an error."""
         began, code, answer = time.perf_counter(), None, b""
@@ -195,7 +195,7 @@ class PolicyServer:
             code = _INVALID
             obs = _observation(message)
             code = None
-            actions = await asyncio.get_running_loop().run_in_executor(self._thread, episode.act, obs)
+            actions = await asyncio.get_running_loop().run_in_executor(self._thread, session.act, obs)
             timing = {"infer_ms": 1e3 * (time.perf_counter() - began)}
             answer = pack({"actions": actions, "server_timing": timing})
         except DifftoriError as error:
@@ -215,7 +215,7 @@ class PolicyServer:
         return code is None
 
 
-class Episode:
+class Session:
     """The policy of one client: one environment, one observation at a time, `steps` actions for each."""
 
     def __init__(self, policy: LoadedPolicy, steps: int):

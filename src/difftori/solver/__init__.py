@@ -8,13 +8,13 @@ from difftori.solver.adam import Adam
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Truncated, Unrolled
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian
 from difftori.solver.box import Box
-from difftori.solver.captured import Captured
-from difftori.solver.check import GradientCheck, check_gradients
 from difftori.solver.constraints import ConstrainedTrajectory, Multipliers
+from difftori.solver.cuda_graphs import Captured
+from difftori.solver.gradient_check import GradientCheck, check_gradients
 from difftori.solver.gradient_descent import GradientDescent
 from difftori.solver.ilqr import ILQR
+from difftori.solver.interface import Problem, Solver, State
 from difftori.solver.levenberg_marquardt import GaussNewton, LevenbergMarquardt
-from difftori.solver.method import Problem, Solver, State
 from difftori.solver.newton import Newton
 from difftori.solver.objective import FunctionObjective, LeastSquaresObjective, Objective, TrajectoryObjective
 from difftori.solver.projected_gradient import ProjectedGradient

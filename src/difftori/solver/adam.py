@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from difftori.solver.method import Problem, Solver, State
+from difftori.solver.interface import Problem, Solver, State
 from difftori.solver.objective import Objective
 from difftori.solver.settings import check_settings
 from difftori.types import Points

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver import kkt
-from difftori.solver.active import ActiveFactor, factorise_active, multipliers_of
+from difftori.solver.active_constraints import ActiveFactor, factorise_active, multipliers_of
 from difftori.solver.constraints import Constrained, ConstrainedFunction
 from difftori.solver.contraction import Contraction
 from difftori.solver.implicit_cg import ImplicitCG, InverseProducts
-from difftori.solver.method import Problem, choose
+from difftori.solver.interface import Problem, choose
 from difftori.solver.newton import RAISED, Factor, check_linear, factorise
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.settings import check_settings

@@ -21,8 +21,8 @@ from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.adjoint import Adjoint, Detached, Implicit, Iterates
 from difftori.solver.constraints import Constrained, ConstrainedTrajectory, Multipliers, violation
+from difftori.solver.interface import Problem, largest
 from difftori.solver.lengths import Lengths
-from difftori.solver.method import Problem, largest
 from difftori.solver.objective import Objective
 from difftori.solver.settings import check_settings
 from difftori.solver.solution import Solution, Status, status_with_hessian

@@ -1,7 +1,7 @@
 """torch.compile for solves and updates of fixed shape (opt-in). Every iterate equals the eager one up to rounding.
 
 Five parts of a solve are compiled: a chunk of solver steps (solve.py), the gradient at the solution with its graph, the
-dense Hessian, the costs of candidates (method.py), and a chunk of conjugate gradients (newton.py). For trajectories these are
+dense Hessian, the costs of candidates (interface.py), and a chunk of conjugate gradients (newton.py). For trajectories these are
 the rollouts, the derivatives along them, and the sweeps (rollout.py, lq.py, kkt.py). For an agent's update these are the
 losses (agents/tdmpc.py, agents/difftori.py).
 Decisions that depend on values (convergence, failure, factorisation) stay eager and are made after each chunk.

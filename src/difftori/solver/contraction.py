@@ -8,10 +8,10 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from difftori.solver.box import Box
-from difftori.solver.method import choose
+from difftori.solver.interface import choose
 from difftori.types import Points, RowFlags, Rows
 
-SOLVED = 0.01
+MAX_ERROR = 0.01
 """A row whose derivative is estimated to be off by a larger share counts as not solved."""
 _ROUNDINGS = 100.0
 """Roundings of the largest gradient that may add up."""
@@ -80,7 +80,7 @@ class Contraction:
         if self._worst is None:
             return self._stale
         left, asked = _Backward(*map(inverse, self._worst)).norms()
-        return self._stale | ~(left <= SOLVED * asked)
+        return self._stale | ~(left <= MAX_ERROR * asked)
 
     def _begin(self, grad: Tensor) -> None:
         if not (is_batchedtensor(grad) or is_legacy_batchedtensor(grad)):  # several passes at once are not measured

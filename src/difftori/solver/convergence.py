@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from difftori.solver.interface import Problem, State, largest
 from difftori.solver.lengths import Lengths
-from difftori.solver.method import Problem, State, largest
 from difftori.types import Points, RowFlags
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.box import number_like
-from difftori.solver.method import Problem, Solver, State
+from difftori.solver.interface import Problem, Solver, State
 from difftori.solver.objective import Objective
 from difftori.solver.settings import check_settings
 from difftori.types import Points

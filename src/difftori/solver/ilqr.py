@@ -9,8 +9,8 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver import lq
 from difftori.solver.box import number_like
+from difftori.solver.interface import Problem, Solver, State, choose
 from difftori.solver.lengths import range_units
-from difftori.solver.method import Problem, Solver, State, choose
 from difftori.solver.objective import Objective, TrajectoryObjective
 from difftori.solver.rollout import roll
 from difftori.solver.settings import check_settings

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftori.solver.method import Problem
+from difftori.solver.interface import Problem
 from difftori.solver.newton import conjugate_gradients
 from difftori.types import PointFlags, Points, RowFlags
 
@@ -25,12 +25,12 @@ class InverseProducts:
     def __call__(self, v: Points) -> Points:
         """H⁻¹v, to the accuracy that the products allow."""
         solved = conjugate_gradients(self.problem, self.point, v, self.free, self.products, self.tolerance)
-        unsolved = solved.unsolved(SOLVED)
+        unsolved = solved.unsolved(MAX_RESIDUAL)
         self.unsolved = unsolved if self.unsolved is None else self.unsolved | unsolved
         return solved.solution
 
 
-SOLVED = 0.05
+MAX_RESIDUAL = 0.05
 """A row with a larger relative residual counts as not solved."""
 
 

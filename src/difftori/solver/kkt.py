@@ -21,8 +21,8 @@ from difftori.solver import lq
 from difftori.solver.box import number_like
 from difftori.solver.compiled import loop
 from difftori.solver.constraints import STIFFER, ConstrainedTrajectory, keep_active
+from difftori.solver.interface import Problem, choose
 from difftori.solver.lengths import range_units
-from difftori.solver.method import Problem, choose
 from difftori.solver.objective import TrajectoryObjective
 from difftori.types import PlanFlags, Plans, Points, RowFlags
 

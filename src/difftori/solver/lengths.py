@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difftori.solver.box import UNEVEN, Box
-from difftori.solver.method import largest
+from difftori.solver.interface import largest
 from difftori.types import PointFlags, Points, Rows
 
 

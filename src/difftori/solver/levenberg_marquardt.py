@@ -7,7 +7,7 @@ from torch import Tensor
 
 from difftori.errors import SolverError
 from difftori.solver.derivatives import row_jacobian
-from difftori.solver.method import Problem, Solver, State, choose
+from difftori.solver.interface import Problem, Solver, State, choose
 from difftori.solver.newton import improves
 from difftori.solver.objective import LeastSquaresObjective, Objective
 from difftori.solver.settings import check_settings

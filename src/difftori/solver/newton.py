@@ -10,7 +10,7 @@ from torch import Tensor
 from difftori.errors import SolverError
 from difftori.solver.compiled import compiled_call
 from difftori.solver.derivatives import value_and_grad
-from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.solver.interface import Problem, Solver, State, all_finite, choose
 from difftori.solver.objective import Objective
 from difftori.solver.settings import check_settings
 from difftori.types import Hessians, PointFlags, Points, RowFlags, Rows

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difftori.solver.method import Problem, Solver, State, all_finite, choose
+from difftori.solver.interface import Problem, Solver, State, all_finite, choose
 from difftori.solver.newton import Newton
 from difftori.solver.objective import Objective
 from difftori.solver.settings import check_settings

@@ -12,8 +12,8 @@ from torch import Tensor
 from difftori.solver.adjoint import Differentiated, Implicit
 from difftori.solver.constraints import Multipliers
 from difftori.solver.inference import without_inference_tensors
+from difftori.solver.interface import Problem, State
 from difftori.solver.lengths import Lengths
-from difftori.solver.method import Problem, State
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
 

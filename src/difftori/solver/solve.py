@@ -11,7 +11,18 @@ from difftori.errors import NonFiniteError, ObjectiveError, SolverError
 from difftori.solver.adjoint import Adjoint, Detached, Differentiated, Implicit, Iterates
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian, solve_constrained
 from difftori.solver.box import Box
-from difftori.solver.checked import (
+from difftori.solver.compiled import compiled_call
+from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
+from difftori.solver.contraction import Contraction
+from difftori.solver.convergence import Convergence
+from difftori.solver.derivatives import checked_cost
+from difftori.solver.host_reads import reading_is_free
+from difftori.solver.inference import without_inference_tensors
+from difftori.solver.interface import Problem, Solver, State, all_finite, choose, choose_state, largest
+from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
+from difftori.solver.projected_gradient import ProjectedGradient
+from difftori.solver.solution import History, Solution, Status, status_with_hessian
+from difftori.solver.validation import (
     check_functions,
     check_settings,
     check_start,
@@ -19,17 +30,6 @@ from difftori.solver.checked import (
     check_types,
     checked_box,
 )
-from difftori.solver.compiled import compiled_call
-from difftori.solver.constraints import Constrained, ConstrainedFunction, Multipliers
-from difftori.solver.contraction import Contraction
-from difftori.solver.convergence import Convergence
-from difftori.solver.derivatives import checked_cost
-from difftori.solver.inference import without_inference_tensors
-from difftori.solver.method import Problem, Solver, State, all_finite, choose, choose_state, largest
-from difftori.solver.objective import Objective, TrajectoryObjective, as_objective
-from difftori.solver.projected_gradient import ProjectedGradient
-from difftori.solver.reading import reading_is_free
-from difftori.solver.solution import History, Solution, Status, status_with_hessian
 from difftori.types import Points, RowCounts, RowFlags, Rows
 
 

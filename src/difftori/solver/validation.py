@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from difftori.errors import BoxError, ObjectiveError, ShapeError, SolverError
 from difftori.solver.adjoint import Adjoint
 from difftori.solver.box import UNBOUNDED, Box
-from difftori.solver.method import Solver, rowwise
+from difftori.solver.host_reads import reading_is_free
+from difftori.solver.interface import Solver, rowwise
 from difftori.solver.objective import FunctionObjective, Objective, TrajectoryObjective
-from difftori.solver.reading import reading_is_free
 
 
 def check_transforms() -> None:

@@ -11,7 +11,7 @@ from difftori.solver.adjoint import Adjoint
 from difftori.solver.augmented_lagrangian import AugmentedLagrangian
 from difftori.solver.box import Box
 from difftori.solver.constraints import Constrained, ConstrainedFunction
-from difftori.solver.method import Solver
+from difftori.solver.interface import Solver
 from difftori.solver.objective import Objective, as_objective
 from difftori.solver.solve import solve
 from difftori.types import Points
