@@ -769,3 +769,23 @@ def test_a_constraint_without_a_gradient_at_the_start_beside_another(width, dtyp
     assert plan.solution.violation.max() <= (1e-6 if dtype == F64 else 1e-4)
     assert plan.solution.multipliers.initial[0, 0] < 1e6 * plan.solution.multipliers.initial[0, 1]
     assert plan.states[0, -1, 0] > 1.5
+
+
+def test_the_accuracy_that_a_constraint_needs_is_that_of_its_own_row():
+    """A limit in other units in one row changes nothing in the others."""
+    scale = torch.tensor([[1.0], [1e5]])
+    target = torch.tensor([[2.0, 1.0], [1.5, 3.0]])
+
+    def plan(rows):
+        return solve(
+            lambda x: ((x - target[rows]).square() * torch.tensor([1.0, 30.0])).sum(-1) + x.square().square().sum(-1),
+            torch.zeros(len(rows), 2),
+            inequality=lambda x: scale[rows] * (x.sum(-1, keepdim=True) - 1.0),
+            augmented=AugmentedLagrangian(tolerance=1e-3),
+            max_steps=200,
+        )
+
+    both, alone = plan([0, 1]), plan([0])
+    assert torch.equal(both.x[:1], alone.x)
+    assert torch.equal(both.steps[:1], alone.steps)
+    assert (both.status == Status.CONVERGED).all()

@@ -28,8 +28,8 @@ from difftori.solver.settings import check_settings
 from difftori.solver.solution import Solution, Status, status_with_hessian
 from difftori.types import Points, RowFlags, Rows
 
-Inner = Callable[[Objective, Points, float | None], Solution]
-"""(objective without constraints, start, tolerance) → solution without a graph."""
+Inner = Callable[[Objective, Points, float | Rows], Solution]
+"""(objective without constraints, start, tolerance of all rows or of each) → solution without a graph."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AugmentedLagrangian:
             values = objective.constraints(point, None)
             unit = _units(objective.steepness(x), values.detach(), equality, x.detach())
             values = values / unit
-            worst = _scale(values, equality)
+            worst = torch.where(_near(values, equality), values.abs(), 0.0).amax(-1)
             slope, steepness = _slope(objective.plain.cost(point), point), _steepness(worst, point)
             normal = _slope(violation(values, equality), point)
             length = normal.square().sum(-1, keepdim=True)
@@ -114,22 +114,27 @@ _VANISHES = 1e3
 """A constraint that is kept, by this multiple of its gradient's length times the size of x, has almost no gradient."""
 
 
-def _needed(objective: Constrained, x: Points, allowed: float) -> float:
-    """The relative accuracy of x at which the constraints are as accurate as `allowed`, by their derivatives at x."""
+def _needed(objective: Constrained, x: Points, allowed: float, multipliers: Multipliers) -> Rows:
+    """The relative accuracy of each row of x at which its constraints are as accurate as `allowed`, by their derivatives at x.
+
+    The first weights of a row's `multipliers` are the inverse squares of the constraints' units, up to a factor of the row.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        steepness = _steepness(_scale(objective.constraints(point, None), objective.equality(point)), point)
-    largest_change = (steepness * x.abs().amax(-1).clamp(min=1.0)).nan_to_num(0.0, 0.0, 0.0)
-    return allowed / max(float(largest_change.max()), torch.finfo(x.dtype).tiny) if len(x) else allowed
+        values, equality = objective.constraints(point, None), objective.equality(point)
+        near = _near(values * multipliers.initial.sqrt(), equality)
+        slope = _slope(torch.where(near, values.abs(), 0.0).amax(-1), point)
+    largest_change = (slope.abs().sum(-1) * x.abs().amax(-1).clamp(min=1.0)).nan_to_num(0.0, 0.0, 0.0)
+    return allowed / largest_change.clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def _scale(values: Tensor, equality: Tensor) -> Rows:
-    """The largest absolute value (B) of a constraint, without inequalities that are far from their limit: with 100 times the slack of
-    the nearest one. A distant obstacle must not set the scale.
+def _near(values: Tensor, equality: Tensor) -> Tensor:
+    """Which constraints (B M) set the scale of their row, by their `values` in their own units: not inequalities with 100 times the
+    slack of the nearest one, such as a distant obstacle.
     """
-    size, signed = values.abs(), torch.where(equality, values.abs(), values)
-    nearest = signed.detach().amax(-1, keepdim=True).abs()
-    return torch.where(-signed.detach() > _DISTANT * nearest, 0.0, size).amax(-1)
+    values = values.detach()
+    signed = torch.where(equality, values.abs(), values)
+    return -signed <= _DISTANT * signed.amax(-1, keepdim=True).abs()
 
 
 _DISTANT = 100.0
@@ -170,10 +175,13 @@ def solve_constrained(
     _check(first, len(x), len(equality))
     if multipliers is not None:
         first = _restarted(first, method, objective, x)
-    if method.tolerance is not None:
+    each: float | Rows = tolerance
+    if method.tolerance is not None and tolerance > 0:
         # Where the weight is heavy, an error of x that the solver tolerates would change the multipliers by the weight times as much.
-        tolerance = min(tolerance, max(_needed(objective, x, method.tolerance), 10 * torch.finfo(x.dtype).eps))
-    rounds = _Rounds(objective, equality, method, tolerance, multipliers is not None)
+        each = (
+            _needed(objective, x, method.tolerance, first).clamp(min=10 * torch.finfo(x.dtype).eps).clamp(max=tolerance)
+        )
+    rounds = _Rounds(objective, equality, method, each, multipliers is not None)
     state = rounds.run(inner, x, first)
     problem = replace(problem, objective=objective.with_multipliers(state.multipliers))
     return _finish(problem, adjoint, state, method, undefined)
@@ -199,7 +207,7 @@ class _Rounds:
     objective: Constrained
     equality: Tensor
     method: AugmentedLagrangian
-    tolerance: float
+    tolerance: float | Rows
     warm: bool
 
     def run(self, inner: Inner, x: Points, multipliers: Multipliers) -> _State:
@@ -209,7 +217,7 @@ class _Rounds:
         steps = torch.zeros_like(done, dtype=torch.long)
         for count in range(self.method.rounds):
             # Early rounds use a loose tolerance, because the multipliers are not exact yet.
-            tolerance = self.tolerance if self.warm else max(self.tolerance, 1e-3 * 0.01**count)
+            tolerance = self.tolerance if self.warm else _at_least(1e-3 * 0.01**count, self.tolerance)
             solution = inner(self.objective.with_multipliers(multipliers), x, tolerance)
             x, steps = solution.x, steps + solution.steps
             with torch.no_grad():
@@ -236,6 +244,10 @@ class _Rounds:
         return _State(
             solution, multipliers, after, steps, values, violation(values, self.equality), torch.le(moved, allowed)
         )
+
+
+def _at_least(least: float, tolerance: float | Rows) -> float | Rows:
+    return tolerance.clamp(min=least) if isinstance(tolerance, Tensor) else max(tolerance, least)
 
 
 _HEAVIEST = 1e8

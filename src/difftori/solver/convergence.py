@@ -5,18 +5,20 @@ from torch import Tensor
 
 from difftori.solver.interface import Problem, State, largest
 from difftori.solver.lengths import Lengths
-from difftori.types import Points, RowFlags
+from difftori.types import Points, RowFlags, Rows
 
 
 class Convergence:
     """The test of convergence of one solve, in K units at once: those of x and, where ranges differ, those of the ranges (K = 2).
 
     A gradient per newton is small beside one per radian, however far the optimum is. The distance is the gradient divided by the
-    curvature along recent steps, unless the solver estimates it (`State.distance`).
+    curvature along recent steps, unless the solver estimates it (`State.distance`). `stops`: whether any row stops before the last
+    step; a `tolerance` of 0 for all rows means none.
     """
 
-    def __init__(self, problem: Problem, x: Points, tolerance: float):
+    def __init__(self, problem: Problem, x: Points, tolerance: float | Rows):
         self.problem, self.tolerance = problem, tolerance
+        self.stops = isinstance(tolerance, Tensor) or tolerance > 0
         self.lengths = Lengths(problem.box, x)
 
     def norm(self, x: Points, state: State) -> Tensor:
@@ -31,14 +33,14 @@ class Convergence:
 
     def close(self, norm: Tensor, curvature: Tensor, length: Tensor) -> RowFlags:
         """Which rows have converged, (B). All arguments are (K B)."""
-        close = norm <= self.tolerance * curvature * length if self.tolerance > 0 else norm <= 0
+        close = norm <= self.tolerance * curvature * length if self.stops else norm <= 0
         return close[0] if len(close) == 1 else close.all(0)
 
     def length(self, x: Points, state: State) -> Tensor:
         """The length scale of x in each of the K units, (K B); 1 if it is not used: for a tolerance of 0, and for estimated
         distances, which are shares of it.
         """
-        if self.tolerance == 0 or state.distance is not None:
+        if not self.stops or state.distance is not None:
             return torch.ones_like(x[:, 0]).unsqueeze(0)
         natural = self.lengths.natural(x)
         if self.lengths.units is None:
@@ -52,7 +54,7 @@ class Convergence:
         """
         if state.distance is not None:
             return torch.ones_like(norm)
-        if self.tolerance == 0 or state.grad is None:
+        if not self.stops or state.grad is None:
             return torch.zeros_like(norm)
         grad = state.grad.detach()
         step = torch.finfo(x.dtype).eps ** 0.5 * length[0] / torch.where(norm[0] > 0, norm[0], 1.0)

@@ -111,11 +111,11 @@ def solve(
         if not isinstance(objective, Constrained):
             return _solve(problem, solver, adjoint or Implicit(), x0, max_steps, tolerance, keep, history, throw)
 
-        def inner(objective: Objective, x: Points, tolerance: float | None) -> Solution:
+        def inner(objective: Objective, x: Points, tolerance: float | Rows | None) -> Solution:
             part = replace(problem, objective=objective)
             return _solve(part, solver, Detached(), x, max_steps, tolerance, keep, False, throw)
 
-        final = _tolerance(tolerance, x0.dtype)
+        final = _tolerance(x0.dtype) if tolerance is None else tolerance
         wanted = (adjoint or Implicit()) if compile or _constrained_gradient(objective, x0) else Detached()
         return solve_constrained(problem, inner, wanted, x0, augmented or AugmentedLagrangian(), multipliers, final)
 
@@ -137,7 +137,7 @@ def _solve(
     adjoint: Adjoint,
     x0: Points,
     max_steps: int,
-    tolerance: float | None,
+    tolerance: float | Rows | None,
     keep: Literal["best", "last"],
     history: bool,
     throw: bool,
@@ -203,12 +203,14 @@ def _improves(cost: Rows, norm: Rows, progress: _Progress) -> RowFlags:
 class _Run:
     """The iteration of one call, which the adjoint runs through `iterate`."""
 
-    def __init__(self, problem: Problem, solver: Solver, x0: Points, tolerance: float | None, keep: str, history: bool):
+    def __init__(
+        self, problem: Problem, solver: Solver, x0: Points, tolerance: float | Rows | None, keep: str, history: bool
+    ):
         self.problem, self.solver, self.x0 = problem, solver, x0
-        self.tolerance = _tolerance(tolerance, x0.dtype)
-        self.keep = "last" if solver.monotone and self.tolerance == 0 else keep
-        self.compares = self.keep == "best" or self.tolerance > 0  # whether an iterate's norm is used before the end
-        self.test = Convergence(problem, x0, self.tolerance)
+        self.test = Convergence(problem, x0, _tolerance(x0.dtype) if tolerance is None else tolerance)
+        self.stops = self.test.stops
+        self.keep = "last" if solver.monotone and not self.stops else keep
+        self.compares = self.keep == "best" or self.stops  # whether an iterate's norm is used before the end
         self.history: list[tuple[Tensor, Tensor]] | None = [] if history else None
 
     def iterate(
@@ -217,7 +219,7 @@ class _Run:
         """Run `steps` more steps, with or without a graph, and the solver's final refinement."""
         with torch.set_grad_enabled(differentiable):
             problem = self.problem.with_graph() if differentiable else self.problem
-            contraction = Contraction(problem.box) if differentiable and self.tolerance > 0 else None
+            contraction = Contraction(problem.box) if differentiable and self.stops else None
             if fresh := progress is None:
                 progress = self._begin(problem)
             elif differentiable:
@@ -231,7 +233,7 @@ class _Run:
                 self._compiled(problem, progress, steps)
             else:
                 for _ in range(steps):
-                    if self.tolerance > 0 and not bool(self._working(progress).any()):
+                    if self.stops and not bool(self._working(progress).any()):
                         break
                     self._advance(progress, *self.solver.step(problem, progress.x, progress.state))
                     if contraction is not None:
@@ -268,7 +270,7 @@ class _Run:
         self._record(x, state.cost)
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         none = torch.zeros_like(sound)
-        done = self.test.close(norm, curvature, length) if self.tolerance > 0 else none
+        done = self.test.close(norm, curvature, length) if self.stops else none
         return _Progress(x, state, x, state.cost, norm, done, done, sound, steps, curvature, length, none, state.states)
 
     def _resume(self, problem: Problem, progress: _Progress) -> _Progress:
@@ -298,7 +300,7 @@ class _Run:
             finite = state.finite()
             moved = better = working & finite
             progress.sound = moved if working is progress.sound else progress.sound & (finite | ~working)
-        if self.tolerance > 0:
+        if self.stops:
             self._learn_curvature(progress, x.detach(), state, moved)
         if reading_is_free(x.device) and bool(moved.all()):
             progress.x, progress.state = x, state
@@ -314,7 +316,7 @@ class _Run:
             progress.best_norm = torch.where(better, norm, progress.best_norm)
             if progress.best_states is not None and progress.state.states is not None:
                 progress.best_states = choose(better, progress.state.states, progress.best_states)
-        if self.tolerance > 0:
+        if self.stops:
             progress.improved = progress.improved | better
             close = self.test.close(norm, progress.curvature, progress.length)
             progress.done, progress.reached = progress.done | close, progress.reached | close
@@ -341,7 +343,7 @@ class _Run:
 
     def _working(self, progress: _Progress) -> RowFlags:
         """Which rows take further steps. Without a tolerance, and in a tail that is differentiated, only a failure ends a row."""
-        return progress.sound if self.tolerance == 0 or progress.resumed else progress.sound & ~progress.done
+        return progress.sound if not self.stops or progress.resumed else progress.sound & ~progress.done
 
     def _learn_curvature(self, progress: _Progress, x: Points, state: State, moved: RowFlags) -> None:
         """Update the curvature and the length with the step about to be taken."""
@@ -370,8 +372,9 @@ class _Run:
             self.history.append((x.detach(), cost.detach()))
 
 
-def _tolerance(given: float | None, dtype: torch.dtype) -> float:
-    return (1e-9 if dtype == torch.float64 else 1e-5) if given is None else given
+def _tolerance(dtype: torch.dtype) -> float:
+    """The default tolerance."""
+    return 1e-9 if dtype == torch.float64 else 1e-5
 
 
 _CHUNK = 5
