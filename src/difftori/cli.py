@@ -160,6 +160,8 @@ def _data(words: list[str]) -> None:
 
     found = describe_demos(options.path)
     print_table(found.title(), found.table())
+    if found.tasks:
+        print_table("tasks: choose one with --episodes TASK", found.task_table())
 
 
 def _render(words: list[str]) -> None:

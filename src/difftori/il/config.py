@@ -41,8 +41,8 @@ class TrainConfig(BaseModel, Generic[SettingsT]):
     action_key: str | None = None
     """Key of the actions in `--demos` (default: `action` or `actions`)."""
     episodes: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] | None = None
-    """Episodes to read from `--demos`, as numbers and ranges, such as `0:50 60`, or the name of a list in robomimic's `mask/`
-    (default: all)."""
+    """Episodes to read from `--demos`, as numbers and ranges, such as `0:50 60`, or the text of a task of LeRobot, or the name of
+    a list in robomimic's `mask/` (default: all)."""
     held_out: float | None = Field(default=None, ge=0, lt=1)
     """Share of the demonstration episodes that is held out for validation, at least one; 0 holds out none (default: 0.02, or 0.1
     without an environment)."""

@@ -11,7 +11,7 @@ import torch
 
 from difftori.data.download import find_demos
 from difftori.data.fingerprint import Fingerprint, changes
-from difftori.data.formats import Entries, has_keys, read_demos
+from difftori.data.formats import TASKS, Entries, has_keys, read_demos
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.errors import ConfigError, DataError
@@ -44,10 +44,19 @@ class DemosOptions:
         episodes = None if self.episodes is None else list(self.episodes)
         subset = None
         if episodes is not None and len(episodes) == 1 and re.search(r"[^\W\d]", episodes[0]):
-            subset, episodes = episodes[0], None  # the name of a list in mask/
+            subset, episodes = episodes[0], None  # the name of a list in mask/, or of a task
         chosen = entries if self.obs_keys is None else list(self.obs_keys)
         path = find_demos(self.demos, _log.warning)
-        return read_demos(path, chosen, action=self.action_key, episodes=episodes, subset=subset)
+        demos = read_demos(path, chosen, action=self.action_key, episodes=episodes, subset=subset)
+        if tasks := demos.about.get(TASKS):
+            _log.warning(
+                "demos: %s has episodes of %d tasks, but no policy reads the instruction, so it learns a mixture of them: %s. Fix: "
+                "choose one task, --episodes TASK",
+                path,
+                len(tasks),
+                ", ".join(f"{task!r} ({count})" for task, count in list(tasks.items())[:5]),
+            )
+        return demos
 
 
 def hold_out(

@@ -60,8 +60,12 @@ def test_a_data_set_is_described_as_it_is_read(tmp_path, write, capsys):
     assert named.keys() == {"action", *demos.obs}
     for name, values in {"action": demos.actions, **demos.obs}.items():
         assert math.prod(named[name].shape or ()) == values[0].numel()
-        limits = (values.min().item(), values.max().item()) if name in ("state", "gripper", "action") else (None, None)
-        assert (named[name].low, named[name].high) == pytest.approx(limits)
+        if name not in ("state", "gripper", "action"):
+            assert named[name].low is named[name].high is None
+            continue
+        each = values.flatten(1)
+        assert named[name].low == pytest.approx(each.amin(0).tolist())
+        assert named[name].high == pytest.approx(each.amax(0).tolist())
     assert cli.main(["data", str(tmp_path)]) == 0  # a folder with one data set stands for it
     out = capsys.readouterr().out
     assert f"{len(demos)} episodes, {sum(demos.lengths)} steps, 3 to 5 each" in " ".join(out.split())
@@ -73,10 +77,16 @@ def test_nan_is_shown_in_any_block(tmp_path):
         for episode in range(3):
             demo = file.create_group(f"data/demo_{episode}")
             demo["actions"] = np.full((4, 2), float(episode))
-            demo["obs/state"] = np.full((4, 3), np.nan if episode == 2 else 1.0)
-    (state,) = (key for key in describe_demos(tmp_path / "d.hdf5").keys if key.name == "state")
-    assert math.isnan(state.low)
-    assert math.isnan(state.high)
+            demo["obs/state"] = np.full((4, 3), 1.0)
+            demo["obs/state"][1, 1] = np.nan if episode == 1 else 1.0
+    found = describe_demos(tmp_path / "d.hdf5")
+    (state,) = (key for key in found.keys if key.name == "state")
+    assert [math.isnan(number) for number in state.low] == [math.isnan(number) for number in state.high]
+    assert [math.isnan(number) for number in state.low] == [False, True, False]
+    row = next(row for row in found.table() if row["name"] == "state")
+    assert (row["least"], row["greatest"]) == ("nan", "nan")
+    (action,) = (row for row in found.table() if row["name"] == "action")
+    assert (action["least"], action["greatest"]) == ("0 0", "2 2")
 
 
 def test_nothing_is_described_for_what_is_no_data_set(tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_entries_choose_rename_and_join(path):
         ({"episodes": ["1:4"]}, "there are no episodes 1:4; the data set has 3, from 0 to 2"),
         ({"episodes": ["first"]}, "'first' names no episodes"),
         ({"action": "cloud"}, r"an action has the shape \(5, 3\); actions must be"),
-        ({"subset": "train"}, "subset is 'train', but only robomimic"),
+        ({"subset": "train"}, "subset is 'train', but the data set has neither"),
         ({"storage": "mmap"}, "set folder if storage is 'mmap'"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from difftori.data._columns import Storage
 from difftori.data._filling import TensorWriter
-from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes, find_key
+from difftori.data.formats._keys import action_key, chosen_entries, chosen_episodes, episodes_of, find_key
 from difftori.data.formats._source import Entries, Source
 from difftori.data.formats.description import DemosDescription, describe
 from difftori.data.formats.lerobot import open_lerobot
@@ -20,6 +20,7 @@ from difftori.data.trajectories import Trajectories, make_spans
 from difftori.errors import DataError
 
 __all__ = [
+    "TASKS",
     "DemosDescription",
     "Entries",
     "describe_demos",
@@ -30,6 +31,8 @@ __all__ = [
     "write_zarr",
 ]
 
+TASKS = "tasks"
+"""The metadata of demonstrations of several tasks: the number of episodes of each, by its instruction."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KNOWN = (
     "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5), a ManiSkill file (.h5 and .json) or a LeRobot "
@@ -53,7 +56,7 @@ def read_demos(
     - a folder with `data/*` and `meta/episode_ends`: zarr, the layout of Diffusion Policy and DP3;
     - an HDF5 file with `data/demo_k`: robomimic; `subset` is the name of a list in `mask/`;
     - an HDF5 file with `traj_k`, and a JSON file of the same name: ManiSkill, with states or point clouds;
-    - a folder with `meta/info.json`: LeRobot v3 or v2; its videos are decoded;
+    - a folder with `meta/info.json`: LeRobot v3 or v2; its videos are decoded, and `subset` is the text of a task;
     - a folder that contains exactly one of these.
 
     `entries` maps each entry to the key that is read, such as {"state": "obs/object", "image": "obs/agentview_image"}; the
@@ -79,6 +82,8 @@ def read_demos(
         key = action_key(source, action)
         chosen = chosen_entries(source, entries, key)
         kept = None if episodes is None else chosen_episodes(episodes, len(source.ends), str(path))
+        if subset is not None and source.tasks:
+            kept = episodes_of(source, subset, kept)
         writer = TensorWriter.of(source.ends, kept, storage, folder, device)
         part = source.field(key)
         if len(part.shape) > 1:
@@ -86,7 +91,17 @@ def read_demos(
         # All keys are opened before the first one is read, which may take minutes.
         fields = {name: [source.field(one) for one in keys] for name, keys in chosen.items()}
         obs = {name: writer.fill(parts) for name, parts in fields.items()}
-        return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), source.about)
+        about = source.about
+        if len(counts := _counts(source, kept)) > 1:
+            about = {**about, TASKS: counts}
+        return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), about)
+
+
+def _counts(source: Source, kept: Sequence[int] | None) -> dict[str, int]:
+    """Return the number of episodes of each task, among those that are kept (default: all)."""
+    chosen = None if kept is None else set(kept)
+    counts = {t: sum(chosen is None or e in chosen for e in episodes) for t, episodes in source.tasks.items()}
+    return {task: count for task, count in counts.items() if count}
 
 
 def describe_demos(path: Path | str) -> DemosDescription:
@@ -124,15 +139,21 @@ def _opened(path: Path, subset: str | None) -> Iterator[Source]:
         with open_robomimic(path, subset) as source:
             yield source
         return
-    if subset is not None:
-        raise DataError(
-            f"{path}: subset is {subset!r}, but only robomimic files have lists of demonstrations. Fix: omit subset"
-        )
     if _is_hdf5(path):
         with open_maniskill(path) as source:
-            yield source
+            yield _with_tasks(source, subset)
         return
-    yield open_lerobot(path) if (path / "meta" / "info.json").is_file() else open_zarr(path)
+    yield _with_tasks(open_lerobot(path) if (path / "meta" / "info.json").is_file() else open_zarr(path), subset)
+
+
+def _with_tasks(source: Source, subset: str | None) -> Source:
+    """Return the source. Raises DataError for a subset of a data set without tasks."""
+    if subset is not None and not source.tasks:
+        raise DataError(
+            f"{source.path}: subset is {subset!r}, but the data set has neither tasks nor lists of demonstrations. Fix: omit subset, "
+            "or choose episodes by number"
+        )
+    return source
 
 
 def _is_set(path: Path) -> bool:

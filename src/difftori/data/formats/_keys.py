@@ -87,6 +87,18 @@ def chosen_episodes(words: Sequence[str | int], count: int, place: str) -> list[
     return sorted(chosen)
 
 
+def episodes_of(source: Source, task: str, kept: Sequence[int] | None) -> list[int]:
+    """Return the episodes of a task, of those that are kept (default: all). Raises DataError if there are none."""
+    if task not in source.tasks:
+        raise DataError(
+            f"{source.path}: no task {task!r}. Fix: choose from {', '.join(map(repr, list(source.tasks)[:20]))}, or give episodes by number"
+        )
+    found = [episode for episode in source.tasks[task] if kept is None or episode in kept]
+    if not found:
+        raise DataError(f"{source.path}: none of the chosen episodes is of the task {task!r}. Fix: choose others")
+    return found
+
+
 def _parsed(source: Source, word: str) -> tuple[str, tuple[str, ...]]:
     """Return the name and the keys of a word `NAME=KEY`, `NAME=KEY,KEY` or `KEY`. A key alone keeps its short name."""
     name, sign, keys = word.partition("=")

@@ -21,7 +21,7 @@ from difftori.data.formats._lerobot_layout import (
     video_file,
     video_file_v2,
 )
-from difftori.data.formats._parquet import as_numbers, read_batches
+from difftori.data.formats._parquet import as_numbers, has_column, read_batches
 from difftori.data.formats._source import parse_json
 from difftori.errors import DataError
 
@@ -34,11 +34,23 @@ Clip: TypeAlias = tuple[Path, np.ndarray]
 @final
 @dataclass(frozen=True)
 class Episodes:
-    """The ends of the episodes (E) in steps, the parquet files of all steps in order, and the clips of a camera by its key."""
+    """The ends of the episodes (E) in steps, the parquet files of all steps in order, and the clips of a camera by its key.
+
+    `tasks`: the instructions of each episode, usually one; no entry if the data set has none.
+    """
 
     ends: np.ndarray
     files: tuple[Path, ...]
     clips: Callable[[str], Iterator[Clip]]
+    tasks: tuple[tuple[str, ...], ...]
+
+    def by_task(self) -> dict[str, tuple[int, ...]]:
+        """Return the episodes of each task, in the order in which the tasks first occur."""
+        found: dict[str, list[int]] = {}
+        for episode, tasks in enumerate(self.tasks):
+            for task in dict.fromkeys(tasks):
+                found.setdefault(task, []).append(episode)
+        return {task: tuple(episodes) for task, episodes in found.items()}
 
 
 def read_episodes(path: Path, info: dict[str, Any]) -> Episodes:
@@ -90,13 +102,14 @@ def _read_v3(path: Path, info: dict[str, Any]) -> Episodes:
             times = [begins[episode] + np.arange(lengths[episode]) / fps for episode in group]
             yield video_file(path, key, int(chunk), int(file)), np.concatenate(times)
 
-    return Episodes(ends, files, clips)
+    return Episodes(ends, files, clips, _tasks(path))
 
 
 def _read_v2(path: Path, info: dict[str, Any]) -> Episodes:
     """Every episode has its own file of steps, and its own video of each camera."""
     place = path / EPISODES_V2
-    lengths = _lengths_v2(place)
+    rows = _rows_v2(place)
+    lengths = [row["length"] for row in rows]
     ends = checked_ends(np.cumsum(lengths), str(place))
     chunks = info.get("chunks_size", FILES_PER_CHUNK)
     if not isinstance(chunks, int) or chunks < 1:
@@ -107,12 +120,13 @@ def _read_v2(path: Path, info: dict[str, Any]) -> Episodes:
         for episode, length in enumerate(lengths):
             yield video_file_v2(path, key, episode // chunks, episode), np.arange(length) / fps
 
-    return Episodes(ends, tuple(data_file_v2(path, e // chunks, e) for e in range(len(lengths))), clips)
+    files = tuple(data_file_v2(path, e // chunks, e) for e in range(len(lengths)))
+    return Episodes(ends, files, clips, _texts([row.get("tasks") for row in rows], str(place)))
 
 
-def _lengths_v2(place: Path) -> list[int]:
-    """Read the numbers of steps of the episodes, in their order."""
-    found: dict[int, int] = {}
+def _rows_v2(place: Path) -> list[dict[str, Any]]:
+    """Read what the file says of each episode, in their order: `length`, and usually `tasks`."""
+    found: dict[int, dict[str, Any]] = {}
     try:
         lines = place.read_text(encoding="utf-8").split("\n")  # texts may contain other ends of lines
     except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +140,7 @@ def _lengths_v2(place: Path) -> list[int]:
         index, length = (row.get(name) if isinstance(row, dict) else None for name in ("episode_index", "length"))
         if not isinstance(index, int) or not isinstance(length, int) or index in found:
             raise DataError(f"{place}, line {number}: no further episode with its length. Fix: restore the file")
-        found[index] = length
+        found[index] = row
     if sorted(found) != list(range(len(found))):
         raise DataError(f"{place}: does not list each episode exactly once, from 0 on. Fix: restore the file")
     return [found[index] for index in range(len(found))]
@@ -140,16 +154,20 @@ def frames_per_second(path: Path, info: dict[str, Any]) -> float:
     return float(fps)
 
 
-def _episode_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read columns of one number per episode (E) from `meta/episodes`, in the order of the episodes."""
+def _episode_files(path: Path) -> list[Path]:
     files = sorted((path / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
     if not files:
         raise DataError(
             f"{path}: no meta/episodes/chunk-*/file-*.parquet; the data set is incomplete. Fix: restore the file"
         )
+    return files
+
+
+def _episode_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read columns of one number per episode (E) from `meta/episodes`, in the order of the episodes."""
     wanted = ["episode_index", *names]
     blocks = {name: [] for name in wanted}
-    for file in files:
+    for file in _episode_files(path):
         for columns in read_batches(file, wanted, _ROWS):
             for name, column in zip(wanted, columns, strict=True):
                 blocks[name].append(as_numbers(column, (), f"{file}: {name}"))
@@ -160,6 +178,27 @@ def _episode_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             f"{path}: meta/episodes does not list each episode exactly once, from 0 on. Fix: restore the file"
         )
     return {name: table[name][order] for name in names}
+
+
+def _tasks(path: Path) -> tuple[tuple[str, ...], ...]:
+    """Read the tasks of each episode from `meta/episodes`; none if there is no such column."""
+    found: dict[int, Any] = {}
+    for file in _episode_files(path):
+        if not has_column(file, "tasks"):
+            return ()
+        for numbers, tasks in read_batches(file, ["episode_index", "tasks"], _ROWS):
+            found.update(zip(numbers.to_pylist(), tasks.to_pylist(), strict=True))
+    return _texts([found[number] for number in sorted(found)], f"{path}: meta/episodes")
+
+
+def _texts(tasks: Sequence[Any], place: str) -> tuple[tuple[str, ...], ...]:
+    """Return the tasks of each episode. Raises DataError unless all are lists of texts, or all are missing."""
+    if all(each is None for each in tasks):
+        return ()
+    for number, each in enumerate(tasks):
+        if not isinstance(each, list) or not all(isinstance(task, str) for task in each):
+            raise DataError(f"{place}: the tasks of episode {number} are {each!r}, no texts. Fix: restore the file")
+    return tuple(tuple(each) for each in tasks)
 
 
 def _check_steps(episodes: Episodes) -> None:

@@ -35,6 +35,17 @@ def read_batches(path: Path, columns: Sequence[str], rows: int) -> Iterator[list
         ) from error
 
 
+def has_column(path: Path, name: str) -> bool:
+    """Return whether the file has this column. Raises DataError if it cannot be read."""
+    parquet = need("pyarrow.parquet")
+    try:
+        return name in parquet.read_schema(path).names
+    except _FAULTS as error:
+        raise DataError(
+            f"{path}: no readable parquet file ({error}); it is truncated or damaged. Fix: restore it"
+        ) from error
+
+
 def as_numbers(column: Any, shape: tuple[int, ...], place: str) -> np.ndarray:
     """Convert an Arrow array of nested lists to numbers (B …), each of this `shape`.
 

@@ -35,6 +35,11 @@ class Source(ABC):
     ends: np.ndarray
     about: dict[str, Any]
 
+    @property
+    def tasks(self) -> dict[str, tuple[int, ...]]:
+        """The episodes of each task by its instruction, in the order in which they first occur; empty if none are recorded."""
+        return {}
+
     @abstractmethod
     def field(self, key: str) -> Field:
         """Return the rows of a key, read lazily. Raises DataError, at once or while reading, if they are invalid."""

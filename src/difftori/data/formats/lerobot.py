@@ -33,6 +33,11 @@ class LeRobotSource(Source):
     episodes: Episodes
     info: dict[str, Any]
 
+    @property
+    def tasks(self) -> dict[str, tuple[int, ...]]:
+        """The episodes of each task."""
+        return self.episodes.by_task()
+
     def field(self, key: str) -> Field:
         """Return the rows of a key: numbers and images from the parquet files, videos from the video files."""
         place = f"{self.path}: {key}"
