@@ -184,7 +184,7 @@ def test_the_json_file_is_needed(write):
 
 
 def test_lists_of_demonstrations_are_robomimics(write):
-    with pytest.raises(DataError, match="only robomimic files"):
+    with pytest.raises(DataError, match="neither tasks nor lists of demonstrations"):
         read_demos(write(), subset="train")
 
 
