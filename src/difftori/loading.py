@@ -13,7 +13,8 @@ from torch import Tensor
 from difftori.envs.base import rescaled
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.hub import download, hub_name
-from difftori.il.evaluate import Which, default_weights, load_policy, seeded_actor
+from difftori.il.evaluate import seeded_actor
+from difftori.il.weights import Which, default_weights, load_policy
 from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import Base, NormalizedPolicy, checked_base
 from difftori.published import (
@@ -26,7 +27,8 @@ from difftori.published import (
     load_published,
     write_published,
 )
-from difftori.rl.evaluate import AgentInRows, load_agent
+from difftori.rl.evaluate import AgentInRows
+from difftori.rl.weights import load_agent
 from difftori.rollout import PolicyInRows
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded

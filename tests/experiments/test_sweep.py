@@ -20,7 +20,7 @@ from difftori.experiments.plan import beside, plan, read_sweep
 from difftori.experiments.pool import Failure
 from difftori.experiments.ray_cluster import _missing_machine, on_ray
 from difftori.experiments.status import RunStatus, counts, run_status, table
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.runs.checkpoint import weights_digest
 
 # Looked for, not imported: its set-up closes every handler of the process, and with absl's the stream that pytest reads.

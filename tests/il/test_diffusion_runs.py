@@ -7,8 +7,9 @@ from tiny_env.reach import ENV, write_demos
 from difftori import cli
 from difftori.il.base import WithBase, base_actions
 from difftori.il.config import TrainConfig, parse_config
-from difftori.il.evaluate import evaluate_run, load_policy
+from difftori.il.evaluate import evaluate_run
 from difftori.il.train import train
+from difftori.il.weights import load_policy
 from difftori.policies.difftori import DiffTORI
 from difftori.runs import run
 from difftori.runs.checkpoint import Checkpoints, weights_digest

@@ -11,9 +11,10 @@ from tiny_imitation import Alternating, Tiny, make, tiny_config
 
 from difftori import cli
 from difftori.errors import CheckpointError, ConfigError, NonFiniteError, ObjectiveError
-from difftori.il.evaluate import evaluate_run, load_policy
+from difftori.il.evaluate import evaluate_run
 from difftori.il.learner import Learner, make_optimizer, validation_error
 from difftori.il.train import train
+from difftori.il.weights import load_policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs import run
 from difftori.runs.checkpoint import weights_digest

@@ -13,9 +13,10 @@ from difftori import cli
 from difftori.errors import ConfigError
 from difftori.il.config import parse_config
 from difftori.il.env_task import TEST_SEED, EnvTask
-from difftori.il.evaluate import evaluate_run, load_policy
+from difftori.il.evaluate import evaluate_run
 from difftori.il.learner import Learner
 from difftori.il.train import train
+from difftori.il.weights import load_policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.records import read_config

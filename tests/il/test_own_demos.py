@@ -19,9 +19,10 @@ from difftori.data.trajectories import Trajectories
 from difftori.errors import ConfigError, DataError
 from difftori.il.config import parse_config
 from difftori.il.demos_task import DemosTask
-from difftori.il.evaluate import evaluate_run, load_policy
+from difftori.il.evaluate import evaluate_run
 from difftori.il.recorded import DemosOptions
 from difftori.il.train import train
+from difftori.il.weights import load_policy
 from difftori.runs.records import read_summary
 from tests.support.own_demos import SIDE, episodes, write_lerobot_set, write_robomimic_set, write_zarr_set
 

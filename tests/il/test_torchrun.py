@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from difftori.cli import main
 from difftori.il.distributed import Distributed
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.runs.records import read_metrics, read_summary
 from difftori.types import Window
 

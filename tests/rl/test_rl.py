@@ -21,7 +21,8 @@ from difftori.registry import find_agent, find_agents, make_env
 from difftori.rl import train as rl
 from difftori.rl.collector import Collector
 from difftori.rl.config import RLConfig, parse_rl_config
-from difftori.rl.evaluate import evaluate, evaluate_run, load_agent, write_agent
+from difftori.rl.evaluate import evaluate, evaluate_run
+from difftori.rl.weights import load_agent, write_agent
 from difftori.rollout import episode_seed
 from difftori.runs.checkpoint import Checkpoints, _read, read_weights, weights_digest, write_weights
 from difftori.runs.records import read_config, read_metrics, to_yaml

@@ -11,10 +11,10 @@ from tiny_env.reach import ENV, write_demos
 
 from difftori.errors import ConfigError, DataError
 from difftori.il.evaluate import evaluate_run as evaluate_policy_run
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
-from difftori.rl.evaluate import load_agent
+from difftori.rl.weights import load_agent
 from difftori.rollout import PolicyInRows
 from difftori.runs.checkpoint import weights_digest
 from difftori.runs.process import hold

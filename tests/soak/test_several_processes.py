@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.runs.checkpoint import weights_digest
 from tests.support.waiting import wait_until
 

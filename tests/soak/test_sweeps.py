@@ -19,7 +19,7 @@ from difftori.experiments.plan import plan, read_sweep
 from difftori.experiments.slurm import on_slurm
 from difftori.experiments.status import run_status
 from difftori.experiments.sweep import run_sweep
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.runs.checkpoint import weights_digest
 
 pytestmark = [

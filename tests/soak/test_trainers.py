@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from difftori.cli import main
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.runs.checkpoint import Checkpoints, weights_digest
 from difftori.runs.records import read_config, read_metrics, read_summary
 from difftori.runs.run import Run
@@ -72,7 +72,7 @@ def went_on(out: Path, began: float) -> bool:
 def digest(out: Path) -> str:
     if "policy" in read_config(out):
         return weights_digest(load_policy(out, "last")[0].policy)
-    from difftori.rl.evaluate import load_agent
+    from difftori.rl.weights import load_agent
 
     return weights_digest(load_agent(out)[0])
 

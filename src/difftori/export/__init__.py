@@ -17,7 +17,7 @@ from difftori.export.files import READERS, WRITERS, Call, Format
 from difftori.export.noise import Draw, draws_of, noise, noise_inputs, supplied
 from difftori.export.programs import Program, program_of
 from difftori.export.tracing import described, trace
-from difftori.il.evaluate import Which
+from difftori.il.weights import Which
 from difftori.loading import in_memory, open_model
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.published import Published

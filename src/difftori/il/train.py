@@ -15,10 +15,11 @@ from difftori.errors import CheckpointError, ConfigError
 from difftori.il.base import WithBase, copy_base, kept_base_actions, warn_of_split
 from difftori.il.config import TrainConfig
 from difftori.il.distributed import Distributed
-from difftori.il.evaluate import evaluate, restored_base, write_policy
+from difftori.il.evaluate import evaluate
 from difftori.il.learner import Learner, TrainLoop, run_length
 from difftori.il.recorded import check_base_data, check_data
 from difftori.il.tasks import Evaluation, ImitationTask
+from difftori.il.weights import restored_base, write_policy
 from difftori.interfaces import Dataset, PolicyConfig
 from difftori.policies.normalized import NormalizedPolicy, described
 from difftori.runs.checkpoint import Checkpoint, State, read_weights, replace_file

@@ -14,8 +14,8 @@ import numpy as np
 
 from difftori.errors import DataError
 from difftori.experiments.statistics import Estimate, student_interval, student_quantile
-from difftori.il.evaluate import Which
 from difftori.il.recorded import read_record
+from difftori.il.weights import Which
 from difftori.rollout import wilson_interval
 from difftori.runs.figures import RESULTS
 from difftori.runs.page import read_evaluations

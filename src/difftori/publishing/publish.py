@@ -8,7 +8,7 @@ from typing import Any
 
 from difftori.errors import ConfigError
 from difftori.hub import PREFIX, hub_name, library, upload
-from difftori.il.evaluate import Which
+from difftori.il.weights import Which
 from difftori.loading import open_model
 from difftori.published import CARD, FILES, Published, weights_bytes, write_published
 from difftori.publishing.card import About, render_card

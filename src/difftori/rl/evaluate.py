@@ -1,7 +1,7 @@
 """Evaluate an agent during training, and from a run directory."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch import Tensor
 from difftori.envs.base import EnvironmentRestarted, Observation, env_spec
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.video import write_video
-from difftori.errors import CheckpointError, ConfigError
+from difftori.errors import ConfigError
 from difftori.interfaces import Agent, Memory
 from difftori.rl.acting import Acting
-from difftori.rl.config import RLConfig, parse_rl_config
+from difftori.rl.config import RLConfig
+from difftori.rl.weights import load_agent
 from difftori.rollout import ActInRows, episode_seed, record, run_episodes
-from difftori.runs.checkpoint import State, read_weights, write_weights
 from difftori.runs.page import keep_evaluation
 from difftori.runs.progress import Progress
-from difftori.runs.records import read_config
 from difftori.runs.run import seeded
 from difftori.steering import Steering
 from difftori.types import EnvSpec, Metrics
@@ -169,39 +168,6 @@ def eval_metrics(result: EvalResult) -> Metrics:
     }
 
 
-def write_agent(run_dir: Path, agent: Agent, config: RLConfig, agent_steps: int) -> None:
-    """Write `agent.pt` with the agent's weights and everything that `load_agent` needs to build it, and its sha256."""
-    write_weights(
-        run_dir / "agent.pt",
-        {
-            "agent": agent.state_dict(),
-            "spec": spec_state(agent.spec),
-            "collector": {"agent_steps": agent_steps},
-            "config": config.model_dump(mode="json"),
-        },
-    )
-
-
-def load_agent(
-    run_dir: Path, *, device: str = "cpu", changes: Mapping[str, Any] | None = None
-) -> tuple[Agent, RLConfig, int]:
-    """Load the agent of a run on `device`. Returns the agent, its configuration (with `changes`), and its number of agent steps.
-
-    For an unfinished run, the weights of its newest valid checkpoint are loaded. The environment need not be installed.
-    """
-    config = parse_rl_config({**read_config(run_dir), "device": device, **(changes or {})}, check_env=False)
-    state = read_weights(run_dir / "agent.pt")
-    agent = config.agent_type(config.settings, spec_from(state["spec"])).to(device)
-    agent.compiles = config.compile
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
-    counts = state["collector"]
-    steps = counts["agent_steps"] if "agent_steps" in counts else counts["decisions"]  # the earlier name
-    return agent.eval(), config, int(steps)
-
-
 def evaluate_run(
     run_dir: Path,
     *,
@@ -261,19 +227,6 @@ def film(agent: Agent, config: RLConfig, agent_steps: int, run_dir: Path) -> Pat
     finally:
         env.close()
     return write_video(recording, run_dir / "media", "episode")
-
-
-def spec_state(spec: EnvSpec) -> State:
-    """Convert a specification to plain values."""
-    return {**asdict(spec), "obs_shape": list(spec.obs_shape)}
-
-
-def spec_from(state: State) -> EnvSpec:
-    """Restore a specification from the output of `spec_state`."""
-    parts = state.get("flattened")
-    if parts is not None:
-        parts = tuple((str(name), tuple(shape)) for name, shape in parts)
-    return EnvSpec(**{**state, "obs_shape": tuple(state["obs_shape"]), "flattened": parts})
 
 
 def _returns_to_go(

@@ -17,8 +17,9 @@ from difftori.interfaces import Memory
 from difftori.rl.acting import Acting
 from difftori.rl.collector import Collector, EpisodeSummary
 from difftori.rl.config import RLConfig
-from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation, spec_state, write_agent
+from difftori.rl.evaluate import EvalResult, eval_metrics, evaluate_agent, open_evaluation
 from difftori.rl.learning import Learning
+from difftori.rl.weights import spec_state, write_agent
 from difftori.rollout import check_episode, check_seeding
 from difftori.runs.checkpoint import State
 from difftori.runs.process import StopRequested, StopSignal

@@ -17,7 +17,7 @@ from torch import Tensor
 from difftori.errors import ConfigError
 from difftori.experiments.plots import MARKERS, PALETTE, footnote, save_svg, style
 from difftori.il.env_task import TEST_SEED, EnvEvaluator
-from difftori.il.evaluate import load_policy
+from difftori.il.weights import load_policy
 from difftori.policies.difftori import DiffTORI
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.registry import resolve_env

@@ -42,7 +42,8 @@ from difftori.experiments.pool import RunsFailedError, report_failures
 from difftori.experiments.records import SOFTWARE, append_line, read_lines
 from difftori.experiments.study import Method, Result
 from difftori.il.env_task import EVAL_ROWS, TEST_SEED, EnvEvaluator
-from difftori.il.evaluate import load_policy, seeded_actor
+from difftori.il.evaluate import seeded_actor
+from difftori.il.weights import load_policy
 from difftori.registry import resolve_env
 from difftori.rollout import PolicyInRows, named, record, run_episodes
 from difftori.runs.process import versions

@@ -29,9 +29,9 @@ from difftori.experiments.paper.table8_report import Evaluation, SeedResult, wri
 from difftori.experiments.plots import save_svg
 from difftori.experiments.statistics import paired_difference
 from difftori.il.config import TrainConfig, parse_config
-from difftori.il.evaluate import load_policy
 from difftori.il.pendulum_task import expert_plans
 from difftori.il.train import train
+from difftori.il.weights import load_policy
 from difftori.policies.normalized import NormalizedPolicy
 from difftori.runs.records import is_finished, read_metrics
 from difftori.types import Plans, States, state_obs
