@@ -71,12 +71,12 @@ class Guard:
             return norm
         if self.clip_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(stepped, self.clip_norm, norm)
-        if not waits:
-            # Otherwise Adam refuses to be recorded; with it, it warns when it is not.
-            for group in self.inner.param_groups:
-                group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()
-            # Where Adam's kernel looks up whether to leave everything as it is.
-            self.inner.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+        # Otherwise Adam refuses to be recorded; with it, it warns when it is not.
+        recording = norm.is_cuda and torch.cuda.is_current_stream_capturing()
+        for group in self.inner.param_groups:
+            group["capturable"] = recording
+        # Where Adam's kernel looks up whether to leave everything as it is.
+        self.inner.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.inner.step()
         return norm
 
