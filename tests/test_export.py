@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,43 @@ def test_an_agents_file_acts_without_this_package(agent_file, agent_run, monkeyp
         monkeypatch.setitem(sys.modules, name, None)
     runpy.run_path(str(EXAMPLE))
     assert [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()] == pytest.approx(returns, abs=0.2)
+
+
+def test_the_program_draws_each_input_by_its_law_and_repeats_actions(monkeypatch, tmp_path, capsys):
+    gymnasium, onnxruntime = pytest.importorskip("gymnasium"), pytest.importorskip("onnxruntime")
+    inputs = {"state": {"shape": ["rows", 3]}, "normal": {"shape": ["rows", 50], "random": "standard normal"}}
+    inputs |= {"uniform": {"shape": ["rows", 50], "random": "uniform in [0, 1)"}}
+    about, given, steps = {"inputs": inputs, "outputs": ["actions"], "action_repeat": 3}, [], []
+
+    class Session:
+        def __init__(self, path):
+            pass
+
+        def get_modelmeta(self):
+            return SimpleNamespace(custom_metadata_map={"difftori": json.dumps(about)})
+
+        def run(self, outputs, values):
+            given.append(values)
+            return [np.zeros((1, 1), np.float32)]
+
+    class Env:
+        def reset(self, seed):
+            return np.zeros(3), {}
+
+        def step(self, action):
+            steps.append(action)
+            return np.zeros(3), 1.0, len(steps) % 7 == 0, False, {}
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(gymnasium, "make", lambda name: Env())
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "a.onnx", "Own-v0"])
+    runpy.run_path(str(EXAMPLE))
+    assert capsys.readouterr().out.count("return 7.0") == 3
+    assert (len(given), len(steps)) == (9, 21)
+    normal, uniform = (np.stack([values[name] for values in given]) for name in ("normal", "uniform"))
+    assert normal.min() < -1.5
+    assert 0.0 <= uniform.min() < 0.05
+    assert 0.95 < uniform.max() <= 1.0
 
 
 def test_a_pt2_file_takes_any_number_of_rows(policy_run, tmp_path):

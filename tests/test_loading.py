@@ -15,10 +15,14 @@ from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.il.env_task import TEST_SEED
 from difftori.il.evaluate import evaluate_run as evaluate_policy_run
 from difftori.loading import LoadedPolicy, _converted
+from difftori.registry import find_agents
+from difftori.rl.evaluate import AgentInRows
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import episode_seed
+from difftori.runs.checkpoint import read_weights, write_weights
 from difftori.types import EntrySpec, Moments
 from tests.support import tiny_runs
+from tests.support.agents import build as build_agent
 from tests.support.tiny_runs import trained
 
 
@@ -217,6 +221,11 @@ def test_a_cameras_bytes_are_in_the_units_of_recorded_images_from_0_to_1():
     for mask in (image > 127, dark):
         assert np.array_equal(convert(mask, masks), mask)
     assert np.array_equal(convert(image, metres), image)
+    for bright in (image.astype(np.float32), image.astype(np.int64)):
+        with pytest.raises(
+            ShapeError, match=r"image is .* up to 2\d\d, but was recorded as .* in \[0, 1\]. Fix: give these, or uint8"
+        ):
+            convert(bright, recorded)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -286,3 +295,48 @@ def test_a_grey_image_is_no_frame_of_an_rgb_stack():
         _converted("state", images, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="")
     rgb = np.zeros((2, 84, 84, 3), np.uint8)[..., ::-1]
     assert _converted("state", rgb, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="").shape == (2, 3, 84, 84)
+
+
+def test_frames_that_an_agent_could_not_act_on_are_not_kept():
+    shown = []
+
+    def act(obs, first, active):
+        shown.append(obs[0, ::3, 0, 0].tolist())
+        if len(shown) == 2:
+            raise OSError("camera")
+        return np.zeros((1, 1), np.float32)
+
+    policy = LoadedPolicy(lambda: act, "own", {"state": EntrySpec((9, 4, 4), "uint8")}, (-1.0,), (1.0,), scaled=True)
+    for value in (1, 2, 2):
+        try:
+            policy.act(np.full((3, 4, 4), value, np.uint8))
+        except OSError:
+            pass
+    assert shown == [[1, 1, 1], [1, 1, 2], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("run", ["policy_run", "agent_run"])
+def test_weights_with_nan_are_refused(run, request, tmp_path):
+    """A solve would hide them: it returns its start."""
+    folder = shutil.copytree(request.getfixturevalue(run), tmp_path / "run")
+    file = folder / ("policy.pt" if run == "policy_run" else "agent.pt")
+    state = read_weights(file)
+    weights = state["learner"]["policy"] if run == "policy_run" else state["agent"]
+    name = next(name for name, value in weights.items() if value.is_floating_point())
+    weights[name].view(-1)[0] = torch.nan
+    write_weights(file, state)
+    with pytest.raises(NonFiniteError, match=f"NaN or Inf in {name}. Fix: train again"):
+        difftori.load(folder, which="last" if run == "policy_run" else None)
+
+
+@pytest.mark.parametrize("name", sorted(find_agents()))
+def test_an_observation_beyond_the_networks_range_is_no_action(name):
+    agent = build_agent(name)
+    rows = AgentInRows(agent.eval(), step=0, generator=torch.Generator())
+    policy = LoadedPolicy(lambda: rows, name, agent.spec.obs, (-1.0,) * 2, (1.0,) * 2, scaled=True)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10.0)
+    with pytest.raises(NonFiniteError, match=f"the action of {name} has NaN"):
+        policy.act(np.full(agent.spec.obs_shape, 3e38, np.float32))

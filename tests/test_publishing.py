@@ -26,6 +26,7 @@ from difftori.publishing.licence import checked_license, header_of
 from difftori.publishing.publish import PublishRequest, publish
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
 from difftori.rollout import wilson_interval
+from difftori.runs.checkpoint import read_weights, write_weights
 from difftori.types import TaskSpec
 from tests.support.tiny_runs import trained
 
@@ -333,6 +334,33 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(folder, tm
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         difftori.load(folder)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_configuration_of_a_huge_network_is_refused_before_it_is_built(folder):
+    """Of a stranger's folder, whose sums are right."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["settings"]["hidden"] = [200_000, 200_000]
+    rewritten(folder, "config.yaml", yaml.safe_dump(config).encode())
+    with pytest.raises(CheckpointError, match=r"do not fit the configuration: .*200000"):
+        difftori.load(folder)
+
+
+def test_weights_with_nan_replace_nothing(folder, bc, tmp_path):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    run = shutil.copytree(bc, tmp_path / "run")
+    policy = difftori.loading.open_model(bc).component
+    with torch.no_grad():
+        next(policy.policy.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or Inf in model"):
+        difftori.save(policy, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    state = read_weights(run / "policy.pt")
+    for weights in (state["learner"]["policy"], state["learner"]["best"]):
+        next(iter(weights.values())).view(-1)[0] = torch.nan
+    write_weights(run / "policy.pt", state)
+    with pytest.raises(NonFiniteError):
+        published(run, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_weights_that_do_not_fit_are_named(folder):

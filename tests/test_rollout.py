@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_env.reach import ENV, STEPS, Reach, expert
 
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, NonFiniteError
 from difftori.registry import make_env
 from difftori.rollout import PolicyInRows, evaluate_policy, named, run_episodes, wilson_interval
 from difftori.runs.process import StopRequested
@@ -138,3 +138,31 @@ def test_images_come_with_their_channels_last():
 )
 def test_wilsons_interval(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_an_error_while_planning_changes_nothing_that_is_kept():
+    """A step that failed can be repeated: the history does not contain it twice, and no part of its plan is executed."""
+    task, shown, plans = spec(n_obs_steps=2, horizon=4, n_action_steps=3), [], []
+
+    def act(obs):
+        shown.append(obs["state"][0, :, 0].tolist())
+        plan = 10 * obs["state"][:, -1:].expand(-1, 4, -1) + torch.arange(-1.0, 3.0)[None, :, None]
+        if len(shown) == 2:
+            raise OSError("camera")
+        if len(shown) == 3:
+            plan = torch.where(torch.arange(4)[None, :, None] == 2, torch.nan, plan)  # in the second action
+        return plan
+
+    policy, active = PolicyInRows(act, task), np.ones(1, dtype=bool)
+
+    def step(value, begin=False):
+        return policy(np.full((1, 2), value, np.float32), np.full(1, begin), active)[0, 0]
+
+    plans = [step(1.0, begin=True), step(2.0), step(3.0)]
+    with pytest.raises(OSError, match="camera"):
+        step(4.0)
+    with pytest.raises(NonFiniteError, match="plan has NaN"):
+        step(4.0)
+    plans += [step(4.0), step(5.0), step(6.0), step(7.0)]
+    assert plans == [10.0, 11.0, 12.0, 40.0, 41.0, 42.0, 70.0]
+    assert shown == [[1, 1], [3, 4], [3, 4], [3, 4], [6, 7]]

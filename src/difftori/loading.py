@@ -30,6 +30,7 @@ from difftori.published import (
 from difftori.rl.evaluate import AgentInRows
 from difftori.rl.weights import load_agent
 from difftori.rollout import PolicyInRows
+from difftori.runs.checkpoint import check_finite
 from difftori.runs.records import read_config
 from difftori.runs.run import seeded
 from difftori.steering import PlanFunction, Steering
@@ -61,10 +62,12 @@ def load(
     is imported only if its module is in `trust_code`, such as `["my_pkg.my_policy"]`.
 
     Raises ConfigError if `run` is neither of these or names a module that is not trusted, or if `base` is missing or of no use,
-    CheckpointError if its weights are missing or damaged or cannot be downloaded, and MissingExtraError without the extra `hub`.
+    CheckpointError if its weights are missing or damaged or cannot be downloaded, NonFiniteError if they have NaN or Inf, and
+    MissingExtraError without the extra `hub`.
     """
     if isinstance(run, NormalizedPolicy):
         model = in_memory(run, base=base, which=which, device=device, revision=revision, trust_code=trust_code)
+        check_finite(model.tensors, "run: a policy in memory")
         return _in_closed_loop(model, str(next(run.policy.parameters()).device))
     device = "cpu" if device is None else device
     model = open_model(run, base=base, which=which, device=device, revision=revision, trust_code=trust_code)
@@ -296,13 +299,14 @@ class LoadedPolicy:
             name: _converted(name, values, self.obs[name], stacked=self._scaled, parts=parts)
             for name, values in arrays.items()
         }
+        frames = self._frames
         if self._scaled:
-            inputs = self._stacked(inputs[_STATE], first)
+            inputs = frames = self._stacked(inputs[_STATE], first)
         active = np.ones(rows, dtype=bool)
         actions = self._act(inputs, first, active) if steering is None else self._act(inputs, first, active, steering)
         if self._scaled:
             actions = rescaled(actions, self.low, self.high).astype(np.float32)
-        self._first = np.zeros(rows, dtype=bool)
+        self._first, self._frames = np.zeros(rows, dtype=bool), frames
         if not np.isfinite(actions).all():
             raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs, then reset()")
         chosen = actions if batched else actions[0]
@@ -355,17 +359,16 @@ class LoadedPolicy:
         return set(extra.values()) == {1}
 
     def _stacked(self, values: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Append single frames (B C height width) to the last ones, if the agent needs stacked frames."""
+        """Return the last frames (B C·count height width) with these single ones, if the agent needs stacked frames, otherwise the values."""
         wanted, given = self.obs[_STATE].shape, values.shape[1:]
         if given == wanted:
             return values
         count = wanted[0] // given[0]
         fresh = np.concatenate([values] * count, 1)
-        if self._frames is None or len(self._frames) != len(values):
-            self._frames = fresh
-        self._frames = np.concatenate((self._frames[:, given[0] :], values), 1)
-        self._frames[first] = fresh[first]
-        return self._frames
+        last = fresh if self._frames is None or len(self._frames) != len(values) else self._frames
+        frames = np.concatenate((last[:, given[0] :], values), 1)
+        frames[first] = fresh[first]
+        return frames
 
 
 def _plain(name: str, values: Array) -> np.ndarray:
@@ -397,8 +400,14 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
             raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
         with np.errstate(over="ignore"):
             converted = values.astype(np.float32)
-        if len(entry.shape) == 3 and _are_bytes_of_unit_images(values, entry):
-            converted /= 255.0
+        if len(entry.shape) == 3 and _unit_images(entry):
+            if values.dtype == np.uint8:
+                converted /= 255.0
+            elif entry.shape[2] == 3 and values.max() > _BEYOND_UNIT:
+                raise ShapeError(
+                    f"obs: {name} is {values.dtype} up to {values.max():g}, but was recorded as floating-point numbers in [0, 1]. Fix: "
+                    "give these, or uint8"
+                )
         if not np.isfinite(converted).all():
             raise NonFiniteError(f"obs: {name} has numbers beyond those of float32. Fix: check the sensor")
         return converted
@@ -412,9 +421,13 @@ def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool
     return _channels_first(name, values, entry.shape, stacked)
 
 
-def _are_bytes_of_unit_images(images: np.ndarray, entry: EntrySpec) -> bool:
-    """Whether these are a camera's bytes, and the recorded images were floating-point in [0, 1], but no masks of 0 and 1."""
-    if images.dtype != np.uint8 or entry.moments is None:
+_BEYOND_UNIT = 1.5
+"""Images with larger numbers are not in [0, 1]; resampling may overshoot a little."""
+
+
+def _unit_images(entry: EntrySpec) -> bool:
+    """Whether the recorded images were floating-point in [0, 1], but no masks of 0 and 1."""
+    if entry.moments is None:
         return False
     low, high, mean, std = (np.array(numbers) for numbers in astuple(entry.moments))
     # Numbers from 0 to 1 vary as much only if each is 0 or 1.

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import difftori
 from difftori.config import device_faults, read_yaml
-from difftori.errors import CheckpointError, ConfigError, DifftoriError, NonFiniteError
+from difftori.errors import CheckpointError, ConfigError, DifftoriError
 from difftori.interfaces import Agent, Policy
 from difftori.policies.normalized import Base, NormalizedPolicy
 from difftori.registry import find_agent, find_agents, find_policies, find_policy
-from difftori.runs.checkpoint import digest, replace_file
+from difftori.runs.checkpoint import check_finite, digest, replace_file
 from difftori.runs.records import MODEL, current_config
 from difftori.types import EnvSpec, Plans, TaskSpec, WindowObs
 
@@ -109,6 +109,7 @@ def write_published(model: Published, folder: Path, others: Mapping[str, bytes])
     A published folder is replaced. Raises ConfigError for a folder with other files, and CheckpointError if it cannot be written.
     """
     tensors = model.tensors
+    check_finite(tensors, str(folder))
     files = {WEIGHTS: weights_bytes(model), CONFIG: _text(_described(model)), **others}
     sums = "".join(f"{digest(content)}  {name}\n" for name, content in sorted(files.items()) if name != CARD)
     try:
@@ -156,8 +157,7 @@ def load_published(folder: Path, *, device: str = "cpu", trust_code: Collection[
             raise ValueError(f"weights: {which!r}")
         if "agent" in config:
             spec = TypeAdapter(EnvSpec).validate_python(config["spec"])
-            component: NormalizedPolicy | Agent = _agent(config, spec, trust_code)
-            _fill(component, _under("model.", tensors), place)
+            component: NormalizedPolicy | Agent = _agent(config, spec, _under("model.", tensors), place, trust_code)
             component = component.to(device).eval()
         else:
             component = _policy(config, tensors, place, device, trust_code)
@@ -252,25 +252,43 @@ def _policy(
     kind = find_policy(_trusted(config["policy"], trust_code))
     settings = current_config(dict(config))["settings"]
     spec = TypeAdapter(TaskSpec).validate_python(config["spec"])
-    policy = _built(kind, kind.Config.model_validate(settings), spec, place)
-    _fill(policy, _under("model.", tensors), place)
+    policy = _built(kind, kind.Config.model_validate(settings), spec, _under("model.", tensors), place)
     return NormalizedPolicy(policy.to(device).eval(), base)
 
 
-def _agent(config: Mapping[str, Any], spec: EnvSpec, trust_code: Collection[str]) -> Agent:
+def _agent(
+    config: Mapping[str, Any], spec: EnvSpec, weights: Mapping[str, Tensor], place: str, trust_code: Collection[str]
+) -> Agent:
     kind = find_agent(_trusted(config["agent"], trust_code))
-    return _built(
-        kind, kind.Config.model_validate(current_config(dict(config))["settings"]), spec, str(config["agent"])
-    )
+    settings = kind.Config.model_validate(current_config(dict(config))["settings"])
+    return _built(kind, settings, spec, weights, place)
 
 
-def _built(kind: type, settings: Any, spec: Any, place: str) -> Any:
-    try:
-        return kind(settings, spec)
-    except RuntimeError as error:  # torch's error for impossible sizes
-        raise CheckpointError(
-            f"{place}: {kind.name!r} cannot be built ({_brief(error)}). Fix: restore a copy"
-        ) from error
+def _built(kind: type, settings: Any, spec: Any, weights: Mapping[str, Tensor], place: str) -> Any:
+    """Build a network and load its weights. One whose weights do not fit is never allocated, however large the configuration says it is."""
+
+    def build(device: str) -> Any:
+        try:
+            with torch.device(device):
+                network = kind(settings, spec)
+        except RuntimeError as error:  # torch's error for impossible sizes
+            raise CheckpointError(
+                f"{place}: {kind.name!r} cannot be built ({_brief(error)}). Fix: restore a copy"
+            ) from error
+        _check_fit(network, weights, place)
+        return network
+
+    if _is_ours(kind):
+        build("meta")
+    network = build("cpu")
+    network.load_state_dict(dict(weights))
+    check_finite(weights, place)
+    return network
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a component is of this package. Others need not be able to be built without memory, and are trusted."""
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _trusted(name: object, trust_code: Collection[str]) -> str:
@@ -293,8 +311,8 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _fill(network: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
-    """Load weights that fit exactly. Raises CheckpointError, naming those that do not, and NonFiniteError for NaN and Inf."""
+def _check_fit(network: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Raise CheckpointError, naming the weights that do not fit exactly."""
     built = network.state_dict()
     faults = [f"{name} is missing" for name in sorted(built.keys() - weights.keys())]
     faults += [f"{name} is unknown" for name in sorted(weights.keys() - built.keys())]
@@ -309,9 +327,6 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor], place: str) -> None
             f"{place}: the weights do not fit the configuration: {'; '.join(faults[:_SHOWN])}{more}. "
             "Fix: load with the version of difftori in versions.json, or publish the run again"
         )
-    network.load_state_dict(dict(weights))
-    if broken := [name for name, value in network.named_parameters() if not value.isfinite().all()]:
-        raise NonFiniteError(f"{place}: NaN or Inf in {', '.join(broken[:_SHOWN])}. Fix: train again")
 
 
 def _shape(value: Tensor) -> str:

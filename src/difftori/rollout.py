@@ -13,7 +13,7 @@ from difftori.envs.base import EnvironmentRestarted, Observation
 from difftori.envs.checked import CheckedVectorEnv
 from difftori.envs.spaces import SUCCESS
 from difftori.envs.video import Recording, frame
-from difftori.errors import ConfigError
+from difftori.errors import ConfigError, NonFiniteError
 from difftori.steering import Steering
 from difftori.types import Plans, TaskSpec, WindowObs
 
@@ -210,26 +210,29 @@ class PolicyInRows:
     ) -> np.ndarray:
         """Return the next action of each row (N A); see `ActInRows`. `steering` applies to the plans that are made in this call."""
         rows, length = len(first), self.spec.n_action_steps
-        if len(self._executed) != rows:
-            self._plans = np.zeros((rows, length, self.spec.action_dim), dtype=np.float32)
-            self._executed = np.full(rows, length)
-            self._history = {}
-        for name, values in named(obs).items():
-            if name in self._history:
-                self._history[name] = np.concatenate((self._history[name][:, 1:], values[:, None]), 1)
-                self._history[name][first] = values[first, None]
-            else:
-                self._history[name] = np.repeat(values[:, None], self.spec.n_obs_steps, 1)
-        self._executed[first] = length
-        due = (self._executed >= length) & active
+        known = len(self._executed) == rows
+        plans = self._plans if known else np.zeros((rows, length, self.spec.action_dim), dtype=np.float32)
+        executed = np.where(first, length, self._executed) if known else np.full(rows, length)
+        history = {name: self._appended(name if known else None, values, first) for name, values in named(obs).items()}
+        due = (executed >= length) & active
         if due.any():
-            window: WindowObs = {name: torch.from_numpy(values[due]) for name, values in self._history.items()}
-            plans = self.act(window) if steering is None else self.act(window, steering)
-            self._plans[due] = plans[:, self.spec.present].cpu().numpy()
-            self._executed[due] = 0
-        actions = self._plans[np.arange(rows), np.minimum(self._executed, length - 1)]
-        self._executed += 1
-        return actions
+            window: WindowObs = {name: torch.from_numpy(values[due]) for name, values in history.items()}
+            planned = self.act(window) if steering is None else self.act(window, steering)
+            plans, executed[due] = plans.copy(), 0
+            plans[due] = planned[:, self.spec.present].cpu().numpy()
+            if not np.isfinite(plans[due]).all():
+                raise NonFiniteError("the policy's plan has NaN or Inf. Fix: check the range of the observations")
+        # an error changes nothing of what is kept
+        self._plans, self._executed, self._history = plans, executed + 1, history
+        return plans[np.arange(rows), np.minimum(executed, length - 1)]
+
+    def _appended(self, name: str | None, values: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Return the last O observations (N O …) of an entry with this one, which is repeated where an episode begins. None: begin anew."""
+        if name not in self._history:
+            return np.repeat(values[:, None], self.spec.n_obs_steps, 1)
+        history = np.concatenate((self._history[name][:, 1:], values[:, None]), 1)
+        history[first] = values[first, None]
+        return history
 
 
 def named(observation: Observation) -> dict[str, np.ndarray]:

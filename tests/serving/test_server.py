@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 
 import difftori
 from difftori.errors import ConfigError, ServingError
@@ -189,6 +190,20 @@ def test_without_the_token_the_handshake_is_refused(headers):
         with pytest.raises(ServingError, match=r"401.*Fix: check the address and the token"):
             Client(f"ws://127.0.0.1:{port}", token="another")
         assert still_served(port, TOKEN)
+        assert still_served(port, TOKEN + "\n"), "a file of it ends with a newline"
+
+
+def test_a_token_is_in_no_message():
+    with serving(constant(), token=TOKEN) as (_, port), pytest.raises(ServingError, match="no connection") as refused:
+        Client(f"ws://127.0.0.1:{port}", token=f"{TOKEN}\nsecond line")
+    assert TOKEN not in str(refused.value)
+
+
+def test_a_client_takes_tensors_and_names_what_is_no_array():
+    with serving(constant()) as (_, port), Client(f"ws://127.0.0.1:{port}") as client:
+        assert client.act(torch.zeros(3, requires_grad=True)).shape == (2,)
+        with pytest.raises(ServingError, match="obs: state is no array of numbers"):
+            client.act({"state": [[1.0], [1.0, 2.0]]})
 
 
 def test_a_web_page_is_refused():

@@ -20,7 +20,7 @@ from difftori.agents.latent_model import (
 from difftori.agents.losses import critic_loss, model_loss, prior_loss
 from difftori.errors import ConfigError, SolverError
 from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
-from difftori.models.nets import noise_like
+from difftori.models.nets import nan_where_broken, noise_like
 from difftori.models.world_model import ObservationCritics, WorldModel, action_noise
 from difftori.optim import GuardedOptimizer, soft_update
 from difftori.planning import ActionReturnObjective, Plan, Planner, ReturnObjective
@@ -290,7 +290,8 @@ class DiffTORI(Agent):
         later = plan.shifted()
         # All plans of a run have one size in memory.
         last = later[:, -1:].expand(-1, s.horizon + 1 - later.shape[1], -1)
-        return action.clamp(-1.0, 1.0), {"plan": torch.cat([later, last], 1)}
+        action = nan_where_broken(action.clamp(-1.0, 1.0), latent)
+        return action, {"plan": torch.cat([later, last], 1)}
 
     def schedule(self, step: int) -> ActingSchedule:
         """The planning horizon, and the standard deviation of the noise."""

@@ -20,6 +20,7 @@ from difftori.agents.latent_model import (
 )
 from difftori.agents.losses import model_loss, prior_loss
 from difftori.interfaces import ActingSchedule, Agent, LearningSchedule, Memory
+from difftori.models.nets import nan_where_broken
 from difftori.models.world_model import action_noise
 from difftori.optim import GuardedOptimizer, soft_update
 from difftori.planning import Planner, ReturnObjective
@@ -122,7 +123,8 @@ class TDMPC(Agent):
             noise = torch.randn(action.shape, generator=generator, device=action.device)
             action = action + spread.reshape(shape)[:, 0] * noise
         padded = F.pad(plan.actions, (0, 0, 0, s.horizon - horizon))
-        return action.clamp(-1.0, 1.0), {"plan": padded}
+        action = nan_where_broken(action.clamp(-1.0, 1.0), latent)
+        return action, {"plan": padded}
 
     def schedule(self, step: int) -> ActingSchedule:
         """The planning horizon, and the least standard deviation of MPPI."""

@@ -109,7 +109,9 @@ def _agent_program(name: str, agent: Agent, steps: int) -> Program:
             inputs["state"], before or None, first=inputs["first"] > 0, generator=generator, **options
         )
         scaled = torch.maximum(torch.minimum(in_units(action, lower, upper), upper), lower)
-        scaled = _or_nan(scaled, {"state": inputs["state"]})
+        began = inputs["first"] > 0
+        used = {name: value.where(~began.view(-1, *(1,) * (value.ndim - 1)), 0.0) for name, value in before.items()}
+        scaled = _or_nan(scaled, {"state": inputs["state"], **used})
         return {"actions": scaled, **after}
 
     inputs = {**spec.obs, "first": EntrySpec(()), **kept}

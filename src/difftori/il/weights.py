@@ -9,7 +9,7 @@ from difftori.errors import CheckpointError, ConfigError
 from difftori.il.config import TrainConfig, parse_config
 from difftori.il.learner import Learner
 from difftori.policies.normalized import NormalizedPolicy
-from difftori.runs.checkpoint import State, read_weights, write_weights
+from difftori.runs.checkpoint import State, check_finite, read_weights, write_weights
 from difftori.runs.records import read_config
 from difftori.types import TaskSpec
 
@@ -40,7 +40,8 @@ def load_policy(
 
     `which`: the weights (default: `last` for runs with `demos`, otherwise `best`). For an unfinished run, the weights are
     those of its newest valid checkpoint. The environment need not be installed. Raises ConfigError if `run_dir` is not a run, its
-    policy is unknown, or `which` is `best` and nothing was held out, and CheckpointError if the weights are missing or damaged.
+    policy is unknown, or `which` is `best` and nothing was held out, CheckpointError if the weights are missing or damaged, and
+    NonFiniteError if they have NaN or Inf.
     """
     stored = read_config(run_dir)
     if stored.get("data_seed") is None:  # another seed changes the evaluation, not what was held out
@@ -71,6 +72,7 @@ def _restored(state: State, config: TrainConfig, which: Which, place: str) -> No
         raise CheckpointError(
             f"{place}: the weights do not match {config.policy!r}: {error}. Fix: train again"
         ) from error
+    check_finite(policy.state_dict(), place)
     return NormalizedPolicy(policy.to(config.device).eval(), base)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from difftori.errors import ShapeError
+from difftori.types import Latents
 
 
 def mlp(
@@ -26,6 +27,12 @@ def mlp(
             layers.append(nn.LayerNorm(outputs))
         layers.append(activation())
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+def nan_where_broken(actions: Tensor, latent: Latents) -> Tensor:
+    """The actions (B …), NaN in rows whose latent state (B Z) is not finite: a solve from there would return its start as if it were a plan."""
+    sound = latent.isfinite().all(-1)
+    return actions.where(sound.view(-1, *(1,) * (actions.ndim - 1)), torch.nan)
 
 
 def small_init_(network: nn.Sequential) -> nn.Linear:

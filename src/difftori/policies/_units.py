@@ -1,5 +1,6 @@
 """Bounds of actions: the action box of a task, and the bounds of a search in normalised units."""
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -15,13 +16,12 @@ Bounds: TypeAlias = tuple[Float[Tensor, "A"], Float[Tensor, "A"]]
 
 def finite_box(spec: TaskSpec, owner: str) -> Bounds:
     """Return the lower and upper bounds (A) of the action box, in the task's units. Raises BoxError, naming `owner`, if not finite."""
-    low, high = torch.tensor(spec.low), torch.tensor(spec.high)
-    if not (low.isfinite().all() and high.isfinite().all()):
+    if not all(map(math.isfinite, (*spec.low, *spec.high))):
         raise BoxError(
             f"{owner}: its actions are bounded by the box [{spec.low}, {spec.high}], which is not finite. "
             "Fix: give finite bounds"
         )
-    return low, high
+    return torch.tensor(spec.low), torch.tensor(spec.high)
 
 
 def normalized_bounds(spec: TaskSpec, *, margin: float = 0.0) -> Bounds:

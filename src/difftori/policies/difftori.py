@@ -14,7 +14,7 @@ from difftori import presets
 from difftori.errors import ConfigError
 from difftori.models.action_score import ActionScore, Remainder
 from difftori.models.images import Images
-from difftori.models.nets import mlp, noise_like, small_init_, softplus_inverse
+from difftori.models.nets import mlp, nan_where_broken, noise_like, small_init_, softplus_inverse
 from difftori.models.window_encoder import WindowEncoder
 from difftori.planning import EnergyObjective, Plan, Planner
 from difftori.policies.refiner import Refiner, RefinerConfig
@@ -285,12 +285,13 @@ class DiffTORI(Refiner):
         inputs = *known, start, centre
         plan = self.plan(*inputs, Detached()) if steering is None else self.steered_plan(*inputs, steering, rows)
         if samples == 1:
-            return plan.actions.reshape(rows, self.planned, -1)
+            return nan_where_broken(plan.actions.reshape(rows, self.planned, -1), state)
         # Training leaves the score of each z̃ free up to a constant, so the gain over an action that all share is compared.
         shared = start if starts == 1 else torch.zeros_like(start)
         gain = plan.value + self.objective(*known, centre).cost(shared.flatten(1))
         best = gain.reshape(samples, rows).nan_to_num(-torch.inf).argmax(0)
-        return plan.actions.reshape(samples, rows, self.planned, -1)[best, torch.arange(rows, device=best.device)]
+        chosen = plan.actions.reshape(samples, rows, self.planned, -1)[best, torch.arange(rows, device=best.device)]
+        return nan_where_broken(chosen, state)
 
     def noise(self, batch: Window) -> float:
         """Return σ of the noise on the start in training. It is 0 by default if the start is stochastic: random, or several base samples."""

@@ -8,7 +8,7 @@ from typing import Any
 from difftori.errors import CheckpointError
 from difftori.interfaces import Agent
 from difftori.rl.config import RLConfig, parse_rl_config
-from difftori.runs.checkpoint import State, read_weights, write_weights
+from difftori.runs.checkpoint import State, check_finite, read_weights, write_weights
 from difftori.runs.records import read_config
 from difftori.types import EnvSpec
 
@@ -32,6 +32,7 @@ def load_agent(
     """Load the agent of a run on `device`. Returns the agent, its configuration (with `changes`), and its number of agent steps.
 
     For an unfinished run, the weights of its newest valid checkpoint are loaded. The environment need not be installed.
+    Raises CheckpointError for missing or damaged weights, and NonFiniteError for NaN or Inf.
     """
     config = parse_rl_config({**read_config(run_dir), "device": device, **(changes or {})}, check_env=False)
     state = read_weights(run_dir / "agent.pt")
@@ -41,6 +42,7 @@ def load_agent(
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
         raise CheckpointError(f"{run_dir}: its weights do not fit {config.agent!r}: {error}") from error
+    check_finite(agent.state_dict(), str(run_dir))
     counts = state["collector"]
     steps = counts["agent_steps"] if "agent_steps" in counts else counts["decisions"]  # the earlier name
     return agent.eval(), config, int(steps)

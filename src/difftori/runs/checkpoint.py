@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from difftori.errors import CheckpointError, brief
+from difftori.errors import CheckpointError, NonFiniteError, brief
 
 State: TypeAlias = dict[str, Any]
 """Tensors, numbers, text, None, and lists, tuples and dictionaries of them. These can be read without pickled code."""
@@ -261,6 +261,19 @@ def read_weights(path: Path) -> State:
             f"{path}: damaged, its sha256 is not the one in {record.name}. Fix: remove both files to use the last checkpoint"
         )
     return unpack(content, path)
+
+
+def check_finite(weights: Mapping[str, Any], place: str) -> None:
+    """Raise NonFiniteError, naming up to five, if any of these weights or buffers is NaN or Inf: a solve would hide it."""
+    broken = [
+        name
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not name.endswith("_extra_state")
+        if not value.isfinite().all()
+    ]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise NonFiniteError(f"{place}: NaN or Inf in {', '.join(broken[:5])}{more}. Fix: train again")
 
 
 def weights_digest(module: nn.Module) -> str:

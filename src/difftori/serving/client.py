@@ -29,13 +29,15 @@ class Client:
         except ImportError as error:
             raise missing_extra(error) from error
         self._failures, self._timeout, self._stack = (WebSocketException, OSError), timeout, ExitStack()
-        headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
+        secret = (token or "").strip()  # a file of it ends with a newline
+        headers = {"Authorization": f"Api-Key {secret}"} if secret else {}
         try:
             # no proxy: a robot reaches its server directly
             opened = connect(address, compression=None, additional_headers=headers, proxy=None, open_timeout=timeout)
             self._connection = self._stack.enter_context(opened)
         except (*self._failures, ValueError) as error:
-            raise ServingError(f"{address}: no connection: {error}. Fix: check the address and the token") from error
+            reason = str(error).replace(secret, "…") if secret else str(error)
+            raise ServingError(f"{address}: no connection: {reason}. Fix: check the address and the token") from None
         try:
             self.metadata: dict[str, Any] = self._receive()
             self.obs: dict[str, dict[str, Any]] = self.metadata["obs"]
@@ -52,10 +54,11 @@ class Client:
         """Begin a new episode with the next `act`."""
         self._begin, self._plan = True, []
 
-    def act(self, obs: np.ndarray | Mapping[str, Any]) -> np.ndarray:
+    def act(self, obs: Any) -> np.ndarray:
         """Return the next action (A) in the environment's units.
 
-        `obs`: arrays by name, of which names unknown to the policy are not sent, or one array if it has only one observation.
+        `obs`: a dictionary of arrays by name, of which names unknown to the policy are not sent, or one array if it has only one
+        observation. Tensors of torch, on any device, and lists are arrays too.
         If the server answers with chunks, their actions are returned one by one, and only then is it asked again.
 
         Raises ServingError, which has the server's message if it refuses the observation, and if there is no answer.
@@ -66,7 +69,7 @@ class Client:
                     raise ServingError(f"obs: the policy needs {', '.join(self.obs)}. Fix: give a dictionary")
                 obs = {next(iter(self.obs)): obs}
             known = {*self.obs, *self.metadata["parts"]}
-            message: dict[str, Any] = {name: np.asarray(values) for name, values in obs.items() if name in known}
+            message: dict[str, Any] = {name: _array(name, values) for name, values in obs.items() if name in known}
             self._send(message | ({"reset": True} if self._begin else {}))
             self._plan, self._begin = list(self._receive()["actions"]), False
         return self._plan.pop(0)
@@ -98,3 +101,11 @@ class Client:
         if isinstance(answer, str):
             raise ServingError(answer)
         return unpack(answer)
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """Convert to numpy, also tensors of torch on any device. Raises ServingError for what is no array."""
+    try:
+        return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ServingError(f"obs: {name} is no array of numbers ({error}). Fix: give one array") from error
