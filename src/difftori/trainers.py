@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from difftori.config import overlay
 from difftori.errors import ConfigError, suggest
 from difftori.registry import find_agent, find_agents, find_policies, find_policy, load
+from difftori.runs.checkpoint import Checkpoints
 from difftori.runs.records import flat, is_finished, read_config
 from difftori.runs.run import extend
 from difftori.types import Metrics
@@ -139,6 +140,8 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
             )
         elif new < old:
             faults.append(f"{option}: {new} is less than the run's {old}. Fix: give a larger number")
+    if is_finished(run) and not Checkpoints(run / "checkpoints").steps():
+        faults.append(f"{run}: its checkpoints were deleted, so it would begin again. Fix: train a new run")
     if trainer.key == "agent" and is_finished(run) and not (run / "episodes").is_dir():
         faults.append(
             f"{run}: its recorded episodes were deleted when it ended. Fix: train a new run, with --keep-episodes true"

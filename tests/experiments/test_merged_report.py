@@ -359,7 +359,7 @@ def test_the_latest_evaluation_after_training(tmp_path, capsys):
     for seed in range(2):
         agent_run(tmp_path / f"agent{seed}", 500.0, agent="tdmpc", seed=seed)
         policy_run(tmp_path / f"policy{seed}", [1.0, 0.0], policy="bc", seed=seed)
-    kept = {"time": "2026-01-01", "command": "difftori eval", "weights": "last"}
+    kept = {"time": "2026-01-01T00:00:00+0000", "command": "difftori eval", "weights": "last"}
     entry = {**kept, "metrics": {"eval/return": 321.0}, "episodes": {"return": [321.0] * 40, "length": [250] * 40}}
     (tmp_path / "agent0" / "eval.json").write_text(json.dumps([{**entry, "metrics": {"eval/return": 1.0}}, entry]))
     episodes = {"seed": [7, 8, 9, 10], "success": [1.0, 1.0, 1.0, 0.0], "score": [1.0, 1.0, 1.0, 0.0]}
@@ -392,7 +392,7 @@ def test_as_many_epochs_in_larger_batches_is_another_budget(tmp_path):
         summary = json.loads((place / "summary.json").read_text())
         (place / "summary.json").write_text(json.dumps({**summary, "updates": updates}))
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
-    assert "in epochs made between 60 and 120 updates" in page
+    assert "trained with between 60 and 120 updates" in page
     assert "60 epochs, 120 updates" in page
 
 
@@ -495,3 +495,104 @@ def test_a_refiner_is_compared_with_its_base_whatever_their_settings(tmp_path):
     pairs = {(pair.method, pair.reference) for pair in section.pairs}
     assert ("residual on bc (updates 10), updates 10", "bc, updates 10") in pairs
     assert ("bc-pointnet, updates 10", "residual on bc (updates 10), updates 10") in pairs
+
+
+def changed(place: Path, **values: object) -> Path:
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump(config | values))
+    return place
+
+
+def test_an_evaluation_of_earlier_weights_is_not_the_latest(tmp_path):
+    """Of a run that was extended, or evaluated before its end."""
+    place = agent_run(tmp_path / "run", 500.0, agent="tdmpc", seed=0)
+    (place / "metrics.jsonl").write_text(json.dumps({"step": 1000, "eval/return": 500.0, "time": 1767225600.0}) + "\n")
+    entry = {"command": "difftori eval", "weights": "last", "episodes": {"return": [1.0], "length": [250]}}
+    entries = [
+        {**entry, "time": time, "metrics": {"eval/return": value}}
+        for time, value in (("2026-01-01T00:00:01+0000", 700.0), ("2025-12-31T23:59:59+0000", 1.0))
+    ]
+    (place / "eval.json").write_text(json.dumps(entries))
+    assert list(gather([tmp_path], "latest").runs[0].outcomes.values()) == [700.0]
+    (place / "eval.json").write_text(json.dumps(entries[1:]))
+    with pytest.raises(ConfigError, match="not evaluated after its training"):
+        gather([tmp_path], "latest")
+
+
+def test_runs_in_environments_of_other_options_are_not_compared(tmp_path):
+    changed(agent_run(tmp_path / "a", 900.0, agent="tdmpc", seed=0), env_options=["friction=0.5"])
+    changed(agent_run(tmp_path / "b", 800.0, agent="sac", seed=0), env_options=[])
+    changed(agent_run(tmp_path / "c", 700.0, agent="sac", seed=1), max_episode_steps=500)
+    found = gather([tmp_path]).runs
+    shown = {(run.method, run.task) for run in found}
+    assert shown == {
+        ("tdmpc", "dmc:cup-catch (state, friction=0.5, default length)"),
+        ("sac", "dmc:cup-catch (state, default options, default length)"),
+        ("sac", "dmc:cup-catch (state, default options, at most 500 steps)"),
+    }
+    assert not any(section.pairs for section in sections(found))
+
+
+def test_a_limit_beyond_an_episodes_length_does_not_change_the_largest_return(tmp_path):
+    changed(agent_run(tmp_path / "a", 905.0, agent="tdmpc", seed=0), max_episode_steps=2000)
+    (section,) = sections(gather([tmp_path]).runs)
+    assert section.measure.full == 1000.0
+
+
+def test_other_budgets_are_warned_of(tmp_path):
+    for policy, settings, updates in (("bc", {"updates": 1500}, 1500), ("diffusion", {"epochs": 300}, 60_000)):
+        place = policy_run(tmp_path / policy, [1.0, 0.0], policy=policy, seed=0, settings=settings)
+        summary = json.loads((place / "summary.json").read_text())
+        (place / "summary.json").write_text(json.dumps({**summary, "updates": updates}))
+    for agent, preset, pace in (("sac", "small", 0.25), ("tdmpc", "paper", 1.0)):
+        place = agent_run(tmp_path / agent, 1.0, agent=agent, seed=0, preset=preset, updates_per_step=pace)
+        changed(place, action_repeat=2 if agent == "sac" else 4)
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "trained with between 1500 and 60000 updates" in page
+    assert "Agents differ in preset: paper, small" in page
+    assert "Agents differ in updates per step: 0.25, 1.0" in page
+    assert "Agents differ in action repeat: 2, 4" in page
+    assert "1000 environment steps, preset small, updates per step 0.25, action_repeat 2" in page
+
+
+def test_agents_have_a_success_and_with_one_seed_a_comparison_over_episodes(tmp_path):
+    for agent, wins in (("sac", [1.0, 0.0, 0.0, 0.0]), ("tdmpc", [1.0, 1.0, 1.0, 0.0])):
+        place = agent_run(tmp_path / agent, 1.0, agent=agent, seed=0, env="metaworld:reach")
+        rows = [
+            {"step": 0, "eval/return": 0.0, "eval/success": 0.0},
+            {"step": 9, "eval/return": 1.0, "eval/success": 0.5},
+        ]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics = {"eval/return": sum(wins), "eval/success": sum(wins) / 4}
+        entry = {
+            "time": "2026-01-01T00:00:00+0000",
+            "weights": "last",
+            "metrics": metrics,
+            "episodes": {"return": wins},
+        }
+        (place / "eval.json").write_text(json.dumps([entry]))
+    measures = {section.measure.name: section for section in sections(gather([tmp_path]).runs)}
+    assert [cell.mean.value for cell in measures["success"].cells] == [0.5, 0.5]
+    latest = {section.measure.name: section for section in sections(gather([tmp_path], "latest").runs)}
+    assert [cell.mean.value for cell in latest["success"].cells] == [0.25, 0.75]
+    (pair,) = latest["return"].pairs
+    assert (pair.episodes, abs(pair.difference.value)) == (4, 0.5)
+
+
+def test_failed_runs_seeds_of_other_data_and_ties_are_named(tmp_path):
+    for policy, shift in (("bc", 0), ("lstm", 1)):
+        for seed in (0, 1):
+            wins = [1.0] * (seed + 1 + shift) + [0.0] * (5 - seed - shift)
+            policy_run(tmp_path / f"{policy}/seed-{seed}", wins, policy=policy, seed=seed, demos=f"{'ab'[seed]}.zarr")
+    (tmp_path / "bc" / "seed-2.failed.json").write_text(json.dumps({"status": 1, "reason": "no such file"}))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "failed with status 1: no such file" in page
+    assert "bc on metaworld:assembly: seeds were trained on different data: a, b" in page
+    assert "1 differences are equal on all seeds, so their intervals have no width" in page
+
+
+def test_the_command_of_an_extended_run_has_its_extension(tmp_path):
+    place = agent_run(tmp_path / "run", 1.0, agent="sac", seed=0)
+    lines = ("difftori train sac --steps 60", "difftori train --resume run", "difftori train --resume run --steps 400")
+    (place / "command.txt").write_text("".join(f"2026-01-01T00:00:00  {line}\n" for line in lines))
+    assert gather([tmp_path]).runs[0].command == f"{lines[0]} && {lines[2]}"

@@ -20,6 +20,7 @@ from difftori.experiments.plan import beside, plan, read_sweep
 from difftori.experiments.pool import Failure
 from difftori.experiments.ray_cluster import _missing_machine, on_ray
 from difftori.experiments.status import RunStatus, counts, run_status, table
+from difftori.experiments.sweep import split_ready
 from difftori.il.weights import load_policy
 from difftori.runs.checkpoint import weights_digest
 
@@ -180,3 +181,19 @@ def test_a_ray_cluster_without_a_machine_large_enough_is_told():
     assert "no machine of the Ray cluster has as many (8 cores and 1 GPUs)" in str(_missing_machine(nodes, 4.0, 2.0))
     with pytest.raises(ConfigError, match=r"gpus: 1\.5 for each run"):
         on_ray("local", cpus=1.0, gpus=1.5, retries=0)
+
+
+def test_what_another_machine_has_finished_is_a_base_before_it_is_seen_here(sweep):
+    refiner = next(run for run in plan(read_sweep(sweep)) if run.base is not None)
+    assert refiner.base is not None
+    assert split_ready([refiner]) == ([], [refiner])
+    assert split_ready([refiner], {refiner.base.folder}) == ([refiner], [])
+
+
+def test_a_longer_sweep_in_the_same_folder_names_the_way_to_extend_its_runs(sweep, in_this_process, capsys):
+    assert main(["sweep", str(sweep)]) == 0
+    sweep.write_text(sweep.read_text().replace("epochs: 2", "epochs: 3"))
+    assert main(["sweep", str(sweep)]) == 2
+    assert "extend each run, difftori train --resume RUN --steps or --updates or --epochs N" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
 
@@ -126,6 +127,15 @@ def test_what_cannot_be_extended_is_named(tmp_path):
         read_resumed(tmp_path / "run", {"lr": ["0.1"]})
     assert read_config(tmp_path / "run")["steps"] == 48
     assert read_summary(tmp_path / "run")["env_steps"] == 48
+
+
+def test_a_run_without_checkpoints_is_not_extended_from_its_beginning(tmp_path):
+    train("difftori", tmp_path / "run", **AGENT)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match="its checkpoints were deleted, so it would begin again"):
+        read_resumed(tmp_path / "run", {"steps": ["80"]})
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_signal_in_an_evaluation_is_obeyed_and_costs_only_that_evaluation(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Reads runs for a report from run directories and from the record files of studies."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from difftori.errors import ConfigError, DataError, DifftoriError
+from difftori.experiments.plan import FAILED
 from difftori.experiments.records import (
     RETURN,
     SOFTWARE,
@@ -23,11 +25,12 @@ from difftori.experiments.records import (
     read_run,
 )
 from difftori.runs.checkpoint import read_weights
-from difftori.runs.page import MEDIA, read_evaluations
+from difftori.runs.page import MEDIA, evaluations_since_training
 from difftori.runs.records import MODEL, current_config, flat, read_metrics
 from difftori.types import Metrics
 
 TRAINING = "train/return"
+SUCCESS = "eval/success"
 _UNREADABLE = (DifftoriError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 _WITHIN_A_RUN = ("checkpoints", "tensorboard", "episodes", "media", "wandb")
 _NOT_DISTINGUISHING = {
@@ -133,16 +136,18 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
     records: dict[Path, Record] = {}
     runs, left_out = [], []
     for place in _places(places):
+        if place.name.endswith(FAILED):
+            left_out.append((place, _failure(place)))
+            continue
         try:
             records |= _records(place, evaluation)
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
     bases = _base_names(records)
-    alone = [record.config for record in records.values() if record.config.get("env") == "none"]
-    data = _told_apart(map(_data_path, alone))
+    tasks = _tasks({place: record.config for place, record in records.items()})
     for place, record in records.items():
         try:
-            runs.append(_run(place, record, bases.get(place), data))
+            runs.append(_run(place, record, bases.get(place), tasks[place]))
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
     named = _named(runs)
@@ -167,10 +172,20 @@ def _places(places: Sequence[Path]) -> list[Path]:
         for folder, names in _folders(place):
             if "config.yaml" in names and not (folder / MODEL).exists():  # not a published folder
                 found.setdefault(folder.resolve(), folder)
+            for path in (folder / name for name in names if name.endswith(FAILED)):
+                found.setdefault(path.resolve(), path)
             for path in (folder / name for name in names if name.endswith(".jsonl")):
                 if is_record_file(path):
                     found.setdefault(path.resolve(), path)
     return sorted(found.values())
+
+
+def _failure(note: Path) -> str:
+    """Return why a run of a sweep failed, from the note beside its folder."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        plain = json.loads(note.read_bytes())
+        return f"the run failed with status {plain['status']}: {plain['reason']}"
+    return "the run failed"
 
 
 def _folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -198,7 +213,7 @@ def _records(place: Path, evaluation: str) -> dict[Path, Record]:
 
 def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
     """Return the record of a finished run with the results of its latest evaluation after training."""
-    evaluations = read_evaluations(place)
+    evaluations = evaluations_since_training(place)
     if not evaluations:
         raise DataError(
             "it was not evaluated after its training. Fix: difftori eval RUN, or report --evaluation training"
@@ -209,7 +224,9 @@ def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
     changes = {"eval_seed" if name == "seed" else name: value for name, value in latest.get("changes", {}).items()}
     config = {**record.config, **changes, **({"eval_episodes": count} if count else {})}
     if "agent" in record.config:
-        return replace(record, config=config, summary={**summary, "return": values[RETURN]})
+        results = {name.removeprefix("eval/"): values[name] for name in (RETURN, SUCCESS) if name in values}
+        episodes = {"last": latest["episodes"]}
+        return replace(record, config=config, summary={**summary, **results}, episodes=episodes)
     which = latest["weights"]
     other = {name: value for name, value in summary.items() if not name.startswith(("last/", "best/"))}
     results = {f"{which}/{name}": value for name, value in values.items()}
@@ -241,7 +258,7 @@ def _stored_base(place: Path, record: Record) -> Mapping[str, Any]:
     return {"policy": f"a base with weights {weights[:8]}" if weights else str(record.config["base"])}
 
 
-def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str]) -> RunResult:
+def _run(place: Path, record: Record, base: str | None, task: str) -> RunResult:
     config, summary = record.config, record.summary
     agent = "agent" in config
     curve_name = RETURN if agent else VALIDATION_ERROR
@@ -255,12 +272,16 @@ def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str])
     rule = "last weights" if agent else ""
     if summary is not None and agent:
         outcomes[Measure("return", _full_return(config))] = summary["return"]
+        success = summary.get("success", rows[-1].get(SUCCESS) if rows else None)
+        if success is not None:
+            outcomes[Measure("success", 1.0)] = success
+        episodes = _by_measure(outcomes, record.episodes.get("last", {}))
     elif summary is not None:
         which = "last" if any(name.startswith("last/") and "validation" not in name for name in summary) else "best"
         rule = "last weights" if which == "last" else "weights of least validation error"
         outcomes = _outcomes(summary, which)
         known = record.episodes.get(which, {})
-        episodes = {m: np.array(known[m.name], dtype=float) for m in outcomes if m.name in known}
+        episodes = _by_measure(outcomes, known)
         seeds = tuple(int(seed) for seed in known.get("seed", ()))
     broken = [measure.name for measure, value in outcomes.items() if not math.isfinite(value)]
     if broken:
@@ -270,7 +291,7 @@ def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str])
     name = config.get("agent") or config["policy"]
     return RunResult(
         place=place,
-        task=_task(config, data),
+        task=task,
         method=f"{name} on {base}" if base else name,
         seed=config["seed"],
         config=flat(config),
@@ -291,16 +312,46 @@ def _run(place: Path, record: Record, base: str | None, data: Mapping[str, str])
     )
 
 
+def _by_measure(measures: Iterable[Measure], columns: Mapping[str, Sequence[float | int]]) -> dict[Measure, np.ndarray]:
+    """Return the results of each evaluation episode, of the measures that are recorded."""
+    return {measure: np.array(columns[measure.name], dtype=float) for measure in measures if measure.name in columns}
+
+
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], dtype=float)
 
 
-def _task(config: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """Return the name of a run's task: the environment, or without one the name of its data, the observation type, and distractors."""
-    name = data[_data_path(config)] if config["env"] == "none" else config["env"]
-    count = config.get("distractors")
-    further = [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])]
-    return f"{name} ({', '.join(further)})" if further else name
+def _tasks(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """Return the name of each run's task: the environment, or without one the name of its data, the observation type, distractors, and
+    the options and the length of its episodes where those of one environment differ.
+    """
+    data = _told_apart(_data_path(config) for config in configs.values() if config.get("env") == "none")
+    words: dict[Path, tuple[str, list[str]]] = {}
+    for place, config in configs.items():
+        name = data[_data_path(config)] if config.get("env") == "none" else str(config.get("env"))
+        count = config.get("distractors")
+        words[place] = (
+            name,
+            [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])],
+        )
+    alike: dict[tuple[str, ...], list[Path]] = {}
+    for place, (name, further) in words.items():
+        alike.setdefault((name, *further), []).append(place)
+    for places in alike.values():
+        for key, shown in (("env_options", _shown_options), ("max_episode_steps", _shown_limit)):
+            values = [shown(configs[place].get(key)) for place in places]
+            if len(set(values)) > 1:
+                for place, value in zip(places, values, strict=True):
+                    words[place][1].append(value)
+    return {place: f"{name} ({', '.join(further)})" if further else name for place, (name, further) in words.items()}
+
+
+def _shown_options(options: Sequence[str] | None) -> str:
+    return " ".join(map(str, options)) if options else "default options"
+
+
+def _shown_limit(steps: int | None) -> str:
+    return "default length" if steps is None else f"at most {steps} steps"
 
 
 def _full_return(config: Mapping[str, Any]) -> float | None:
@@ -309,7 +360,7 @@ def _full_return(config: Mapping[str, Any]) -> float | None:
     An episode of DeepMind Control has 1000 steps, or as many as the run limits it to, of a reward of at most 1.
     """
     family = config["env"].partition(":")[0]
-    return {"dmc": float(config.get("max_episode_steps") or 1000), "probe": 1.0}.get(family)
+    return {"dmc": float(min(config.get("max_episode_steps") or 1000, 1000)), "probe": 1.0}.get(family)
 
 
 def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
@@ -350,14 +401,14 @@ def _named(runs: Sequence[RunResult]) -> list[RunResult]:
 def _data_words(group: Sequence[RunResult]) -> dict[Path, list[str]]:
     """Return for runs of one method and task the data in which those of the same seed differ, by place; nothing if none do."""
     values = {key: [run.config.get(key) for run in group] for key in DATA}
-    values["demos"] = _data_names(group)
+    values["demos"] = data_names(group)
     first: dict[int, int] = {}
     alike = [(first.setdefault(run.seed, number), number) for number, run in enumerate(group)]
     keys = [key for key in DATA if any(values[key][a] != values[key][b] for a, b in alike)]
     return {run.place: [f"{key} {_shown(values[key][number])}" for key in keys] for number, run in enumerate(group)}
 
 
-def _data_names(group: Sequence[RunResult]) -> list[str]:
+def data_names(group: Sequence[RunResult]) -> list[str]:
     """Return the names of the data sets of runs. One set for each seed has one name, with SEED in the place of the seed."""
     paths = [_data_path(run.config) for run in group]
     of_seeds = [re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", path) for run, path in zip(group, paths, strict=True)]

@@ -29,7 +29,7 @@ from difftori.il.config import inherited
 from difftori.runs.process import is_held
 from difftori.runs.records import flat, is_finished, read_config
 from difftori.runs.run import differences
-from difftori.trainers import read_options
+from difftori.trainers import LENGTHS, read_options
 
 _NAMED_APART = ("train", "env", "seed")
 _SHOWN = 8
@@ -124,6 +124,10 @@ class RunSpec:
     def locked(self) -> bool:
         """Whether a process works in the folder."""
         return is_held(self.folder / "run.lock")
+
+
+FAILED = ".failed.json"
+"""Suffix of the file next to a run's folder that says why it failed."""
 
 
 def beside(folder: Path, suffix: str) -> Path:
@@ -239,7 +243,10 @@ def plan(sweep: Sweep, *, gpus: float | None = None, elsewhere: bool = False) ->
                 if same != folder:
                     faults.append(f"{same} and {folder} would have the same settings. Fix: remove one")
     if mismatches:
-        faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings. Fix: choose another `out`"]
+        fix = "choose another `out`"
+        if all(re.search(rf": (settings\.)?({'|'.join(LENGTHS)}): ", line) for line in mismatches):
+            fix = f"extend each run, difftori train --resume RUN --{' or --'.join(LENGTHS)} N, or {fix}"
+        faults += [*mismatches[:_SHOWN], f"out: {sweep.out} holds runs of other settings. Fix: {fix}"]
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return [found[folder] for folder in requests]
@@ -314,7 +321,12 @@ def _filled(options: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
             faults.append(f"{match[0]} in {match.string!r}: the run has no option {match[1]!r}. Fix: add the option")
         return _word(options.get(match[1]))
 
-    return {k: re.sub(r"\{(\w+)\}", value_of, v) if isinstance(v, str) else v for k, v in options.items()}
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return re.sub(r"\{(\w+)\}", value_of, value) if isinstance(value, str) else value
+
+    return {name: filled(value) for name, value in options.items()}
 
 
 def _mismatches(folder: Path, config: BaseModel) -> list[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from difftori.errors import DifftoriError
 from difftori.experiments.gpus import GPUs
-from difftori.experiments.plan import RunSpec, beside
+from difftori.experiments.plan import FAILED, RunSpec, beside
 from difftori.runs.checkpoint import replace_file
 from difftori.runs.process import StopSignal
 
@@ -230,7 +230,7 @@ class _ProcessPool:
         note = {"status": failure.status, "reason": failure.reason, "host": socket.gethostname()}
         try:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(beside(run.folder, ".failed.json"), (json.dumps(note) + "\n").encode())
+            replace_file(beside(run.folder, FAILED), (json.dumps(note) + "\n").encode())
         except OSError as error:
             self._say(f"{run.name}: its error could not be noted in its folder ({error})")
 
@@ -246,7 +246,7 @@ def report_failures(failures: Sequence[Failure]) -> None:
 
 
 def _forget_failure(run: RunSpec) -> None:
-    beside(run.folder, ".failed.json").unlink(missing_ok=True)
+    beside(run.folder, FAILED).unlink(missing_ok=True)
 
 
 def _start(run: RunSpec, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:

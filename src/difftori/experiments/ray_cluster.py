@@ -55,9 +55,15 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
         tasks: dict[object, RunSpec] = {}
         waiting = list(runs)
         failures: list[Failure] = []
+        succeeded = set[Path]()
+
+        def note(run: RunSpec) -> None:
+            succeeded.add(run.folder)
+            done(run)
+
         with StopSignal() as stop:
             while not stop.requested:
-                ready, waiting = split_ready(waiting)
+                ready, waiting = split_ready(waiting, succeeded)
                 if ready:
                     tasks |= {carry_out.remote(run): run for run in ready}
                     say(f"{len(ready)} runs submitted to Ray, {cpus:g} cores and {gpus:g} GPUs each")
@@ -66,7 +72,7 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
                 ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK)
                 for task in ended:
                     run = tasks.pop(task)
-                    failures += report_result(run, _outcome(ray, task, run), say, done)
+                    failures += report_result(run, _outcome(ray, task, run), say, note)
             if stop.requested:
                 for task in tasks:
                     ray.cancel(task, force=False)

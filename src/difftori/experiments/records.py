@@ -6,6 +6,7 @@ be resumed on another machine, and its tables and figures can be created from th
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from difftori.errors import DataError
 from difftori.runs.process import wait_for
 from difftori.runs.records import current_config, current_metrics, is_finished, read_config, read_metrics, read_summary
+from difftori.trainers import LENGTHS
 from difftori.types import Metrics
 
 T = TypeVar("T")
@@ -74,7 +76,7 @@ def read_run(folder: Path) -> Record | None:
         config=config,
         hardware=f"{hardware}, {machine['platform']}" if "platform" in machine else hardware,
         versions={name: machine.get(name) for name in SOFTWARE},
-        command=commands.read_text().partition("\n")[0].partition("  ")[2] if commands.exists() else "",
+        command=_command(commands.read_text()) if commands.exists() else "",
         summary=read_summary(folder) if is_finished(folder) else None,
         evaluations=tuple(
             _short(row) for row in read_metrics(folder) if RETURN in row or row.get(VALIDATION_ERROR) is not None
@@ -170,6 +172,13 @@ def _mapping(source: Path) -> dict[str, Any]:
             f"{source}: unreadable ({error}). Fix: restore it, or remove the run and train again"
         ) from error
     return found
+
+
+def _command(lines: str) -> str:
+    """Return the command of a run: its first one, and those that extended it, from `command.txt`."""
+    first, *later = [line.partition("  ")[2] for line in lines.splitlines()] or [""]
+    longer = [line for line in later if "--resume" in line and re.search(rf"--({'|'.join(LENGTHS)})\b", line)]
+    return " && ".join([first, *longer])
 
 
 def _short(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import jinja2
+import numpy as np
 
 from difftori import __version__
 from difftori.errors import ConfigError
 from difftori.experiments.analyse import OVER, Pair, Section, sections
-from difftori.experiments.gather import Gathered, RunResult, differing, gather
+from difftori.experiments.gather import Gathered, RunResult, data_names, differing, gather
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 from difftori.experiments.statistics import BOOTSTRAP_COVERAGE, Estimate
@@ -150,9 +151,21 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
         values = {int(run.config[name]) for run in runs if run.config.get(name) is not None}
         if len(values) > 1:
             warnings.append(f"Runs differ in {what}: {', '.join(map(str, sorted(values)))}. See the protocol.")
-    made = {run.updates for run in counted if run.updates is not None and "policy" in run.config}
+    made = (
+        {run.updates for run in found.runs if run.updates is not None and "policy" in run.config} if counted else set()
+    )
     if len(made) > 1:
-        warnings.append(f"Runs whose length is given in epochs made between {min(made)} and {max(made)} updates.")
+        warnings.append(f"Policies were trained with between {min(made)} and {max(made)} updates. See the protocol.")
+    agents = [run for run in found.runs if "agent" in run.config]
+    for name in ("settings.preset", "settings.updates_per_step", "action_repeat", "render"):
+        values = {str(run.config[name]) for run in agents if run.config.get(name) is not None}
+        if len(values) > 1:
+            what = name.removeprefix("settings.").replace("_", " ")
+            warnings.append(f"Agents differ in {what}: {', '.join(sorted(values))}. See the protocol.")
+    for task, method in sorted({(run.task, run.method) for run in found.runs}):
+        names = set(data_names([run for run in found.runs if (run.task, run.method) == (task, method)]))
+        if len(names) > 1:
+            warnings.append(f"{method} on {task}: seeds were trained on different data: {', '.join(sorted(names))}.")
     rules = sorted({run.rule for run in found.runs if run.finished})
     if len(rules) > 1:
         warnings.append(f"Runs differ in the evaluated weights: {'; '.join(rules)}.")
@@ -172,6 +185,12 @@ def _warnings(found: Gathered, parts: Sequence[Section]) -> list[str]:
             warnings.append(f"{part.measure.name}: methods have runs with different seeds.")
         if part.measure.full is None and len(part.tasks) > 1:
             warnings.append(f"{part.measure.name} has no common scale over tasks, so tasks are not averaged.")
+        even = [pair for pair in part.pairs if pair.runs > 1 and pair.difference.high - pair.difference.low < 1e-9]
+        if even:
+            warnings.append(
+                f"{part.measure.name}: {len(even)} differences are equal on all seeds, so their intervals have no width, which is "
+                "no certainty: more episodes would tell them apart."
+            )
         few = min((cell.seeds for cell in part.cells if cell.seeds > 1), default=0)
         if (part.over or part.pairs) and few in BOOTSTRAP_COVERAGE:
             warnings.append(
@@ -265,8 +284,8 @@ def _protocol(runs: Sequence[RunResult]) -> list[Column]:
         return tuple(cells)
 
     def median(method: str) -> str:
-        spent = sorted(run.seconds for run in runs if run.method == method and run.seconds is not None)
-        return number(spent[len(spent) // 2], 0) if spent else "–"
+        spent = [run.seconds for run in runs if run.method == method and run.seconds is not None]
+        return number(float(np.median(spent)), 0) if spent else "–"
 
     return [
         Column("method", tuple(methods), left=True),
@@ -290,10 +309,16 @@ def _seeds(runs: Sequence[RunResult], method: str) -> str:
     return " ".join(map(str, sorted({run.seed for run in runs if run.method == method})))
 
 
+_OF_AGENTS = ("settings.preset", "settings.updates_per_step", "action_repeat")
+"""Settings of agents that belong to their budget."""
+
+
 def _budget(run: RunResult) -> str:
     steps, updates = run.config.get("steps"), run.config.get("settings.updates")
     if steps is not None:
-        return f"{steps} environment steps"
+        found = [f"{steps} environment steps"]
+        found += [f"{name} {value}" for name in _OF_AGENTS if (value := run.config.get(name)) is not None]
+        return ", ".join(found).replace("settings.", "").replace("updates_per_step", "updates per step")
     if updates is not None:
         return f"{updates} updates"
     epochs = f"{run.config.get('settings.epochs')} epochs"

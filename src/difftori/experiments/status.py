@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from difftori.errors import DifftoriError
-from difftori.experiments.plan import RunSpec, beside
+from difftori.experiments.plan import FAILED, RunSpec, beside
 from difftori.runs.records import read_metrics, read_summary
 
 State = Literal["finished", "running", "failed", "interrupted", "waiting"]
@@ -45,7 +45,7 @@ def run_status(run: RunSpec) -> RunStatus:
     """Return the state of a run. `interrupted`: it was started, and no process works on it; re-running the sweep resumes it."""
     if run.finished:
         return RunStatus(run, "finished", _step(run), _headline(run))
-    failed = beside(run.folder, ".failed.json")
+    failed = beside(run.folder, FAILED)
     if run.locked:
         return RunStatus(run, "running", _step(run), _age(run))
     if failed.exists():

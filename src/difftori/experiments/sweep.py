@@ -1,7 +1,8 @@
 """Runs a sweep with any engine. Bases are run before their refiners."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from difftori.experiments.gpus import GPUs
@@ -34,9 +35,12 @@ def run_sweep(
     return engine(missing, say=say, done=done) if missing else []
 
 
-def split_ready(runs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[RunSpec]]:
-    """Split runs into those whose base is finished, or that have none, and the others."""
-    ready = dict.fromkeys(run for run in runs if run.ready)
+def split_ready(runs: Sequence[RunSpec], succeeded: Container[Path] = ()) -> tuple[list[RunSpec], list[RunSpec]]:
+    """Split runs into those whose base is finished, or that have none, and the others.
+
+    `succeeded`: folders of runs that other machines have finished, which this one may not see yet, as on a network file system.
+    """
+    ready = dict.fromkeys(run for run in runs if run.ready or (run.base and run.base.folder in succeeded))
     return list(ready), [run for run in runs if run not in ready]
 
 

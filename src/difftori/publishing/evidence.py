@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from difftori.il.recorded import read_record
 from difftori.il.weights import Which
 from difftori.rollout import wilson_interval
 from difftori.runs.figures import RESULTS
-from difftori.runs.page import read_evaluations
+from difftori.runs.page import evaluations_since_training
 from difftori.runs.records import flat, is_finished, read_config, read_metrics, read_summary
 from difftori.types import Metrics
 
@@ -116,13 +115,10 @@ def _of_agent(run: Path) -> dict[str, Any] | None:
 
 def _later(run: Path, which: Which) -> list[dict[str, Any]]:
     """Return the evaluations by `difftori eval` of these weights since the end of the training."""
-    rows = read_metrics(run)
-    ended = float(rows[-1]["time"]) if rows and "time" in rows[-1] else 0.0
     found = []
-    for entry in read_evaluations(run):
+    for entry in evaluations_since_training(run):
         try:
-            made = datetime.strptime(entry["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-            if entry["weights"] != which or made < int(ended):
+            if entry["weights"] != which:
                 continue
             metrics = {name.removeprefix("eval/"): value for name, value in entry["metrics"].items()}
             found.append(evaluated("difftori eval", which, metrics, entry["episodes"], **_circumstances(entry)))

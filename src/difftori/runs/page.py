@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -65,6 +66,20 @@ def read_evaluations(path: Path) -> list[dict]:
         return list(json.loads(source.read_bytes())) if source.exists() else []
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{source}: unreadable ({error}). Fix: move it away") from error
+
+
+def evaluations_since_training(path: Path) -> list[dict]:
+    """Return the evaluations of the run's present weights: those since the end of its training, which may have been extended.
+
+    Raises DataError if a file is damaged.
+    """
+    rows = read_metrics(path)
+    ended = int(rows[-1].get("time", 0)) if rows else 0
+    try:
+        times = [(entry, datetime.strptime(entry["time"], "%Y-%m-%dT%H:%M:%S%z")) for entry in read_evaluations(path)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path / 'eval.json'}: not a list of evaluations ({error!r}). Fix: move it away") from error
+    return [entry for entry, made in times if made.timestamp() >= ended]
 
 
 def render(path: Path, summary: Metrics) -> str:

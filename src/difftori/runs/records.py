@@ -47,12 +47,14 @@ def is_finished(path: Path) -> bool:
     return (path / "summary.json").exists()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Read the rows of a run's `metrics.jsonl`. Skips a last line that a kill truncated; other invalid lines raise DataError."""
+def read_metrics(path: Path, count: int | None = None) -> list[dict]:
+    """Read the rows of a run's `metrics.jsonl`, or only the first `count`. Skips a last line that a kill truncated; other invalid
+    lines raise DataError.
+    """
     source = path / "metrics.jsonl"
     lines = source.read_text().splitlines() if source.exists() else []
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines[:count], start=1):
         try:
             row = json.loads(line)
             if type(row["step"]) is not int:

@@ -245,7 +245,7 @@ class Run:
         self._logged = count
         rows = self.path / "metrics.jsonl"
         if rows.exists():
-            first = [json.dumps(row) + "\n" for row in read_metrics(self.path)[:count]]
+            first = [json.dumps(row) + "\n" for row in read_metrics(self.path, count)]
             with _writing(self.path):
                 replace_file(rows, "".join(first).encode())
 
