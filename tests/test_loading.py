@@ -14,7 +14,8 @@ import difftori
 from difftori.errors import ConfigError, NonFiniteError, ShapeError
 from difftori.il.env_task import TEST_SEED
 from difftori.il.evaluate import evaluate_run as evaluate_policy_run
-from difftori.loading import LoadedPolicy, _converted
+from difftori.loading import LoadedPolicy
+from difftori.observations import as_recorded
 from difftori.registry import find_agents
 from difftori.rl.evaluate import AgentInRows
 from difftori.rl.evaluate import evaluate_run as evaluate_agent_run
@@ -172,7 +173,7 @@ def test_an_agent_with_distractors_says_what_it_needs(tmp_path):
 def test_layouts_of_images_are_the_same_observation():
     image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
     entry = EntrySpec((6, 5, 3), "uint8")
-    convert = partial(_converted, "image", stacked=False, parts="")
+    convert = partial(as_recorded, "image", stacked=False, parts="")
     wanted = image.transpose(0, 3, 1, 2)
     for given in (image, wanted, image / 255.0, (wanted / 255.0).astype(np.float32)):
         assert np.array_equal(convert(given, entry), wanted)
@@ -183,7 +184,7 @@ def test_layouts_of_images_are_the_same_observation():
 
 
 def test_a_policys_image_may_have_many_channels_and_be_depth():
-    convert = partial(_converted, "image", stacked=False, parts="")
+    convert = partial(as_recorded, "image", stacked=False, parts="")
     two = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 8), dtype=np.uint8)
     entry = EntrySpec((8, 8, 6), "uint8")
     assert np.array_equal(convert(two, entry), two)
@@ -212,7 +213,7 @@ def test_a_cameras_bytes_are_in_the_units_of_recorded_images_from_0_to_1():
     image = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
     limits = [Moments((0.1,) * 3, (high,) * 3, (0.4,) * 3, (0.2,) * 3) for high in (0.9, 7.0)]
     recorded, metres = (EntrySpec((6, 5, 3), moments=moments) for moments in limits)
-    convert = partial(_converted, "image", stacked=False, parts="")
+    convert = partial(as_recorded, "image", stacked=False, parts="")
     np.testing.assert_allclose(convert(image, recorded), image / 255.0, rtol=1e-6)
     assert np.array_equal(convert(image.astype(np.float32) / 255, recorded), image.astype(np.float32) / 255)
     dark = image // 200
@@ -292,9 +293,9 @@ def test_numbers_of_any_type_and_order(policy_run):
 def test_a_grey_image_is_no_frame_of_an_rgb_stack():
     images = np.zeros((2, 84, 84, 1), np.uint8)
     with pytest.raises(ShapeError, match="Fix: give images"):
-        _converted("state", images, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="")
+        as_recorded("state", images, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="")
     rgb = np.zeros((2, 84, 84, 3), np.uint8)[..., ::-1]
-    assert _converted("state", rgb, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="").shape == (2, 3, 84, 84)
+    assert as_recorded("state", rgb, EntrySpec((9, 84, 84), "uint8"), stacked=True, parts="").shape == (2, 3, 84, 84)
 
 
 def test_frames_that_an_agent_could_not_act_on_are_not_kept():

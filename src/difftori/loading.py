@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
-from dataclasses import astuple
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import final
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from difftori.hub import download, hub_name
 from difftori.il.evaluate import seeded_actor
 from difftori.il.weights import Which, default_weights, load_policy
 from difftori.interfaces import Agent, Policy
+from difftori.observations import Array, as_array, as_recorded
 from difftori.policies.normalized import Base, NormalizedPolicy, checked_base
 from difftori.published import (
     CARD,
@@ -37,7 +37,6 @@ from difftori.steering import PlanFunction, Steering
 from difftori.trainers import trainer_of
 from difftori.types import EntrySpec
 
-Array: TypeAlias = np.ndarray | Tensor
 _STATE = "state"
 
 
@@ -283,7 +282,7 @@ class LoadedPolicy:
                 raise ConfigError([f"{given}: {self.name} does not take it. Fix: load a policy or agent of difftori"])
             steering.check(self._model)
         given = self._by_name(obs)
-        arrays = {name: _plain(name, given[name]) for name in self.obs}
+        arrays = {name: as_array(name, given[name]) for name in self.obs}
         batched = self._batched(arrays)
         if not batched:
             arrays = {name: values[None] for name, values in arrays.items()}
@@ -296,7 +295,7 @@ class LoadedPolicy:
         first = np.ones(rows, dtype=bool) if self._first is None else self._first
         parts = " and ".join(f"{name} {shape}" for name, shape in self.parts.items())
         inputs = {
-            name: _converted(name, values, self.obs[name], stacked=self._scaled, parts=parts)
+            name: as_recorded(name, values, self.obs[name], stacked=self._scaled, parts=parts)
             for name, values in arrays.items()
         }
         frames = self._frames
@@ -332,7 +331,7 @@ class LoadedPolicy:
         """Concatenate the arrays of a Dict observation, as the environment did in training, to (S) or (B S)."""
         parts = []
         for name, shape in self.parts.items():
-            part = _plain(name, obs[name])
+            part = as_array(name, obs[name])
             rows = part.shape[: max(part.ndim - len(shape), 0)]
             if part.shape[len(rows) :] != shape:
                 raise ShapeError(f"obs: {name} has shape {part.shape}, not {shape}. Fix: give that shape")
@@ -369,83 +368,3 @@ class LoadedPolicy:
         frames = np.concatenate((last[:, given[0] :], values), 1)
         frames[first] = fresh[first]
         return frames
-
-
-def _plain(name: str, values: Array) -> np.ndarray:
-    """Convert to numpy. Raises NonFiniteError for NaN or Inf, and ShapeError for what is no array of numbers."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype == torch.bfloat16 else values
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError) as error:
-        raise ShapeError(f"obs: {name} is no array of numbers ({error}). Fix: give one array") from error
-    if array.dtype.kind not in "biuf":
-        raise ShapeError(f"obs: {name} has type {array.dtype}. Fix: give numbers")
-    if not np.isfinite(array).all():
-        raise NonFiniteError(f"obs: NaN or Inf in {name}. Fix: check the sensor")
-    return array
-
-
-def _converted(name: str, values: np.ndarray, entry: EntrySpec, *, stacked: bool, parts: str) -> np.ndarray:
-    """Convert rows (B …) to the environment's convention: float32, or uint8 images with channels first.
-
-    `stacked`: images are an agent's stacked frames. `parts`: the arrays that were concatenated to it, for the message.
-    """
-    if entry.dtype != "uint8":
-        if len(entry.shape) == 3 and values.shape[1:] == (entry.shape[2], *entry.shape[:2]) != entry.shape:
-            values = values.transpose(0, 2, 3, 1)
-        if values.shape[1:] != entry.shape:
-            made = f", which is {parts}" if parts else ""
-            raise ShapeError(f"obs: {name} has shape {values.shape[1:]}, not {entry.shape}{made}. Fix: give that shape")
-        with np.errstate(over="ignore"):
-            converted = values.astype(np.float32)
-        if len(entry.shape) == 3 and _unit_images(entry):
-            if values.dtype == np.uint8:
-                converted /= 255.0
-            elif entry.shape[2] == 3 and values.max() > _BEYOND_UNIT:
-                raise ShapeError(
-                    f"obs: {name} is {values.dtype} up to {values.max():g}, but was recorded as floating-point numbers in [0, 1]. Fix: "
-                    "give these, or uint8"
-                )
-        if not np.isfinite(converted).all():
-            raise NonFiniteError(f"obs: {name} has numbers beyond those of float32. Fix: check the sensor")
-        return converted
-    if values.dtype != np.uint8:
-        if not np.issubdtype(values.dtype, np.floating) or values.min() < 0 or values.max() > 1:
-            raise ShapeError(
-                f"obs: {name}, an image, is {values.dtype} from {values.min():g} to {values.max():g}. Fix: give uint8 "
-                "(images.astype(numpy.uint8) if they are floating-point from 0 to 255), or floating-point numbers in [0, 1]"
-            )
-        values = np.rint(values * 255.0).astype(np.uint8)
-    return _channels_first(name, values, entry.shape, stacked)
-
-
-_BEYOND_UNIT = 1.5
-"""Images with larger numbers are not in [0, 1]; resampling may overshoot a little."""
-
-
-def _unit_images(entry: EntrySpec) -> bool:
-    """Whether the recorded images were floating-point in [0, 1], but no masks of 0 and 1."""
-    if entry.moments is None:
-        return False
-    low, high, mean, std = (np.array(numbers) for numbers in astuple(entry.moments))
-    # Numbers from 0 to 1 vary as much only if each is 0 or 1.
-    masks = np.allclose(std**2, mean * (1.0 - mean), atol=1e-4)
-    return bool((low >= 0.0).all() and (high <= 1.0).all() and not masks)
-
-
-def _is_frame(frame: int, stack: int) -> bool:
-    """Whether an image of `frame` channels is one frame of a stack of `stack` channels. Frames of long stacks are RGB if they can be."""
-    return frame == 3 if stack > 4 and stack % 3 == 0 else stack % frame == 0
-
-
-def _channels_first(name: str, images: np.ndarray, shape: tuple[int, ...], stacked: bool) -> np.ndarray:
-    """Convert images of any layout that fits `shape`: (height width C), or (count·C height width) of stacked frames."""
-    channels, height, width = shape if stacked else (shape[2], *shape[:2])
-    for image in (images, images.transpose(0, 3, 1, 2)):
-        if image.shape[2:] == (height, width) and (
-            image.shape[1] == channels or (stacked and _is_frame(image.shape[1], channels))
-        ):
-            return image
-    raise ShapeError(f"obs: {name} has shape {images.shape[1:]}, not {shape}. Fix: give images of that size")

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from difftori.errors import ConfigError, DataError, DifftoriError
+from difftori.experiments.naming import data_path, distinguished, shown, task_names, told_apart
 from difftori.experiments.plan import FAILED
 from difftori.experiments.records import (
     RETURN,
@@ -33,28 +33,6 @@ TRAINING = "train/return"
 SUCCESS = "eval/success"
 _UNREADABLE = (DifftoriError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 _WITHIN_A_RUN = ("checkpoints", "tensorboard", "episodes", "media", "wandb")
-_NOT_DISTINGUISHING = {
-    "agent",
-    "policy",
-    "env",
-    "distractors",
-    "seed",
-    "data_seed",
-    "demos",
-    "base",
-    "device",
-    "threads",
-    "workers",
-    "save_every",
-    "storage",
-    "keep_episodes",
-    "compile",
-    "settings.preset",
-}
-"""Keys that do not distinguish methods: task, seed, data (but see `DATA`) and machine. A preset is visible in its settings. The number
-of environments changes the results of an agent, and not of a policy (it is that of the evaluation)."""
-
-
 DATA = ("demos", "episodes", "data_seed")
 """Keys of the data, which distinguish methods where runs of one method, task and seed differ in them."""
 
@@ -144,7 +122,7 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
         except _UNREADABLE as error:
             left_out.append((place, str(error) or repr(error)))
     bases = _base_names(records)
-    tasks = _tasks({place: record.config for place, record in records.items()})
+    tasks = task_names({place: record.config for place, record in records.items()})
     for place, record in records.items():
         try:
             runs.append(_run(place, record, bases.get(place), tasks[place]))
@@ -242,7 +220,7 @@ def _base_names(records: Mapping[Path, Record]) -> dict[Path, str]:
             base = trained.get(record.base_weights or "")
             config = _stored_base(place, record) if base is None else base.config
             configs[place] = (str(record.config.get("env")), config)
-    named = _distinguished([(str(config.get("policy")), task, flat(config)) for task, config in configs.values()])
+    named = distinguished([(str(config.get("policy")), task, flat(config)) for task, config in configs.values()])
     return {
         place: f"{name} ({', '.join(words)})" if words else name
         for place, (name, words) in zip(configs, named, strict=True)
@@ -321,39 +299,6 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
     return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], dtype=float)
 
 
-def _tasks(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
-    """Return the name of each run's task: the environment, or without one the name of its data, the observation type, distractors, and
-    the options and the length of its episodes where those of one environment differ.
-    """
-    data = _told_apart(_data_path(config) for config in configs.values() if config.get("env") == "none")
-    words: dict[Path, tuple[str, list[str]]] = {}
-    for place, config in configs.items():
-        name = data[_data_path(config)] if config.get("env") == "none" else str(config.get("env"))
-        count = config.get("distractors")
-        words[place] = (
-            name,
-            [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])],
-        )
-    alike: dict[tuple[str, ...], list[Path]] = {}
-    for place, (name, further) in words.items():
-        alike.setdefault((name, *further), []).append(place)
-    for places in alike.values():
-        for key, shown in (("env_options", _shown_options), ("max_episode_steps", _shown_limit)):
-            values = [shown(configs[place].get(key)) for place in places]
-            if len(set(values)) > 1:
-                for place, value in zip(places, values, strict=True):
-                    words[place][1].append(value)
-    return {place: f"{name} ({', '.join(further)})" if further else name for place, (name, further) in words.items()}
-
-
-def _shown_options(options: Sequence[str] | None) -> str:
-    return " ".join(map(str, options)) if options else "default options"
-
-
-def _shown_limit(steps: int | None) -> str:
-    return "default length" if steps is None else f"at most {steps} steps"
-
-
 def _full_return(config: Mapping[str, Any]) -> float | None:
     """Return the largest possible return of an episode; None if unknown for the environment family.
 
@@ -373,23 +318,9 @@ def _outcomes(summary: Mapping[str, float], which: str) -> dict[Measure, float]:
     return found or {Measure("validation_error", None, False): summary[f"{which}/validation_error"]}
 
 
-def _data_path(config: Mapping[str, Any]) -> str:
-    return os.path.abspath(str(config.get("demos")))
-
-
-def _told_apart(paths: Iterable[str]) -> dict[str, str]:
-    """Return for each path its end, without the suffix, with as many folders as tell it from the other paths."""
-    parts = {path: (*Path(path).parts[:-1], Path(path).stem) for path in paths}
-    ends = Counter(own[-n:] for own in parts.values() for n in range(1, len(own) + 1))
-    counts = {
-        path: next((n for n in range(1, len(own)) if ends[own[-n:]] == 1), len(own)) for path, own in parts.items()
-    }
-    return {path: "/".join(own[-counts[path] :]) for path, own in parts.items()}
-
-
 def _named(runs: Sequence[RunResult]) -> list[RunResult]:
     """Append to each method's name the settings in which runs of that name differ, and on a task, the data in which they do."""
-    found = _distinguished([(run.method, run.task, run.config) for run in runs])
+    found = distinguished([(run.method, run.task, run.config) for run in runs])
     named = [replace(run, method=", ".join([name, *words])) for run, (name, words) in zip(runs, found, strict=True)]
     groups: dict[tuple[str, str], list[RunResult]] = {}
     for run in named:
@@ -405,43 +336,14 @@ def _data_words(group: Sequence[RunResult]) -> dict[Path, list[str]]:
     first: dict[int, int] = {}
     alike = [(first.setdefault(run.seed, number), number) for number, run in enumerate(group)]
     keys = [key for key in DATA if any(values[key][a] != values[key][b] for a, b in alike)]
-    return {run.place: [f"{key} {_shown(values[key][number])}" for key in keys] for number, run in enumerate(group)}
+    return {run.place: [f"{key} {shown(values[key][number])}" for key in keys] for number, run in enumerate(group)}
 
 
 def data_names(group: Sequence[RunResult]) -> list[str]:
     """Return the names of the data sets of runs. One set for each seed has one name, with SEED in the place of the seed."""
-    paths = [_data_path(run.config) for run in group]
+    paths = [data_path(run.config) for run in group]
     of_seeds = [re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", path) for run, path in zip(group, paths, strict=True)]
     if len(set(of_seeds)) < len(set(paths)):
         paths = of_seeds
-    names = _told_apart(paths)
+    names = told_apart(paths)
     return [names[path] for path in paths]
-
-
-def _distinguished(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[tuple[str, list[str]]]:
-    """Return the name of each (name, task, flat configuration) with the settings in which those of that name differ on some task."""
-    same: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for name, task, config in found:
-        same.setdefault((name, task), []).append(config)
-    keys: dict[str, set[str]] = {}
-    for (name, _), configs in same.items():
-        keys.setdefault(name, set()).update(differing(configs))
-    return [
-        (name, [f"{k.removeprefix('settings.')} {_shown(v)}" for k, v in config.items() if k in keys[name]])
-        for name, _, config in found
-    ]
-
-
-def differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the settings in which configurations differ. One that an earlier version did not write is no difference."""
-    execution = {"num_envs"} if any("policy" in config for config in configs) else set()
-    keys = {key for config in configs for key in config} - _NOT_DISTINGUISHING - execution
-    return {key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "default"
-    if isinstance(value, list):
-        return "×".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,8 @@ import numpy as np
 from difftori import __version__
 from difftori.errors import ConfigError
 from difftori.experiments.analyse import OVER, Pair, Section, sections
-from difftori.experiments.gather import Gathered, RunResult, data_names, differing, gather
+from difftori.experiments.gather import Gathered, RunResult, data_names, gather
+from difftori.experiments.naming import differing
 from difftori.experiments.records import RETURN, VALIDATION_ERROR
 from difftori.experiments.report_figures import against, learning_curves, over_tasks, profiles
 from difftori.experiments.statistics import BOOTSTRAP_COVERAGE, Estimate
