@@ -36,28 +36,25 @@ def task_names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     words: dict[Path, tuple[str, list[str]]] = {}
     for place, config in configs.items():
         name = data[data_path(config)] if config.get("env") == "none" else str(config.get("env"))
-        count = config.get("distractors")
-        words[place] = (
-            name,
-            [*([config["obs"]] if config.get("obs") else []), *([f"{count} distractors"] if count else [])],
-        )
+        seen, count = config.get("obs"), config.get("distractors")
+        words[place] = name, [*([str(seen)] if seen else []), *([f"{count} distractors"] if count else [])]
     alike: dict[tuple[str, ...], list[Path]] = {}
     for place, (name, further) in words.items():
         alike.setdefault((name, *further), []).append(place)
     for places in alike.values():
-        for key, shown in (("env_options", _shown_options), ("max_episode_steps", _shown_limit)):
-            values = [shown(configs[place].get(key)) for place in places]
+        for key, text_of in (("env_options", _shown_options), ("max_episode_steps", _shown_limit)):
+            values = [text_of(configs[place].get(key)) for place in places]
             if len(set(values)) > 1:
                 for place, value in zip(places, values, strict=True):
                     words[place][1].append(value)
     return {place: f"{name} ({', '.join(further)})" if further else name for place, (name, further) in words.items()}
 
 
-def _shown_options(options: Sequence[str] | None) -> str:
-    return " ".join(map(str, options)) if options else "default options"
+def _shown_options(options: Any) -> str:
+    return " ".join(map(str, options if isinstance(options, list) else [options])) if options else "default options"
 
 
-def _shown_limit(steps: int | None) -> str:
+def _shown_limit(steps: Any) -> str:
     return "default length" if steps is None else f"at most {steps} steps"
 
 
