@@ -341,3 +341,20 @@ def test_an_observation_beyond_the_networks_range_is_no_action(name):
                 parameter.mul_(10.0)
     with pytest.raises(NonFiniteError, match=f"the action of {name} has NaN"):
         policy.act(np.full(agent.spec.obs_shape, 3e38, np.float32))
+
+
+@pytest.mark.parametrize("name", ["difftori", "tdmpc"])
+def test_an_agent_keeps_its_plan_after_an_error(name):
+    agent = build_agent(name)
+    rows = AgentInRows(agent.eval(), step=0, generator=torch.Generator())
+    policy = LoadedPolicy(lambda: rows, name, agent.spec.obs, (-1.0,) * 2, (1.0,) * 2, scaled=True)
+    usual = np.full(agent.spec.obs_shape, 0.5, np.float32)
+    policy.act(usual)
+    before = {key: value.clone() for key, value in rows._memory.items()}
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10.0)
+    with pytest.raises(NonFiniteError):
+        policy.act(np.full(agent.spec.obs_shape, 3e38, np.float32))
+    assert all(torch.equal(rows._memory[key], value) for key, value in before.items())

@@ -305,9 +305,9 @@ class LoadedPolicy:
         actions = self._act(inputs, first, active) if steering is None else self._act(inputs, first, active, steering)
         if self._scaled:
             actions = rescaled(actions, self.low, self.high).astype(np.float32)
-        self._first, self._frames = np.zeros(rows, dtype=bool), frames
         if not np.isfinite(actions).all():
-            raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs, then reset()")
+            raise NonFiniteError(f"the action of {self.name} has NaN or Inf. Fix: check the range of obs")
+        self._first, self._frames = np.zeros(rows, dtype=bool), frames  # an error changes nothing of what is kept
         chosen = actions if batched else actions[0]
         example = given[next(iter(self.obs))]
         return torch.from_numpy(chosen).to(example.device) if isinstance(example, Tensor) else chosen

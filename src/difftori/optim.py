@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +50,12 @@ class Guard:
     def apply(self, loss: Scalar | None = None) -> Scalar:
         """Clip the parameters' `grad` and step, unless the norm or `loss` is NaN or Inf. Returns the norm before clipping.
 
-        Parameters whose `grad` is None do not change.
+        Parameters whose `grad` is None do not change. Without any gradient, nothing happens, and the norm is 0.
         """
         stepped = [p for p in self.parameters if p.grad is not None]
+        if not stepped:
+            self.skip = None
+            return self.parameters[0].new_zeros(())
         gradients = [p.grad for p in stepped if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))  # noqa: SLF001 (one fused call for all of them)
         norm = torch.linalg.vector_norm(norms)
@@ -101,8 +103,7 @@ class Guard:
     def load_state_dict(self, state: dict) -> None:
         """Restore a saved state. Raises CheckpointError if it belongs to other networks."""
         try:
-            # a checkpoint of an earlier version has Adam's state under its own name
-            self.inner.load_state_dict(state["adam"] if "adam" in state else state["optimizer"])
+            self.inner.load_state_dict(state["optimizer"])
             skipped, consecutive = float(state["skipped"]), float(state["consecutive_skips"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
@@ -148,7 +149,7 @@ class GuardedOptimizer(Guard):
 
     def step(self, gradient: Sequence[Tensor]) -> Scalar:
         """Clip and step. Returns the norm before clipping, NaN or Inf if the step was skipped."""
-        for parameter, part in zip(self.parameters, gradient, strict=True):
+        for parameter, part in zip(self.parameters, _separate(self.parameters, gradient), strict=True):
             parameter.grad = part
         norm = self.apply()
         if norm.device.type == "cpu":
@@ -201,9 +202,28 @@ class _Skips:
         return [self.total, self.latest, self.longest, self.norms]
 
 
+def _separate(parameters: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a gradient in the memory layout of the parameters, and each in memory of its own.
+
+    Otherwise, a fused step reads a transposed part wrongly, and clipping scales a shared one twice.
+    """
+    seen: set[int] = set()
+    parts = []
+    for parameter, part in zip(parameters, gradient, strict=True):
+        alone = part.stride() == parameter.stride() and part.data_ptr() not in seen
+        seen.add(part.data_ptr())
+        parts.append(part if alone else torch.empty_like(parameter).copy_(part))
+    return parts
+
+
 @torch.no_grad()
 def soft_update(targets: Iterable[Tensor], sources: Iterable[Tensor], rate: Scalar | float) -> None:
     """θ⁻ ← (1 − rate)·θ⁻ + rate·θ (Polyak averaging)."""
     if averaged := list(targets):
-        rates: Any = [rate] * len(averaged) if isinstance(rate, Tensor) else rate
-        torch._foreach_lerp_(averaged, list(sources), rates)  # noqa: SLF001 (one fused call for all of them)
+        # fused calls for all of them
+        if not isinstance(rate, Tensor):
+            torch._foreach_lerp_(averaged, list(sources), rate)  # noqa: SLF001
+            return
+        change = torch._foreach_sub(list(sources), averaged)  # noqa: SLF001
+        torch._foreach_mul_(change, rate)  # noqa: SLF001
+        torch._foreach_add_(averaged, change)  # noqa: SLF001

@@ -131,7 +131,7 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
         return trainer, config
     longer = trainer.parse(overlay(values, options, trainer.config_type(trainer.find(str(values[trainer.key])))))
     before, after = (flat(each.model_dump(mode="json")) for each in (config, longer))
-    faults = []
+    faults, grows = [], False
     for name in (key for key in after if key.rpartition(".")[2] in set(LENGTHS) & options.keys()):
         option, new, old = f"--{name.rpartition('.')[2]}", after[name], before[name]
         if old is None:
@@ -140,7 +140,9 @@ def read_resumed(run: Path, options: Mapping[str, list[str]]) -> tuple[Trainer, 
             )
         elif new < old:
             faults.append(f"{option}: {new} is less than the run's {old}. Fix: give a larger number")
-    if is_finished(run) and not Checkpoints(run / "checkpoints").steps():
+        else:
+            grows |= new > old
+    if grows and is_finished(run) and not Checkpoints(run / "checkpoints").steps():
         faults.append(f"{run}: its checkpoints were deleted, so it would begin again. Fix: train a new run")
     if trainer.key == "agent" and is_finished(run) and not (run / "episodes").is_dir():
         faults.append(

@@ -131,3 +131,23 @@ def test_the_policy_gradient_term_still_trains_a_latent_that_the_reward_does_not
     loss = agent.policy_gradient_loss(segment().obs[0], torch.Generator().manual_seed(0))
     gradient = agent.pg_optimizer.by_network(agent.pg_optimizer.gradient(loss))
     assert all(bool(gradient[network].any()) for network in ("encoder", "dynamics"))
+
+
+def test_a_gradient_of_any_memory_layout_is_stepped_as_it_is():
+    """Transposed, shared by two parameters, or expanded: a fused step reads memory in order, and clipping writes to it."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 3, bias=False))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    optimizer = GuardedOptimizer({"network": network}, 0.5, 1.0)
+    first, second = optimizer.parameters
+    wanted = torch.tensor([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]])
+    for loss in ((first.t() * wanted).sum() + second.sum(), ((first + second) * wanted.t()).sum()):
+        gradient = optimizer.gradient(loss)
+        copies = [part.clone() for part in gradient]
+        before = [parameter.detach().clone() for parameter in optimizer.parameters]
+        norm = optimizer.step(gradient)
+        assert norm.item() == pytest.approx(12.0**0.5)
+        moved = [parameter.detach() - old for parameter, old in zip(optimizer.parameters, before, strict=True)]
+        assert all(torch.equal(change.sign(), -part.sign()) for change, part in zip(moved, copies, strict=True))
+        optimizer.inner.state.clear()

@@ -520,13 +520,13 @@ def test_an_evaluation_of_earlier_weights_is_not_the_latest(tmp_path):
 
 
 def test_runs_in_environments_of_other_options_are_not_compared(tmp_path):
-    changed(agent_run(tmp_path / "a", 900.0, agent="tdmpc", seed=0), env_options=["friction=0.5"])
+    changed(agent_run(tmp_path / "a", 900.0, agent="tdmpc", seed=0), env_options=["friction=0.5", "a=1"])
     changed(agent_run(tmp_path / "b", 800.0, agent="sac", seed=0), env_options=[])
     changed(agent_run(tmp_path / "c", 700.0, agent="sac", seed=1), max_episode_steps=500)
     found = gather([tmp_path]).runs
     shown = {(run.method, run.task) for run in found}
     assert shown == {
-        ("tdmpc", "dmc:cup-catch (state, friction=0.5, default length)"),
+        ("tdmpc", "dmc:cup-catch (state, a=1 friction=0.5, default length)"),
         ("sac", "dmc:cup-catch (state, default options, default length)"),
         ("sac", "dmc:cup-catch (state, default options, at most 500 steps)"),
     }
@@ -585,8 +585,10 @@ def test_failed_runs_seeds_of_other_data_and_ties_are_named(tmp_path):
             wins = [1.0] * (seed + 1 + shift) + [0.0] * (5 - seed - shift)
             policy_run(tmp_path / f"{policy}/seed-{seed}", wins, policy=policy, seed=seed, demos=f"{'ab'[seed]}.zarr")
     (tmp_path / "bc" / "seed-2.failed.json").write_text(json.dumps({"status": 1, "reason": "no such file"}))
+    (tmp_path / "bc" / "seed-0.failed.json").write_text(json.dumps({"status": 9, "reason": "trained again since"}))
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
     assert "failed with status 1: no such file" in page
+    assert "trained again since" not in page
     assert "bc on metaworld:assembly: seeds were trained on different data: a, b" in page
     assert "1 differences are equal on all seeds, so their intervals have no width" in page
 

@@ -136,6 +136,7 @@ def test_a_run_without_checkpoints_is_not_extended_from_its_beginning(tmp_path):
     with pytest.raises(ConfigError, match="its checkpoints were deleted, so it would begin again"):
         read_resumed(tmp_path / "run", {"steps": ["80"]})
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    read_resumed(tmp_path / "run", {"steps": ["48"]})  # no extension
 
 
 def test_a_signal_in_an_evaluation_is_obeyed_and_costs_only_that_evaluation(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ class Trajectories:
     Observation t is the one before action t. An entry is float32, such as `state` (T S) or `point_cloud` (T N 3), or uint8,
     such as `image` (T height width C). `spans` (E 2) are the first step of each episode and the step after its last.
     Steps outside of all spans are ignored, so several sets can share one storage, which may be a memory-mapped file.
-    `about` is the metadata of the file, in plain JSON values.
+    `about` is the metadata of the file, in plain JSON values. `tasks` has the number of episodes of each task, by its instruction, if
+    they were read from a file with several.
 
     Raises DataError if shapes, dtypes or devices do not match. `of` creates a set from arrays and checks the numbers
     too; `difftori.data.formats.read_demos` reads one from files.
@@ -39,6 +40,7 @@ class Trajectories:
     actions: Tensor
     spans: Tensor
     about: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         steps = len(self.actions)

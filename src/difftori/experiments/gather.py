@@ -26,7 +26,7 @@ from difftori.experiments.records import (
 )
 from difftori.runs.checkpoint import read_weights
 from difftori.runs.page import MEDIA, evaluations_since_training
-from difftori.runs.records import MODEL, current_config, flat, read_metrics
+from difftori.runs.records import MODEL, current_config, flat, is_finished, read_metrics
 from difftori.types import Metrics
 
 TRAINING = "train/return"
@@ -115,7 +115,10 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
     runs, left_out = [], []
     for place in _places(places):
         if place.name.endswith(FAILED):
-            left_out.append((place, _failure(place)))
+            if not is_finished(
+                place.with_name(place.name.removesuffix(FAILED))
+            ):  # it may have been trained again since
+                left_out.append((place, _failure(place)))
             continue
         try:
             records |= _records(place, evaluation)
@@ -204,7 +207,9 @@ def _evaluated_again(place: Path, record: Record, summary: Metrics) -> Record:
     if "agent" in record.config:
         results = {name.removeprefix("eval/"): values[name] for name in (RETURN, SUCCESS) if name in values}
         episodes = {"last": latest["episodes"]}
-        return replace(record, config=config, summary={**summary, **results}, episodes=episodes)
+        # this evaluation's success, if it has one, and not that of the training
+        rows = tuple({name: value for name, value in row.items() if name != SUCCESS} for row in record.evaluations)
+        return replace(record, config=config, summary={**summary, **results}, evaluations=rows, episodes=episodes)
     which = latest["weights"]
     other = {name: value for name, value in summary.items() if not name.startswith(("last/", "best/"))}
     results = {f"{which}/{name}": value for name, value in values.items()}

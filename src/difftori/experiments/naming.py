@@ -51,7 +51,8 @@ def task_names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
 
 
 def _shown_options(options: Any) -> str:
-    return " ".join(map(str, options if isinstance(options, list) else [options])) if options else "default options"
+    words = map(str, options if isinstance(options, list) else [options])
+    return " ".join(sorted(words)) if options else "default options"
 
 
 def _shown_limit(steps: Any) -> str:

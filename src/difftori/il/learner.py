@@ -162,6 +162,7 @@ class Learner:
             self.policy.load_state_dict(state["policy"])
             self._guard.load_state_dict(state["optimizer"])
             self.averages.load(state["averages"])
+            self._recorded, self._of_epoch = (None, None), (-1, [])  # a recording has the tensors of before
             if self.settings.ema:
                 self.acting.policy.load_state_dict(state["average"])
             self.best, self.train_state = state["best"], TrainState(**state["train_state"])
@@ -190,8 +191,8 @@ class Learner:
                 "Fix: look for detach() or no_grad() in `loss`"
             )
         trained = [self._guard.parameters[number] for number in chosen]  # the optimizer leaves the others as they are
-        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
-            parameter.grad = gradient
+        if trained:
+            torch.autograd.backward(loss, inputs=trained)
         loss, metrics = self.distributed.average(trained, loss, metrics, part)
         norm = self._guard.apply(loss)
         self._average(share)
@@ -232,13 +233,13 @@ class Learner:
             raise NonFiniteError(self._blame())
 
     def _average(self, share: Scalar | float) -> None:
-        """Move the EMA weights by this share of the way to the current ones, unless the update was skipped; buffers are copied."""
+        """Move the EMA weights by this share of the way to the current ones, and copy the buffers, unless the update was skipped."""
         if not self.settings.ema:
             return
         averaged, skip = self.acting.policy, self._guard.skip
         soft_update(averaged.parameters(), self.policy.parameters(), share if skip is None else share * (1.0 - skip))
         for old, buffer in zip(averaged.buffers(), self.policy.buffers(), strict=True):
-            old.copy_(buffer)
+            old.copy_(buffer if skip is None else buffer.where(skip == 0, old))
 
     def _ema_share(self) -> float:
         """Return the share of the current weights in the next average of the EMA weights."""

@@ -11,7 +11,7 @@ import torch
 
 from difftori.data.download import find_demos
 from difftori.data.fingerprint import Fingerprint, changes
-from difftori.data.formats import TASKS, Entries, has_keys, read_demos
+from difftori.data.formats import Entries, has_keys, read_demos
 from difftori.data.trajectories import Trajectories
 from difftori.data.windows import Windows
 from difftori.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class DemosOptions:
         chosen = entries if self.obs_keys is None else list(self.obs_keys)
         path = find_demos(self.demos, _log.warning)
         demos = read_demos(path, chosen, action=self.action_key, episodes=episodes, subset=subset)
-        if tasks := demos.about.get(TASKS):
+        if tasks := demos.tasks:
             _log.warning(
                 "demos: %s has episodes of %d tasks, but no policy reads the instruction, so it learns a mixture of them: %s. Fix: "
                 "choose one task, --episodes TASK",

@@ -138,12 +138,13 @@ class AgentInRows:
             projects = steering.projects(self._agent)
             steering = steering.within(lambda actions: in_units(actions, low, high), {"state": inputs})
         planning = None if projects else steering
-        actions, self._memory = self._acting(
-            inputs, self._memory, torch.from_numpy(first), step=self.step, steering=planning
-        )
+        actions, memory = self._acting(inputs, self._memory, torch.from_numpy(first), step=self.step, steering=planning)
         if steering is not None and projects:
             actions = steering.projected(actions[:, None])[:, 0]
-        return actions.cpu().numpy()
+        found = actions.cpu().numpy()
+        if np.isfinite(found).all():  # an error, also that of the caller, changes nothing of what is kept
+            self._memory = memory
+        return found
 
 
 def in_units(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -360,7 +360,7 @@ class _Session:
                 f"{self.out}: the checkpoint lacks {error}; another version of difftori wrote it. Fix: resume with the version "
                 "named in versions.json, or start a new run"
             ) from error
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.out}: the checkpoint does not fit this agent: {error}. Fix: start a new run"
             ) from error

@@ -27,9 +27,9 @@ class Averages:
         """Add one value for each name, unless `skip` is 1."""
         if not metrics:
             return
-        values = [torch.as_tensor(value) for value in metrics.values()]
+        values = [torch.as_tensor(value).detach().reshape(()) for value in metrics.values()]
         skipped = values[0].new_zeros(()) if skip is None else skip
-        self._pending.append((tuple(metrics), torch.stack([*values, skipped]).detach()))
+        self._pending.append((tuple(metrics), torch.stack([*values, skipped])))
         if len(self._pending) >= _PENDING:
             self._collect()
 

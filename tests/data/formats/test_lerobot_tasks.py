@@ -45,8 +45,8 @@ def test_one_task_is_read_by_its_instruction(path):
     assert_same(read_demos(path, subset=PICK), tiny().select([0, 2]))
     assert_same(read_demos(path, subset=PICK, episodes=["1:"]), tiny().select([2]))
     assert_same(read_demos(path), tiny())
-    assert read_demos(path).about["tasks"] == {PICK: 2, PLACE: 1}
-    assert "tasks" not in read_demos(path, episodes=[1]).about
+    assert read_demos(path).tasks == {PICK: 2, PLACE: 1}
+    assert read_demos(path, episodes=[1]).tasks == {}
     with pytest.raises(DataError, match=r"no task 'pick'.*'pick the cube', 'place it, slowly'"):
         read_demos(path, subset="pick")
     with pytest.raises(DataError, match="none of the chosen"):
@@ -79,7 +79,11 @@ def test_without_tasks_all_episodes_are_read_by_number(tmp_path):
         read_demos(tmp_path / "d", subset=PICK)
 
 
-def test_damaged_tasks_are_refused(tmp_path):
+def test_a_set_whose_tasks_are_no_lists_of_texts_is_read_all_the_same(tmp_path):
     write_lerobot(tiny(), tmp_path / "d", fps=10, task=PICK)
-    with pytest.raises(DataError, match=r"tasks of episode 0 are \[6\]"):
-        read_demos(changed(tmp_path / "d", [[6], [7], [8]]))
+    assert_same(read_demos(changed(tmp_path / "d", [[6], [7], [8]])), tiny())
+    assert describe_demos(tmp_path / "d").tasks == {}
+    changed(tmp_path / "d", [[PICK], None, [PLACE]])
+    assert describe_demos(tmp_path / "d").tasks == {PICK: (0,), PLACE: (2,)}
+    changed(tmp_path / "d", [PICK, PICK, PLACE])
+    assert describe_demos(tmp_path / "d").tasks == {PICK: (0, 1), PLACE: (2,)}

@@ -20,7 +20,6 @@ from difftori.data.trajectories import Trajectories, make_spans
 from difftori.errors import DataError
 
 __all__ = [
-    "TASKS",
     "DemosDescription",
     "Entries",
     "describe_demos",
@@ -31,8 +30,6 @@ __all__ = [
     "write_zarr",
 ]
 
-TASKS = "tasks"
-"""The metadata of demonstrations of several tasks: the number of episodes of each, by its instruction."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _KNOWN = (
     "a zarr folder (data/*, meta/episode_ends), a robomimic file (.hdf5), a ManiSkill file (.h5 and .json) or a LeRobot "
@@ -91,17 +88,15 @@ def read_demos(
         # All keys are opened before the first one is read, which may take minutes.
         fields = {name: [source.field(one) for one in keys] for name, keys in chosen.items()}
         obs = {name: writer.fill(parts) for name, parts in fields.items()}
-        about = source.about
-        if len(counts := _counts(source, kept)) > 1:
-            about = {**about, TASKS: counts}
-        return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), about)
+        return Trajectories(obs, writer.fill([part]), make_spans(writer.ends), source.about, _counts(source, kept))
 
 
 def _counts(source: Source, kept: Sequence[int] | None) -> dict[str, int]:
-    """Return the number of episodes of each task, among those that are kept (default: all)."""
+    """Return the number of episodes of each task, among those that are kept (default: all); empty if they are of one task."""
     chosen = None if kept is None else set(kept)
     counts = {t: sum(chosen is None or e in chosen for e in episodes) for t, episodes in source.tasks.items()}
-    return {task: count for task, count in counts.items() if count}
+    found = {task: count for task, count in counts.items() if count}
+    return found if len(found) > 1 else {}
 
 
 def describe_demos(path: Path | str) -> DemosDescription:

@@ -121,7 +121,7 @@ def _read_v2(path: Path, info: dict[str, Any]) -> Episodes:
             yield video_file_v2(path, key, episode // chunks, episode), np.arange(length) / fps
 
     files = tuple(data_file_v2(path, e // chunks, e) for e in range(len(lengths)))
-    return Episodes(ends, files, clips, _texts([row.get("tasks") for row in rows], str(place)))
+    return Episodes(ends, files, clips, _texts([row.get("tasks") for row in rows]))
 
 
 def _rows_v2(place: Path) -> list[dict[str, Any]]:
@@ -188,17 +188,13 @@ def _tasks(path: Path) -> tuple[tuple[str, ...], ...]:
             return ()
         for numbers, tasks in read_batches(file, ["episode_index", "tasks"], _ROWS):
             found.update(zip(numbers.to_pylist(), tasks.to_pylist(), strict=True))
-    return _texts([found[number] for number in sorted(found)], f"{path}: meta/episodes")
+    return _texts([found[number] for number in sorted(found)])
 
 
-def _texts(tasks: Sequence[Any], place: str) -> tuple[tuple[str, ...], ...]:
-    """Return the tasks of each episode. Raises DataError unless all are lists of texts, or all are missing."""
-    if all(each is None for each in tasks):
-        return ()
-    for number, each in enumerate(tasks):
-        if not isinstance(each, list) or not all(isinstance(task, str) for task in each):
-            raise DataError(f"{place}: the tasks of episode {number} are {each!r}, no texts. Fix: restore the file")
-    return tuple(tuple(each) for each in tasks)
+def _texts(tasks: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+    """Return the tasks of each episode: a list of texts, or a text. What is none is left out, because all else can be read without."""
+    lists = [[each] if isinstance(each, str) else each if isinstance(each, list) else [] for each in tasks]
+    return tuple(tuple(task for task in each if isinstance(task, str)) for each in lists)
 
 
 def _check_steps(episodes: Episodes) -> None:
