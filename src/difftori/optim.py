@@ -59,7 +59,7 @@ class Guard:
         gradients = [p.grad for p in stepped if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))  # noqa: SLF001 (one fused call for all of them)
         norm = torch.linalg.vector_norm(norms)
-        watched = norm if loss is None else norm + 0.0 * loss.detach()  # Inf times 0 is NaN
+        watched = norm if loss is None else norm + 0.0 * loss.detach().reshape(())  # Inf times 0 is NaN
         counts = self._skips = self._skips or _Skips.none(norms.new_zeros(len(self.parameters)))
         waits, skip = self.waits(norm.device), None
         if waits and math.isfinite(watched.item()):

@@ -147,6 +147,10 @@ def test_gradients_of_any_memory_layout_are_those_of_the_loss(odd):
     norm = 22.0**0.5  # of 22 numbers of size 1, clipped to 1
     assert all(torch.allclose(p.grad.abs(), torch.full_like(p, 1 / norm), rtol=1e-4) for p in network.parameters())
     assert learner.close_epoch()["train/grad_norm"] == pytest.approx(norm)
+    whole = learner._learning.loss
+    learner._learning.loss = lambda batch, *, generator: (math.nan * whole(batch, generator=generator)[0], {})
+    learner.update(demonstrations(VECTORS, 2), torch.Generator())
+    assert learner.skipped == 1
 
 
 @pytest.mark.usefixtures("unchecked")

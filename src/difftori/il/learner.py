@@ -78,7 +78,7 @@ class Learner:
         recorder: Recorder | None = None,
     ):
         self._learning, self.policy, self.distributed = policy, policy.policy, distributed or Distributed.alone()
-        self.settings, self.clip_norm = settings, settings.clip_norm
+        self.settings = settings
         self.epochs = settings.epochs if epochs is None else epochs
         self.acting = policy
         if settings.ema:
