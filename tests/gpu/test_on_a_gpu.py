@@ -19,6 +19,7 @@ from difftori.rl.config import parse_rl_config
 from difftori.rl.learning import Learning
 from difftori.rl.train import train
 from difftori.solver import Box, Captured, Detached, ProjectedGradient, solve
+from difftori.types import Window
 from tests.support.agents import PIXELS, STATES, accepted, build, segment
 from tests.support.specs import SMALL, SPECS, demonstrations, with_base
 from tests.support.specs import build as build_policy
@@ -107,16 +108,21 @@ def test_an_update_equals_that_on_the_cpu(name, settings, spec, gpu):
     assert found == pytest.approx({key: float(value) for key, value in ours.items()}, rel=5e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("obs", ["clouds", "images"])
-@pytest.mark.parametrize("name", sorted(find_policies()))
-def test_a_policy_learns_and_acts(name, obs, gpu):
+def policy_and_batch(name: str, obs: str, device: str) -> tuple[NormalizedPolicy, Window]:
+    """A small policy and four demonstrations on the device; skips the test if the policy is not for such observations."""
     try:
         policy = build_policy(find_policies()[name], SPECS[obs], **SMALL.get(name, {}))
     except ShapeError as error:
         pytest.skip(f"not for this task: {error}")
-    batch = with_base(policy, demonstrations(policy.spec, 4)).to(gpu)
-    base = None if policy.base is None else NormalizedPolicy(policy.base.policy.to(gpu))
-    policy = NormalizedPolicy(policy.policy.to(gpu), base)
+    batch = with_base(policy, demonstrations(policy.spec, 4)).to(device)
+    base = None if policy.base is None else NormalizedPolicy(policy.base.policy.to(device))
+    return NormalizedPolicy(policy.policy.to(device), base), batch
+
+
+@pytest.mark.parametrize("obs", ["clouds", "images"])
+@pytest.mark.parametrize("name", sorted(find_policies()))
+def test_a_policy_learns_and_acts(name, obs, gpu):
+    policy, batch = policy_and_batch(name, obs, gpu)
     loss, _ = policy.loss(batch, generator=seeded(gpu))
     loss.backward()
     assert loss.isfinite()
@@ -131,13 +137,7 @@ def test_a_policy_learns_and_acts(name, obs, gpu):
 @pytest.mark.parametrize("name", ["bc", "difftori-il", "diffusion", "dp3", "residual"])
 def test_recorded_imitation_equals_that_kernel_by_kernel(name, obs, gpu):
     def learn(records):
-        try:
-            policy = build_policy(find_policies()[name], SPECS[obs], **SMALL.get(name, {}))
-        except ShapeError as error:
-            pytest.skip(f"not for this task: {error}")
-        batch = with_base(policy, demonstrations(policy.spec, 4)).to(gpu)
-        base = None if policy.base is None else NormalizedPolicy(policy.base.policy.to(gpu))
-        policy = NormalizedPolicy(policy.policy.to(gpu), base)
+        policy, batch = policy_and_batch(name, obs, gpu)
         learner, noise = Learner(policy, policy.policy.config), seeded(gpu)
         if not records:
             learner._records = lambda device: False
