@@ -195,7 +195,7 @@ class Steering:
         bad = ~plans.isfinite().flatten(1).all(1)
         if bool(bad.any()):
             raise NonFiniteError(
-                f"steering: the plan is NaN or Inf in rows {_listed(bad)} of {len(plans)}. Fix: check the observations, then reset()"
+                f"steering: the plan is NaN or Inf in rows {_listed(bad)} of {len(plans)}. Fix: check the observations"
             )
         with torch.no_grad():
             solution = without_inference_tensors(run)
@@ -258,7 +258,7 @@ class Steering:
         if bool(bad.any()):
             raise NonFiniteError(
                 f"steering: the cost or constraint, or its gradient, is NaN or Inf in rows {_listed(bad)} of {rows}. "
-                "Fix: check it for these observations (sqrt(x) has no gradient at 0), then reset()"
+                "Fix: check it for these observations (sqrt(x) has no gradient at 0)"
             )
         broken = ((solution.status == Status.INFEASIBLE) | ~solution.finite).reshape(-1, rows).all(0)
         if warn and bool(broken.any()):
