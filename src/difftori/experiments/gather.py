@@ -115,9 +115,8 @@ def gather(places: Sequence[Path], evaluation: Literal["training", "latest"] = "
     runs, left_out = [], []
     for place in _places(places):
         if place.name.endswith(FAILED):
-            if not is_finished(
-                place.with_name(place.name.removesuffix(FAILED))
-            ):  # it may have been trained again since
+            # it may have been trained again since
+            if not is_finished(place.with_name(place.name.removesuffix(FAILED))):
                 left_out.append((place, _failure(place)))
             continue
         try:

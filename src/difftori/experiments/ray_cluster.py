@@ -56,11 +56,6 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
         waiting = list(runs)
         failures: list[Failure] = []
         succeeded = set[Path]()
-
-        def note(run: RunSpec) -> None:
-            succeeded.add(run.folder)
-            done(run)
-
         with StopSignal() as stop:
             while not stop.requested:
                 ready, waiting = split_ready(waiting, succeeded)
@@ -72,7 +67,7 @@ def on_ray(address: str, *, cpus: float, gpus: float, retries: int) -> Engine:
                 ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK)
                 for task in ended:
                     run = tasks.pop(task)
-                    failures += report_result(run, _outcome(ray, task, run), say, note)
+                    failures += report_result(run, _outcome(ray, task, run), say, done, succeeded)
             if stop.requested:
                 for task in tasks:
                     ray.cancel(task, force=False)

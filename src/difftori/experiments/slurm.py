@@ -103,11 +103,6 @@ def on_slurm(
         waiting = list(runs)
         failures: list[Failure] = []
         succeeded = set[Path]()
-
-        def note(run: RunSpec) -> None:
-            succeeded.add(run.folder)
-            done(run)
-
         with StopSignal() as stop:
             while not stop.requested:
                 if not jobs:  # refiners wait for all bases, to be one array, whose size Slurm limits
@@ -117,7 +112,7 @@ def on_slurm(
                         break
                 for job in [job for job in jobs if job.done()]:
                     run = jobs.pop(job)
-                    failures += report_result(run, _outcome(submitit, job, run), say, note)
+                    failures += report_result(run, _outcome(submitit, job, run), say, done, succeeded)
                 time.sleep(_LOOK if jobs else 0)
             if stop.requested:
                 say(f"stopped waiting: {len(jobs)} jobs continue. Re-run the same command to wait for them")

@@ -45,11 +45,16 @@ def split_ready(runs: Sequence[RunSpec], succeeded: Container[Path] = ()) -> tup
 
 
 def report_result(
-    run: RunSpec, failure: Failure | None, say: Callable[[str], None], done: Callable[[RunSpec], None]
+    run: RunSpec,
+    failure: Failure | None,
+    say: Callable[[str], None],
+    done: Callable[[RunSpec], None],
+    succeeded: set[Path],
 ) -> list[Failure]:
-    """Report the result of a run with `say` and `done`. Returns the failure in a list, empty if there is none."""
+    """Report the result of a run with `say` and `done`. Returns the failure in a list; if there is none, adds the run to `succeeded`."""
     if failure is None:
         say(f"{run.name}: done")
+        succeeded.add(run.folder)
         done(run)
         return []
     say(f"{run.name}: FAILED with status {failure.status}: {failure.reason}")
