@@ -262,3 +262,12 @@ def test_whatever_a_file_holds_the_answer_is_a_plan_or_a_list_of_faults(tmp_path
     for run in runs:
         assert not run.folder.exists()
         assert run.words[-2:] == (str(run.folder), "--quiet")
+
+
+def test_names_are_replaced_in_lists_too():
+    from difftori.experiments.plan import _filled
+
+    options = {"seed": 3, "env_options": ["level={seed}", "fixed"], "demos": "{seed}.zarr"}
+    faults: list[str] = []
+    assert _filled(options, faults) == {"seed": 3, "env_options": ["level=3", "fixed"], "demos": "3.zarr"}
+    assert not faults
